@@ -1,9 +1,8 @@
-"""``fastlm VERB``: each verb is thin; the work is a function of the package with the same options.
+"""The command line, ``fastlm COMMAND``. A command is thin: a function with the same options works.
 
-Nothing heavy is imported before a verb runs, so that ``--help`` answers at once. Bad input prints
-one line on stderr and exits with status 2, a diverged run with 3, one
-whose other processes are gone with 4, Ctrl-C with 130. Results go to stdout, progress and notes to
-stderr.
+Nothing heavy is imported before a command runs, so that ``--help`` answers at once. Results go to
+stdout, progress and messages to stderr. Exit status: 2 after bad input, with one line on stderr; 3
+if a run diverged; 4 if another process of a run is lost; 130 after Ctrl-C.
 """
 
 import errno
@@ -30,8 +29,8 @@ from fastlm.train.distributed import LostRankError, is_first_report
 DIVERGED, LOST, INTERRUPTED = 3, 4, 130
 
 
-class Verbs(TyperGroup):
-    """The one place where an exception becomes a line on stderr and an exit status."""
+class CommandGroup(TyperGroup):
+    """Turns exceptions into a line on stderr and an exit status, for all commands."""
 
     def invoke(self, ctx: Any) -> Any:
         try:
@@ -57,14 +56,14 @@ class Verbs(TyperGroup):
 
 
 def _bad_value(error: typer.BadParameter) -> InputError | None:
-    """Typer's error for an option's value as an InputError, with the value that pydantic omits."""
-    found = getattr(error.__cause__, "errors", list)()
+    """Return typer's error for an option's value as an InputError that also names the value."""
+    errors = getattr(error.__cause__, "errors", list)()
     param: Any = error.param
-    if not found or param is None:
+    if not errors or param is None:
         return None
-    wanted = found[0]["msg"].partition(",")[0].removeprefix("Input should be ")
+    expected = errors[0]["msg"].partition(",")[0].removeprefix("Input should be ")
     return InputError(
-        f"{max(param.opts, key=len)}: expected {wanted}, got {found[0]['input']!r:.80}"
+        f"{max(param.opts, key=len)}: expected {expected}, got {errors[0]['input']!r:.80}"
     )
 
 
@@ -76,8 +75,8 @@ def _fail(error: BaseException, status: int) -> None:
 
 
 app = typer.Typer(
-    cls=Verbs,
-    help="From raw text to a quantized language model, on fused kernels.",
+    cls=CommandGroup,
+    help="Train, evaluate, quantize and serve language models on fused kernels.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -89,52 +88,54 @@ tokenizer_app = typer.Typer(
 
 
 @dataclass(frozen=True, kw_only=True)
-class Prompts:
-    """What `fastlm generate` reads, and how it prints."""
+class PromptOptions:
+    """Input and output options of ``fastlm generate``."""
 
     prompt: Annotated[
         tuple[str, ...],
-        Repeated("What to continue or to answer; - reads stdin; several are one batch"), "-p",
+        Repeated("Continue or answer this text. - reads stdin. Several are one batch"), "-p",
     ] = ()  # fmt: skip
     prompt_file: Annotated[tuple[Path, ...], Repeated("Read a prompt from this file")] = ()
-    raw: Annotated[bool, "Continue the prompt as it stands, without the chat template"] = False
-    json: Annotated[bool, "Texts and times as JSON"] = False
+    raw: Annotated[bool, "Continue the prompt unchanged, without the chat template"] = False
+    json: Annotated[bool, "Print texts and times as JSON"] = False
 
 
 @dataclass(frozen=True, kw_only=True)
-class Writing:
-    """Options of what writes text: a model, and how it chooses tokens."""
+class GenerationOptions:
+    """Options of commands that generate text: a model, and how it samples tokens."""
 
     model: Annotated[Path, "Hugging Face folder, .gguf, fastlm run or model:smollm2", "-m"]
-    max_new_tokens: Annotated[int, "Write at most this many tokens"] = 256
-    temperature: Annotated[float, "0: always the likeliest token"] = 0.7
+    max_new_tokens: Annotated[int, "Generate at most this many tokens"] = 256
+    temperature: Annotated[float, "Sampling temperature. 0 always takes the likeliest token"] = 0.7
     top_k: Annotated[int | None, "Sample from the K likeliest tokens"] = None
     top_p: Annotated[
         float | None, "Sample from the likeliest tokens that add up to this probability"
     ] = None
     min_p: Annotated[
-        float | None, "Only tokens with at least this share of the highest probability"
+        float | None, "Sample from tokens with at least this share of the highest probability"
     ] = None
     repetition_penalty: Annotated[
-        float, "Above 1: tokens already in the text become less likely"
+        float, "Above 1, tokens that are already in the text become less likely"
     ] = 1.0
-    stop: Annotated[tuple[str, ...], Repeated("End before this text; may be given again")] = ()
-    seed: Annotated[int | None, "The same seed writes the same text"] = None
+    stop: Annotated[tuple[str, ...], Repeated("End before this text. Repeat it for more")] = ()
+    seed: Annotated[int | None, "Seed of the sampling: the same seed generates the same text"] = (
+        None
+    )
     act_bits: Annotated[
         int | None,
-        "8: multiply quantized weights with inputs rounded to int8, 16: not rounded; default: as"
-        " the model says, 8 for .gguf files",
+        "Bits of the inputs of quantized weights: 8 rounds them to int8, 16 does not round."
+        " Default: what the model states, 8 for .gguf files",
     ] = None
     stats: Annotated[
-        bool | None, "Tokens and tokens/s on stderr; default: where stderr is a terminal"
+        bool | None, "Print tokens and tokens/s to stderr. Default: if stderr is a terminal"
     ] = None
 
     def __post_init__(self) -> None:
         at_least_one(self, "max_new_tokens")
 
     @property
-    def choice(self) -> dict[str, Any]:
-        """The options of `fastlm.serve.chat.Writer.write` but the number of tokens."""
+    def sampling(self) -> dict[str, Any]:
+        """The sampling options of `fastlm.serve.chat.Writer.write`."""
         names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "stop", "seed")
         return {name: getattr(self, name) for name in names}
 
@@ -144,23 +145,23 @@ class Writing:
 
 
 @dataclass(frozen=True, kw_only=True)
-class GenerateOptions(Writing, Prompts):
+class GenerateOptions(GenerationOptions, PromptOptions):
     """The options of ``fastlm generate``."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class ChatOptions(Writing):
+class ChatOptions(GenerationOptions):
     """The options of ``fastlm chat``."""
 
     system: Annotated[str | None, "System message"] = None
-    max_new_tokens: Annotated[int, "Write at most this many tokens"] = 512
+    max_new_tokens: Annotated[int, "Generate at most this many tokens"] = 512
     top_p: Annotated[
         float | None, "Sample from the likeliest tokens that add up to this probability"
     ] = 0.95
 
 
 def main() -> None:
-    """The console script."""
+    """Run the command line: the console script."""
     if isinstance(sys.stdout, io.TextIOWrapper):  # a terminal with another encoding shows "?"
         sys.stdout.reconfigure(errors="replace")
     if isinstance(sys.stdin, io.TextIOWrapper):  # invalid UTF-8 is refused where the text is used
@@ -168,8 +169,8 @@ def main() -> None:
     app(prog_name="fastlm")
 
 
-def _show_version(wanted: bool) -> None:
-    if wanted:
+def _show_version(value: bool) -> None:
+    if value:
         typer.echo(f"fastlm {importlib.metadata.version('fastlm')}")
         raise typer.Exit()
 
@@ -184,29 +185,29 @@ def options(
     pass
 
 
-@app.command(short_help="Versions, hardware, and which implementation of every op runs.")
+@app.command(short_help="Print versions, hardware, and the implementation of every op.")
 def info(
     model: Annotated[
         Path | None,
-        typer.Option("--model", "-m", help="Instead, what this model folder or .gguf file holds"),
+        typer.Option("--model", "-m", help="Describe this model folder or .gguf file instead"),
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="As JSON")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON")] = False,
     threads: Threads = None,
 ) -> None:
-    """Versions, hardware, extensions, and which implementation of every op runs here."""
+    """Print versions, hardware, extensions, and which implementation of every op runs here."""
     if model is not None:
         from fastlm.checkpoint.describe import describe_model
 
-        have = describe_model(model)
+        values = describe_model(model)
     else:
         from fastlm import inventory
 
-        have = inventory.info()
+        values = inventory.info()
     if as_json:
-        typer.echo(json.dumps(have, indent=1))
+        typer.echo(json.dumps(values, indent=1))
         return
     if model is not None:
-        for key, value in have.items():
+        for key, value in values.items():
             if isinstance(value, dict):
                 value = ", ".join(f"{count:,} {name}" for name, count in value.items())
             if value is not None:
@@ -216,19 +217,19 @@ def info(
     from rich.table import Column, Table
 
     facts = Table(box=None, show_header=False)
-    for key, value in have.items():
+    for key, value in values.items():
         if not isinstance(value, dict):
             facts.add_row(key, str(value))
     for key in ("cpu_isa_unavailable", "backends"):
-        for name, why in have[key].items():
-            facts.add_row(f"{key.removesuffix('_unavailable')} {name}", why or "yes")
-    # what runs each op and what else could run it; the first table says why a backend cannot run
-    columns = [name for name, why in have["backends"].items() if why is None]
+        for name, reason in values[key].items():
+            facts.add_row(f"{key.removesuffix('_unavailable')} {name}", reason or "yes")
+    # what runs each op and what else can; the first table has the reason why a backend cannot
+    columns = [name for name, reason in values["backends"].items() if reason is None]
     ops = Table(
         Column("op", no_wrap=True), "runs on", *(Column(c, justify="center") for c in columns)
     )
     limits = Table(Column("~ serves a part", no_wrap=True), "", box=None, header_style="")
-    for name, row in have["ops"].items():
+    for name, row in values["ops"].items():
         marks = ["" if c in row["unavailable"] else "✓~"[c in row["supports"]] for c in columns]
         ops.add_row(name, row["backend"] or "nothing", *marks)
         by_text: dict[str, list[str]] = {}
@@ -239,38 +240,38 @@ def info(
     Console().print(facts, ops, limits)
 
 
-@app.command(short_help="The question sets that `fastlm eval --tasks` knows.")
+@app.command(short_help="List the question sets of `fastlm eval --tasks`.")
 def tasks(
-    ability: Annotated[str | None, typer.Option(help="Only sets of this ability")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="As JSON")] = False,
+    ability: Annotated[str | None, typer.Option(help="List only sets of this ability")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON")] = False,
 ) -> None:
-    """List the question sets: what they ask for, their formats, licences and sources."""
+    """List the question sets: the ability they measure, their formats, licences and sources."""
     from fastlm.evals.registry import rows
     from fastlm.evals.task import ABILITIES
 
     if ability is not None and ability not in ABILITIES:
         raise InputError(f"ability: expected one of {', '.join(ABILITIES)}, got {ability!r:.60}")
-    found = [row for row in rows() if ability in (None, row["ability"])]
+    task_rows = [row for row in rows() if ability in (None, row["ability"])]
     if as_json:
-        typer.echo(json.dumps(found, indent=1))
+        typer.echo(json.dumps(task_rows, indent=1))
         return
     from rich.console import Console
     from rich.table import Table
 
     table = Table(box=None)
-    for key in found[0]:
+    for key in task_rows[0]:
         table.add_column(key, no_wrap=key != "formats", overflow="fold")
-    for row in sorted(found, key=lambda row: ABILITIES.index(row["ability"])):
+    for row in sorted(task_rows, key=lambda row: ABILITIES.index(row["ability"])):
         table.add_row(*row.values())
     console = Console(width=None if sys.stdout.isatty() else 140)
     console.print(table, markup=False, highlight=False)
 
 
-@app.command(short_help="Run a recipe, or continue it: from text to a model and its report.")
+@app.command(short_help="Run a recipe, or continue it.")
 def run(
-    recipe: Annotated[Path, typer.Argument(help="A recipe, such as recipes/full.toml")],
+    recipe: Annotated[Path, typer.Argument(help="The recipe, such as recipes/full.toml")],
     out: Annotated[
-        Path | None, typer.Option("--out", "-o", help="Run folder; default runs/NAME")
+        Path | None, typer.Option("--out", "-o", help="Run folder. Default: runs/NAME")
     ] = None,
     sets: Annotated[
         list[str] | None,
@@ -278,26 +279,26 @@ def run(
     ] = None,
     until: Annotated[str | None, typer.Option(help="Stop after the stage with this name")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and stop")] = False,
-    cache: Annotated[Path | None, typer.Option(help="Where packages are kept")] = None,
+    cache: Annotated[Path | None, typer.Option(help="Folder in which packages are kept")] = None,
     threads: Threads = None,
 ) -> None:
-    """Run a whole recipe. Finished stages are skipped, an interrupted one continues."""
+    """Run all stages of a recipe. Finished stages are skipped, an interrupted one continues."""
     from fastlm.pipeline.events import View
     from fastlm.stages import run_recipe
 
-    told: dict[str, str] = {}
+    summaries: dict[str, str] = {}
     view = View()
 
     def on_event(event: dict[str, Any]) -> None:
         view(event)
         if "summary" in event:
-            told[event["stage"]] = event["summary"]
+            summaries[event["stage"]] = event["summary"]
 
     run_recipe(
         recipe, out, overrides=sets or (), until=until, cache=cache, dry_run=dry_run,
         command=_command(), track=view.track, on_plan=_show_plan, on_event=on_event,
     )  # fmt: skip
-    for name, text in told.items():
+    for name, text in summaries.items():
         typer.echo(text if name == "report" else f"{name}: {text}")
 
 
@@ -306,12 +307,12 @@ def _show_plan(plan: list[Any]) -> None:
     from rich.table import Table
     from rich.text import Text
 
-    table = Table("stage", "kind", "takes from", "", "why", box=None)
+    table = Table("stage", "kind", "inputs", "", "why", box=None)
     for planned in plan:
         step = planned.step
         sources = [name for names in step.inputs.values() for name in names]
-        do = f"{planned.action}, archive the old one" if planned.training else planned.action
-        cells = (step.name, step.stage.kind, ", ".join(sources), do, planned.reason)
+        action = f"{planned.action}, archive the old one" if planned.training else planned.action
+        cells = (step.name, step.stage.kind, ", ".join(sources), action, planned.reason)
         table.add_row(*map(Text, cells))  # Text: a recipe's words are not markup
     Console(stderr=True).print(table)
 
@@ -334,11 +335,13 @@ def _stage_commands() -> None:
     from fastlm.stages import KINDS
 
     generate = options_command(GenerateOptions, _generate)
-    app.command("generate", short_help="Answer a prompt, or continue it.")(generate)
+    app.command("generate", short_help="Generate text for a prompt.")(generate)
     app.command("chat")(options_command(ChatOptions, _chat))
-    app.command("serve", short_help="Serve a model over HTTP, with a page to chat.")(serve)
-    app.command("promote", short_help="Let another model of a running server answer.")(promote)
-    app.command("rollback", short_help="End a server's canary, or undo its promotion.")(rollback)
+    app.command("serve", short_help="Serve a model over HTTP, with a chat page.")(serve)
+    app.command("promote", short_help="Switch a running server to another model.")(promote)
+    app.command("rollback", short_help="End the canary of a server, or undo its last promotion.")(
+        rollback
+    )
     data_app.command("canaries")(canaries_command)
     data_app.command("forget")(forget_command)
     runs_app.command("diff")(diff_command(KINDS))
@@ -352,24 +355,24 @@ def _stage_commands() -> None:
         (groups[group[0]] if group else app).command(word)(command_of(stage))
 
 
-def _generate(o: GenerateOptions) -> None:
-    """Write a text, token by token, through the chat template if the model has one.
+def _generate(options: GenerateOptions) -> None:
+    """Generate text, token by token, with the chat template if the model has one.
 
-    Several prompts are one batch; their texts follow in order, with an empty line between them.
+    Several prompts are one batch. Their texts follow in order, with an empty line between them.
     """
-    if not o.raw:
+    if not options.raw:
         chat_template.begin()
     with imports():
         from fastlm.serve.chat import Writer
         from fastlm.serve.terminal import echo
 
-    texts = _prompts(o)
-    writer = Writer(o.model, o.act_bits)
-    ids = [writer.prompt_ids(text, raw=o.raw) for text in texts]
-    streams = len(texts) == 1 and not o.json
-    take = (lambda _, piece: echo(piece)) if streams else (lambda *_: None)
-    answers = writer.write(ids, take, max_new_tokens=o.max_new_tokens, **o.choice)
-    if o.json:
+    texts = _prompts(options)
+    writer = Writer(options.model, options.act_bits)
+    ids = [writer.prompt_ids(text, raw=options.raw) for text in texts]
+    streams = len(texts) == 1 and not options.json
+    on_piece = (lambda _, piece: echo(piece)) if streams else (lambda *_: None)
+    answers = writer.write(ids, on_piece, max_new_tokens=options.max_new_tokens, **options.sampling)
+    if options.json:
         results = [
             {
                 "prompt": text, "prompt_tokens": len(prompt), "text": answer.text,
@@ -385,16 +388,16 @@ def _generate(o: GenerateOptions) -> None:
     if any(answer.finish_reason == "context" for answer in answers):
         limit = f"the model's context of {writer.context_limit:,} tokens is full"
         typer.echo(f"{limit}: the text ends there", err=True)
-    if o.shows_stats:
+    if options.shows_stats:
         typer.echo(str(writer.speed), err=True)
 
 
-def _prompts(o: Prompts) -> list[str]:
-    """Texts of --prompt, then of --prompt-file, without the last newline, which editors add."""
-    if o.prompt.count("-") > 1:
+def _prompts(options: PromptOptions) -> list[str]:
+    """Return the texts of --prompt, then of --prompt-file, without the last newline."""
+    if options.prompt.count("-") > 1:
         raise InputError("prompt: expected - once, stdin is read once")
-    texts = [sys.stdin.read() if text == "-" else text for text in o.prompt]
-    for file in o.prompt_file:
+    texts = [sys.stdin.read() if text == "-" else text for text in options.prompt]
+    for file in options.prompt_file:
         try:
             texts.append(file.read_text("utf-8"))
         except UnicodeDecodeError as error:
@@ -406,8 +409,8 @@ def _prompts(o: Prompts) -> list[str]:
     return [text.removesuffix("\n") for text in texts]
 
 
-def _chat(o: ChatOptions) -> None:
-    """Talk with a chat model. /help lists the commands, Ctrl-C stops an answer, Ctrl-D ends.
+def _chat(options: ChatOptions) -> None:
+    """Chat with a model. /help lists the commands, Ctrl-C stops an answer, Ctrl-D ends.
 
     If stdin is not a terminal, each of its lines is a message.
     """
@@ -416,21 +419,23 @@ def _chat(o: ChatOptions) -> None:
         from fastlm.serve import terminal
         from fastlm.serve.chat import Conversation, Writer
 
-    writer = Writer(o.model, o.act_bits)
-    talk = Conversation(writer, system=o.system, max_new_tokens=o.max_new_tokens)
-    terminal.run(talk, stats=o.shows_stats, **o.choice)
+    writer = Writer(options.model, options.act_bits)
+    session = Conversation(writer, system=options.system, max_new_tokens=options.max_new_tokens)
+    terminal.run(session, stats=options.shows_stats, **options.sampling)
 
 
 @app.command()
 def merge(
-    model: Annotated[Path, typer.Option("--model", "-m", help="A LoRA adapter, of fastlm or PEFT")],
+    model: Annotated[
+        Path, typer.Option("--model", "-m", help="The LoRA adapter, of fastlm or PEFT")
+    ],
     out: Annotated[Path, typer.Option("--out", "-o", help="Output folder")],
     base: Annotated[
-        Path | None, typer.Option(help="Its base model; default: the one that it names")
+        Path | None, typer.Option(help="The base model. Default: the one that the adapter names")
     ] = None,
     threads: Threads = None,
 ) -> None:
-    """Merge a LoRA adapter with its base into a whole model."""
+    """Merge a LoRA adapter into its base model."""
     from fastlm.checkpoint.folder import find_base_model
     from fastlm.model.adapter import load_adapter
     from fastlm.model.causal_lm import CausalLM
@@ -440,18 +445,21 @@ def merge(
 
     if not is_adapter(adapter := locate_model(model)):
         raise InputError(f"model: expected a LoRA adapter, got another model, {model}")
-    whole = load_adapter(CausalLM.from_pretrained(base or find_base_model(adapter)), adapter)
-    merge_lora(whole).save_pretrained(out)
-    load_tokenizer(adapter, whole.config.to_dict()).save(out)
+    merged = load_adapter(CausalLM.from_pretrained(base or find_base_model(adapter)), adapter)
+    merge_lora(merged).save_pretrained(out)
+    load_tokenizer(adapter, merged.config.to_dict()).save(out)
     typer.echo(str(out))
 
 
 @tokenizer_app.command("encode")
 def tokenizer_encode(
     tokenizer: Annotated[
-        Path, typer.Option("--tokenizer", "-t", help="Folder, tokenizer.json or .gguf file")
+        Path,
+        typer.Option(
+            "--tokenizer", "-t", help="The tokenizer: a folder, tokenizer.json or .gguf file"
+        ),
     ],
-    text: Annotated[str | None, typer.Argument(help="Text; from stdin if left out")] = None,
+    text: Annotated[str | None, typer.Argument(help="The text. Default: stdin")] = None,
     pieces: Annotated[
         bool, typer.Option("--pieces", help="Also print the bytes of every token")
     ] = False,

@@ -1,4 +1,4 @@
-"""Progress of long work. Library functions take ``track=silent``; the command line passes ``bars``.
+"""Show the progress of long work. Library functions take ``track=silent``, commands pass ``bars``.
 
 ``track(iterable, description, total=None, unit="")`` returns an iterable over the same items.
 Any other display of progress (a notebook widget, a log line per minute) is a function with the same
@@ -15,7 +15,7 @@ Track = Callable[..., Iterable]
 def silent(
     iterable: Iterable[T], description: str, total: float | None = None, unit: str = ""
 ) -> Iterable[T]:
-    """The default: no progress shown."""
+    """Show no progress: the default."""
     del description, total, unit
     return iterable
 
@@ -23,7 +23,7 @@ def silent(
 def bars(
     iterable: Iterable[T], description: str, total: float | None = None, unit: str = ""
 ) -> Iterator[T]:
-    """A rich progress bar on stderr with rate and remaining time.
+    """Show a progress bar on stderr with rate and remaining time.
 
     ``total`` defaults to ``len(iterable)``.
     """

@@ -1,5 +1,6 @@
-"""All stages, and recipes of them. With `fastlm.cli`, this is the only module that imports every
-package; a new stage adds one line to `KINDS`.
+"""The list of all stages. A new stage adds one line to `KINDS`.
+
+Only this module and `fastlm.cli` import every package.
 """
 
 from collections.abc import Mapping, Sequence

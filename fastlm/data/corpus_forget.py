@@ -16,7 +16,7 @@ from fastlm.data.forget_log import (
     text_key,
 )
 from fastlm.data.prepare import HELDOUT, TRAIN, read_documents
-from fastlm.files import replacing, write_json
+from fastlm.files import atomic_file, write_json
 from fastlm.pipeline.funnel import FUNNEL, Funnel
 from fastlm.sources.rows import Document
 from fastlm.sources.streams import compressed, open_stream
@@ -132,7 +132,7 @@ def remove_lines(hits: FileHits) -> None:
         magic = file.read(4)
     with (
         open_stream(hits.path) as lines,
-        replacing(hits.path) as file,
+        atomic_file(hits.path) as file,
         compressed(file, magic) as out,
     ):
         for number, line in enumerate(lines):

@@ -35,7 +35,7 @@ from fastlm.data.nesting import costly_markup
 from fastlm.data.scrub import scrub
 from fastlm.data.split import batches, split_text
 from fastlm.errors import InputError
-from fastlm.files import clean_up, replacing, write_error, write_json
+from fastlm.files import atomic_file, clean_up, write_error, write_json
 from fastlm.pipeline.funnel import FUNNEL, Funnel, StepCounts
 from fastlm.progress import silent
 from fastlm.schema import parse
@@ -349,8 +349,8 @@ def _write_split(
     clean_up(out / HELDOUT)  # beside TRAIN, it is not alone in the folder
     lines = io.BufferedReader(cast(io.RawIOBase, zstandard.ZstdDecompressor().stream_reader(work)))
     with (
-        replacing(out / TRAIN) as train_file,
-        replacing(out / HELDOUT) as heldout_file,
+        atomic_file(out / TRAIN) as train_file,
+        atomic_file(out / HELDOUT) as heldout_file,
         compressed(train_file, ZSTD_MAGIC) as train,
         compressed(heldout_file, ZSTD_MAGIC) as held,
     ):

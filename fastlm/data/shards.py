@@ -22,7 +22,7 @@ from typing_extensions import TypedDict
 
 from fastlm.data.split import batches
 from fastlm.errors import InputError
-from fastlm.files import replacing, write_json
+from fastlm.files import atomic_file, write_json
 from fastlm.progress import silent
 from fastlm.schema import Count, read_document, validate
 
@@ -116,7 +116,7 @@ def write_shards(
     while following is not None:
         name, starts, tokens, size = f"{len(shards):05d}", [], 0, 0
         digest = hashlib.sha256()
-        with replacing(out / f"{name}.bin") as f:
+        with atomic_file(out / f"{name}.bin") as f:
             while following is not None and tokens < shard_tokens:
                 ids, text_bytes = following
                 starts.append(tokens)
@@ -126,7 +126,7 @@ def write_shards(
                 f.write(ids.data)
                 following = next(encoded, None)
         offsets = np.asarray(starts, "<i8").tobytes()
-        with replacing(out / f"{name}.starts") as f:
+        with atomic_file(out / f"{name}.starts") as f:
             f.write(offsets)
         shards.append({
             "file": f"{name}.bin", "tokens": tokens, "documents": len(starts),

@@ -33,7 +33,7 @@ from fastlm.feedback.feedback_items import (
     withdrawn_keys,
 )
 from fastlm.feedback.rater_weights import RaterWeight, estimate_rater_weights
-from fastlm.files import make_folder, replacing, write_json
+from fastlm.files import atomic_file, make_folder, write_json
 from fastlm.pipeline.funnel import FUNNEL, Funnel, StepCounts
 from fastlm.serve.commands import needs_serve
 from fastlm.sources.rows import printable
@@ -313,7 +313,7 @@ def _write(
         rows = _part_rows(part_items, corrected, options)
         folder = make_folder(out / part)
         for form in FORMS:
-            with replacing(folder / f"{form}.jsonl") as file:
+            with atomic_file(folder / f"{form}.jsonl") as file:
                 for row in rows[form]:
                     file.write(json.dumps(row, ensure_ascii=False).encode("utf-8", "replace"))
                     file.write(b"\n")

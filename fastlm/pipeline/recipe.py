@@ -278,7 +278,7 @@ def _misplaced(
         if key in cls.inputs or key in (option.name for option in options_of(cls))
     ]
     if keys:
-        return f"{full}: unknown key; the nearest known one is {' or '.join(keys)}"
+        return f"{full}: unknown key; the nearest valid one is {' or '.join(keys)}"
     return unknown_key(full, key, valid)
 
 

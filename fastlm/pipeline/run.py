@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from fastlm.errors import InputError
-from fastlm.files import leftovers, make_folder, new_name, read_json, remove, write_json
+from fastlm.files import leftovers, make_folder, read_json, remove, temporary_name, write_json
 from fastlm.pipeline.archive import archive, finish_moving
 from fastlm.pipeline.execution_plan import PlannedStage, fingerprints, make_plan
 from fastlm.pipeline.provenance import describe, json_hash
@@ -264,7 +264,7 @@ def _clear(folder: Path) -> None:
     """Delete a stage's folder. It is renamed first, so that an interrupted deletion leaves nothing
     under the final name.
     """
-    old = new_name(folder)
+    old = temporary_name(folder)
     try:
         if os.path.lexists(folder):
             folder.rename(old)

@@ -22,7 +22,7 @@ from fastlm.data.conversations import Conversation, Message, Rows, read_examples
 from fastlm.data.forget_log import response_key
 from fastlm.data.preferences import Comparison, Label, Unranked, answers_of
 from fastlm.errors import InputError, check_unicode, show
-from fastlm.files import replacing
+from fastlm.files import atomic_file
 from fastlm.serve.feedback_rows import (
     SKIPPED,
     as_json,
@@ -361,7 +361,7 @@ class RankingStore(FeedbackStore):
         if rater is not None and rater not in (known := self.raters()):
             raise InputError(f"rater: expected one of {', '.join(known) or 'none'}, got {rater!r}")
         rows = 0
-        with replacing(Path(path)) as file:
+        with atomic_file(Path(path)) as file:
             for corrected in (False, True):
                 for comparison in self.comparisons(rater, corrected=corrected):
                     for part in FORMS[form](comparison):

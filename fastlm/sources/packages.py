@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import IO, cast
 
 from fastlm.errors import InputError
-from fastlm.files import make_folder, reason, save_atomic, scratch
+from fastlm.files import make_folder, reason, save_atomic, temporary_path
 
 SCHEMES = ("pypi", "sdist", "deb")
 FETCH_SECONDS = 600  # 100 MB at 1.4 Mbit/s
@@ -148,7 +148,7 @@ def _scratch(home: Path) -> Iterator[Path]:
     """Create a scratch folder on the cache's own file system, so that the result can be renamed
     into place.
     """
-    with scratch(make_folder(home) / "fetch") as folder:
+    with temporary_path(make_folder(home) / "fetch") as folder:
         folder.mkdir()
         yield folder
 

@@ -27,7 +27,7 @@ from torch.distributed.checkpoint.state_dict_saver import save
 
 from fastlm.checkpoint.folder import MANIFEST, TENSORS, write_json
 from fastlm.errors import InputError
-from fastlm.files import new_name, open_regular, read_json, reason, sync, write_error
+from fastlm.files import open_regular, read_json, reason, sync, temporary_name, write_error
 from fastlm.train.distributed import SingleProcess
 
 
@@ -37,7 +37,7 @@ def save_sharded(
     """Write the folder ``path``; all processes call it. DTensors are written shard by shard,
     plain tensors, which are equal in all processes, once.
     """
-    part = world.broadcast(new_name(path))
+    part = world.broadcast(temporary_name(path))
     world.on_main_process(lambda: _made(part))
     # a file of safetensors has no slices of a tensor without dimensions
     flat = {name: t if t.dim() else t.reshape(1) for name, t in tensors.items()}

@@ -301,7 +301,7 @@ def test_generate(finished, options, text):
 def test_recipes(finished, tmp_path):
     recipe = finished / "tiny.toml"
     for override, text in (
-        ("pretrain.bach_size=4", "unknown key; the nearest known one is 'batch_size'"),
+        ("pretrain.bach_size=4", "unknown key; the nearest valid one is 'batch_size'"),
         ("quantize.group_size=-3", "quantize.group_size: expected"),
         ("data.sources=['nowhere']", "source nowhere"),
     ):

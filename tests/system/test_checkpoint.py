@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 
 from fastlm.checkpoint.folder import load_state, load_tensors, save_hf, save_tensors
 from fastlm.errors import InputError
-from fastlm.files import beside, save_atomic
+from fastlm.files import atomic_path, save_atomic
 from fastlm.model.causal_lm import CausalLM
 from fastlm.ops.quantized_weight import QuantizedWeight
 from fastlm.tokenizer.load import load_tokenizer
@@ -546,7 +546,7 @@ save_atomic(sys.argv[1], write)
 
 def test_killed_while_writing(folder):
     before = {p.name: p.read_bytes() for p in folder.iterdir()}
-    with beside(folder.parent / "other") as other:  # somebody else writes in the same folder
+    with atomic_path(folder.parent / "other") as other:  # somebody else writes in the same folder
         other.write_text("")
         run = subprocess.run([sys.executable, "-P", "-c", KILLED, str(folder)])
         assert run.returncode == -signal.SIGKILL

@@ -22,7 +22,7 @@ from disk import full_disk
 from peak import growth
 
 from fastlm.errors import InputError
-from fastlm.files import new_name, replacing
+from fastlm.files import atomic_file, temporary_name
 from fastlm.sources import packages
 from fastlm.sources.rows import MAX_DOCUMENT_BYTES, PIECE_BYTES, list_files, read_file, read_source
 
@@ -479,7 +479,7 @@ def test_archives_are_bounded_before_they_are_read(tmp_path, monkeypatch):
 
 
 def test_a_failed_fetch_leaves_nothing_and_the_rest_of_a_killed_one_goes(cache, monkeypatch):
-    killed = new_name(cache / "pypi" / "fetch")
+    killed = temporary_name(cache / "pypi" / "fetch")
     killed.mkdir(parents=True)
     (killed / "part").write_text("x")
     fake_pip(monkeypatch, lambda f: (f / "cut-1.0-py3-none-any.whl").write_bytes(b"PK\3\4 cut"))
@@ -546,12 +546,15 @@ def test_replacing_leaves_nothing_half_written(tmp_path, monkeypatch):
     path.write_bytes(b"old")
     full_disk(monkeypatch, path)
     with pytest.raises(InputError, match=r"f\.bin: cannot be written: No space left on device"):
-        with replacing(path) as f:
+        with atomic_file(path) as f:
             f.write(b"new")
-    with pytest.raises(KeyError), replacing(path) as f:
+    with pytest.raises(KeyError), atomic_file(path) as f:
         f.write(b"new")
         raise KeyError
-    with replacing(path) as one, replacing(path) as other:  # at once: both whole, the last one wins
+    with (
+        atomic_file(path) as one,
+        atomic_file(path) as other,
+    ):  # both complete, the last one wins
         one.write(b"one, the longer")
         other.write(b"other")
     assert path.read_bytes() == b"one, the longer"

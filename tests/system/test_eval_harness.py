@@ -200,7 +200,7 @@ def test_the_command_line_of_the_harness(base, tmp_path, monkeypatch, capsys):
     with pytest.raises(SystemExit) as ended:
         run("--model_args", f"pretrained={base},dtyp=float32")
     assert ended.value.code == 2
-    told = "fastlm: model_args: dtyp: unknown key; the nearest known one is 'dtype'"
+    told = "fastlm: model_args: dtyp: unknown key; the nearest valid one is 'dtype'"
     assert told in capsys.readouterr().err
 
 

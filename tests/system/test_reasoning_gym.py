@@ -236,7 +236,7 @@ def test_without_the_package(monkeypatch, forgotten) -> None:
     [
         ("chain_sums", "expected a generator such as chain_sum, got 'chain_sums'"),
         ("", "expected a generator such as .*, got ''"),
-        ("chain_sum?sise=3", "sise: unknown key; the nearest known one is 'size'"),
+        ("chain_sum?sise=3", "sise: unknown key; the nearest valid one is 'size'"),
         ("chain_sum?size", r"expected reasoning-gym:NAME or reasoning-gym:NAME\?KEY.*, got 'size'"),
         ("chain_sum?size=0", "expected options that the generator accepts, got AssertionError"),
         ("chain_sum?seed=null", "seed: expected an integer, got None"),

@@ -184,7 +184,7 @@ def test_two_models_of_a_kind_stand_side_by_side(tmp_path):
     page = Page()
     page.feed(html)
     text = " ".join(" ".join(page.text).split())
-    assert html.count('class="beside"') == 1 and html.count("<h2>Training</h2>") == 1
+    assert html.count('class="columns"') == 1 and html.count("<h2>Training</h2>") == 1
     assert "<h3>pretrain</h3>" in html and "<h3>wide</h3>" in html
     assert "parameters (pretrain)" in text and "parameters (wide)" in text
     assert "bits per byte of unseen text (wide), 30 % below xz -9e" in text

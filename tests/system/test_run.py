@@ -430,7 +430,7 @@ def test_a_read_only_run_folder(tmp_path):
 def test_a_place_where_no_folder_can_be(finished, tmp_path):
     recipe, _ = finished
     (tmp_path / "file").write_text("")
-    one_line(fastlm("run", recipe, "--out", tmp_path / "file" / "run"), "cannot be made a folder")
+    one_line(fastlm("run", recipe, "--out", tmp_path / "file" / "run"), "cannot create the folder")
 
 
 @pytest.mark.parametrize("name", ["data", "pretrain", "quantize"])

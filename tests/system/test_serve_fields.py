@@ -44,7 +44,7 @@ def test_what_is_not_supported_is_a_400_that_names_it(server, kind):
     api.answer(**dict.fromkeys(names))  # null: not asked for
     assert "unknown field" in api.refused("quality", quality=1)
     if kind != "embed":
-        assert "nearest known one is 'temperature'" in api.refused("temprature", temprature=1)
+        assert "nearest valid one is 'temperature'" in api.refused("temprature", temprature=1)
 
 
 def test_the_table_in_the_docs_has_every_field():

@@ -197,7 +197,7 @@ def test_a_change_reaches_what_depends_on_it_and_nothing_else(tmp_path):
     summary = again()
     assert set(summary["stages"]["both"]["models"]) == {"pretrain", "wide"}
     html = (run / "report.html").read_text()
-    assert html.count('class="beside"') == 2  # two trainings, two evaluations
+    assert html.count('class="columns"') == 2  # two trainings, two evaluations
     trained = (run / "pretrain/model/model.safetensors").read_bytes()
     # the plan states what will be done and why; a dry run does nothing more
     assert again("wide.lr=2e-3", dry_run=True) == {} and not states

@@ -48,14 +48,14 @@ def test_overrides(path):
     [
         (
             "pretrain.bach_size=4",
-            "pretrain.bach_size: unknown key; the nearest known one is 'batch_size'",
+            "pretrain.bach_size: unknown key; the nearest valid one is 'batch_size'",
         ),
-        ("max_seconds=5", "unknown key; the nearest known one is pretrain.max_seconds"),
-        ("batch_size=5", "the nearest known one is pretrain.batch_size or eval.batch_size"),
-        ("pretrian.lr=1", "set: pretrian.lr: unknown key; the nearest known one is 'pretrain'"),
+        ("max_seconds=5", "unknown key; the nearest valid one is pretrain.max_seconds"),
+        ("batch_size=5", "the nearest valid one is pretrain.batch_size or eval.batch_size"),
+        ("pretrian.lr=1", "set: pretrian.lr: unknown key; the nearest valid one is 'pretrain'"),
         (
             "pretrain.model.hiden_size=4",
-            "model.hiden_size: unknown key; the nearest known one is 'hidden_size'",
+            "model.hiden_size: unknown key; the nearest valid one is 'hidden_size'",
         ),
         (
             "pretrain.model.num_attention_heads=3",

@@ -38,7 +38,7 @@ def test_hostile_json_is_refused(text, reason):
     "fields, message",
     [
         ({"temprature": 1, "seed": "x"},
-         "temprature: unknown field; the nearest known one is 'temperature'"),
+         "temprature: unknown field; the nearest valid one is 'temperature'"),
         ({"quality": None}, "quality: unknown field"), ({"audio": {}}, "audio: not supported by"),
         ({"stream_options": {"x": 1}}, "stream_options.x: expected no such field, got 1"),
         ({"messages": [SAID, {**SAID, "a b": 1}]}, "messages[1].'a b': expected no such field"),

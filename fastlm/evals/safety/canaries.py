@@ -29,7 +29,7 @@ from annotated_types import Predicate
 from fastlm.data.prepare import HELDOUT, TRAIN
 from fastlm.errors import InputError
 from fastlm.evals.safety.texts import SENTENCES
-from fastlm.files import make_folder, replacing, save_atomic, write_json, write_text
+from fastlm.files import atomic_file, make_folder, save_atomic, write_json, write_text
 from fastlm.pipeline.funnel import FUNNEL, Funnel, StepCounts
 from fastlm.schema import Count, read_lines
 from fastlm.sources.streams import ZSTD_MAGIC, compressed
@@ -105,7 +105,7 @@ def plant(corpus: Path, out: Path, canaries: Sequence[Canary], seed: int) -> Non
     with (
         (corpus / TRAIN).open("rb") as file,
         zstandard.ZstdDecompressor().stream_reader(file) as packed,
-        replacing(out / TRAIN) as new,
+        atomic_file(out / TRAIN) as new,
         compressed(new, ZSTD_MAGIC) as writer,
     ):
         for number, line in enumerate(io.BufferedReader(cast(io.RawIOBase, packed))):

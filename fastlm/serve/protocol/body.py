@@ -96,7 +96,7 @@ class RequestBody(BaseModel):
                 continue
             if key not in UNSUPPORTED:
                 near = difflib.get_close_matches(key[:80], fields, n=1)
-                hint = f"; the nearest known one is {near[0]!r}" if near else ""
+                hint = f"; the nearest valid one is {near[0]!r}" if near else ""
                 raise ApiError(f"{key:.80}: unknown field{hint}", param=key[:80])
             if body[key] is not None:
                 raise ApiError(f"{key}: not supported by this server", param=key)
