@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from fastlm.checkpoint.folder import TENSORS, load_tensors, save_tensors
 from fastlm.errors import InputError
-from fastlm.files import make_folder, new_name, reason
+from fastlm.files import make_folder, reason, temporary_name
 from fastlm.model.quantized_modules import QuantizedEmbedding, QuantizedLinear
 from fastlm.schema import Count, Finite, validate
 from fastlm.train.distributed import SingleDevice, SingleProcess
@@ -112,7 +112,7 @@ def prune_checkpoints(run_dir: Path, keep: int, trusted: int | None = None) -> N
     for path in list_checkpoints(run_dir)[:-keep]:
         if path == spared:
             continue
-        path.rename(new_name(path))
+        path.rename(temporary_name(path))
     for stray in folder.glob(".step-*"):
         shutil.rmtree(stray, ignore_errors=True)
 
@@ -371,7 +371,7 @@ class BestCheckpoint:
             return
         for path in self.folder.iterdir():
             if BEST_NAME.fullmatch(path.name) and (step is None or path != self.path(step)):
-                path.rename(new_name(path))
+                path.rename(temporary_name(path))
         for stray in self.folder.glob(".best-*"):
             shutil.rmtree(stray, ignore_errors=True)
 
