@@ -49,9 +49,9 @@ from fastlm.data.prompts import Prompt
 from fastlm.evals.suite import id_of
 from fastlm.feedback.gate import Gate
 from fastlm.feedback.gate_metrics import difference
-from fastlm.feedback.local_server import serving
-from fastlm.feedback.pairwise import answer, share
-from fastlm.feedback.simulated_users import Question, User, simulate_users
+from fastlm.feedback.local_server import run_local_server
+from fastlm.feedback.pairwise import generate_answers, win_rate_interval
+from fastlm.feedback.simulated_users import AnsweredQuestion, SimulatedUser, simulate_users
 from fastlm.feedback.stage import FeedbackBuild
 from fastlm.serve.feedback_store import FeedbackStore
 from fastlm.stages import run_recipe
@@ -71,8 +71,8 @@ TRAINING = (
     "sft.gradient_accumulation_steps=1", "dpo.lr=3e-4", "dpo.epochs=1", "dpo.batch_size=8",
     "dpo.gradient_accumulation_steps=1",
     "dpo.beta=0.1", "dpo.sft_weight=0.2", "winrate.max_new_tokens=80", "winrate.temperature=0.9",
-    f"winrate.answers={ANSWERS}", "winrate.limit=400", "sft.sample_at=[]", "dpo.sample_at=[]",
-    "sft.validations=1", "dpo.validations=1", "eval.stride=128",
+    f"winrate.num_generations={ANSWERS}", "winrate.limit=400", "sft.sample_at=[]",
+    "dpo.sample_at=[]", "sft.validations=1", "dpo.validations=1", "eval.stride=128",
     *(f"{judge}.{option}" for judge in ("judge", "judge-2", "judge-3")
       for option in ("lr=1e-3", "epochs=3", "gradient_accumulation_steps=1", "validations=0")),
 )  # fmt: skip
@@ -102,7 +102,9 @@ def served(model: Path, models: Path, database: Path, log: Path) -> Iterator[Ser
     """Context: `fastlm serve` of ``model``, which may be replaced by those below ``models``."""
     admin_key = secrets.token_hex(16)
     options = ("--models-dir", str(models))
-    with serving(model, database, log, 1, *options, name=NAME, admin_key=admin_key) as server:
+    with run_local_server(
+        model, database, log, 1, *options, name=NAME, admin_key=admin_key
+    ) as server:
         url = f"http://127.0.0.1:{server.port}"
         headers = {"Authorization": f"Bearer {server.key}"}
         with httpx.Client(base_url=url, timeout=120, trust_env=False, headers=headers) as client:
@@ -133,7 +135,7 @@ def messages(asked: users.Ask) -> list[dict[str, str]]:
 class Round:
     """What users say in one round, as bodies of /v1/feedback."""
 
-    def __init__(self, client: httpx.Client, people: Sequence[User], seed: int):
+    def __init__(self, client: httpx.Client, people: Sequence[SimulatedUser], seed: int):
         self.client, self.people = client, people
         self.draw = random.Random(f"round/{seed}")
         self.seed = seed
@@ -151,9 +153,11 @@ class Round:
         kept = []
         for user, question, (id, texts) in zip(owners, asked, answered, strict=True):
             consent = self.draw.random() >= NO_CONSENT and all(text.strip() for text in texts)
-            answers = Question(id, texts, [users.points(question, text) for text in texts], None)
+            answers = AnsweredQuestion(
+                id, texts, [users.points(question, text) for text in texts], None
+            )
             written = users.correction(question, user)
-            bodies = [said.body for said in user.judges(answers, LIKED, written)]
+            bodies = [said.body for said in user.give_feedback(answers, LIKED, written)]
             late = user.draw.random() < LATE
             if consent and bodies:
                 talk = {"consent": True, "messages": messages(question), "choices": texts}
@@ -166,7 +170,7 @@ class Round:
         for user in self.people:
             others = [answers for owner, answers in shared if owner is not user]
             for answers in self.draw.sample(others, min(len(others), reviews)):
-                self.now += [said.body for said in user.judges(answers, LIKED)]
+                self.now += [said.body for said in user.give_feedback(answers, LIKED)]
 
 
 def measure(
@@ -207,11 +211,15 @@ def measure_harm(model: Path, out: Path, heard: Collection[str]) -> dict[str, fl
     """Write ``out``/scores.json for `fastlm gate`: the share of answers to unheard requests for
     harm that are refusals."""
     prompts = [Prompt(messages(one), {}) for one in harm(heard)]
-    texts = answer(
-        model, prompts, answers=ANSWERS, max_new_tokens=80, temperature=SAMPLING["temperature"]
+    texts = generate_answers(
+        model,
+        prompts,
+        num_generations=ANSWERS,
+        max_new_tokens=80,
+        temperature=SAMPLING["temperature"],
     )
     refuses = [float(users.refuses(one.text)) for one in texts]
-    found = share(refuses, ANSWERS)
+    found = win_rate_interval(refuses, ANSWERS)
     refused = {
         "value": sum(refuses) / len(refuses), "low": found.low, "high": found.high,
         "n": len(prompts),
@@ -241,7 +249,7 @@ def hidden_wins(path: Path) -> dict[str, float]:
     rows = hidden_points(path)
     wins = [1.0 if better > 0 else 0.5 if better == 0 else 0.0 for _, better in rows]
     prompts = {row["prompt"][-1]["content"] for row, _ in rows}
-    found = share(wins, len(wins) // len(prompts))
+    found = win_rate_interval(wins, len(wins) // len(prompts))
     return {"value": sum(wins) / len(wins), "low": found.low, "high": found.high}
 
 
@@ -365,7 +373,7 @@ def improve(
     bits = [m["bits_per_byte"] for m in results["eval"]["models"].values()]
     return {
         "promoted": decision["promoted"],
-        "why": [g["why"] for g in decision["gates"] if not g["passed"]],
+        "why": [g["reason"] for g in decision["gates"] if not g["passed"]],
         "rows": results["feedback"]["rows"], "raters": results["feedback"]["raters"],
         "left_out": left_out(out / "feedback" / "raters.json"),
         "winrate": results["winrate"]["scores"]["rate"],

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from fastlm.feedback.simulated_users import HONEST, User
+from fastlm.feedback.simulated_users import HONEST, SimulatedUser
 
 TOPICS = {
     "tea": "a warm drink made of leaves", "snow": "frozen water that falls in winter",
@@ -143,7 +143,7 @@ def accepted(asked: Ask, text: str) -> bool:
     return points(asked, text) >= 4.0
 
 
-def correction(asked: Ask, user: User) -> str:
+def correction(asked: Ask, user: SimulatedUser) -> str:
     """What a user writes in place of an answer. One who is not honest writes a rude one on another
     topic.
     """

@@ -1,4 +1,4 @@
-"""The stage `Gate`: may the new model replace the old one?"""
+"""The stage `Gate`: it decides whether the new model may replace the old one."""
 
 import math
 from collections.abc import Mapping
@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal, NotRequired
 from typing_extensions import TypedDict
 
 from fastlm.errors import InputError
-from fastlm.feedback.gate_metrics import Model
+from fastlm.feedback.gate_metrics import ModelId
 from fastlm.files import write_json
 from fastlm.pipeline.stage import Facts, InputSpec, ReportSection, Stage, StageContext
 from fastlm.sources.input_digest import InputDigest
@@ -16,28 +16,28 @@ from fastlm.sources.input_digest import InputDigest
 DECISION = "decision.json"
 
 
-class Check(TypedDict):
+class GateCheck(TypedDict):
     """One gate and whether its score passed."""
 
     passed: bool
-    why: str
+    reason: str
 
 
-class Decision(TypedDict):
-    """What is read of a decision.json; scores of another program name no models."""
+class GateDecision(TypedDict):
+    """The fields of a decision.json; scores of another program have no models."""
 
     promoted: bool
-    gates: list[Check]
-    models: NotRequired[dict[Literal["old", "new"], Model]]
+    gates: list[GateCheck]
+    models: NotRequired[dict[Literal["old", "new"], ModelId]]
 
 
 @dataclass(frozen=True)
 class Gate(Stage):
     """Decide by stated gates whether a model may replace the one that serves.
 
-    A gate bounds the end of a score's interval, not the point. With scores of several models, the
-    first is the one that serves and the last the new one, and all scores are of the same two. If it
-    may not, the exit status is 1.
+    A gate bounds the end of a score's interval, not the point. In scores of several models, the
+    first is the model that serves and the last is the new one; all scores have to be about the same
+    two models. If a gate fails, the exit status is 1.
     """
 
     kind = "gate"
@@ -45,7 +45,7 @@ class Gate(Stage):
     version = 2
     inputs = {
         "scores": InputSpec(
-            ("scores",), "Folders or scores.json of winrate, eval and safety", several=True,
+            ("scores",), "Folders or scores.json files of winrate, eval and safety", several=True,
             flag="s",
         ),
     }  # fmt: skip
@@ -53,7 +53,7 @@ class Gate(Stage):
     result = {"promoted": bool, "gates": list[dict[str, Any]]}
     settings_in = ("gates",)
 
-    gates: Annotated[str, "TOML file of bounds on scores (docs/improve.md)"] = ""
+    gates: Annotated[str, "Read the bounds on scores from this TOML file (docs/improve.md)"] = ""
 
     def check(self) -> None:
         from fastlm.evals.safety.gates import read_gates
@@ -82,27 +82,27 @@ class Gate(Stage):
 
         scores: dict[str, Any] = {}
         tables = []
-        for given in ctx.inputs["scores"]:
-            path = given.path / "scores.json" if given.path.is_dir() else given.path
+        for source in ctx.inputs["scores"]:
+            path = source.path / "scores.json" if source.path.is_dir() else source.path
             stage = path.resolve().parent.name
             table = read_scores(path)
-            found = scores_of(stage, table)
-            if scores.keys() & found.keys():
+            stage_scores = scores_of(stage, table)
+            if scores.keys() & stage_scores.keys():
                 raise InputError(
                     f"scores: expected folders of different names, got two called {stage}"
                 )
-            scores |= found
-            tables.append((given.source, table.get("ids", ())))
+            scores |= stage_scores
+            tables.append((source.source, table.get("ids", ())))
             if not tables[-1][1]:
-                ctx.warning(f"scores: {given.source} does not say which models it is about")
+                ctx.warning(f"scores: {source.source} does not say which models it is about")
         models = models_of(tables)
         checks = []
         for gate in read_gates(self.gates):
-            why, found = gate.failure(scores), scores.get(gate.score, {})
+            failure, score = gate.failure(scores), scores.get(gate.score, {})
             checks.append({
-                "score": gate.score, "bounds": _bounds(gate), "passed": why is None,
-                "why": why or "", "doubt": "; ".join(doubts([gate], scores)),
-                **{key: found.get(key) for key in ("value", "low", "high", "n")},
+                "score": gate.score, "bounds": _bounds(gate), "passed": failure is None,
+                "reason": failure or "", "doubt": "; ".join(doubts([gate], scores)),
+                **{key: score.get(key) for key in ("value", "low", "high", "n")},
             })  # fmt: skip
         result = {
             "promoted": all(check["passed"] for check in checks), "gates": checks,
@@ -113,14 +113,14 @@ class Gate(Stage):
             if check["doubt"]:
                 ctx.warning(f"gate: {check['doubt']}")
             if not check["passed"]:
-                ctx.warning(f"gate failed: {check['why']}")
+                ctx.warning(f"gate failed: {check['reason']}")
         return result
 
     def status(self, result: Mapping[str, Any]) -> int:
         return 0 if result["promoted"] else 1
 
     def summary(self, result: Mapping[str, Any], ctx: StageContext) -> str:
-        failed = [check["why"] for check in result["gates"] if not check["passed"]]
+        failed = [check["reason"] for check in result["gates"] if not check["passed"]]
         if failed:
             return f"not promoted: {'; '.join(failed)}"
         return f"promoted: all {len(result['gates'])} gates passed: {ctx.out / DECISION}"
@@ -129,20 +129,20 @@ class Gate(Stage):
         del ctx
         facts = {f"{key} model": model["name"] for key, model in result.get("models", {}).items()}
         for check in result["gates"]:
-            measured = "not measured" if check["value"] is None else f"{check['value']:.3f}"
+            value = "not measured" if check["value"] is None else f"{check['value']:.3f}"
             if check["low"] is not None and check["high"] is not None:
-                measured += " ({low:.3f} to {high:.3f})".format(**check)
+                value += " ({low:.3f} to {high:.3f})".format(**check)
             passed = "passed" if check["passed"] else "failed"
             doubt = f"; {check['doubt']}" if check["doubt"] else ""
-            facts[check["score"]] = f"{measured}, expected {check['bounds']}: {passed}{doubt}"
+            facts[check["score"]] = f"{value}, expected {check['bounds']}: {passed}{doubt}"
         total = len(result["gates"])
         failed = sum(not check["passed"] for check in result["gates"])
         promoted = "" if result["promoted"] else "not "
-        why = f"{failed} of {total} gates failed" if failed else "all gates passed"
+        outcome = f"{failed} of {total} gates failed" if failed else "all gates passed"
         return ReportSection(
             "May the new model replace the old one?",
-            f"The new model is {promoted}promoted: {why}. A gate bounds the end of the interval,"
-            " not the point.",
+            f"The new model is {promoted}promoted: {outcome}. A gate bounds the end of the"
+            " interval, not the point.",
             facts=facts,
             cards=[(f"{total - failed} of {total}", f"gates passed: {promoted}promoted")],
         )

@@ -1,4 +1,4 @@
-"""The scores of the stages under one set of names, for the gates of `fastlm gate`."""
+"""Read the scores of the stages under one set of names, for the gates of `fastlm gate`."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -17,10 +17,10 @@ SHORT = 12  # characters of an id that are shown
 
 
 @dataclass(frozen=True)
-class Model:
+class ModelId:
     """A model by its ``name`` (a stage or a path) and the ``id`` of its content
-    (`fastlm.evals.suite.id_of`), so that it may be moved or copied. A quantized model has an id of
-    its own: what was measured of it says nothing about the model that it was made from.
+    (`fastlm.evals.suite.id_of`), which stays the same when the model is moved or copied. A
+    quantized model has its own id: its scores are not those of the original model.
     """
 
     name: str
@@ -30,28 +30,28 @@ class Model:
         return f"{self.name} (id {self.id[:SHORT]})"
 
 
-class JudgeError(TypedDict):
-    """How a judge agreed with people: in its own domain, and ``elsewhere``."""
+class JudgeAgreement(TypedDict):
+    """The agreement of a judge with people: in its own domain, and ``elsewhere``."""
 
     domain: str
     agreement: tuple[Count, Count]
     kappa: Finite
-    elsewhere: NotRequired[list["JudgeError"]]
+    elsewhere: NotRequired[list["JudgeAgreement"]]
 
 
-class Score(TypedDict):
-    """A value with its interval; of one item nothing is known of it."""
+class MetricValue(TypedDict):
+    """A value with its interval, which is None for one item."""
 
     value: Finite | None
     low: Finite | None
     high: Finite | None
     n: Count
-    judge: NotRequired[JudgeError]
+    judge: NotRequired[JudgeAgreement]
     corrected: NotRequired[bool]
 
 
-class Comparison(TypedDict):
-    """The last model of an eval less the first, by one measure."""
+class MetricDifference(TypedDict):
+    """The difference of the last and the first model of an eval, by one measure."""
 
     measure: str
     difference: Finite | None
@@ -61,59 +61,63 @@ class Comparison(TypedDict):
 
 
 class TaskScores(TypedDict):
+    """The differences of one task."""
+
     name: str
-    compared: list[Comparison]
+    compared: list[MetricDifference]
 
 
 class ModelScores(TypedDict, total=False):
+    """The scores of one model."""
+
     bits_per_byte: Annotated[Finite, Gt(0)]
     tokens: Count
-    scores: dict[str, Score]
+    scores: dict[str, MetricValue]
 
 
-class Scores(TypedDict, total=False):
-    """What is read of the scores.json of winrate, eval and safety."""
+class ScoresFile(TypedDict, total=False):
+    """The fields of the scores.json of winrate, eval and safety that gates use."""
 
-    scores: dict[str, Score]
+    scores: dict[str, MetricValue]
     models: dict[str, ModelScores]
     tasks: list[TaskScores]
-    ids: list[Model]
+    ids: list[ModelId]
 
 
-def read_scores(path: str | Path) -> Scores:
+def read_scores(path: str | Path) -> ScoresFile:
     """Read a scores.json. InputError: unreadable, or the scores of another program."""
-    return read_document(path, Scores)
+    return read_document(path, ScoresFile)
 
 
-def models_of(tables: Sequence[tuple[str, Sequence[Model]]]) -> dict[str, Model]:
-    """Return the models, `OLD` and `NEW`, that all scores are about; ``tables`` has the folder and
-    the "ids" of each: the first is the old one, the last the new one, a single one the new one.
-    InputError: they are about different ones.
+def models_of(tables: Sequence[tuple[str, Sequence[ModelId]]]) -> dict[str, ModelId]:
+    """Return the models, `OLD` and `NEW`, that all scores are about. ``tables`` has the folder and
+    the "ids" of each: the first model is the old one, the last the new one, a single one the new
+    one. InputError: the scores are about different models.
     """
-    found: dict[str, tuple[str, Model]] = {}
+    first: dict[str, tuple[str, ModelId]] = {}
     for folder, models in tables:
         pair = [(NEW, model) for model in models[-1:]]
         if len(models) > 1:
             pair.insert(0, (OLD, models[0]))
         for key, model in pair:
-            first, known = found.setdefault(key, (folder, model))
-            if known.id != model.id:
+            first_folder, first_model = first.setdefault(key, (folder, model))
+            if first_model.id != model.id:
                 raise InputError(
-                    f"scores: expected scores of one {key} model, got {first} of {known} and"
-                    f" {folder} of {model}"
+                    f"scores: expected scores of one {key} model, got {first_folder} of"
+                    f" {first_model} and {folder} of {model}"
                 )
-    return {key: found[key][1] for key in (OLD, NEW) if key in found}
+    return {key: first[key][1] for key in (OLD, NEW) if key in first}
 
 
 def percent(score: Mapping[str, float]) -> str:
-    """A share with its interval."""
+    """Format a share with its interval."""
     value, low, high = (100 * score[key] for key in ("value", "low", "high"))
     return f"{value:.1f} % ({low:.1f} to {high:.1f})"
 
 
-def scores_of(stage: str, table: Scores) -> dict[str, Score]:
-    """Return name -> value with interval, of what a stage called ``stage`` measured
-    (``scores.json``). Names begin with the stage's:
+def scores_of(stage: str, table: ScoresFile) -> dict[str, MetricValue]:
+    """Return name -> value with interval, from the ``scores.json`` of a stage called ``stage``.
+    Names begin with the stage's:
 
     - of winrate: winrate.rate, winrate.length, ...;
     - of eval of several models: eval.bits_per_byte (the last model's, divided by the first's; no
@@ -122,38 +126,39 @@ def scores_of(stage: str, table: Scores) -> dict[str, Score]:
     - of safety: safety.SCORE of the last model, and of several models safety.SCORE.change, the last
       model's less the first's.
     """
-    named = {**table.get("scores", {})}
+    scores = {**table.get("scores", {})}
     models = [*table.get("models", {}).values()]
     if models:
         first, last = models[0], models[-1]
         for name, score in last.get("scores", {}).items():
-            named[name] = score
+            scores[name] = score
             if len(models) > 1 and (before := first.get("scores", {}).get(name)):
-                named[f"{name}.change"] = difference(score, before)
+                scores[f"{name}.change"] = difference(score, before)
         if "bits_per_byte" in last and "bits_per_byte" in first:
             ratio = last["bits_per_byte"] / first["bits_per_byte"]
-            named["bits_per_byte"] = _score(ratio, ratio, ratio, last.get("tokens", 0))
+            scores["bits_per_byte"] = _score(ratio, ratio, ratio, last.get("tokens", 0))
         for task in table.get("tasks", ()):
             for row in task["compared"]:
-                named[f"{task['name']}.{row['measure']}"] = _score(
+                scores[f"{task['name']}.{row['measure']}"] = _score(
                     row["difference"], row["low"], row["high"], row["n"]
                 )
-    return {f"{stage}.{name}": score for name, score in named.items()}
+    return {f"{stage}.{name}": score for name, score in scores.items()}
 
 
-def _score(value: float | None, low: float | None, high: float | None, n: int) -> Score:
+def _score(value: float | None, low: float | None, high: float | None, n: int) -> MetricValue:
     return {"value": value, "low": low, "high": high, "n": n}
 
 
-def difference(new: Score, old: Score) -> Score:
-    """Return new less old from their own intervals (Zou and Donner 2008, doi:10.1002/sim.3095). The
-    items are the same, so that the true interval is no wider. Without one interval there is none.
+def difference(new: MetricValue, old: MetricValue) -> MetricValue:
+    """Return new less old, with an interval from their own intervals (Zou and Donner 2008,
+    doi:10.1002/sim.3095). The items are the same, so that the true interval is no wider. If one has
+    no interval, the difference has none.
     """
     numbers = [score[key] for score in (new, old) for key in ("value", "low", "high")]
-    known = [number for number in numbers if number is not None]
+    finite = [number for number in numbers if number is not None]
     ends: tuple[float | None, float | None, float | None] = (None, None, None)
-    if len(known) == len(numbers):
-        value, low, high, before, before_low, before_high = known
+    if len(finite) == len(numbers):
+        value, low, high, before, before_low, before_high = finite
         change = value - before
         down = math.hypot(value - low, before_high - before)
         up = math.hypot(high - value, before - before_low)

@@ -1,4 +1,4 @@
-"""A `fastlm serve` process on this machine, and a client of it."""
+"""Run a `fastlm serve` process on this machine, and send requests to it."""
 
 import http.client
 import json
@@ -17,10 +17,10 @@ from fastlm.errors import InputError
 from fastlm.files import make_folder
 from fastlm.serve.options import ADMIN_KEYS_VARIABLE, KEYS_VARIABLE
 
-NAME = "served"
+MODEL_NAME = "served"
 START_SECONDS, END_SECONDS = 600, 60
 ANSWER_SECONDS = 660  # the server itself ends an answer after 600
-# The server ends when its starter is killed (PR_SET_PDEATHSIG, SIGTERM); that may already be so
+# The server ends when its parent is killed (PR_SET_PDEATHSIG, SIGTERM), which may be so already
 _START = """
 import ctypes, os, sys
 ctypes.CDLL(None).prctl(1, 15)
@@ -32,8 +32,8 @@ main()
 
 
 @dataclass(frozen=True)
-class Reply:
-    """``status``: of HTTP, 0 where the connection broke. ``seconds``: until the last byte."""
+class HttpReply:
+    """A response. ``status``: of HTTP, 0 if the connection broke. ``seconds``: to its last byte."""
 
     status: int
     body: Mapping[str, Any]
@@ -41,15 +41,15 @@ class Reply:
 
 
 @dataclass(frozen=True)
-class Served:
-    """A running server. ``key``: what its clients send."""
+class LocalServer:
+    """A running server. ``key``: the API key of its clients."""
 
     process: "subprocess.Popen[bytes]"
     port: int
     log: Path
     key: str = field(repr=False)
 
-    def post(self, path: str, body: Mapping[str, Any]) -> Reply:
+    def post(self, path: str, body: Mapping[str, Any]) -> HttpReply:
         """Send a request. InputError: the server has ended."""
         began = time.perf_counter()
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=ANSWER_SECONDS)
@@ -57,13 +57,13 @@ class Served:
             headers = {"Content-Type": "application/json", "Authorization": f"Bearer {self.key}"}
             connection.request("POST", path, json.dumps(body).encode(), headers)
             response = connection.getresponse()
-            status, told = response.status, json.loads(response.read())
+            status, content = response.status, json.loads(response.read())
         except (OSError, http.client.HTTPException, ValueError):
-            status, told = 0, {}
+            status, content = 0, {}
             self._check_alive()
         finally:
             connection.close()
-        return Reply(status, told, time.perf_counter() - began)
+        return HttpReply(status, content, time.perf_counter() - began)
 
     def _check_alive(self) -> None:
         try:
@@ -74,35 +74,36 @@ class Served:
 
 
 @contextmanager
-def serving(
+def run_local_server(
     model: Path,
     database: Path,
     log: Path,
     threads: int,
     *options: str,
-    name: str = NAME,
+    name: str = MODEL_NAME,
     admin_key: str | None = None,
-) -> Iterator[Served]:
-    """Context: `fastlm serve` with ``model`` on a free port of this machine, which keeps feedback
-    in ``database``. ``log``: the file of what it says. ``options``: more of its command line.
-    ``name``: of the model, for its clients. It takes one key, made here, and ``admin_key``: the
-    caller's are for other servers, and without any every user of this machine could give feedback.
+) -> Iterator[LocalServer]:
+    """Context: `fastlm serve` with ``model`` on a free port of this machine, which stores feedback
+    in ``database``. ``log``: the file of its output. ``options``: more of its command line.
+    ``name``: the model's name in requests. The server accepts one new key, and ``admin_key``. It
+    does not accept the caller's keys, which are for other servers; without a key, every user of
+    this machine could give feedback.
 
-    InputError: the server does not start; the last line that it said is the reason.
+    InputError: the server does not start; the last line of its log is the reason.
     """
     make_folder(log.parent)
-    words = ["serve", "--model", str(model), "--port", "0", "--name", name]
-    words += ["--feedback", str(database), "--threads", str(threads), *options]
+    arguments = ["serve", "--model", str(model), "--port", "0", "--name", name]
+    arguments += ["--feedback", str(database), "--threads", str(threads), *options]
     key = secrets.token_hex(16)
     environment = os.environ | {KEYS_VARIABLE: key, ADMIN_KEYS_VARIABLE: admin_key or ""}
     with open(log, "wb") as file:
         process = subprocess.Popen(
-            [sys.executable, "-P", "-c", _START, str(os.getpid()), *words],
+            [sys.executable, "-P", "-c", _START, str(os.getpid()), *arguments],
             stdin=subprocess.DEVNULL, stdout=file, stderr=file,
             env=environment,
         )  # fmt: skip
     try:
-        yield Served(process, _port(process, log), log, key)
+        yield LocalServer(process, _port(process, log), log, key)
     finally:
         process.terminate()
         try:
@@ -113,7 +114,7 @@ def serving(
 
 
 def _port(process: "subprocess.Popen[bytes]", log: Path) -> int:
-    """Wait until the server says that it is ready; return its port."""
+    """Wait until the log has the event "ready"; return the port of the server."""
     until = time.monotonic() + START_SECONDS
     while time.monotonic() < until:
         ended = process.poll() is not None
@@ -127,22 +128,22 @@ def _port(process: "subprocess.Popen[bytes]", log: Path) -> int:
 
 
 def _ended(process: "subprocess.Popen[bytes]", log: Path) -> InputError:
-    said = ["it said nothing", *_read(log)[1]][-1]
+    message = ["its log is empty", *_read(log)[1]][-1]
     return InputError(
         f"the server ended with status {process.returncode}:"
-        f" {said.removeprefix('fastlm: ')[:300]} ({log})"
+        f" {message.removeprefix('fastlm: ')[:300]} ({log})"
     )
 
 
 def _read(log: Path) -> tuple[list[dict[str, Any]], list[str]]:
-    """The events of a log, and its other lines."""
+    """Return the events of a log, and its other lines."""
     events, others = [], []
     for line in filter(str.strip, log.read_text("utf-8", "replace").splitlines()):
-        found = None
+        event = None
         with suppress(ValueError):
-            found = json.loads(line)
-        if isinstance(found, dict) and "event" in found:
-            events.append(found)
+            event = json.loads(line)
+        if isinstance(event, dict) and "event" in event:
+            events.append(event)
         else:
             others.append(line)
     return events, others

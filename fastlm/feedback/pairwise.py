@@ -1,4 +1,4 @@
-"""Answers of two models to the same prompts, their scores by a judge, and what follows."""
+"""Compare two models by their answers to the same prompts and the scores of a judge."""
 
 import json
 import math
@@ -15,68 +15,72 @@ from fastlm.inference.engine import Engine
 from fastlm.inference.requests import Completion, Request, request_seed
 from fastlm.inference.sampling import Sampling
 from fastlm.model.load import load_model
-from fastlm.model.reward_model import RewardModel, scored_tokens, scores
+from fastlm.model.reward_model import RewardModel, scored_tokens
+from fastlm.model.reward_model import scores as score_conversations
 from fastlm.progress import silent
 from fastlm.stats.intervals import Interval, clustered_wilson, compare, wilson
 from fastlm.tokenizer.load import load_tokenizer
 from fastlm.tokenizer.tokenizer import Tokenizer
 
 
-def answer(
+def generate_answers(
     model: str | Path,
     prompts: Sequence[Prompt],
     *,
-    answers: int = 1,
+    num_generations: int = 1,
     max_new_tokens: int = 256,
     temperature: float = 0.7,
     seed: int = 0,
     track: Callable = silent,
 ) -> list[Completion]:
-    """Return ``answers`` answers to each prompt, those to one prompt together. An answer depends on
-    model, prompt and seed alone.
+    """Return ``num_generations`` answers to each prompt, those to one prompt together. An answer
+    depends only on model, prompt and seed.
     """
-    loaded, tokenizer = load_model(model)
-    engine = Engine(loaded, tokenizer)
+    loaded_model, tokenizer = load_model(model)
+    engine = Engine(loaded_model, tokenizer)
     requests = []
     for prompt in prompts:
         tools: dict[str, Any] = {} if prompt.tools is None else {"tools": prompt.tools}
         ids = tokenizer.encode_chat(prompt.messages, **tools)
-        for i in range(answers):
-            own = request_seed(seed, prompt.key(), i)
-            requests.append(Request(ids, max_new_tokens, Sampling(temperature), seed=own))
+        for i in range(num_generations):
+            answer_seed = request_seed(seed, prompt.key(), i)
+            requests.append(Request(ids, max_new_tokens, Sampling(temperature), seed=answer_seed))
     bar = iter(track(range(len(requests)), "answering", unit="answers"))
     completions = engine.generate(requests, on_completion=lambda _: next(bar, None))
     next(bar, None)
-    if failed := [one.error for one in completions if one.error]:
-        raise InputError(f"{model}: expected a model that answers, got: {failed[0]}")
+    if errors := [c.error for c in completions if c.error]:
+        raise InputError(f"{model}: expected a model that answers, got: {errors[0]}")
     return completions
 
 
-def judged(
+def judge_answers(
     judges: Sequence[Path],
     prompts: Sequence[Prompt],
-    answered: Sequence[Sequence[str]],
+    answers: Sequence[Sequence[str]],
     warn: Callable[[str], None] = lambda line: None,
 ) -> list[list[float]]:
-    """Return the mean score of every answer by the reward models ``judges``, whose scores have one
-    scale (standard deviations over the answers of their training). An empty answer has the lowest
-    score of all: no template writes one.
+    """Return the mean score of every answer by the reward models ``judges``. Their scores have the
+    same scale (standard deviations over the answers of their training). An empty answer has the
+    lowest score of all, since chat templates have none.
     """
-    talks = []
-    for texts in answered:
+    conversations = []
+    for texts in answers:
         for i, text in enumerate(texts):
-            asked = prompts[i // (len(texts) // len(prompts))].messages
+            prompt = prompts[i // (len(texts) // len(prompts))].messages
             if text.strip():
-                talks.append([*asked, {"role": "assistant", "content": text}])
+                conversations.append([*prompt, {"role": "assistant", "content": text}])
     # one judge in memory at a time
-    points = [fmean(p) for p in zip(*(scores(*_judge(j), talks).tolist() for j in judges))]
-    least, following = min(points, default=0.0), iter(points)
-    if empty := sum(map(len, answered)) - len(points):
+    by_judge = (
+        score_conversations(*_load_judge(judge), conversations).tolist() for judge in judges
+    )
+    means = [fmean(values) for values in zip(*by_judge)]
+    lowest, remaining = min(means, default=0.0), iter(means)
+    if empty := sum(map(len, answers)) - len(means):
         warn(f"empty answers have the lowest score of all: {empty:,}")
-    return [[next(following) if text.strip() else least for text in texts] for texts in answered]
+    return [[next(remaining) if text.strip() else lowest for text in texts] for texts in answers]
 
 
-def _judge(path: Path) -> tuple[RewardModel, Tokenizer]:
+def _load_judge(path: Path) -> tuple[RewardModel, Tokenizer]:
     model = RewardModel.from_pretrained(path)
     return model, load_tokenizer(path, model.config.to_dict())
 
@@ -89,26 +93,26 @@ def judge_accuracy(
     confidence: float = 0.95,
     warn: Callable[[str], None] = lambda line: None,
 ) -> dict[str, Any] | None:
-    """Return how often the mean score of the reward models prefers what preferences that they have
-    not been trained on say: "value" (a tie counts half) of "n" rows, each of which counts once,
-    however many pairs it has, with an interval (`clustered_wilson`). None where ``sources`` hold
-    none; ``warn`` is told of rows beyond a judge's context.
+    """Return how often the mean score of the reward models agrees with preferences that they have
+    not been trained on: "value" (a tie counts half) of "n" rows, with an interval
+    (`clustered_wilson`). A row counts once, however many pairs it has. Return None if ``sources``
+    have no preferences. ``warn`` is called if rows exceed a judge's context.
     """
     rows = [row for row in read_preferences(sources, cache=cache) if isinstance(row, Comparison)]
     rows = [row for row in rows if row.pairs()]
     if not rows:
         return None
-    told = [_points_of_rows(path, rows) for path in judges]
+    by_judge = [_score_rows(path, rows) for path in judges]
     right, prompts = [], []
-    for row, found in zip(rows, zip(*told, strict=True), strict=True):
-        known = [points for points in found if points is not None]
-        if len(known) == len(judges):
-            points = [fmean(of_one) for of_one in zip(*known, strict=True)]
-            pairs = zip(points[::2], points[1::2], strict=True)
+    for row, row_scores in zip(rows, zip(*by_judge, strict=True), strict=True):
+        in_context = [values for values in row_scores if values is not None]
+        if len(in_context) == len(judges):
+            means = [fmean(values) for values in zip(*in_context, strict=True)]
+            pairs = zip(means[::2], means[1::2], strict=True)
             right.append(fmean(1.0 if a > b else 0.5 if a == b else 0.0 for a, b in pairs))
             prompts.append(json.dumps(said(row.prompt)))
-    if left := len(rows) - len(right):
-        warn(f"{left:,} of {len(rows):,} preferences that measure the judge exceed its context")
+    if skipped := len(rows) - len(right):
+        warn(f"{skipped:,} of {len(rows):,} preferences that measure the judge exceed its context")
     if not right:
         return None
     interval = clustered_wilson(right, prompts, confidence)
@@ -118,57 +122,67 @@ def judge_accuracy(
     }  # fmt: skip
 
 
-def _points_of_rows(judge: Path, rows: Sequence[Comparison]) -> list[list[float] | None]:
-    """Per row, the scores of its pairs' answers, the better one of each first; None where one
+def _score_rows(judge: Path, rows: Sequence[Comparison]) -> list[list[float] | None]:
+    """Return per row the scores of its pairs' answers, the better one of each first; None if one
     exceeds the judge's context."""
-    model, tokenizer = _judge(judge)
+    model, tokenizer = _load_judge(judge)
     texts = [
-        [scored_tokens(tokenizer, [*p.prompt, *one]) for p in row.pairs() for one in p.answers]
+        [
+            scored_tokens(tokenizer, [*p.prompt, *answer])
+            for p in row.pairs()
+            for answer in p.answers
+        ]
         for row in rows
     ]
-    fits = [max(map(len, own)) <= model.trunk.context_limit for own in texts]
-    asked = [text for own, fit in zip(texts, fits, strict=True) if fit for text in own]
-    points = iter(model.score(asked).tolist() if asked else [])
+    fits = [max(map(len, row)) <= model.trunk.context_limit for row in texts]
+    batch = [text for row, fit in zip(texts, fits, strict=True) if fit for text in row]
+    values = iter(model.score(batch).tolist() if batch else [])
     return [
-        [next(points) for _ in own] if fit else None for own, fit in zip(texts, fits, strict=True)
+        [next(values) for _ in row] if fit else None for row, fit in zip(texts, fits, strict=True)
     ]
 
 
-def compared(
+def compare_models(
     old: Sequence[Completion],
     new: Sequence[Completion],
-    points: Sequence[Sequence[float]],
-    answers: int,
+    scores: Sequence[Sequence[float]],
+    num_generations: int,
     confidence: float,
 ) -> dict[str, Any]:
-    """Return how often the new answers win, and what else has changed.
+    """Return how often the new answers win, and other changes.
 
-    "scores" has, per name, a value with its interval ``low`` to ``high`` (None where one prompt
-    tells none) and ``n`` prompts:
+    "scores" has, per name, a value with its interval ``low`` to ``high`` (None for a single prompt)
+    and ``n`` prompts:
 
-    - rate: share of prompts that the new model wins, a tie counts half (`share`);
+    - rate: share of prompts that the new model wins, a tie counts half (`win_rate_interval`);
     - score: change of the judge's mean score, in standard deviations of its training;
     - length: mean tokens of the new answers, divided by the old model's;
     - ended: share of the new answers that ended by themselves;
-    - distinct: how many different answers there are, divided by the old model's; below 1 the new
-      model says the same to more prompts.
+    - distinct: number of different answers, divided by the old model's; below 1 the new model
+      repeats its answers more.
     """
-    before, now = points
+    before, now = scores
     wins = [1.0 if b > a else 0.5 if a == b else 0.0 for a, b in zip(before, now, strict=True)]
-    prompts = len(wins) // answers
-    clusters = [str(i // answers) for i in range(len(wins))] if answers > 1 else None
-    won = share(wins, answers, confidence)
+    prompts = len(wins) // num_generations
+    clusters = None
+    if num_generations > 1:
+        clusters = [str(i // num_generations) for i in range(len(wins))]
+    rate = win_rate_interval(wins, num_generations, confidence)
     score = compare(now, before, clusters=clusters, confidence=confidence)
-    lengths = [[float(len(one.token_ids)) for one in texts] for texts in (new, old)]
-    longer = compare(*lengths, clusters=clusters, confidence=confidence)
-    usual = max(1e-9, fmean(lengths[1]))
-    ended = wilson(sum(one.ended for one in new) / answers, prompts, confidence)
-    distinct = len({one.text for one in new}) / max(1, len({one.text for one in old}))
-    measured = {
-        "rate": (fmean(wins), won.low, won.high),
+    lengths = [[float(len(c.token_ids)) for c in answers] for answers in (new, old)]
+    length = compare(*lengths, clusters=clusters, confidence=confidence)
+    old_length = max(1e-9, fmean(lengths[1]))
+    ended = wilson(sum(c.ended for c in new) / num_generations, prompts, confidence)
+    distinct = len({c.text for c in new}) / max(1, len({c.text for c in old}))
+    values = {
+        "rate": (fmean(wins), rate.low, rate.high),
         "score": (score.difference, score.low, score.high),
-        "length": (fmean(lengths[0]) / usual, 1 + longer.low / usual, 1 + longer.high / usual),
-        "ended": (fmean(one.ended for one in new), ended.low, ended.high),
+        "length": (
+            fmean(lengths[0]) / old_length,
+            1 + length.low / old_length,
+            1 + length.high / old_length,
+        ),
+        "ended": (fmean(c.ended for c in new), ended.low, ended.high),
         "distinct": (distinct, distinct, distinct),
     }
     return {
@@ -181,16 +195,19 @@ def compared(
                 "n": prompts,
                 "better": "" if name in ("length", "distinct") else "higher",
             }
-            for name, (value, low, high) in measured.items()
+            for name, (value, low, high) in values.items()
         },
-        "compared": {
+        "outcomes": {
             "wins": wins.count(1.0), "ties": wins.count(0.5), "losses": wins.count(0.0),
-            "new": fmean(now), "old": fmean(before), "p": score.p, "test": score.test,
+            "new_score": fmean(now), "old_score": fmean(before), "p": score.p, "test": score.test,
         },
     }  # fmt: skip
 
 
-def share(wins: Sequence[float], answers: int, confidence: float = 0.95) -> Interval:
-    """Return Wilson's interval of the mean of ``wins`` (0, 0.5 or 1), where each ``answers`` in a
-    row are to one prompt (`fastlm.stats.intervals.clustered_wilson`)."""
-    return clustered_wilson(wins, [i // answers for i in range(len(wins))], confidence)
+def win_rate_interval(
+    wins: Sequence[float], num_generations: int, confidence: float = 0.95
+) -> Interval:
+    """Return Wilson's interval of the mean of ``wins`` (0, 0.5 or 1), of which ``num_generations``
+    in a row belong to one prompt (`fastlm.stats.intervals.clustered_wilson`)."""
+    clusters = [i // num_generations for i in range(len(wins))]
+    return clustered_wilson(wins, clusters, confidence)

@@ -1,4 +1,4 @@
-"""The stage `WinRate`: a new model and an old one answer the same prompts, and a judge chooses."""
+"""The stage `WinRate`: a judge compares the answers of a new and an old model."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -20,47 +20,52 @@ SCORES, ANSWERS = "scores.json", "answers.jsonl"
 
 @dataclass(frozen=True)
 class WinRate(Stage):
-    """How often the answers of a new model are better than those of the old one to the same
-    prompts, by a reward model that has not trained the new one.
+    """Measure how often the answers of a new model beat those of the old one to the same prompts,
+    by a reward model that has not trained the new one.
 
-    A reward model reads one answer at a time, so that there is no order of two answers to favour.
-    Several judges, equal but for their seeds, score by their mean: each errs less than one alone.
+    A reward model reads one answer at a time, so that the order of two answers has no effect. If
+    several judges are given, which differ in their seeds, the mean of their scores counts: it errs
+    less than each alone.
     """
 
     kind = "winrate"
     command = ("winrate",)
     version = 5
     inputs = {
-        "model": InputSpec(("model", "quantized"), "The new model: as for eval", flag="m"),
+        "model": InputSpec(("model", "quantized"), "The new model, as for eval", flag="m"),
         "old": InputSpec(("model", "quantized"), "The model that serves now", default=False),
-        "judge": InputSpec(
-            ("reward",), "Reward models that neither has been trained with", several=True
-        ),
+        "judge": InputSpec(("reward",), "Reward models that trained neither model", several=True),
         "feedback": InputSpec(
-            ("feedback",), "What `fastlm feedback build` made: prompts of test/", optional=True
+            ("feedback",),
+            "The output of `fastlm feedback build`, for the prompts of test/",
+            optional=True,
         ),
     }
     outputs = {"scores": SCORES}
-    result = {"prompts": int, "scores": dict[str, dict[str, Any]], "compared": dict[str, Any]}
+    result = {"prompts": int, "scores": dict[str, dict[str, Any]], "outcomes": dict[str, Any]}
 
-    data: Annotated[tuple[str, ...], "Prompts, as for ppo, in place of those of the feedback"] = ()
-    labelled: Annotated[
-        tuple[str, ...],
-        "Preferences that the judge has not been trained on, in place of those of the feedback's"
-        " test/: how often is it right?",
+    data: Annotated[
+        tuple[str, ...], "Use these prompts, as for ppo, instead of the feedback's"
     ] = ()
-    limit: Annotated[int, "Prompts, the first ones in an order that only they decide"] = 200
-    answers: Annotated[int, "Answers of each model to a prompt"] = 1
-    max_new_tokens: Annotated[int, "Most tokens per answer"] = 256
-    temperature: Annotated[float, "Of sampling; 0: always the likeliest token"] = 0.7
+    preferences: Annotated[
+        tuple[str, ...],
+        "Measure the judge's accuracy on these held-out preferences, instead of those of the"
+        " feedback's test/",
+    ] = ()
+    limit: Annotated[int, "Use at most so many prompts, in an order that depends only on them"] = (
+        200
+    )
+    num_generations: Annotated[int, "Answers per model and prompt"] = 1
+    max_new_tokens: Annotated[int, "Maximum number of tokens per answer"] = 256
+    temperature: Annotated[float, "Sampling temperature; 0 is greedy"] = 0.7
     seed: Annotated[int, "Seed of the answers"] = 0
-    confidence: Annotated[float, "Of the intervals"] = 0.95
+    confidence: Annotated[float, "Confidence level of the intervals"] = 0.95
 
     def check(self) -> None:
-        at_least_one(self, "limit", "answers", "max_new_tokens")
+        at_least_one(self, "limit", "num_generations", "max_new_tokens")
         if self.temperature < 0:
             raise InputError(f"temperature: expected 0 or more, got {self.temperature}")
-        if self.answers > 1 and not self.temperature:
+        if self.num_generations > 1 and not self.temperature:
             raise InputError("temperature: expected above 0 for several answers, got 0")
         if not 0 < self.confidence < 1:
             raise InputError(f"confidence: expected between 0 and 1, got {self.confidence}")
@@ -71,11 +76,16 @@ class WinRate(Stage):
         return {}
 
     def digest_inputs(self, input_digest: InputDigest) -> Any:
-        return input_digest.hash_sources((*self.data, *self.labelled), FORMATS)
+        return input_digest.hash_sources((*self.data, *self.preferences), FORMATS)
 
     def run(self, ctx: StageContext) -> dict[str, Any]:
         from fastlm.evals.suite import ids_of
-        from fastlm.feedback.pairwise import answer, compared, judge_accuracy, judged
+        from fastlm.feedback.pairwise import (
+            compare_models,
+            generate_answers,
+            judge_accuracy,
+            judge_answers,
+        )
 
         self.plan(ctx.inputs)
         prompts = self._prompts(ctx)
@@ -87,31 +97,35 @@ class WinRate(Stage):
                 f"judge: expected different reward models, got {names}, two of them equal"
             )
         old, new = (
-            answer(
-                ctx.path(key), prompts, answers=self.answers, max_new_tokens=self.max_new_tokens,
-                temperature=self.temperature, seed=self.seed, track=ctx.track,
+            generate_answers(
+                ctx.path(key), prompts, num_generations=self.num_generations,
+                max_new_tokens=self.max_new_tokens, temperature=self.temperature, seed=self.seed,
+                track=ctx.track,
             )
             for key in ("old", "model")
         )  # fmt: skip
-        paths = [given.path for given in ctx.inputs["judge"]]
-        texts = [[one.text for one in answers] for answers in (old, new)]
-        points = judged(paths, prompts, texts, ctx.warning)
-        result: dict[str, Any] = compared(old, new, points, self.answers, self.confidence)
+        paths = [judge.path for judge in ctx.inputs["judge"]]
+        texts = [[completion.text for completion in answers] for answers in (old, new)]
+        scores = judge_answers(paths, prompts, texts, ctx.warning)
+        result: dict[str, Any] = compare_models(
+            old, new, scores, self.num_generations, self.confidence
+        )
         result |= {"ids": ids, "judges": judges}
-        if labelled := self._labelled(ctx):
+        if preferences := self._preferences(ctx):
             accuracy = judge_accuracy(
-                paths, labelled, cache=ctx.cache_dir, confidence=self.confidence, warn=ctx.warning,
+                paths, preferences, cache=ctx.cache_dir, confidence=self.confidence,
+                warn=ctx.warning,
             )  # fmt: skip
             if accuracy is not None:
                 result["scores"]["judge"] = accuracy
-        write_text(ctx.out / ANSWERS, _lines(prompts, texts, points))
+        write_text(ctx.out / ANSWERS, _answer_lines(prompts, texts, scores))
         write_json(ctx.out / SCORES, result)
         return result
 
-    def _labelled(self, ctx: StageContext) -> list[str]:
-        """Return where comparisons are that nothing was trained on."""
-        if self.labelled or not ctx.inputs.get("feedback"):
-            return list(self.labelled)
+    def _preferences(self, ctx: StageContext) -> list[str]:
+        """Return the files of preferences that were never trained on."""
+        if self.preferences or not ctx.inputs.get("feedback"):
+            return list(self.preferences)
         path = ctx.path("feedback") / "test" / "preferences.jsonl"
         return [str(path)] if path.is_file() and path.stat().st_size else []
 
@@ -128,27 +142,27 @@ class WinRate(Stage):
                     " build it with a larger test"
                 )
             sources = [str(path)]
-        found = {one.key(): one for one in read_prompts(sources, cache=ctx.cache_dir)}
-        if not found:
+        prompts = {p.key(): p for p in read_prompts(sources, cache=ctx.cache_dir)}
+        if not prompts:
             raise InputError(f"data: expected prompts, got none in {', '.join(sources)}")
-        return sorted(found.values(), key=hash_fraction)[: self.limit]
+        return sorted(prompts.values(), key=hash_fraction)[: self.limit]
 
     def summary(self, result: Mapping[str, Any], ctx: StageContext) -> str:
         del ctx
-        won = result["scores"]["rate"]
+        rate = result["scores"]["rate"]
         return (
-            f"the new model wins {percent(won)} of {result['prompts']:,} prompts (ties count half);"
-            f" its answers are {result['scores']['length']['value']:.2f} times as long;"
-            f" {_who(result)} is right in {_judge(result['scores'])}"
+            f"the new model wins {percent(rate)} of {result['prompts']:,} prompts (ties count"
+            f" half); its answers are {result['scores']['length']['value']:.2f} times as long;"
+            f" {_judge_name(result)} agrees with {_judge(result['scores'])}"
         )
 
     def report(self, ctx: StageContext, result: Mapping[str, Any]) -> ReportSection:
-        scores, compared = result["scores"], result["compared"]
+        scores, outcomes = result["scores"], result["outcomes"]
         facts = {
-            f"{_who(result)} is right in": _judge(scores),
-            "wins, ties, losses": "{wins:,}, {ties:,}, {losses:,}".format(**compared),
-            "mean score": f"{compared['old']:+.3f} before, {compared['new']:+.3f} now"
-            f" (p {compared['p']:.4f})",
+            f"{_judge_name(result)} agrees with": _judge(scores),
+            "wins, ties, losses": "{wins:,}, {ties:,}, {losses:,}".format(**outcomes),
+            "mean score": f"{outcomes['old_score']:+.3f} before, {outcomes['new_score']:+.3f} now"
+            f" (p {outcomes['p']:.4f})",
             "length": f"{scores['length']['value']:.2f} times that of before"
             f" ({_interval(scores['length'])})",
             "ended by themselves": percent(scores["ended"]),
@@ -156,41 +170,41 @@ class WinRate(Stage):
         }
         return ReportSection(
             "The new model against the old one",
-            "Both answered the same prompts, which the training on feedback did not use. They"
-            f" are judged by {_who(result)}, reward models that have trained neither: read how"
-            f" often that is right before its verdict. {ctx.out / ANSWERS} has the answers.",
+            "Both models answered the same prompts, which the training on feedback did not use."
+            f" They are judged by {_judge_name(result)}, a reward model that trained neither: read"
+            f" its accuracy before the win rate. {ctx.out / ANSWERS} has the answers.",
             facts=facts,
             cards=[(percent(scores["rate"]), "of prompts are won by the new model")],
         )
 
 
-def _who(result: Mapping[str, Any]) -> str:
+def _judge_name(result: Mapping[str, Any]) -> str:
     count = len(result.get("judges", ()))
     return f"the mean of {count} judges" if count > 1 else "the judge"
 
 
 def _judge(scores: Mapping[str, Mapping[str, Any]]) -> str:
-    found = scores.get("judge")
-    if found is None:
-        return "an unknown share (no preferences to measure it with)"
-    return f"{percent(found)} of {found['n']:,} preferences that it has not seen"
+    accuracy = scores.get("judge")
+    if accuracy is None:
+        return "an unknown share of preferences (there are none to measure it on)"
+    return f"{percent(accuracy)} of {accuracy['n']:,} held-out preferences"
 
 
 def _interval(score: Mapping[str, Any]) -> str:
     if score["low"] is None or score["high"] is None:
-        return "one prompt tells no interval"
+        return "no interval for a single prompt"
     return f"{score['low']:.2f} to {score['high']:.2f}"
 
 
-def _lines(
-    prompts: "Sequence[Prompt]", texts: Sequence[Sequence[str]], points: Sequence[Sequence[float]]
+def _answer_lines(
+    prompts: "Sequence[Prompt]", texts: Sequence[Sequence[str]], scores: Sequence[Sequence[float]]
 ) -> str:
-    answers = len(texts[0]) // len(prompts)
+    num_generations = len(texts[0]) // len(prompts)
     rows = [
         {
-            "prompt": prompts[i // answers].messages, "old": old, "new": new,
+            "prompt": prompts[i // num_generations].messages, "old": old, "new": new,
             "score_old": round(before, 4), "score_new": round(now, 4),
         }
-        for i, (old, new, before, now) in enumerate(zip(*texts, *points, strict=True))
+        for i, (old, new, before, now) in enumerate(zip(*texts, *scores, strict=True))
     ]  # fmt: skip
     return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)

@@ -142,13 +142,13 @@ CASES = [
     Case(
         "simulate",
         "feedback simulate chats.jsonl --model base --reward-model reward --limit 6 --users 3"
-        " --reviews 1 --max-new-tokens 6 --clients 1 -o {out} --json --threads 1",
+        " --reviewers 1 --max-new-tokens 6 --clients 1 -o {out} --json --threads 1",
         ("reward",),
     ),
     Case(
         "winrate",
-        "winrate --model sft --old base --judge reward --data prompts.jsonl --labelled pairs.jsonl"
-        " --limit 6 --max-new-tokens 6 -o {out} --json --threads 1",
+        "winrate --model sft --old base --judge reward --data prompts.jsonl"
+        " --preferences pairs.jsonl --limit 6 --max-new-tokens 6 -o {out} --json --threads 1",
         ("sft", "reward"),
     ),
     Case(

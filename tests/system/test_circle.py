@@ -33,7 +33,7 @@ from fastlm.stages import load_recipe
 RECIPES = ROOT / "recipes"
 SHORT = (
     "sft.batch_size=16", "sft.epochs=1", "judge.epochs=1", "dpo.epochs=1", "winrate.limit=6",
-    "winrate.answers=2",
+    "winrate.num_generations=2",
     "winrate.max_new_tokens=8", "eval.stride=128", "sft.sample_at=[]", "dpo.sample_at=[]",
     "sft.validations=1", "dpo.validations=1", "judge.validations=1",
 )  # fmt: skip
@@ -102,7 +102,7 @@ def test_one_round(tmp_path):
     hidden = told["hidden_winrate"]
     assert 0 <= hidden["low"] <= hidden["value"] <= hidden["high"] <= 1
     report = (run / "report.html").read_text()
-    assert "The new model against the old one" in report and "What users said" in report
+    assert "The new model against the old one" in report and "User feedback" in report
 
 
 def test_the_judges_are_measured_by_the_hidden_preference(tmp_path):

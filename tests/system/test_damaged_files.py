@@ -19,7 +19,7 @@ from fastlm.evals.results import RecordFile
 from fastlm.evals.safety.gates import failures, read_gates
 from fastlm.evals.task import MultipleChoice, OpenQuestion, Task
 from fastlm.feedback.forget import forget, report_lines
-from fastlm.feedback.gate import Decision
+from fastlm.feedback.gate import GateDecision
 from fastlm.feedback.gate_metrics import read_scores, scores_of
 from fastlm.pipeline.card import card
 from fastlm.pipeline.diff import diff, render
@@ -72,7 +72,7 @@ SCORES = {
     "ids": [{"name": "old", "id": ID}, {"name": "new", "id": ID}],
 }  # fmt: skip
 DECISION = {
-    "promoted": True, "gates": [{"score": "a", "passed": True, "why": ""}],
+    "promoted": True, "gates": [{"score": "a", "passed": True, "reason": ""}],
     "models": {"old": {"name": "a", "id": ID}},
 }  # fmt: skip
 GATES = '[[gate]]\nscore = "s.rate"\nmax = 0.5\n\n[[gate]]\nscore = "s.a"\nmin = -1e9\n'
@@ -159,7 +159,10 @@ KINDS = {
         use_registry,
     ),
     "scores.json": (json.dumps(SCORES).encode(), use_scores),
-    "decision.json": (json.dumps(DECISION).encode(), lambda path: read_document(path, Decision)),
+    "decision.json": (
+        json.dumps(DECISION).encode(),
+        lambda path: read_document(path, GateDecision),
+    ),
     "gates.toml": (GATES.encode(), read_gates),
     "open.jsonl": (jsonl({"version": 3}, *OPEN), use_records),
     "choices.jsonl": (jsonl({"version": 3}, *CHOICES), use_records),

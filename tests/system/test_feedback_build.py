@@ -26,7 +26,7 @@ from fastlm.feedback.feedback_items import read_feedback_items
 from fastlm.feedback.gate import Gate
 from fastlm.feedback.gate_metrics import read_scores, scores_of
 from fastlm.feedback.overlap import Overlap
-from fastlm.feedback.pairwise import compared, share
+from fastlm.feedback.pairwise import compare_models, win_rate_interval
 from fastlm.feedback.rater_weights import estimate_rater_weights
 from fastlm.feedback.stage import FeedbackBuild, _digest
 from fastlm.inference.requests import Completion
@@ -358,18 +358,21 @@ def test_more_answers_to_a_prompt_narrow_the_interval_of_wins_by_what_they_add()
     single = [float(draw.random() < 0.6) for _ in range(200)]
     alike = [win for win in single for _ in range(4)]  # three answers more say nothing new
     apart = [float(draw.random() < 0.6) for _ in range(800)]
-    one, four = share(single, 1), share(alike, 4)
+    one, four = win_rate_interval(single, 1), win_rate_interval(alike, 4)
     assert (one.low, one.high) == pytest.approx((four.low, four.high), abs=1e-3)
-    width = share(apart, 4).high - share(apart, 4).low
+    width = win_rate_interval(apart, 4).high - win_rate_interval(apart, 4).low
     assert 0.45 < width / (one.high - one.low) < 0.65  # half for independent answers
-    low = share([1.0] * 40, 4).low  # no more than ten prompts show
-    assert 0.6 < low <= share([1.0] * 10, 1).low and share([0.5] * 8, 4).low < 0.2
+    low = win_rate_interval([1.0] * 40, 4).low  # no more than ten prompts show
+    assert (
+        0.6 < low <= win_rate_interval([1.0] * 10, 1).low
+        and win_rate_interval([0.5] * 8, 4).low < 0.2
+    )
     # the true rate is in the interval as often as it says, where prompts differ
     held = 0
     for _ in range(200):
         wins = [float(draw.random() < rate) for rate in draw.choices((0.2, 1.0), k=100)
                 for _ in range(4)]  # fmt: skip
-        found = share(wins, 4)
+        found = win_rate_interval(wins, 4)
         held += found.low < 0.6 < found.high
     assert held > 180
 
@@ -379,7 +382,7 @@ def test_a_gate_reads_the_scores_of_one_prompt(tmp_path, answers):
     new, old = ([Completion([1] * (size + i), "a") for i in range(answers)] for size in (6, 5))
     points = [[0.0] * answers, [1.5 + i for i in range(answers)]]
     path = tmp_path / "scores.json"
-    path.write_text(json.dumps(compared(old, new, points, answers, 0.95)))
+    path.write_text(json.dumps(compare_models(old, new, points, answers, 0.95)))
     scores = scores_of("winrate", read_scores(path))
     assert scores["winrate.score"]["low"] is scores["winrate.length"]["high"] is None
 
@@ -390,10 +393,10 @@ def test_gates_decide_by_the_ends_of_intervals(tmp_path):
         Completion([1] * 5, "b", finish_reason="length" if i % 2 else "stop") for i in range(100)
     ]
     points = [[0.0] * 100, [1.0] * 70 + [0.0] * 10 + [-1.0] * 20]
-    told = compared(old, new, points, 1, 0.95)
+    told = compare_models(old, new, points, 1, 0.95)
     won = told["scores"]["rate"]
     assert won["value"] == 0.75 and 0.6 < won["low"] < 0.75 < won["high"] < 0.85
-    assert told["compared"]["wins"] == 70 and told["compared"]["ties"] == 10
+    assert told["outcomes"]["wins"] == 70 and told["outcomes"]["ties"] == 10
     assert told["scores"]["length"]["value"] == 1.2 and told["scores"]["distinct"]["value"] == 100
     (tmp_path / "winrate").mkdir()
     (tmp_path / "winrate" / "scores.json").write_text(json.dumps(told))

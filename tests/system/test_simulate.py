@@ -19,10 +19,10 @@ from fastlm.cli import app
 from fastlm.errors import InputError
 from fastlm.evals.suite import id_of, ids_of
 from fastlm.feedback.gate import Gate
-from fastlm.feedback.local_server import NAME, Served, serving
+from fastlm.feedback.local_server import MODEL_NAME, LocalServer, run_local_server
 from fastlm.feedback.promotion import Promotion
 from fastlm.feedback.simulate import DATABASE, LOG, Simulate
-from fastlm.feedback.simulated_users import Question, simulate_feedback, simulate_users
+from fastlm.feedback.simulated_users import AnsweredQuestion, simulate_feedback, simulate_users
 from fastlm.feedback.stage import FeedbackBuild
 from fastlm.feedback.winrate import WinRate
 from fastlm.model.reward_model import RewardModel
@@ -32,7 +32,7 @@ from fastlm.serve.feedback_store import FeedbackStore
 from fastlm.stages import load_recipe, run_recipe
 
 RECIPES = ROOT / "recipes"
-OPTIONS = {"limit": 24, "users": 6, "max_new_tokens": 8, "consent": 0.8, "clients": 4}
+OPTIONS = {"limit": 24, "users": 6, "max_new_tokens": 8, "consent_rate": 0.8, "clients": 4}
 
 
 @pytest.fixture(scope="module")
@@ -52,26 +52,28 @@ def made(tmp_path_factory):
     return folder
 
 
-def said_of(users, count=60, reviews=3):
-    asked = [Question(f"r{i}", ("a", "b"), (i / count, 0.5), f"right {i}") for i in range(count)]
-    return simulate_feedback(asked, users, reviews=reviews, liked=0.4, seed=1)
+def feedback_of(users, count=60, reviewers=3):
+    asked = [
+        AnsweredQuestion(f"r{i}", ("a", "b"), (i / count, 0.5), f"right {i}") for i in range(count)
+    ]
+    return simulate_feedback(asked, users, reviewers=reviewers, thumb_threshold=0.4, seed=1)
 
 
-def agreement(said):
-    found = [one.agrees for one in said if one.agrees is not None]
-    return sum(found) / len(found)
+def agreement(feedback):
+    agrees = [item.agrees for item in feedback if item.agrees is not None]
+    return sum(agrees) / len(agrees)
 
 
 def test_users_say_what_the_scores_say_but_for_noise_and_malice():
-    honest = said_of(simulate_users(10, 0.0, 0.1, seed=1))
+    honest = feedback_of(simulate_users(10, 0.0, 0.1, seed=1))
     assert 0.85 < agreement(honest) < 0.95
-    assert agreement(said_of(simulate_users(10, 0.0, 0.0, seed=1))) == 1
+    assert agreement(feedback_of(simulate_users(10, 0.0, 0.0, seed=1))) == 1
     assert {user.kind for user in simulate_users(10, 1.0, 0.0, seed=1)} == {"reversed", "random"}
-    bad = said_of(simulate_users(10, 1.0, 0.0, seed=1))
+    bad = feedback_of(simulate_users(10, 1.0, 0.0, seed=1))
     assert 0.1 < agreement(bad) < 0.4  # 0 of those who say the opposite, a half of the others
     assert (
         agreement(bad)
-        < agreement(said_of(simulate_users(10, 0.2, 0.1, seed=1)))
+        < agreement(feedback_of(simulate_users(10, 0.2, 0.1, seed=1)))
         < agreement(honest)
     )
     raters = {}
@@ -93,10 +95,12 @@ def test_users_say_what_the_scores_say_but_for_noise_and_malice():
 
 def corrections(references, malicious, number=200):
     """By question, what those who asked wrote; ``references`` repeat, for ``number`` users."""
-    asked = [Question(f"r{i}", ("a", "b"), (0.0, 0.0), text) for i, text in enumerate(references)]
+    asked = [
+        AnsweredQuestion(f"r{i}", ("a", "b"), (0.0, 0.0), text) for i, text in enumerate(references)
+    ]
     users, found = simulate_users(number, malicious, 0.0, seed=1), {}
     for i in range(0, number, len(asked)):
-        for one in simulate_feedback(asked, users[i:], reviews=1, liked=0.4, seed=i):
+        for one in simulate_feedback(asked, users[i:], reviewers=1, thumb_threshold=0.4, seed=i):
             if one.kind == "correction":
                 found.setdefault(one.body["response_id"], set()).add(one.body["corrected"])
     return found
@@ -132,16 +136,19 @@ kind = "feedback"
     assert database.read_bytes() == left
     told, rows = summary["stages"]["simulate"], summary["stages"]["feedback"]["rows"]
     assert told["questions"] == 24 and told["errors"] == 0
-    assert told["requests"] == 24 + sum(told["kinds"].values())
+    assert told["requests"] == 24 + sum(told["feedback_counts"].values())
     assert 0 < told["seconds_p50"] <= told["seconds_p99"] and told["tokens_per_second"] > 0
     assert 24 < told["tokens"] <= 2 * 8 * 24
-    liked = told["liked"]
-    assert liked["low"] <= liked["value"] <= liked["high"] and liked["n"] == told["kinds"]["thumb"]
+    liked = told["like_rate"]
+    assert (
+        liked["low"] <= liked["value"] <= liked["high"]
+        and liked["n"] == told["feedback_counts"]["thumb"]
+    )
     with FeedbackStore(database) as store:
         counts = store.counts()
-        assert counts["answers"] == told["consented"] < 24
+        assert counts["answers"] == told["consents"] < 24
         assert len({one.rater for one in store.all_feedback()}) == 6
-    assert counts["corrected"] == told["kinds"]["correction"]
+    assert counts["corrected"] == told["feedback_counts"]["correction"]
     assert rows["train"]["preferences"] > 5 and rows["train"]["kto"] > 5
     corrected = (tmp_path / "run" / "feedback" / "train" / "sft.jsonl").read_text()
     assert "It is " in corrected
@@ -168,14 +175,14 @@ def test_killed_and_run_again_it_ends_right(made, tmp_path):
     given = {"model": made / "model", "reward_model": made / "rewards"}
     again = stage(tmp_path, **given)
     with FeedbackStore(tmp_path / DATABASE) as store:
-        assert store.counts()["answers"] == again["consented"]  # nothing of the first start
+        assert store.counts()["answers"] == again["consents"]  # nothing of the first start
         feedback = [(one.rater, one.thumb, one.corrected) for one in store.all_feedback()]
-    assert len(feedback) == sum(again["kinds"].values())
+    assert len(feedback) == sum(again["feedback_counts"].values())
     # what a server of its own says depends on seeds alone
     fresh = stage(tmp_path / "fresh", **given)
     with FeedbackStore(tmp_path / "fresh" / DATABASE) as store:
         assert [(one.rater, one.thumb, one.corrected) for one in store.all_feedback()] == feedback
-    for key in ("kinds", "liked", "score", "agreement", "tokens", "consented"):
+    for key in ("feedback_counts", "like_rate", "score", "agreement", "tokens", "consents"):
         assert fresh[key] == again[key]
 
 
@@ -194,14 +201,14 @@ def children(pid):
 def test_a_server_that_dies_is_one_line(made, tmp_path, monkeypatch):
     stage = Simulate(data=(str(made / "asked.jsonl"),), **OPTIONS)
     given = {"model": made / "model", "reward_model": made / "rewards"}
-    post = Served.post
+    post = LocalServer.post
 
     def dies(self, path, body):
         self.process.kill()
         return post(self, path, body)
 
-    monkeypatch.setattr(Served, "post", dies)
-    with pytest.raises(InputError, match="the server ended with status -9: it said nothing"):
+    monkeypatch.setattr(LocalServer, "post", dies)
+    with pytest.raises(InputError, match="the server ended with status -9: its log is empty"):
         stage(tmp_path / "dies", **given)
     (tmp_path / "empty").mkdir()
     words = ["feedback", "simulate", str(made / "asked.jsonl"), "--model", str(tmp_path / "empty")]
@@ -217,9 +224,9 @@ def test_the_server_takes_a_key_of_its_own_alone(made, tmp_path, monkeypatch):
     monkeypatch.setenv("FASTLM_API_KEYS", users)
     monkeypatch.setenv("FASTLM_ADMIN_KEYS", "an-admin-key-of-another-server")
     database, log = tmp_path / DATABASE, tmp_path / LOG
-    with serving(made / "model", database, log, 1) as served:
+    with run_local_server(made / "model", database, log, 1) as served:
         messages = [{"role": "user", "content": "What is 1 + 1?"}]
-        body = {"model": NAME, "messages": messages, "max_tokens": 2}
+        body = {"model": MODEL_NAME, "messages": messages, "max_tokens": 2}
         reply = served.post("/v1/chat/completions", body)
         assert reply.status == 200
         said = {"response_id": reply.body["id"], "choice": 0, "thumb": "up"}
@@ -229,7 +236,7 @@ def test_the_server_takes_a_key_of_its_own_alone(made, tmp_path, monkeypatch):
         assert served.key not in repr(served)
     # a server refuses admin keys beside no others
     monkeypatch.delenv("FASTLM_API_KEYS")
-    with serving(made / "model", database, log, 1) as served:
+    with run_local_server(made / "model", database, log, 1) as served:
         assert served.post("/v1/feedback", said | {"thumb": "down"}).status == 200
 
 
@@ -251,8 +258,8 @@ def test_what_cannot_work_is_refused(made):
     good = {"data": (str(made / "asked.jsonl"),)}
     for wrong, name in (
         ({"data": ()}, "data"), ({"users": 1}, "users"), ({"noise": 1.5}, "noise"),
-        ({"malicious": -0.1}, "malicious"), ({"temperature": 0.0}, "temperature"),
-        ({"reviews": -1}, "reviews"), ({"limit": 0}, "limit"),
+        ({"malicious_share": -0.1}, "malicious_share"), ({"temperature": 0.0}, "temperature"),
+        ({"reviewers": -1}, "reviewers"), ({"limit": 0}, "limit"),
     ):  # fmt: skip
         with pytest.raises(InputError, match=f"^{name}: expected"):
             Simulate(**{**good, **wrong}).check()
@@ -261,7 +268,7 @@ def test_what_cannot_work_is_refused(made):
 
 
 def decision(folder, promoted):
-    gates = [{"score": "winrate.rate", "passed": promoted, "why": "winrate.rate: expected more"}]
+    gates = [{"score": "winrate.rate", "passed": promoted, "reason": "winrate.rate: expected more"}]
     (folder / "decision.json").write_text(json.dumps({"promoted": promoted, "gates": gates}))
     return folder / "decision.json"
 
@@ -272,7 +279,7 @@ def test_the_gate_decides_which_model_serves_next(made, tmp_path, promoted):
     stage, given = Promotion(), {"new": new, "old": old, "decision": decision(tmp_path, promoted)}
     ctx = stage.context(tmp_path / "out", **given)
     result = stage.run(ctx)
-    assert result["promoted"] is promoted and bool(result["failed"]) is not promoted
+    assert result["promoted"] is promoted and bool(result["failures"]) is not promoted
     taken, other = (new, old) if promoted else (old, new)
     served = (tmp_path / "out" / "model" / "model.safetensors").read_bytes()
     assert served == (taken / "model.safetensors").read_bytes()
@@ -280,7 +287,7 @@ def test_the_gate_decides_which_model_serves_next(made, tmp_path, promoted):
     assert ("was promoted" in stage.report(ctx, result).note) is promoted
     # the other way round, over what is there
     again = stage(tmp_path / "out", **given | {"decision": decision(tmp_path, not promoted)})
-    assert again["serves"] == str(other)
+    assert again["served_model"] == str(other)
     served = (tmp_path / "out" / "model" / "model.safetensors").read_bytes()
     assert served == (other / "model.safetensors").read_bytes()
     (tmp_path / "decision.json").write_text('{"promoted": "yes"}')
@@ -391,7 +398,7 @@ def test_scores_and_decisions_that_name_no_models_are_warned_of(measured, tmp_pa
     del table["models"]
     path.write_text(json.dumps(table))
     result, warned = promote(tmp_path, new=other, old=old)
-    assert result["serves"] == str(other) and warned == [f"{said}new and the old model"]
+    assert result["served_model"] == str(other) and warned == [f"{said}new and the old model"]
     path.write_text(json.dumps(table | {"models": {"new": {"name": "new"}}}))
     with pytest.raises(InputError, match=r"models\.new\.id: expected this field, got nothing"):
         promote(tmp_path, new=new, old=old)

@@ -9,7 +9,7 @@ import pytest
 from fastlm.data.prompts import Prompt
 from fastlm.errors import InputError
 from fastlm.feedback.gate_metrics import scores_of
-from fastlm.feedback.pairwise import judge_accuracy, judged
+from fastlm.feedback.pairwise import judge_accuracy, judge_answers
 from fastlm.feedback.winrate import WinRate
 from fastlm.model.load import load_model
 from fastlm.model.reward_model import RewardModel
@@ -46,8 +46,8 @@ def test_the_judge_is_measured_on_preferences(tmp_path):
     said = []
     assert judge_accuracy([judge], [str(one)], cache=tmp_path, warn=said.append) == first
     assert said == ["1 of 13 preferences that measure the judge exceed its context"]
-    stage = WinRate(data=(str(one),), labelled=(str(one),), limit=3, max_new_tokens=4)
-    result = stage(tmp_path / "out", cache=tmp_path, model=base, old=base, judge=judge)
+    stage = WinRate(data=(str(one),), preferences=(str(one),), limit=3, max_new_tokens=4)
+    result = stage(tmp_path / "out", cache_dir=tmp_path, model=base, old=base, judge=judge)
     table = json.loads((tmp_path / "out/scores.json").read_text())
     assert table["scores"]["judge"] == result["scores"]["judge"] == first
     assert scores_of("winrate", table)["winrate.judge"]["value"] == first["value"]
@@ -63,8 +63,8 @@ def test_several_judges_score_by_their_mean(tmp_path):
     prompts = [Prompt([{"role": "user", "content": f"Say {i}."}], {}) for i in range(4)]
     answered = [[f"It is {i}." for i in range(3)] + [" "]]
     said = []
-    ((*points, empty),) = judged(judges, prompts, answered, said.append)
-    alone = [judged([path], prompts, answered)[0] for path in judges]
+    ((*points, empty),) = judge_answers(judges, prompts, answered, said.append)
+    alone = [judge_answers([path], prompts, answered)[0] for path in judges]
     assert points == pytest.approx([fmean(both) for both in zip(*alone)][:3], abs=1e-6)
     assert alone[0][:3] != pytest.approx(alone[1][:3], abs=1e-3)
     assert empty == min(points) and said == ["empty answers have the lowest score of all: 1"]
@@ -78,7 +78,7 @@ def test_several_judges_score_by_their_mean(tmp_path):
 
     def scored(key):
         asked = [Prompt([{"role": "user", "content": row["prompt"]}], {}) for row in rows]
-        return judged(judges, asked, [[row[key] for row in rows]])[0]
+        return judge_answers(judges, asked, [[row[key] for row in rows]])[0]
 
     # four rows to one prompt say less than four prompts: no row adds to what its prompts tell
     same = tmp_path / "same.jsonl"
@@ -93,11 +93,11 @@ def test_several_judges_score_by_their_mean(tmp_path):
     assert found is not None and found["value"] == sum(right) / 12
     stage = WinRate(data=(str(pairs),), limit=3, max_new_tokens=4)
     with pytest.raises(InputError, match=r"judge: expected different reward models, got .* equal"):
-        stage(tmp_path / "out", cache=tmp_path, model=base, old=base, judge=[judges[0]] * 2)
-    result = stage(tmp_path / "out", cache=tmp_path, model=base, old=base, judge=judges)
+        stage(tmp_path / "out", cache_dir=tmp_path, model=base, old=base, judge=[judges[0]] * 2)
+    result = stage(tmp_path / "out", cache_dir=tmp_path, model=base, old=base, judge=judges)
     assert [judge["name"] for judge in result["judges"]] == [str(path) for path in judges]
     for line in (tmp_path / "out/answers.jsonl").read_text().splitlines():
         row = json.loads(line)
         prompt = Prompt(row["prompt"], {})
-        told = judged(judges, [prompt], [[row["new"]]])[0][0]
+        told = judge_answers(judges, [prompt], [[row["new"]]])[0][0]
         assert row["score_new"] == pytest.approx(told, abs=1e-3)
