@@ -1,9 +1,9 @@
-"""What all tests share: poisoned memory, seeds, and which tests run.
+"""Fixtures of all tests (poisoned memory, seeds) and the selection of tests.
 
 `make test` runs each test on so many combinations of its parameters that every two values meet
 (pairs.py); `make test-all` runs all combinations.
 
-Without a GPU Triton kernels are interpreted: `TRITON_INTERPRET` is read when they are decorated.
+Without a GPU, Triton kernels are interpreted: `TRITON_INTERPRET` is read when they are decorated.
 
 `pytest -n auto` runs the tests in several processes of one thread each. Tests of kernels (`isa`)
 have two threads, so that work is split. OpenMP reads its variables when torch is loaded.
@@ -17,7 +17,7 @@ from pathlib import Path
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-    # where there are two, one that waits must leave its core to the other processes
+    # a thread that waits for another must leave its core to the other processes
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import torch
@@ -27,7 +27,7 @@ if not torch.cuda.is_available():
 
 import pytest
 from pairs import all_pairs
-from poison import patched, poisoned
+from poison import patch_allocations, poison
 
 from fastlm.threads import default_threads
 
@@ -35,7 +35,7 @@ SMALL = 700 << 20  # bytes of a process that has imported what tests import
 TIERS = ("system", "kernels", "unit")
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
-# Debian's packages without whose programs a test fails that else is skipped
+# Debian's packages: a test that needs one of their programs fails without it, and is not skipped
 REQUIRED = tuple(filter(None, os.environ.get("FASTLM_REQUIRE", "").split(",")))
 
 
@@ -46,7 +46,7 @@ def pytest_xdist_auto_num_workers(config):
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item, call):
-    """Let a test fail that is skipped for want of a program that has to be there."""
+    """Fail a test that is skipped because a required program is missing."""
     report = yield
     if report.skipped and isinstance(report.longrepr, tuple):
         reason = report.longrepr[2]
@@ -58,7 +58,7 @@ def pytest_runtest_makereport(item, call):
 def pytest_addoption(parser):
     parser.addoption("--all", action="store_true", help="Run what `make test-all` runs.")
     parser.addoption(
-        "--kernels", choices=("cpu", "triton", "cuda"), help="Tests of these kernels alone."
+        "--kernels", choices=("cpu", "triton", "cuda"), help="Run only tests of these kernels."
     )
 
 
@@ -69,17 +69,17 @@ def pytest_collection_modifyitems(config, items):
     if not config.option.all:
         absent.add("exhaustive")
     items[:] = [item for item in items if not any(map(item.get_closest_marker, absent))]
-    named = config.option.keyword or any("::" in name for name in config.args)
-    if not (config.option.all or named):  # what somebody names is run on every combination
+    selected = config.option.keyword or any("::" in name for name in config.args)
+    if not (config.option.all or selected):  # tests selected by name run on every combination
         items[:] = all_pairs(items)
     if only := config.option.kernels:
         items[:] = [item for item in items if language(item) == only]
-    # the longest files are in system: at the end of a run in parallel only short ones are left
+    # the longest files are in system: only short files remain at the end of a parallel run
     items.sort(key=lambda item: TIERS.index(item.path.parent.name))
 
 
 def language(item: pytest.Item) -> str:
-    """The kernels that a test of kernels runs (tests/support/on_kernels.py)."""
+    """Return the language of the kernels that a test runs (tests/support/on_kernels.py)."""
     call = getattr(item, "callspec", None)
     if call and "kernel" in call.params:
         return call.params["kernel"].language
@@ -91,7 +91,7 @@ def language(item: pytest.Item) -> str:
 
 @pytest.fixture(autouse=True)
 def _same_folder():
-    """Let a test fail that leaves the process in another folder, and not a later one."""
+    """Fail a test that leaves the process in another folder, so that no later test fails."""
     before = os.getcwd()
     yield
     after = os.getcwd()
@@ -101,7 +101,7 @@ def _same_folder():
 
 @pytest.fixture(autouse=True, scope="module")
 def _compiled():
-    """Let a file's compiled graphs end with it."""
+    """Release a file's compiled graphs at its end."""
     yield
     if "torch._dynamo" in sys.modules and resident() > SMALL:
         torch._dynamo.reset()
@@ -110,7 +110,7 @@ def _compiled():
 
 @pytest.fixture(autouse=True)
 def _memory():
-    """Give memory back to the system after a test that has grown its process: a run has several
+    """Return memory to the system after a test that has grown its process: a run has several
     processes, and a machine with two cores may have 4 GiB.
     """
     yield
@@ -125,11 +125,11 @@ def give_memory_back() -> None:
     global _limit
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
-    _limit = max(SMALL, resident() + (150 << 20))  # what stays is not looked at again and again
+    _limit = max(SMALL, resident() + (150 << 20))  # do not collect again for the same memory
 
 
 def resident() -> int:
-    """Bytes of this process that are in memory."""
+    """Return the resident bytes of this process."""
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
@@ -140,8 +140,8 @@ def _seed():
 
 @pytest.fixture(autouse=True)
 def _poison():
-    """Fill new memory with NaN, so that an output that a kernel leaves unwritten is noticed."""
-    with patched(poisoned):
+    """Fill new memory with NaN, so that an output which a kernel does not write is noticed."""
+    with patch_allocations(poison):
         yield
 
 
@@ -152,7 +152,7 @@ def dtype(request):
 
 @pytest.fixture
 def one_thread():
-    """One thread: results to the bit, and no time lost on tiny models."""
+    """Use one thread: results are exact to the bit, and tiny models lose no time."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

@@ -1,5 +1,5 @@
-"""Tests of kernels. `kernel` runs a test on every kernel of its op (on_kernels.py); `isa`, `triton`
-and `cuda` on those of one language.
+"""Fixtures for tests of kernels. `kernel` runs a test on every kernel of its op (on_kernels.py);
+`isa`, `triton` and `cuda` run it on the kernels of one language.
 """
 
 import pytest

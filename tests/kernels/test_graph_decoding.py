@@ -5,7 +5,7 @@ import sys
 
 import pytest
 import torch
-from fake_graph import Recorder
+from fake_graph import GraphRecorder
 from families import CASES, SMALL
 from row_cache import RowCache, RowSteps, next_logits
 from test_decode_step import FLIPPED, NEAR, error_of
@@ -187,7 +187,7 @@ def test_recorded_steps_are_the_same(monkeypatch, error):
         ids, *caches = prefilled(model, 2, 5, 10)
     with backend.use_backend("reference"), torch.inference_mode():
         plain = steps_of(model, caches[0])
-        recorder = Recorder(monkeypatch)
+        recorder = GraphRecorder(monkeypatch)
         steps = steps_of(model, caches[1])
         recorder.error = error
         for i in range(5, 10):
@@ -204,7 +204,7 @@ def test_what_a_graph_reads_stays(monkeypatch):
     """It stays if the model changes its dtype, or another generation joins its biases again."""
     model = fastlm.quantize(model_of("qwen2"), "w8a16", group_size=16)
     ids, cache, _ = prefilled(model, 2, 5, 10)
-    Recorder(monkeypatch)
+    GraphRecorder(monkeypatch)
     steps = steps_of(model, cache)
     with backend.use_backend("reference"), torch.inference_mode():
         for i in (5, 6):

@@ -6,8 +6,8 @@ import weakref
 
 import pytest
 import torch
-from engine_cases import drawn, model_of, told
-from fake_graph import Recorder
+from engine_cases import complete_by_definition, model_of, tokens_and_logprobs
+from fake_graph import GraphRecorder
 
 import fastlm
 from fastlm import backend
@@ -28,7 +28,7 @@ def recorder(monkeypatch):
     """As on a GPU whose kernels serve every model."""
     monkeypatch.setattr(cuda_decode, "unsupported_reason", lambda model: None)
     with backend.use_backend("reference"):
-        yield Recorder(monkeypatch)
+        yield GraphRecorder(monkeypatch)
 
 
 def pages_of(model, count):
@@ -131,7 +131,7 @@ def test_the_engine_replays(recorder, monkeypatch):
     for options in ({}, {"num_blocks": 5, "max_num_seqs": 3}):
         engine = Engine(model, **options)
         assert isinstance(engine._batch.runner, cuda_decode.CudaDecodeRunner)
-        got += [told(r) for r in engine.generate(requests)]
+        got += [tokens_and_logprobs(r) for r in engine.generate(requests)]
     assert engine.stats().preemptions > 0
     replays = sum(graph.replays for graph in recorder.graphs)
     assert replays > 200 and len(recorder.graphs) <= 7 and len(recorder.pools) == 2
@@ -197,7 +197,9 @@ def test_rollouts_replay(recorder, case):
     prompts = [r.prompt for r in requests_of(6, 30)]
     answers = sample_completions(model, prompts, max_new_tokens=7, temperature=0.8, seed=3, rows=4)
     for i, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
-        expected = drawn(model, Request(prompt, 7, Sampling(temperature=0.8), seed=3 + i))
+        expected = complete_by_definition(
+            model, Request(prompt, 7, Sampling(temperature=0.8), seed=3 + i)
+        )
         assert answer.token_ids == expected and not answer.ended
         logits = model(torch.tensor([[*prompt, *expected]])).logits[0, len(prompt) - 1 : -1]
         logprobs = (logits / 0.8).log_softmax(-1).gather(-1, torch.tensor(expected)[:, None])[:, 0]

@@ -9,8 +9,8 @@ from cases.losses import definition
 from contract import *  # noqa: F403
 from fuzz_cases import threads
 from on_kernels import on
-from peak import printed_alone
-from tensor_peak import Peak
+from peak import run_script
+from tensor_peak import TensorPeak
 
 from fastlm import InputError, backend, ops
 from fastlm.ops import linear_cross_entropy as function
@@ -197,7 +197,7 @@ def test_reference_is_bounded_by_its_blocks():
     """2048 x 32768 logits in float64 take 512 MiB, and a loss creates half a dozen such tensors. Of
     float32 logits the gradient takes 256, six temporaries of a block 96.
     """
-    linear, logits = printed_alone(REFERENCE_MEMORY)
+    linear, logits = run_script(REFERENCE_MEMORY)
     assert linear <= 320
     assert logits <= 256 + 96
 
@@ -206,7 +206,7 @@ def test_logits_are_never_in_memory():
     """1024 x 32768 logits take 64 MiB in bf16 and twice that in float32, and their gradient as much
     again. Allowed are 32 MiB of exponentials, the float32 gradient (16) and the gradients (8).
     """
-    (grown,) = printed_alone(MEMORY)
+    (grown,) = run_script(MEMORY)
     assert grown <= 64
 
 
@@ -313,14 +313,14 @@ def test_memory_is_an_eighth(dtype, rows, monkeypatch):
     meta = {"device": "meta"}
     x, w = (torch.empty(n, width, dtype=dtype, **meta) for n in (rows, classes))
     target, on_nll = torch.empty(rows, dtype=torch.int64, **meta), torch.empty(rows, **meta)
-    with Peak() as fused:
+    with TensorPeak() as fused:
         module.linear_cross_entropy_loss(
             x, w, None, target, None, on_nll, None, None, -100, None, 1.0, True, True
         )
     x, w = x.requires_grad_(), w.requires_grad_()
-    with Peak() as plain:
+    with TensorPeak() as plain:
         F.cross_entropy(F.linear(x, w).float(), target).backward()
-    assert plain.most >= 12 * rows * classes
+    assert plain.peak_bytes >= 12 * rows * classes
     beside = 4 * (rows + classes) * width * 4 + 10 * rows * 4
-    assert fused.most <= rows * classes * 12 / 8 + beside
-    assert fused.most >= 128 * classes * 4  # something was counted
+    assert fused.peak_bytes <= rows * classes * 12 / 8 + beside
+    assert fused.peak_bytes >= 128 * classes * 4  # something was counted

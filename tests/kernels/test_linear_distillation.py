@@ -9,8 +9,8 @@ from cases import linear_distillation as table
 from cases.base import assert_same, check, run
 from contract import *  # noqa: F403
 from on_kernels import on
-from peak import printed_alone
-from tensor_peak import Peak
+from peak import run_script
+from tensor_peak import TensorPeak
 
 from fastlm import InputError, backend, ops
 
@@ -204,7 +204,7 @@ def test_logits_are_never_in_memory():
     """The logits of either head take 96 MiB in bf16 and twice that in float32. Allowed are 64 MiB
     of scores and the weight's gradient in both dtypes (18), part of which the first call had.
     """
-    (grown,) = printed_alone(MEMORY)
+    (grown,) = run_script(MEMORY)
     assert grown <= 88
 
 
@@ -278,10 +278,10 @@ def test_memory_is_a_quarter_of_the_logits(dtype, rows, monkeypatch):
     monkeypatch.setattr(module, "launch", lambda *_, **__: None)
     width, classes = 8, 4096
     x, w = (torch.empty(n, width, dtype=dtype, device="meta") for n in (rows, classes))
-    with Peak() as peak:
+    with TensorPeak() as peak:
         module.linear_distillation_forward(
             x, w, x, w, None, "jsd", 0.5, 1.0, None, None, 1.0, True, True
         )
     bytes_ = 8 if dtype == torch.float32 else 10
     beside = 4 * (rows + classes) * width * 4 + 12 * rows * 4
-    assert rows * classes * bytes_ / 8 <= peak.most <= rows * classes * bytes_ / 4 + beside
+    assert rows * classes * bytes_ / 8 <= peak.peak_bytes <= rows * classes * bytes_ / 4 + beside

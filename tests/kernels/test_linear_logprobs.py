@@ -8,7 +8,7 @@ from cases import linear_logprobs as table
 from cases.base import assert_same, check, name_parameters, run
 from contract import *  # noqa: F403
 from on_kernels import on
-from peak import printed_alone
+from peak import run_script
 from test_linear_cross_entropy import make
 
 from fastlm import InputError, backend, ops
@@ -183,7 +183,7 @@ print(growth(lambda: run(n)))
 def test_logits_are_never_in_memory():
     """1024 x 32768 logits take 64 MiB in bf16 and twice that in float32, and their gradient as much
     again."""
-    (grown,) = printed_alone(MEMORY)
+    (grown,) = run_script(MEMORY)
     assert grown <= 64
 
 

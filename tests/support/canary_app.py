@@ -1,11 +1,11 @@
-"""A server whose models change, in this process on a port of its own."""
+"""A server that swaps its models, in this process on its own port."""
 
 import contextlib
 import time
 from dataclasses import replace
 from pathlib import Path
 
-from serve_app import monitor_of, running, tiny_model
+from serve_app import monitor_of, run_server, tiny_model
 
 from fastlm.inference.fair_lock import FairLock
 from fastlm.serve.app import Server
@@ -20,22 +20,22 @@ OPTIONS = {"num_blocks": 64, "max_num_seqs": 16}
 DEFAULTS = CanaryConfig.of(ServeOptions(Path("model")))
 
 
-def folders(place, names="abc", context=512):
-    """Folders of different models with one tokenizer."""
-    made = {}
+def model_folders(root, names="abc", context=512):
+    """Save different models with one tokenizer. Return name -> folder."""
+    folders = {}
     for seed, name in enumerate(names, 1):
         model, tokenizer = tiny_model(context, seed)
-        made[name] = place / name
-        model.save_pretrained(made[name])
-        tokenizer.save(made[name])
-    return made
+        folders[name] = root / name
+        model.save_pretrained(folders[name])
+        tokenizer.save(folders[name])
+    return folders
 
 
 @contextlib.contextmanager
-def changing(base, state, *, canary=None, store=None, models_dir=None, lock=None, **options):
-    """Context: (URL, server) of the model in the folder ``base``. The server's own options are
-    ``keys``, ``admins``, ``monitoring``; the others are of the canary's experiment."""
-    own = {key: options.pop(key) for key in ("keys", "admins") if key in options}
+def canary_server(base, state, *, canary=None, store=None, models_dir=None, lock=None, **options):
+    """Serve the model in the folder ``base``; yield (URL, server). ``keys``, ``admins`` and
+    ``monitoring`` are options of the server; the others are options of the canary's experiment."""
+    server_options = {key: options.pop(key) for key in ("keys", "admins") if key in options}
     monitor = monitor_of(store, options.pop("monitoring", None))
     loader = ModelLoader("tiny", None, OPTIONS, lock=lock or FairLock(), versioned_names=True)
     config = replace(DEFAULTS, **options)
@@ -47,8 +47,10 @@ def changing(base, state, *, canary=None, store=None, models_dir=None, lock=None
         counts = CanaryStore(store, config.rating)
         manager = CanaryManager(loader, str(base), state, allowed, counts, config)
         manager.start(None if canary is None else str(canary))
-    server = Server(manager.models, feedback=store, manager=manager, monitor=monitor, **own)
-    with running(server) as url:
+    server = Server(
+        manager.models, feedback=store, manager=manager, monitor=monitor, **server_options
+    )
+    with run_server(server) as url:
         yield url, server
 
 

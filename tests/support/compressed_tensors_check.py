@@ -1,11 +1,11 @@
-"""Compare with the compressed-tensors package, both ways. Run by hand:
+"""Compare fastlm with the compressed-tensors package, in both directions. Run by hand:
 
     pip install --no-deps --target LIBRARY compressed-tensors loguru
     PYTHONPATH=LIBRARY .venv/bin/python tests/support/compressed_tensors_check.py [EXPORTED ...]
 
-Packs random weights with the package in every format that fastlm reads and compares what the
-package unpacks with what fastlm reads. For folders that `fastlm export` wrote it compares every
-weight, and the logits of transformers' model with fastlm's.
+It packs random weights with the package in every format that fastlm reads, and compares the weights
+that the package unpacks with those that fastlm reads. For folders that `fastlm export` wrote it
+compares every weight, and the logits of transformers' model with fastlm's.
 """
 
 import json
@@ -44,7 +44,7 @@ CASES = {  # case -> format, arguments of the weights
 
 
 def packed(name: str, options: dict) -> tuple[dict[str, torch.Tensor], QuantizationScheme]:
-    """A random weight (48, 128) as the package packs it."""
+    """Pack a random weight (48, 128) with the package."""
     arguments = QuantizationArgs(**options)
     scheme = QuantizationScheme(targets=["Linear"], weights=arguments)
     torch.manual_seed(0)
@@ -71,18 +71,18 @@ def compare_packing(name: str) -> bool:
     file_format, options = CASES[name]
     tensors, scheme = packed(name, options)
     compressor = BaseCompressor.get_value_from_registry(file_format)
-    want = compressor.decompress(dict(tensors), scheme)["weight"].float()
+    expected = compressor.decompress(dict(tensors), scheme)["weight"].float()
     with tempfile.TemporaryDirectory() as folder:
-        named = {f"layer.{part}": t.contiguous() for part, t in tensors.items()}
-        save_file(named, Path(folder) / "model.safetensors")
-        place = TensorFolder(Path(folder))
-        found = read({"format": file_format}, place, Path(folder) / "config.json")
-        came = place.load("layer.weight", found.weights["layer.weight"])
-    assert isinstance(came, QuantizedWeight)
-    off = (came.dequantize() - want).abs().max().item()
-    print(f"{name}: largest difference {off:.3g} of weights up to {want.abs().max():.3g}"
-          f" ({want.dtype}; {found.found})")  # fmt: skip
-    return off <= 2**-7 * want.abs().max().item()  # the package unpacks in the dtype of scales
+        state = {f"layer.{part}": t.contiguous() for part, t in tensors.items()}
+        save_file(state, Path(folder) / "model.safetensors")
+        tensor_folder = TensorFolder(Path(folder))
+        weights = read({"format": file_format}, tensor_folder, Path(folder) / "config.json")
+        loaded = tensor_folder.load("layer.weight", weights.weights["layer.weight"])
+    assert isinstance(loaded, QuantizedWeight)
+    off = (loaded.dequantize() - expected).abs().max().item()
+    print(f"{name}: largest difference {off:.3g} of weights up to {expected.abs().max():.3g}"
+          f" ({expected.dtype}; {weights.found})")  # fmt: skip
+    return off <= 2**-7 * expected.abs().max().item()  # the package unpacks in the dtype of scales
 
 
 def compare_folder(folder: Path) -> bool:
@@ -100,8 +100,8 @@ def compare_folder(folder: Path) -> bool:
         scheme = next(g for g in groups if g.targets == ["Linear"] or module in g.targets)
         parts = {n.rpartition(".")[2]: t for n, t in stored.items() if n.startswith(f"{module}.")}
         parts["weight_scale"] = parts["weight_scale"].float()
-        want = compressor.decompress(parts, scheme)["weight"]
-        same &= torch.equal(weight.dequantize(), want)
+        expected = compressor.decompress(parts, scheme)["weight"]
+        same &= torch.equal(weight.dequantize(), expected)
     print(f"{folder.name}: weights {'equal' if same else 'differ'}")
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     ids = torch.arange(3, 40)[None]

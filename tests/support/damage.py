@@ -1,4 +1,4 @@
-"""A value of the wrong kind somewhere in a JSON value, and the outcome."""
+"""Damage JSON values and bytes at random, and report the outcome of reading them."""
 
 import copy
 import math
@@ -13,8 +13,8 @@ VALUES = [
 ]  # fmt: skip
 
 
-def changed(value, draw: random.Random):
-    """A copy of the JSON ``value`` with something in it replaced, removed or added."""
+def change_json(value, draw: random.Random):
+    """Copy the JSON ``value``, with one item replaced, removed or added."""
     root = node = copy.deepcopy(value)
     while True:
         keys = list(node) if isinstance(node, dict) else range(len(node))
@@ -22,10 +22,10 @@ def changed(value, draw: random.Random):
         if not isinstance(node[key], dict | list) or not node[key] or draw.random() < 0.3:
             break
         node = node[key]
-    what = draw.random()
-    if what < 0.2:
+    choice = draw.random()
+    if choice < 0.2:
         del node[key]
-    elif what < 0.25 and isinstance(node, dict):
+    elif choice < 0.25 and isinstance(node, dict):
         node["surplus"] = draw.choice(VALUES)
     else:
         node[key] = draw.choice(VALUES)
@@ -33,7 +33,7 @@ def changed(value, draw: random.Random):
 
 
 def outcome(call) -> str:
-    """ "fine", or "refused" in a short line; anything else is raised."""
+    """Return "fine", or "refused" for an InputError of one short line. Raise any other error."""
     try:
         call()
         return "fine"
@@ -48,14 +48,14 @@ TEXTS = [b"\xff", b"\0", b"\xed\xa0\x80", b"[" * 20_000, b"{" * 20_000, b"- " * 
          b"2024-13-01", b"<<: ", b"0x" + b"f" * 5000, b"[[a]]\n", b"\t"]  # fmt: skip
 
 
-def damaged(data: bytes, draw: random.Random) -> bytes:
-    """``data`` with a text put in, a piece cut out, or cut off: of any format."""
+def damage_bytes(data: bytes, draw: random.Random) -> bytes:
+    """Copy ``data`` with a text inserted, a piece removed, or the end cut off, in any format."""
     at, end = sorted(draw.randrange(len(data) + 1) for _ in range(2))
-    what = draw.random()
-    if what < 0.5:
+    choice = draw.random()
+    if choice < 0.5:
         return data[:at] + draw.choice(TEXTS) + data[at:]
-    if what < 0.7:
+    if choice < 0.7:
         return data[:at] + draw.choice(TEXTS) + data[min(end, at + 20) :]
-    if what < 0.9:
+    if choice < 0.9:
         return data[:at] + data[min(end, at + 20) :]
-    return data[:at] if what < 0.95 else data[at:]
+    return data[:at] if choice < 0.95 else data[at:]

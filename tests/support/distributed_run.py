@@ -1,7 +1,7 @@
-"""Trainings of a tiny model in several gloo processes, and what they exchange and hold.
+"""Train a tiny model in several gloo processes, and count the bytes that they exchange and hold.
 tests/system/test_distributed.py starts them.
 
-As a program it is the command line, with a rank that kills itself:
+As a program it is the command line of fastlm, with a rank that kills itself:
 torchrun --nproc-per-node 2 tests/support/distributed_run.py RANK STEP pretrain ...
 """
 
@@ -71,7 +71,7 @@ def model(**changes) -> CausalLM:
     return CausalLM(ModelConfig.from_dict({**CONFIG, **changes}), seed=0)
 
 
-def pretraining(data: Path, run: Path, options: TrainOptions = OPTIONS, **kwargs):
+def train_pretraining(data: Path, run: Path, options: TrainOptions = OPTIONS, **kwargs):
     torch.manual_seed(1)
     sampler = BatchSampler(TokenDataset(data / "train"), 2, SEQ, seed=7)
     heldout = TokenDataset(data / "heldout")
@@ -84,17 +84,17 @@ def pretraining(data: Path, run: Path, options: TrainOptions = OPTIONS, **kwargs
 def examples(count: int) -> list[Example]:
     """Return examples of 4 to 12 tokens. The second half of each is learnt."""
     rng = np.random.default_rng(5)
-    found = []
+    result = []
     for i in range(count):
         size = int(rng.integers(4, 13))
         ids = rng.integers(1, VOCAB, size).astype(np.int32)
-        found.append(Example(ids, np.arange(size) >= size // 2, str(i)))
-    return found
+        result.append(Example(ids, np.arange(size) >= size // 2, str(i)))
+    return result
 
 
-def fine_tuning(run: Path, options: TrainOptions = OPTIONS, rank: int = 0, net=None):
-    """Epochs of 7 micro-batches: 4, then 3. ``rank``: of adapters, or all weights are
-    trained.
+def train_sft(run: Path, options: TrainOptions = OPTIONS, rank: int = 0, net=None):
+    """Fine-tune in epochs of 7 micro-batches: 4, then 3. ``rank``: of adapters; 0 trains all
+    weights.
     """
     net = net or model()
     if rank:
@@ -106,32 +106,35 @@ def fine_tuning(run: Path, options: TrainOptions = OPTIONS, rank: int = 0, net=N
     return net
 
 
-def rewarding(run: Path, options: TrainOptions = OPTIONS):
-    """Epochs of 5 micro-batches of pairs: 4, then 1."""
+def train_reward(run: Path, options: TrainOptions = OPTIONS):
+    """Train a reward model in epochs of 5 micro-batches of pairs: 4, then 1."""
     net = RewardModel(ModelConfig.from_dict(CONFIG), seed=0)
     both = examples(18)
-    judged = [PreferenceExample(pair) for pair in zip(both[::2], both[1::2])]
-    objective = RewardObjective(net, judged, judged[:3], options, batch_size=2, seed=1, base="")
+    pairs = [PreferenceExample(pair) for pair in zip(both[::2], both[1::2])]
+    objective = RewardObjective(net, pairs, pairs[:3], options, batch_size=2, seed=1, base="")
     train(objective, options, run)
     scores = net.eval().score([e.ids.tolist() for e in both])  # the model is whole again
     assert torch.isfinite(scores).all()
     return net
 
 
-def preferring(run: Path, options: TrainOptions = OPTIONS, loss: str = "sigmoid"):
-    """Epochs of 5 micro-batches of pairs with a common prompt: 4, then 1. With "kto" the
-    first answer of each is labelled, and the second stands for one to another prompt.
+def train_preferences(run: Path, options: TrainOptions = OPTIONS, loss: str = "sigmoid"):
+    """Train on preferences in epochs of 5 micro-batches of pairs with a common prompt: 4, then 1.
+    With "kto" the first answer of each pair is labelled, and the second stands for an answer to
+    another prompt.
     """
     net = model()
-    judged = []
-    for i, one in enumerate(examples(9)):
-        ids = one.ids.copy()
-        ids[one.mask] = 1 + (ids[one.mask] + i) % (VOCAB - 1)
-        judged.append(
-            PreferenceExample((one, Example(ids, one.mask, one.place)), desirable=i % 3 > 0)
+    pairs = []
+    for i, answer in enumerate(examples(9)):
+        ids = answer.ids.copy()
+        ids[answer.mask] = 1 + (ids[answer.mask] + i) % (VOCAB - 1)
+        pairs.append(
+            PreferenceExample(
+                (answer, Example(ids, answer.mask, answer.place)), desirable=i % 3 > 0
+            )
         )
     objective = DpoObjective(
-        net, judged, judged[:3], options, PreferenceLoss(loss), batch_size=2, seed=1, base="",
+        net, pairs, pairs[:3], options, PreferenceLoss(loss), batch_size=2, seed=1, base="",
         tokenizer=None, prompt=(),
     )  # fmt: skip
     objective.measure_reference(torch.float32)
@@ -139,8 +142,8 @@ def preferring(run: Path, options: TrainOptions = OPTIONS, loss: str = "sigmoid"
     return net
 
 
-def distilling(run: Path, options: TrainOptions = OPTIONS, on_policy_fraction: float = 0.0):
-    """Epochs of 7 micro-batches: 4, then 3. The teacher is whole in every process."""
+def train_distillation(run: Path, options: TrainOptions = OPTIONS, on_policy_fraction: float = 0.0):
+    """Distil in epochs of 7 micro-batches: 4, then 3. Every process has the full teacher."""
     net, teacher = model(), model(num_hidden_layers=1, initializer_range=0.3)
     objective = TeacherModelObjective(
         net, examples(14), examples(3), options, batch_size=2, seed=1, base="", tokenizer=None,
@@ -160,17 +163,17 @@ ROLLOUTS = RolloutOptions(
 )  # fmt: skip
 
 
-def rolling_out(
+def train_online(
     kind: str, run: Path, options: TrainOptions, rules: RolloutOptions = ROLLOUTS
 ) -> OnlineObjective:
-    """``kind``: "ppo", "ppo shared", or a loss of GRPO's. Passes are 9 answers in 5 micro-batches:
-    4, then 1; the second one only if the update has not moved far.
+    """Train online. ``kind``: "ppo", "ppo shared", or a loss of GRPO's. A pass is 9 answers in 5
+    micro-batches: 4, then 1. The second pass is left out if the update has moved too far.
     """
     scored: list[float] = []
 
-    def score(places, answers):
+    def score(prompt_indices, answers):
         scored[:] = [(sum(t % 5 for t in a.token_ids) / len(a.token_ids) - 0.1 * p) / 1.5
-                     for p, a in zip(places, answers, strict=True)]  # fmt: skip
+                     for p, a in zip(prompt_indices, answers, strict=True)]  # fmt: skip
         return list(scored)
 
     policy = model(initializer_range=0.3)
@@ -192,8 +195,8 @@ def rolling_out(
     return objective
 
 
-def answering(data: Path, out: Path, **changes) -> dict:
-    """The stage `grpo`, with adapters, on the files of `stage_files`."""
+def run_grpo_stage(data: Path, out: Path, **changes) -> dict:
+    """Run the stage `grpo`, with adapters, on the files of `stage_files`."""
     stage = Grpo(
         data=(str(data / "prompts.jsonl"),), reward_function=f"{data}/rewards.py:length",
         prompts_per_round=4, num_generations=2, batch_size=2, gradient_accumulation_steps=4,
@@ -203,8 +206,8 @@ def answering(data: Path, out: Path, **changes) -> dict:
     return replace(stage, **changes)(out, model=data / "base")
 
 
-def slowly_saved(data: Path, out: Path, **changes) -> None:
-    """The same, with a model that takes longer to save than another process to leave."""
+def run_slow_saving_stage(data: Path, out: Path, **changes) -> None:
+    """Run the stage with a model that takes longer to save than another process takes to end."""
     save = Grpo.save_trained
 
     def slow(self, *args):
@@ -212,7 +215,7 @@ def slowly_saved(data: Path, out: Path, **changes) -> None:
         save(self, *args)
 
     with patch.object(Grpo, "save_trained", slow):
-        answering(data, out, **changes)
+        run_grpo_stage(data, out, **changes)
 
 
 def stage_files(data: Path) -> None:
@@ -231,53 +234,53 @@ def stage_files(data: Path) -> None:
 SHORT = replace(OPTIONS, max_steps=4, validations=1, sample_at=())
 
 
-def everything(data: Path, out: Path) -> None:
-    """All trainings, in one process or in each of several."""
+def train_offline(data: Path, out: Path) -> None:
+    """Run all offline trainings, in one process or in each of several."""
     for name, changes in PRETRAININGS.items():
-        pretraining(data, out / name, replace(OPTIONS, **changes))
-    fine_tuning(out / "sft", SHORT)
-    fine_tuning(out / "lora", SHORT, rank=2)
-    rewarding(out / "reward", SHORT)
-    preferring(out / "dpo", SHORT)
-    distilling(out / "distill", SHORT)
+        train_pretraining(data, out / name, replace(OPTIONS, **changes))
+    train_sft(out / "sft", SHORT)
+    train_sft(out / "lora", SHORT, rank=2)
+    train_reward(out / "reward", SHORT)
+    train_preferences(out / "dpo", SHORT)
+    train_distillation(out / "distill", SHORT)
 
 
 def two(rank: int, data: Path, out: Path) -> None:
-    """What two processes do."""
-    everything(data, out / "ddp")
+    """Run the trainings of two processes."""
+    train_offline(data, out / "ddp")
     for name, changes in PRETRAININGS.items():
-        with counted() as seen:
-            pretraining(data, out / "fsdp" / name, replace(OPTIONS, **changes, **FSDP))
+        with count_traffic() as traffic:
+            train_pretraining(data, out / "fsdp" / name, replace(OPTIONS, **changes, **FSDP))
         if name == "float32":
-            told = {"sent": seen, "held": Held.last}
-            (out / f"fsdp-{rank}.json").write_text(json.dumps(told))
-    fine_tuning(out / "fsdp/sft", replace(SHORT, **FSDP))
-    rewarding(out / "fsdp/reward", replace(SHORT, **FSDP))
-    preferring(out / "fsdp/dpo", replace(SHORT, **FSDP))
-    distilling(out / "fsdp/distill", replace(SHORT, **FSDP))
-    with counted() as seen:
-        pretraining(data, out / "counted", replace(SHORT, validations=0))
-    (out / f"ddp-{rank}.json").write_text(json.dumps({"sent": seen, "held": Held.last}))
+            report = {"sent": traffic, "held": HeldBytes.last}
+            (out / f"fsdp-{rank}.json").write_text(json.dumps(report))
+    train_sft(out / "fsdp/sft", replace(SHORT, **FSDP))
+    train_reward(out / "fsdp/reward", replace(SHORT, **FSDP))
+    train_preferences(out / "fsdp/dpo", replace(SHORT, **FSDP))
+    train_distillation(out / "fsdp/distill", replace(SHORT, **FSDP))
+    with count_traffic() as traffic:
+        train_pretraining(data, out / "counted", replace(SHORT, validations=0))
+    (out / f"ddp-{rank}.json").write_text(json.dumps({"sent": traffic, "held": HeldBytes.last}))
     for parallel in ("ddp", "fsdp"):
         options = replace(OPTIONS, parallel=parallel)
         try:
-            with told_to_stop(6 if rank == 1 else 0):
-                pretraining(data, out / f"cut-{parallel}", options)
+            with terminate_at_step(6 if rank == 1 else 0):
+                train_pretraining(data, out / f"cut-{parallel}", options)
         except TrainingInterrupted as stopped:
             (out / f"cut-{parallel}-{rank}.txt").write_text(str(stopped))
 
 
 def four(rank: int, data: Path, out: Path) -> None:
-    """Four processes continue what two began, and the other way of holding the model."""
+    """Continue the trainings of two processes in four, and with another kind of parallelism."""
     for cut in ("ddp", "fsdp"):
         for parallel in ("ddp", "fsdp" if cut == "ddp" else "hsdp"):
             options = replace(OPTIONS, parallel=parallel)
-            pretraining(data, out / f"{cut}-{parallel}", options)
-    fine_tuning(out / "sft-ddp", SHORT)
-    fine_tuning(out / "sft-fsdp", replace(SHORT, **FSDP))
+            train_pretraining(data, out / f"{cut}-{parallel}", options)
+    train_sft(out / "sft-ddp", SHORT)
+    train_sft(out / "sft-fsdp", replace(SHORT, **FSDP))
 
 
-def refused(call, error: type[BaseException] = InputError) -> str:
+def error_message(call, error: type[BaseException] = InputError) -> str:
     """Return the message of the call's error."""
     try:
         call()
@@ -288,7 +291,7 @@ def refused(call, error: type[BaseException] = InputError) -> str:
 
 @contextmanager
 def full_disk(full: bool):
-    """No file of this process grows above 1,000 bytes."""
+    """Let no file of this process grow above 1,000 bytes."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     if full:
         resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))
@@ -299,80 +302,82 @@ def full_disk(full: bool):
 
 
 def diverging(rank: int, run: Path) -> str:
-    """In step 3 the losses of the processes are inf and -inf. The other one looks for the last
+    """Train with losses of inf and -inf in step 3, one in each process. Rank 1 looks for the last
     checkpoint before it is written.
     """
     loss, looks, steps = SftObjective.loss, loop.checkpoint_before, 0
 
-    def spoilt(self, batch, num_items):
+    def spoil_loss(self, batch, num_items):
         nonlocal steps
         steps += 1
-        found = loss(self, batch, num_items)
-        return found if steps <= 4 else found * (math.inf if rank else -math.inf)
+        result = loss(self, batch, num_items)
+        return result if steps <= 4 else result * (math.inf if rank else -math.inf)
 
-    SftObjective.loss = spoilt
+    SftObjective.loss = spoil_loss
     if rank:
         loop.checkpoint_before = lambda run_dir, step: None
     options = replace(SHORT, save_steps=2, validations=0, async_checkpoints=True)
     try:
-        return refused(lambda: fine_tuning(run, options), NonFiniteError)
+        return error_message(lambda: train_sft(run, options), NonFiniteError)
     finally:
         SftObjective.loss, loop.checkpoint_before = loss, looks
 
 
 def edges(rank: int, data: Path, out: Path) -> None:
-    """What two processes say when something goes wrong in one of them."""
-    said = {}
+    """Record the errors of two processes when one of them fails."""
+    messages = {}
     short = replace(SHORT, max_steps=2, save_steps=2, validations=0, **FSDP)
     with full_disk(rank == 1):
-        said["full disk"] = refused(lambda: fine_tuning(out / "full", short))
-    net = fine_tuning(out / "once", short)
-    said["again"] = refused(lambda: fine_tuning(out / "more", short, net=net))
-    said["lora"] = refused(lambda: fine_tuning(out / "lora", short, rank=2))
-    said["inf - inf"] = diverging(rank, out / "diverged")
-    (out / f"edges-{rank}.json").write_text(json.dumps(said))
+        messages["full disk"] = error_message(lambda: train_sft(out / "full", short))
+    net = train_sft(out / "once", short)
+    messages["again"] = error_message(lambda: train_sft(out / "more", short, net=net))
+    messages["lora"] = error_message(lambda: train_sft(out / "lora", short, rank=2))
+    messages["inf - inf"] = diverging(rank, out / "diverged")
+    (out / f"edges-{rank}.json").write_text(json.dumps(messages))
 
 
-# Objectives that need the whole step, or the whole round, in each process
+# Objectives that need the full step, or the full round, in each process
 ROUNDS = replace(SHORT, max_steps=6, save_total_limit=3, lr=1e-3)
 ROLLING = ("ppo", "ppo shared", "dapo", "rloo")
 
 
-def rounds(data: Path, out: Path) -> None:
-    """All of them, in one process or in each of several."""
+def train_rounds(data: Path, out: Path) -> None:
+    """Run all trainings in rounds, in one process or in each of several."""
     for kind in ROLLING:
-        rolling_out(kind, out / kind, ROUNDS)
-    preferring(out / "kto", SHORT, "kto")
-    distilling(out / "on-policy", replace(SHORT, validations=0), on_policy_fraction=0.6)
-    answering(data, out / "stage")
+        train_online(kind, out / kind, ROUNDS)
+    train_preferences(out / "kto", SHORT, "kto")
+    train_distillation(out / "on-policy", replace(SHORT, validations=0), on_policy_fraction=0.6)
+    run_grpo_stage(data, out / "stage")
 
 
 def rounds_of_two(rank: int, data: Path, out: Path) -> None:
-    """Two processes. PPO stops in step 3; a score fails in the second one; a KL is too large."""
-    rounds(data, out)
-    with told_to_stop(3 if rank == 1 else 0):
-        refused(lambda: rolling_out("ppo", out / "cut", ROUNDS), TrainingInterrupted)
+    """Run them in two processes. PPO stops in step 3, a score fails in the second process, and a KL
+    is too large.
+    """
+    train_rounds(data, out)
+    with terminate_at_step(3 if rank == 1 else 0):
+        error_message(lambda: train_online("ppo", out / "cut", ROUNDS), TrainingInterrupted)
     reward = f"{data}/rewards.py:bad"
     far = {"max_kl": 0.1, "lr": 0.1, "schedule": "wsd", "decay_ratio": 0.0, "warmup_ratio": 0.0}
-    said = {
-        "reward": refused(
-            lambda: answering(data, out / "bad", reward_function=reward, validations=0)
+    report = {
+        "reward": error_message(
+            lambda: run_grpo_stage(data, out / "bad", reward_function=reward, validations=0)
         ),
-        "kl": refused(lambda: slowly_saved(data, out / "far", **far), DivergedError),
+        "kl": error_message(lambda: run_slow_saving_stage(data, out / "far", **far), DivergedError),
         "left": sorted(path.name for path in (out / "far").iterdir()),
         "good": sorted(path.name for path in (out / "far/last-good").glob("*")),
     }
-    (out / f"said-{rank}.json").write_text(json.dumps(said))
+    (out / f"said-{rank}.json").write_text(json.dumps(report))
 
 
 def rounds_of_four(rank: int, data: Path, out: Path) -> None:
-    rolling_out("ppo", out / "ppo", ROUNDS)
-    rolling_out("dapo", out / "dapo", ROUNDS)
-    preferring(out / "kto", SHORT, "kto")
+    train_online("ppo", out / "ppo", ROUNDS)
+    train_online("dapo", out / "dapo", ROUNDS)
+    train_preferences(out / "kto", SHORT, "kto")
 
 
 def work(job: str, rank: int, size: int, port: int, data: Path, out: Path) -> None:
-    """A process of ``job``. One that fails leaves its error in a file."""
+    """Run a process of ``job``."""
     torch.set_num_threads(1)
     os.environ |= {
         "RANK": str(rank), "WORLD_SIZE": str(size), "MASTER_ADDR": "localhost",
@@ -382,11 +387,11 @@ def work(job: str, rank: int, size: int, port: int, data: Path, out: Path) -> No
     }  # fmt: skip
     if job == "edges":
         cpu = torch.device("cpu")
-        with process_group(cpu) as ranks:  # its own group, with what torchrun's environment says
+        with process_group(cpu) as ranks:  # its own group, by torchrun's environment
             assert ranks.gather(rank) == list(range(size))
         assert not dist.is_initialized()
-        # a caller's, which is for GPUs alone. Groups made later have the same names: without a
-        # prefix gloo may find the addresses of this one in the store
+        # a caller's group, which is for GPUs alone. Later groups have the same names: without a
+        # prefix gloo may find the addresses of this group in the store
         store = PrefixStore("caller", next(iter(rendezvous("env://")))[0])
         dist.init_process_group("cuda:gloo", store=store, rank=rank, world_size=size)
         with process_group(cpu) as ranks:
@@ -403,19 +408,19 @@ def work(job: str, rank: int, size: int, port: int, data: Path, out: Path) -> No
 
 
 @contextmanager
-def counted():
-    """Count the bytes that go into and come out of collectives of tensors, and what a process
-    holds (`Held`).
+def count_traffic():
+    """Count the bytes that enter and leave collectives of tensors, and the bytes that a process
+    holds (`HeldBytes`).
     """
-    seen: dict[str, list[int]] = {}
-    kept = {}
+    traffic: dict[str, list[int]] = {}
+    originals = {}
 
     def count(name: str, call):
         def counting(*args, **kwargs):
             tensors = [*args, *kwargs.values()]
             tensors = [t for t in tensors if isinstance(t, torch.Tensor) and t.numel() > 1]
             if tensors:
-                seen.setdefault(name, []).append(max(t.nbytes for t in tensors))
+                traffic.setdefault(name, []).append(max(t.nbytes for t in tensors))
             return call(*args, **kwargs)
 
         return counting
@@ -427,22 +432,22 @@ def counted():
     }  # fmt: skip
     for name, kind in names.items():
         if hasattr(dist, name):
-            kept[name] = getattr(dist, name)
-            setattr(dist, name, count(kind, kept[name]))
+            originals[name] = getattr(dist, name)
+            setattr(dist, name, count(kind, originals[name]))
     step = AdamW.step
-    AdamW.step = Held.step
-    Held.call = step
+    AdamW.step = HeldBytes.step
+    HeldBytes.call = step
     try:
-        yield seen
+        yield traffic
     finally:
         AdamW.step = step
-        for name, call in kept.items():
+        for name, call in originals.items():
             setattr(dist, name, call)
 
 
 @contextmanager
-def told_to_stop(step: int):
-    """This process gets SIGTERM in that step; 0: never."""
+def terminate_at_step(step: int):
+    """Send SIGTERM to this process in that step; 0: never."""
     call, steps = AdamW.step, 0
 
     def counting(optimizer, closure=None):
@@ -459,21 +464,21 @@ def told_to_stop(step: int):
         AdamW.step = call
 
 
-class Held:
+class HeldBytes:
     """The bytes of parameters, gradients and optimizer state that this process holds."""
 
     last: dict[str, int] = {}
     call = None
 
     def step(optimizer, closure=None):
-        result = Held.call(optimizer)
+        result = HeldBytes.call(optimizer)
         params = [p for group in optimizer.param_groups for p in group["params"]]
         state = [v for p in params for v in optimizer.state[p].values() if v.numel() > 1]
 
         def size(tensors):
             return sum(getattr(t, "_local_tensor", t).nbytes for t in tensors)
 
-        Held.last = {
+        HeldBytes.last = {
             "parameters": size(params),
             "gradients": size([p.grad for p in params]),
             "state": size(state),
@@ -482,19 +487,19 @@ class Held:
 
 
 def main() -> None:
-    """The command line; the rank dies in that step of the job's first attempt."""
+    """Run the command line; the rank dies in that step of the job's first attempt."""
     from fastlm import cli
 
     rank, step = int(sys.argv[1]), int(sys.argv[2])
     sys.argv = [sys.argv[0], *sys.argv[3:]]
     first = os.environ.get("TORCHELASTIC_RESTART_COUNT") == "0"
     if first and os.environ.get("RANK") == str(rank):
-        backward, seen = torch.Tensor.backward, 0
+        backward, calls = torch.Tensor.backward, 0
 
         def dying(self, *args, **kwargs):
-            nonlocal seen
-            seen += 1
-            if seen == 2 * step:  # two micro-batches per step
+            nonlocal calls
+            calls += 1
+            if calls == 2 * step:  # two micro-batches per step
                 os.kill(os.getpid(), signal.SIGKILL)
             return backward(self, *args, **kwargs)
 

@@ -1,4 +1,4 @@
-"""Small models for the tests of the engine, and what is compared of a result."""
+"""Small models for the tests of the engine, and the parts of a result that tests compare."""
 
 from collections import Counter
 
@@ -16,22 +16,22 @@ def model_of(case="llama", **changes):
     return CausalLM(config, seed=4, scaled_residual=False).eval()
 
 
-def drawn(model, request):
-    """What a request draws by definition: token by token, from forwards without a cache."""
+def complete_by_definition(model, request):
+    """Sample a request's tokens by definition: one by one, from forwards without a cache."""
     tokens, sampling = list(request.prompt), request.sampling
     generators = make_generators(request.seed, 1)
     for _ in range(request.max_new_tokens):
         with torch.no_grad():
             logits = model(torch.tensor([tokens])).logits[:, -1].float()
         for token in set(tokens):
-            own = logits[0, token]
+            logit = logits[0, token]
             penalty = sampling.repetition_penalty
-            logits[0, token] = own / penalty if own > 0 else own * penalty
+            logits[0, token] = logit / penalty if logit > 0 else logit * penalty
         for token, count in Counter(tokens[len(request.prompt) :]).items():
             logits[0, token] -= count * sampling.frequency_penalty
         tokens += sampling.choose(logits, generators).tolist()
     return tokens[len(request.prompt) :]
 
 
-def told(result):
+def tokens_and_logprobs(result):
     return result.token_ids, [(t.token, t.logprob, t.top) for t in result.logprobs]

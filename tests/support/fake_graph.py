@@ -1,6 +1,6 @@
-"""Stands in for CUDA graphs if there is no GPU. The operators that run while a graph is recorded
-are called again at each replay, on the same tensors and with the same numbers: a value that the
-host chose stays, as in a real graph."""
+"""A stand-in for CUDA graphs where there is no GPU. Each replay calls the recorded operators again,
+on the same tensors and with the same numbers: a value that the host chose does not change, as in a
+real graph."""
 
 import contextlib
 
@@ -15,7 +15,9 @@ def tensors(tree):
     return [t for t in tree_leaves(tree) if isinstance(t, torch.Tensor)]
 
 
-class Graph(TorchDispatchMode):
+class FakeGraph(TorchDispatchMode):
+    """A recorded graph, in the place of ``torch.cuda.CUDAGraph``."""
+
     def __init__(self):
         super().__init__()
         self.calls, self.replays = [], 0
@@ -35,15 +37,15 @@ class Graph(TorchDispatchMode):
     def forget(self):
         """Overwrite all results: a recording computes nothing."""
         for _, args, kwargs, out in self.calls:
-            given = {t.untyped_storage().data_ptr() for t in tensors((args, kwargs))}
+            inputs = {t.untyped_storage().data_ptr() for t in tensors((args, kwargs))}
             for t in tensors(out):
-                if t.untyped_storage().data_ptr() not in given:
+                if t.untyped_storage().data_ptr() not in inputs:
                     t.fill_(torch.nan) if t.is_floating_point() else t.zero_()
 
 
-class Recorder:
-    """Takes the place of ``torch.cuda`` in `cuda_decode`. ``graphs``: those that were recorded, in
-    order. A recording fails with ``error``, if there is one.
+class GraphRecorder:
+    """A stand-in for ``torch.cuda`` in `cuda_decode`. ``graphs``: the recorded graphs, in order. A
+    recording fails with ``error``, if it is set.
     """
 
     def __init__(self, monkeypatch):
@@ -59,7 +61,7 @@ class Recorder:
         monkeypatch.setattr(cuda_decode.CudaDecodeRunner, "__init__", recordable)
         monkeypatch.setattr(cuda_decode, "_failed", [])
         monkeypatch.setattr(cuda_decode, "_stream", lambda current: "a recording's")
-        monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+        monkeypatch.setattr(torch.cuda, "CUDAGraph", FakeGraph)
         monkeypatch.setattr(torch.cuda, "graph", self.record)
         monkeypatch.setattr(torch.cuda, "graph_pool_handle", object)
         monkeypatch.setattr(torch.cuda, "stream", self.stream)

@@ -4,9 +4,9 @@
     python tests/support/fuzz.py --case '{"op": "glu", ...}'
 
 Minutes are processor time: an hour is an hour of fuzzing however busy the machine is. Cases run in
-a separate process, so that one which crashes it is reported as well. A failing case is printed on
-one line, in the format that `--case` accepts, and added to fuzz_corpus.jsonl, whose lines are
-tests from then on (test_fuzz.py).
+a separate process, so that a crash is reported as well. A failing case is printed on one line, in
+the format that `--case` accepts, and added to fuzz_corpus.jsonl. From then on its line is a test
+(test_fuzz.py).
 """
 
 import argparse
@@ -23,7 +23,7 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 CORPUS = HERE / "fuzz_corpus.jsonl"
-KEPT = 3  # cases recorded per op and message: more would repeat the same fault
+MAX_CASES = 3  # recorded per op and message: more would repeat the same fault
 sys.path[:0] = [str(HERE), str(HERE.parent / "kernels")]
 
 
@@ -57,13 +57,13 @@ def work(ops: list[str], kernels: str, seed: int, seconds: float, current: Path)
     current.unlink()
 
 
-def failed(case: dict, error: str, seen: collections.Counter) -> None:
+def failed(case: dict, error: str, counts: collections.Counter) -> None:
     line = json.dumps(case)
     print(f"FAIL {error}\n  python tests/support/fuzz.py --case '{line}'", flush=True)
     kind = case["op"], re.sub("[0-9.e+-]+", "", error)
-    seen[kind] += 1
-    known = CORPUS.read_text().splitlines() if CORPUS.exists() else []
-    if line not in known and seen[kind] <= KEPT:
+    counts[kind] += 1
+    corpus = CORPUS.read_text().splitlines() if CORPUS.exists() else []
+    if line not in corpus and counts[kind] <= MAX_CASES:
         with CORPUS.open("a") as f:
             f.write(line + "\n")
 
@@ -71,8 +71,8 @@ def failed(case: dict, error: str, seen: collections.Counter) -> None:
 def fuzz(ops: list[str], minutes: float, seed: int, kernels: str = "cpu") -> int:
     spent, failures = 0.0, 0
     cases: collections.Counter = collections.Counter()
-    seen: collections.Counter = collections.Counter()
-    told = time.monotonic()
+    counts: collections.Counter = collections.Counter()
+    last_print = time.monotonic()
     # an interrupted run still reports what it did
     with contextlib.suppress(KeyboardInterrupt), tempfile.TemporaryDirectory() as folder:
         current = Path(folder) / "case"
@@ -88,9 +88,9 @@ def fuzz(ops: list[str], minutes: float, seed: int, kernels: str = "cpu") -> int
                     cases[report["op"], report["isa"]] += 1
                     if "error" in report:
                         failures += 1
-                        failed(report["case"], report["error"], seen)
-                    if time.monotonic() - told > 60:
-                        told = time.monotonic()
+                        failed(report["case"], report["error"], counts)
+                    if time.monotonic() - last_print > 60:
+                        last_print = time.monotonic()
                         print(f"{spent / 60:.1f} min, {cases.total()} cases, {failures} failed")
                         sys.stdout.flush()
             if worker.returncode == 0:
@@ -99,7 +99,7 @@ def fuzz(ops: list[str], minutes: float, seed: int, kernels: str = "cpu") -> int
                 print(f"the worker ended with {worker.returncode} before its first case")
                 return 1
             seed, failures = seed + 1, failures + 1
-            failed(json.loads(current.read_text()), f"ended it: {worker.returncode}", seen)
+            failed(json.loads(current.read_text()), f"ended it: {worker.returncode}", counts)
     for op in ops:
         per_isa = {isa: n for (name, isa), n in sorted(cases.items()) if name == op}
         print(f"{op}: {sum(per_isa.values())} cases, {per_isa}")
@@ -109,13 +109,16 @@ def fuzz(ops: list[str], minutes: float, seed: int, kernels: str = "cpu") -> int
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--minutes", type=float, default=60.0, help="of processor time")
-    parser.add_argument("--seed", type=int, default=0, help="of the first case")
-    parser.add_argument("--op", nargs="+", help="some ops only")
+    parser.add_argument("--minutes", type=float, default=60.0, help="Minutes of processor time.")
+    parser.add_argument("--seed", type=int, default=0, help="Seed of the first case.")
+    parser.add_argument("--op", nargs="+", help="Run only these ops.")
     parser.add_argument(
-        "--kernels", choices=["cpu", "simt"], default="cpu", help="simt: CUDA, on the emulator"
+        "--kernels",
+        choices=["cpu", "simt"],
+        default="cpu",
+        help="Kernels to run; simt: CUDA on the emulator.",
     )
-    parser.add_argument("--case", help="one case, as a failure prints it")
+    parser.add_argument("--case", help="Run one case, as a failure prints it.")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.case:

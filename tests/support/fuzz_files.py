@@ -2,9 +2,9 @@
 
     python tests/support/fuzz_files.py [--seconds 600] [--seed 0]
 
-A file is read or refused in one line. What fails: another exception, a crash, more than `HANG`
-seconds of processor time, or more than `SPARE` bytes beyond what the process had after it read the
-undamaged files (which are below 1 MB). A failing case is printed with its seed, and
+A file is either read, or refused in one line. A case fails by any other exception, a crash, more
+than `HANG` seconds of processor time, or more than `SPARE` bytes beyond what the process had after
+it read the undamaged files (which are below 1 MB). A failing case is printed with its seed, and
 ``--seed N --seconds 0`` repeats it. tests/system/test_fuzz_files.py runs a few seconds of this.
 """
 
@@ -25,7 +25,7 @@ from pathlib import Path
 import numpy as np
 import packed_models
 import torch
-from damage import changed, outcome
+from damage import change_json, outcome
 from model_files import write_gguf
 
 from fastlm.checkpoint.config import ModelConfig
@@ -39,12 +39,12 @@ from fastlm.quant import quantize
 
 SHARD = 20_000  # bytes: the small model has several
 HANG = 10  # seconds; an undamaged file takes under 0.1
-SPARE = 2**28  # bytes: 300 times the largest file, and room for the allocator's arenas
+SPARE = 2**28  # bytes: 300 times the largest file, and the allocator's arenas
 EXTREMES = (0, 1, 2**31 - 1, 2**31, 2**32 - 1, 2**40, 2**62, 2**63 - 1, 2**64 - 1)
 
 
-def undamaged(place: Path) -> dict[str, Path]:
-    """Name -> file or folder."""
+def undamaged(folder: Path) -> dict[str, Path]:
+    """Write the undamaged files. Return name -> file or folder."""
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "unit"))
     from test_foreign_weights import CASES
 
@@ -54,20 +54,20 @@ def undamaged(place: Path) -> dict[str, Path]:
         *("mxfp4", "nvfp4", "modelopt"),
     ):
         entry, pack, options, _ = CASES[case]
-        packed_models.write(place / case, entry, pack, **options)
-        files[case] = place / case
+        packed_models.write(folder / case, entry, pack, **options)
+        files[case] = folder / case
     packed_models.write(
-        place / "act-order", CASES["gptq-v1"][0], packed_models.gptq, act_order=True
+        folder / "act-order", CASES["gptq-v1"][0], packed_models.gptq, act_order=True
     )
-    files["act-order"] = place / "act-order"
+    files["act-order"] = folder / "act-order"
     config = {k: v for k, v in packed_models.CONFIG.items() if k != "architectures"}
     model = quantize(CausalLM(ModelConfig.from_dict(config), seed=0), "w4a16", group_size=32)
-    model.save_pretrained(place / "own")
-    files["own"] = place / "own"
-    save_hf(place / "sharded", model.config.to_dict(), model.stored(), max_shard_bytes=SHARD)
-    files["sharded"] = place / "sharded"
-    save_gguf(place / "model.gguf", model.config, model.stored(), None, "m")
-    files["gguf"] = place / "model.gguf"
+    model.save_pretrained(folder / "own")
+    files["own"] = folder / "own"
+    save_hf(folder / "sharded", model.config.to_dict(), model.stored(), max_shard_bytes=SHARD)
+    files["sharded"] = folder / "sharded"
+    save_gguf(folder / "model.gguf", model.config, model.stored(), None, "m")
+    files["gguf"] = folder / "model.gguf"
     draw = np.random.default_rng(0)
     import gguf
 
@@ -76,7 +76,7 @@ def undamaged(place: Path) -> dict[str, Path]:
         for kind in UNPACK
     }
     texts = {"tokenizer__names": ["a", "b"] * 9, "tokenizer__count": 3}
-    files["blocks"] = write_gguf(place / "blocks.gguf", tensors, **texts)
+    files["blocks"] = write_gguf(folder / "blocks.gguf", tensors, **texts)
     return files
 
 
@@ -91,13 +91,13 @@ def read(path: Path) -> None:
 
 
 def damage_bytes(data: bytearray, header: int, draw: random.Random) -> bytearray:
-    """Change some bytes, mostly in the first ``header``, or cut the file."""
+    """Change some bytes, mostly in the first ``header`` bytes, or cut the file."""
     for _ in range(draw.choice((1, 1, 2, 8))):
         end = min(header if draw.random() < 0.8 else len(data), len(data))
-        at, what = draw.randrange(max(end, 1)), draw.random()
-        if what < 0.1:
+        at, choice = draw.randrange(max(end, 1)), draw.random()
+        if choice < 0.1:
             return data[:at]
-        if what < 0.5 and at + 8 <= len(data):
+        if choice < 0.5 and at + 8 <= len(data):
             size, code = draw.choice(((4, "<I"), (8, "<Q")))
             value = draw.choice(EXTREMES) + draw.choice((0, 0, draw.randrange(64)))
             data[at : at + size] = struct.pack(code, value % 2 ** (8 * size))
@@ -110,17 +110,17 @@ def damage_index(index: Path, draw: random.Random) -> None:
     """Change the index of shards, or remove, exchange or shorten one of them."""
     value = json.loads(index.read_text())
     shards = sorted(index.parent.glob("*.safetensors"))
-    what = draw.random()
-    if what < 0.5:
-        index.write_text(json.dumps(changed(value, draw)))
-    elif what < 0.7:  # a tensor in another shard, or outside the folder
+    choice = draw.random()
+    if choice < 0.5:
+        index.write_text(json.dumps(change_json(value, draw)))
+    elif choice < 0.7:  # a tensor in another shard, or outside the folder
         name = draw.choice(sorted(value["weight_map"]))
-        places = [shard.name for shard in shards]
-        value["weight_map"][name] = draw.choice([*places, "../model.safetensors", "/dev/zero", ""])
+        names = [shard.name for shard in shards]
+        value["weight_map"][name] = draw.choice([*names, "../model.safetensors", "/dev/zero", ""])
         index.write_text(json.dumps(value))
-    elif what < 0.8:
+    elif choice < 0.8:
         index.write_bytes(damage_bytes(bytearray(index.read_bytes()), 2**20, draw))
-    elif what < 0.9:
+    elif choice < 0.9:
         draw.choice(shards).unlink()
     else:
         a, b = draw.sample(shards, 2)
@@ -136,9 +136,9 @@ def damage_folder(folder: Path, draw: random.Random) -> None:
         file = folder / "config.json"
         value = json.loads(file.read_text())
         if draw.random() < 0.7:
-            value["quantization_config"] = changed(value["quantization_config"], draw)
+            value["quantization_config"] = change_json(value["quantization_config"], draw)
         else:
-            value = changed(value, draw)
+            value = change_json(value, draw)
         file.write_text(json.dumps(value))
         return
     file = draw.choice(sorted(folder.glob("*.safetensors")))
@@ -155,7 +155,7 @@ def damage_folder(folder: Path, draw: random.Random) -> None:
             else:
                 a[key], b[key] = b[key], a[key]
         else:
-            header = changed(header, draw)
+            header = change_json(header, draw)
         text = json.dumps(header).encode()
         text += b" " * (-len(text) % 8)
         file.write_bytes(struct.pack("<Q", len(text)) + text + data[8 + size :])
@@ -163,11 +163,11 @@ def damage_folder(folder: Path, draw: random.Random) -> None:
         file.write_bytes(damage_bytes(bytearray(data), 8 + size, draw))
 
 
-def case(files: dict[str, Path], seed: int, place: Path) -> tuple[str, str]:
+def case(files: dict[str, Path], seed: int, folder: Path) -> tuple[str, str]:
     """Run one case; return its file and the outcome."""
     draw = random.Random(seed)
     name = draw.choice(sorted(files))
-    source, target = files[name], place / files[name].name
+    source, target = files[name], folder / files[name].name
     if source.is_dir():
         shutil.rmtree(target, ignore_errors=True)
         shutil.copytree(source, target)

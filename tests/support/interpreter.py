@@ -1,9 +1,9 @@
-"""Triton's interpreter, with bfloat16 repaired.
+"""Repair bfloat16 in Triton's interpreter.
 
-The interpreter represents a bfloat16 by its bits as a uint16 and then computes on those integers,
-and its conversion from float32 to bfloat16 truncates. Here operands are widened to float32 first
-and results are rounded to nearest even. `tl.sum` and other reductions of bfloat16 stay wrong:
-kernels widen before them, as they should on a GPU.
+The interpreter represents a bfloat16 by its bits as a uint16 and then computes on those integers.
+Its conversion from float32 to bfloat16 truncates. Here operands are widened to float32 first, and
+results are rounded to nearest even. `tl.sum` and other reductions of bfloat16 stay wrong: kernels
+widen before them, as they should on a GPU.
 """
 
 import functools

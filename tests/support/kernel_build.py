@@ -1,4 +1,4 @@
-"""Programs and libraries of tests/support/simt/*.cu, built by g++ with the emulator, or by nvcc."""
+"""Build programs and libraries of tests/support/simt/*.cu, by g++ with the emulator, or by nvcc."""
 
 import importlib.util
 import os
@@ -11,7 +11,7 @@ QUIET = {k: v for k, v in os.environ.items() if k != "LD_PRELOAD"}
 
 
 def setup_py():
-    """setup.py as a module, with what it builds and the tools it uses."""
+    """Load setup.py as a module."""
     spec = importlib.util.spec_from_file_location("fastlm_setup", ROOT / "setup.py")
     assert spec and spec.loader
     build = importlib.util.module_from_spec(spec)
@@ -20,9 +20,9 @@ def setup_py():
 
 
 def cuda_home() -> Path:
-    """The CUDA folder that setup.py builds with."""
+    """Return the CUDA folder with which setup.py builds."""
     home = setup_py().CUDA_HOME
-    assert home, "the CUDA headers are expected (docs/simt.md)"
+    assert home, "expected the CUDA headers (docs/simt.md)"
     return home
 
 
@@ -33,9 +33,9 @@ def by_gcc(source: Path, folder: Path, *options: str, core: tuple[str, ...] | No
     common += [f"-I{ROOT / 'csrc'}", "-isystem", str(cuda_home() / "include")]
     objects = []
     for part in [*sorted((ROOT / "csrc/simt").glob("*.cpp")), source]:
-        own = options if core is None or part == source else core
+        part_options = options if core is None or part == source else core
         objects.append(folder / f"{part.stem}.o")
-        command = [*common, *own, "-x", "c++", "-c", part, "-o", objects[-1]]
+        command = [*common, *part_options, "-x", "c++", "-c", part, "-o", objects[-1]]
         subprocess.run(command, check=True, env=QUIET)
     result = folder / source.stem
     kind = [] if "int main(" in source.read_text() else ["-shared"]

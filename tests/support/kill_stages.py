@@ -1,14 +1,14 @@
-"""Kill commands at random moments, start them again, and compare the end: ``make kill``.
+"""Kill commands at random moments, start them again, and compare their results: ``make kill``.
 
-Every command of `CASES` runs once undisturbed. Then it is killed (SIGKILL) and started again until
-it has been killed so many times: half of the kills at a moment drawn over the time of the
-undisturbed run, half right before a random one of its changes to the disk (a file opened for
-writing, a rename, a new folder, a deletion). After the third kill of a run it may end, and what it
-left is compared with the undisturbed run: the same files, the same bytes; JSON and metrics without
-what depends on the clock; and the result that it prints. Then a new run begins.
+Every command of `CASES` runs once undisturbed. Then it is killed (SIGKILL) and started again, until
+it has been killed ``--kills`` times. Half of the kills come at a random moment of the undisturbed
+run's time, half right before a random change to the disk (a file opened for writing, a rename, a
+new folder, a deletion). After its third kill a run may end. Its files and its printed result are
+then compared with those of the undisturbed run: the same files and the same bytes; of JSON and
+metrics, all that does not depend on the clock. Then a new run begins.
 
-A command is a process of its own, forked from a server that has imported the packages. So the
-time of a run is that of the stage, not of importing torch, during which nothing is written.
+A command is a separate process, forked from a server that has imported the packages. So the time of
+a run is that of the stage, not of importing torch, during which nothing is written.
 """
 
 import argparse
@@ -39,7 +39,7 @@ PRELOAD = [
     "fastlm.data.texts", "fastlm.data.prepare", "fastlm.model.adapter", "matplotlib.figure",
     "rich.progress",
 ]  # fmt: skip
-# What depends on the clock or the folder's name, in JSON: nothing else may differ
+# JSON keys that depend on the clock or the folder's name: nothing else may differ
 CLOCK = {
     "seconds", "seconds_p50", "seconds_p99", "tokens_per_second", "used_seconds",
     "training_seconds", "load", "judged_at",
@@ -54,7 +54,7 @@ RUN_KILLS = 3  # of one run, before it may end
 
 @dataclass(frozen=True)
 class Case:
-    """A command and what it leaves. ``words`` has {out}; ``before`` are the cases it reads from."""
+    """A command. ``words`` has {out}; ``before`` are the cases whose outputs it reads."""
 
     name: str
     words: str
@@ -184,17 +184,17 @@ CASES = [
 
 
 @dataclass
-class Found:
-    """What the kills of a case came to. ``places``: where they hit -> how often."""
+class KillCounts:
+    """Counts of a case's kills. ``moments``: progress of the run at a kill -> how often."""
 
     kills: int = 0
     ends: int = 0
-    places: Counter[str] = field(default_factory=Counter)
+    moments: Counter[str] = field(default_factory=Counter)
     failures: list[str] = field(default_factory=list)
 
 
 def prepare(folder: Path) -> None:
-    """Write what the cases read."""
+    """Write the input files of the cases."""
     tiny_recipe.write(folder)
     config = {
         "model_type": "llama", "vocab_size": 300, "hidden_size": 32, "intermediate_size": 64,
@@ -221,13 +221,15 @@ def prepare(folder: Path) -> None:
 
 
 def make_base(folder: Path) -> None:
-    """In a child: the server and this process must not compute (a fork would hang)."""
+    """Save the base model. Runs in a child: the server and this process must not compute, or a fork
+    would hang.
+    """
     preference_models.make_base(folder / "base")
 
 
 def command(folder: Path, words: Sequence[str], log: Path, armed: int, counted: Path) -> None:
-    """In a child: run ``fastlm WORDS``. ``armed``: before which change of the disk to die; 0:
-    none; the number of changes is written to ``counted`` at the end.
+    """Run ``fastlm WORDS`` in a child. ``armed``: the number of the change to the disk before which
+    it dies; 0: none. At the end the number of changes is written to ``counted``.
     """
     os.chdir(folder)
     with open(log, "wb") as file:
@@ -258,21 +260,21 @@ def command(folder: Path, words: Sequence[str], log: Path, armed: int, counted: 
         if done.code not in (None, 0):
             sys.stdout.flush()
             os._exit(int(done.code) if isinstance(done.code, int) else 1)
-    made = changes
+    count = changes
     sys.stdout.flush()
-    counted.write_text(str(made))
+    counted.write_text(str(count))
 
 
-class Runner:
-    """Starts the commands in ``folder``."""
+class CommandRunner:
+    """A runner of the commands, in ``folder``."""
 
     def __init__(self, folder: Path):
         self.folder = folder
         self.log, self.counted = folder / "log", folder / "counted"
 
     def start(self, case: Case, out: str, armed: int = 0, delay: float | None = None) -> int:
-        """Run to the end or to the kill: ``delay`` seconds after the start, or where ``armed``
-        says. Return the exit status, negative for a signal.
+        """Run to the end or to the kill: ``delay`` seconds after the start, or before the change
+        ``armed``. Return the exit status, negative for a signal.
         """
         words = case.words.format(out=out).split()
         child = FORKS.Process(
@@ -292,19 +294,19 @@ class Runner:
         return self.log.read_text(errors="replace")[-600:]
 
     def state(self, case: Case, out: str) -> dict[str, Any]:
-        """Return what a run left, and showed, comparable."""
-        found: dict[str, Any] = {}
+        """Return the files and the printed result of a run, in a form that can be compared."""
+        result: dict[str, Any] = {}
         root = self.folder / out
         for path in [*root.rglob("*"), *self.folder.glob(f"{out}.*")]:
             if path.is_file() and not path.name.endswith(("-wal", "-shm", ".lock")):
-                found[str(path.relative_to(self.folder)).removeprefix(out)] = content(path)
+                result[str(path.relative_to(self.folder)).removeprefix(out)] = content(path)
         for path in self.folder.glob(f".{out}.*"):
-            found[f"stray {path.name}"] = b""
+            result[f"stray {path.name}"] = b""
         if case.shows:
             text = self.log.read_text(errors="replace").replace(f'"{out}/', '"OUT/')
-            shown = re.search(r"^\{\n.*^\}", text, re.MULTILINE | re.DOTALL)
-            found["result"] = timeless(json.loads(shown[0])) if shown else text
-        return found
+            match = re.search(r"^\{\n.*^\}", text, re.MULTILINE | re.DOTALL)
+            result["result"] = timeless(json.loads(match[0])) if match else text
+        return result
 
     def remove(self, out: str) -> None:
         for path in [*self.folder.glob(f"{out}*"), *self.folder.glob(f".{out}.*")]:
@@ -315,39 +317,39 @@ def content(path: Path) -> Any:
     if path.suffix in (".json", ".jsonl"):
         text = path.read_text()
         lines = text.splitlines() if path.suffix == ".jsonl" else [text]
-        found = [timeless(json.loads(line)) for line in lines]
+        values = [timeless(json.loads(line)) for line in lines]
         if path.name == "stages.json":  # its report covers times, its metrics hold them
-            for stage in found[0]["stages"].values():
+            for stage in values[0]["stages"].values():
                 stage.get("file_sizes", {}).pop("metrics.jsonl", None)
-            found[0]["stages"]["report"].pop("fingerprint")
+            values[0]["stages"]["report"].pop("fingerprint")
         if path.name == "record.json":
             for name in ("metrics.jsonl", "serve.log"):  # bytes of lines with seconds
-                found[0]["stages"]["."].get("file_sizes", {}).pop(name, None)
-        return found
+                values[0]["stages"]["."].get("file_sizes", {}).pop(name, None)
+        return values
     if path.suffix in (".sqlite", ".db"):
         with sqlite3.connect(path) as store:
             return rows_of(store)
     if path.suffix == ".log":  # of a server; its database has what it answered
         return [json.loads(line)["event"] for line in path.read_text().splitlines()]
-    if path.suffix == ".html":  # its figures are in the results and metrics; here, that it is whole
+    if path.suffix == ".html":  # its figures are in the results and metrics: only its structure
         text = path.read_text()
         return [text.count("<svg"), text.count("<section"), text.rstrip().endswith("</html>")]
     return path.read_bytes()
 
 
 def rows_of(store: sqlite3.Connection) -> list[str]:
-    """A database as text, without times; the ids of responses, which are random, are numbered in
-    the order of their appearance. SQLAlchemy makes the indexes of a table in any order.
+    """Dump a database as text, without times. The random ids of responses are numbered in the order
+    of their appearance. SQLAlchemy creates the indexes of a table in any order, so they are sorted.
     """
     names: dict[str, str] = {}
-    found = []
+    lines = []
     for line in sorted(store.iterdump(), key=lambda line: line * line.startswith("CREATE INDEX")):
-        if "fastlm_measures" not in line:  # how long answers took
+        if "fastlm_measures" not in line:  # durations of answers
             line = re.sub(r"\d{4}-\d\d-\d\dT[\d:.+]+", "TIME", line)
             for id in re.findall("chatcmpl-[0-9a-f]+", line):
                 line = line.replace(id, names.setdefault(id, f"response {len(names)}"))
-            found.append(line)
-    return found
+            lines.append(line)
+    return lines
 
 
 def timeless(value: Any) -> Any:
@@ -356,32 +358,32 @@ def timeless(value: Any) -> Any:
     return [timeless(v) for v in value] if isinstance(value, list) else value
 
 
-def difference(expected: dict[str, Any], got: dict[str, Any]) -> str:
-    """The first thing that differs, or an empty text."""
-    for name in sorted(expected.keys() | got.keys()):
-        if name not in got:
+def difference(expected: dict[str, Any], actual: dict[str, Any]) -> str:
+    """Return the first difference, or an empty text."""
+    for name in sorted(expected.keys() | actual.keys()):
+        if name not in actual:
             return f"{name} is missing"
         if name not in expected:
             return f"{name} should not be there"
-        if expected[name] != got[name]:
-            return f"{name} differs: {first_difference(expected[name], got[name])}"
+        if expected[name] != actual[name]:
+            return f"{name} differs: {first_difference(expected[name], actual[name])}"
     return ""
 
 
-def first_difference(expected: Any, got: Any, where: str = "") -> str:
-    if isinstance(expected, dict) and isinstance(got, dict) and expected.keys() == got.keys():
+def first_difference(expected: Any, actual: Any, path: str = "") -> str:
+    if isinstance(expected, dict) and isinstance(actual, dict) and expected.keys() == actual.keys():
         for key, value in expected.items():
-            if value != got[key]:
-                return first_difference(value, got[key], f"{where}.{key}")
-    if isinstance(expected, list) and isinstance(got, list) and len(expected) == len(got):
-        for i, (one, other) in enumerate(zip(expected, got)):
-            if one != other:
-                return first_difference(one, other, f"{where}[{i}]")
-    return f"{where} expected {expected!r:.200}, got {got!r:.200}"
+            if value != actual[key]:
+                return first_difference(value, actual[key], f"{path}.{key}")
+    if isinstance(expected, list) and isinstance(actual, list) and len(expected) == len(actual):
+        for i, (item, other) in enumerate(zip(expected, actual)):
+            if item != other:
+                return first_difference(item, other, f"{path}[{i}]")
+    return f"{path} expected {expected!r:.200}, got {actual!r:.200}"
 
 
-def place(folder: Path, out: str, case: Case) -> str:
-    """Where a kill hit, by what is on the disk."""
+def progress(folder: Path, out: str, case: Case) -> str:
+    """Return how far the run had come at a kill, by the files on the disk."""
     root = folder / out
     if [*folder.glob(f"{out}/**/.*.part"), *folder.glob(f".{out}.*.part")]:
         return "writing"
@@ -396,21 +398,23 @@ def place(folder: Path, out: str, case: Case) -> str:
     return "some files" if root.exists() or [*folder.glob(f"{out}.*")] else "start-up"
 
 
-def torment(runner: Runner, case: Case, kills: int, draw: random.Random) -> Found:
-    """Kill the case ``kills`` times; the undisturbed run stays as what later cases read."""
-    found, out = Found(), "killed"
+def kill_repeatedly(
+    runner: CommandRunner, case: Case, kills: int, draw: random.Random
+) -> KillCounts:
+    """Kill the case ``kills`` times. The undisturbed run's outputs are kept for later cases."""
+    counts, out = KillCounts(), "killed"
     began = time.perf_counter()
     if status := runner.start(case, case.name):
         raise RuntimeError(f"{case.name}: exit status {status}: {runner.said()}")
     took = time.perf_counter() - began
     changes = int(runner.counted.read_text())
     expected = runner.state(case, case.name)
-    while found.kills < kills:
+    while counts.kills < kills:
         runner.remove(out)
         of_run = 0
         while True:
             armed, delay = 0, None
-            if of_run < RUN_KILLS and found.kills < kills:
+            if of_run < RUN_KILLS and counts.kills < kills:
                 if draw.random() < 0.5 and changes:
                     armed = draw.randint(1, changes)
                 else:
@@ -419,15 +423,15 @@ def torment(runner: Runner, case: Case, kills: int, draw: random.Random) -> Foun
             if status != -signal.SIGKILL:
                 break
             of_run += 1
-            found.kills += 1
-            found.places[place(runner.folder, out, case)] += 1
-        found.ends += 1
+            counts.kills += 1
+            counts.moments[progress(runner.folder, out, case)] += 1
+        counts.ends += 1
         if status:
-            found.failures.append(f"exit status {status}: {runner.said()}")
-        elif told := difference(expected, runner.state(case, out)):
-            found.failures.append(told)
+            counts.failures.append(f"exit status {status}: {runner.said()}")
+        elif message := difference(expected, runner.state(case, out)):
+            counts.failures.append(message)
     runner.remove(out)
-    return found
+    return counts
 
 
 def main() -> None:
@@ -436,18 +440,18 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=20, help="per case")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
-    failed = [torment_all(options.cases, options.kills, options.seed, print)]
+    failed = [run_cases(options.cases, options.kills, options.seed, print)]
     sys.exit(any(failed))
 
 
-def torment_all(
-    names: Sequence[str], kills: int, seed: int, tell: Callable[[str], Any]
+def run_cases(
+    names: Sequence[str], kills: int, seed: int, report: Callable[[str], Any]
 ) -> list[str]:
-    """Torment the named cases, all without names. Return the failures."""
+    """Kill the named cases, or all without names. Return the failures."""
     os.environ["OMP_NUM_THREADS"] = "1"
     FORKS.set_forkserver_preload(PRELOAD)
-    chosen = set(names) or {case.name for case in CASES}
-    needed = set(chosen)
+    selected = set(names) or {case.name for case in CASES}
+    needed = set(selected)
     for case in reversed(CASES):
         needed |= set(case.before) if case.name in needed else set()
     failures = []
@@ -457,22 +461,22 @@ def torment_all(
         child = FORKS.Process(target=make_base, args=(folder,))
         child.start()
         child.join()
-        runner = Runner(folder)
+        runner = CommandRunner(folder)
         for case in CASES:
             if case.name not in needed:
                 continue
             begun = time.perf_counter()
             draw = random.Random(f"{seed} {case.name}")
-            found = torment(runner, case, kills if case.name in chosen else 0, draw)
+            counts = kill_repeatedly(runner, case, kills if case.name in selected else 0, draw)
             took = time.perf_counter() - begun
-            hit = ", ".join(f"{n} {where}" for where, n in found.places.most_common())
-            tell(
-                f"{case.name}: {found.kills} kills ({hit}), {found.ends} ends,"
-                f" {len(found.failures)} failed, {took:.0f} s"
+            hit = ", ".join(f"{n} {moment}" for moment, n in counts.moments.most_common())
+            report(
+                f"{case.name}: {counts.kills} kills ({hit}), {counts.ends} ends,"
+                f" {len(counts.failures)} failed, {took:.0f} s"
             )
-            for failure in found.failures:
-                tell(f"  {failure}")
-            failures += [f"{case.name}: {failure}" for failure in found.failures]
+            for failure in counts.failures:
+                report(f"  {failure}")
+            failures += [f"{case.name}: {failure}" for failure in counts.failures]
     return failures
 
 

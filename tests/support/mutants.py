@@ -1,11 +1,12 @@
-"""Do the pairs of parameters that `make test` runs find what all combinations find?
+"""Test whether the pairs of parameters of `make test` find the same faults as all combinations.
 
     python tests/support/mutants.py [--seed 0] [--each 3] [--kernels triton cuda cpu] [--op glu ...]
 
 Change one operator of one line of a kernel at random, or of a part that it includes, and run the
-tests of its op: first on pairs of parameters (pairs.py), and on all combinations where these pass.
-A mutant that only all of them find is LOST. One that neither finds changes nothing that the tests
-ask for: a bound that padding makes equal, an order of work. The file is restored after each.
+tests of its op: first on pairs of parameters (pairs.py), and on all combinations if these pass.
+A mutant that only all combinations find is LOST. A mutant that neither finds changes nothing that
+the tests check: a bound that padding makes equal, an order of work. The file is restored after each
+mutant.
 """
 
 import argparse
@@ -37,7 +38,7 @@ OPS = {
     ),
 }  # fmt: skip
 SOURCE = {"triton": "kernels/{}.py", "cuda": "csrc/cuda/{}.cu", "cpu": "csrc/cpu/{}.h"}
-# what a line includes of a kernel (not what most share), and how such files end
+# a line that includes a part of a kernel (not a file that most kernels share), and its suffix
 PARTS = {
     "triton": (r"^from fastlm\.kernels\.(?!launch)(\w+) import", ".py"),
     "cuda": (r'^#include "cuda/(?!quantized)(\w+)\.cuh"', ".cuh"),
@@ -46,7 +47,7 @@ PARTS = {
 
 
 def sources(kernels: str, op: str) -> list[Path]:
-    """The file of a kernel, and its parts in other files."""
+    """Return the file of a kernel, and its parts in other files."""
     files = [ROOT / SOURCE[kernels].format(op)]
     include, end = PARTS[kernels]
     for file in files:  # the list grows
@@ -57,26 +58,26 @@ def sources(kernels: str, op: str) -> list[Path]:
 
 
 def mutants(files: list[Path], count: int, draw: random.Random):
-    """Yield (file, line number, what changes, the new text) of random mutants of the files."""
-    places = []
+    """Yield (file, line number, change, new text) of random mutants of the files."""
+    matches = []
     for file in files:
         lines, in_docstring = file.read_text().splitlines(keepends=True), False
         for number, line in enumerate(lines):
             quotes = line.count('"""')
             if not (in_docstring or quotes or NOT_CODE.match(line)):
                 code = re.split(r"  #|//", line)[0]
-                places += [(file, lines, number, found) for found in OPERATOR.finditer(code)]
+                matches += [(file, lines, number, match) for match in OPERATOR.finditer(code)]
             in_docstring ^= quotes % 2 == 1
-    for file, lines, number, found in draw.sample(places, min(count, len(places))):
-        begin, end = found.span(1)
+    for file, lines, number, match in draw.sample(matches, min(count, len(matches))):
+        begin, end = match.span(1)
         line = lines[number]
-        changed = line[:begin] + OPERATORS[found[1]] + line[end:]
+        changed = line[:begin] + OPERATORS[match[1]] + line[end:]
         text = "".join([*lines[:number], changed, *lines[number + 1 :]])
-        yield file, number + 1, f"{found[1]} -> {OPERATORS[found[1]]}", text
+        yield file, number + 1, f"{match[1]} -> {OPERATORS[match[1]]}", text
 
 
 def build(kernels: str) -> bool:
-    """Compile what changed; whether it compiles."""
+    """Compile the changed files. Return whether they compile."""
     if kernels == "triton":
         return True
     expected = (
@@ -88,7 +89,7 @@ def build(kernels: str) -> bool:
 
 
 def is_found(kernels: str, op: str, *options: str) -> bool:
-    """Whether a test of the op fails, or the process that runs it."""
+    """Return whether a test of the op fails, or the process that runs it."""
     file = f"tests/kernels/test_{op}.py"
     command = [sys.executable, "-m", "pytest", "-qx", "--kernels", kernels, file, *options]
     try:
@@ -123,8 +124,8 @@ def main() -> None:
                     file.write_text(original)
                 total[outcome] += 1
                 seconds = time.monotonic() - begin
-                place = f"{kernels} {op}: {file.relative_to(ROOT)}:{line}"
-                print(f"{place} {change}: {outcome}, {seconds:.0f} s", flush=True)
+                location = f"{kernels} {op}: {file.relative_to(ROOT)}:{line}"
+                print(f"{location} {change}: {outcome}, {seconds:.0f} s", flush=True)
         build(kernels)
     print(dict(total))
     sys.exit(total["LOST"] > 0)

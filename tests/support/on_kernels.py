@@ -1,6 +1,6 @@
-"""The kernels that a test runs on: C++ on every instruction set of this machine and on emulated AMX
-tiles, Triton and CUDA. Without a GPU Triton is interpreted, and CUDA C++ runs on an emulator, in
-several orders of the GPU's threads.
+"""The kernels on which a test runs: C++ on every instruction set of this machine and on emulated
+AMX tiles, Triton and CUDA. Without a GPU, Triton is interpreted, and CUDA C++ runs on an emulator,
+in several orders of the GPU's threads.
 
 A test of `tests/kernels/test_<op>.py` with the argument `kernel` runs on every kernel of the op, on
 tensors of `kernel.device`. `on("triton", "cuda")` above it names some.
@@ -42,7 +42,7 @@ def interpreted(_: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def emulated(seed: str) -> Iterator[None]:
-    """Even seeds also look for races in global memory."""
+    """Run CUDA kernels on the emulator. Even seeds also look for races in global memory."""
     with backend.use_backend("simt"):
         thread_order(int(seed))
         yield
@@ -53,22 +53,24 @@ def thread_order(seed: int) -> None:
 
 
 class Kernel(NamedTuple):
-    """Kernels of one language, in one of the ways in which they run."""
+    """Kernels of one language, on one instruction set or in one order of threads."""
 
     language: str  # cpu, triton or cuda
     variant: str  # an instruction set, an order of threads
     use: Callable[[str], contextlib.AbstractContextManager]
     device: str = "cpu"
-    setting: str = ""  # of the op: makes the host divide the work of small cases
+    setting: str = (
+        ""  # name of an op's setting, with which the host divides the work of small cases
+    )
     set: Callable[[Any], None] | None = None
 
     def __str__(self) -> str:
         return " ".join(filter(None, (self.language, self.variant, self.setting)))
 
-    __repr__ = __str__  # what pairs.py takes for its value
+    __repr__ = __str__  # pairs.py takes it for the value
 
 
-# A new backend is a line here, and in the tables of the ops that have it.
+# A new backend needs a line here, and one in the tables of its ops.
 KERNELS = [
     *(Kernel("cpu", isa, cpu) for isa in backend.cpu_isas()),
     Kernel("triton", "", lambda _: backend.use_backend("triton"), "cuda")
@@ -84,7 +86,7 @@ KERNELS = [
 
 @contextlib.contextmanager
 def use_kernel(kernel: Kernel) -> Iterator[Kernel]:
-    """Run every op on this kernel. Nothing may be written beside an allocation."""
+    """Run every op on this kernel. Nothing may be written outside an allocation."""
     with kernel.use(kernel.variant), pytest.MonkeyPatch.context() as patch:
         if kernel.set:
             kernel.set(patch)
@@ -114,8 +116,8 @@ def on(*languages: str) -> Callable:
 
 
 def parametrize(metafunc: pytest.Metafunc, op: Op) -> None:
-    """Give a test the kernels of an op, or the rows of its table with the kernels that have an edge
-    there (`rows` of contract.py).
+    """Give a test the kernels of an op, or the rows of its table with the kernels that each row
+    names (`rows` of contract.py).
     """
     kernels = kernels_of(op, getattr(metafunc.function, "languages", None))
     if which := getattr(metafunc.function, "rows", None):

@@ -8,7 +8,7 @@ from fastlm import ops
 torch.manual_seed(0)  # at import no fixture has set it
 rows, weight, head = torch.randn(4, 32), torch.randn(32), torch.randn(50, 32)
 target = torch.tensor([1, 2, -100, 4])
-kept = target != -100
+counted = target != -100
 q, k, v = (torch.randn(2, h, 8, 16) for h in (4, 2, 2))
 cos, sin = torch.randn(2, 8, 16).unbind(0)
 offsets, pages, lengths = torch.tensor([0, 3, 8]), torch.tensor([[0], [1]]), torch.tensor([8, 5])
@@ -49,7 +49,7 @@ CALLS = {
     ),
     "linear_distillation": (
         lambda x, w: ops.linear_distillation(
-            x, w, *teacher(x), kind="jsd", mask=kept, temperature=4.0
+            x, w, *teacher(x), kind="jsd", mask=counted, temperature=4.0
         ),
         (rows, head),
     ),

@@ -1,5 +1,5 @@
-"""Tiny models in other programs' formats, packed here field by field from the formats' definitions,
-and the weights that they stand for.
+"""Tiny models in other programs' formats, with their weights. They are packed here field by field,
+from the formats' definitions.
 """
 
 import json
@@ -33,7 +33,7 @@ Stored = tuple[Parts, np.ndarray]  # and its weight
 
 
 def words(fields: np.ndarray, bits: int) -> np.ndarray:
-    """(R, C) unsigned -> (R, ceil(C * bits / 32)) int32, the first field in the lowest bits."""
+    """Pack (R, C) unsigned -> (R, ceil(C * bits / 32)) int32, first field in the lowest bits."""
     per = 32 // bits
     result = np.zeros((fields.shape[0], -(-fields.shape[1] // per)), np.uint32)
     for column in range(fields.shape[1]):
@@ -46,7 +46,7 @@ def words(fields: np.ndarray, bits: int) -> np.ndarray:
 def integers(
     w: np.ndarray, bits: int, symmetric: bool, groups: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """q (N, K), scales (N, G) float16 and zeros (N, G) of ``scale * (q - zero)``."""
+    """Return q (N, K), scales (N, G) float16 and zeros (N, G) of ``scale * (q - zero)``."""
     g = groups.max() + 1
     scales, zeros = np.zeros((len(w), g), np.float16), np.zeros((len(w), g), np.int64)
     for index in range(g):
@@ -123,7 +123,7 @@ def int_quantized(w: np.ndarray) -> Stored:
 
 
 def floats(w: np.ndarray, kind: str) -> Stored:
-    """``kind``: mxfp4, nvfp4 (compressed-tensors) or modelopt."""
+    """Pack random numbers of 4 bits. ``kind``: mxfp4, nvfp4 (compressed-tensors) or modelopt."""
     rng, n, k = np.random.default_rng(5), *w.shape
     nibbles = rng.integers(0, 16, w.shape)
     packed = (nibbles[:, 0::2] | nibbles[:, 1::2] << 4).astype(np.uint8)
@@ -152,7 +152,7 @@ def floats(w: np.ndarray, kind: str) -> Stored:
 def write(
     folder: Path, entry: Mapping[str, Any], pack: Callable[..., Stored], **options: Any
 ) -> dict[str, np.ndarray]:
-    """Write the model with its layers' matrices by ``pack``; return weight name -> weight."""
+    """Write the model; ``pack`` packs its layers' matrices. Return weight name -> weight."""
     from fastlm.checkpoint.architectures import expected_shapes, parse_config
 
     rng = np.random.default_rng(0)

@@ -1,7 +1,7 @@
-"""Fewer combinations of the parameters of a test: enough for every two values to meet.
+"""Select fewer combinations of a test's parameters: enough for every two values to meet.
 
 A fault that depends on one or two parameters (an option on an instruction set, a dtype at a ragged
-shape) is still found; one that needs three is left to all combinations.
+shape) is still found. A fault that depends on three is left to all combinations.
 """
 
 import random
@@ -15,7 +15,7 @@ import pytest
 def all_pairs(items: Sequence[pytest.Item]) -> list[pytest.Item]:
     """Return the tests that cover, for each test function, all pairs of values of its parameters.
 
-    The choice depends on the parameters alone: every process of a run makes the same.
+    The choice depends on the parameters alone, so every process of a run makes the same choice.
     """
     functions = defaultdict(list)
     for item in items:
@@ -29,7 +29,7 @@ def all_pairs(items: Sequence[pytest.Item]) -> list[pytest.Item]:
             continue
         order = sorted(of_function, key=lambda item: item.nodeid)
         random.Random(function).shuffle(order)
-        # greedy: first those that cover most, down to those that cover a single new pair
+        # greedy: first the tests that cover most, down to tests that cover a single new pair
         for new in range(max(map(len, pairs.values())), 0, -1):
             for item in order:
                 if item not in selected and len(pairs[item] & uncovered) >= new:
@@ -39,7 +39,7 @@ def all_pairs(items: Sequence[pytest.Item]) -> list[pytest.Item]:
 
 
 def _pairs(item: pytest.Item) -> set[tuple]:
-    """The pairs of (parameter, value) of a test."""
+    """Return the pairs of (parameter, value) of a test."""
     call = getattr(item, "callspec", None)
     values = [(name, repr(value)) for name, value in sorted(call.params.items())] if call else []
     return set(combinations(values, 2))

@@ -133,13 +133,13 @@ def model_of(family="llama", dtype=torch.float32, **changes):
 
 
 def pair(family="llama", *, ops=None, **options):
-    """The same model twice, with the second one patched."""
+    """Return the same model twice; the second one is patched."""
     plain = model_of(family, **options)
     return plain, fastlm.patch(copy.deepcopy(plain), ops=ops)
 
 
 def linears(model):
-    """What `patch` finds in addition to `FAMILIES`: every linear layer but the head."""
+    """Count what `patch` finds in addition to `FAMILIES`: linear layers except the head."""
     count = sum(type(m) is nn.Linear for m in model.modules()) - 1
     return {"linear": count} if count else {}
 

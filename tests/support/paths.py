@@ -1,4 +1,4 @@
-"""Where the tests find the repository and each other."""
+"""Paths of the repository and of its tests."""
 
 import os
 from pathlib import Path

@@ -1,7 +1,7 @@
-"""The peak of a process's memory, as the kernel counts it for the program that runs.
+"""The peak of a process's memory, as the kernel counts it for the running program.
 
-getrusage's ru_maxrss is of no use: a child starts with the peak of its parent, so that below a
-large pytest it does not move.
+getrusage's ru_maxrss is of no use: a child starts with the peak of its parent, so under a large
+pytest it does not change.
 """
 
 import os
@@ -12,22 +12,22 @@ from pathlib import Path
 
 
 def peak() -> int:
-    """The most memory that was resident, MiB."""
+    """Return the peak of resident memory, MiB."""
     (line,) = [x for x in Path("/proc/self/status").read_text().splitlines() if "VmHWM" in x]
     return int(line.split()[1]) >> 10
 
 
 def growth(call: Callable[[], object]) -> int:
-    """The most memory that `call` adds to what is resident before it, MiB."""
+    """Return how much `call` adds to the peak of resident memory, MiB."""
     Path("/proc/self/clear_refs").write_text("5")  # the peak is what is resident now
     before = peak()
     call()
     return peak() - before
 
 
-def printed_alone(script: str) -> list[int]:
-    """Return the numbers that `script` prints in a process of its own, whose allocator holds no
-    memory that others have freed. The script may import this module.
+def run_script(script: str) -> list[int]:
+    """Return the numbers that `script` prints in a separate process, so that the allocator holds no
+    memory that other tests have freed. The script may import this module.
     """
     done = subprocess.run(
         [sys.executable, "-P", "-c", script],

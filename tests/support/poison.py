@@ -1,4 +1,4 @@
-"""Fresh memory that reveals errors: NaN where nothing was written, guards against stray writes."""
+"""Poison new memory with NaN, and guard it on both sides, so that tests notice stray accesses."""
 
 import contextlib
 from collections.abc import Callable, Iterator
@@ -10,7 +10,7 @@ MAKERS = [(torch, "empty"), (torch, "empty_like"), (torch, "empty_strided"), (Te
 GUARD = 192  # bytes on each side: three cache lines, wider than any store of a kernel
 
 
-def poisoned(t: Tensor) -> Tensor:
+def poison(t: Tensor) -> Tensor:
     """Fill `t` with NaN, or with the largest integer."""
     if torch.compiler.is_compiling() or type(t) is not Tensor or t.is_meta:
         return t
@@ -20,31 +20,34 @@ def poisoned(t: Tensor) -> Tensor:
 
 
 class Guards:
-    """The storages handed out since the last check, with the memory around their elements."""
+    """The guards around all storages that were allocated since the last check."""
 
     def __init__(self) -> None:
         self.edges: list[Tensor] = []
 
-    def guarded(self, t: Tensor) -> Tensor:
+    def guard(self, t: Tensor) -> Tensor:
         """Replace t by a poisoned tensor like it, between two guards."""
         if type(t) is not Tensor or t.device.type != "cpu" or t.layout != torch.strided:
             return t
         used = t.untyped_storage().nbytes()
         storage = torch.UntypedStorage(used + 2 * GUARD)
         with torch.no_grad():
-            whole = torch.tensor([], dtype=torch.uint8, device="cpu").set_(storage)
-            self.edges += [whole[:GUARD].fill_(0xA5), whole[GUARD + used :].fill_(0xA5)]
+            storage_bytes = torch.tensor([], dtype=torch.uint8, device="cpu").set_(storage)
+            self.edges += [
+                storage_bytes[:GUARD].fill_(0xA5),
+                storage_bytes[GUARD + used :].fill_(0xA5),
+            ]
             inner = torch.tensor([], dtype=t.dtype, device="cpu")
             inner.set_(storage, GUARD // t.element_size(), t.shape, t.stride())
-            return poisoned(inner).requires_grad_(t.requires_grad)
+            return poison(inner).requires_grad_(t.requires_grad)
 
     def check(self) -> None:
-        assert all((edge == 0xA5).all() for edge in self.edges), "written beside an allocation"
+        assert all((edge == 0xA5).all() for edge in self.edges), "written outside an allocation"
         self.edges.clear()
 
 
 @contextlib.contextmanager
-def patched(change: Callable[[Tensor], Tensor]) -> Iterator[None]:
+def patch_allocations(change: Callable[[Tensor], Tensor]) -> Iterator[None]:
     """Apply `change` to the results of ``torch.empty`` and its relatives."""
 
     def wrap(make):
@@ -63,5 +66,5 @@ def patched(change: Callable[[Tensor], Tensor]) -> Iterator[None]:
 @contextlib.contextmanager
 def guarded_memory() -> Iterator[Guards]:
     guards = Guards()
-    with patched(guards.guarded):
+    with patch_allocations(guards.guard):
         yield guards

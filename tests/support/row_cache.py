@@ -1,12 +1,12 @@
-"""A cache for the modules whose rows are sequences of equal length, each in a page of its own, as
-`fastlm.model.cpu_decode` and `fastlm.model.cuda_decode` read pages of any size."""
+"""A KV cache of sequences of equal length, each in a page of its own. `fastlm.model.cpu_decode` and
+`fastlm.model.cuda_decode` read pages of any size."""
 
 import torch
 
 
 class RowCache:
-    """``data`` (layers, 2, rows, Hkv, capacity, D), of which `length` columns are filled. It is
-    what `CausalLM.chunk_hidden` wants of a cache for the ``new`` tokens of each row."""
+    """A cache for `CausalLM.chunk_hidden`, with ``new`` tokens of each row. ``data`` is (layers, 2,
+    rows, Hkv, capacity, D), and `length` of its columns are filled."""
 
     def __init__(self, model, rows, capacity, dtype=None):
         config = model.config
@@ -26,18 +26,18 @@ class RowCache:
     def append(self, layer, k, v):
         rows = self.data.shape[2]
         for part, new in zip(self.data[layer], (k, v), strict=True):
-            own = new[0].unflatten(1, (rows, -1)).transpose(0, 1)  # (rows, Hkv, new, D)
-            part[..., self.length : self.longest, :] = own
+            keys_or_values = new[0].unflatten(1, (rows, -1)).transpose(0, 1)  # (rows, Hkv, new, D)
+            part[..., self.length : self.longest, :] = keys_or_values
         return self.keys_and_values(layer, k.dtype)
 
     def keys_and_values(self, layer, dtype):
-        whole = self.data[layer, ..., : self.longest, :].transpose(2, 3)
-        return tuple(part.flatten(0, 1).to(dtype) for part in whole)
+        filled = self.data[layer, ..., : self.longest, :].transpose(2, 3)
+        return tuple(part.flatten(0, 1).to(dtype) for part in filled)
 
 
 @torch.inference_mode()
 def next_logits(model, ids, cache):
-    """Run new tokens (B, S) through the modules, after those in the cache -> (B, V)."""
+    """Run new tokens (B, S) through the modules, after the tokens in the cache -> (B, V)."""
     cache.begin(ids.shape[1])
     hidden = model.chunk_hidden(ids.flatten(), cache)
     cache.length = cache.longest
@@ -45,7 +45,7 @@ def next_logits(model, ids, cache):
 
 
 class RowSteps:
-    """Steps of rows that have a page each, whose first ``length`` columns are filled."""
+    """Decode steps of rows with a page each. The first ``length`` columns of a page are filled."""
 
     def __init__(self, steps, length):
         self.steps, self.length = steps, length

@@ -1,4 +1,4 @@
-"""A tiny chat model behind the server, in this process or another, on a port of its own."""
+"""Serve a tiny chat model, in this process or another, on a free port."""
 
 import contextlib
 import json
@@ -43,7 +43,7 @@ TEMPLATE = (
 
 
 def tiny_model(context=512, seed=1):
-    """A random model and a tokenizer whose chat template writes tools."""
+    """Make a random model, and a tokenizer with a chat template for tools."""
     tokenizer = Tokenizer.train(TEXT, 320)
     tokenizer.chat_template = TEMPLATE
     config = ModelConfig(
@@ -58,11 +58,13 @@ def tiny_model(context=512, seed=1):
 
 
 @contextlib.contextmanager
-def serving(model, tokenizer, *, engine=None, pause=0.0, buffer=None, drain=0.0,
-            connections=1024, name="tiny", feedback=None, monitoring=None, **options):  # fmt: skip
-    """Context: (URL, server) with a model of this name. ``engine``: options of the engine;
-    ``pause``: seconds that each of its steps takes longer; ``monitoring``: what is measured with
-    ``feedback``; for the others see `running`.
+def serve_model(
+    model, tokenizer, *, engine=None, pause=0.0, buffer=None, drain=0.0, connections=1024,
+    name="tiny", feedback=None, monitoring=None, **options,
+):  # fmt: skip
+    """Serve a model under this name; yield (URL, server). ``engine``: options of the engine;
+    ``pause``: extra seconds of each of its steps; ``monitoring``: settings of the monitor, with
+    ``feedback``; for the others see `run_server`.
     """
     runs = Engine(model, tokenizer, **(engine or {}))
     if pause:
@@ -72,7 +74,7 @@ def serving(model, tokenizer, *, engine=None, pause=0.0, buffer=None, drain=0.0,
         ServedModels(ServedModel(runs, model, tokenizer, name)), feedback=feedback,
         monitor=monitor_of(feedback, monitoring), **options,
     )  # fmt: skip
-    with running(server, buffer=buffer, drain=drain, connections=connections) as url:
+    with run_server(server, buffer=buffer, drain=drain, connections=connections) as url:
         yield url, server
 
 
@@ -81,10 +83,10 @@ def monitor_of(store, settings):
 
 
 @contextlib.contextmanager
-def running(server, *, buffer=None, drain=0.0, connections=1024):
-    """Context: the URL of a server, which ends as SIGTERM ends it. ``buffer``: bytes that wait in
-    the system for a slow client; ``drain``: seconds that answers may take at the end;
-    ``connections``: how many are served.
+def run_server(server, *, buffer=None, drain=0.0, connections=1024):
+    """Run a server; yield its URL. At the end it stops as by SIGTERM. ``buffer``: size of the
+    system's send buffer for a slow client, bytes; ``drain``: seconds that answers may take at the
+    end; ``connections``: the maximum number of connections.
     """
     runner = _UvicornServer(uvicorn_config(server, connections, drain), server, drain)
     listening = socket.create_server(("127.0.0.1", 0))
@@ -104,9 +106,9 @@ def running(server, *, buffer=None, drain=0.0, connections=1024):
 
 
 @contextlib.contextmanager
-def served(*options, **environment):
-    """Context: (process, URL, lines of its log so far) of `fastlm serve` with these options, in a
-    process of its own on a free port."""
+def serve_process(*options, **environment):
+    """Run `fastlm serve` with these options in a separate process on a free port; yield (process,
+    URL, lines of its log so far)."""
     process = subprocess.Popen(
         [*COMMAND, "--port", "0", *map(str, options)], stderr=subprocess.PIPE, text=True,
         env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
@@ -133,7 +135,7 @@ def served(*options, **environment):
 
 
 def script(server, *texts):
-    """Let the model of the server answer each request with one of the texts, in turn."""
+    """Let the server's model answer each request with the next of the texts, in a cycle."""
     submit, at = server.served_model.engine.submit, 0
 
     def scripted(request, listener):

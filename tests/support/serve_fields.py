@@ -1,5 +1,5 @@
-"""What tests of single fields of the API share: a server, requests to one of its paths, and a table
-of tests by field, each of which `check` runs.
+"""Helpers for tests of single fields of the API: a server, a client of one of its paths, and a
+table of tests by field, which `check` runs.
 """
 
 import contextlib
@@ -14,7 +14,7 @@ import httpx
 import openai
 import pydantic
 from paths import ROOT
-from serve_app import ask, serving, tiny_model
+from serve_app import ask, serve_model, tiny_model
 
 from fastlm.serve.feedback_store import FeedbackStore
 from fastlm.serve.protocol.chat_completion import ChatCompletionRequest
@@ -46,22 +46,22 @@ class Person(pydantic.BaseModel):
 
 @contextlib.contextmanager
 def field_server(folder):
-    """Context: a server of a tiny model, with what its engine is asked for in ``taken``."""
+    """Serve a tiny model. The requests that its engine gets are in ``requests``."""
     model, tokenizer = tiny_model()
     store = FeedbackStore(folder / "feedback.sqlite")
     with (
-        serving(model, tokenizer, feedback=store) as (url, app),
+        serve_model(model, tokenizer, feedback=store) as (url, app),
         openai.OpenAI(base_url=url + "/v1", api_key="none", max_retries=0) as client,
     ):
-        taken, submit = [], app.served_model.engine.submit
+        requests, submit = [], app.served_model.engine.submit
 
         def spy(request, listener):
-            taken.append(request)
+            requests.append(request)
             return submit(request, listener)
 
         app.served_model.engine.submit = spy
         yield SimpleNamespace(
-            url=url, app=app, taken=taken, store=store, tokenizer=tokenizer, client=client
+            url=url, app=app, requests=requests, store=store, tokenizer=tokenizer, client=client
         )  # fmt: skip
     store.close()
 
@@ -80,22 +80,22 @@ def by_openai(server, kind, body):
 
 def by_curl(server, kind, body):
     command = ["curl", "-sN", server.url + PATHS[kind], "-H", "content-type: application/json"]
-    said = subprocess.run(
+    completed = subprocess.run(
         [*command, "-d", "@-", "-w", "\n%{http_code}"], input=json.dumps(body), text=True,
         capture_output=True, check=True,
     )  # fmt: skip
-    text, _, status = said.stdout.rpartition("\n")
+    text, _, status = completed.stdout.rpartition("\n")
     return httpx.Response(int(status), text=text)
 
 
-def said_of(response):
-    """The text of a response without what differs each time."""
+def stable_text(response):
+    """Return the text of a response without ids and times, which differ each time."""
     keys = "id|item_id|call_id|created|created_at|cached_tokens"
     return re.sub(rf'"({keys})":("[^"]*"|\d+)', r'"\1":0', response.text)
 
 
-class Api:
-    """Requests to one path, with what it needs filled in."""
+class FieldClient:
+    """A client of one path that fills in the required fields."""
 
     def __init__(self, server, kind):
         self.server, self.kind = server, kind
@@ -111,8 +111,8 @@ class Api:
             "responses": {"input": "Hi"},
         }[self.kind]
         length = "max_output_tokens" if self.kind == "responses" else "max_tokens"
-        some = {} if self.kind == "embed" else {length: 8, "temperature": 0}
-        body = {"model": "tiny", **some, **needs, **fields}
+        defaults = {} if self.kind == "embed" else {length: 8, "temperature": 0}
+        body = {"model": "tiny", **defaults, **needs, **fields}
         response = by_httpx(self.server, self.kind, body)
         self.sent.append((copy.deepcopy(body), response))
         return response
@@ -122,14 +122,14 @@ class Api:
         assert response.status_code == 200, response.text
         return response.json()
 
-    def said(self, **fields):
-        made = self.answer(**fields)
+    def texts(self, **fields):
+        response = self.answer(**fields)
         if self.kind == "responses":
-            return [part["text"] for item in made["output"] for part in item.get("content", ())]
-        choices = made["choices"]
+            return [part["text"] for item in response["output"] for part in item.get("content", ())]
+        choices = response["choices"]
         return [c["text"] if self.kind == "text" else c["message"]["content"] for c in choices]
 
-    def refused(self, param, **fields):
+    def expect_error(self, param, **fields):
         response = self.send(**fields)
         assert response.status_code == 400, response.text
         error = response.json()["error"]
@@ -139,7 +139,7 @@ class Api:
 
 
 def case_table():
-    """A dict of tests by (kind, names of fields), and the decorator `case` that registers one."""
+    """Return a dict of tests by (kind, names of fields), and the decorator `case` that adds one."""
     cases = {}
 
     def case(*names, kinds=("chat",)):
@@ -153,19 +153,21 @@ def case_table():
 
 
 def check(server, kind, names, test):
-    """Run the test of some fields; each has to be taken and refused in it, by all clients alike."""
-    api = Api(server, kind)
+    """Run the test of some fields. Each field must be accepted and refused in it, and all clients
+    must get the same responses.
+    """
+    api = FieldClient(server, kind)
     test(api)
     for name in names:
-        for taken in (True, False):
-            named = [sent for sent in api.sent if name in sent[0]]
-            found = [sent for sent in named if (sent[1].status_code == 200) == taken]
-            assert found, f"{name}: {'taken' if taken else 'refused'} nowhere"
-            # rather one whose answer is known
-            known = [s for s in found if not s[0].get("temperature") or "seed" in s[0]]
-            body, response = (known or found)[0]
+        for accepted in (True, False):
+            requests = [sent for sent in api.sent if name in sent[0]]
+            matches = [sent for sent in requests if (sent[1].status_code == 200) == accepted]
+            assert matches, f"{name}: {'accepted' if accepted else 'refused'} nowhere"
+            # prefer a request with a reproducible answer
+            reproducible = [s for s in matches if not s[0].get("temperature") or "seed" in s[0]]
+            body, response = (reproducible or matches)[0]
             for by in (by_openai, by_curl):
-                again = by(server, kind, body)
-                assert again.status_code == response.status_code
-                if known or not taken:
-                    assert said_of(again) == said_of(response), (name, by)
+                repeated = by(server, kind, body)
+                assert repeated.status_code == response.status_code
+                if reproducible or not accepted:
+                    assert stable_text(repeated) == stable_text(response), (name, by)

@@ -1,4 +1,4 @@
-"""A rank of test_sharded_adamw.py: AdamW on FSDP2's parameters against a single process.
+"""A rank of test_sharded_adamw.py: compare AdamW on FSDP2's parameters with a single process.
 
 torchrun --nproc-per-node 2 tests/support/sharded_adamw.py cpu
 """
@@ -29,7 +29,7 @@ CASES = {
 
 
 def model(dtype: torch.dtype) -> nn.Module:
-    """A model whose rows two ranks share evenly, unevenly and (one row) not at all."""
+    """Make a model with rows that two ranks share evenly, unevenly and (one row) not at all."""
     torch.manual_seed(0)
     wide, odd = (128, 65) if sys.argv[1] == "cpu" else (32, 17)  # interpreted: 0.1 ms an element
     layers = [nn.Linear(64, wide), nn.Tanh(), nn.Linear(wide, odd), nn.Tanh(), nn.Linear(odd, 1)]
@@ -46,23 +46,23 @@ def train(net: nn.Module, optimizer: AdamW, steps: range) -> None:
         optimizer.step()
 
 
-def whole(t: torch.Tensor) -> torch.Tensor:
+def full_tensor(t: torch.Tensor) -> torch.Tensor:
     return t.full_tensor() if isinstance(t, DTensor) else t
 
 
-def here(t: torch.Tensor) -> torch.Tensor:
+def local_tensor(t: torch.Tensor) -> torch.Tensor:
     return t.to_local() if isinstance(t, DTensor) else t
 
 
-def compare(name: str, mine: nn.Module, a: AdamW, alone: nn.Module, b: AdamW) -> None:
+def compare(name: str, mine: nn.Module, a: AdamW, single: nn.Module, b: AdamW) -> None:
     # 8 bits: a shard begins its own block, so other elements share a scale. Moment and root are off
     # by half a step of 3 bits, in each of five updates of at most lr.
     near = {"rtol": 1e-5, "atol": 1e-6}
     if "8 bits" in name:
         near = {"rtol": 0.0, "atol": 5 * 1e-2 * 2**-3}
-    for p, q in zip(mine.parameters(), alone.parameters()):
+    for p, q in zip(mine.parameters(), single.parameters()):
         assert isinstance(p, DTensor)
-        torch.testing.assert_close(whole(p).float(), q.float(), **near)
+        torch.testing.assert_close(full_tensor(p).float(), q.float(), **near)
     if a.grad_norm is not None and b.grad_norm is not None:
         assert b.grad_norm > CASES[name]["max_grad_norm"]  # it was clipped
         torch.testing.assert_close(a.grad_norm, b.grad_norm, rtol=1e-2, atol=0.0)
@@ -71,16 +71,16 @@ def compare(name: str, mine: nn.Module, a: AdamW, alone: nn.Module, b: AdamW) ->
 def check(name: str, options: dict) -> None:
     dtype = torch.bfloat16 if "masters" in name else torch.float32
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
-    alone, mine = model(dtype), model(dtype)
+    single, mine = model(dtype), model(dtype)
     for layer in mine:
         if isinstance(layer, nn.Linear):
             fully_shard(layer, mesh=mesh)
     fully_shard(mine, mesh=mesh)
     make = {"lr": 1e-2, **options}
-    a, b = AdamW(mine.parameters(), **make), AdamW(alone.parameters(), **make)
-    for net, optimizer in ((mine, a), (alone, b)):
+    a, b = AdamW(mine.parameters(), **make), AdamW(single.parameters(), **make)
+    for net, optimizer in ((mine, a), (single, b)):
         train(net, optimizer, range(3))
-    compare(name, mine, a, alone, b)
+    compare(name, mine, a, single, b)
 
     # a new optimizer continues from the checkpoint of the old one
     saved = copy.deepcopy(get_optimizer_state_dict(mine, a))
@@ -90,11 +90,11 @@ def check(name: str, options: dict) -> None:
     set_optimizer_state_dict(mine, resumed, saved)
     for p in mine.parameters():
         for key, value in a.state[p].items():
-            again = resumed.state[p][key]  # codes are plain tensors, one shard each
-            assert torch.equal(here(value), here(again)), (name, key)
+            reloaded = resumed.state[p][key]  # codes are plain tensors, one shard each
+            assert torch.equal(local_tensor(value), local_tensor(reloaded)), (name, key)
     train(mine, resumed, range(3, 5))
-    train(alone, b, range(3, 5))
-    compare(name, mine, resumed, alone, b)
+    train(single, b, range(3, 5))
+    compare(name, mine, resumed, single, b)
 
 
 def check_refusal() -> None:
@@ -106,7 +106,7 @@ def check_refusal() -> None:
     except InputError as error:
         assert str(error).startswith("grad: expected shards or replicas, got (Partial"), error
     else:
-        raise AssertionError("a sum that is not made yet has no norm")
+        raise AssertionError("expected an error: a sum that is still partial has no norm")
 
 
 def main() -> None:

@@ -1,11 +1,12 @@
-"""A process that serves and swaps models, in which nothing else holds memory: swap_memory.py FOLDER
-prints its resident MiB before and after each of four promotions between FOLDER/1 and FOLDER/2."""
+"""Measure the memory of a process that serves and swaps models, and does nothing else:
+swap_memory.py FOLDER prints its resident MiB before and after each of four promotions between
+FOLDER/1 and FOLDER/2."""
 
 import resource
 import sys
 from pathlib import Path
 
-from canary_app import changing, wait_until_freed
+from canary_app import canary_server, wait_until_freed
 from serve_app import ask
 
 from fastlm.serve.models import release_memory
@@ -21,7 +22,7 @@ def resident(url):
 
 def main(folder):
     state = folder / "state.json"
-    with changing(folder / "1", state, models_dir=folder) as (url, server):
+    with canary_server(folder / "1", state, models_dir=folder) as (url, server):
         print(resident(url))
         for name in "2121":
             answer = ask(url, {"model": name}, "/v1/admin/promote")

@@ -1,4 +1,4 @@
-"""The peak of the memory of tensors, counted: also of tensors that have none (meta)."""
+"""Count the peak memory of tensors, also of tensors without memory (meta)."""
 
 import weakref
 
@@ -6,12 +6,12 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 
-class Peak(TorchDispatchMode):
+class TensorPeak(TorchDispatchMode):
     """The peak size in bytes of all tensors created here that are alive at the same time."""
 
     def __init__(self):
         super().__init__()
-        self.alive, self.bytes, self.most = set(), 0, 0
+        self.alive, self.bytes, self.peak_bytes = set(), 0, 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
@@ -21,7 +21,7 @@ class Peak(TorchDispatchMode):
                 if storage._cdata not in self.alive:
                     self.alive.add(storage._cdata)
                     self.bytes += storage.nbytes()
-                    self.most = max(self.most, self.bytes)
+                    self.peak_bytes = max(self.peak_bytes, self.bytes)
                     weakref.finalize(storage, self.freed, storage._cdata, storage.nbytes())
         return out
 

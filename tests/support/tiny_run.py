@@ -1,4 +1,4 @@
-"""A training run of half a second, and ways to kill it. test_train.py starts them in separate
+"""Run a training of half a second, and kill it. test_train.py starts such runs in separate
 processes.
 
 The model has dropout, so that a run which loses its random state does not reproduce the losses.
@@ -103,12 +103,12 @@ def start_and_die(
     def die() -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
-    seen = 0
+    calls = 0
 
     def due() -> bool:
-        nonlocal seen
-        seen += 1
-        return seen == count
+        nonlocal calls
+        calls += 1
+        return calls == count
 
     if point == "step":
         backward = torch.Tensor.backward

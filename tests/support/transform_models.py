@@ -1,4 +1,4 @@
-"""A small model of ours or a patched one, for tests of what surrounds a whole model."""
+"""A small fastlm model, or a patched one of transformers, for tests of full models."""
 
 import torch
 from patch_models import model_of

@@ -2,11 +2,11 @@
 
 It tracks addresses as formulas and reports, with the line of the kernel, any access outside the
 tensors of the launch, in any program of the grid. triton-viz 3.0 runs on Triton 3.6.0. It mistakes
-strided tensors for faults, so all are contiguous here. It computes no values: only addresses are
-checked. It does not detect races. It cannot follow the other ops' kernels: constants that are
-dtypes, divided integers and `tl.join` stop it with an error of its own; tensors in tuples it does
-not check (an address 1,000,000 elements off was "clean" in paged_attention). Their writes outside
-an output are caught by the guards around every allocation in the tests.
+strided tensors for faults, so all tensors are contiguous here. It computes no values: only
+addresses are checked. It does not detect races. It cannot follow the other ops' kernels: constants
+that are dtypes, divided integers and `tl.join` stop it with an error of its own. It does not check
+tensors in tuples (an address 1,000,000 elements off was "clean" in paged_attention). The guards
+around every allocation in the tests catch writes of these kernels outside an output.
 
     python tests/support/triton_sanitize.py [op ...]
     python tests/support/triton_sanitize.py planted   a kernel with a fault: must end with status 1
@@ -29,8 +29,8 @@ _jit = triton.jit
 def _watched(function=None, **options):
     if function is None:
         return lambda f: _watched(f, **options)
-    made = _jit(**options)(function) if options else _jit(function)
-    return triton_viz.trace(client=Sanitizer(abort_on_error=True))(made)
+    kernel = _jit(**options)(function) if options else _jit(function)
+    return triton_viz.trace(client=Sanitizer(abort_on_error=True))(kernel)
 
 
 triton.jit = _watched  # before the kernels are decorated

@@ -1,13 +1,13 @@
-"""Write trl_ppo_values.json: what TRL's PPOTrainer computes in a round on a tiny model.
+"""Write trl_ppo_values.json: the values of TRL's PPOTrainer in a round on a tiny model.
 
     pip install --no-deps --target build/trl-ppo trl==1.12.0
     TRL_EXPERIMENTAL_SILENCE=1 PYTHONPATH=build/trl-ppo .venv/bin/python \
         tests/support/trl_ppo_values.py
 
-1.12.0 is the last version with PPO. It needs a folder of its own; the other tests use a newer one.
-test_trl_ppo.py compares `fastlm.train.losses` with the file. A round is 8 answers of at most
-7 tokens, some without an end, two passes, two micro-batches each; the policy has left the reference
-before, and a large learning rate makes ratios and values leave the clip ranges.
+1.12.0 is the last version with PPO. It needs its own folder; the other tests use a newer version.
+test_trl_ppo.py compares `fastlm.train.losses` with the file. A round is 8 answers of at most 7
+tokens, some without an end, in two passes of two micro-batches each. The policy differs from the
+reference from the start, and a large learning rate moves ratios and values out of the clip ranges.
 
 `PPOTrainer.train` is one function. The values are read from its frame where it calls
 `masked_whiten` and `masked_mean`, and the gradients with hooks on its log-probabilities and values.
@@ -26,7 +26,7 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from trl.experimental.ppo import PPOConfig, PPOTrainer, ppo_trainer
 
-READ = ("masked_mean", "masked_whiten", "get_reward")  # functions of TRL that tell their values
+READ = ("masked_mean", "masked_whiten", "get_reward")  # functions of TRL that are read
 END, PAD, WORDS, LONGEST = 0, 11, 12, 7
 OPTIONS = {
     "kl_coef": 0.3, "gamma": 0.9, "lam": 0.8, "cliprange": 0.2, "cliprange_value": 0.2,
@@ -72,54 +72,56 @@ def tokenizer() -> transformers.PreTrainedTokenizerFast:
 
 
 def numbers(value: torch.Tensor) -> list:
-    """The value with the digits that float32 has."""
+    """Return the value with the digits of float32."""
     short = [float(f"{x:.9g}") for x in value.flatten().tolist()]
     return torch.tensor(short, dtype=torch.float64).view(value.shape).tolist()
 
 
 def round_of(options: dict) -> dict:
-    found: dict = {"updates": []}
+    values_of_round: dict = {"updates": []}
     mean, whiten, reward = (getattr(ppo_trainer, name) for name in READ)
 
     def whitened(values, mask, shift_mean=True):
         out = whiten(values, mask, shift_mean)
-        place = sys._getframe(1).f_locals
+        frame = sys._getframe(1).f_locals
         if shift_mean:
             names = ("logprobs", "ref_logprobs", "values", "sequence_lengths", "returns")
-            found.update({name: numbers(place[name]) for name in names})
-            found["ended"] = place["contain_eos_token"].tolist()
-            found["scores"] = numbers(place["scores"])
-            found["advantages"] = numbers(values)
-            found["whitened_advantages"] = numbers(out.masked_fill(~mask, 0))
-            found["rewards"] = numbers(place["rewards"])
+            values_of_round.update({name: numbers(frame[name]) for name in names})
+            values_of_round["ended"] = frame["contain_eos_token"].tolist()
+            values_of_round["scores"] = numbers(frame["scores"])
+            values_of_round["advantages"] = numbers(values)
+            values_of_round["whitened_advantages"] = numbers(out.masked_fill(~mask, 0))
+            values_of_round["rewards"] = numbers(frame["rewards"])
         else:
-            found["rewards_before"] = numbers(values)
+            values_of_round["rewards_before"] = numbers(values)
         return out
 
     def averaged(values, mask, axis=None):
         out = mean(values, mask, axis)
-        place = sys._getframe(1).f_locals
-        if place.get("pg_loss_max") is values:
-            kept = {
-                "rows": place["micro_batch_inds"].tolist(),
-                "logprobs": numbers(place["new_logprobs"].detach()),
-                "values": numbers(place["vpred"].detach()),
+        frame = sys._getframe(1).f_locals
+        if frame.get("pg_loss_max") is values:
+            update = {
+                "rows": frame["micro_batch_inds"].tolist(),
+                "logprobs": numbers(frame["new_logprobs"].detach()),
+                "values": numbers(frame["vpred"].detach()),
                 "policy_loss": float(out.detach()),
-                "value_loss": float(place["vf_loss"].detach()),
-                "value_clip_fraction": float(place["vf_clipfrac"]),
+                "value_loss": float(frame["vf_loss"].detach()),
+                "value_clip_fraction": float(frame["vf_clipfrac"]),
             }
-            found["updates"].append(kept)
+            values_of_round["updates"].append(update)
             for name in ("new_logprobs", "vpred"):
-                place[name].register_hook(
-                    lambda g, n=name: kept.update({f"{n}_gradient": numbers(g)})
+                frame[name].register_hook(
+                    lambda g, n=name: update.update({f"{n}_gradient": numbers(g)})
                 )
-        elif found["updates"]:  # the first call after that of the loss
-            found["updates"][-1].setdefault("policy_clip_fraction", float(out.detach()))
+        elif values_of_round["updates"]:  # the first call after that of the loss
+            values_of_round["updates"][-1].setdefault("policy_clip_fraction", float(out.detach()))
         return out
 
     def rewarded(*arguments):
         out = reward(*arguments)
-        found["scores_of_model"] = numbers(out[1])  # the second call, after the value model's
+        values_of_round["scores_of_model"] = numbers(
+            out[1]
+        )  # the second call, after the value model's
         return out
 
     for name, read in zip(READ, (averaged, whitened, rewarded)):
@@ -143,15 +145,15 @@ def round_of(options: dict) -> dict:
         ).train()  # fmt: skip
     for name, plain in zip(READ, (mean, whiten, reward)):
         setattr(ppo_trainer, name, plain)
-    return {**options, **found}
+    return {**options, **values_of_round}
 
 
 def main() -> None:
     if trl.__version__ != "1.12.0":
         sys.exit(f"trl: expected 1.12.0, got {trl.__version__}")
-    found = {"trl": trl.__version__, "options": OPTIONS}
-    found["rounds"] = {name: round_of(options) for name, options in ROUNDS.items()}
-    Path(__file__).with_suffix(".json").write_text(json.dumps(found) + "\n")
+    document = {"trl": trl.__version__, "options": OPTIONS}
+    document["rounds"] = {name: round_of(options) for name, options in ROUNDS.items()}
+    Path(__file__).with_suffix(".json").write_text(json.dumps(document) + "\n")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Tests of stages, servers, browsers, several processes and builds: what they share."""
+"""Fixtures for tests of stages, servers, browsers, several processes and builds."""
 
 import os
 import shutil
@@ -13,7 +13,7 @@ import pytest
 
 @pytest.fixture(scope="session")
 def postgresql():
-    """The URL of a database in a server of its own, which only a socket reaches."""
+    """Start a PostgreSQL server that only a socket reaches, and return its URL."""
     from fastlm.errors import InputError
     from fastlm.serve.feedback_store import FeedbackStore
 
@@ -21,15 +21,15 @@ def postgresql():
     initdb = next(iter(sorted(programs, reverse=True)), None)
     if initdb is None:
         pytest.skip("expected PostgreSQL (Debian: postgresql), not found")
-    folder = Path(tempfile.mkdtemp(prefix="fastlm-pg-"))  # pytest's are closed to other users
+    folder = Path(tempfile.mkdtemp(prefix="fastlm-pg-"))  # other users cannot read pytest's folders
     folder.chmod(0o755)
     data, other = folder / "data", {}
     data.mkdir()
-    if os.geteuid() == 0:  # as whom PostgreSQL refuses to run
+    if os.geteuid() == 0:  # PostgreSQL refuses to run as root
         shutil.chown(data, "postgres")
         other = {"user": "postgres", "group": "postgres", "extra_groups": []}
-    made = [initdb, "-D", data, "-U", "postgres", "--no-sync", "--auth=trust"]
-    subprocess.run(made, check=True, capture_output=True, cwd=data, **other)
+    initialize = [initdb, "-D", data, "-U", "postgres", "--no-sync", "--auth=trust"]
+    subprocess.run(initialize, check=True, capture_output=True, cwd=data, **other)
     options = ["-c", "listen_addresses=", "-k", data, "-c", "fsync=off"]
     command = [initdb.with_name("postgres"), "-D", data, *options]
     server = subprocess.Popen(command, stderr=subprocess.DEVNULL, cwd=data, **other)
@@ -49,8 +49,8 @@ def postgresql():
 
 
 @pytest.fixture(params=("sqlite", "postgresql"))
-def where(request, tmp_path):
-    """A database for feedback, on SQLite and on PostgreSQL."""
+def database_url(request, tmp_path):
+    """Return the URL of a database for feedback, on SQLite and on PostgreSQL."""
     if request.param == "sqlite":
         yield str(tmp_path / "feedback.sqlite")
         return

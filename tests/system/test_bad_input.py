@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 import tiny_recipe
 import zstandard
-from damage import changed, outcome
+from damage import change_json, outcome
 from model_files import write_gguf
 from typer.testing import CliRunner
 
@@ -325,7 +325,7 @@ def test_records_of_another_kind(finished, tmp_path):
         stages = record["stages"]
         name = draw.choice([n for n in stages if n != "report"])
         entry = {key: stages[name][key] for key in ("seconds", "result")}
-        stages[name] |= changed(entry, draw)
+        stages[name] |= change_json(entry, draw)
         file.write_text(json.dumps(record))
         found.append(outcome(lambda: run_recipe(finished / "tiny.toml", run)))
     assert found.count("refused") > 10

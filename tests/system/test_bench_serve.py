@@ -18,7 +18,7 @@ import serve
 import serve_tables
 import servers
 import soaking
-from serve_app import serving, tiny_model
+from serve_app import serve_model, tiny_model
 from traffic import (
     CONTEXT,
     NEW_TOKENS,
@@ -175,7 +175,7 @@ def test_other_work_is_a_fault():
 def tiny(tmp_path_factory):
     model, tokenizer = tiny_model(2048)
     store = FeedbackStore(tmp_path_factory.mktemp("soak") / "feedback.sqlite")
-    with store, serving(model, tokenizer, feedback=store) as (url, _):
+    with store, serve_model(model, tokenizer, feedback=store) as (url, _):
         yield servers.Server(f"{url}/v1/", 0, "tiny")
 
 

@@ -17,8 +17,8 @@ import safety_sets
 import torch
 import users
 from paths import ROOT
-from safety_sets import Scripted, complying
-from serve_app import script, serving, tiny_model
+from safety_sets import ScriptedScorer, complying
+from serve_app import script, serve_model, tiny_model
 
 from fastlm.evals.safety import behaviour
 from fastlm.evals.safety.sets import TEXTS
@@ -64,7 +64,10 @@ def test_one_round(tmp_path):
     answers = [users.answer(draw, users.ask(draw)) for _ in range(40)]
     database = tmp_path / "feedback.db"
     raters = simulate_users(6, 1 / 6, 0.1, seed=1)
-    with FeedbackStore(database) as store, serving(model, tokenizer, feedback=store) as (url, one):
+    with (
+        FeedbackStore(database) as store,
+        serve_model(model, tokenizer, feedback=store) as (url, one),
+    ):
         script(one, *answers)
         with httpx.Client(base_url=url, timeout=60, trust_env=False) as client:
             said = circle.Round(client, raters, seed=1)
@@ -210,8 +213,8 @@ def test_what_the_recipe_asks_for_safety_is_kept_out_of_its_rows(tmp_path):
     feedback, safety = stages["feedback"], stages["safety"]
     assert isinstance(feedback, FeedbackBuild) and isinstance(safety, Safety)
     made = safety_sets.bench(
-        safety_sets.write(tmp_path / "cache"), Scripted(complying), tmp_path / "records", limit=4,
-        attacks=safety.attacks, requests=safety.requests,
+        safety_sets.write(tmp_path / "cache"), ScriptedScorer(complying), tmp_path / "records",
+        limit=4, attacks=safety.attacks, requests=safety.requests,
     )  # fmt: skip
     scores = [one for name in safety.measures for one in getattr(behaviour, name)(made)]
     # our own look-alikes are no source: their score has them in its name alone

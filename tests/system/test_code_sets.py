@@ -4,7 +4,7 @@ import math
 
 import pytest
 import question_files as files
-from question_files import measured, oracle
+from question_files import measure, oracle
 from test_question_sets import HUMANEVAL, MBPP, request
 
 from fastlm.errors import InputError
@@ -23,7 +23,7 @@ def test_programs_pass_their_tests_or_do_not(tmp_path):
         body = q.gold if q.gold.startswith("def") else HUMANEVAL["prompt"] + q.gold
         said = [q.gold, f"```python\n{body}\n```\nDone.", q.gold.replace("+", "-"), "", "assert 0"]
         assert task.judge([(one, q.row) for one in said]) == [1, 1, 0, 0, 0]
-    assert measured(task, oracle(task), tmp_path) == {
+    assert measure(task, oracle(task), tmp_path) == {
         "bits_per_byte": pytest.approx(-1.0 / -math.log(2) / len(q.gold)), "pass@1": 1,
     }  # fmt: skip
     files.write_requests(

@@ -7,7 +7,7 @@ import random
 from pathlib import Path
 
 import pytest
-from damage import changed, damaged, outcome
+from damage import change_json, damage_bytes, outcome
 
 from fastlm import stages
 from fastlm.data.forget_log import read_forget_log
@@ -195,11 +195,11 @@ def damage(folder: Path, name: str, seeds: range) -> dict[str, int]:
             rows = [json.loads(line) for line in data.splitlines()]
             row = draw.randrange(len(rows))
             rows[row] = (
-                changed(rows[row], draw) if draw.random() < 0.9 else draw.choice(([], 3, "x"))
+                change_json(rows[row], draw) if draw.random() < 0.9 else draw.choice(([], 3, "x"))
             )
             bytes_ = jsonl(*rows)
         else:
-            bytes_ = damaged(data, draw)
+            bytes_ = damage_bytes(data, draw)
         path.write_bytes(bytes_)
         try:
             counts[outcome(lambda: use(path))] += 1

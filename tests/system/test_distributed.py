@@ -86,7 +86,7 @@ def data(tmp_path_factory):
 @pytest.fixture(scope="module")
 def one(data, tmp_path_factory):
     """The trainings of one process."""
-    return in_one_thread(trainings.everything, data, tmp_path_factory.mktemp("one"))
+    return in_one_thread(trainings.train_offline, data, tmp_path_factory.mktemp("one"))
 
 
 @pytest.fixture(scope="module")
@@ -116,7 +116,7 @@ def four(data, two, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def round_of_one(data, tmp_path_factory):
-    return in_one_thread(trainings.rounds, data, tmp_path_factory.mktemp("round-of-one"))
+    return in_one_thread(trainings.train_rounds, data, tmp_path_factory.mktemp("round-of-one"))
 
 
 @pytest.fixture(scope="module")
@@ -254,7 +254,7 @@ def test_one_process_continues_from_shards(data, one, two, four, tmp_path):
     for cut, parts in ((two / "cut-fsdp", 2), (four / "fsdp-hsdp", 4), (two / "cut-ddp", 0)):
         run = shutil.copytree(cut, tmp_path / cut.name)
         assert len(list(list_checkpoints(run)[-1].glob("shard-*"))) == parts
-        net, result = trainings.pretraining(data, run)
+        net, result = trainings.train_pretraining(data, run)
         assert_near(run, one / "float32", 1e-5)
         assert result.steps == 10
         for name, parameter in net.named_parameters():
@@ -266,10 +266,10 @@ def test_one_process_continues_from_shards(data, one, two, four, tmp_path):
     file = list_checkpoints(run)[-1] / damaged.name
     file.write_bytes(file.read_bytes()[:-1] + b"?")
     with pytest.raises(InputError, match=r"shard-00002-.*: corrupt: its sha256"):
-        trainings.pretraining(data, run)
+        trainings.train_pretraining(data, run)
     file.unlink()
     with pytest.raises(InputError, match="cannot be read"):
-        trainings.pretraining(data, run)
+        trainings.train_pretraining(data, run)
 
 
 def test_a_full_disk_is_one_line_in_all_processes(edges):

@@ -196,9 +196,9 @@ def test_measures_follow_their_formulas():
 def test_models_whose_answers_are_known(tmp_path):
     task = choices(80)
     for make, accuracy in ((question_files.oracle, 1.0), (question_files.always_first, 0.25)):
-        found = question_files.measured(task, make(task), tmp_path / str(accuracy))
+        found = question_files.measure(task, make(task), tmp_path / str(accuracy))
         assert found["acc"] == accuracy
-    flat = question_files.measured(task, question_files.Known(), tmp_path / "flat")
+    flat = question_files.measure(task, question_files.FakeScorer(), tmp_path / "flat")
     assert flat["acc"] == pytest.approx(task.chance)  # all answers are equally likely
     records = [{"id": str(i), "logprob": [0.0, -1, -1, -1]} for i in range(80)]
     told = summary(task, values(task, [r | {"bare": [0.0] * 4} for r in records]))
@@ -264,8 +264,8 @@ def test_a_comparison_is_symmetric_and_adjusted(tmp_path):
 
     def model(skill: float):
         golds = {q.requests[q.gold] for t in tasks for q in t.questions}
-        return question_files.Known(
-            likes=lambda c, a: -8 + noise.get((c, a), 0) + skill * ((c, a) in golds)
+        return question_files.FakeScorer(
+            logprob=lambda c, a: -8 + noise.get((c, a), 0) + skill * ((c, a) in golds)
         )  # fmt: skip
 
     asked = {

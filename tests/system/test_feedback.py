@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import sqlalchemy as sa
-from serve_app import HTTP, ask, serving, tiny_model
+from serve_app import HTTP, ask, serve_model, tiny_model
 from typer.testing import CliRunner
 
 from fastlm.cli import app
@@ -77,20 +77,20 @@ def filled(store):
     return store
 
 
-def built(where, out):
+def built(database_url, out):
     """Every row of a database."""
     options = BuildOptions(judge=0.0, test=0.0, min_rater_weight=0.0, max_rater_share=1.0, rules=())
-    return build([str(where)], out, options=options, cache=out)
+    return build([str(database_url)], out, options=options, cache=out)
 
 
-def test_rows_to_train_on(where, tmp_path):
-    with filled(FeedbackStore(where)) as store:
+def test_rows_to_train_on(database_url, tmp_path):
+    with filled(FeedbackStore(database_url)) as store:
         kept = store.answers()
         assert kept["r1"].prompt == CLEAN and kept["r1"].conversation_id == "talk"
         assert store.all_feedback()[4].comment == "Mail <EMAIL>"
         assert store.counts()["answers"] == 2 and store.counts()["thumb"] == 6
 
-        done = built(where, tmp_path)
+        done = built(database_url, tmp_path)
         pairs = list(read_preferences([str(tmp_path / "train/preferences.jsonl")], cache=tmp_path))
         assert done.funnel.steps[0]["removed"] == {
             "a pick between answers to different prompts": 1,
@@ -118,10 +118,10 @@ def test_rows_to_train_on(where, tmp_path):
         assert [o.response_id for o in store.all_feedback()] == ["r2", "r2", "r3"]
         store.forget("r2")
         with pytest.raises(InputError, match="got none; 1 no consent to store the text"):
-            built(where, tmp_path / "none")
+            built(database_url, tmp_path / "none")
 
 
-def test_what_was_forgotten_is_not_stored_again(where, monkeypatch):
+def test_what_was_forgotten_is_not_stored_again(database_url, monkeypatch):
     answer = StoredResponse(
         "r1", "tiny", PROMPT, [[{"role": "assistant", "content": "Yes"}]], None, "talk"
     )
@@ -129,7 +129,7 @@ def test_what_was_forgotten_is_not_stored_again(where, monkeypatch):
         Feedback("r1", thumb="up"), Feedback("r1", "talk", comment="Mine"), Feedback(None, "talk"),
         Feedback("r9", "talk", thumb="down"),
     )  # fmt: skip
-    with FeedbackStore(where) as store:
+    with FeedbackStore(database_url) as store:
         store.keep(answer)
         assert store.add(about[0]) == 1
         assert store.forget("talk") == 2
@@ -141,7 +141,7 @@ def test_what_was_forgotten_is_not_stored_again(where, monkeypatch):
         def late(feedback):
             asked.append(feedback)
             if len(asked) == 2:
-                with FeedbackStore(where) as other:
+                with FeedbackStore(database_url) as other:
                     other.forget("r3")
             return blocked(feedback)
 
@@ -150,10 +150,10 @@ def test_what_was_forgotten_is_not_stored_again(where, monkeypatch):
         assert [feedback.response_id for feedback in store.all_feedback()] == ["r2"]
 
 
-def test_a_conversation_takes_no_answer_of_another_along(where):
+def test_a_conversation_takes_no_answer_of_another_along(database_url):
     """Feedback names the victim's answer and the attacker's conversation, who then withdraws."""
     said = [[{"role": "assistant", "content": "Yes"}]]
-    with FeedbackStore(where) as store:
+    with FeedbackStore(database_url) as store:
         store.keep(StoredResponse("victims", "tiny", PROMPT, said, None, "theirs"))
         store.keep(StoredResponse("alone", "tiny", PROMPT, said))
         store.keep(StoredResponse("mine", "tiny", PROMPT, said, None, "talk"))
@@ -172,8 +172,8 @@ def test_a_conversation_takes_no_answer_of_another_along(where):
         assert store.add(Feedback("victims", thumb="up"))
 
 
-def test_several_servers_write_at_once(where):
-    with FeedbackStore(where) as one, FeedbackStore(where) as other:
+def test_several_servers_write_at_once(database_url):
+    with FeedbackStore(database_url) as one, FeedbackStore(database_url) as other:
 
         def write(i):
             (one, other)[i % 2].add(Feedback(f"r{i}", thumb="up"))
@@ -187,7 +187,7 @@ def test_several_servers_write_at_once(where):
         assert len(other.answers()) == 1
 
 
-def test_several_servers_start_with_a_new_database(where):
+def test_several_servers_start_with_a_new_database(database_url):
     """Each sees that the tables are missing; one of them makes them."""
     together = threading.Barrier(4)
 
@@ -197,9 +197,9 @@ def test_several_servers_start_with_a_new_database(where):
             CanaryStore(store)
             return store.add(Feedback("r", thumb="up"))
 
-    files = [f"{where}-{i}" for i in range(9)] if "://" not in str(where) else []
+    files = [f"{database_url}-{i}" for i in range(9)] if "://" not in str(database_url) else []
     with ThreadPoolExecutor(4) as pool:
-        for database in (where, *files):
+        for database in (database_url, *files):
             assert sorted(pool.map(start, [database] * 4)) == [1, 2, 3, 4]
 
 
@@ -221,17 +221,17 @@ def test_a_closed_database_is_one_file(tmp_path):
 
 def test_a_database_that_cannot_be_used(tmp_path):
     (tmp_path / "text").write_text("no database" * 99)
-    for where in (tmp_path / "text", tmp_path / "none" / "x", "postgresql://u:pw@127.0.0.1:1/x",
+    for database_url in (tmp_path / "text", tmp_path / "none" / "x", "postgresql://u:pw@127.0.0.1:1/x",
                   "nosuch://x", "://"):  # fmt: skip
         with pytest.raises(InputError) as raised:
-            FeedbackStore(where)
+            FeedbackStore(database_url)
         assert "pw" not in str(raised.value) and "\n" not in str(raised.value)
 
 
 def test_an_opinion_is_stored_where_what_is_kept_cannot_be_read(tmp_path, monkeypatch):
     with (
         FeedbackStore(tmp_path / "f.sqlite") as store,
-        serving(*tiny_model(), feedback=store) as (url, _),
+        serve_model(*tiny_model(), feedback=store) as (url, _),
     ):
 
         def fails(*ids):
@@ -244,11 +244,11 @@ def test_an_opinion_is_stored_where_what_is_kept_cannot_be_read(tmp_path, monkey
         assert feedback.thumb == "up"
 
 
-def test_over_http(where):
+def test_over_http(database_url):
     model, tokenizer = tiny_model()
     with (
-        FeedbackStore(where) as store,
-        serving(model, tokenizer, feedback=store) as (url, server),
+        FeedbackStore(database_url) as store,
+        serve_model(model, tokenizer, feedback=store) as (url, server),
     ):
         talk = {"messages": [{"role": "user", "content": "I am ann@mail.org"}]}
         asked = {"model": "tiny", **talk, "max_tokens": 6, "temperature": 0}
@@ -332,7 +332,7 @@ def test_a_rater_belongs_to_a_key(tmp_path):
     keys = ["a-key-of-this-server", "another-key-of-it"]
     with (
         FeedbackStore(tmp_path / "f.sqlite") as store,
-        serving(*tiny_model(), feedback=store, keys=keys) as (url, _),
+        serve_model(*tiny_model(), feedback=store, keys=keys) as (url, _),
     ):
         for key, thumb in ((keys[0], "up"), (keys[1], "down")):
             for rater in ({"rater": "ann"}, {}):
@@ -357,7 +357,7 @@ def test_a_full_disk_costs_the_conversation_but_not_the_answer(tmp_path, capfd):
     }
     with (
         FeedbackStore(tmp_path / "f.sqlite") as store,
-        serving(*tiny_model(8192), feedback=store) as (url, server),
+        serve_model(*tiny_model(8192), feedback=store) as (url, server),
     ):
         store.close()  # connections from now on have no space
 
@@ -508,11 +508,11 @@ STARS = Rating("stars", "number", "higher", low=1, high=5)
 SOLVED = Rating("solved", "boolean", "higher", "conversation")
 
 
-def test_numbers_by_name(where):
+def test_numbers_by_name(database_url):
     settings = Settings([STARS, SOLVED])
     with (
-        FeedbackStore(where) as store,
-        serving(*tiny_model(), feedback=store, monitoring=settings) as (url, server),
+        FeedbackStore(database_url) as store,
+        serve_model(*tiny_model(), feedback=store, monitoring=settings) as (url, server),
     ):
 
         def give(**fields):
@@ -554,7 +554,7 @@ def test_numbers_by_name(where):
         assert len(store.all_feedback()) == 3
         text = server.metrics.text().decode()
         assert 'fastlm_feedback_total{kind="metrics"} 3.0' in text
-    with FeedbackStore(where) as store:  # what the numbers mean does not change
+    with FeedbackStore(database_url) as store:  # what the numbers mean does not change
         store.declare([STARS])
         changed = Rating("stars", "number", "lower", low=1, high=5)
         with pytest.raises(InputError, match=r"metric stars: better: expected 'higher'"):
@@ -595,11 +595,11 @@ def test_metrics_of_a_file(tmp_path):
         assert "\n" not in str(raised.value)
 
 
-def test_feedback_comes_early_late_and_about_conversations(where):
+def test_feedback_comes_early_late_and_about_conversations(database_url):
     """Before its answer is measured, after a restart, and after days; the answer's own time and
     model count."""
     now = time.time()
-    with FeedbackStore(where) as store:
+    with FeedbackStore(database_url) as store:
         store.declare([STARS, SOLVED])
         store.add(Feedback("early", thumb="up", metrics=(("stars", 5.0),)))
         assert read_feedback_rows(store, now - 60, now + 60)[0].model == ""  # no answer yet
@@ -611,7 +611,7 @@ def test_feedback_comes_early_late_and_about_conversations(where):
                 row | {"response_id": "late", "model": "old", "at": now - 5 * 86400},
                 row | {"response_id": "t1", "conversation_id": "talk", "model": "new", "at": now},
             ])  # fmt: skip
-    with FeedbackStore(where) as store:
+    with FeedbackStore(database_url) as store:
         store.add(Feedback("late", thumb="down", rater="ann"))
         store.add(Feedback("late", thumb="up", rater="ann"))  # she changed her mind
         store.add(Feedback(None, "talk", metrics=(("solved", 1.0),)))

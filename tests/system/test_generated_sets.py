@@ -6,7 +6,7 @@ from itertools import pairwise
 
 import pytest
 import question_files as files
-from question_files import measured, oracle
+from question_files import measure, oracle
 
 from fastlm.errors import InputError
 from fastlm.evals.measures import parts, values
@@ -21,8 +21,8 @@ PLANTED = "reasoning-gym:chain_sum?size=7&seed=3"
 @pytest.mark.parametrize("name", ["needle:256,512", "hops:256", "chain_sum", PLANTED])
 def test_an_oracle_is_right_and_silence_is_wrong(name, tmp_path):
     task = load_task(name, tmp_path)
-    assert measured(task, oracle(task), tmp_path)[task.metric] == 1
-    assert measured(task, files.Known(says=lambda prompt: ""), tmp_path)[task.metric] <= 0.01
+    assert measure(task, oracle(task), tmp_path)[task.metric] == 1
+    assert measure(task, files.FakeScorer(answer=lambda prompt: ""), tmp_path)[task.metric] <= 0.01
 
 
 def test_sets_are_the_same_in_another_process(tmp_path):
@@ -55,7 +55,7 @@ def test_needles_are_measured_by_length_and_depth(tmp_path):
     task = load_task("needle:256,512", tmp_path)
     short = {q.prompt: q.gold for q in task.questions if q.part.startswith("256")}
     with files.RecordFile(tmp_path / "records", {}) as results:
-        records = files.ask(task, files.Known(says=lambda p: short.get(p, " 1")), results)
+        records = files.ask(task, files.FakeScorer(answer=lambda p: short.get(p, " 1")), results)
     found = parts(task, values(task, records))
     assert found["256 tokens"]["measures"]["found"]["value"] == 1
     assert found["512 tokens"]["measures"]["found"]["value"] == 0
@@ -155,5 +155,5 @@ def test_instructions_are_judged_strictly_and_loosely(tmp_path):
     assert instructions.strict(asked) == [0, 1, 0]
     assert instructions.loose(asked) == [1, 1, 0]
     assert instructions.share(asked) == [0.5, 1, 0]
-    said = measured(task, files.Known(says=lambda prompt: "no"), tmp_path)
+    said = measure(task, files.FakeScorer(answer=lambda prompt: "no"), tmp_path)
     assert 0 < said["followed"] <= said["loose"] <= said["rules"] < 0.5

@@ -10,7 +10,7 @@ import pytest
 @pytest.mark.parametrize("case, kills", [("shards", 6), ("dpo", 3)])
 def test_killed_and_started_again(case: str, kills: int) -> None:
     told: list[str] = []
-    assert kill_stages.torment_all([case], kills, 0, told.append) == []
+    assert kill_stages.run_cases([case], kills, 0, told.append) == []
     assert f"{case}: {kills} kills" in told[-1]
 
 

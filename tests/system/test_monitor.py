@@ -9,9 +9,9 @@ import time
 
 import numpy as np
 import pytest
-from canary_app import changing, folders
-from monitored import CODE, COOKING, MODELS, fill
-from serve_app import HTTP, ask, script, serving, tiny_model
+from canary_app import canary_server, model_folders
+from feedback_measures import CODE, COOKING, MODELS, fill_measures
+from serve_app import HTTP, ask, script, serve_model, tiny_model
 
 from fastlm.errors import InputError
 from fastlm.serve.feedback_store import FeedbackStore
@@ -53,8 +53,8 @@ def measured(id="r", at=0.0, **more):
     return Measure(values | more, "a prompt", 1, "an answer")
 
 
-def test_every_answer_is_measured_without_its_text(tiny, where):
-    with FeedbackStore(where) as store, serving(*tiny, feedback=store) as (url, server):
+def test_every_answer_is_measured_without_its_text(tiny, database_url):
+    with FeedbackStore(database_url) as store, serve_model(*tiny, feedback=store) as (url, server):
         refusal = f"I'm sorry, but I cannot help with {SECRET}."
         script(server, refusal, f"{SECRET}, you are an idiot", "Fine", "One", "Two", "Streamed")
         chat = {"model": "tiny", "messages": [{"role": "user", "content": f"{SECRET}? 12"}]}
@@ -96,7 +96,7 @@ def test_every_answer_is_measured_without_its_text(tiny, where):
             assert not any(SECRET.encode() in str(value).encode() for value in values)
         with store.write() as connection:  # nobody consented to the first
             connection.exec_driver_sql("DELETE FROM fastlm_answers")
-        if where.endswith(".sqlite"):
+        if database_url.endswith(".sqlite"):
             with store.read() as connection:
                 dump = "".join(connection.connection.dbapi_connection.iterdump())
             assert first["id"] in dump and SECRET not in dump
@@ -105,7 +105,7 @@ def test_every_answer_is_measured_without_its_text(tiny, where):
 def test_outcomes_that_are_no_answer(tiny, tmp_path):
     with (
         FeedbackStore(tmp_path / "f.sqlite") as store,
-        serving(
+        serve_model(
             *tiny, feedback=store, pause=0.2, engine={"max_queue_size": 1, "max_num_seqs": 1}
         ) as (
             url,
@@ -197,10 +197,10 @@ def test_measures_wait_in_bounded_room(tmp_path, monkeypatch):
         bad.close()
 
 
-def test_old_measures_go_and_those_of_the_reference_stay_without_names(where):
+def test_old_measures_go_and_those_of_the_reference_stay_without_names(database_url):
     now = time.time()
-    with FeedbackStore(where) as store:
-        fill(store, 300, days=10, now=now)
+    with FeedbackStore(database_url) as store:
+        fill_measures(store, 300, days=10, now=now)
         mine = recorded(store, keep=Keep(days=2, rows=40))
         with store.read() as connection:
             kept = connection.execute(MEASURES.select().where(Reference(50).rows(connection))).all()
@@ -262,9 +262,9 @@ def test_rates_name_their_judge_and_do_not_mix(tiny, tmp_path):
     settings = Settings(judges=[long, WORDS])
     with (
         FeedbackStore(tmp_path / "f.sqlite") as store,
-        serving(*tiny, feedback=store, monitoring=settings) as (url, server),
+        serve_model(*tiny, feedback=store, monitoring=settings) as (url, server),
     ):
-        fill(store, 40, days=0.01)
+        fill_measures(store, 40, days=0.01)
         script(server, "No", "A long answer")
         for _ in range(2):
             ask(url, {"model": "tiny", "prompt": "The"}, "/v1/completions")
@@ -274,12 +274,12 @@ def test_rates_name_their_judge_and_do_not_mix(tiny, tmp_path):
         assert told["other_judges"] == sum(r["refusal_judge"] == RULES.id for r in measures(store))
 
 
-def test_dashboard_data(tiny, where):
+def test_dashboard_data(tiny, database_url):
     settings = Settings([STARS])
     key = "a-key-of-this-server"
     with (
-        FeedbackStore(where) as store,
-        serving(*tiny, feedback=store, monitoring=settings, keys=[key]) as (url, server),
+        FeedbackStore(database_url) as store,
+        serve_model(*tiny, feedback=store, monitoring=settings, keys=[key]) as (url, server),
     ):
 
         def data(status=200, **query):
@@ -296,7 +296,7 @@ def test_dashboard_data(tiny, where):
             assert told["groups"][0]["summary"]["answers"] == 0 and told["models"] == []
             assert told["groups"][0]["summary"]["refusal"]["value"] is None
             assert not told["drift"]["enough"]
-        ids = fill(store, 1, days=0.001)
+        ids = fill_measures(store, 1, days=0.001)
         store.add(Feedback(ids[0], metrics=(("stars", 3.0),)))
         with store.read() as connection:
             (row,) = connection.execute(MEASURES.select()).all()
@@ -317,7 +317,7 @@ def test_dashboard_data(tiny, where):
         store.read, read = lambda: (_ for _ in ()).throw(InputError("gone")), store.read
         assert data(503, window="week", begin="2026-01-01", end="2026-01-02")["error"]["code"]
         store.read = read
-    with serving(*tiny) as (url, _):
+    with serve_model(*tiny) as (url, _):
         told = HTTP.get(url + "/dashboard/data")
         assert told.status_code == 404 and told.json()["error"]["code"] == "no_feedback"
         assert HTTP.get(url + "/dashboard").status_code == 200
@@ -326,9 +326,9 @@ def test_dashboard_data(tiny, where):
 def test_two_models_side_by_side(tmp_path, tiny):
     with (
         FeedbackStore(tmp_path / "f.sqlite") as store,
-        serving(*tiny, feedback=store, monitoring=Settings([STARS])) as (_, server),
+        serve_model(*tiny, feedback=store, monitoring=Settings([STARS])) as (_, server),
     ):
-        ids = fill(store, 1200, models=MODELS, words=(COOKING, CODE))
+        ids = fill_measures(store, 1200, models=MODELS, words=(COOKING, CODE))
         for i, id in enumerate(ids[:40]):
             store.add(Feedback(id, metrics=(("stars", 5.0 if i % 2 else 1.0),), rater="ann"))
         store.add(Feedback("elsewhere", thumb="up"))
@@ -358,9 +358,9 @@ def test_a_hundred_thousand_answers_are_read_in_bounded_time(tmp_path, tiny, mon
     monkeypatch.setattr("fastlm.serve.monitor.window.MOST_ROWS", 10_000)  # a tenth
     with (
         FeedbackStore(tmp_path / "f.sqlite") as store,
-        serving(*tiny, feedback=store) as (_, server),
+        serve_model(*tiny, feedback=store) as (_, server),
     ):
-        fill(store, 12_000)
+        fill_measures(store, 12_000)
         start = time.process_time()
         told = server.monitor.data("all")
         assert time.process_time() - start < 10  # 0.2 measured
@@ -368,14 +368,14 @@ def test_a_hundred_thousand_answers_are_read_in_bounded_time(tmp_path, tiny, mon
         assert told["drift"]["cut"] and told["drift"]["prompts"] == 5000
 
 
-def test_drift_is_seen_and_none_is_not(where):
-    with FeedbackStore(where) as store:
+def test_drift_is_seen_and_none_is_not(database_url):
+    with FeedbackStore(database_url) as store:
         now = time.time()
-        fill(store, 1600, days=2, now=now, words=(COOKING, COOKING))
+        fill_measures(store, 1600, days=2, now=now, words=(COOKING, COOKING))
         same = drift(store, Reference(300), now - 86400, now)
         assert same["enough"] and same["reference_prompts"] == 300
         assert same["mmd"]["p"] > 0.05 and all(f["p"] > 0.05 for f in same["features"])
-        fill(store, 400, days=0.5, now=now, words=(CODE, CODE), seed=1)
+        fill_measures(store, 400, days=0.5, now=now, words=(CODE, CODE), seed=1)
         moved = drift(store, Reference(300), now - 0.5 * 86400, now)
         assert moved["mmd"]["p"] <= 0.002
         found = {f["name"]: f for f in moved["features"]}
@@ -491,9 +491,9 @@ def test_an_alert_on_the_dashboard_in_prometheus_and_in_the_log(tiny, tmp_path, 
     settings = Settings([STARS], rules)
     with (
         FeedbackStore(tmp_path / "f.sqlite") as store,
-        serving(*tiny, feedback=store, monitoring=settings) as (url, server),
+        serve_model(*tiny, feedback=store, monitoring=settings) as (url, server),
     ):
-        ids = fill(store, 1000, words=(COOKING, CODE))
+        ids = fill_measures(store, 1000, words=(COOKING, CODE))
         for i, id in enumerate(ids[:30]):
             store.add(Feedback(id, metrics=(("stars", 1.0 + i % 2),)))
         server.monitor.alerts.check(time.time())
@@ -518,9 +518,9 @@ def test_an_alert_on_the_dashboard_in_prometheus_and_in_the_log(tiny, tmp_path, 
 def test_every_metric_of_a_rule_has_a_value(tiny, tmp_path):
     with (
         FeedbackStore(tmp_path / "f.sqlite") as store,
-        serving(*tiny, feedback=store) as (_, server),
+        serve_model(*tiny, feedback=store) as (_, server),
     ):
-        fill(store, 600)
+        fill_measures(store, 600)
         told = server.monitor.data("day")
         for metric in (*RATES, *VALUES):
             one = value_of(metric, told["groups"][0]["summary"], told["drift"])
@@ -549,10 +549,10 @@ def test_a_server_that_measures_while_another_deletes(tmp_path):
 
 
 def test_a_canary_is_a_column_of_its_own(tmp_path):
-    made = folders(tmp_path, "ab")
+    made = model_folders(tmp_path, "ab")
     with (
         FeedbackStore(tmp_path / "f.sqlite") as store,
-        changing(made["a"], tmp_path / "state", canary=made["b"], store=store, share=0.5) as (
+        canary_server(made["a"], tmp_path / "state", canary=made["b"], store=store, share=0.5) as (
             url, server,
         ),
     ):  # fmt: skip

@@ -4,7 +4,7 @@ import json
 import os
 
 import pytest
-from question_files import Known
+from question_files import FakeScorer
 
 from fastlm.errors import InputError
 from fastlm.evals.harness_tasks import task_files
@@ -62,7 +62,7 @@ filter_list:
 LIKELY = WRITTEN[: WRITTEN.index("generation_kwargs")].replace("generate_until", "loglikelihood")
 
 
-class Model(Known):
+class Model(FakeScorer):
     """A scorer without a model that counts what it is asked."""
 
     asked = 0
@@ -70,7 +70,7 @@ class Model(Known):
 
     def loglikelihoods(self, pairs, *, chat=False, greedy=False, each=None):
         Model.asked += len(pairs)
-        found = [Likelihood(self.likes(*pair), 1, self.likes(*pair) > -0.5) for pair in pairs]
+        found = [Likelihood(self.logprob(*pair), 1, self.logprob(*pair) > -0.5) for pair in pairs]
         for i, one in enumerate(found):
             each(i, one)
         return found
@@ -132,8 +132,8 @@ def test_given_answers_are_measured_and_compared(write, tmp_path, cache):
     assert task.questions[1].requests == ((prompt, " cat"), (prompt, " dog"))
     assert [q.gold for q in task.questions] == [0, 1, 0, 1] and task.name == "animals"
     golds = {q.requests[q.gold] for q in task.questions}
-    right = Model(likes=lambda *pair: -0.1 if pair in golds else -9.0)
-    cat = Model(likes=lambda context, answer: -0.1 if answer == " cat" else -9.0)
+    right = Model(logprob=lambda *pair: -0.1 if pair in golds else -9.0)
+    cat = Model(logprob=lambda context, answer: -0.1 if answer == " cat" else -9.0)
     values, row = scores(task, tmp_path, cat=cat, right=right)
     assert values["right"] == pytest.approx(
         {"acc": 1, "acc_norm": 1, "f1": 1, "bits_per_byte": 0.1 / 3 / 0.6931}, rel=1e-3
@@ -155,14 +155,14 @@ def test_written_answers_are_filtered_by_the_harness(write, tmp_path, cache):
     q = task.questions[1]
     assert (q.prompt, q.gold) == ("10 + -4 =", " 6")
     said = {"1 + 2 =": " so #### 3", "10 + -4 =": " 10 - 4 is 6."}
-    values, _ = scores(task, tmp_path, m=Model(says=said.get))
+    values, _ = scores(task, tmp_path, m=Model(answer=said.get))
     assert values["m"] == {"exact_match": 0.5, "exact_match,flexible": 1}
 
 
 def test_likelihoods_are_right_where_greedy(write, tmp_path, cache):
     metrics = "metric_list: [{metric: acc}, {metric: perplexity}]\n"
     task = load_task(write(LIKELY + metrics), cache)
-    values, row = scores(task, tmp_path, m=Model(likes=lambda c, t: -0.1 if t == "3" else -2.0))
+    values, row = scores(task, tmp_path, m=Model(logprob=lambda c, t: -0.1 if t == "3" else -2.0))
     assert values["m"]["acc"] == 0.5
     assert values["m"]["perplexity"] == pytest.approx(2.857, abs=1e-3)  # exp(1.05)
     assert row["models"]["m"]["measures"]["perplexity"]["unit"] == ""
@@ -175,7 +175,7 @@ def test_code_of_a_task_runs_and_its_figures_are_no_percent(write, tmp_path, cac
     base = write(WRITTEN[: WRITTEN.index("metric_list")], "sums.yaml")
     text = "include: sums.yaml\ntask: more\nprocess_results: !function utils.words\n"
     task = load_task(write(f"{text}metric_list: [{{metric: words, aggregation: mean}}]\n"), cache)
-    values, row = scores(task, tmp_path, m=Model(says=lambda prompt: "one two three"))
+    values, row = scores(task, tmp_path, m=Model(answer=lambda prompt: "one two three"))
     assert task.name == "more" and values["m"] == {"words": 3}
     (line,) = lines([row])
     assert line["accuracy"] == "3.000±0.000" and line["detects"] == ""

@@ -1,6 +1,6 @@
 """Memory of layerwise quantization: one decoder layer in float32, however many there are."""
 
-from peak import printed_alone
+from peak import run_script
 
 WIDTH, MLP, LAYERS = 256, 640, (6, 14)  # below 6, the peak is the allocator's
 SCRIPT = """
@@ -33,7 +33,7 @@ def test_gptq_of_more_layers_adds_their_weights_alone():
     with any of them kept would add 16 MB or more to the peak, which varies by 4.
     """
     few, many = (
-        printed_alone(SCRIPT.format(width=WIDTH, mlp=MLP, layers=layers))[0] for layers in LAYERS
+        run_script(SCRIPT.format(width=WIDTH, mlp=MLP, layers=layers))[0] for layers in LAYERS
     )
     weights = (LAYERS[1] - LAYERS[0]) * (4 * WIDTH**2 + 3 * WIDTH * MLP) * 4.125 / 8 / 2**20
     assert few > 5 and weights < 3

@@ -308,10 +308,10 @@ def test_a_store_in_use_is_waited_for(tmp_path, monkeypatch) -> None:
         other.rank("ann", item, [0, 1, 2])
 
 
-def test_rankings_are_feedback(where, tmp_path) -> None:
+def test_rankings_are_feedback(database_url, tmp_path) -> None:
     """Items of `fastlm serve`, too, are ranked, and what was ranked are picks to train on."""
     file = write(tmp_path / "rows.jsonl", prompt_row(0), {**prompt_row(1), "ranks": [1, 0, 1]})
-    with RankingStore(where) as store:
+    with RankingStore(database_url) as store:
         store.add_items(read_ranking_examples([file], cache=tmp_path))
         prompt, texts = [{"role": "user", "content": "Served?"}], ("Yes", "No", "So")
         store.keep(
@@ -334,7 +334,7 @@ def test_rankings_are_feedback(where, tmp_path) -> None:
         assert store.next_item("cid").response_id == "r1"
         assert store.next_item("cid", skipped=True).id == 1
     options = BuildOptions(judge=0.0, test=0.0, max_rater_share=1.0)
-    done = build([where], tmp_path / "out", options=options, cache=tmp_path)
+    done = build([database_url], tmp_path / "out", options=options, cache=tmp_path)
     assert done.funnel.steps[0]["removed"] == {
         "ties and skipped rankings": 7,
         "changed later by the same rater": 4,

@@ -15,7 +15,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from canary_app import DEFAULTS, changing, folders
+from canary_app import DEFAULTS, canary_server, model_folders
 from serve_app import HTTP, ask
 
 from fastlm.errors import InputError
@@ -34,7 +34,7 @@ from fastlm.stats.latency import PairCounts
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
-    return folders(tmp_path_factory.mktemp("models"), "ab")
+    return model_folders(tmp_path_factory.mktemp("models"), "ab")
 
 
 @contextmanager
@@ -42,7 +42,7 @@ def trying(models, place, **options):
     """Context: (URL, server) with a canary, half of the conversations by default."""
     with FeedbackStore(place / "feedback.sqlite") as store:
         options = {"share": 0.5, **options}
-        with changing(
+        with canary_server(
             models["a"], place / "state.json", canary=models["b"], store=store, **options
         ) as (url, server):
             yield url, server

@@ -16,7 +16,7 @@ from schemathesis.specs.openapi.checks import (
     response_schema_conformance,
     status_code_conformance,
 )
-from serve_app import HTTP, serving, tiny_model
+from serve_app import HTTP, serve_model, tiny_model
 
 from fastlm.data.preferences import Unranked
 from fastlm.serve.feedback_store import FeedbackStore
@@ -69,7 +69,7 @@ def served(tmp_path_factory):
             ranks.add_items([Unranked([{"role": "user", "content": f"Which, {i}?"}], answers)])
         limits = RequestLimits(max_new_tokens=NEW_TOKENS)
         options = {"feedback": store, "ranking": ranks}
-        with serving(*tiny_model(), limits=limits, **options) as (url, _):
+        with serve_model(*tiny_model(), limits=limits, **options) as (url, _):
             raw = HTTP.get(url + "/openapi.json").json()
             for path in (*PATHS, *RANKS):
                 body = raw["paths"][path]["post"]["requestBody"]["content"]["application/json"]

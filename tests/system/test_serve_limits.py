@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from serve_app import HTTP, ask, serving, tiny_model
+from serve_app import HTTP, ask, serve_model, tiny_model
 
 import fastlm.serve
 from fastlm.checkpoint.config import ModelConfig
@@ -68,7 +68,7 @@ def head(content, path="/v1/chat/completions"):
 def test_keys_hosts_paths_and_bodies(tiny):
     limits = RequestLimits(body_bytes=3000, body_seconds=0.5, max_new_tokens=50)
     options = {"keys": [KEY, "another-key-of-it"], "hosts": frozenset(("127.0.0.1",))}
-    with serving(*tiny, limits=limits, **options) as (url, _):
+    with serve_model(*tiny, limits=limits, **options) as (url, _):
         good = {"authorization": f"Bearer {KEY}"}
 
         def refused(status, sent=None, path="/v1/chat/completions", method="POST", **headers):
@@ -142,7 +142,7 @@ def test_a_large_body_is_read_beside_the_event_loop(tiny, monkeypatch):
         return read_request(data, model)
 
     monkeypatch.setattr("fastlm.serve.app.read_request", recorded)
-    with serving(*tiny) as (url, _):
+    with serve_model(*tiny) as (url, _):
         for count, path in ((10, "completions"), (10**5, "completions"), (10**5, "embeddings")):
             field = "prompt" if path == "completions" else "input"
             asked = {"model": "tiny", field: [1] * count if path == "completions" else "x" * count}
@@ -162,7 +162,7 @@ def test_keys_come_from_a_file_or_the_environment(tmp_path, monkeypatch):
 
 
 def test_a_client_that_goes_away_frees_its_place(tiny):
-    with serving(*tiny, pause=0.02) as (url, server):
+    with serve_model(*tiny, pause=0.02) as (url, server):
         engine = server.served_model.engine
         for stream in (False, True):
             content = json.dumps(body(max_tokens=400, ignore_eos=True, stream=stream, n=2)).encode()
@@ -181,7 +181,7 @@ def test_a_client_that_goes_away_frees_its_place(tiny):
 def test_a_client_that_does_not_read_is_given_up():
     limits = RequestLimits(write_seconds=0.3)
     options = {"limits": limits, "buffer": 4096, "connections": 2}
-    with serving(*tiny_model(4096), **options) as (url, server):
+    with serve_model(*tiny_model(4096), **options) as (url, server):
         engine = server.served_model.engine
         content = json.dumps(body(stream=True, max_tokens=4000, ignore_eos=True)).encode()
         host, port = url.removeprefix("http://").split(":")
@@ -197,7 +197,7 @@ def test_a_client_that_does_not_read_is_given_up():
 def test_connections_without_whole_headers_are_closed(tiny):
     """They would take all places: then everybody gets a 503."""
     request = head(b"{}") + b"{}"
-    with serving(*tiny, limits=RequestLimits(header_seconds=1.5), connections=4) as (url, _):
+    with serve_model(*tiny, limits=RequestLimits(header_seconds=1.5), connections=4) as (url, _):
         sent = (b"", b"P", request[:40], b"GET /health HTTP/1.1\r\n")
         idle = [connect(url, part) for part in sent]
         assert HTTP.get(url + "/health").status_code == 503
@@ -224,7 +224,7 @@ def test_a_body_that_nobody_reads_ends(tiny):
     """`GET /health` needs no key and no body."""
     begin = b"GET /health HTTP/1.1\r\nhost: localhost\r\n"
     limits = RequestLimits(body_bytes=2**16, body_seconds=1)
-    with serving(*tiny, limits=limits) as (url, _):
+    with serve_model(*tiny, limits=limits) as (url, _):
         small = begin + b"content-length: 9\r\n\r\n" + b"x" * 9
         with connect(url, small) as sock:
             assert _response(sock).startswith(b"HTTP/1.1 200")
@@ -249,7 +249,7 @@ def test_framing_and_headers_that_are_refused(tiny):
     """RFC 9112, 6.1: both lengths are an attempt at smuggling, after which the connection ends."""
     both = b"content-length: 5\r\ntransfer-encoding: chunked\r\n\r\n0\r\n\r\n"
     large = b"x-large: " + b"x" * 100_000 + b"\r\n\r\n"
-    with serving(*tiny) as (url, _):
+    with serve_model(*tiny) as (url, _):
         for first in (b"POST /v1/completions HTTP/1.1\r\n", b"GET /health HTTP/1.1\r\n"):
             for rest, message in ((both, b"transfer-encoding: "), (large, b"headers: ")):
                 with connect(url, first + b"host: localhost\r\n" + rest) as sock:
@@ -264,7 +264,7 @@ def test_what_nobody_takes_of_a_response_is_dropped(tiny):
     limits = RequestLimits(
         write_seconds=1.5
     )  # so long it takes a place: a busy machine sees that, too
-    with serving(*tiny, limits=limits, buffer=4096, connections=2) as (url, _):
+    with serve_model(*tiny, limits=limits, buffer=4096, connections=2) as (url, _):
         get = b"GET /openapi.json HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\n\r\n"
         host, port = url.removeprefix("http://").split(":")
         with socket.socket() as sock:
@@ -304,7 +304,7 @@ def _received(sock):
 
 
 def test_a_full_queue_is_a_429_and_takes_nothing(tiny):
-    with serving(*tiny, engine={"max_num_seqs": 1, "max_queue_size": 2}, pause=0.02) as (
+    with serve_model(*tiny, engine={"max_num_seqs": 1, "max_queue_size": 2}, pause=0.02) as (
         url,
         server,
     ):
@@ -323,7 +323,7 @@ def test_a_full_queue_is_a_429_and_takes_nothing(tiny):
 
 
 def test_texts_that_no_context_holds_are_not_encoded(tiny):
-    with serving(*tiny) as (url, server):
+    with serve_model(*tiny) as (url, server):
         backend = server.served_model.tokenizer._text_backend
 
         class Refuses:
@@ -381,7 +381,7 @@ def test_embeddings_of_an_engine_that_is_full_or_stops(tiny):
         future.set_running_or_notify_cancel()
         return future
 
-    with serving(*tiny) as (url, server):
+    with serve_model(*tiny) as (url, server):
         call = server.served_model.engine.call
         for wrong, status, code in (
             (refuse(QueueFull(3, 2.0)), 429, "queue_full"),
@@ -411,7 +411,7 @@ def test_what_was_accepted_before_a_stop_is_answered_within_the_bound(tiny, path
     for drain, status in ((20.0, 200), (0.0, 503)):
         began = threading.Event()
         with ThreadPoolExecutor(1) as pool:
-            with serving(*tiny, drain=drain) as (url, server):
+            with serve_model(*tiny, drain=drain) as (url, server):
                 text = server.served_model.prompt_encoder.encode_text
 
                 def late(*given, server=server, text=text, began=began, **options):
@@ -429,7 +429,7 @@ def test_what_was_accepted_before_a_stop_is_answered_within_the_bound(tiny, path
 def test_one_key_takes_at_most_half_of_the_queue(tiny):
     keys, long = [KEY, "another-key-of-it"], body(max_tokens=60, ignore_eos=True)
     options = {"engine": {"max_num_seqs": 1, "max_queue_size": 8}, "pause": 0.02, "keys": keys}
-    with serving(*tiny, **options) as (url, server):
+    with serve_model(*tiny, **options) as (url, server):
         mine, other = ({"authorization": f"Bearer {key}"} for key in keys)
         with ThreadPoolExecutor(9) as pool:
             running = [pool.submit(ask, url, {**long, "user": "0"}, **mine)]
@@ -448,7 +448,7 @@ def test_one_key_takes_at_most_half_of_the_queue(tiny):
 def test_embeddings_of_one_key_take_at_most_half_of_the_queue(tiny):
     keys, sent = [KEY, "another-key-of-it"], {"model": "tiny", "input": "a"}
     began, go = threading.Event(), threading.Event()
-    with serving(*tiny, engine={"max_queue_size": 2}, keys=keys) as (url, server):
+    with serve_model(*tiny, engine={"max_queue_size": 2}, keys=keys) as (url, server):
         embedding = server.served_model.embedding
         server.served_model.embedding = lambda *given: (
             began.set(),
@@ -468,7 +468,7 @@ def test_embeddings_of_one_key_take_at_most_half_of_the_queue(tiny):
 
 
 def test_many_log_probabilities_are_refused():
-    with serving(*tiny_model(4096)) as (url, _):
+    with serve_model(*tiny_model(4096)) as (url, _):
         asked = body(logprobs=True, top_logprobs=20, n=16, max_tokens=4000)
         told = ask(url, asked).json()["error"]
         assert told["param"] == "logprobs" and "answers x max_tokens" in told["message"]
@@ -482,10 +482,10 @@ def test_keys_learn_nothing_of_each_others_prompts(tiny):
         told = ask(url, asked, **({"authorization": f"Bearer {key}"} if key else {})).json()
         return told["usage"]["prompt_tokens_details"]["cached_tokens"]
 
-    with serving(*tiny, keys=keys) as (url, _):
+    with serve_model(*tiny, keys=keys) as (url, _):
         assert cached(url, keys[0]) == 0 and cached(url, keys[0]) > 0
         assert cached(url, keys[1]) == 0
-    with serving(*tiny) as (url, _):
+    with serve_model(*tiny) as (url, _):
         assert cached(url, None) == 0 and cached(url, None) > 0
 
 
@@ -493,7 +493,7 @@ def test_an_embedding_that_is_not_finite_is_an_error(tiny):
     broken = CausalLM(tiny[0].config, seed=1).eval()
     with torch.no_grad():
         broken.model.embed_tokens.weight[:] = torch.nan
-    with serving(broken, tiny[1]) as (url, _):
+    with serve_model(broken, tiny[1]) as (url, _):
         for form in ("float", "base64"):
             asked = {"model": "tiny", "input": "a", "encoding_format": form}
             told = ask(url, asked, "/v1/embeddings")
@@ -511,7 +511,7 @@ def test_ids_that_only_the_model_has(tiny):
     model = CausalLM(config, seed=1).eval()
     with torch.no_grad():  # the padding is likelier than all else
         model.lm_head.weight[-8:] *= 50
-    with serving(model, tokenizer) as (url, _):
+    with serve_model(model, tokenizer) as (url, _):
         refused = ask(url, body(logit_bias={str(vocab - 1): 1}))
         assert refused.status_code == 400 and refused.json()["error"]["param"] == "logit_bias"
         asked = {"model": "tiny", "prompt": "The", "max_tokens": 8, "temperature": 0}
@@ -522,7 +522,7 @@ def test_ids_that_only_the_model_has(tiny):
 
 def test_a_request_that_fails_does_not_end_the_server(tiny, capfd):
     model, tokenizer = tiny
-    with serving(model, tokenizer) as (url, server):
+    with serve_model(model, tokenizer) as (url, server):
         compute = server.served_model.engine._compute
 
         def broken(*_):
@@ -549,14 +549,14 @@ def test_a_request_that_fails_does_not_end_the_server(tiny, capfd):
 
 
 def test_an_answer_ends_after_its_time(tiny):
-    with serving(*tiny, pause=0.05, limits=RequestLimits(answer_seconds=1.5)) as (url, _):
+    with serve_model(*tiny, pause=0.05, limits=RequestLimits(answer_seconds=1.5)) as (url, _):
         said = ask(url, body(max_tokens=400, ignore_eos=True)).json()
         assert 0 < said["usage"]["completion_tokens"] < 100
         assert said["choices"][0]["finish_reason"] == "length"
 
 
 def test_a_request_that_never_began(tiny):
-    with serving(*tiny, engine={"max_num_seqs": 1}, pause=0.05) as (url, server):
+    with serve_model(*tiny, engine={"max_num_seqs": 1}, pause=0.05) as (url, server):
         with ThreadPoolExecutor(1) as pool:
             long = body(max_tokens=40, ignore_eos=True)
             running = pool.submit(ask, url, long)
@@ -572,7 +572,7 @@ def test_a_request_that_never_began(tiny):
 
 
 def test_an_error_is_not_the_clients_cancellation(tiny):
-    with serving(*tiny) as (url, server):
+    with serve_model(*tiny) as (url, server):
 
         def broken(*_):
             raise RuntimeError("no")
@@ -586,7 +586,7 @@ def test_an_error_is_not_the_clients_cancellation(tiny):
 
 
 def test_metrics_and_the_dashboard(tiny):
-    with serving(*tiny) as (url, server):
+    with serve_model(*tiny) as (url, server):
         ask(url, body(max_tokens=5, ignore_eos=True))
         ask(url, body(nothing=1))
         text = HTTP.get(url + "/metrics").text
@@ -628,7 +628,7 @@ def test_metrics_and_the_dashboard(tiny):
 def test_few_threads_encode_prompts(tiny):
     """The tokenizers package keeps the words of each thread that encodes: with one thread for each
     of 64 clients, the memory of a server grew for hours."""
-    with serving(*tiny) as (url, server):
+    with serve_model(*tiny) as (url, server):
         chat, threads = server.served_model.prompt_encoder.encode_chat, set()
 
         def recorded(asked):

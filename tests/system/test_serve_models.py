@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from serve_app import HTTP, ask, running, tiny_model
+from serve_app import HTTP, ask, run_server, tiny_model
 from typer.testing import CliRunner
 
 from fastlm.cli import app
@@ -55,7 +55,7 @@ def server(folder):
             "--adapter", f"poet={folder / 'poet'}",
         )  # fmt: skip
     assert isinstance(server, Server), server
-    with running(server) as url:
+    with run_server(server) as url:
         yield SimpleNamespace(url=url, app=server, tokenizer=server.served_model.tokenizer)
 
 

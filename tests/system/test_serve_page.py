@@ -9,9 +9,9 @@ import time
 
 import markdown_cases
 import pytest
+from feedback_measures import CODE, COOKING, MODELS, fill_measures
 from markdown_cases import AROUND, AS_HTML, EXAMPLES, GROWN, HARMLESS, LONG, SHOWN
-from monitored import CODE, COOKING, MODELS, fill
-from serve_app import script, serving, tiny_model
+from serve_app import script, serve_model, tiny_model
 
 from fastlm.data.preferences import Unranked
 from fastlm.serve.feedback_store import FeedbackStore
@@ -133,7 +133,7 @@ def more(page, item, at=-1):
 def test_chat(opened, tiny, tmp_path):
     with (
         FeedbackStore(tmp_path / "f.sqlite") as store,
-        serving(*tiny, feedback=store) as (url, server),
+        serve_model(*tiny, feedback=store) as (url, server),
     ):
         script(
             server, f"Hello. {HOSTILE}\n```\ncode <b>\n```", "Second", "Third", "Fourth", "Fifth"
@@ -218,7 +218,7 @@ def test_chat(opened, tiny, tmp_path):
 
 def test_markdown(opened, tiny):
     """What models write, as elements; nothing runs, and the time is linear in the length."""
-    with serving(*tiny) as (url, _):
+    with serve_model(*tiny) as (url, _):
         page, wrong = opened(url)
         page.evaluate("async () => { window.markdown = await import('/page/markdown.js'); }")
         assert {text: page.evaluate(AS_HTML, text) for text in EXAMPLES} == EXAMPLES
@@ -257,7 +257,7 @@ def test_consent_after_the_answer(opened, tiny, tmp_path):
     """The next feedback sends the text, once; withdrawn consent stays withdrawn, and is told."""
     with (
         FeedbackStore(tmp_path / "f.sqlite") as store,
-        serving(*tiny, feedback=store) as (url, server),
+        serve_model(*tiny, feedback=store) as (url, server),
     ):
         script(server, "An answer")
         page, wrong = opened(url)
@@ -286,7 +286,7 @@ def test_numbers_for_an_answer(opened, tiny, tmp_path):
     ])  # fmt: skip
     with (
         FeedbackStore(tmp_path / "f.sqlite") as store,
-        serving(*tiny, feedback=store, monitoring=settings) as (url, server),
+        serve_model(*tiny, feedback=store, monitoring=settings) as (url, server),
     ):
         script(server, "An answer")
         page, wrong = opened(url)
@@ -309,7 +309,7 @@ def test_numbers_for_an_answer(opened, tiny, tmp_path):
 def test_an_answer_belongs_to_its_conversation(opened, tiny, tmp_path):
     with (
         FeedbackStore(tmp_path / "f.sqlite") as store,
-        serving(*tiny, feedback=store, pause=0.03) as (url, server),
+        serve_model(*tiny, feedback=store, pause=0.03) as (url, server),
     ):
         script(server, "old " * 40, "new " * 20, "again " * 20)
         page, wrong = opened(url)
@@ -336,7 +336,7 @@ def test_an_answer_belongs_to_its_conversation(opened, tiny, tmp_path):
 
 
 def test_an_answer_that_is_not_complete(opened, tiny):
-    with serving(*tiny) as (url, server):
+    with serve_model(*tiny) as (url, server):
         script(server, "word " * 60, "word " * 60)
         page, _ = opened(url)
         page.get_by_role("button", name="Settings").click()
@@ -362,7 +362,7 @@ def test_a_conversation_longer_than_the_context(opened, tiny):
     _, tokenizer = tiny
     text = "The tree sees the river. "
     text *= 170 // len(tokenizer.encode(text))
-    with serving(*tiny) as (url, server):
+    with serve_model(*tiny) as (url, server):
         script(server, "One", "Two", "Three", "Three again")
         page, _ = opened(url)
         page.get_by_role("button", name="Settings").click()
@@ -386,7 +386,7 @@ def test_a_conversation_longer_than_the_context(opened, tiny):
 
 def test_stop_and_errors(opened, tiny):
     key = "a-key-of-this-server"
-    with serving(*tiny, pause=0.05, keys=[key]) as (url, server):
+    with serve_model(*tiny, pause=0.05, keys=[key]) as (url, server):
         page, _ = opened(url)
         status(page, "an API key is needed")
         page.get_by_role("button", name="Settings").click()
@@ -414,7 +414,7 @@ def titles(page):
 
 
 def test_conversations_are_kept_in_the_browser(opened, tiny):
-    with serving(*tiny, keys=["a-key-of-this-server"]) as (url, server):
+    with serve_model(*tiny, keys=["a-key-of-this-server"]) as (url, server):
         script(server, *(f"Answer {i}" for i in range(1, 5)))
         page, _ = opened(url)
         page.get_by_role("button", name="Settings").click()
@@ -508,7 +508,7 @@ def test_conversations_are_kept_in_the_browser(opened, tiny):
 
 
 def test_a_server_that_does_not_answer(opened, tiny):
-    with serving(*tiny) as (url, server):
+    with serve_model(*tiny) as (url, server):
         script(server, "Answer 1", "Answer 2")
         page, wrong = opened(f"{url}/page/icon.svg")
         page.route("**/v1/**", lambda route: route.abort())
@@ -539,7 +539,7 @@ def test_a_server_that_does_not_answer(opened, tiny):
 
 def test_a_page_by_http_from_another_machine(opened, tiny):
     """Browsers have neither crypto.randomUUID nor a clipboard there."""
-    with serving(*tiny) as (url, server):
+    with serve_model(*tiny) as (url, server):
         script(server, "An answer\n```\nx = 1\n```")
         page, wrong = opened(url.replace("127.0.0.1", "elsewhere.test"))
         assert not page.evaluate("isSecureContext")
@@ -563,7 +563,7 @@ def test_rank(opened, tiny, tmp_path):
             answers = tuple([{"role": "assistant", "content": text}] for text in texts)
             prompt = [{"role": "user", "content": f"Which, {i}? {HOSTILE}"}]
             store.add_items([Unranked(prompt, answers)])
-    with RankingStore(base) as store, serving(*tiny, ranking=store) as (url, _):
+    with RankingStore(base) as store, serve_model(*tiny, ranking=store) as (url, _):
         page, wrong = opened(url + "/rank")
 
         def order():
@@ -628,7 +628,7 @@ def test_dashboard(opened, tiny, tmp_path, monkeypatch):
     models = (MODELS[0], f"new {HOSTILE}")
     with (
         FeedbackStore(tmp_path / "f.sqlite") as store,
-        serving(*tiny, feedback=store, monitoring=Settings([stars], rules), keys=[key]) as (
+        serve_model(*tiny, feedback=store, monitoring=Settings([stars], rules), keys=[key]) as (
             url, server,
         ),
     ):  # fmt: skip
@@ -640,7 +640,7 @@ def test_dashboard(opened, tiny, tmp_path, monkeypatch):
         page.get_by_text("Too few to compare").wait_for()  # nothing was measured yet
         assert page.locator("figure").count() == 9
 
-        ids = fill(store, 900, models=models, words=(COOKING, CODE))
+        ids = fill_measures(store, 900, models=models, words=(COOKING, CODE))
         for id in ids[:20]:
             store.add(Feedback(id, metrics=(("stars", 4.0),)))
         server.monitor.alerts.check(time.time())
@@ -700,10 +700,10 @@ def test_the_dashboard_opens_on_what_has_answers(opened, tiny, tmp_path, ago, ex
     """The shortest period that has some, unless the address names one."""
     with (
         FeedbackStore(tmp_path / "f.sqlite") as store,
-        serving(*tiny, feedback=store, monitoring=Settings()) as (url, _),
+        serve_model(*tiny, feedback=store, monitoring=Settings()) as (url, _),
     ):
         for seed, seconds in enumerate(ago):
-            fill(store, 20, days=0.001, now=time.time() - seconds, seed=seed)
+            fill_measures(store, 20, days=0.001, now=time.time() - seconds, seed=seed)
         page, wrong = opened(f"{url}/dashboard{expected}")
         page.wait_for_load_state("networkidle")
         status(page, "updated")

@@ -16,7 +16,7 @@ from contextlib import ExitStack, suppress
 import httpx
 import pytest
 from paths import ROOT
-from serve_app import COMMAND, HTTP, ask, served, tiny_model
+from serve_app import COMMAND, HTTP, ask, serve_process, tiny_model
 from typer.testing import CliRunner
 
 from fastlm.cli import app
@@ -80,7 +80,7 @@ def test_refusals(folder, tmp_path):
 def test_a_draft_model(folder):
     texts = []
     for options in ((), ("--draft-model", folder)):
-        with served("--model", folder, *options) as (_, url, _):
+        with serve_process("--model", folder, *options) as (_, url, _):
             answer = ask(url, body(max_tokens=60, ignore_eos=True, seed=1), "/v1/completions")
             texts.append(answer.json()["choices"][0]["text"])
             counters = HTTP.get(url + "/metrics").text
@@ -96,7 +96,7 @@ def test_sigterm_lets_running_answers_end(folder, tmp_path):
     base = tmp_path / "f.sqlite"
     options = ("--drain", 60, "--num-blocks", 40, "--kv-cache-dtype", "int8", "--feedback", base)
     with (
-        served("--model", folder, *options) as (process, url, lines),
+        serve_process("--model", folder, *options) as (process, url, lines),
         ThreadPoolExecutor(1) as pool,
     ):
         (described,) = HTTP.get(url + "/v1/models").json()["data"]
@@ -121,7 +121,7 @@ def test_sigterm_lets_running_answers_end(folder, tmp_path):
 
 def test_the_bound_ends_answers_and_tells_their_clients(folder):
     with (
-        served("--model", folder, "--drain", 0.2) as (process, url, _),
+        serve_process("--model", folder, "--drain", 0.2) as (process, url, _),
         ThreadPoolExecutor(2) as pool,
     ):
         asked = body(max_tokens=4000, ignore_eos=True)
@@ -135,7 +135,7 @@ def test_the_bound_ends_answers_and_tells_their_clients(folder):
         assert process.wait(30) in (0, -signal.SIGTERM)
 
 
-def test_nothing_acknowledged_is_lost_by_a_kill(folder, where):
+def test_nothing_acknowledged_is_lost_by_a_kill(folder, database_url):
     told, talks = [], {}
 
     def give(client, url, thread, i):
@@ -164,7 +164,7 @@ def test_nothing_acknowledged_is_lost_by_a_kill(folder, where):
                 act(client, *given, i)
 
     with (
-        served("--model", folder, "--feedback", where) as (process, url, _),
+        serve_process("--model", folder, "--feedback", database_url) as (process, url, _),
         ThreadPoolExecutor(5) as pool,
     ):
         for thread, act in enumerate((give, give, give, talk, talk)):
@@ -174,7 +174,7 @@ def test_nothing_acknowledged_is_lost_by_a_kill(folder, where):
             assert time.monotonic() < until
             time.sleep(0.01)
         process.kill()
-    with FeedbackStore(where) as store:
+    with FeedbackStore(database_url) as store:
         stored = {feedback.response_id for feedback in store.all_feedback()}
         kept = {id: answer.choices[0][0]["content"] for id, answer in store.answers().items()}
     assert set(told) <= stored
@@ -187,7 +187,8 @@ def test_replicas_behind_nginx(folder, tmp_path):
     base = tmp_path / "feedback.sqlite"
     with ExitStack() as stack:
         both = [
-            stack.enter_context(served("--model", folder, "--feedback", base)) for _ in range(2)
+            stack.enter_context(serve_process("--model", folder, "--feedback", base))
+            for _ in range(2)
         ]
         with socket.create_server(("127.0.0.1", 0)) as free:
             port = free.getsockname()[1]
@@ -250,7 +251,7 @@ def test_files_of_metrics_and_alerts(folder, tmp_path):
                       'below = 0.5\nwindow = "1d"\n')  # fmt: skip
     base = tmp_path / "f.sqlite"
     options = ("--feedback", base, "--metrics", metrics, "--alerts", alerts)
-    with served("--model", folder, *options) as (process, url, _):
+    with serve_process("--model", folder, *options) as (process, url, _):
         told = HTTP.get(url + "/v1/models/tiny").json()["fastlm"]["metrics"]
         assert [one["name"] for one in told] == ["stars", "solved"]
         shown = HTTP.get(url + "/dashboard/data").json()

@@ -6,8 +6,8 @@ import threading
 import time
 
 import pytest
-from canary_app import folders
-from serve_app import HTTP, ask, served, serving, tiny_model
+from canary_app import model_folders
+from serve_app import HTTP, ask, serve_model, serve_process, tiny_model
 from typer.testing import CliRunner
 
 from fastlm.cli import app
@@ -20,7 +20,7 @@ def call(*arguments):
 
 
 def test_the_commands_and_a_kill(tmp_path):
-    models = folders(tmp_path / "models", "abc")
+    models = model_folders(tmp_path / "models", "abc")
     keys, admins = tmp_path / "keys", tmp_path / "admins"
     keys.write_text(KEY)
     admins.write_text(ADMIN)
@@ -36,7 +36,7 @@ def test_the_commands_and_a_kill(tmp_path):
         assert response.status_code == 200, response.text
         return response.json()["model"]
 
-    with served(*options) as (process, url, _):
+    with serve_process(*options) as (process, url, _):
         to = ("--server", url, "--api-key", ADMIN)
         first = answers(url)
         result = call("promote", models["b"], "--server", url, "--api-key", KEY)
@@ -70,7 +70,7 @@ def test_the_commands_and_a_kill(tmp_path):
         decided = json.loads(state.read_text())["current"]
         result = call("promote", "a", *to)
         assert result.exit_code == 2 and f"expected `fastlm serve` at {url}" in result.stderr
-    with served(*options) as (_, url, _):
+    with serve_process(*options) as (_, url, _):
         assert answers(url) == f"tiny@{decided['digest'][:8]}"
         told = HTTP.get(url + "/v1/canary", headers={"authorization": f"Bearer {ADMIN}"}).json()
         assert told["path"] == decided["path"]
@@ -97,7 +97,7 @@ def test_refusals(options, message, tmp_path, monkeypatch):
 
 
 def test_a_server_without_changes_has_no_admin_paths(tmp_path):
-    with serving(*tiny_model()) as (url, _):
+    with serve_model(*tiny_model()) as (url, _):
         result = call("promote", "x", "--server", url)
         assert result.exit_code == 2 and "the server changes no models" in result.stderr
         assert HTTP.get(url + "/v1/canary").status_code == 404

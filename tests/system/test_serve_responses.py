@@ -4,7 +4,7 @@ import json
 
 import openai
 import pytest
-from serve_fields import FIELDS, TOOL, Api, Person, case_table, check, field_server
+from serve_fields import FIELDS, TOOL, FieldClient, Person, case_table, check, field_server
 
 from fastlm.serve.api_error import ApiError
 from fastlm.serve.completions_api import with_previous
@@ -25,32 +25,32 @@ def event_types(events):
 
 @case("model", "input", "instructions", kinds=("responses",))
 def _(api):
-    chat = Api(api.server, "chat")
-    assert api.said() == chat.said()
+    chat = FieldClient(api.server, "chat")
+    assert api.texts() == chat.texts()
     made = api.client.responses.create(
         model="tiny", input="Hi", max_output_tokens=8, temperature=0, metadata={"team": "a"}
     )
-    assert [made.output_text] == chat.said() and made.metadata == {"team": "a"}
+    assert [made.output_text] == chat.texts() and made.metadata == {"team": "a"}
     assert made.status == "incomplete" and made.incomplete_details.reason == "max_output_tokens"
     assert made.usage.output_tokens == 8 and made.usage.total_tokens == made.usage.input_tokens + 8
     assert made.id.startswith("resp_") and made.store is False and made.model == "tiny"
     ended = api.answer(logit_bias={str(api.server.tokenizer.eos_id): 100})
     assert ended["status"] == "completed" and ended["incomplete_details"] is None
     system = {"role": "system", "content": "Be kind"}
-    expected = chat.said(messages=[system, {"role": "user", "content": "Hi"}])
-    assert api.said(instructions="Be kind") == expected
+    expected = chat.texts(messages=[system, {"role": "user", "content": "Hi"}])
+    assert api.texts(instructions="Be kind") == expected
     parts = [{"type": "input_text", "text": "H"}, {"type": "input_text", "text": "i"}]
     items = [{"type": "message", "role": "user", "content": parts}]
-    assert api.said(input=[{**system, "role": "developer"}, *items]) == expected
+    assert api.texts(input=[{**system, "role": "developer"}, *items]) == expected
     call = {"type": "function_call", "call_id": "c1", "name": "add", "arguments": '{"a": 7}'}
     result = {"type": "function_call_output", "call_id": "c1", "output": "8"}
     said = made.output[0].model_dump()  # as it came
     api.answer(input=[*items, said, {**call, "id": "fc_1", "status": "completed"}, result])
-    text = api.server.tokenizer.decode(api.server.taken[-1].prompt)
+    text = api.server.tokenizer.decode(api.server.requests[-1].prompt)
     assert made.output_text in text and '"arguments": {"a": 7}' in text and "tool\n8" in text
-    api.refused("model", model=None)
+    api.expect_error("model", model=None)
     assert api.send(model="x").status_code == 404
-    api.refused("instructions", instructions=7)
+    api.expect_error("instructions", instructions=7)
     for bad, at in (
         ([], "input"), ("", "input"), (["Hi"], "input[0]"), ([{"role": "robot", "content": "x"}],
         "input[0].role"), ([{"type": "reasoning", "summary": []}], "input[0]"),
@@ -58,17 +58,17 @@ def _(api):
         ([{**items[0], "content": [{"type": "input_image"}]}], "input[0].content[0]"),
         ([{**items[0], "quality": 1}], "input[0].quality"),
     ):  # fmt: skip
-        api.refused(at, input=bad)
+        api.expect_error(at, input=bad)
 
 
 @case("max_output_tokens", "max_tool_calls", "background", "truncation", kinds=("responses",))
 def _(api):
     assert api.answer(max_output_tokens=3)["usage"]["output_tokens"] == 3
-    api.refused("max_output_tokens", max_output_tokens=0)
-    assert api.said(max_tool_calls=2, background=False, truncation="disabled") == api.said()
-    api.refused("max_tool_calls", max_tool_calls=0)
-    api.refused("background", background=True)
-    api.refused("truncation", truncation="auto")
+    api.expect_error("max_output_tokens", max_output_tokens=0)
+    assert api.texts(max_tool_calls=2, background=False, truncation="disabled") == api.texts()
+    api.expect_error("max_tool_calls", max_tool_calls=0)
+    api.expect_error("background", background=True)
+    api.expect_error("truncation", truncation="auto")
 
 
 @case("reasoning", "text", kinds=("responses",))
@@ -76,19 +76,19 @@ def _(api):
     response = api.send(reasoning={"effort": "low"}, text={"verbosity": "low"})
     assert response.headers["x-fastlm-ignored"] == "reasoning_effort, verbosity"
     assert response.json()["reasoning"]["effort"] == "low"
-    api.refused("reasoning.strength", reasoning={"strength": 1})
+    api.expect_error("reasoning.strength", reasoning={"strength": 1})
     made = api.client.responses.parse(
         model="tiny", input="Hi", max_output_tokens=300, text_format=Person
     )
     assert isinstance(made.output_parsed, Person)
     object_form = {"type": "json_object"}
     bias = {str(i): 50 for i in api.server.tokenizer.encode("}")}
-    (said,) = api.said(text={"format": object_form}, logit_bias=bias, max_output_tokens=200)
+    (said,) = api.texts(text={"format": object_form}, logit_bias=bias, max_output_tokens=200)
     assert isinstance(json.loads(said), dict)
-    assert api.said(text={"format": {"type": "text"}}) == api.said()
-    api.refused("text.format.schema", text={"format": {"type": "json_schema", "name": "x"}})
+    assert api.texts(text={"format": {"type": "text"}}) == api.texts()
+    api.expect_error("text.format.schema", text={"format": {"type": "json_schema", "name": "x"}})
     lists = {"type": "json_schema", "name": "x", "schema": {"type": "array", "uniqueItems": True}}
-    assert "uniqueItems" in api.refused("text.format", text={"format": lists})
+    assert "uniqueItems" in api.expect_error("text.format", text={"format": lists})
 
 
 @case("tools", "tool_choice", kinds=("responses",))
@@ -113,20 +113,22 @@ def _(api):
     (call,) = events[-1].response.output
     assert call.arguments == events[3].delta == events[4].arguments and call == events[5].item
     api.answer(tools=[{"type": "function", "name": "add", "parameters": {"type": "object"}}])
-    assert '"name": "add"' in api.server.tokenizer.decode(api.server.taken[-1].prompt)
-    assert api.said(tools=[], tool_choice="auto") == api.said()
-    api.refused("tools[0].type", tools=[{"type": "web_search"}])
-    api.refused("tools[0].name", tools=[{"type": "function", "name": "é"}])
-    api.refused("tools[0].function", tools=[TOOL])
-    api.refused("tool_choice", tool_choice="required")
-    api.refused("tool_choice.name", tools=[tool], tool_choice={"type": "function", "name": "x"})
+    assert '"name": "add"' in api.server.tokenizer.decode(api.server.requests[-1].prompt)
+    assert api.texts(tools=[], tool_choice="auto") == api.texts()
+    api.expect_error("tools[0].type", tools=[{"type": "web_search"}])
+    api.expect_error("tools[0].name", tools=[{"type": "function", "name": "é"}])
+    api.expect_error("tools[0].function", tools=[TOOL])
+    api.expect_error("tool_choice", tool_choice="required")
+    api.expect_error(
+        "tool_choice.name", tools=[tool], tool_choice={"type": "function", "name": "x"}
+    )
 
 
 @case("include", "top_logprobs", kinds=("responses",))
 def _(api):
     scored = {"include": ["message.output_text.logprobs"], "top_logprobs": 2}
     (part,) = api.answer(**scored)["output"][0]["content"]
-    chat = Api(api.server, "chat").answer(logprobs=True, top_logprobs=2)
+    chat = FieldClient(api.server, "chat").answer(logprobs=True, top_logprobs=2)
     assert part["logprobs"] == chat["choices"][0]["logprobs"]["content"]
     assert api.answer()["output"][0]["content"][0]["logprobs"] == []
     events = list(
@@ -141,9 +143,9 @@ def _(api):
     for told in (done, ended["part"], item["item"]["content"][0]):
         assert told["logprobs"] == part["logprobs"]
     assert last["response"]["output"][0]["content"][0]["logprobs"] == part["logprobs"]
-    api.refused("include", include="all")
-    api.refused("include[0]", include=["file_search_call.results"])
-    api.refused("top_logprobs", top_logprobs=21)
+    api.expect_error("include", include="all")
+    api.expect_error("include[0]", include=["file_search_call.results"])
+    api.expect_error("top_logprobs", top_logprobs=21)
 
 
 @case("stream", "stream_options", kinds=("responses",))
@@ -167,8 +169,8 @@ def _(api):
     stopped = {"stop": text[3:]}  # the client waits for a response that is complete
     with api.client.responses.stream(**fields, extra_body=stopped) as managed:
         assert managed.get_final_response().output_text == text[:3]
-    api.refused("stream", stream=1)
-    api.refused("stream_options.include_usage", stream_options={"include_usage": True})
+    api.expect_error("stream", stream=1)
+    api.expect_error("stream_options.include_usage", stream_options={"include_usage": True})
 
 
 @case("previous_response_id", "store", "conversation_id", kinds=("responses",))
@@ -182,12 +184,12 @@ def _(api):
     said = first["output"][0]["content"][0]["text"]
     made = api.answer(previous_response_id=first["id"], input="And I?")
     assert made["previous_response_id"] == first["id"]
-    text = api.server.tokenizer.decode(api.server.taken[-1].prompt)
+    text = api.server.tokenizer.decode(api.server.requests[-1].prompt)
     assert "Be kind" in text and "I am <EMAIL>" in text and said in text and "And I?" in text
     api.answer(previous_response_id=first["id"], instructions="Be short")
-    text = api.server.tokenizer.decode(api.server.taken[-1].prompt)
+    text = api.server.tokenizer.decode(api.server.requests[-1].prompt)
     assert "Be kind" not in text and text.startswith("system\nBe short")
-    error = api.refused("previous_response_id", previous_response_id=made["id"])  # not stored
+    error = api.expect_error("previous_response_id", previous_response_id=made["id"])  # not stored
     assert "send the whole conversation" in error
     alone = api.answer(store=True, input="My secret")
     second = api.answer(store=True, previous_response_id=alone["id"], input="And now?")
@@ -195,8 +197,8 @@ def _(api):
     assert api.server.store.answer(third["id"]).conversation_id == alone["id"]
     api.server.store.forget(alone["id"])  # its continuations contain it
     assert api.server.store.answer(second["id"]) is api.server.store.answer(third["id"]) is None
-    api.refused("store", store="yes")
-    api.refused("conversation_id", conversation_id="talk-2")
+    api.expect_error("store", store="yes")
+    api.expect_error("conversation_id", conversation_id="talk-2")
     with pytest.raises(ApiError, match="stores no conversations"):
         request = ResponsesRequest(model="x", input="Hi", previous_response_id="r")
         with_previous(request.chat, None)

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import jsonschema
 import pytest
-from serve_app import HTTP, ask, serving, tiny_model
+from serve_app import HTTP, ask, serve_model, tiny_model
 
 DIGIT = {"type": "integer", "minimum": 0, "maximum": 9}
 SHORT = {"type": "string", "maxLength": 5}
@@ -105,7 +105,7 @@ REFUSED = {
 @pytest.fixture(scope="module")
 def server():
     model, tokenizer = tiny_model(1024)
-    with serving(model, tokenizer) as (url, _):
+    with serve_model(model, tokenizer) as (url, _):
         yield SimpleNamespace(url=url, tokenizer=tokenizer)
 
 

@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from canary_app import changing, folders, wait_until_freed
+from canary_app import canary_server, model_folders, wait_until_freed
 from paths import SUPPORT
 from serve_app import HTTP, TEXT, ask
 
@@ -37,7 +37,7 @@ TOKENS = 60
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
-    return folders(tmp_path_factory.mktemp("models"), "abc")
+    return model_folders(tmp_path_factory.mktemp("models"), "abc")
 
 
 @pytest.fixture(scope="module")
@@ -102,7 +102,7 @@ def test_swaps_under_load_lose_no_request(models, alone, tmp_path):
 
     gone = []
     folder = next(iter(models.values())).parent
-    with changing(models["a"], tmp_path / "state.json", models_dir=folder) as (url, server):
+    with canary_server(models["a"], tmp_path / "state.json", models_dir=folder) as (url, server):
         with ThreadPoolExecutor(12) as clients:
             running = [clients.submit(client, number) for number in range(12)]
             try:
@@ -169,19 +169,19 @@ def test_what_is_refused_leaves_the_old_model(models, tmp_path, monkeypatch):
     good = place / "good"
     good.symlink_to(models["b"])  # leads out of the folder
     (place / "empty").mkdir()
-    bad = folders(place, ["short"], context=128)["short"]
-    broken = folders(place, ["broken"])["broken"]
+    bad = model_folders(place, ["short"], context=128)["short"]
+    broken = model_folders(place, ["broken"])["broken"]
     model, _ = load_model(broken)
     with torch.no_grad():
         model.lm_head.weight.fill_(float("nan"))
     model.save_pretrained(broken)
-    ready = folders(place, ["xx", "ready"])["ready"]
-    other = folders(place, ["xx", "yy", "other"])["other"]
+    ready = model_folders(place, ["xx", "ready"])["ready"]
+    other = model_folders(place, ["xx", "yy", "other"])["other"]
     Tokenizer.train(["Some words of a very different text"] * 9, 320).save(other)
     state = tmp_path / "state.json"
     keys = {"keys": ["k" * 16], "admins": ["a" * 16]}
     admin = {"authorization": "Bearer " + "a" * 16}
-    with changing(models["a"], state, models_dir=place, **keys) as (url, server):
+    with canary_server(models["a"], state, models_dir=place, **keys) as (url, server):
 
         def refused(path, text, status=400, headers=admin):
             response = promote(url, path, **headers)
@@ -231,19 +231,19 @@ def test_what_is_refused_leaves_the_old_model(models, tmp_path, monkeypatch):
         assert promote(url, models["a"], **admin).status_code == 200
         assert promote(url, ready, **admin).status_code == 200
         assert read_state(state).previous.path == str(models["a"])
-    with changing(models["a"], state, models_dir=place) as (url, server):
+    with canary_server(models["a"], state, models_dir=place) as (url, server):
         assert server.served_model.path == str(ready)  # as was decided last
         names = [m["id"] for m in HTTP.get(url + "/v1/models").json()["data"]]
         assert names == ["tiny", server.served_model.name]
     (ready / "config.json").write_text((ready / "config.json").read_text() + " ")
     with pytest.raises(InputError, match="its files have changed"):
-        with changing(models["a"], state, models_dir=place):
+        with canary_server(models["a"], state, models_dir=place):
             pass
     shutil.rmtree(ready)
     with pytest.raises(InputError, match=rf"state\.json: expected .* {ready}, got: .*, or delete"):
-        with changing(models["a"], state, models_dir=place):
+        with canary_server(models["a"], state, models_dir=place):
             pass
-    with changing(models["b"], state, models_dir=place) as (_, server):  # another --model
+    with canary_server(models["b"], state, models_dir=place) as (_, server):  # another --model
         assert server.served_model.path == str(models["b"])
 
 

@@ -1,6 +1,6 @@
-"""Unit tests start no process: what needs one belongs to tests/kernels or tests/system.
+"""Unit tests start no process. A test that needs one belongs to tests/kernels or tests/system.
 
-Except for the process in which fastlm renders chat templates: it takes 20 ms, once.
+The exception is the process in which fastlm renders chat templates. It takes 20 ms, once.
 """
 
 import sys
@@ -16,7 +16,7 @@ def _audit(event: str, arguments: tuple) -> None:
         raise AssertionError(f"{running}: expected no child process in tests/unit, got {event}")
 
 
-sys.addaudithook(_audit)  # which nothing removes: it lets all pass between the tests
+sys.addaudithook(_audit)  # no hook can be removed: between the tests it lets all events pass
 
 
 @pytest.fixture(autouse=True)

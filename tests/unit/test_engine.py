@@ -7,7 +7,7 @@ from itertools import pairwise
 
 import pytest
 import torch
-from engine_cases import drawn, model_of, told
+from engine_cases import complete_by_definition, model_of, tokens_and_logprobs
 from serve_app import tiny_model
 
 import fastlm
@@ -47,7 +47,7 @@ def test_an_answer_is_the_same_in_any_company(case, format, prompt_rows):
     requests += [Request(shared + r.prompt[:9], 30, seed=7, logprobs=1) for r in requests[:3]]
     requests += [Request([i] * 50, 90, seed=i, logprobs=0) for i in range(3)]  # grow by two pages
     plain = {"enable_prefix_caching": False, "prompt_rows": prompt_rows}
-    alone = [told(Engine(model, **plain).generate([r])[0]) for r in requests]
+    alone = [tokens_and_logprobs(Engine(model, **plain).generate([r])[0]) for r in requests]
     assert all(len(tokens) > 3 for tokens, _ in alone)
     for options in (
         {},
@@ -60,13 +60,13 @@ def test_an_answer_is_the_same_in_any_company(case, format, prompt_rows):
         order = torch.randperm(9, generator=torch.Generator().manual_seed(1)).tolist()
         order = [*order, 9, 10, 11]
         together = engine.generate([requests[i] for i in order])
-        assert [told(r) for r in together] == [alone[i] for i in order]
+        assert [tokens_and_logprobs(r) for r in together] == [alone[i] for i in order]
         stats = engine.stats()
         assert stats.pages_used == stats.running == stats.waiting == 0
         if options.get("num_blocks") == 7:
             assert stats.preemptions > 0
         again = engine.generate(requests)  # now with all prompts cached
-        assert [told(r) for r in again] == alone
+        assert [tokens_and_logprobs(r) for r in again] == alone
 
 
 @pytest.mark.parametrize("prompt_rows", [False, True])
@@ -78,7 +78,7 @@ def test_int8_keys(prompt_rows):
     requests += [Request([i] * 70, 70, seed=7, logprobs=1) for i in (3, 3, 3, 4)]
     plain = {"prompt_rows": prompt_rows, "kv_cache_dtype": torch.int8}
     engine = Engine(model, enable_prefix_caching=False, **plain)
-    alone = [told(engine.generate([r])[0]) for r in requests]
+    alone = [tokens_and_logprobs(engine.generate([r])[0]) for r in requests]
     assert engine.stats().page_bytes == 64 * 3 * 2 * 3 * (24 + 4)
     most, wide = (
         block_count(model.config, 10**9, dtype=dtype, device=model.device)
@@ -88,7 +88,7 @@ def test_int8_keys(prompt_rows):
     for options in ({"max_num_batched_tokens": 20}, {"num_blocks": 7}):
         engine = Engine(model, **plain, **options)
         for _ in range(2):  # then with all prompts cached
-            assert [told(r) for r in engine.generate(requests)] == alone
+            assert [tokens_and_logprobs(r) for r in engine.generate(requests)] == alone
     wide = Engine(model, prompt_rows=prompt_rows).generate(requests)
     first = [(ours[1][0][1], r.logprobs[0].logprob) for ours, r in zip(alone, wide, strict=True)]
     assert 0 < max(abs(ours - theirs) for ours, theirs in first) < 0.05
@@ -117,7 +117,7 @@ def test_it_draws_from_what_full_passes_compute():
     for sampling in (Sampling(temperature=0.0), Sampling(), Sampling(top_p=0.8)):
         requests = [Request(prompt, 12, sampling, seed=5 + i) for i, prompt in enumerate(prompts)]
         for request, got in zip(requests, Engine(model).generate(requests), strict=True):
-            assert got.token_ids == drawn(model, request)
+            assert got.token_ids == complete_by_definition(model, request)
 
 
 def test_prompts_that_are_equal_are_computed_once():
@@ -245,7 +245,7 @@ def test_penalties_and_biases():
     assert sorted(even.token_ids) == sorted([*range(97)] * 2)
     both = Sampling(temperature=0.7, repetition_penalty=1.4, frequency_penalty=0.3)
     request = Request(prompt, 20, both, seed=3)
-    assert Engine(model).generate([request])[0].token_ids == drawn(model, request)
+    assert Engine(model).generate([request])[0].token_ids == complete_by_definition(model, request)
 
 
 def test_logprobs():

@@ -6,7 +6,7 @@ import random
 
 import pytest
 import torch
-from engine_cases import model_of, told
+from engine_cases import model_of, tokens_and_logprobs
 
 import fastlm
 from fastlm.errors import InputError
@@ -52,7 +52,7 @@ def requests_of(lengths, new=70):
 
 def alone(model, requests, **options):
     options = {"prompt_rows": True, "enable_prefix_caching": False, **options}
-    return [told(Engine(model, **options).generate([r])[0]) for r in requests]
+    return [tokens_and_logprobs(Engine(model, **options).generate([r])[0]) for r in requests]
 
 
 def nothing_is_kept(engine):
@@ -78,7 +78,7 @@ def test_a_draft_model_changes_no_bit(format, prompt_rows):
         {"max_num_batched_tokens": 9, "num_speculative_tokens": 30},
     ):
         engine = Engine(model, draft_model=draft, prompt_rows=prompt_rows, **options)
-        assert [told(r) for r in engine.generate(requests)] == expected
+        assert [tokens_and_logprobs(r) for r in engine.generate(requests)] == expected
         stats = engine.stats()
         assert 0 < stats.accepted_tokens < stats.drafted_tokens  # how many differs by machine
         assert stats.new_tokens == sum(len(tokens) for tokens, _ in expected)
@@ -109,7 +109,7 @@ def test_requests_that_come_and_go():
             engine.scheduler.postpone(draw.choice(engine.scheduler.running))
         engine.step()
     for i, (answer, (tokens, logprobs)) in enumerate(zip(got, expected, strict=True)):
-        ours = told(answer.completion)
+        ours = tokens_and_logprobs(answer.completion)
         if i in cancelled:
             assert answer.completion.finish_reason == "cancelled"
             assert ours == (tokens[: len(ours[0])], logprobs[: len(ours[0])])
@@ -145,7 +145,7 @@ def test_a_draft_model_that_knows_nothing():
     draft.model.norm.weight.data.mul_(-1)
     requests = requests_of((9, 70), new=30)
     engine = Engine(model, draft_model=draft, prompt_rows=True)
-    assert [told(r) for r in engine.generate(requests)] == alone(model, requests)
+    assert [tokens_and_logprobs(r) for r in engine.generate(requests)] == alone(model, requests)
     stats = engine.stats()
     assert stats.drafted_tokens > 100 and stats.accepted_tokens < 0.05 * stats.drafted_tokens
 
@@ -194,13 +194,13 @@ def test_it_guesses_up_to_its_context_and_where_it_has_pages():
     short.load_state_dict(model.state_dict())
     (request,) = requests_of((20,), new=60)
     engine = Engine(model, draft_model=short, prompt_rows=True)
-    assert [told(r) for r in engine.generate([request])] == alone(model, [request])
+    assert [tokens_and_logprobs(r) for r in engine.generate([request])] == alone(model, [request])
     stats = engine.stats()  # four of five of the 20 tokens that it has room for
     assert 12 < stats.accepted_tokens == stats.drafted_tokens <= 20
     # prompts that share pages of the model take pages of their own in the draft model's cache
     engine = Engine(model, draft_model=model, prompt_rows=True, num_blocks=9)
     requests = [Request([7] * 150, 30, seed=i, logprobs=0, ignore_eos=True) for i in range(4)]
-    assert [told(r) for r in engine.generate(requests)] == alone(model, requests)
+    assert [tokens_and_logprobs(r) for r in engine.generate(requests)] == alone(model, requests)
     stats = engine.stats()
     # nine pages are the 180 tokens of three answers, with 23 guesses each (29 are 5 * 5 + 4); the
     # fourth answer guesses only once another has ended
@@ -232,7 +232,7 @@ def test_a_draft_model_that_fails_ends_no_request():
     bad = None
     while engine.step():
         assert not failed.draft
-    assert [told(answer.completion) for answer in got] == alone(model, requests)
+    assert [tokens_and_logprobs(answer.completion) for answer in got] == alone(model, requests)
     stats = engine.stats()
     assert stats.draft_failures == 1 and stats.finished == {"length": 3}
     nothing_is_kept(engine)
@@ -253,7 +253,7 @@ def test_a_draft_model_whose_weights_cannot_be_followed(monkeypatch):
         next(draft.parameters()).mul_(1)  # a write, after which the engine rebuilds its plan
     with monkeypatch.context() as patch:
         patch.setattr(cpu_decode, "decode_plan", broken)
-        assert [told(r) for r in engine.generate(requests)] == alone(model, requests)
+        assert [tokens_and_logprobs(r) for r in engine.generate(requests)] == alone(model, requests)
     stats = engine.stats()
     assert stats.draft_failures == 1 and stats.drafted_tokens == 0
     engine.generate(requests)
@@ -283,7 +283,9 @@ def test_stop_strings_and_grammars():
     ]
     engine = Engine(model, tokenizer, draft_model=model, prompt_rows=True)
     expected, ours = plain.generate(requests), engine.generate(requests)
-    assert [(told(r), r.text) for r in ours] == [(told(r), r.text) for r in expected]
+    assert [(tokens_and_logprobs(r), r.text) for r in ours] == [
+        (tokens_and_logprobs(r), r.text) for r in expected
+    ]
     assert [r.finish_reason for r in ours] == ["stop", "length"]
     stopped, even = (
         Engine(model, tokenizer, draft_model=model, prompt_rows=True) for _ in requests

@@ -3,7 +3,7 @@
 import contextlib
 
 import pytest
-from engine_cases import drawn, model_of
+from engine_cases import complete_by_definition, model_of
 
 import fastlm
 from fastlm.errors import InputError
@@ -35,7 +35,7 @@ def answers(engine, lengths, new):
 
 
 def by_definition(model, lengths, new):
-    return [drawn(model, request) for request in requests_of(lengths, new)]
+    return [complete_by_definition(model, request) for request in requests_of(lengths, new)]
 
 
 def test_longrope_turns_by_the_longest_context(engine_of):

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from engine_cases import model_of, told
+from engine_cases import model_of, tokens_and_logprobs
 
 import fastlm
 from fastlm.inference.engine import Engine
@@ -27,7 +27,7 @@ def test_pages_of_answers_are_found_where_prompts_are_rows():
         (alone,) = Engine(model, prompt_rows=rows).generate(
             [Request(prompt, 9, seed=2, logprobs=1)]
         )
-        assert told(second) == told(alone)
+        assert tokens_and_logprobs(second) == tokens_and_logprobs(alone)
 
 
 @pytest.mark.parametrize("format", [None, "w4a8"])
@@ -49,25 +49,27 @@ def test_guesses_change_no_bit(format):
         for i, (text, sampling) in enumerate(zip(texts, samplings, strict=True))
     ]
     plain = {"enable_prefix_caching": False, "prompt_rows": True}
-    alone = [told(Engine(model, **plain).generate([r])[0]) for r in requests]
+    alone = [tokens_and_logprobs(Engine(model, **plain).generate([r])[0]) for r in requests]
     for options in (
         {},
         {"num_blocks": 9},
         {"max_num_batched_tokens": 9, "num_speculative_tokens": 30},
     ):
         engine = Engine(model, **{"num_speculative_tokens": 4, "prompt_rows": True, **options})
-        assert [told(r) for r in engine.generate(requests)] == alone
+        assert [tokens_and_logprobs(r) for r in engine.generate(requests)] == alone
         stats = engine.stats()
         assert 0 < stats.accepted_tokens < stats.drafted_tokens
         assert stats.new_tokens == sum(len(tokens) for tokens, _ in alone)
         assert stats.pages_used == 0
         again = engine.generate(requests[:2])
-        assert [told(r) for r in again] == alone[:2]
+        assert [tokens_and_logprobs(r) for r in again] == alone[:2]
     # an answer that repeats itself takes few steps
     engine, plain = Engine(model, num_speculative_tokens=8), Engine(model)
     sampling = Sampling(temperature=0.0, logit_bias=((5, 90.0),))
     request = Request([5], 200, sampling, logprobs=1, ignore_eos=True)
-    assert told(engine.generate([request])[0]) == told(plain.generate([request])[0])
+    assert tokens_and_logprobs(engine.generate([request])[0]) == tokens_and_logprobs(
+        plain.generate([request])[0]
+    )
     assert engine.stats().steps < plain.stats().steps / 2
 
 
@@ -80,7 +82,9 @@ def test_guesses_of_a_request_that_is_preempted_are_forgotten():
     options = {"prompt_rows": True, "num_speculative_tokens": 2}
     request = Request([1, 2, 3], 80, ELEVENS, seed=1, logprobs=0, ignore_eos=True)
     later = Request([1, 2, 3] + [11] * 70, 2, logprobs=0, seed=1)
-    alone, expected = (told(Engine(model, **options).generate([r])[0]) for r in (request, later))
+    alone, expected = (
+        tokens_and_logprobs(Engine(model, **options).generate([r])[0]) for r in (request, later)
+    )
     for at in (20, 62, 63, 64):
         engine, got = Engine(model, **options), Collected()
         engine.submit(request, got)
@@ -91,8 +95,8 @@ def test_guesses_of_a_request_that_is_preempted_are_forgotten():
         engine.scheduler.postpone(sequence)
         while engine.step():
             pass
-        assert told(got.completion) == alone
-        assert told(engine.generate([later])[0]) == expected
+        assert tokens_and_logprobs(got.completion) == alone
+        assert tokens_and_logprobs(engine.generate([later])[0]) == expected
 
 
 def test_a_prompt_whose_pages_were_all_found_is_no_source_of_another():

@@ -18,7 +18,7 @@ import pytest
 import tiny_recipe
 import tiny_run
 import torch
-from damage import LONG, changed, outcome
+from damage import LONG, change_json, outcome
 from model_files import write_gguf
 
 from fastlm import ModelConfig
@@ -141,7 +141,7 @@ def folder_cases(folder, draw, count):
         file = folder / name
         whole = file.read_text()
         for _ in range(count):
-            file.write_text(json.dumps(changed(json.loads(whole), draw)))
+            file.write_text(json.dumps(change_json(json.loads(whole), draw)))
             yield outcome(lambda: use_model(folder))
         file.write_text(whole)
 
@@ -281,7 +281,7 @@ def checkpoint_cases(trained, run, draw, count):
         here = copy.deepcopy(whole)
         came = dict(tensors)
         if index % 2:
-            here["metadata"] = changed(here["metadata"], draw)
+            here["metadata"] = change_json(here["metadata"], draw)
         else:
             name = draw.choice(list(came))
             value = came.pop(name)

@@ -6,7 +6,7 @@ from collections import Counter
 
 import pytest
 import question_files as files
-from question_files import always_first, measured, oracle
+from question_files import always_first, measure, oracle
 from typer.testing import CliRunner
 
 from fastlm.cli import app
@@ -72,8 +72,8 @@ def cache(tmp_path_factory):
 @pytest.mark.parametrize("name", [*GLUE, "mmlu", "mmlu:mc_5shot"])
 def test_an_oracle_is_right_and_always_a_is_at_chance(name, cache, tmp_path):
     task = load_task(name, cache)
-    assert measured(task, oracle(task), tmp_path)["acc_olmes"] == 1
-    lazy = measured(task, always_first(task), tmp_path)
+    assert measure(task, oracle(task), tmp_path)["acc_olmes"] == 1
+    lazy = measure(task, always_first(task), tmp_path)
     assert lazy["acc"] == lazy["acc_olmes"] == pytest.approx(task.chance)
     assert load_task(name, cache).hash == task.hash
 
@@ -96,7 +96,7 @@ def test_mmlu_is_measured_by_subject_and_field(cache, tmp_path):
     assert len(mmlu.FIELD_OF) == 57 and len(task.questions) == 57 * 4
     stem = {s for s, field in mmlu.FIELD_OF.items() if field == "STEM"}
     golds = {q.requests[q.gold] for q in task.questions if q.part in stem}
-    knows_stem = files.Known(likes=lambda *pair: -0.1 if pair in golds else -9.0)
+    knows_stem = files.FakeScorer(logprob=lambda *pair: -0.1 if pair in golds else -9.0)
     with files.RecordFile(tmp_path / "records", {}) as results:
         records = files.ask(task, knows_stem, results)
     parts = measures.parts(task, measures.values(task, records))
@@ -122,10 +122,10 @@ def test_questions_about_facts_are_judged_by_any_right_answer(name, cache, tmp_p
     task = load_task(name, cache)
     assert len(task.questions) == (9 if "0shot" in name else 4)
     assert "is 5" in task.questions[-4].prompt
-    assert measured(task, oracle(task), tmp_path)["exact_match"] == 1
+    assert measure(task, oracle(task), tmp_path)["exact_match"] == 1
     other = {q.prompt: f" {q.row['label'][-1].upper()}\nmore" for q in task.questions}
-    assert measured(task, files.Known(says=other.get), tmp_path)["exact_match"] == 1
-    wrong = measured(task, files.Known(says=lambda prompt: "Dr who"), tmp_path)
+    assert measure(task, files.FakeScorer(answer=other.get), tmp_path)["exact_match"] == 1
+    wrong = measure(task, files.FakeScorer(answer=lambda prompt: "Dr who"), tmp_path)
     assert wrong["exact_match"] == 0
     assert wrong["f1"] == (pytest.approx(0.5) if "trivia" in name else 0)
 
@@ -173,10 +173,10 @@ def test_gsm8k_is_judged_by_the_last_number(tmp_path):
     rows = [request("Question: How much?\nAnswer:", " It is 1,006.", doc)]
     path = files.write_requests(tmp_path, "gsm8k", "gold_bpb_5shot", rows)
     task = load_task("gsm8k", tmp_path)
-    assert measured(task, oracle(task), tmp_path)["exact_match"] == 1
+    assert measure(task, oracle(task), tmp_path)["exact_match"] == 1
     for answer, score in (("5, so 1006.00", 1), ("1006 of 7", 0), ("none", 0)):
-        said = files.Known(says=lambda prompt, answer=answer: answer)
-        assert measured(task, said, tmp_path)["exact_match"] == score
+        said = files.FakeScorer(answer=lambda prompt, answer=answer: answer)
+        assert measure(task, said, tmp_path)["exact_match"] == score
     files.write_requests(
         tmp_path, "gsm8k", "gold_bpb_5shot", [*rows, request("a", " b", {"short_answer": "six"})]
     )
@@ -199,9 +199,11 @@ def test_math_is_judged_by_the_final_answer(tmp_path):
         files.write_requests(tmp_path, f"minerva_math_{subject}", "gold_bpb_0shot", rows)
     task = load_task("math", tmp_path)
     assert [q.part for q in task.questions] == list(olmes.MATH)
-    assert measured(task, oracle(task), tmp_path)["exact_match"] == 1
-    third = files.Known(says=lambda prompt: "So the final answer is $2/7$. I hope it is correct.")
-    assert measured(task, third, tmp_path)["exact_match"] == pytest.approx(1 / 7)
+    assert measure(task, oracle(task), tmp_path)["exact_match"] == 1
+    third = files.FakeScorer(
+        answer=lambda prompt: "So the final answer is $2/7$. I hope it is correct."
+    )
+    assert measure(task, third, tmp_path)["exact_match"] == pytest.approx(1 / 7)
     files.write_requests(
         tmp_path, "minerva_math_500", "gold_bpb_0shot", [request("a", " b", doc("none", ""))]
     )
@@ -252,8 +254,8 @@ def test_drop_joins_spans_and_counts_shared_words(tmp_path):
     files.write_requests(tmp_path, "drop", "bpb_5shot", rows)
     task = load_task("drop", tmp_path)
     assert task.questions[0].gold == " two dogs, cat"
-    assert measured(task, oracle(task), tmp_path)["exact_match"] == 1
-    said = measured(task, files.Known(says=lambda prompt: " the two cats\nmore"), tmp_path)
+    assert measure(task, oracle(task), tmp_path)["exact_match"] == 1
+    said = measure(task, files.FakeScorer(answer=lambda prompt: " the two cats\nmore"), tmp_path)
     assert said["exact_match"] == 0 and said["f1"] == pytest.approx(2 / 3)
     files.write_requests(tmp_path, "drop", "bpb_5shot", [request("a", " b", {"answers": []})])
     with pytest.raises(InputError, match="line 1: expected a question, got IndexError"):

@@ -7,7 +7,7 @@ import jsonschema
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from serve_app import ask, script, serving, tiny_model
+from serve_app import ask, script, serve_model, tiny_model
 
 from fastlm.inference.forms import Form, GenericTools
 from fastlm.inference.structured_output import Grammars
@@ -84,7 +84,7 @@ def test_over_http():
     model, tokenizer = tiny_model()
     text = f"Let me see. <tool_call>{json.dumps(ADD)}</tool_call>"
     body = {"model": "tiny", "messages": [{"role": "user", "content": "Hi"}], "tools": TOOLS}
-    with serving(model, tokenizer) as (url, server):
+    with serve_model(model, tokenizer) as (url, server):
         script(server, text)
         (choice,) = ask(url, body).json()["choices"]
         (call,) = choice["message"]["tool_calls"]
@@ -270,7 +270,7 @@ def test_tools_of_a_model_whose_template_has_none():
     tokenizer.chat_template = CHATML
     user = {"role": "user", "content": "Hi"}
     body = {"model": "tiny", "messages": [user], "tools": STRICT, "max_tokens": 60}
-    with serving(model, tokenizer) as (url, server):
+    with serve_model(model, tokenizer) as (url, server):
         taken, submit = [], server.served_model.engine.submit
         server.served_model.engine.submit = lambda *a: (taken.append(a[0]), submit(*a))[1]
 
@@ -323,7 +323,7 @@ def test_response_format_with_tools():
         "model": "tiny", "messages": [{"role": "user", "content": "Hi"}], "tools": STRICT,
         "max_tokens": 200, "response_format": form,
     }  # fmt: skip
-    with serving(model, tokenizer) as (url, server):
+    with serve_model(model, tokenizer) as (url, server):
         (choice,) = ask(url, {**body, "tool_choice": "required"}).json()["choices"]
         assert choice["finish_reason"] == "tool_calls"
         for fields, param in (
@@ -349,7 +349,7 @@ def test_strict_calls_of_a_model(parallel):
         "parallel_tool_calls": parallel, "max_tokens": 300, "temperature": 1,
     }  # fmt: skip
     begins = r'Well\. <tool_call>\{"name": "forecast", "arguments": (.|\n)*'
-    with serving(model, tokenizer) as (url, server):
+    with serve_model(model, tokenizer) as (url, server):
         submit = server.served_model.engine.submit
 
         def begin(request, listener):
@@ -386,7 +386,7 @@ def test_models_that_write_calls_otherwise_have_no_strict_ones():
     model, tokenizer = tiny_model()
     tokenizer.chat_template = tokenizer.chat_template.replace("tool_call>", "call>")
     body = {"model": "tiny", "messages": [{"role": "user", "content": "Hi"}], "max_tokens": 60}
-    with serving(model, tokenizer) as (url, _):
+    with serve_model(model, tokenizer) as (url, _):
         for fields, param in (
             ({"tools": STRICT}, "tools"),
             ({"tools": TOOLS, "parallel_tool_calls": False}, "parallel_tool_calls"),

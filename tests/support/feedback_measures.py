@@ -1,4 +1,4 @@
-"""A feedback database with measures of answers, as a server that has run for a while leaves it."""
+"""Fill a feedback database with measures of answers, as a server that has run for a while does."""
 
 import time
 
@@ -15,12 +15,14 @@ MODELS = ("tiny", "tiny <b>new</b>")
 
 
 def prompt(rng, words):
-    """Some of the words, in any order."""
+    """Return some of the words, in any order."""
     names = words.split()
     return " ".join(names[i] for i in rng.integers(0, len(names), rng.integers(4, 16)))
 
 
-def fill(store, count, *, days=1.0, models=MODELS[:1], now=None, words=(COOKING, COOKING), seed=0):
+def fill_measures(
+    store, count, *, days=1.0, models=MODELS[:1], now=None, words=(COOKING, COOKING), seed=0
+):
     """Add ``count`` measures over the last ``days``. The first half of the prompts has the first of
     ``words``, the other the second. Some of the first answers have thumbs. Return their ids.
     """
