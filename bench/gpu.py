@@ -418,7 +418,7 @@ def engine_call(model: fastlm.CausalLM, users: int, tokens: int, graph: bool) ->
         model, num_blocks=users * -(-(32 + tokens) // BLOCK_SIZE), enable_prefix_caching=False
     )
     if not graph:
-        engine._batch.runner = ModuleDecodeRunner(model, engine.pages)
+        engine._batch.runner = ModuleDecodeRunner(model, engine.block_manager)
     return lambda: engine.generate(requests)
 
 

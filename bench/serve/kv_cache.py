@@ -72,7 +72,7 @@ def losses(model: CausalLM, tokenizer: Tokenizer, text: str, windows: int, lengt
     truth = None
     for dtype in DTYPES:
         side = Steps(model, 1, -(-length // BLOCK_SIZE), dtype)
-        table = torch.arange(side.pages.count, dtype=torch.int32)[None]
+        table = torch.arange(side.pages.num_blocks, dtype=torch.int32)[None]
         logits = []
         for row in ids:
             for at in torch.arange(length).split(MAX_ROWS):
@@ -84,7 +84,7 @@ def losses(model: CausalLM, tokenizer: Tokenizer, text: str, windows: int, lengt
         kl = (truth.exp() * (truth - logp)).sum(-1).mean().item()
         same = (truth.argmax(-1) == logp.argmax(-1)).double().mean().item()
         print(
-            f"{str(dtype)[6:]:8}: {side.pages.page_bytes // BLOCK_SIZE:6} bytes a token,"
+            f"{str(dtype)[6:]:8}: {side.pages.block_bytes // BLOCK_SIZE:6} bytes a token,"
             f" {nats / math.log(2) / count:.4f} bits per byte, KL {kl:.2e} nats,"
             f" likeliest token the same {100 * same:.2f} %",
             flush=True,

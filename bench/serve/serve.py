@@ -150,7 +150,7 @@ def used_up(url: str) -> bool:
     of prompts that were computed differ, and most of them are on pages that are kept."""
     text = httpx.get(url.replace("/v1/", "/metrics"), trust_env=False).text
     lines = dict(line.rsplit(" ", 1) for line in text.splitlines() if line[0] != "#")
-    return float(lines["fastlm_prompt_tokens_total"]) > 2 * 64 * float(lines["fastlm_pages"])
+    return float(lines["fastlm_prompt_tokens_total"]) > 2 * 64 * float(lines["fastlm_num_blocks"])
 
 
 def soak(server: Server, clients: int, seconds: float, seeds: Seeds) -> dict[str, Any]:

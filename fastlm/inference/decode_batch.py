@@ -1,4 +1,4 @@
-"""Tokens of sequences as rows of decode steps."""
+"""Decode steps: each row is a token of a sequence."""
 
 from collections.abc import Sequence
 from typing import NamedTuple, Protocol
@@ -6,16 +6,16 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-MAX_ROWS = 64  # of a step: beyond, the modules' matrix products are as fast
+MAX_ROWS = 64  # of a step; with more rows the modules' matrix products are as fast
 
 
 class DecodeRow(NamedTuple):
-    """A token behind ``position`` others of its sequence, whose ``pages`` get its key and value.
-    ``needs_logits``: what follows it is asked for."""
+    """A token at ``position`` of its sequence. Its key and value are written to the blocks of
+    ``block_table``. ``needs_logits``: compute the logits that follow it."""
 
     token: int
     position: int
-    pages: list[int]
+    block_table: list[int]
     needs_logits: bool
 
 
@@ -24,21 +24,25 @@ class DecodeRunner(Protocol):
 
     def logits(
         self, tokens: Tensor, lengths: Tensor, table: Tensor, *, logits_indices: Tensor
-    ) -> Tensor: ...
+    ) -> Tensor:
+        """Compute a token per row; see `fastlm.model.cpu_decode.CpuDecodeRunner.logits`."""
+        ...
 
 
 class DecodeBatch:
-    """Computes rows with ``runner``. The table of their pages stays from step to step; a row of it
-    is written again where the sequence in that place has changed or has more pages."""
+    """Computes rows with ``runner``. The tensor of their block tables is kept from step to step. A
+    row of it is rewritten where another sequence has its index, or where the sequence has more
+    blocks."""
 
     def __init__(self, runner: DecodeRunner):
         self.runner = runner
         self._table = torch.zeros(0, 0, dtype=torch.int32)
-        self._written: list[tuple[list[int], int]] = []  # pages of each row, and how many
+        self._written: list[tuple[list[int], int]] = []  # per row: its block table and its length
 
     @torch.inference_mode()
     def logits(self, rows: Sequence[DecodeRow]) -> Tensor:
-        """Compute rows, `MAX_ROWS` at a time. Return logits (L, V) of those with `needs_logits`."""
+        """Compute rows, `MAX_ROWS` at a time. Return the logits (L, V) of those with
+        `needs_logits`."""
         out: list[Tensor] = []
         for begin in range(0, len(rows), MAX_ROWS):
             part = rows[begin : begin + MAX_ROWS]
@@ -47,21 +51,21 @@ class DecodeBatch:
                 self.runner.logits(
                     torch.tensor([row.token for row in part]),
                     torch.tensor([row.position for row in part]),
-                    self._table_of(part),
+                    self._build_table(part),
                     logits_indices=torch.tensor(logits_indices, dtype=torch.int64),
                 )
             )
         return out[0] if len(out) == 1 else torch.cat(out)
 
-    def _table_of(self, rows: Sequence[DecodeRow]) -> Tensor:
-        width = max(len(row.pages) for row in rows)
+    def _build_table(self, rows: Sequence[DecodeRow]) -> Tensor:
+        width = max(len(row.block_table) for row in rows)
         if self._table.shape != (len(rows), width):
             self._table = torch.zeros(len(rows), width, dtype=torch.int32)
             self._written = [([], 0)] * len(rows)
         for i, row in enumerate(rows):
-            pages, count = self._written[i]
-            if pages is not row.pages or count != len(row.pages):
-                count = len(row.pages)
-                self._table[i, :count] = torch.tensor(row.pages, dtype=torch.int32)
-                self._written[i] = row.pages, count
+            block_table, count = self._written[i]
+            if block_table is not row.block_table or count != len(row.block_table):
+                count = len(row.block_table)
+                self._table[i, :count] = torch.tensor(row.block_table, dtype=torch.int32)
+                self._written[i] = row.block_table, count
         return self._table

@@ -1,33 +1,34 @@
-"""FairLock on the processors that several engines share."""
+"""A fair lock for the processors that several engines share."""
 
 import threading
 from collections import deque
 
 
 class FairLock:
-    """A lock that is given in the order in which it was asked for, held by an engine during each
-    step: with a plain lock, the engine that ends a step begins its next one before another engine
-    wakes up. Steps that ran side by side would share the cores, and wait for each other's threads.
+    """A lock that threads get in the order in which they requested it. An engine holds it during
+    each step. With a plain lock, the engine that ends a step would begin its next one before
+    another engine wakes up. Steps that run at the same time would share the cores and wait for
+    each other's threads.
     """
 
     def __init__(self) -> None:
         self._guard = threading.Lock()
-        self._held = False
+        self._locked = False
         self._waiting: deque[threading.Lock] = deque()
 
     def __enter__(self) -> None:
         with self._guard:
-            if not self._held:
-                self._held = True
+            if not self._locked:
+                self._locked = True
                 return
-            mine = threading.Lock()
-            mine.acquire()
-            self._waiting.append(mine)
-        mine.acquire()  # until it is released by whose turn ends
+            ticket = threading.Lock()
+            ticket.acquire()
+            self._waiting.append(ticket)
+        ticket.acquire()  # blocks until the thread before this one releases it
 
     def __exit__(self, *_: object) -> None:
         with self._guard:
             if self._waiting:
-                self._waiting.popleft().release()  # and the turn stays held
+                self._waiting.popleft().release()  # the lock passes on and stays locked
             else:
-                self._held = False
+                self._locked = False

@@ -1,4 +1,4 @@
-"""What an engine is asked for, and what it answers with: the types of `fastlm.inference.engine`."""
+"""Requests and completions: the types of `fastlm.inference.engine`."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -8,16 +8,16 @@ from typing import Any, Literal, Protocol
 from torch import Tensor
 
 from fastlm.errors import InputError
-from fastlm.inference.answer_text import checked_stops
+from fastlm.inference.answer_text import check_stop_strings
 from fastlm.inference.block_manager import BLOCK_SIZE
 from fastlm.inference.sampling import Sampling, check_seed
 
-# "context": of `fastlm.serve.chat.Writer`, where "length" means the end of the context
+# "context": only from `fastlm.serve.chat.Writer`: the context is full
 FinishReason = Literal["stop", "length", "context", "cancelled", "deadline", "refused", "error"]
 
 
 class ConstraintError(InputError):
-    """A grammar that nothing can follow, or that takes too much: a fault of the request."""
+    """A grammar that no token can follow, or whose masks take too long: a fault of the request."""
 
 
 class Constraint(Protocol):
@@ -28,7 +28,7 @@ class Constraint(Protocol):
         ...
 
     def accept(self, token: int) -> None:
-        """Move on by the token that was chosen."""
+        """Advance by a sampled token."""
         ...
 
 
@@ -37,24 +37,25 @@ class Request:
     """A prompt and how to continue it.
 
     prompt: token ids, at least one.
-    max_new_tokens: an answer ends after as many; also where the context is full.
-    sampling: how to choose each token.
-    seed: the same seed draws the same tokens, whatever else the engine runs. None: a random one.
+    max_new_tokens: the answer ends after this many tokens, or where the context is full.
+    sampling: how each token is sampled.
+    seed: the same seed draws the same tokens, whatever else the engine runs. None: a random seed.
     stop: strings that end the text, before they appear in it.
-    stop_ids: tokens that end it, besides the end tokens of model and tokenizer.
-    ignore_eos: only `stop` and `stop_ids` end it.
-    min_new_tokens: no end token and no `stop_ids` before so many; a stop string ends it, too.
-    logprobs: report this many of the likeliest tokens at each place; 0: only the chosen one's
-        log-probability; None: nothing.
-    prompt_logprobs: likewise of the prompt's tokens, at temperature 1, without penalties. The whole
-        prompt is computed, whatever is cached of it.
-    constraint: makes the grammar's state, called once in `submit`; the state is used by one thread
-        at a time, not the engine's (`fastlm.inference.masks`). After a token that ends the answer,
-        it is not asked again.
-    deadline: seconds from `Engine.submit` after which the answer ends as it is.
+    stop_ids: tokens that end the answer, in addition to the end tokens of model and tokenizer.
+    ignore_eos: only `stop` and `stop_ids` end the answer.
+    min_new_tokens: no end token and none of `stop_ids` is sampled before this many tokens. A stop
+        string ends the answer all the same.
+    logprobs: the number of most likely tokens to report at each position; 0: only the
+        log-probability of the sampled token; None: nothing.
+    prompt_logprobs: likewise for the tokens of the prompt, at temperature 1, without penalties. The
+        prompt is computed in full, even where it is cached.
+    constraint: makes the state of a grammar; `submit` calls it once. One thread at a time uses the
+        state, and not the engine's (`fastlm.inference.token_masks`). It is not used after the token
+        that ends the answer.
+    deadline: the answer ends as it is this many seconds after `Engine.submit`.
     client: requests wait in one queue per client, and the queues take turns.
-    cache_salt: cached prompts are shared by requests with the same salt alone, so that
-        `Piece.cached_tokens` and times tell nothing of what others asked.
+    cache_salt: only requests with the same salt share cached prompts, so that
+        `Piece.cached_tokens` and times reveal nothing about the requests of others.
     """
 
     prompt: Sequence[int]
@@ -82,51 +83,52 @@ def batch_requests(
     **options: Any,
 ) -> list[Request]:
     """Make a request of each prompt. Prompt i draws with ``seed + i``, or with a random seed.
-    ``options``: further fields of `Request`. InputError: a seed that no generator takes."""
+    ``options``: other fields of `Request`. InputError: a seed that no generator accepts."""
     check_seed(seed)
     seeds = [None if seed is None else (seed + i) % 2**63 for i in range(len(prompts))]
     return [
-        Request(prompt, max_new_tokens, sampling, seed=own, **options)
-        for prompt, own in zip(prompts, seeds, strict=True)
+        Request(prompt, max_new_tokens, sampling, seed=prompt_seed, **options)
+        for prompt, prompt_seed in zip(prompts, seeds, strict=True)
     ]
 
 
 def request_seed(seed: int, key: str, sample: int = 0) -> int:
-    """Return the seed of a request that ``key`` names: the same whatever other requests there are.
-    ``sample``: tells several requests of one key apart."""
+    """Return the seed of a request with the name ``key``. It does not depend on other requests.
+    ``sample``: the number of the request among those with the same key."""
     text = f"{seed}/{sample}/{key}".encode(errors="surrogatepass")
     return int.from_bytes(blake2b(text, digest_size=7).digest())
 
 
-def room_of(
-    request: Request, *, vocab: int, context_limit: int, cached: int, has_tokenizer: bool
+def max_new_tokens_for(
+    request: Request, *, vocab: int, context_limit: int, cache_tokens: int, has_tokenizer: bool
 ) -> int:
-    """Return the most tokens that a request may draw. ``cached``: tokens that a cache has room for.
+    """Return how many tokens may be sampled for a request. ``cache_tokens``: the number of tokens
+    that the cache can hold.
 
-    Raises InputError: what `fastlm.inference.engine.Engine.submit` refuses.
+    Raises InputError for what `fastlm.inference.engine.Engine.submit` refuses.
     """
     prompt = request.prompt
     if not prompt:
         raise InputError("prompt: expected at least one token, got none")
     if min(prompt) < 0 or max(prompt) >= vocab:
-        bad = min(prompt) if min(prompt) < 0 else max(prompt)
-        raise InputError(f"prompt: expected ids in [0, {vocab}), got {bad}")
+        token = min(prompt) if min(prompt) < 0 else max(prompt)
+        raise InputError(f"prompt: expected ids in [0, {vocab}), got {token}")
     if request.max_new_tokens < 1:
         raise InputError(f"max_new_tokens: expected at least 1, got {request.max_new_tokens}")
-    room = min(request.max_new_tokens, context_limit - len(prompt))
-    if room < 1:
+    max_new_tokens = min(request.max_new_tokens, context_limit - len(prompt))
+    if max_new_tokens < 1:
         raise InputError(
             f"prompt: expected fewer than the {context_limit} tokens of the context,"
             f" got {len(prompt)}"
         )
-    if -(-(len(prompt) + room) // BLOCK_SIZE) * BLOCK_SIZE > cached:
+    if -(-(len(prompt) + max_new_tokens) // BLOCK_SIZE) * BLOCK_SIZE > cache_tokens:
         raise InputError(
-            f"prompt, max_new_tokens: expected at most the cache's {cached}"
-            f" tokens in all, got {len(prompt)} + {room}"
+            f"prompt, max_new_tokens: expected at most the cache's {cache_tokens}"
+            f" tokens in all, got {len(prompt)} + {max_new_tokens}"
         )
-    if request.min_new_tokens > room:
+    if request.min_new_tokens > max_new_tokens:
         raise InputError(
-            f"min_new_tokens: expected at most the {room} that the answer may have,"
+            f"min_new_tokens: expected at most the {max_new_tokens} that the answer may have,"
             f" got {request.min_new_tokens}"
         )
     for name in ("logprobs", "prompt_logprobs"):
@@ -134,16 +136,16 @@ def room_of(
             raise InputError(f"{name}: expected 0 to {vocab} or None, got {count}")
     if request.stop and not has_tokenizer:
         raise InputError("stop: expected an engine with a tokenizer, got one without")
-    checked_stops(request.stop)
-    return room
+    check_stop_strings(request.stop)
+    return max_new_tokens
 
 
 @dataclass(frozen=True, slots=True)
 class TokenLogprob:
-    """A token, its log-probability, and the likeliest tokens at its place, best first.
+    """A token, its log-probability, and the most likely tokens at its position, best first.
 
-    Log-probabilities are those of the model's softmax at the request's temperature (1 when
-    greedy), before top-k, top-p and min-p, after penalties, `logit_bias` and grammar. `top` has
+    Log-probabilities are those of the model's softmax at the request's temperature (1 for greedy
+    decoding), before top-k, top-p and min-p, after penalties, `logit_bias` and grammar. `top` has
     only tokens that may come next.
     """
 
@@ -154,14 +156,16 @@ class TokenLogprob:
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """What became certain of an answer with one more token.
+    """The part of an answer that one more token adds.
 
-    `text` lags behind `tokens` where a character is incomplete or a stop string may begin; the
-    texts of all pieces join to the answer's. An end token is in `tokens`, not in the text.
-    The last piece alone has a `finish_reason`: "stop" at an end token or a stop string, "length"
-    at max_new_tokens or the end of the context, or "cancelled", "deadline", "refused" (its grammar
-    cannot go on) and "error", both with `error`, one line. The first piece with a token has the
-    `prompt_logprobs`, of the prompt's second token and those after it.
+    `text` lags behind `tokens` where a character is incomplete or a stop string may begin. The
+    texts of all pieces join to that of the answer. An end token is in `tokens`, not in the text.
+
+    Only the last piece has a `finish_reason`: "stop" at an end token or a stop string, "length" at
+    max_new_tokens or the end of the context, "cancelled", "deadline", "refused" (its grammar cannot
+    continue) or "error"; the last two have a line in `error`. Only the last piece has
+    `cached_tokens`, `prompt_tokens` and `queue_seconds`. The first piece with a token has the
+    `prompt_logprobs`, which begin with the prompt's second token.
     """
 
     tokens: list[int]
@@ -169,9 +173,9 @@ class Piece:
     logprobs: list[TokenLogprob]  # one per token where the request asks for them
     finish_reason: FinishReason | None = None
     error: str | None = None
-    cached_tokens: int = 0  # of the prompt: found in the prefix cache; told in the last piece
-    prompt_tokens: int = 0  # told in the last piece
-    queue_seconds: float | None = None  # told in the last piece; None: it never began
+    cached_tokens: int = 0  # tokens of the prompt that came from the prefix cache
+    prompt_tokens: int = 0
+    queue_seconds: float | None = None  # None: the request never ran
     prompt_logprobs: list[TokenLogprob] = field(default_factory=list)
 
 
@@ -180,7 +184,7 @@ Listener = Callable[[Piece], Any]
 
 @dataclass(frozen=True, slots=True)
 class Completion:
-    """A whole answer; see `Piece`. Fields are named as vLLM's are."""
+    """A complete answer; see `Piece`. Its fields have vLLM's names."""
 
     token_ids: list[int]
     text: str = ""
@@ -189,47 +193,47 @@ class Completion:
     error: str | None = None
     prompt_tokens: int = 0
     cached_tokens: int = 0
-    # tokens at the prompt's beginning that the caller left out, because they did not fit
+    # tokens at the beginning of the prompt that the caller left out, because they did not fit
     truncated_prompt_tokens: int = 0
 
     @property
     def ended(self) -> bool:
-        """Whether the model ended it, by an end token or a stop string, not a limit."""
+        """Whether an end token or a stop string ended it, not a limit."""
         return self.finish_reason == "stop"
 
 
 @dataclass(frozen=True)
 class EngineStats:
-    """Counters since the engine was made, and what it holds now."""
+    """Counters since the engine was created, and its state now."""
 
-    running: int  # requests with pages
+    running: int  # requests with blocks
     waiting: int
-    pages: int
-    page_bytes: int  # of keys and values
-    pages_used: int  # by running requests
-    pages_cached: int  # of requests that ended, given up when pages run short
+    num_blocks: int
+    block_bytes: int  # of keys and values
+    used_blocks: int  # by running requests
+    cached_blocks: int  # of requests that ended, evicted when blocks run short
     steps: int
-    prompt_tokens: int  # computed as prompts, cached ones excluded, preempted answers included
-    cached_tokens: int  # found in the prefix cache
+    prompt_tokens: int  # computed as prompts; includes preempted answers, not cached tokens
+    cached_tokens: int  # from the prefix cache
     new_tokens: int
     preemptions: int
     finished: dict[str, int]  # by finish_reason
-    drafted_tokens: int = 0  # guessed and computed
-    accepted_tokens: int = 0  # of them: what was drawn
-    draft_failures: int = 0  # answers for which the draft model failed, which run without it
+    drafted_tokens: int = 0  # proposed and computed
+    accepted_tokens: int = 0  # draft tokens that were sampled
+    draft_failures: int = 0  # answers for which the draft model failed; they run without it
 
 
-class Closed(InputError):
+class EngineClosed(InputError):
     """The engine takes no more requests."""
 
     def __init__(self) -> None:
-        super().__init__("engine: expected one that runs, got one that was closed")
+        super().__init__("engine: expected an open engine, got a closed one")
 
 
 class QueueFull(InputError):
-    """As many requests wait as the engine was told to queue. `retry_after`: seconds, a guess from
-    the present speed."""
+    """`max_queue_size` requests wait already. `retry_after`: seconds, an estimate from the present
+    speed."""
 
     def __init__(self, waiting: int, retry_after: float):
-        super().__init__(f"queue: expected room for one more, got {waiting} waiting")
+        super().__init__(f"queue: expected fewer waiting requests, got {waiting}")
         self.retry_after = retry_after

@@ -1,8 +1,8 @@
-"""From logits to the next token: penalties, filters, and draws that a seed reproduces.
+"""Sampling of the next token from logits: penalties, filters, and draws that a seed reproduces.
 
-The order is transformers': penalties and biases, temperature, top-k, top-p, min-p. Filters work on
-candidates sorted by logit, so that a draw is one uniform number against a cumulative sum.
-Rejected: masking the vocabulary with -inf and ``torch.multinomial`` over it; at V = 49152 a full
+The order is that of transformers: penalties and biases, temperature, top-k, top-p, min-p. Filters
+work on candidates sorted by logit, so a draw compares one uniform number with a cumulative sum.
+Rejected: masking the vocabulary with -inf and ``torch.multinomial`` over it. At V = 49152 a full
 sort takes longer than a layer, and the draw depends on the device.
 """
 
@@ -16,27 +16,28 @@ from torch import Tensor
 
 from fastlm.errors import InputError
 
-# Candidates that top-p and min-p examine before they sort the whole vocabulary: text models put a
-# probability of 0.95 on fewer
-_FIRST_LOOK = 256
+# The number of candidates that top-p and min-p examine before they sort the whole vocabulary: text
+# models put a probability of 0.95 on fewer
+_NUM_CANDIDATES = 256
 _MAX = 1e9  # of a penalty or a bias: sums of them stay finite in float32
-_ROWWISE = 1024  # top_k up to which a row's bits do not depend on the number of rows
+_MAX_ROW_INVARIANT_K = 1024  # top_k up to which a row's bits do not depend on the number of rows
 _BLOCK = 256  # tokens of the vocabulary whose probabilities are summed together, without filters
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How to choose a token; None switches a filter off.
+    """How a token is sampled. None switches a filter off.
 
-    temperature: divides the logits; 0 is greedy, whatever the filters say.
-    top_k: only the k likeliest.
-    top_p: the fewest likeliest that together reach this probability, at least one.
-    min_p: only those at least min_p as likely as the likeliest.
-    repetition_penalty: logits of tokens already in the row are divided by it where positive,
-    multiplied where negative.
-    presence_penalty: taken off the logits of tokens that the answer already has.
-    frequency_penalty: likewise, once for each time that it has them.
-    logit_bias: pairs of a token and what is added to its logit.
+    temperature: divides the logits; 0 is greedy decoding, which ignores the filters.
+    top_k: keep the k most likely tokens.
+    top_p: keep the smallest set of most likely tokens whose probabilities reach this sum; at least
+        one token.
+    min_p: keep tokens at least min_p times as likely as the most likely one.
+    repetition_penalty: divides the logits of tokens already in the row where they are positive, and
+        multiplies them where they are negative.
+    presence_penalty: is subtracted from the logits of tokens that the answer has.
+    frequency_penalty: likewise, once for each occurrence.
+    logit_bias: pairs of a token and a number that is added to its logit.
     """
 
     temperature: float = 1.0
@@ -54,7 +55,7 @@ class Sampling:
         biases = self.logit_bias
         checks = {
             "temperature": ("0 or at least 1e-6", t == 0 or 1e-6 <= t < math.inf),
-            "top_k": (">= 1 or None", k is None or _whole(k) >= 1),
+            "top_k": (">= 1 or None", k is None or _integer(k) >= 1),
             "top_p": ("in (0, 1] or None", p is None or 0 < _number(p) <= 1),
             "min_p": ("in [0, 1] or None", m is None or 0 <= _number(m) <= 1),
             "repetition_penalty": ("> 0", 0 < _number(self.repetition_penalty) < math.inf),
@@ -65,34 +66,37 @@ class Sampling:
                 isinstance(biases, tuple) and all(map(_is_bias, biases)),
             ),
         }
-        for name, (wanted, good) in checks.items():
-            if not good:
-                raise InputError(f"{name}: expected {wanted}, got {getattr(self, name)!r}")
+        for name, (expected, is_valid) in checks.items():
+            if not is_valid:
+                raise InputError(f"{name}: expected {expected}, got {getattr(self, name)!r}")
 
     @property
-    def adjusts(self) -> bool:
-        """Whether `Adjustments` change any logits."""
-        plain = (self.repetition_penalty, self.presence_penalty, self.frequency_penalty)
-        return plain != (1.0, 0.0, 0.0) or bool(self.logit_bias)
+    def has_adjustments(self) -> bool:
+        """Whether a `LogitsProcessor` changes any logits."""
+        penalties = (self.repetition_penalty, self.presence_penalty, self.frequency_penalty)
+        return penalties != (1.0, 0.0, 0.0) or bool(self.logit_bias)
 
     @property
-    def filters(self) -> bool:
+    def has_filters(self) -> bool:
         """Whether some tokens may not be drawn."""
-        given = (self.top_k, self.top_p, self.min_p)
-        return self.temperature != 0 and given != (None, None, None)
+        filters = (self.top_k, self.top_p, self.min_p)
+        return self.temperature != 0 and filters != (None, None, None)
 
     @property
-    def rowwise(self) -> bool:
-        """Whether `choose` has the same bits for a row alone as for many at once. Torch splits the
-        sum over a vocabulary otherwise for one row than for many; that of top_k values it does not.
+    def is_row_invariant(self) -> bool:
+        """Whether `sample` gives a row the same bits, however many rows there are. Torch splits the
+        sum over a vocabulary differently for one row than for many, but not the sum over top_k
+        values.
         """
-        return not self.filters or (self.top_k is not None and self.top_k <= _ROWWISE)
+        if not self.has_filters:
+            return True
+        return self.top_k is not None and self.top_k <= _MAX_ROW_INVARIANT_K
 
     def candidates(self, logits: Tensor) -> tuple[Tensor, Tensor]:
-        """The tokens that may be drawn: probabilities (B, C) float64, descending, 0 after a row's
-        last, and ids (B, C).
+        """Return the tokens that may be drawn: probabilities (B, C) float64, in descending order, 0
+        after a row's last candidate, and ids (B, C).
 
-        `logits` (B, V) float32, already penalised; temperature > 0.
+        `logits` (B, V) float32, after penalties; temperature > 0.
         """
         scaled = logits / self.temperature
         vocab = scaled.shape[1]
@@ -103,8 +107,8 @@ class Sampling:
         if self.top_p is None and self.min_p is None:
             ids = torch.arange(vocab, device=logits.device)
             return (scaled.double() - total).exp(), ids.expand_as(scaled)
-        if vocab > 2 * _FIRST_LOOK:
-            values, ids = scaled.topk(_FIRST_LOOK)
+        if vocab > 2 * _NUM_CANDIDATES:
+            values, ids = scaled.topk(_NUM_CANDIDATES)
             probabilities = self._filter(values, total)
             if bool((probabilities[:, -1] == 0).all()):  # each row's last candidate is among these
                 return probabilities, ids
@@ -112,66 +116,68 @@ class Sampling:
         return self._filter(values, total), ids
 
     def _filter(self, values: Tensor, total: Tensor) -> Tensor:
-        """Probabilities of sorted logits (B, C), filtered ones 0. `total`: each row's logsumexp."""
+        """Return the probabilities of sorted logits (B, C); those of filtered tokens are 0.
+        `total`: each row's logsumexp."""
         p = (values.double() - total).exp()
         if self.top_p is not None and self.top_p < 1:
-            before = p.cumsum(-1) - p
-            p = p.masked_fill(before >= self.top_p, 0.0)  # the sum before the first is 0
+            preceding = p.cumsum(-1) - p
+            p = p.masked_fill(preceding >= self.top_p, 0.0)  # the sum before the first is 0
         if self.min_p is not None:
             p = p.masked_fill(p < self.min_p * p[:, :1], 0.0)
         return p
 
-    def choose(self, logits: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
-        """One token per row, (B,) int64, from (B, V) logits and one CPU generator per row."""
+    def sample(self, logits: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
+        """Draw one token per row, (B,) int64, from (B, V) logits and one CPU generator per row."""
         logits = logits.float()
         if self.temperature == 0:
             return logits.argmax(-1)
         draws = [torch.rand(1, dtype=torch.float64, device="cpu", generator=g) for g in generators]
         u = torch.cat(draws)[:, None].to(logits.device)
-        if not self.filters:
+        if not self.has_filters:
             scaled = logits if self.temperature == 1 else logits / self.temperature
-            return _drawn(scaled, u)
+            return _sample_unfiltered(scaled, u)
         p, ids = self.candidates(logits)
-        reached = p.cumsum(-1)
+        sums = p.cumsum(-1)
         # u < 1, so the first sum above u * total has p > 0
-        place = torch.searchsorted(reached, u * reached[:, -1:], right=True)
-        return ids.gather(-1, place.clamp(max=p.shape[1] - 1))[:, 0]
+        index = torch.searchsorted(sums, u * sums[:, -1:], right=True)
+        return ids.gather(-1, index.clamp(max=p.shape[1] - 1))[:, 0]
 
     def logprobs(self, logits: Tensor, tokens: Tensor) -> Tensor:
-        """log softmax(logits / temperature) at `tokens` (B,), (B,) float32: filters do not count,
-        and greedy choice has temperature 1.
+        """Return log softmax(logits / temperature) at `tokens` (B,), (B,) float32. Filters do not
+        count, and greedy decoding has temperature 1.
         """
         scaled = logits.float() / (self.temperature or 1.0)
         return scaled.gather(-1, tokens[:, None])[:, 0] - torch.logsumexp(scaled, -1)
 
 
-def _drawn(scaled: Tensor, u: Tensor) -> Tensor:
-    """One token per row from softmax(scaled), (B, V), by uniform numbers u (B, 1): first a block of
-    the vocabulary, then a token of it; any token where a row is not finite.
+def _sample_unfiltered(scaled: Tensor, u: Tensor) -> Tensor:
+    """Draw one token per row from softmax(scaled), (B, V), by uniform numbers u (B, 1): first a
+    block of the vocabulary, then a token of it. A row that is not finite gives any token.
 
     Cumulative sums of the whole vocabulary in float64 took a third of a step of 32 rows of SmolLM2.
     """
     p = scaled.softmax(-1)
-    if beyond := -p.shape[1] % _BLOCK:
-        p = F.pad(p, (0, beyond))
+    if padding := -p.shape[1] % _BLOCK:
+        p = F.pad(p, (0, padding))
     blocks = p.view(len(p), -1, _BLOCK)
-    sums = blocks.sum(-1).double()
-    reached = sums.cumsum(-1)
-    wanted = u * reached[:, -1:]
+    block_sums = blocks.sum(-1).double()
+    sums = block_sums.cumsum(-1)
+    target = u * sums[:, -1:]
     # u < 1, so the first sum above u * total is that of a block, and of a token, with p > 0
-    block = torch.searchsorted(reached, wanted, right=True).clamp(max=sums.shape[1] - 1)
-    rest = wanted - (reached.gather(-1, block) - sums.gather(-1, block))
-    inside = blocks.gather(1, block[..., None].expand(-1, 1, _BLOCK))[:, 0].double().cumsum(-1)
-    rest = torch.minimum(rest.clamp(min=0), inside[:, -1:] * (1 - 1e-12))  # as rounded
-    place = torch.searchsorted(inside, rest.contiguous(), right=True).clamp(max=_BLOCK - 1)
-    return (block * _BLOCK + place)[:, 0].clamp(max=scaled.shape[1] - 1)
+    block = torch.searchsorted(sums, target, right=True).clamp(max=block_sums.shape[1] - 1)
+    rest = target - (sums.gather(-1, block) - block_sums.gather(-1, block))
+    inner = blocks.gather(1, block[..., None].expand(-1, 1, _BLOCK))[:, 0].double().cumsum(-1)
+    rest = torch.minimum(rest.clamp(min=0), inner[:, -1:] * (1 - 1e-12))  # as rounded
+    index = torch.searchsorted(inner, rest.contiguous(), right=True).clamp(max=_BLOCK - 1)
+    return (block * _BLOCK + index)[:, 0].clamp(max=scaled.shape[1] - 1)
 
 
-class Adjustments:
-    """Penalties and biases of rows that share a `Sampling`, and the tokens that they depend on.
+class LogitsProcessor:
+    """Applies the penalties and biases of rows that share a `Sampling`, and keeps the tokens that
+    they depend on.
 
     ``ids`` (B, T): the prompts; ``mask`` (B, T) is 0 where they are padding. ``vocab``: ids from it
-    on are not drawn. InputError: a biased token that the vocabulary lacks.
+    on are not drawn. InputError: `logit_bias` has a token that the vocabulary lacks.
     """
 
     def __init__(self, sampling: Sampling, ids: Tensor, mask: Tensor | None, vocab: int):
@@ -195,10 +201,10 @@ class Adjustments:
             self.counts = torch.zeros(rows, vocab, device=device)
 
     def apply(self, logits: Tensor) -> Tensor:
-        """(B, V) -> new logits (B, V) float32."""
+        """Return new logits (B, V) float32 of logits (B, V)."""
         logits = logits.float()
         if self.seen is not None:
-            logits = penalise(logits, self.seen, self.sampling.repetition_penalty)
+            logits = apply_repetition_penalty(logits, self.seen, self.sampling.repetition_penalty)
         if self.counts is not None:
             per_token = self.counts * self.sampling.frequency_penalty
             logits = logits - per_token - (self.counts > 0) * self.sampling.presence_penalty
@@ -212,24 +218,24 @@ class Adjustments:
             self.counts.scatter_add_(1, tokens[:, None], torch.ones_like(self.counts[:, :1]))
 
 
-def penalise(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
-    """Make the tokens in `seen` (B, V) bool less likely in (B, V) logits (CTRL, arXiv:1909.05858).
-
-    Returns new logits.
+def apply_repetition_penalty(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
+    """Return (B, V) logits in which the tokens of `seen` (B, V) bool are less likely (CTRL,
+    arXiv:1909.05858).
     """
     weakened = torch.where(logits > 0, logits / penalty, logits * penalty)
     return torch.where(seen, weakened, logits)
 
 
 def check_seed(seed: int | None) -> None:
-    """InputError: no integer that a generator takes."""
+    """Raise InputError unless ``seed`` is None or an integer that a generator accepts."""
     # compared as integers: 2^63 - 1 is 2^63 as a float
     if seed is not None and not (type(seed) is int and 0 <= seed < 2**63):
         raise InputError(f"seed: expected an integer in [0, 2^63) or None, got {seed!r}")
 
 
 def make_generators(seed: int | None, rows: int) -> list[torch.Generator]:
-    """A CPU generator per row. Row r of seed s draws what a single row of seed s + r draws."""
+    """Return a CPU generator per row. Row r of seed s draws what a single row of seed s + r
+    draws."""
     check_seed(seed)
     if seed is None:
         seed = int(torch.randint(2**62, (), device="cpu"))
@@ -237,17 +243,18 @@ def make_generators(seed: int | None, rows: int) -> list[torch.Generator]:
 
 
 def _number(value: object) -> float:
-    """The value as float, or NaN, which fails every comparison, if it is not a number."""
-    good = isinstance(value, int | float) and not isinstance(value, bool)
-    return float(value) if good else math.nan  # type: ignore[arg-type]
+    """Return the value as float, or NaN, which fails every comparison, if it is not a number."""
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    return float(value) if is_number else math.nan  # type: ignore[arg-type]
 
 
 def _is_bias(pair: object) -> bool:
     match pair:
         case (token, bias) if isinstance(pair, tuple):
-            return _whole(token) >= 0 and abs(_number(bias)) <= _MAX
+            return _integer(token) >= 0 and abs(_number(bias)) <= _MAX
     return False
 
 
-def _whole(value: object) -> float:
+def _integer(value: object) -> float:
+    """Return the value as float, or NaN if it is not an integer."""
     return _number(value) if isinstance(value, int) else math.nan

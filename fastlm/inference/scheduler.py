@@ -1,10 +1,11 @@
-"""What an engine computes next: one budget of tokens per step, without phases.
+"""The scheduler: it decides what an engine computes next, with one budget of tokens per step and
+without phases (continuous batching).
 
-First the next token of every running answer, then prompts, as much of them as the budget allows,
-then those of waiting requests. When pages run short, the request that was admitted last gives its
-pages back and is computed again later, so that its numbers are the same to the bit: all its tokens
-as a prompt where prompts are rows of decode steps, else its prompt as before and then its answer
-token by token.
+A step computes the next token of every running answer, then as much of running prompts as the
+budget allows, then the prompts of waiting requests. When blocks run short, the request that was
+admitted last is preempted: it releases its blocks and is recomputed later, to the same bits. Where
+prompts are rows of decode steps, all its tokens are recomputed as a prompt. Elsewhere its prompt is
+recomputed as before and then its answer token by token.
 """
 
 import time
@@ -18,8 +19,8 @@ from fastlm.inference.sequence import Sequence
 
 @dataclass(frozen=True)
 class Chunk:
-    """Compute the tokens [start, end) of a sequence; or copy what is known of them from `source`,
-    which has the same prompt."""
+    """The tokens [start, end) of a sequence, to be computed in a step. With ``source``, a sequence
+    that has the same prompt, they are copied from there."""
 
     sequence: Sequence
     start: int
@@ -28,36 +29,38 @@ class Chunk:
 
 
 class Scheduler:
-    """``waiting``: one queue per client; they take turns. ``running``: those with pages, in the
-    order in which they were admitted."""
+    """``waiting``: one queue per client; the queues take turns. ``running``: the sequences that
+    have blocks, in the order in which they were admitted."""
 
-    def __init__(self, pages: BlockManager, *, max_num_seqs: int, enable_prefix_caching: bool):
-        self.pages, self.max_num_seqs, self.enable_prefix_caching = (
-            pages,
-            max_num_seqs,
-            enable_prefix_caching,
-        )
-        self.by_pages = False  # see `chunks`
-        self.answers_too = False  # tokens of answers have the keys and values of a prompt's
-        self.freed: Callable[[Sequence], None] = lambda sequence: None  # told who has no pages now
+    def __init__(
+        self, block_manager: BlockManager, *, max_num_seqs: int, enable_prefix_caching: bool
+    ):
+        self.block_manager, self.max_num_seqs = block_manager, max_num_seqs
+        self.enable_prefix_caching = enable_prefix_caching
+        self.aligns_chunks = False  # see `schedule_prompts`
+        self.recomputes_as_prompt = False  # a preempted answer is recomputed like a prompt
+        self.on_free: Callable[[Sequence], None] = lambda sequence: None  # its blocks are released
         self.waiting: OrderedDict[str, deque[Sequence]] = OrderedDict()
         self.running: list[Sequence] = []
         self.preemptions = 0
-        self._planned_keys: set[bytes] = set()  # of pages that this step computes
+        self._scheduled_hashes: set[bytes] = set()  # of blocks that this step computes
 
     @property
     def waiting_count(self) -> int:
+        """The number of sequences that wait."""
         return sum(map(len, self.waiting.values()))
 
-    def queued(self) -> list[Sequence]:
-        """Those that wait; for any thread, since each copy is one operation of the interpreter."""
+    def waiting_sequences(self) -> list[Sequence]:
+        """Return the sequences that wait. Any thread may call it, since each copy is one operation
+        of the interpreter."""
         return [sequence for queue in list(self.waiting.values()) for sequence in list(queue)]
 
     def add(self, sequence: Sequence) -> None:
+        """Add a sequence to the queue of its client."""
         self.waiting.setdefault(sequence.request.client, deque()).append(sequence)
 
     def remove(self, sequence: Sequence) -> None:
-        """Forget a sequence, wherever it is, and free its pages."""
+        """Remove a running or waiting sequence, and release its blocks."""
         if sequence in self.running:
             self.running.remove(sequence)
         elif (queue := self.waiting.get(sequence.request.client)) and sequence in queue:
@@ -67,162 +70,183 @@ class Scheduler:
         self._free(sequence)
 
     def _free(self, sequence: Sequence) -> None:
-        self.pages.release(sequence.pages)
-        sequence.pages = []
-        self.freed(sequence)
+        self.block_manager.release(sequence.block_table)
+        sequence.block_table = []
+        self.on_free(sequence)
 
-    def begin(self) -> None:
-        """Begin a step. What the last one planned and did not compute, it will not."""
-        self._planned_keys.clear()
+    def begin_step(self) -> None:
+        """Begin a step. Discard what the last step scheduled and did not compute."""
+        self._scheduled_hashes.clear()
         for sequence in self.running:
-            sequence.planned = sequence.computed
+            sequence.num_scheduled = sequence.num_computed
 
     def sequences(self) -> list[Sequence]:
-        return [*self.running, *self.queued()]
+        """Return all sequences: those that run, then those that wait."""
+        return [*self.running, *self.waiting_sequences()]
 
-    def decodes(self) -> list[Sequence]:
-        """The running sequences whose next token is computed in this step, each with a page for
-        it."""
+    def schedule_answers(self) -> list[Sequence]:
+        """Return the running sequences whose next token is computed in this step; each has a block
+        for it. Preempts others where blocks run short."""
         for sequence in list(self.running):
-            if sequence in self.running and sequence.decodes and sequence.held is None:
-                self._make_room(sequence)
-        return [s for s in self.running if s.decodes and s.held is None]
+            if (
+                sequence in self.running
+                and sequence.is_decoding
+                and sequence.pending_logits is None
+            ):
+                self._extend_block_table(sequence)
+        return [s for s in self.running if s.is_decoding and s.pending_logits is None]
 
-    def _make_room(self, sequence: Sequence) -> None:
-        if sequence.computed < len(sequence.pages) * BLOCK_SIZE:
+    def _extend_block_table(self, sequence: Sequence) -> None:
+        if sequence.num_computed < len(sequence.block_table) * BLOCK_SIZE:
             return
-        while (pages := self.pages.take(1)) is None:
+        while (blocks := self.block_manager.allocate(1)) is None:
             last = self.running[-1]
             self._preempt(last)
             if last is sequence:
                 return
-        sequence.pages += pages
+        sequence.block_table += blocks
 
     def _preempt(self, sequence: Sequence) -> None:
-        self.postpone(sequence)
+        self.requeue(sequence)
         self.preemptions += 1
 
-    def postpone(self, sequence: Sequence) -> None:
-        """Let a running sequence wait again, before all others, without pages."""
+    def requeue(self, sequence: Sequence) -> None:
+        """Release the blocks of a running sequence and let it wait, before all others."""
         self.running.remove(sequence)
         self._free(sequence)
-        sequence.computed = sequence.planned = 0
-        sequence.prompt_logits, sequence.held, sequence.draft = None, None, []
+        sequence.num_computed = sequence.num_scheduled = 0
+        sequence.prompt_logits, sequence.pending_logits, sequence.draft = None, None, []
         queue = self.waiting.setdefault(sequence.request.client, deque())
         queue.appendleft(sequence)
         self.waiting.move_to_end(sequence.request.client, last=False)
 
-    def chunks(self, budget: int, admits: bool = True) -> Iterator[Chunk | None]:
-        """The prompts' part of a step; without `admits`, of running sequences only. None: the
-        chunks so far are to be computed before the next is asked for, since it begins with pages
-        that they fill.
+    def schedule_prompts(self, budget: int, admits: bool = True) -> Iterator[Chunk | None]:
+        """Yield the chunks of prompts of a step, with at most ``budget`` tokens; without
+        ``admits``, of running sequences only. Yields None where the caller must compute the chunks
+        so far before the next one, because that begins with blocks that they fill.
 
-        With ``by_pages``, chunks end at a page's end or at the prompt's, and the tokens after its
-        last full page are one of their own. The modules' products of so many rows, one or more
-        pages, have the same bits whatever else they multiply, so a result does not depend on what
-        else the engine did.
+        With ``aligns_chunks``, chunks end at the end of a block or of the prompt, and the tokens
+        after the last full block are a chunk of their own. The modules' products of one or more
+        whole blocks have the same bits whatever else they multiply, so results are batch-invariant.
         """
         for sequence in list(self.running):
-            while budget > 0 and sequence.pages and sequence.planned < sequence.known:
+            while (
+                budget > 0
+                and sequence.block_table
+                and sequence.num_scheduled < sequence.prefill_length
+            ):
                 chunk = self._next_chunk(sequence, budget)
                 budget -= chunk.end - chunk.start
                 yield chunk
         while admits and budget > 0 and self.waiting and len(self.running) < self.max_num_seqs:
             sequence = next(iter(self.waiting.values()))[0]
-            self._look_at(sequence)
-            source = self._same_prompt(sequence)
-            if source is None and self._waits(sequence):
+            self._set_prefill_length(sequence)
+            source = self._find_same_prompt(sequence)
+            if source is None and self._needs_scheduled_block(sequence):
                 yield None
             if not self._admit(sequence, source):
                 return
             if source is not None:
-                sequence.planned = sequence.prompt_length
-                yield Chunk(sequence, sequence.computed, sequence.prompt_length, source)
-            while budget > 0 and sequence.pages and sequence.planned < sequence.known:
+                sequence.num_scheduled = sequence.prompt_length
+                yield Chunk(sequence, sequence.num_computed, sequence.prompt_length, source)
+            while (
+                budget > 0
+                and sequence.block_table
+                and sequence.num_scheduled < sequence.prefill_length
+            ):
                 chunk = self._next_chunk(sequence, budget)
                 budget -= chunk.end - chunk.start
                 yield chunk
 
-    def _look_at(self, sequence: Sequence) -> None:
-        """Before a waiting sequence is admitted: what of it is computed as a prompt. It may have
-        run before, under other rules."""
-        sequence.known = len(sequence.tokens) if self.answers_too else sequence.prompt_length
-        del sequence.keys[sequence.known // BLOCK_SIZE :]
+    def _set_prefill_length(self, sequence: Sequence) -> None:
+        """Set how many tokens of a waiting sequence are computed as a prompt. The sequence may have
+        run before, with another ``recomputes_as_prompt``."""
+        sequence.prefill_length = (
+            len(sequence.tokens) if self.recomputes_as_prompt else sequence.prompt_length
+        )
+        del sequence.block_hashes[sequence.prefill_length // BLOCK_SIZE :]
 
     def _next_chunk(self, sequence: Sequence, budget: int) -> Chunk:
-        start, length = sequence.planned, sequence.known
-        if self.by_pages and start < (whole := length // BLOCK_SIZE * BLOCK_SIZE):
-            end = min(whole, start + max(budget // BLOCK_SIZE, 1) * BLOCK_SIZE)
+        start, length = sequence.num_scheduled, sequence.prefill_length
+        if self.aligns_chunks and start < (full := length // BLOCK_SIZE * BLOCK_SIZE):
+            end = min(full, start + max(budget // BLOCK_SIZE, 1) * BLOCK_SIZE)
         else:
-            end = length if self.by_pages else min(length, start + budget)
-        sequence.planned = end
+            end = length if self.aligns_chunks else min(length, start + budget)
+        sequence.num_scheduled = end
         if self.enable_prefix_caching:
-            self._planned_keys.update(sequence.keys[start // BLOCK_SIZE : end // BLOCK_SIZE])
+            self._scheduled_hashes.update(
+                sequence.block_hashes[start // BLOCK_SIZE : end // BLOCK_SIZE]
+            )
         return Chunk(sequence, start, end)
 
-    def _same_prompt(self, sequence: Sequence) -> Sequence | None:
-        """A running sequence whose prompt is the same and computed, or will be in this step."""
-        if not self.enable_prefix_caching or sequence.known > sequence.prompt_length:
+    def _find_same_prompt(self, sequence: Sequence) -> Sequence | None:
+        """Return a running sequence that has the same prompt, computed before or in this step, or
+        None."""
+        if not self.enable_prefix_caching or sequence.prefill_length > sequence.prompt_length:
             return None
-        if sequence.scores_prompt:
+        if sequence.needs_prompt_logprobs:
             return None
         for other in reversed(self.running):
-            told = other.prompt_logits is not None or other.computed < other.prompt_length
-            if told and other.planned >= other.prompt_length and other.same_prompt(sequence):
+            has_logits = other.prompt_logits is not None or other.num_computed < other.prompt_length
+            is_scheduled = other.num_scheduled >= other.prompt_length
+            if has_logits and is_scheduled and other.has_same_prompt(sequence):
                 return other
         return None
 
-    def _waits(self, sequence: Sequence) -> bool:
-        """Whether this step computes a page that the sequence begins with."""
-        return any(key in self._planned_keys for key in self._shareable(sequence))
+    def _needs_scheduled_block(self, sequence: Sequence) -> bool:
+        """Return whether this step computes a block with which the sequence begins."""
+        return any(hash in self._scheduled_hashes for hash in self._shareable_hashes(sequence))
 
-    def _shareable(self, sequence: Sequence) -> list[bytes]:
-        """Keys of pages that may be found; the last token is computed in any case, for its
-        logits; all of them where the prompt is scored."""
-        if sequence.scores_prompt:
+    def _shareable_hashes(self, sequence: Sequence) -> list[bytes]:
+        """Return the hashes of the blocks that may come from the cache. The last token is always
+        computed, for its logits; all tokens are where the request wants prompt log-probabilities.
+        """
+        if sequence.needs_prompt_logprobs:
             return []
-        return sequence.keys[: (sequence.known - 1) // BLOCK_SIZE]
+        return sequence.block_hashes[: (sequence.prefill_length - 1) // BLOCK_SIZE]
 
     def _admit(self, sequence: Sequence, source: Sequence | None) -> bool:
-        """Give pages to the next waiting sequence, for its tokens and the next one. Whether there
-        are enough."""
-        found: list[int] = []
+        """Allocate blocks for the tokens of the next waiting sequence and for the token after them.
+        Return whether there are enough."""
+        manager = self.block_manager
+        shared: list[int] = []
         if source is not None:
-            found = self.pages.share(source.pages[: sequence.prompt_length // BLOCK_SIZE])
+            shared = manager.share(source.block_table[: sequence.prompt_length // BLOCK_SIZE])
         elif self.enable_prefix_caching:
-            for key in self._shareable(sequence):
-                if (page := self.pages.find(key)) is None:
+            for hash in self._shareable_hashes(sequence):
+                if (block := manager.find_cached(hash)) is None:
                     break
-                found.append(page)
-        # of a sequence that was preempted, for its answer so far, too
-        needed = len(sequence.tokens) // BLOCK_SIZE + 1 - len(found)
-        # a page for each running answer's growth, or the newcomer would soon be preempted
-        spare = len(self.running)
-        pages = self.pages.take(needed) if needed + spare <= self.pages.available else None
-        if pages is None:
-            self.pages.release(found)
+                shared.append(block)
+        # a preempted sequence needs blocks for its answer so far, too
+        missing = len(sequence.tokens) // BLOCK_SIZE + 1 - len(shared)
+        # one block for the growth of each running answer, or this sequence would soon be preempted
+        reserve = len(self.running)
+        blocks = manager.allocate(missing) if missing + reserve <= manager.num_free else None
+        if blocks is None:
+            manager.release(shared)
             return False
         client = sequence.request.client
         queue = self.waiting.pop(client)
         queue.popleft()
         if queue:
             self.waiting[client] = queue  # behind the other clients
-        sequence.pages = found + pages
-        sequence.computed = sequence.planned = len(found) * BLOCK_SIZE
-        if not sequence.admitted:  # else these pages may be its own
-            sequence.admitted, sequence.cached = True, sequence.computed
-            sequence.queued = time.monotonic() - sequence.submitted
+        sequence.block_table = shared + blocks
+        sequence.num_computed = sequence.num_scheduled = len(shared) * BLOCK_SIZE
+        if not sequence.was_admitted:  # a preempted sequence may find its own blocks
+            sequence.was_admitted, sequence.num_cached = True, sequence.num_computed
+            sequence.queue_seconds = time.monotonic() - sequence.submit_time
         self.running.append(sequence)
         return True
 
-    def computed(self, chunk: Chunk) -> None:
-        """Note that a chunk has keys and values. Its full pages can be found from now on."""
+    def mark_computed(self, chunk: Chunk) -> None:
+        """Record that a chunk is computed, and cache its full blocks."""
         sequence = chunk.sequence
-        sequence.computed = chunk.end
+        sequence.num_computed = chunk.end
         if not self.enable_prefix_caching:
             return
-        if self.answers_too:
-            sequence.add_keys()
-        for i in range(chunk.start // BLOCK_SIZE, min(chunk.end // BLOCK_SIZE, len(sequence.keys))):
-            self._planned_keys.discard(sequence.keys[i])
-            self.pages.remember(sequence.keys[i], sequence.pages[i])
+        if self.recomputes_as_prompt:
+            sequence.hash_computed_blocks()
+        end = min(chunk.end // BLOCK_SIZE, len(sequence.block_hashes))
+        for i in range(chunk.start // BLOCK_SIZE, end):
+            self._scheduled_hashes.discard(sequence.block_hashes[i])
+            self.block_manager.cache(sequence.block_hashes[i], sequence.block_table[i])

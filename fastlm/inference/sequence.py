@@ -8,9 +8,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from fastlm.inference.answer_text import AnswerText, checked_stops
-from fastlm.inference.block_manager import BLOCK_SIZE, block_keys
-from fastlm.inference.masks import Masks
+from fastlm.inference.answer_text import AnswerText, check_stop_strings
+from fastlm.inference.block_manager import BLOCK_SIZE, hash_blocks
 from fastlm.inference.requests import (
     Completion,
     FinishReason,
@@ -19,20 +18,28 @@ from fastlm.inference.requests import (
     Request,
     TokenLogprob,
 )
-from fastlm.inference.sampler import TokenOptions, token_logprob
-from fastlm.inference.sampling import Adjustments, make_generators
+from fastlm.inference.sampler import SamplerOptions, token_logprob
+from fastlm.inference.sampling import LogitsProcessor, make_generators
+from fastlm.inference.token_masks import TokenMasks
 
 if TYPE_CHECKING:
     from fastlm.tokenizer.tokenizer import Tokenizer
 
 
 class Sequence:
-    """``tokens``: the prompt and what was drawn. The first ``computed`` of them have keys and
-    values in ``pages``; ``planned``: with those of the chunks of this step. The first ``known`` are
-    computed as a prompt. ``keys``: of their full pages (`block_keys`). ``room``: the most tokens
-    that may be drawn. ``prompt_logits`` (1, V): what follows the prompt, once computed. ``draft``:
-    guesses of the next tokens, computed in this step. ``masks``: of its grammar, if it has one.
-    ``held`` (V,): logits that wait for a mask; meanwhile nothing more is computed.
+    """A prompt with its answer so far.
+
+    tokens: the prompt and the sampled tokens.
+    block_table: the blocks of their keys and values.
+    num_computed: the number of first tokens whose keys and values are computed; num_scheduled: with
+        those of the chunks of this step.
+    prefill_length: the number of first tokens that are computed as a prompt.
+    block_hashes: hashes of the full blocks (`hash_blocks`).
+    max_new_tokens: the number of tokens that may be sampled.
+    prompt_logits: (1, V), the logits after the prompt, once they are computed.
+    draft: proposed next tokens, which are computed in this step.
+    masks: the token masks of its grammar, if it has one.
+    pending_logits: (V,), logits that wait for a mask; the sequence pauses meanwhile.
     """
 
     def __init__(
@@ -42,126 +49,131 @@ class Sequence:
         listener: Listener,
         *,
         tokenizer: "Tokenizer | None",
-        ends: frozenset[int],
-        room: int,
+        stop_ids: frozenset[int],
+        max_new_tokens: int,
         vocab: int,
         device: torch.device,
         threads: Executor,
     ):
         self.id, self.request, self.listener = id, request, listener
-        self.ends, self.room, self.device = ends, room, device
+        self.stop_ids, self.max_new_tokens, self.device = stop_ids, max_new_tokens, device
         self.tokens = list(request.prompt)
-        self.prompt_length = self.known = len(self.tokens)
-        self.pages: list[int] = []
-        self.computed = self.planned = self.cached = 0
+        self.prompt_length = self.prefill_length = len(self.tokens)
+        self.block_table: list[int] = []
+        self.num_computed = self.num_scheduled = self.num_cached = 0
         self.prompt_logits: Tensor | None = None
         self.draft: list[int] = []
-        self.keys: list[bytes] = []
-        self._key_pages(len(self.tokens))
-        self.submitted = time.monotonic()
-        self.queued: float | None = None  # seconds until it got its pages
-        self.ended = self.admitted = False
+        self.block_hashes: list[bytes] = []
+        self._hash_blocks(len(self.tokens))
+        self.submit_time = time.monotonic()
+        self.queue_seconds: float | None = None  # seconds until it got its blocks
+        self.is_finished = self.was_admitted = False
         (self.generator,) = make_generators(request.seed, 1)
-        self.adjustments = None
-        if request.sampling.adjusts:
+        self.logits_processor = None
+        if request.sampling.has_adjustments:
             ids = torch.tensor([self.tokens], device=device)
-            self.adjustments = Adjustments(request.sampling, ids, None, vocab)
+            self.logits_processor = LogitsProcessor(request.sampling, ids, None, vocab)
         self.vocab = vocab
-        self.options = TokenOptions(request.sampling, self.adjustments, ends, vocab)
-        self.prompt_scores: list[TokenLogprob] = []
+        self.options = SamplerOptions(request.sampling, self.logits_processor, stop_ids, vocab)
+        self.prompt_logprobs: list[TokenLogprob] = []
         self.text = (
-            None if tokenizer is None else AnswerText(tokenizer, checked_stops(request.stop))
+            None if tokenizer is None else AnswerText(tokenizer, check_stop_strings(request.stop))
         )
-        self.held: Tensor | None = None
-        self.masks = None
+        self.pending_logits: Tensor | None = None
+        self.masks: TokenMasks | None = None
         if request.constraint is not None:
-            self.masks = Masks(request.constraint(), threads)
+            self.masks = TokenMasks(request.constraint(), threads)
 
     @property
-    def decodes(self) -> bool:
-        """Whether its prompt is computed."""
-        return self.computed >= self.known
+    def is_decoding(self) -> bool:
+        """Whether its prompt is computed, so that its answer is decoded."""
+        return self.num_computed >= self.prefill_length
 
     def token(self, i: int) -> int:
-        """Token i, or a guess of it."""
+        """Return token i, which may be a draft token."""
         return self.tokens[i] if i < len(self.tokens) else self.draft[i - len(self.tokens)]
 
     @property
-    def most_guesses(self) -> int:
-        """How many tokens after the last may be guessed: as many as the answer and its pages have
-        room for, and none while tokens before the last are computed."""
-        if not self.decodes or self.computed + 1 != len(self.tokens):
+    def max_draft_tokens(self) -> int:
+        """The number of draft tokens that the limit of the answer and its blocks allow; 0 while
+        tokens before the last one are computed."""
+        if not self.is_decoding or self.num_computed + 1 != len(self.tokens):
             return 0
-        left = self.room - (len(self.tokens) - self.prompt_length) - 1
-        return max(0, min(left, len(self.pages) * BLOCK_SIZE - len(self.tokens)))
+        remaining = self.max_new_tokens - (len(self.tokens) - self.prompt_length) - 1
+        return max(0, min(remaining, len(self.block_table) * BLOCK_SIZE - len(self.tokens)))
 
-    def add_keys(self) -> None:
-        """Add the keys of the pages that are full by now."""
-        self._key_pages(self.computed)
+    def hash_computed_blocks(self) -> None:
+        """Add the hashes of the blocks that are full now."""
+        self._hash_blocks(self.num_computed)
 
-    def _key_pages(self, end: int) -> None:
-        """Add the keys of the pages that the first ``end`` tokens fill."""
-        done = len(self.keys) * BLOCK_SIZE
-        if end - done >= BLOCK_SIZE:
-            before = self.keys[-1:] or [self.request.cache_salt]
-            self.keys += block_keys(self.tokens[done:end], before)
+    def _hash_blocks(self, end: int) -> None:
+        """Add the hashes of the blocks that the first ``end`` tokens fill."""
+        start = len(self.block_hashes) * BLOCK_SIZE
+        if end - start >= BLOCK_SIZE:
+            parents = self.block_hashes[-1:] or [self.request.cache_salt]
+            self.block_hashes += hash_blocks(self.tokens[start:end], parents)
 
-    def same_prompt(self, other: "Sequence") -> bool:
-        """Whether the other's computed prompt may be used for this one."""
-        mine, theirs = self.prompt_length, other.prompt_length
-        salts = self.request.cache_salt, other.request.cache_salt
+    def has_same_prompt(self, other: "Sequence") -> bool:
+        """Return whether this sequence may use the computed prompt of ``other``."""
+        length = self.prompt_length
         return (
-            mine == theirs and salts[0] == salts[1] and self.tokens[:mine] == other.tokens[:theirs]
+            length == other.prompt_length
+            and self.request.cache_salt == other.request.cache_salt
+            and self.tokens[:length] == other.tokens[:length]
         )
 
     @property
-    def scores_prompt(self) -> bool:
-        """Whether the log-probabilities of its prompt are asked for."""
+    def needs_prompt_logprobs(self) -> bool:
+        """Whether the request asks for log-probabilities of the prompt."""
         return self.request.prompt_logprobs is not None
 
     @property
-    def must_go_on(self) -> bool:
-        """Whether no end token may come next."""
+    def must_continue(self) -> bool:
+        """Whether no stop token may come next."""
         return len(self.tokens) - self.prompt_length < self.request.min_new_tokens
 
     @property
-    def late(self) -> bool:
+    def is_late(self) -> bool:
+        """Whether its deadline has passed."""
         deadline = self.request.deadline
-        return deadline is not None and time.monotonic() - self.submitted >= deadline
+        return deadline is not None and time.monotonic() - self.submit_time >= deadline
 
-    def score(self, i: int, logits: Tensor) -> None:
-        """Take the (V,) logits that follow token i of the prompt, in order; those that come again
-        after a preemption are the same."""
-        if i == len(self.prompt_scores) and i + 1 < self.prompt_length:
+    def add_prompt_logprob(self, i: int, logits: Tensor) -> None:
+        """Add the log-probability of the token after token i of the prompt, from its (V,) logits.
+        Logits that are recomputed after a preemption are the same and are ignored."""
+        if i == len(self.prompt_logprobs) and i + 1 < self.prompt_length:
             count = self.request.prompt_logprobs or 0
-            known = logits[None, : self.vocab].float()  # what may be drawn, as for answers
-            self.prompt_scores.append(token_logprob(known, self.tokens[i + 1], count))
+            drawable = logits[None, : self.vocab].float()  # as for answers
+            self.prompt_logprobs.append(token_logprob(drawable, self.tokens[i + 1], count))
 
-    def add(self, token: int, logprob: TokenLogprob | None) -> FinishReason | None:
-        """Take the token that was drawn and tell the listener. Return why it was the last one."""
+    def append(self, token: int, logprob: TokenLogprob | None) -> FinishReason | None:
+        """Append a sampled token and call the listener. Return why it was the last one, or None."""
         self.tokens.append(token)
-        ended = token in self.ends
-        if self.adjustments is not None:
-            self.adjustments.add(torch.tensor([token], device=self.device))
+        stopped = token in self.stop_ids
+        if self.logits_processor is not None:
+            self.logits_processor.add(torch.tensor([token], device=self.device))
         text = ""
-        if self.text is not None and not ended:
+        if self.text is not None and not stopped:
             text = self.text.push(token)
-            ended = self.text.stopped
-        told = [] if logprob is None else [logprob]
-        reason: FinishReason | None = "stop" if ended else None
-        if reason is None and len(self.tokens) - self.prompt_length >= self.room:
+            stopped = self.text.stopped
+        logprobs = [] if logprob is None else [logprob]
+        reason: FinishReason | None = "stop" if stopped else None
+        if reason is None and len(self.tokens) - self.prompt_length >= self.max_new_tokens:
             reason = "length"
-        first = len(self.tokens) == self.prompt_length + 1
-        scores = self.prompt_scores if first else []
+        is_first = len(self.tokens) == self.prompt_length + 1
+        prompt_logprobs = self.prompt_logprobs if is_first else []
         if reason is None:
             if self.masks is not None:
                 self.masks.accept(token)
-            self._tell(Piece([token], text, told, prompt_logprobs=scores))
+            self._notify(Piece([token], text, logprobs, prompt_logprobs=prompt_logprobs))
         else:
-            self.end(reason, tokens=[token], text=text, logprobs=told, prompt_logprobs=scores)
+            self.finish(
+                reason, tokens=[token], text=text, logprobs=logprobs,
+                prompt_logprobs=prompt_logprobs,
+            )  # fmt: skip
         return reason
 
-    def end(
+    def finish(
         self,
         reason: FinishReason,
         error: str | None = None,
@@ -171,28 +183,28 @@ class Sequence:
         logprobs: Tokens[TokenLogprob] = (),
         prompt_logprobs: Tokens[TokenLogprob] = (),
     ) -> None:
-        """Tell the listener the last piece, once: text that was held back, and why it ends."""
-        if self.ended:
+        """Call the listener with the last piece, once: the rest of the text, and why it ends."""
+        if self.is_finished:
             return
-        self.ended = True
+        self.is_finished = True
         if self.text is not None and not self.text.stopped:
             text += self.text.flush()
-        self._tell(
+        self._notify(
             Piece(
-                list(tokens), text, list(logprobs), reason, error, self.cached, self.prompt_length,
-                self.queued, list(prompt_logprobs),
+                list(tokens), text, list(logprobs), reason, error, self.num_cached,
+                self.prompt_length, self.queue_seconds, list(prompt_logprobs),
             )
         )  # fmt: skip
 
-    def _tell(self, piece: Piece) -> None:
+    def _notify(self, piece: Piece) -> None:
         try:
             self.listener(piece)
         except BaseException:
-            self.ended = True  # it is told nothing more
+            self.is_finished = True  # the listener is not called again
             raise
 
 
-class Collected:
+class CompletionCollector:
     """A listener that joins the pieces of an answer to a `Completion`."""
 
     def __init__(self) -> None:

@@ -38,7 +38,7 @@ from fastlm.pipeline.run_folder import is_adapter, locate_model
 from fastlm.transforms import is_eager
 
 if TYPE_CHECKING:
-    from fastlm.inference.block_manager import ChunkCache
+    from fastlm.inference.block_manager import PrefillKVCache
     from fastlm.model.model_runner import ModelRunner
 
 IGNORE = -100  # label of a token without loss
@@ -374,11 +374,13 @@ class CausalLM(nn.Module):
             return_entropy=return_entropy,
         )
 
-    def chunk_hidden(self, input_ids: Tensor, cache: "ChunkCache", every: bool = False) -> Tensor:
+    def chunk_hidden(
+        self, input_ids: Tensor, cache: "PrefillKVCache", every: bool = False
+    ) -> Tensor:
         """Run chunks of prompts: checked ids (total,), packed as `cache` says -> what the head
         multiplies after the last token of each chunk, (B, E); ``every``: after each token."""
         rotary = self.model.rotary(
-            cache.positions[None], len(input_ids), cache.longest, input_ids.device
+            cache.positions[None], len(input_ids), cache.max_length, input_ids.device
         )
         context = ForwardContext(cache.cu_seqlens, cache, None, rotary, fused=True)
         hidden = self.model(input_ids[None], context)[0]

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from fastlm.errors import InputError
-from fastlm.inference.answer_text import checked_stops
-from fastlm.inference.block_manager import BLOCK_SIZE, block_count
+from fastlm.inference.answer_text import check_stop_strings
+from fastlm.inference.block_manager import BLOCK_SIZE, default_num_blocks
 from fastlm.inference.engine import Engine
 from fastlm.inference.requests import Completion, Piece, Request, batch_requests
 from fastlm.inference.sampling import Sampling, check_seed
@@ -35,17 +35,17 @@ def engine_for(
     batch_invariant: bool = False,
 ) -> Engine:
     """Return an engine for these requests, ``max_num_seqs`` (default: all) at a time. It has the
-    blocks that they need, within the memory that `block_count` allows, and the rotary frequencies
-    of the longest of them, where these depend on the length of the context. Without
+    blocks that they need, within the memory that `default_num_blocks` allows, and the rotary
+    frequencies of the longest of them, where these depend on the length of the context. Without
     ``batch_invariant``, it computes the prompts of a step in one product.
     """
     limit, count = model.context_limit, len(requests)
     lengths = sorted(min(len(r.prompt) + r.max_new_tokens, limit) for r in requests)
     blocks = [-(-length // BLOCK_SIZE) + 1 for length in lengths[-(max_num_seqs or count) :]]
     # a GPU's memory is taken at once, and others need the rest
-    allowed = block_count(
-        model.config, count, dtype=model.dtype, device=model.device, context=lengths[-1],
-        likely=lengths[-1],
+    allowed = default_num_blocks(
+        model.config, count, dtype=model.dtype, device=model.device, max_model_len=lengths[-1],
+        expected_tokens=lengths[-1],
     )  # fmt: skip
     return Engine(
         model,
@@ -209,7 +209,7 @@ def generate_text(
     with the same options. For several prompts: `Engine.generate`.
     """
     _check_steps(max_new_tokens)
-    stops = tuple(checked_stops(stop))
+    stops = tuple(check_stop_strings(stop))
     ids = tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
     _prompts(model, [ids], None)
     if not max_new_tokens:

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from fastlm.errors import InputError
-from fastlm.inference.answer_text import checked_stops
-from fastlm.inference.block_manager import BLOCK_SIZE, block_count
+from fastlm.inference.answer_text import check_stop_strings
+from fastlm.inference.block_manager import BLOCK_SIZE, default_num_blocks
 from fastlm.inference.engine import Engine
 from fastlm.inference.requests import Completion, Piece, Request, batch_requests
 from fastlm.inference.sampling import Sampling
@@ -108,7 +108,7 @@ class Writer:
         self.speed = Speed(prompts)
         requests = batch_requests(
             prompts, max_new_tokens, Sampling(**sampling), seed=seed,
-            stop=tuple(checked_stops(stop)),
+            stop=tuple(check_stop_strings(stop)),
         )  # fmt: skip
 
         def take(row: int, part: Piece) -> None:
@@ -134,11 +134,11 @@ class Writer:
         pages = sum(length // BLOCK_SIZE + 2 for length in lengths)
         longest = max(lengths, default=2) if model.model.depends_on_length else None
         last = self._engine
-        if last is not None and last.pages.count >= pages:
+        if last is not None and last.block_manager.num_blocks >= pages:
             if longest in (None, last.context_limit):
                 return last
-        context = block_count(
-            model.config, 1, dtype=model.dtype, device=model.device, context=longest
+        context = default_num_blocks(
+            model.config, 1, dtype=model.dtype, device=model.device, max_model_len=longest
         )
         last = self._engine = None  # before there are two
         blocks = max(pages, context)

@@ -14,7 +14,7 @@ from starlette.responses import Response
 from fastlm.data.conversations import messages_of
 from fastlm.errors import InputError
 from fastlm.inference.forms import Form
-from fastlm.inference.requests import Closed, QueueFull, Request
+from fastlm.inference.requests import EngineClosed, QueueFull, Request
 from fastlm.inference.sampling import Sampling
 from fastlm.inference.structured_output import FormError
 from fastlm.serve.api_error import ApiError, field_error, server_error, stopping
@@ -291,7 +291,7 @@ def engine_errors() -> Iterator[None]:
             str(full), status=429, code="queue_full", kind="rate_limit_error",
             headers={"retry-after": wait},
         ) from None  # fmt: skip
-    except Closed:
+    except EngineClosed:
         raise stopping() from None
     except InputError as error:
         raise ApiError(str(error)) from None

@@ -29,7 +29,7 @@ class ModelLoader:
 
     ``name``: the public name. ``versioned_names``: append the beginning of a model's digest to its
     name. ``lock``: engines that share the processors hold it during a step. ``template``: a chat
-    template in place of the model's. ``memory_share``: the number of models that share the memory
+    template in place of the model's. ``num_engines``: the number of models that share the memory
     of one cache.
     """
 
@@ -40,7 +40,7 @@ class ModelLoader:
     lock: AbstractContextManager[Any] | None = None
     versioned_names: bool = False
     template: str | None = None
-    memory_share: int = 1
+    num_engines: int = 1
 
     def load(self, path: Path, digest: str) -> ServedModel:
         """Load a model; ``digest`` is its `model_digest`.
@@ -54,8 +54,8 @@ class ModelLoader:
         draft = None if self.draft_model is None else _load_draft(self.draft_model, tokenizer)
         try:
             engine = Engine(
-                model, tokenizer, draft_model=draft, turns=self.lock,
-                memory_share=self.memory_share, **self.options,
+                model, tokenizer, draft_model=draft, step_lock=self.lock,
+                num_engines=self.num_engines, **self.options,
             )  # fmt: skip
         except RuntimeError as error:  # torch has no memory left
             if (num_blocks := self.options.get("num_blocks")) is None:
@@ -80,7 +80,7 @@ class ModelLoader:
             try:
                 cache = served_model.engine.stats()
                 if served_model.model.device.type == "cpu":  # on a GPU the engine has allocated it
-                    _check_memory(cache.pages * cache.page_bytes, "its cache (--num-blocks)")
+                    _check_memory(cache.num_blocks * cache.block_bytes, "its cache (--num-blocks)")
                 check_compatible(served_model, current)
                 served_model.engine.start()
                 check_generation(served_model)

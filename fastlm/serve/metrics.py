@@ -18,10 +18,10 @@ TOKENS = (8, 32, 128, 512, 2048, 8192, 32768, 131072)
 GAUGES = {
     "running": "Requests whose answers are being computed",
     "waiting": "Requests in the queue",
-    "pages": "Pages of the key/value cache",
-    "page_bytes": "Bytes of a page, whose memory is taken at its first use and kept",
-    "pages_used": "Pages that running requests hold",
-    "pages_cached": "Pages kept of requests that ended, given up when pages run short",
+    "num_blocks": "Blocks of the KV cache",
+    "block_bytes": "Bytes of a block. Its memory is allocated at its first use and kept",
+    "used_blocks": "Blocks that running requests hold",
+    "cached_blocks": "Blocks kept of requests that ended; they are evicted when blocks run short",
 }
 COUNTERS = {
     "steps": "Steps of the engine",

@@ -34,7 +34,14 @@ if TYPE_CHECKING:
     from fastlm.tokenizer.tokenizer import Tokenizer
 
 # the fields of `EngineStats` that are gauges; the others are counters
-GAUGES = ("running", "waiting", "pages", "page_bytes", "pages_used", "pages_cached")
+GAUGES = (
+    "running",
+    "waiting",
+    "num_blocks",
+    "block_bytes",
+    "used_blocks",
+    "cached_blocks",
+)
 
 
 @dataclass(eq=False)
@@ -54,7 +61,9 @@ class ServedModel:
 
     def __post_init__(self) -> None:
         # a cache that is smaller than the context limits a request, too
-        self.context_limit = min(self.engine.context_limit, self.engine.stats().pages * BLOCK_SIZE)
+        self.context_limit = min(
+            self.engine.context_limit, self.engine.stats().num_blocks * BLOCK_SIZE
+        )
         self.prompt_encoder = PromptEncoder(self.tokenizer, self.context_limit)
         self.grammars = Grammars(self.tokenizer, self.model.config)
         self.created = int(time.time())
@@ -250,7 +259,7 @@ def sum_stats(
             total[field.name] = dict(sum(map(Counter, values), Counter()))
         else:
             total[field.name] = sum(values)
-    total["page_bytes"] = stats[0].page_bytes if stats else 0
+    total["block_bytes"] = stats[0].block_bytes if stats else 0
     result = EngineStats(**total)
     return result if with_gauges else replace(result, **dict.fromkeys(GAUGES, 0))
 

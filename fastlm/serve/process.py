@@ -72,8 +72,9 @@ def run(options: ServeOptions, keys: Sequence[str] = (), admin_keys: Sequence[st
         host = f"[{address}]" if ":" in address else address
         cache = models.stats()
         log(
-            "listening", url=f"http://{host}:{port}", model=models.name, pages=cache.pages,
-            page_bytes=cache.page_bytes, cache_mib=cache.pages * cache.page_bytes // 2**20,
+            "listening", url=f"http://{host}:{port}", model=models.name,
+            num_blocks=cache.num_blocks, block_bytes=cache.block_bytes,
+            cache_mib=cache.num_blocks * cache.block_bytes // 2**20,
         )  # fmt: skip
         _UvicornServer(config, server, options.drain).run(sockets=[listening])
 

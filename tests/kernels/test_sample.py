@@ -1,4 +1,4 @@
-"""The C++ sampler against torch's (`choose_with_torch`, the definition) and float64, on every
+"""The C++ sampler against torch's (`sample_with_torch`, the definition) and float64, on every
 instruction set: all options, ties, -inf, NaN, vocabularies that are no multiple of a vector."""
 
 import math
@@ -8,8 +8,8 @@ import torch
 from poison import guarded_memory
 
 from fastlm import backend
-from fastlm.inference.sampler import NextToken, Sampler, TokenOptions, choose_with_torch
-from fastlm.inference.sampling import Adjustments, Sampling
+from fastlm.inference.sampler import Sampler, SamplerInput, SamplerOptions, sample_with_torch
+from fastlm.inference.sampling import LogitsProcessor, Sampling
 
 OPTIONS = [
     Sampling(temperature=0),
@@ -29,28 +29,28 @@ VOCABS = [1, 7, 16, 255, 257, 1000, 5003]
 
 
 def rows_of(sampling, count, vocab, *, logprobs=3, masks=(None,), may_end=True):
-    """Rows of equal options and different seeds, which penalise what earlier tokens were."""
+    """Rows of equal options and different seeds, whose penalties depend on earlier tokens."""
     rows = []
     for i in range(count):
         draw = torch.Generator().manual_seed(100 + i)
-        adjustments = None
-        if sampling.adjusts and vocab > 5:
+        processor = None
+        if sampling.has_adjustments and vocab > 5:
             prompt = torch.randint(vocab, (1, 6), generator=draw)
-            adjustments = Adjustments(sampling, prompt, None, vocab)
+            processor = LogitsProcessor(sampling, prompt, None, vocab)
             for token in torch.randint(vocab, (4,), generator=draw).repeat(2):
-                adjustments.add(token[None])
-        options = TokenOptions(sampling, adjustments, frozenset({0, vocab - 1, vocab + 3}), vocab)
+                processor.add(token[None])
+        options = SamplerOptions(sampling, processor, frozenset({0, vocab - 1, vocab + 3}), vocab)
         mask = masks[i % len(masks)]
-        rows.append(NextToken(i, options, draw, mask, may_end, logprobs))
+        rows.append(SamplerInput(i, options, draw, mask, may_end, logprobs))
     return rows
 
 
 def assert_same(logits, make):
     """Both choose the same, and report the same log-probabilities to float32's rounding."""
     with guarded_memory() as memory:  # NaN where the workspace was not written
-        ours = Sampler().choose(logits, make())
+        ours = Sampler().sample(logits, make())
         memory.check()
-    theirs = choose_with_torch(logits, make())
+    theirs = sample_with_torch(logits, make())
     assert [c.token for c in ours] == [c.token for c in theirs]
     for a, b in zip(ours, theirs, strict=True):
         if a.token < 0 or b.logprob is None:
@@ -67,7 +67,7 @@ def test_it_chooses_what_torch_chooses(isa, sampling):
     for vocab in VOCABS:
         # wider than the vocabulary, as a padded model's
         logits = 3 * torch.randn(4, vocab + 5)
-        if sampling.adjusts and vocab <= 5:
+        if sampling.has_adjustments and vocab <= 5:
             continue
         mask = torch.rand(max(1, vocab - 2)) < 0.5  # shorter than the vocabulary
         mask[0] = True
@@ -84,7 +84,7 @@ def test_long_rows_on_several_threads(isa):
     for sampling in (OPTIONS[0], OPTIONS[1], OPTIONS[4], OPTIONS[8]):
         together = assert_same(logits, lambda s=sampling: rows_of(s, 8, 40_003))
         for i, row in enumerate(rows_of(sampling, 8, 40_003)):
-            assert Sampler().choose(logits, [row]) == [together[i]]
+            assert Sampler().sample(logits, [row]) == [together[i]]
 
 
 def test_ties_go_to_the_first_token(isa):
@@ -92,7 +92,7 @@ def test_ties_go_to_the_first_token(isa):
     logits = torch.randint(3, (4, 1000)).float()
     assert_same(logits, lambda: rows_of(Sampling(temperature=0), 4, 1000, logprobs=None))
     assert_same(logits, lambda: rows_of(Sampling(min_p=0.0), 4, 1000, logprobs=0))
-    (choice,) = Sampler().choose(torch.zeros(1, 40), rows_of(Sampling(top_k=1), 1, 40))
+    (choice,) = Sampler().sample(torch.zeros(1, 40), rows_of(Sampling(top_k=1), 1, 40))
     assert choice.token == 0 and [token for token, _ in choice.logprob.top] == [0, 1, 2]
 
 
@@ -118,7 +118,7 @@ def test_draws_follow_the_probabilities(isa):
         (row,) = rows_of(Sampling(), 1, 3001, logprobs=None)
         row = row._replace(generator=torch.Generator().manual_seed(seed))
         u = torch.rand(1, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)).item()
-        token = Sampler().choose(logits, [row])[0].token
+        token = Sampler().sample(logits, [row])[0].token
         low = 0.0 if token == 0 else reached[token - 1].item()
         assert low - 1e-6 <= u <= reached[token].item() + 1e-6
 

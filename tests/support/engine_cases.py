@@ -29,7 +29,7 @@ def complete_by_definition(model, request):
             logits[0, token] = logit / penalty if logit > 0 else logit * penalty
         for token, count in Counter(tokens[len(request.prompt) :]).items():
             logits[0, token] -= count * sampling.frequency_penalty
-        tokens += sampling.choose(logits, generators).tolist()
+        tokens += sampling.sample(logits, generators).tolist()
     return tokens[len(request.prompt) :]
 
 

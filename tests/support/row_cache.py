@@ -16,22 +16,22 @@ class RowCache:
         )
         self.length = 0
 
-    def begin(self, new):
+    def prepare(self, new):
         rows, device = self.data.shape[2], self.data.device
-        self.longest = self.length + new
-        self.positions = torch.arange(self.length, self.longest, device=device).repeat(rows)
+        self.max_length = self.length + new
+        self.positions = torch.arange(self.length, self.max_length, device=device).repeat(rows)
         ends = torch.arange(rows + 1, dtype=torch.int32, device=device)
-        self.cu_seqlens, self.cu_seqlens_k = ends * new, ends * self.longest
+        self.cu_seqlens, self.cu_seqlens_k = ends * new, ends * self.max_length
 
     def append(self, layer, k, v):
         rows = self.data.shape[2]
         for part, new in zip(self.data[layer], (k, v), strict=True):
             keys_or_values = new[0].unflatten(1, (rows, -1)).transpose(0, 1)  # (rows, Hkv, new, D)
-            part[..., self.length : self.longest, :] = keys_or_values
+            part[..., self.length : self.max_length, :] = keys_or_values
         return self.keys_and_values(layer, k.dtype)
 
     def keys_and_values(self, layer, dtype):
-        filled = self.data[layer, ..., : self.longest, :].transpose(2, 3)
+        filled = self.data[layer, ..., : self.max_length, :].transpose(2, 3)
         return tuple(part.flatten(0, 1).to(dtype) for part in filled)
 
 
@@ -40,7 +40,7 @@ def next_logits(model, ids, cache):
     """Run new tokens (B, S) through the modules, after the tokens in the cache -> (B, V)."""
     cache.begin(ids.shape[1])
     hidden = model.chunk_hidden(ids.flatten(), cache)
-    cache.length = cache.longest
+    cache.length = cache.max_length
     return model.logits(hidden)
 
 

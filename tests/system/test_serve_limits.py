@@ -19,7 +19,7 @@ from serve_app import HTTP, ask, serve_model, tiny_model
 import fastlm.serve
 from fastlm.checkpoint.config import ModelConfig
 from fastlm.errors import InputError
-from fastlm.inference.requests import Closed, QueueFull
+from fastlm.inference.requests import EngineClosed, QueueFull
 from fastlm.model.causal_lm import CausalLM
 from fastlm.serve.api_error import ApiError
 from fastlm.serve.app import READERS
@@ -385,7 +385,7 @@ def test_embeddings_of_an_engine_that_is_full_or_stops(tiny):
         call = server.served_model.engine.call
         for wrong, status, code in (
             (refuse(QueueFull(3, 2.0)), 429, "queue_full"),
-            (refuse(Closed()), 503, "stopping"),
+            (refuse(EngineClosed()), 503, "stopping"),
             (ended, 503, "stopping"),
         ):
             server.served_model.engine.call = wrong
@@ -395,7 +395,7 @@ def test_embeddings_of_an_engine_that_is_full_or_stops(tiny):
         server.served_model.engine.call = call
         submit, server.served_model.engine.submit = (
             server.served_model.engine.submit,
-            refuse(Closed()),
+            refuse(EngineClosed()),
         )
         told = ask(url, body())
         assert (told.status_code, told.json()["error"]["code"]) == (503, "stopping")
@@ -577,7 +577,7 @@ def test_an_error_is_not_the_clients_cancellation(tiny):
         def broken(*_):
             raise RuntimeError("no")
 
-        server.served_model.engine._rows = broken
+        server.served_model.engine._run_rows = broken
         assert ask(url, body(n=3)).status_code == 500
         assert '"error"' in ask(url, body(n=3, stream=True)).text
         text = server.metrics.text().decode()
@@ -618,7 +618,7 @@ def test_metrics_and_the_dashboard(tiny):
         "queue_seconds",
         "drafted",
         "accepted",
-        "pages_used",
+        "used_blocks",
         "cached",
         "cancellations",
     ):

@@ -115,7 +115,7 @@ def test_sigterm_lets_running_answers_end(folder, tmp_path):
     with FeedbackStore(base) as store:
         assert len(read_measures(store, 0, time.time() + 9)) == 1
     events = [line["event"] for line in lines]
-    assert lines[0]["pages"] == 40 and lines[0]["page_bytes"] == 64 * 2 * 2 * (16 + 4)
+    assert lines[0]["num_blocks"] == 40 and lines[0]["block_bytes"] == 64 * 2 * 2 * (16 + 4)
     assert events[-3:] == ["stopping", "request", "stopped"] and "uvicorn" not in events
 
 

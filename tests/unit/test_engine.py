@@ -12,7 +12,7 @@ from serve_app import tiny_model
 
 import fastlm
 from fastlm.errors import InputError
-from fastlm.inference.block_manager import BLOCK_SIZE, BlockManager, block_count, block_keys
+from fastlm.inference.block_manager import BLOCK_SIZE, BlockManager, default_num_blocks, hash_blocks
 from fastlm.inference.engine import Engine
 from fastlm.inference.requests import QueueFull, Request
 from fastlm.inference.sampling import Sampling
@@ -62,7 +62,7 @@ def test_an_answer_is_the_same_in_any_company(case, format, prompt_rows):
         together = engine.generate([requests[i] for i in order])
         assert [tokens_and_logprobs(r) for r in together] == [alone[i] for i in order]
         stats = engine.stats()
-        assert stats.pages_used == stats.running == stats.waiting == 0
+        assert stats.used_blocks == stats.running == stats.waiting == 0
         if options.get("num_blocks") == 7:
             assert stats.preemptions > 0
         again = engine.generate(requests)  # now with all prompts cached
@@ -79,9 +79,9 @@ def test_int8_keys(prompt_rows):
     plain = {"prompt_rows": prompt_rows, "kv_cache_dtype": torch.int8}
     engine = Engine(model, enable_prefix_caching=False, **plain)
     alone = [tokens_and_logprobs(engine.generate([r])[0]) for r in requests]
-    assert engine.stats().page_bytes == 64 * 3 * 2 * 3 * (24 + 4)
+    assert engine.stats().block_bytes == 64 * 3 * 2 * 3 * (24 + 4)
     most, wide = (
-        block_count(model.config, 10**9, dtype=dtype, device=model.device)
+        default_num_blocks(model.config, 10**9, dtype=dtype, device=model.device)
         for dtype in (torch.int8, torch.float32)
     )
     assert most == pytest.approx(wide * 96 / 28, rel=0.01)
@@ -103,8 +103,10 @@ def test_prompts_of_rows_and_of_modules_have_the_same_int8_keys():
     for rows in (False, True):
         engine = Engine(model, prompt_rows=rows, kv_cache_dtype=torch.int8)
         engine.generate([Request(list(range(90)), 1)])
-        page = engine.pages.find(block_keys(list(range(64)))[0])
-        pages.append((engine.pages.data[0, :, page], engine.pages.scales[0, :, page]))
+        page = engine.block_manager.find_cached(hash_blocks(list(range(64)))[0])
+        pages.append(
+            (engine.block_manager.data[0, :, page], engine.block_manager.scales[0, :, page])
+        )
     (codes, scales), (theirs, their_scales) = pages
     assert (codes.int() - theirs.int()).abs().max() <= 1
     assert (codes != theirs).double().mean() < 0.01
@@ -272,12 +274,12 @@ def test_the_cache_is_as_large_as_likely_answers(monkeypatch):
     def count(rows, gib=1000, **options):
         monkeypatch.setattr(fastlm.inference.block_manager, "_memory", lambda: gib * 2**30)
         device = torch.device("cpu")
-        return block_count(config, rows, dtype=torch.float32, device=device, **options)
+        return default_num_blocks(config, rows, dtype=torch.float32, device=device, **options)
 
     assert count(64) == count(64, gib=2000) == 64 * 9  # 512 tokens each, and a page to grow
-    assert count(1) == 129 and count(8, context=65536) == 1025  # one whole context
-    assert count(64, context=128) == 64 * 3
-    assert count(64, likely=8192) == 64 * 129
+    assert count(1) == 129 and count(8, max_model_len=65536) == 1025  # one whole context
+    assert count(64, max_model_len=128) == 64 * 3
+    assert count(64, expected_tokens=8192) == 64 * 129
     assert count(10**6, gib=1) == 2**28 // size
 
 
@@ -313,7 +315,7 @@ def test_cancel_deadline_and_failures():
     long = {"max_new_tokens": 400, "ignore_eos": True}
     ids = {n: engine.submit(Request([1, 2], **long), listen(n)) for n in ("a", "b")}
     engine.submit(Request([1, 2], **long, deadline=0.0), listen("late"))
-    with pytest.raises(QueueFull, match="queue: expected room") as full:
+    with pytest.raises(QueueFull, match="queue: expected fewer") as full:
         engine.submit(Request([1], 2), listen("full"))
     assert full.value.retry_after >= 1
     engine.step()
@@ -328,8 +330,8 @@ def test_cancel_deadline_and_failures():
     assert stats.running == 1
     assert stats.finished == {"deadline": 1, "cancelled": 1, "error": 1}
     engine.close()
-    assert ended["b"] == "cancelled" and engine.stats().pages_used == 0
-    with pytest.raises(InputError, match="engine: expected one that runs"):
+    assert ended["b"] == "cancelled" and engine.stats().used_blocks == 0
+    with pytest.raises(InputError, match="engine: expected an open engine"):
         engine.submit(Request([1], 2), listen("closed"))
 
 
@@ -346,7 +348,7 @@ def test_a_step_that_fails_ends_its_requests_not_the_engine(monkeypatch):
     results = engine.generate([Request([1], 5), Request([13], 5), Request([2], 5)])
     assert [r.finish_reason for r in results] == ["length", "error", "length"]
     assert results[1].error == "RuntimeError: out of memory"
-    assert engine.stats().pages_used == 0 and engine.model is model
+    assert engine.stats().used_blocks == 0 and engine.model is model
 
 
 def test_a_request_with_the_prompt_of_one_that_fails_is_computed_itself(monkeypatch):
@@ -368,7 +370,7 @@ def test_a_request_with_the_prompt_of_one_that_fails_is_computed_itself(monkeypa
     got = [[], []]
     engine.submit(Request(prompt, 5, seed=1), got[0].append)
     engine.step()
-    engine.scheduler.postpone(engine.scheduler.running[0])
+    engine.scheduler.requeue(engine.scheduler.running[0])
     engine.submit(Request(prompt, 5, seed=2), got[1].append)
     while engine.step():
         pass
@@ -466,7 +468,7 @@ def test_listeners_and_callbacks_that_raise():
     engine.submit(Request([1], 3), angry)
     while engine.step():
         pass
-    assert heard == [None, None, "length"] and engine.stats().pages_used == 0
+    assert heard == [None, None, "length"] and engine.stats().used_blocks == 0
 
     def result(*_):
         raise ZeroDivisionError
@@ -474,7 +476,7 @@ def test_listeners_and_callbacks_that_raise():
     with pytest.raises(ZeroDivisionError):
         engine.generate([Request([1], 3), Request([2], 30)], on_piece=result)
     stats = engine.stats()  # no step is needed to give the pages back
-    assert stats.pages_used == stats.running == stats.waiting == 0
+    assert stats.used_blocks == stats.running == stats.waiting == 0
 
     for threaded in (False, True):
         if threaded:
@@ -495,7 +497,7 @@ def test_a_thread_that_fails_goes_on(monkeypatch):
     assert engine.generate([Request([1], 3)])[0].finish_reason == "length"
     engine.close()
     for refused in (engine.call, engine.update):
-        with pytest.raises(InputError, match="engine: expected one that runs"):
+        with pytest.raises(InputError, match="engine: expected an open engine"):
             refused(lambda: None)
 
 
@@ -599,25 +601,25 @@ def test_refusals():
         Engine(model_of(), max_num_seqs=0)
 
 
-def test_pages():
-    pages = BlockManager(model_of().config, 4, dtype=torch.float32)
-    keys = block_keys([*range(97), *range(97)])
-    assert len(keys) == 194 // BLOCK_SIZE and len({*keys}) == len(keys)
-    assert block_keys([*range(97), *range(96), 5])[:2] == keys[:2]
-    assert block_keys([1, *range(1, 97), *range(97)])[1:] != keys[1:]  # all tokens before count
-    own = pages.take(3)
-    assert pages.take(2) is None
-    for key, page in zip(keys, own):
-        pages.remember(key, page)
-    pages.release(own)
-    assert pages.available == 4 and pages.idle == 3
-    assert pages.find(keys[0]) == own[0] and pages.find(b"other") is None
-    (fresh,) = pages.take(1)
-    assert fresh not in own
-    (last,) = pages.take(1)  # the end of a prompt is forgotten before its beginning
-    assert last == own[2] and pages.find(keys[2]) is None
-    assert pages.find(keys[1]) == own[1] and pages.available == 0
-    pages.release([own[0], own[1], fresh, last])
-    pages.forget()
-    assert pages.find(keys[0]) is None and pages.available == 4
-    assert all(a != b for a, b in pairwise(sorted(pages.take(4))))
+def test_blocks():
+    manager = BlockManager(model_of().config, 4, dtype=torch.float32)
+    hashes = hash_blocks([*range(97), *range(97)])
+    assert len(hashes) == 194 // BLOCK_SIZE and len({*hashes}) == len(hashes)
+    assert hash_blocks([*range(97), *range(96), 5])[:2] == hashes[:2]
+    assert hash_blocks([1, *range(1, 97), *range(97)])[1:] != hashes[1:]  # all tokens before count
+    blocks = manager.allocate(3)
+    assert manager.allocate(2) is None
+    for hash, block in zip(hashes, blocks):
+        manager.cache(hash, block)
+    manager.release(blocks)
+    assert manager.num_free == 4 and manager.num_cached == 3
+    assert manager.find_cached(hashes[0]) == blocks[0] and manager.find_cached(b"other") is None
+    (fresh,) = manager.allocate(1)
+    assert fresh not in blocks
+    (last,) = manager.allocate(1)  # the end of a prompt is evicted before its beginning
+    assert last == blocks[2] and manager.find_cached(hashes[2]) is None
+    assert manager.find_cached(hashes[1]) == blocks[1] and manager.num_free == 0
+    manager.release([blocks[0], blocks[1], fresh, last])
+    manager.clear_cache()
+    assert manager.find_cached(hashes[0]) is None and manager.num_free == 4
+    assert all(a != b for a, b in pairwise(sorted(manager.allocate(4))))

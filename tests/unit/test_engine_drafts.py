@@ -12,12 +12,12 @@ import fastlm
 from fastlm.errors import InputError
 from fastlm.inference import sequence as sequences
 from fastlm.inference.decode_batch import MAX_ROWS
-from fastlm.inference.draft_model import DraftModelProposer, _Held, _Job
+from fastlm.inference.draft_model import DraftModelProposer, _DraftJob, _DraftState
 from fastlm.inference.engine import Engine
 from fastlm.inference.requests import Request
 from fastlm.inference.sampler import Sampler
 from fastlm.inference.sampling import Sampling
-from fastlm.inference.sequence import Collected
+from fastlm.inference.sequence import CompletionCollector
 from fastlm.model import cpu_decode
 from fastlm.tokenizer.tokenizer import Tokenizer
 
@@ -57,8 +57,10 @@ def alone(model, requests, **options):
 
 def nothing_is_kept(engine):
     drafter = engine._proposer
-    assert not drafter._held and drafter.pages.available == drafter.pages.count
-    assert engine.stats().pages_used == 0
+    assert (
+        not drafter._states and drafter.block_manager.num_free == drafter.block_manager.num_blocks
+    )
+    assert engine.stats().used_blocks == 0
 
 
 @pytest.mark.parametrize("format", [None, "w4a8"])
@@ -96,7 +98,7 @@ def test_requests_that_come_and_go():
     engine = Engine(
         model, draft_model=model, prompt_rows=True, num_blocks=15, num_speculative_tokens=3
     )
-    got, ids, left = [Collected() for _ in requests], {}, list(range(12))
+    got, ids, left = [CompletionCollector() for _ in requests], {}, list(range(12))
     cancelled = {2, 5, 7}
     while left or any(answer.completion is None for answer in got):
         if left and draw.random() < 0.2:
@@ -106,7 +108,7 @@ def test_requests_that_come_and_go():
             if len(got[i].pieces) > 10:
                 engine.cancel(ids[i])
         if engine.scheduler.running and draw.random() < 0.05:
-            engine.scheduler.postpone(draw.choice(engine.scheduler.running))
+            engine.scheduler.requeue(draw.choice(engine.scheduler.running))
         engine.step()
     for i, (answer, (tokens, logprobs)) in enumerate(zip(got, expected, strict=True)):
         ours = tokens_and_logprobs(answer.completion)
@@ -212,13 +214,16 @@ def test_a_draft_model_that_fails_ends_no_request():
     """The answer whose guesses fail continues without guesses; the others keep theirs."""
     model = model_of()
     requests = requests_of((9, 9, 9), new=60)
-    engine, got = Engine(model, draft_model=model, prompt_rows=True), [Collected() for _ in "abc"]
+    engine, got = (
+        Engine(model, draft_model=model, prompt_rows=True),
+        [CompletionCollector() for _ in "abc"],
+    )
     for request, answer in zip(requests, got, strict=True):
         engine.submit(request, answer)
     for _ in range(3):
         engine.step()
     drafter, running = engine._proposer, engine.scheduler.running
-    bad, steps = drafter._held[running[1]].pages[0], drafter._batch.runner.logits
+    bad, steps = drafter._states[running[1]].block_table[0], drafter._batch.runner.logits
 
     def broken(tokens, lengths, table, **options):
         if bad in table[:, 0].tolist():
@@ -228,7 +233,7 @@ def test_a_draft_model_that_fails_ends_no_request():
     drafter._batch.runner.logits = broken
     failed = running[1]
     engine.step()
-    assert failed not in drafter._held and not failed.draft and running[0].draft
+    assert failed not in drafter._states and not failed.draft and running[0].draft
     bad = None
     while engine.step():
         assert not failed.draft
@@ -330,10 +335,10 @@ def test_a_padded_model_guesses_ids_of_the_tokenizer():
     """Penalties have the tokenizer's size: guesses of a request with some failed."""
     penalised = Request([1, 2], 4, Sampling(temperature=0.0, repetition_penalty=1.1))
     sequence = sequences.Sequence(
-        0, penalised, print, tokenizer=None, ends=frozenset(), room=4, vocab=90,
+        0, penalised, print, tokenizer=None, stop_ids=frozenset(), max_new_tokens=4, vocab=90,
         device=torch.device("cpu"), threads=None,
     )  # fmt: skip
-    job = _Job(sequence, _Held(), 1, 1)
+    job = _DraftJob(sequence, _DraftState(), 1, 1)
     job.begin()
-    (guess,) = Sampler().choose(torch.arange(97.0)[None], [job.next_token(0)])
+    (guess,) = Sampler().sample(torch.arange(97.0)[None], [job.sampler_input(0)])
     assert guess.token == 89

@@ -94,7 +94,7 @@ def test_masks_that_come_late_change_no_answer(options, monkeypatch):
         engine = Engine(model, **options)
         found.append([r.token_ids for r in engine.generate(asked)])
         assert engine.stats().preemptions or "num_blocks" not in options
-        assert engine.stats().pages_used == 0
+        assert engine.stats().used_blocks == 0
     assert found[0] == found[1] and all(len(tokens) == 70 for tokens in found[0])
 
 
@@ -126,7 +126,7 @@ def test_an_answer_whose_masks_take_too_long_ends_alone(monkeypatch):
             return super().mask()
 
     clock = SimpleNamespace(thread_time=lambda: 0.05 * next(seconds))
-    monkeypatch.setattr("fastlm.inference.masks.time", clock)
+    monkeypatch.setattr("fastlm.inference.token_masks.time", clock)
     engine = Engine(model_of(eos_token_id=3))
     slow = Request([1], 200, constraint=lambda: Slow([9] * 199))
     result, other = engine.generate([slow, Request([2], 5, ignore_eos=True)])

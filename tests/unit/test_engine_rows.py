@@ -8,7 +8,7 @@ import fastlm
 from fastlm.inference.engine import Engine
 from fastlm.inference.requests import Request
 from fastlm.inference.sampling import Sampling
-from fastlm.inference.sequence import Collected
+from fastlm.inference.sequence import CompletionCollector
 from fastlm.model import cpu_decode
 from fastlm.model.quantized_modules import QuantizedLinear
 
@@ -60,7 +60,7 @@ def test_guesses_change_no_bit(format):
         stats = engine.stats()
         assert 0 < stats.accepted_tokens < stats.drafted_tokens
         assert stats.new_tokens == sum(len(tokens) for tokens, _ in alone)
-        assert stats.pages_used == 0
+        assert stats.used_blocks == 0
         again = engine.generate(requests[:2])
         assert [tokens_and_logprobs(r) for r in again] == alone[:2]
     # an answer that repeats itself takes few steps
@@ -86,13 +86,13 @@ def test_guesses_of_a_request_that_is_preempted_are_forgotten():
         tokens_and_logprobs(Engine(model, **options).generate([r])[0]) for r in (request, later)
     )
     for at in (20, 62, 63, 64):
-        engine, got = Engine(model, **options), Collected()
+        engine, got = Engine(model, **options), CompletionCollector()
         engine.submit(request, got)
         engine.step()
         sequence = engine.scheduler.running[0]
         while len(sequence.tokens) < at:
             engine.step()
-        engine.scheduler.postpone(sequence)
+        engine.scheduler.requeue(sequence)
         while engine.step():
             pass
         assert tokens_and_logprobs(got.completion) == alone
@@ -101,12 +101,12 @@ def test_guesses_of_a_request_that_is_preempted_are_forgotten():
 
 def test_a_prompt_whose_pages_were_all_found_is_no_source_of_another():
     """An answer that was preempted finds its own pages again, and no row told what follows it."""
-    engine, got = Engine(model_of(), prompt_rows=True), Collected()
+    engine, got = Engine(model_of(), prompt_rows=True), CompletionCollector()
     prompt = [i % 97 for i in range(100)]
     engine.submit(Request(prompt, 200, seed=1, ignore_eos=True), got)
     for _ in range(60):
         engine.step()
-    engine.scheduler.postpone(engine.scheduler.running[0])
+    engine.scheduler.requeue(engine.scheduler.running[0])
     engine.step()
     (second,) = engine.generate([Request(prompt, 5, seed=2, ignore_eos=True)])
     while engine.step():
@@ -123,7 +123,7 @@ def test_rows_that_fail_end_their_own_request(prompt_rows):
         engine.submit(Request([1, i], 20, ELEVENS, seed=i, ignore_eos=True), own.append)
     while not all(pieces):
         engine.step()
-    ours, bad = engine._batch.runner.logits, engine.scheduler.running[68].pages[0]
+    ours, bad = engine._batch.runner.logits, engine.scheduler.running[68].block_table[0]
 
     def broken(tokens, lengths, table, **options):
         if bad in table[:, 0].tolist():
@@ -143,7 +143,10 @@ def test_an_update_after_which_modules_compute_prompts(monkeypatch):
     """An answer that waits, preempted, then continues."""
     model = fastlm.quantize(model_of(), "w8a8", group_size=32)
     monkeypatch.setattr(cpu_decode, "prefers_prompt_rows", lambda plan: plan.multiplies_int8)
-    engine, got = Engine(model, num_speculative_tokens=3), [Collected(), Collected()]
+    engine, got = (
+        Engine(model, num_speculative_tokens=3),
+        [CompletionCollector(), CompletionCollector()],
+    )
     engine.submit(Request([1, 2, 3], 90, seed=1, ignore_eos=True), got[0])
     engine.submit(Request([4, 5], 20, seed=1, ignore_eos=True), got[1])
     for _ in range(70):
@@ -154,11 +157,11 @@ def test_an_update_after_which_modules_compute_prompts(monkeypatch):
             if isinstance(module, QuantizedLinear):
                 module.act_bits = 16
 
-    engine.scheduler.postpone(engine.scheduler.running[0])
+    engine.scheduler.requeue(engine.scheduler.running[0])
     engine.update(change)
     while engine.step():
         pass
-    assert engine.scheduler.by_pages
+    assert engine.scheduler.aligns_chunks
     assert [len(c.completion.token_ids) for c in got] == [90, 20]
 
 

@@ -12,7 +12,7 @@ from fastlm.inference import sampling as sampling_module
 from fastlm.inference.answer_text import split_at_stop
 from fastlm.inference.engine import Engine
 from fastlm.inference.requests import Request
-from fastlm.inference.sampling import Sampling, make_generators, penalise
+from fastlm.inference.sampling import Sampling, apply_repetition_penalty, make_generators
 from fastlm.model import generation as generation
 from fastlm.model.causal_lm import CausalLM
 from fastlm.model.generation import generate_text
@@ -349,14 +349,14 @@ def test_repetition_penalty_is_that_of_transformers():
     ids = torch.randint(0, 50, (3, 20))
     seen = torch.zeros(3, 50, dtype=torch.bool).scatter_(1, ids, True)
     theirs = hf.RepetitionPenaltyLogitsProcessor(1.3)(ids, logits.clone())
-    torch.testing.assert_close(penalise(logits, seen, 1.3), theirs)
+    torch.testing.assert_close(apply_repetition_penalty(logits, seen, 1.3), theirs)
 
 
 def test_draws_follow_the_probabilities():
     logits = torch.tensor([[2.0, 0.0, 1.0, -9.0, 1.5]]).expand(20000, 5)
     for options in ({}, {"top_k": 3}, {"min_p": 0.3, "temperature": 1.5}):
         sampling = Sampling(**options)
-        tokens = sampling.choose(logits, make_generators(0, 20000))
+        tokens = sampling.sample(logits, make_generators(0, 20000))
         p, ids = sampling.candidates(logits[:1])
         expected = torch.zeros(5, dtype=torch.float64).scatter_(0, ids[0], p[0] / p.sum())
         counted = torch.bincount(tokens, minlength=5) / 20000
@@ -606,7 +606,7 @@ def test_a_draw_without_filters_is_the_inverse_of_the_cumulative_sum(vocab):
     p = logits.double().softmax(-1)[0]
     edges = torch.cat((torch.zeros(1, dtype=torch.float64), p.cumsum(0)))
     u = torch.cat((torch.tensor([0.0, 1 - 2**-53]), torch.rand(500, generator=g).double()))
-    got = sampling_module._drawn(logits.expand(len(u), -1), u[:, None].double())
+    got = sampling_module._sample_unfiltered(logits.expand(len(u), -1), u[:, None].double())
     assert (p[got] > 0).all()
     assert (edges[got] <= u + 1e-6).all() and (u <= edges[got + 1] + 1e-6).all()
 
@@ -615,14 +615,14 @@ def test_a_draw_without_filters_is_the_inverse_of_the_cumulative_sum(vocab):
 @pytest.mark.parametrize("rows", [2, 5, 64])
 def test_rows_that_may_be_drawn_together_have_their_own_bits(options, rows):
     sampling = Sampling(temperature=0.7, **options)
-    assert sampling.rowwise
+    assert sampling.is_row_invariant
     logits = torch.randn(rows, 5000).mul(3).round(decimals=1)  # with ties
     p, ids = sampling.candidates(logits)
     alone = [sampling.candidates(logits[row][None]) for row in range(rows)]
     assert torch.equal(p, torch.cat([own for own, _ in alone]))
     assert torch.equal(ids, torch.cat([own for _, own in alone]))
-    together = sampling.choose(logits, make_generators(3, rows)).tolist()
+    together = sampling.sample(logits, make_generators(3, rows)).tolist()
     for row in range(rows):
-        assert [together[row]] == sampling.choose(
+        assert [together[row]] == sampling.sample(
             logits[row][None], make_generators(3 + row, 1)
         ).tolist()

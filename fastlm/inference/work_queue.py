@@ -6,14 +6,15 @@ from concurrent.futures import Future
 from typing import Any
 
 
-class Call:
-    """``future`` gets what the function returns or raises."""
+class WorkItem:
+    """A function to run. ``future`` gets what the function returns or raises."""
 
     def __init__(self, function: Callable[[], Any]):
         self.function = function
         self.future: Future[Any] = Future()
 
     def run(self) -> None:
+        """Run the function, unless the future was cancelled."""
         if not self.future.set_running_or_notify_cancel():
             return
         try:
@@ -22,25 +23,26 @@ class Call:
             self.future.set_exception(error)
 
 
-class Calls:
-    """Calls that wait, in one queue per client; the queues take turns. The engine's lock guards
+class WorkQueue:
+    """Items that wait, in one queue per client; the queues take turns. The engine's lock guards
     them."""
 
     def __init__(self) -> None:
-        self._queues: OrderedDict[str, deque[Call]] = OrderedDict()
+        self._queues: OrderedDict[str, deque[WorkItem]] = OrderedDict()
 
     def __len__(self) -> int:
         return sum(map(len, self._queues.values()))
 
-    def add(self, call: Call, client: str) -> None:
-        self._queues.setdefault(client, deque()).append(call)
+    def add(self, item: WorkItem, client: str) -> None:
+        """Append an item to the queue of ``client``."""
+        self._queues.setdefault(client, deque()).append(item)
 
-    def take(self) -> Call | None:
-        """Remove and return the first call of the client whose turn it is."""
+    def pop(self) -> WorkItem | None:
+        """Remove and return the first item of the client that is next, or None."""
         if not self._queues:
             return None
         client, queue = self._queues.popitem(last=False)
-        call = queue.popleft()
+        item = queue.popleft()
         if queue:
             self._queues[client] = queue  # behind the other clients
-        return call
+        return item

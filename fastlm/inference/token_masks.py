@@ -1,7 +1,7 @@
-"""The masks of one answer with a grammar, computed in another thread while the model computes.
+"""Token masks of an answer with a grammar, computed in other threads while the model computes.
 
-A mask takes 0.1 to 2 ms for most grammars; one may be written to take seconds. The answers of
-others go on meanwhile, and an answer whose masks take too much ends.
+Most grammars take 0.1 to 2 ms for a mask, but a grammar can be written to take seconds. Other
+answers continue meanwhile, and an answer with masks that take too long ends.
 """
 
 import time
@@ -11,29 +11,30 @@ from torch import Tensor
 
 from fastlm.inference.requests import Constraint, ConstraintError
 
-# Processor time that the masks of an answer may take: at first, say for a long text to be split
-# into tokens, and on average for each token. A step of a small model takes 5 to 10 ms.
+# The processor time that the masks of an answer may take: FIRST_SECONDS once (a long text may have
+# to be split into tokens), and MASK_SECONDS on average for each token. A step of a small model
+# takes 5 to 10 ms.
 FIRST_SECONDS, MASK_SECONDS = 1.0, 0.02
 
 
-class Masks:
-    """A `Constraint` whose next mask is computed by ``threads``, in the order of the tokens."""
+class TokenMasks:
+    """Computes the masks of a `Constraint` in ``threads``, in the order of the tokens."""
 
     def __init__(self, constraint: Constraint, threads: Executor):
         self._constraint, self._threads = constraint, threads
         self._seconds, self._count = 0.0, 0
         self.next: Future[Tensor] = Future()
 
-    def begin(self) -> None:
-        """Begin to compute the first mask."""
+    def start(self) -> None:
+        """Start to compute the first mask."""
         self.next = self._threads.submit(self._compute, None)
 
     def accept(self, token: int) -> None:
-        """Begin to compute the mask after ``token``."""
+        """Start to compute the mask after ``token``."""
         self.next = self._threads.submit(self._compute, token)
 
     def is_ready(self, seconds: float) -> bool:
-        """Wait at most ``seconds`` for the mask. Return whether it is there, or its error."""
+        """Wait at most ``seconds`` for the mask. Return whether it, or its error, is available."""
         try:
             self.next.exception(seconds)
         except TimeoutError:
@@ -41,18 +42,18 @@ class Masks:
         return True
 
     def mask(self) -> Tensor:
-        """Return which tokens may come next, (V,) bool. ConstraintError: none, or masks that take
-        too long. Raises what the constraint raises."""
+        """Return which tokens may come next, (V,) bool. Raises ConstraintError where none may, or
+        where masks take too long; and what the constraint raises."""
         return self.next.result()
 
     def _compute(self, token: int | None) -> Tensor:
-        began = time.thread_time()
+        start = time.thread_time()
         if token is not None:
             self._constraint.accept(token)
         mask = self._constraint.mask()
         if not bool(mask.any()):
             raise ConstraintError("grammar: expected a token that may come next, got none")
-        self._seconds += time.thread_time() - began
+        self._seconds += time.thread_time() - start
         self._count += 1
         if self._seconds > FIRST_SECONDS + MASK_SECONDS * self._count:
             raise ConstraintError(
