@@ -93,7 +93,7 @@ def _load(
         name, options.act_bits, options.engine(), options.draft_model,
         FairLock() if state_file or adapters else None, versioned_names=state_file is not None,
         template=None if template is None else read_text(template, MAX_TEMPLATE_BYTES),
-        memory_share=len(adapters) + 1,
+        num_engines=len(adapters) + 1,
     )  # fmt: skip
     manager = None
     if state_file is None:

@@ -142,8 +142,9 @@ def test_adapters_share_the_memory_of_the_cache(server, folder, monkeypatch):
     monkeypatch.setattr("fastlm.inference.block_manager._memory", lambda: 2**22)
     alone = serve(monkeypatch, folder)
     both = serve(monkeypatch, folder, "--adapter", f"poet={folder / 'poet'}")
-    pages = [served.engine.stats().num_blocks for served in both.models.live]
-    assert len(pages) == 2 and pages[0] == pages[1] == alone.served_model.engine.stats().num_blocks // 2
+    blocks = [served.engine.stats().num_blocks for served in both.models.live]
+    expected = alone.served_model.engine.stats().num_blocks // 2
+    assert len(blocks) == 2 and blocks[0] == blocks[1] == expected
 
 
 @pytest.mark.parametrize(
