@@ -38,7 +38,7 @@ class RowCache:
 @torch.inference_mode()
 def next_logits(model, ids, cache):
     """Run new tokens (B, S) through the modules, after the tokens in the cache -> (B, V)."""
-    cache.begin(ids.shape[1])
+    cache.prepare(ids.shape[1])
     hidden = model.chunk_hidden(ids.flatten(), cache)
     cache.length = cache.max_length
     return model.logits(hidden)
