@@ -1,6 +1,6 @@
-"""Routes for whoever runs the server: promote a model, roll back, and how a canary is doing.
+"""Routes for administrators: promote a model, roll back, and show the state of a canary.
 
-They answer this machine alone, and where the server has API keys, to an admin key alone.
+They accept connections from this machine only and, if the server has API keys, admin keys only.
 """
 
 import hmac
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 
 class PromoteRequest(RequestBody):
-    """``model``: None for the canary."""
+    """The body of a promotion. ``model``: its path; None means the canary."""
 
     model: Annotated[Name, Field(max_length=4096)] | None = None
     allow_other_tokenizer: bool = False
@@ -34,48 +34,50 @@ class PromoteRequest(RequestBody):
 PATHS = ("/v1/admin/promote", "/v1/admin/rollback", "/v1/canary")
 
 
-def routes(server: "Server", manager: "ModelManager", admins: Sequence[str]) -> list[Route]:
-    """``admins``: the admin keys."""
-    names = [key_name(key) for key in admins]
+def routes(server: "Server", manager: "ModelManager", admin_keys: Sequence[str]) -> list[Route]:
+    """Return the routes; with keys, only clients with an admin key may use them."""
+    names = [key_name(key) for key in admin_keys]
 
-    def admit(http: Request) -> None:
+    def check_admin(http: Request) -> None:
         try:
-            here = ipaddress.ip_address(http.client.host if http.client else "").is_loopback
+            is_local = ipaddress.ip_address(http.client.host if http.client else "").is_loopback
         except ValueError:
-            here = False
-        if not here:
-            raise _refused("expected a connection from this machine")
+            is_local = False
+        if not is_local:
+            raise _not_admin("expected a connection from this machine")
         if server.keys and sum(hmac.compare_digest(http.state.client, n) for n in names) == 0:
-            raise _refused("expected an admin key of this server (--admin-key-file)")
+            raise _not_admin("expected an admin key of this server (--admin-key-file)")
 
     async def promote(http: Request) -> Response:
-        admit(http)
-        request = await server.body(http, PromoteRequest)
-        return await done(
+        check_admin(http)
+        request = await server.parse_body(http, PromoteRequest)
+        return await run_change(
             manager.promote(request.model, allow_other_tokenizer=request.allow_other_tokenizer)
         )
 
     async def rollback(http: Request) -> Response:
-        admit(http)
-        await server.body(http, EmptyRequest)
-        return await done(manager.rollback())
+        check_admin(http)
+        await server.parse_body(http, EmptyRequest)
+        return await run_change(manager.rollback())
 
     async def canary(http: Request) -> Response:
-        admit(http)
+        check_admin(http)
         return JSONResponse(await manager.status())
 
-    async def done(work: Awaitable[None]) -> Response:
+    async def run_change(change: Awaitable[None]) -> Response:
         try:
-            await work
+            await change
         except ApiError:
             raise
         except InputError as error:
             raise ApiError(str(error), param="model", code="not_promoted") from None
         return JSONResponse(await manager.status())
 
-    ways = ((promote, "POST"), (rollback, "POST"), (canary, "GET"))
-    return [Route(path, way, methods=[m]) for path, (way, m) in zip(PATHS, ways)]
+    handlers = ((promote, "POST"), (rollback, "POST"), (canary, "GET"))
+    return [
+        Route(path, handler, methods=[method]) for path, (handler, method) in zip(PATHS, handlers)
+    ]
 
 
-def _refused(text: str) -> ApiError:
-    return ApiError(f"authorization: {text}", status=403, code="not_admin")
+def _not_admin(message: str) -> ApiError:
+    return ApiError(f"authorization: {message}", status=403, code="not_admin")

@@ -1,4 +1,4 @@
-"""A refused request, in the shape that OpenAI's errors have."""
+"""Errors of the API, in OpenAI's format."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -7,7 +7,7 @@ from fastlm.errors import InputError
 
 
 class ApiError(InputError):
-    """A refused request. ``param``: the field at fault; ``kind``: OpenAI's type of the error."""
+    """An error response. ``param``: the field at fault. ``kind``: OpenAI's type of the error."""
 
     def __init__(
         self,
@@ -29,15 +29,14 @@ class ApiError(InputError):
 
 
 def field_error(param: str, message: str, code: str | None = None) -> ApiError:
-    """Return the 400 of a field; its message is ``param: message``."""
+    """Return a 400 for a field; its message is ``param: message``."""
     return ApiError(f"{param}: {message}", param=param, code=code)
 
 
 def server_error(
     message: str, status: int = 500, *, param: str | None = None, code: str | None = None
 ) -> ApiError:
-    """Return an error that is no fault of the request. With a ``code``, 503 says when to ask
-    again."""
+    """Return an error that the request did not cause. A 503 with a ``code`` has Retry-After."""
     headers = {"retry-after": "5"} if status == 503 and code is not None else None
     return ApiError(
         message, status=status, param=param, code=code, kind="server_error", headers=headers
@@ -45,4 +44,5 @@ def server_error(
 
 
 def stopping() -> ApiError:
+    """Return the 503 of a server that is shutting down."""
     return server_error("the server is stopping", 503, code="stopping")

@@ -1,4 +1,5 @@
-"""The server's routes, an ASGI application (`fastlm.serve.commands` runs it with uvicorn)."""
+"""The server as an ASGI application: its routes and what they share. `fastlm.serve.process` runs it
+with uvicorn."""
 
 import asyncio
 from collections.abc import AsyncIterator, Callable, Sequence
@@ -41,11 +42,11 @@ if TYPE_CHECKING:
     from fastlm.serve.ratings import Rating
 
 T = TypeVar("T")
-READERS = 8
-WRITERS = 8  # threads that use the feedback database: one that hangs leaves threads to answers
-SMALL_BODY = 2**16  # bytes that are parsed in a millisecond or two, without a thread
-FILES = Path(__file__).with_name("page")
-TYPES = {
+ENCODER_THREADS = 8
+DATABASE_THREADS = 8  # for the feedback database: if it hangs, answers have other threads
+SMALL_BODY = 2**16  # bytes that are parsed in 1 to 2 ms, in the event loop
+PAGE_FOLDER = Path(__file__).with_name("page")
+CONTENT_TYPES = {
     ".html": "text/html",
     ".js": "text/javascript",
     ".css": "text/css",
@@ -53,20 +54,20 @@ TYPES = {
 }
 PAGES = {"/": "index.html", "/dashboard": "dashboard.html"} | {
     f"/page/{file.name}": file.name
-    for file in FILES.iterdir()
-    if file.suffix in TYPES and file.suffix != ".html"
+    for file in PAGE_FOLDER.iterdir()
+    if file.suffix in CONTENT_TYPES and file.suffix != ".html"
 }
 
 
 @dataclass
 class Server:
-    """ServedModels, and how they are served; `app` is the ASGI application.
+    """Serves models over HTTP; `app` is the ASGI application.
 
-    ``feedback``: the database of feedback, or None. ``monitor``: measures answers, or None.
-    ``ranking``: the store of `fastlm rank` for the page /rank; None:
-    no such page. ``keys`` and ``hosts`` as in `fastlm.serve.middleware.RequestMiddleware`.
-    ``origins``: of web pages elsewhere that may call the server; "*": any.
-    ``manager``: changes the models, for those with one of the keys ``admins``; None: nothing does.
+    ``feedback``: the database of feedback, or None. ``monitor``: measures responses, or None.
+    ``ranking``: the store of `fastlm rank` for the page /rank; None: there is no such page.
+    ``keys`` and ``hosts``: as in `fastlm.serve.middleware.RequestMiddleware`. ``origins``: the
+    origins of web pages that may call the server; "*" allows any. ``manager``: changes the models
+    for clients with one of the ``admin_keys``; None: the models do not change.
     """
 
     models: ServedModels
@@ -76,7 +77,7 @@ class Server:
     feedback: "FeedbackStore | None" = None
     ranking: "RankingStore | None" = None
     manager: "ModelManager | None" = None
-    admins: Sequence[str] = ()
+    admin_keys: Sequence[str] = ()
     origins: Sequence[str] = ()
     monitor: "ServerMonitor | None" = None
 
@@ -85,32 +86,34 @@ class Server:
         for source in (self.monitor, self.manager):
             if source is not None:
                 self.metrics.add(source.collect)
-        several = len(self.keys) > 1  # clients; without keys all are of this machine
-        self.quota = ClientQuota(
-            max(1, self.served_model.engine.max_queue_size // 2) if several else None
-        )
+        max_queue_size = self.served_model.engine.max_queue_size
+        # without keys, all clients are on this machine
+        self.quota = ClientQuota(max(1, max_queue_size // 2) if len(self.keys) > 1 else None)
         self.stopping = False
-        self._ignored: set[str] = set()  # fields that the log has named
-        self.writing = CapacityLimiter(WRITERS)
-        # Few threads, whatever the clients: each keeps the last 10,000 words that it encoded, 4 MB.
-        # More than processors, since some wait for a chat template.
-        self._readers = ThreadPoolExecutor(READERS, thread_name_prefix="fastlm-reader")
+        self._logged_fields: set[str] = set()  # ignored fields that the log has named
+        self.database_limiter = CapacityLimiter(DATABASE_THREADS)
+        # A fixed number, since each thread caches the last 10,000 words that it encoded, 4 MB.
+        # It exceeds the processors, since some threads wait for a chat template.
+        self._encoder_threads = ThreadPoolExecutor(
+            ENCODER_THREADS, thread_name_prefix="fastlm-encoder"
+        )
         routes = self._routes()
-        gate = Middleware(
+        request_middleware = Middleware(
             RequestMiddleware, metrics=self.metrics, limits=self.limits, hosts=self.hosts,
             paths=frozenset(route.path for route in routes),
-            keys=[*self.keys, *self.admins] if self.keys else (),
+            keys=[*self.keys, *self.admin_keys] if self.keys else (),
         )  # fmt: skip
-        pages = Middleware(
+        cors = Middleware(
             CORSMiddleware, allow_origins=self.origins, allow_methods=["GET", "POST"],
-            allow_headers=["*"],  # clients send names of their own
+            allow_headers=["*"],  # clients send headers of their own
             expose_headers=["x-request-id", "x-fastlm-ignored", "retry-after"],
-            allow_private_network=True,  # a public page that calls this machine
+            allow_private_network=True,  # a public page may call this machine
         )  # fmt: skip
         self.app = Starlette(
-            routes=routes, middleware=[pages, gate] if self.origins else [gate],
+            routes=routes, 
+            middleware=[cors, request_middleware] if self.origins else [request_middleware],
             lifespan=self._lifespan,
-            exception_handlers={HTTPException: _http_error, ApiError: _refused},
+            exception_handlers={HTTPException: _http_error, ApiError: _reraise},
         )  # fmt: skip
         self.app.router.redirect_slashes = False
 
@@ -131,12 +134,12 @@ class Server:
             "/metrics": self._metrics, "/openapi.json": self._openapi,
             **{path: _page(name) for path, name in pages.items()},
         }  # fmt: skip
-        routes = [Route(path, answer, methods=["POST"]) for path, answer in posts.items()]
-        routes += [Route(path, answer, methods=["GET"]) for path, answer in gets.items()]
+        routes = [Route(path, handler, methods=["POST"]) for path, handler in posts.items()]
+        routes += [Route(path, handler, methods=["GET"]) for path, handler in gets.items()]
         if self.ranking is not None:
             routes += rank_api.routes(self, self.ranking)
         if self.manager is not None:
-            routes += admin_api.routes(self, self.manager, self.admins)
+            routes += admin_api.routes(self, self.manager, self.admin_keys)
         return routes
 
     @property
@@ -146,7 +149,7 @@ class Server:
 
     @property
     def served_model(self) -> ServedModel:
-        """The model that answers to the server's name."""
+        """The model that answers requests to the server's public name."""
         return self.models.current
 
     @asynccontextmanager
@@ -155,46 +158,47 @@ class Server:
         if self.monitor is not None:
             self.monitor.start()
         yield
-        if not self.stopping:  # else who has set it closes the engines
+        if not self.stopping:  # else the setter of `stopping` closes the engines
             self.stopping = True
             self.models.close()
-        self._readers.shutdown(wait=False)
+        self._encoder_threads.shutdown(wait=False)
         if self.monitor is not None:
             await run_sync(self.monitor.close)
         log("stopped")
 
-    async def read(self, function: Callable[..., T], *arguments: Any) -> T:
-        """The result of what takes a while and encodes text, outside the event loop."""
-        return await asyncio.get_running_loop().run_in_executor(self._readers, function, *arguments)
+    async def run_in_thread(self, function: Callable[..., T], *arguments: Any) -> T:
+        """Run a function that parses or encodes text outside the event loop; return its result."""
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self._encoder_threads, function, *arguments)
 
-    async def body(self, http: HttpRequest, model: type[Body]) -> Body:
-        """Return the JSON body of a request as ``model``. ApiError: also that the server is
-        stopping. A large body is parsed and checked outside the event loop.
+    async def parse_body(self, http: HttpRequest, model: type[Body]) -> Body:
+        """Return the JSON body of a request as ``model``. A large body is parsed outside the event
+        loop. ApiError: the body is wrong, or the server is stopping.
         """
         if self.stopping:
             raise stopping()
         data = await read_body(http, self.limits)
         if len(data) <= SMALL_BODY:
             return read_request(data, model)
-        return await self.read(read_request, data, model)
+        return await self.run_in_thread(read_request, data, model)
 
-    def ignored(
+    def ignored_fields(
         self, request: GenerationRequest | EmbeddingRequest, served_model: ServedModel
     ) -> tuple[str, ...]:
-        """The fields of a request that change nothing, which the log names once."""
+        """Return the fields of a request that have no effect. The log names each field once."""
         names = request.ignored_fields
         if "reasoning_effort" in (served_model.tokenizer.chat_template or ""):
             names = tuple(name for name in names if name != "reasoning_effort")
-        if new := sorted({*names} - self._ignored):
-            self._ignored.update(new)
-            log("ignored", fields=new)
+        if new_names := sorted({*names} - self._logged_fields):
+            self._logged_fields.update(new_names)
+            log("ignored", fields=new_names)
         return names
 
     # ---- GET
 
-    def _described(self, name: str) -> dict[str, Any]:
+    def _model_object(self, name: str) -> dict[str, Any]:
         served_model = self.models.find(name)
-        own = {
+        extension = {
             "context_limit": served_model.context_limit,
             "chat": served_model.tokenizer.chat_template is not None,
             "feedback": self.feedback is not None,
@@ -203,15 +207,15 @@ class Server:
         }
         return {
             "id": name, "object": "model", "created": served_model.created, "owned_by": "fastlm",
-            "fastlm": own,
+            "fastlm": extension,
         }  # fmt: skip
 
     async def _models(self, _: HttpRequest) -> Response:
-        data = [self._described(name) for name in self.models.names]
+        data = [self._model_object(name) for name in self.models.names]
         return JSONResponse({"object": "list", "data": data})
 
     async def _model(self, http: HttpRequest) -> Response:
-        return JSONResponse(self._described(http.path_params["id"]))
+        return JSONResponse(self._model_object(http.path_params["id"]))
 
     async def _health(self, _: HttpRequest) -> Response:
         return JSONResponse({"status": "ok"})
@@ -237,21 +241,21 @@ class Server:
 
 
 def _page(name: str) -> Any:
-    file = FILES / name
-    data, kind = file.read_bytes(), TYPES[file.suffix]
+    file = PAGE_FOLDER / name
+    data, content_type = file.read_bytes(), CONTENT_TYPES[file.suffix]
 
     async def page(_: HttpRequest) -> Response:
-        return Response(data, media_type=kind, headers={"cache-control": "no-cache"})
+        return Response(data, media_type=content_type, headers={"cache-control": "no-cache"})
 
     return page
 
 
-async def _refused(_: HttpRequest, error: Exception) -> Response:
-    raise error  # to the middleware, which writes and counts it
+async def _reraise(_: HttpRequest, error: Exception) -> Response:
+    raise error  # the middleware writes and counts it
 
 
 async def _http_error(request: HttpRequest, error: Any) -> Response:
-    """Refuse a path or a method that the server does not have."""
+    """Raise the error of an unknown path or method."""
     if error.status_code == 404:
         got = f"{request.url.path!r:.200}"
         raise ApiError(

@@ -49,10 +49,12 @@ Body = GenerationRequest | ResponsesRequest
 async def complete(server: "Server", model: type[Body], http: HttpRequest) -> Response:
     """Submit a request to its model, or to the current one if the canary refuses it; return the
     sender of the response."""
-    body = await server.body(http, model)
+    body = await server.parse_body(http, model)
     request = body.chat if isinstance(body, ResponsesRequest) else body
     if isinstance(body, ResponsesRequest) and body.previous_response_id is not None:
-        request = await run_sync(with_previous, body.chat, server.feedback, limiter=server.writing)
+        request = await run_sync(
+            with_previous, body.chat, server.feedback, limiter=server.database_limiter
+        )
     if isinstance(request, ChatCompletionRequest) and request.store and server.feedback is None:
         raise field_error("store", "this server stores no conversations (fastlm serve --feedback)")
     lease = server.models.lease(request, http.state.client)
@@ -74,8 +76,8 @@ async def _submit(
     server: "Server", http: HttpRequest, request: GenerationRequest, served_model: "ServedModel"
 ) -> ChatCompletionResponse:
     state, log_fields = http.state, http.state.log_fields
-    state.ignored = server.ignored(request, served_model)
-    lengths, echoes, form, requests = await server.read(
+    state.ignored = server.ignored_fields(request, served_model)
+    lengths, echoes, form, requests = await server.run_in_thread(
         build_requests, served_model, request, server.limits, state.client,
         # with several keys, clients share no cached prompts
         state.client.encode() if len(server.keys) > 1 else b"",
@@ -271,7 +273,7 @@ class ResponseSender(Response):
                 response.id, response.model, request.messages, response.messages(), request.tools,
                 request.conversation_id,
             )  # fmt: skip
-            await run_sync(store.keep, stored, limiter=self.server.writing)
+            await run_sync(store.keep, stored, limiter=self.server.database_limiter)
         except Exception as error:
             self.log_fields["stored"] = False
             self.server.metrics.store_failures.inc()

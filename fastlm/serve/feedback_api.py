@@ -79,7 +79,7 @@ async def post_feedback(server: "Server", http: Request) -> Response:
             "feedback: this server has no database for it (fastlm serve --feedback)",
             status=404, code="no_feedback",
         )  # fmt: skip
-    request = await server.body(http, FeedbackRequest)
+    request = await server.parse_body(http, FeedbackRequest)
     feedback, kept = parse_feedback(request, server.models.name, server.ratings)
     if len(server.keys) > 1:  # nobody speaks as a rater of another key
         feedback = replace(feedback, rater=rater_of(http.state.client, feedback.rater))
@@ -100,7 +100,7 @@ async def post_feedback(server: "Server", http: Request) -> Response:
             return number, None
 
     try:
-        number, keeps = await run_sync(write, limiter=server.writing)
+        number, keeps = await run_sync(write, limiter=server.database_limiter)
     except ApiError:
         raise
     except InputError:

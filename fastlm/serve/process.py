@@ -63,7 +63,7 @@ def run(options: ServeOptions, keys: Sequence[str] = (), admin_keys: Sequence[st
                 max_new_tokens=options.max_new_tokens,
             ),
             keys=keys, origins=options.allow_origin, feedback=store, ranking=ranking,
-            manager=manager, admins=admin_keys, monitor=monitor,
+            manager=manager, admin_keys=admin_keys, monitor=monitor,
             hosts=frozenset((*LOCAL_NAMES, *map(str.lower, options.allow_host)))
             if options.host in LOCAL_NAMES else None,
         )  # fmt: skip

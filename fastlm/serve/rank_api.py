@@ -61,7 +61,7 @@ def routes(server: "Server", store: "RankingStore") -> list[Route]:
 
     def route(path: str, work: Callable[..., dict[str, Any]]) -> Route:
         async def answer(http: Request) -> Response:
-            request = await server.body(http, PATHS[path][1])
+            request = await server.parse_body(http, PATHS[path][1])
             try:
                 return JSONResponse(await run_sync(partial(work, store, request)))
             except InputError as error:

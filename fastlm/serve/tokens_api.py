@@ -1,5 +1,4 @@
-"""``POST /v1/embeddings``, and what clients count tokens by: ``/tokenize`` and ``/detokenize``, as
-vLLM has them."""
+"""Answer ``POST /v1/embeddings``, and vLLM's ``/tokenize`` and ``/detokenize``."""
 
 import asyncio
 import base64
@@ -22,22 +21,22 @@ if TYPE_CHECKING:
     from fastlm.serve.app import Server
     from fastlm.serve.models import ServedModel
 
-MOST_EMBEDDED = 300_000  # tokens of one request to /v1/embeddings: OpenAI's limit
+MAX_EMBEDDING_TOKENS = 300_000  # of one request: OpenAI's limit
 
 
 async def embed(server: "Server", http: Request) -> Response:
-    request = await server.body(http, EmbeddingRequest)
+    request = await server.parse_body(http, EmbeddingRequest)
     client = http.state.client
     lease = server.models.lease(request, client)
     try:
-        http.state.ignored = server.ignored(request, lease.served_model)
-        inputs = await server.read(_inputs, lease.served_model, request)
+        http.state.ignored = server.ignored_fields(request, lease.served_model)
+        inputs = await server.run_in_thread(_inputs, lease.served_model, request)
         http.state.log_fields["prompt_tokens"] = tokens = sum(map(len, inputs))
-        if tokens > MOST_EMBEDDED:
-            most = f"{MOST_EMBEDDED} tokens in one request, got {tokens}"
-            raise field_error("input", f"expected at most {most}")
+        if tokens > MAX_EMBEDDING_TOKENS:
+            bound = f"{MAX_EMBEDDING_TOKENS} tokens in one request, got {tokens}"
+            raise field_error("input", f"expected at most {bound}")
         with engine_errors():
-            server.quota.acquire(client, 1)  # its inputs wait one after the other
+            server.quota.acquire(client, 1)  # one, since its inputs wait one after the other
         work = _vectors(server, lease.served_model, request, inputs, client)
         try:
             vectors = await cancel_on_disconnect(http.receive, work)
@@ -57,8 +56,8 @@ async def embed(server: "Server", http: Request) -> Response:
 
 def _inputs(served_model: "ServedModel", request: EmbeddingRequest) -> list[list[int]]:
     if (request.dimensions or 0) > (size := served_model.model.config.hidden_size):
-        most = f"the model's {size}, got {request.dimensions}"
-        raise field_error("dimensions", f"expected at most {most}")
+        bound = f"the model's {size}, got {request.dimensions}"
+        raise field_error("dimensions", f"expected at most {bound}")
     return [served_model.prompt_encoder.encode_for_embedding(text) for text in request.inputs]
 
 
@@ -71,7 +70,7 @@ async def _vectors(
 ) -> list[Any]:
     vectors = []
     async with asyncio.timeout(server.limits.answer_seconds):
-        for ids in inputs:  # one by one: the engine's steps run between them
+        for ids in inputs:  # one by one, so that the engine's steps run between them
             work = partial(served_model.embedding, ids, request.dimensions)
             with engine_errors():
                 future = served_model.engine.call(work, client)
@@ -81,16 +80,16 @@ async def _vectors(
                 task = asyncio.current_task()
                 if task is None or task.cancelling():
                     raise
-                raise stopping() from None  # the engine ended what waited
+                raise stopping() from None  # the engine has closed
     if request.encoding_format == "base64":
         return [base64.b64encode(vector.tobytes()).decode() for vector in vectors]
     return [vector.tolist() for vector in vectors]
 
 
 async def tokenize(server: "Server", http: Request) -> Response:
-    request = await server.body(http, TokenizeRequest)
+    request = await server.parse_body(http, TokenizeRequest)
     served_model = server.models.find(request.model or server.models.name)
-    return JSONResponse(await server.read(_tokens, served_model, request))
+    return JSONResponse(await server.run_in_thread(_tokens, served_model, request))
 
 
 def _tokens(served_model: "ServedModel", request: TokenizeRequest) -> dict[str, Any]:
@@ -113,8 +112,8 @@ def _tokens(served_model: "ServedModel", request: TokenizeRequest) -> dict[str, 
 
 
 async def detokenize(server: "Server", http: Request) -> Response:
-    request = await server.body(http, DetokenizeRequest)
+    request = await server.parse_body(http, DetokenizeRequest)
     tokenizer = server.models.find(request.model or server.models.name).tokenizer
     if (largest := max(request.tokens, default=0)) >= tokenizer.vocab_size:
         raise field_error("tokens", f"expected ids below {tokenizer.vocab_size}, got {largest}")
-    return JSONResponse({"prompt": await server.read(tokenizer.decode, request.tokens)})
+    return JSONResponse({"prompt": await server.run_in_thread(tokenizer.decode, request.tokens)})

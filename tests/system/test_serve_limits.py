@@ -22,7 +22,7 @@ from fastlm.errors import InputError
 from fastlm.inference.requests import EngineClosed, QueueFull
 from fastlm.model.causal_lm import CausalLM
 from fastlm.serve.api_error import ApiError
-from fastlm.serve.app import READERS
+from fastlm.serve.app import ENCODER_THREADS
 from fastlm.serve.commands import read_keys
 from fastlm.serve.middleware import RequestLimits
 from fastlm.serve.prompt_encoder import PromptEncoder
@@ -147,7 +147,7 @@ def test_a_large_body_is_read_beside_the_event_loop(tiny, monkeypatch):
             field = "prompt" if path == "completions" else "input"
             asked = {"model": "tiny", field: [1] * count if path == "completions" else "x" * count}
             ask(url, asked, f"/v1/{path}")
-    assert [name.startswith("fastlm-reader") for name in threads] == [False, True, True]
+    assert [name.startswith("fastlm-encoder") for name in threads] == [False, True, True]
 
 
 def test_keys_come_from_a_file_or_the_environment(tmp_path, monkeypatch):
@@ -640,4 +640,4 @@ def test_few_threads_encode_prompts(tiny):
         with ThreadPoolExecutor(24) as clients:
             answers = list(clients.map(lambda _: ask(url, body()).status_code, range(48)))
     assert set(answers) == {200}
-    assert len(threads) <= READERS
+    assert len(threads) <= ENCODER_THREADS
