@@ -87,7 +87,7 @@ def test_the_example_of_contributing_runs_in_a_recipe(lengths, corpus, tmp_path)
     assert summary["stages"]["lengths"]["median"] == median
     assert summary["stages"]["long"]["median"] > median
     html = (tmp_path / "run/report.html").read_text()
-    assert "How long the documents are" in html and "<h3>long</h3>" in html
+    assert "Length of the documents" in html and "<h3>long</h3>" in html
     assert f"{median} words" in html
     assert run("long.skip=200") == summary and set(states.values()) == {"skipped"}
     run("long.skip=201")
