@@ -24,7 +24,7 @@ from fastlm.pipeline.text import figure, seconds_text
 CARD = "README.md"
 MARKUP = re.compile(r"([\\`*_{}\[\]<>()#+!|~$&-])")
 ERRORS = ("error", "stderr", "low", "high", "interval", "ci")  # in names of figures: intervals
-ROWS = ("read", "conversations", "pairs", "comparisons", "prompts", "heldout")
+ROWS = ("rows_read", "conversations", "pairs", "comparisons", "prompts", "heldout")
 Figures = Mapping[str, float]
 
 
@@ -164,7 +164,7 @@ def _funnel(record: RunRecord) -> list[tuple[str, str, str, str]] | None:
 
 def _rows(record: RunRecord) -> str:
     result = record.entry.result or {}
-    numbers = [(result.get(name), name) for name in ROWS]
+    numbers = [(result.get(name), name.replace("_", " ")) for name in ROWS]
     counts = result.get("counts")
     if isinstance(counts, Mapping):
         numbers += [(n, reason) for reason, n in counts.items()]

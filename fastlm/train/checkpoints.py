@@ -1,16 +1,16 @@
-"""Checkpoints of a run in progress: everything needed to continue to the same losses, bit for bit.
+"""Checkpoints of a training: all that it needs to continue to the same losses, bit for bit.
 
 ``checkpoints/step-00000200/`` holds the trained parameters, the optimizer, the random state and, as
 JSON, step, seconds, position in the data, length of metrics.jsonl and the identity of the run
 (options, model, data). A checkpoint is written under a temporary name and renamed; an old one is
-renamed before it is deleted. A folder named step-* is therefore whole at any moment. No pickles:
-tensors are in safetensors with a checksum, the rest is JSON. `fastlm.train.sharded_checkpoints`
-writes those of sharded models.
+renamed before it is deleted. A folder named step-* is therefore complete at any moment. There are
+no pickles: tensors are in safetensors with a checksum, the rest is JSON.
+`fastlm.train.sharded_checkpoints` writes those of sharded models.
 
 ``checkpoints/best-00000200/`` holds the weights of the lowest ``val_loss`` or the highest
-``val_score``. A checkpoint records which were the best at its step. They are removed only after a
-later checkpoint is whole, so a training that was killed finds those of the checkpoint it continues
-from.
+``val_score``. A checkpoint records which weights were the best at its step. They are removed only
+after a later checkpoint is complete, so a killed training finds the best weights that its last
+checkpoint names.
 """
 
 import math
@@ -36,9 +36,9 @@ from fastlm.train.distributed import SingleDevice, SingleProcess
 FOLDER = "checkpoints"
 STEP_NAME, BEST_NAME = re.compile(r"step-(\d{8,})"), re.compile(r"best-(\d{8,})")
 
-# keys of an identity whose values are hashes -> what differs where they do
+# keys of an identity whose values are hashes -> the message where they differ
 CONTENT = {
-    "parameters": "what is trained (the model, or options of adapters) is",
+    "parameters": "the trained parameters (the model, or options of adapters) are",
     "base": "the model is",
     "teacher": "the teacher is",
     "data": "the rows of the data are",
@@ -49,15 +49,15 @@ CONTENT = {
 
 @dataclass
 class TrainState:
-    """How far a training has come."""
+    """The progress of a training and what it has measured."""
 
     step: Count
     tokens: Count
     seconds: Annotated[Finite, Ge(0)]  # of all sessions
-    done: Finite  # as `fastlm.train.loop` counts it
+    progress: Finite  # 0 to 1, below 0 before the first validation
     training_seconds: Annotated[Finite, Ge(0)]
     loss: Finite | None
-    last_metrics: dict[str, Any]
+    last_metrics: dict[str, Any]  # of the last validation
     metrics_bytes: Count
     objective: dict[str, Any]
     losses: list[Finite]  # of the last steps, for `fastlm.train.loss_spikes.SpikeDetector`
@@ -67,7 +67,7 @@ class TrainState:
 
 @dataclass
 class PackedOptimizer:
-    """The part of an optimizer's state that is not tensors: ``<parameter>.<slot>`` -> value."""
+    """The values of an optimizer's state that are not tensors: ``<parameter>.<slot>`` -> value."""
 
     state: dict[str, Any]
     groups: int
@@ -75,9 +75,9 @@ class PackedOptimizer:
 
 @dataclass
 class CheckpointMetadata:
-    """The part of a checkpoint that is not tensors."""
+    """The part of a checkpoint that is not tensors, stored as JSON."""
 
-    progress: TrainState
+    state: TrainState
     identity: dict[str, Any]
     optimizer: PackedOptimizer
 
@@ -89,48 +89,48 @@ def checkpoint_path(run_dir: Path, step: int) -> Path:
 def list_checkpoints(run_dir: Path) -> list[Path]:
     """Return the checkpoints, oldest first."""
     folder = run_dir / FOLDER
-    found = folder.iterdir() if folder.is_dir() else ()
+    paths = folder.iterdir() if folder.is_dir() else ()
     return sorted(
-        (p for p in found if STEP_NAME.fullmatch(p.name)),
+        (p for p in paths if STEP_NAME.fullmatch(p.name)),
         key=lambda p: int(p.name.removeprefix("step-")),
     )
 
 
 def checkpoint_before(run_dir: Path, step: int) -> Path | None:
-    """Return the newest checkpoint of this step or before it."""
+    """Return the newest checkpoint of this step or an earlier one."""
     last = checkpoint_path(run_dir, step).name
-    found = [path for path in list_checkpoints(run_dir) if path.name <= last]
-    return found[-1] if found else None
+    paths = [path for path in list_checkpoints(run_dir) if path.name <= last]
+    return paths[-1] if paths else None
 
 
 def prune_checkpoints(run_dir: Path, keep: int, trusted: int | None = None) -> None:
-    """Keep only the newest ``keep`` checkpoints, and the newest one of the step ``trusted`` or
-    before it; remove the remains of interrupted writes and deletions.
+    """Delete all but the newest ``keep`` checkpoints and the newest one up to the step ``trusted``.
+    Also remove the remains of interrupted writes and deletions.
     """
     folder = run_dir / FOLDER
-    spared = None if trusted is None else checkpoint_before(run_dir, trusted)
+    trusted_path = None if trusted is None else checkpoint_before(run_dir, trusted)
     for path in list_checkpoints(run_dir)[:-keep]:
-        if path == spared:
+        if path == trusted_path:
             continue
         path.rename(temporary_name(path))
-    for stray in folder.glob(".step-*"):
-        shutil.rmtree(stray, ignore_errors=True)
+    for remains in folder.glob(".step-*"):
+        shutil.rmtree(remains, ignore_errors=True)
 
 
 def pack_optimizer(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], PackedOptimizer]:
-    """Return ``optimizer.state_dict()`` as flat named tensors and the rest."""
+    """Split ``optimizer.state_dict()`` into flat named tensors and the other values."""
     state = optimizer.state_dict()
     flat = {f"{i}.{name}": v for i, slots in state["state"].items() for name, v in slots.items()}
     tensors = {key: value for key, value in flat.items() if isinstance(value, Tensor)}
-    rest = {key: value for key, value in flat.items() if key not in tensors}
-    return tensors, PackedOptimizer(rest, len(state["param_groups"]))
+    scalars = {key: value for key, value in flat.items() if key not in tensors}
+    return tensors, PackedOptimizer(scalars, len(state["param_groups"]))
 
 
 def unpack_optimizer(
     optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor], packed: PackedOptimizer
 ) -> None:
-    """Undo `pack_optimizer`. param_groups stay those of ``optimizer``: their options were compared
-    as part of the run identity.
+    """Load what `pack_optimizer` returned. The param_groups of ``optimizer`` stay: their options
+    were compared as part of the run's identity.
     """
     groups = optimizer.state_dict()["param_groups"]
     if packed.groups != len(groups):
@@ -141,13 +141,13 @@ def unpack_optimizer(
         if index not in slots:
             raise InputError(f"optimizer: expected states of {len(slots)} parameters, got {key!r}")
         slots[index][name] = value
-    state = {int(index): named for index, named in slots.items() if named}
+    state = {int(index): values for index, values in slots.items() if values}
     optimizer.load_state_dict({"state": state, "param_groups": groups})
 
 
 def trained_state(model: nn.Module) -> dict[str, Tensor]:
-    """The model's ``state_dict()`` without what training leaves as it is: frozen parameters and
-    quantized weights, which the identity of the run stands for.
+    """Return the model's ``state_dict()`` without what training does not change: frozen parameters
+    and quantized weights. The run's identity has a hash of those.
     """
     frozen = {
         name for name, p in model.named_parameters(remove_duplicate=False) if not p.requires_grad
@@ -161,30 +161,30 @@ def trained_state(model: nn.Module) -> dict[str, Tensor]:
 def checkpoint_state(
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
-    progress: TrainState,
+    state: TrainState,
     identity: dict[str, Any],
     *,
     copy: bool = False,
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Return what a checkpoint holds: tensors, and the rest as JSON values. ``identity`` is
-    JSON-serialisable; so is ``progress.objective``, except for values that are tensors. ``copy``:
-    the tensors are copies in memory, which the training does not change.
+    """Return the tensors of a checkpoint and its metadata, as JSON values. ``identity`` is
+    JSON-serialisable; so is ``state.objective``, except for values that are tensors. ``copy``: copy
+    the tensors, so that the training does not change them.
     """
     optimizer_tensors, packed = pack_optimizer(optimizer)
-    kept = {k: v for k, v in progress.objective.items() if isinstance(v, Tensor)}
-    rest = {k: v for k, v in progress.objective.items() if k not in kept}
+    objective_tensors = {k: v for k, v in state.objective.items() if isinstance(v, Tensor)}
+    rest = {k: v for k, v in state.objective.items() if k not in objective_tensors}
     tensors = {
         **{f"model.{k}": v for k, v in trained_state(model).items()},
         **{f"optimizer.{k}": v for k, v in optimizer_tensors.items()},
-        **{f"objective.{k}": v for k, v in kept.items()},
+        **{f"objective.{k}": v for k, v in objective_tensors.items()},
         "rng.cpu": torch.get_rng_state(),
     }
     if torch.cuda.is_available():
         tensors["rng.cuda"] = torch.cuda.get_rng_state()
     if copy:
         tensors = {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}
-    # asdict copies lists and dicts as well
-    return tensors, asdict(CheckpointMetadata(replace(progress, objective=rest), identity, packed))
+    # asdict copies lists and dicts too
+    return tensors, asdict(CheckpointMetadata(replace(state, objective=rest), identity, packed))
 
 
 def _read(
@@ -197,15 +197,16 @@ def _read(
         load_sharded,  # imports torch.distributed.checkpoint
     )
 
-    own = {f"model.{name}": tensor for name, tensor in trained_state(model).items()}
-    return load_sharded(path, own, params, world)
+    targets = {f"model.{name}": tensor for name, tensor in trained_state(model).items()}
+    return load_sharded(path, targets, params, world)
 
 
 def identity_difference(
     saved: Mapping[str, Any], now: Mapping[str, Any], may_differ: Collection[str] = ()
 ) -> str:
-    """Say in which options two identities of runs differ; where in none, what they read that is
-    not the same. "" if they are equal."""
+    """Describe how the identities of two runs differ: by options, or else by the inputs that are
+    not the same. Return "" if they are equal.
+    """
     keys = [k for k in dict.fromkeys([*now, *saved]) if saved.get(k) != now.get(k)]
     keys = [k for k in keys if k not in may_differ]
     if options := [k for k in keys if k not in CONTENT]:
@@ -222,64 +223,67 @@ def load_checkpoint(
     *,
     may_differ: Sequence[str] = (),
 ) -> TrainState:
-    """Load everything in place, in all processes. InputError: corrupt, or of another run (the
-    message names the first difference of ``identity``, apart from the keys in
-    ``may_differ``).
+    """Load model, optimizer and random state in place, in all processes. InputError: the checkpoint
+    is corrupt, or of another run (the message names the first difference of ``identity``, apart
+    from the keys in ``may_differ``).
     """
     tensors, metadata = _read(path, model, optimizer, world)
     try:
-        rest = validate(metadata, CheckpointMetadata, "", extra="forbid")
+        checkpoint = validate(metadata, CheckpointMetadata, "", extra="forbid")
     except InputError as error:
         raise InputError(f"{path}: expected a training checkpoint: {error}") from None
-    if differs := identity_difference(rest.identity, identity, may_differ):
+    if differs := identity_difference(checkpoint.identity, identity, may_differ):
         raise InputError(
             f"{path}: is of another run: {differs}; choose another folder, or delete it to start"
             " again"
         )
-    part = {
+    parts = {
         prefix: {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
         for prefix in ("model.", "optimizer.", "objective.", "rng.")
     }
     try:
-        for prefix, own in (
+        for prefix, expected in (
             ("model.", trained_state(model)),
             ("rng.", {"cpu": torch.get_rng_state()}),
         ):
-            _check_tensors(prefix, part[prefix], own)
-        model.load_state_dict(part["model."], strict=False)  # whole: _check_tensors
-        unpack_optimizer(optimizer, part["optimizer."], rest.optimizer)
-        torch.set_rng_state(part["rng."]["cpu"])
-        if "cuda" in part["rng."] and torch.cuda.is_available():
-            torch.cuda.set_rng_state(part["rng."]["cuda"])
+            _check_tensors(prefix, parts[prefix], expected)
+        model.load_state_dict(parts["model."], strict=False)  # complete: _check_tensors
+        unpack_optimizer(optimizer, parts["optimizer."], checkpoint.optimizer)
+        torch.set_rng_state(parts["rng."]["cpu"])
+        if "cuda" in parts["rng."] and torch.cuda.is_available():
+            torch.cuda.set_rng_state(parts["rng."]["cuda"])
     except (InputError, RuntimeError) as error:  # RuntimeError: not a generator's state
         raise InputError(f"{path}: {reason(error)}") from None
-    rest.progress.objective |= part["objective."]
-    return rest.progress
+    checkpoint.state.objective |= parts["objective."]
+    return checkpoint.state
 
 
-def _check_tensors(prefix: str, came: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> None:
-    for name, tensor in own.items():
-        wanted = (tensor.dtype, tuple(tensor.shape))
-        got = (came[name].dtype, tuple(came[name].shape)) if name in came else "none"
-        if got != wanted:
-            raise InputError(f"{prefix}{name}: expected {wanted[0]} {wanted[1]}, got {got}")
-    if other := came.keys() - own.keys() - {"cuda"}:
-        raise InputError(f"{prefix}{min(other)}: is not of the model")
+def _check_tensors(
+    prefix: str, tensors: Mapping[str, Tensor], targets: Mapping[str, Tensor]
+) -> None:
+    for name, target in targets.items():
+        expected = (target.dtype, tuple(target.shape))
+        got = (tensors[name].dtype, tuple(tensors[name].shape)) if name in tensors else "none"
+        if got != expected:
+            raise InputError(f"{prefix}{name}: expected {expected[0]} {expected[1]}, got {got}")
+    if other := tensors.keys() - targets.keys() - {"cuda"}:
+        raise InputError(f"{prefix}{min(other)}: expected only tensors of the model, got this one")
 
 
 class CheckpointWriter:
-    """Context: runs jobs one at a time, in the caller's thread, or with ``beside`` in a thread of
-    its own, and then the caller does not wait. The caller must not change what a job reads.
+    """Runs jobs one at a time, within its context: in the caller's thread, or with ``asynchronous``
+    in a background thread, and then the caller does not wait. The caller must not change what a job
+    reads.
 
-    An error of a job is raised by the next `submit` or `wait`. A process that ends waits for it.
+    The next `submit` or `wait` raises the error of a job. A process that ends waits for the job.
     """
 
-    def __init__(self, beside: bool):
-        self.pool = ThreadPoolExecutor(1, "fastlm-writer") if beside else None
+    def __init__(self, asynchronous: bool):
+        self.pool = ThreadPoolExecutor(1, "fastlm-writer") if asynchronous else None
         self.job: Future[object] | None = None
 
     def submit(self, job: Callable[[], object]) -> None:
-        """Run the job after the one before it is done."""
+        """Run the job after the previous one is done."""
         self.wait()
         if self.pool is None:
             job()
@@ -287,12 +291,12 @@ class CheckpointWriter:
             self.job = self.pool.submit(job)
 
     def check(self) -> None:
-        """Raise the error of a job that is over; do not wait."""
+        """Raise the error of a finished job; do not wait."""
         if self.job is not None and self.job.done():
             self.wait()
 
     def wait(self) -> None:
-        """Wait until nothing is being written."""
+        """Wait until no job runs."""
         job, self.job = self.job, None
         if job is not None:
             job.result()
@@ -300,16 +304,18 @@ class CheckpointWriter:
     def __enter__(self) -> "CheckpointWriter":
         return self
 
-    def __exit__(self, kind: object, *_: object) -> None:
-        """Wait. An error that already ends the training is not hidden by one of a job."""
+    def __exit__(self, error_type: object, *_: object) -> None:
+        """Wait. The error of a job does not hide an error that already ends the training."""
         if self.pool is not None:
             self.pool.shutdown()
-        if kind is None:
+        if error_type is None:
             self.wait()
 
 
 class BestCheckpoint:
-    """``step`` and ``loss`` of the best weights in ``folder``; None: there are none yet."""
+    """The best weights of the training, in ``folder``. ``step`` and ``loss`` are None as long as
+    there are none.
+    """
 
     def __init__(
         self,
@@ -328,13 +334,13 @@ class BestCheckpoint:
     def path(self, step: int) -> Path:
         return self.folder / f"best-{step:08d}"
 
-    def offer(self, step: int, metrics: Mapping[str, float], model: nn.Module) -> None:
-        """Keep the model's weights if its validation is the best so far."""
+    def update(self, step: int, metrics: Mapping[str, float], model: nn.Module) -> None:
+        """Save the model's weights if its validation is the best so far."""
         if not self.enabled:
             return
         if "val_loss" in metrics:
             loss = metrics["val_loss"]
-        elif "val_score" in metrics:  # of answers: higher is better
+        elif "val_score" in metrics:  # of rollouts: higher is better
             loss = -metrics["val_score"]
         else:
             raise InputError(
@@ -344,17 +350,17 @@ class BestCheckpoint:
         if not loss < (math.inf if self.loss is None else self.loss):
             return
         make_folder(self.folder)
-        path, told = self.path(step), dict(metrics)
-        tensors = self.parallel.full(trained_state(model))
+        path, metadata = self.path(step), dict(metrics)
+        tensors = self.parallel.full_tensors(trained_state(model))
         if self.writer.pool:
             tensors = {name: tensor.to("cpu", copy=True) for name, tensor in tensors.items()}
         self.world.on_main_process(
-            lambda: self.writer.submit(lambda: save_tensors(path, tensors, told))
+            lambda: self.writer.submit(lambda: save_tensors(path, tensors, metadata))
         )
         self.step, self.loss = step, loss
 
     def resume(self, step: int | None, loss: float | None) -> None:
-        """Go on from what a checkpoint recorded."""
+        """Continue from what a checkpoint recorded."""
         if not self.enabled:
             return
         if step is not None and not self.path(step).is_dir():
@@ -366,14 +372,14 @@ class BestCheckpoint:
         self.prune(step)
 
     def prune(self, step: int | None) -> None:
-        """Remove all but the weights of ``step``, and the remains of interrupted writes."""
+        """Delete all but the weights of ``step``, and the remains of interrupted writes."""
         if not self.enabled or not self.world.is_main_process or not self.folder.is_dir():
             return
         for path in self.folder.iterdir():
             if BEST_NAME.fullmatch(path.name) and (step is None or path != self.path(step)):
                 path.rename(temporary_name(path))
-        for stray in self.folder.glob(".best-*"):
-            shutil.rmtree(stray, ignore_errors=True)
+        for remains in self.folder.glob(".best-*"):
+            shutil.rmtree(remains, ignore_errors=True)
 
     def load(self) -> None:
         """Load the best weights in place."""
@@ -383,4 +389,4 @@ class BestCheckpoint:
             )
         tensors, metrics = load_tensors(self.path(self.step))
         self.metrics = dict(metrics)
-        self.parallel.load(tensors)  # what is frozen is not in them
+        self.parallel.load(tensors)  # frozen weights are not among them

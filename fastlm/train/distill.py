@@ -117,7 +117,7 @@ class TeacherModelObjective(DistillObjective):
         """Return ``count`` micro-batches, or what the epoch has left."""
         import numpy as np
 
-        taken = self.take(count)
+        taken = self.next_rows(count)
         examples = [[self.examples[i] for i in rows] for rows in taken]
         batches: dict[int, PackedBatch] = {}
         drawn = []  # which micro-batches are sampled, and by what
@@ -130,7 +130,7 @@ class TeacherModelObjective(DistillObjective):
         self.own, self.all = len(drawn), len(taken)
         mine, _ = self.world.split_batches(drawn)
         if drawn:  # each process samples its share
-            for part in self.world.each(
+            for part in self.world.gather_results(
                 lambda: {place: self._sampled(examples[place], rng) for place, rng in mine}
             ):
                 for place, (ids, labels, ends) in part.items():
@@ -144,7 +144,7 @@ class TeacherModelObjective(DistillObjective):
 
         from fastlm.train.rollouts import pack_rollouts, sample_completions
 
-        prompts = [e.ids[: int(e.mask.argmax())].tolist() for e in examples]
+        prompts = [e.ids[: int(e.loss_mask.argmax())].tolist() for e in examples]
         model: Any = self.trained
         model.eval()
         room = model.context_limit - max(map(len, prompts))
@@ -176,8 +176,8 @@ class TeacherModelObjective(DistillObjective):
             teacher_softcap=self.teacher.config.final_logit_softcapping,
         )  # fmt: skip
 
-    def scalars(self, measured: Sequence[Any]) -> dict[str, float]:
-        return {**super().scalars(measured), "on_policy_fraction": self.own / max(self.all, 1)}
+    def scalars(self, measurements: Sequence[Any]) -> dict[str, float]:
+        return {**super().scalars(measurements), "on_policy_fraction": self.own / max(self.all, 1)}
 
 
 class TeacherLogitsObjective(DistillObjective):
@@ -296,7 +296,7 @@ class Distill(DistillOptions, Sft):
             return super().read_data(tokenizer, context, ctx)
         rows = self.answered(ctx)
         answers = replace(self, data=(str(ctx.out / COMPLETIONS),), data_weights=())
-        texts = ConversationDataset(answers, tokenizer, self.longest(context), context, ctx)
+        texts = ConversationDataset(answers, tokenizer, self.example_length(context), context, ctx)
         rows.counts.update(texts.rows.counts)
         texts.rows = rows
         return texts

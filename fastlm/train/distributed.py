@@ -1,10 +1,10 @@
-"""How a training stands among the processes that torchrun started: which one writes, what
-they tell each other, and how they hold the model. This is the training of one process; it exchanges
-nothing and imports no torch. `fastlm.train.parallel` is that of several.
+"""The interface between a training and the processes that torchrun started: collectives, and the
+placement of the model. The classes here are for one process; they communicate nothing and import no
+torch. `fastlm.train.parallel` has those for several processes.
 
-Every process runs the same loop on its share of a step's micro-batches; an objective may divide
-more (`fastlm.train.online`: the answers of a round). Rank 0 writes and reports. What the loop
-decides (the loss, the end, Ctrl-C) is agreed on first, so all decide alike.
+Every process runs the same loop on its shard of a step's micro-batches. An objective may divide
+more (`fastlm.train.online`: the answers of a round). Rank 0 writes and reports. Whatever the loop
+decides on (the loss, the end, Ctrl-C) is exchanged first, so all processes decide alike.
 """
 
 import hashlib
@@ -25,12 +25,12 @@ group_name = ""  # of this process's last group, set by `fastlm.train.parallel.p
 
 
 class LostRankError(RuntimeError):
-    """Another process of the training has ended, or does not answer."""
+    """Raised when another process of the training has ended or does not answer."""
 
 
 def is_first_report(text: str) -> bool:
-    """Whether no other process of the job has asked this for the same text: what all of them would
-    say is said once.
+    """Return True in the first process of the job that calls this for ``text``, False in the
+    others: a message that all processes would print is printed once.
     """
     rank, size = rank_and_world_size()
     if size == 1:
@@ -39,11 +39,11 @@ def is_first_report(text: str) -> bool:
 
     key = hashlib.sha256(text.encode()).hexdigest()[:16]
     host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    try:  # the store of torchrun's agent
+    try:  # the store that torchrun's agent holds
         store = TCPStore(host, port, is_master=False, timeout=timedelta(seconds=5))
-        # not once per job: the same may be said again after a restart
+        # not once per job: a message may be repeated after a restart
         attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-        return store.add(f"fastlm/said/{group_name or attempt}/{key}", 1) == 1
+        return store.add(f"fastlm/reported/{group_name or attempt}/{key}", 1) == 1
     except RuntimeError:
         return rank == 0
 
@@ -65,27 +65,27 @@ class SingleProcess:
         """Return rank 0's value."""
         return value
 
-    def on_main_process(self, do: Callable[[], T]) -> T | None:
-        """Return ``do()`` in rank 0, None in the others. Its InputError is raised in all."""
-        return do()
+    def on_main_process(self, call: Callable[[], T]) -> T | None:
+        """Return ``call()`` in rank 0, None in the others. Its InputError is raised in all."""
+        return call()
 
-    def each(self, do: Callable[[], T]) -> list[T]:
-        """Return ``do()`` of all processes, by rank. An InputError of one is raised in all: of
+    def gather_results(self, call: Callable[[], T]) -> list[T]:
+        """Return ``call()`` of all processes, by rank. An InputError of one is raised in all; of
         several, that of the lowest rank.
         """
-        return [do()]
+        return [call()]
 
     def any(self, flag: bool) -> bool:
-        """Whether it is true in one of the processes. All have arrived here when it returns."""
+        """Return whether the flag is true in any process. This is a barrier."""
         return flag
 
-    def share(self, count: int) -> range:
-        """Return this process's share of ``count`` rows: consecutive ones, which may be none."""
+    def shard(self, count: int) -> range:
+        """Return this process's shard of ``count`` rows: consecutive ones, perhaps none."""
         return range(self.rank * count // self.size, (self.rank + 1) * count // self.size)
 
     def split_batches(self, batches: Sequence[T]) -> tuple[Sequence[T], T | None]:
-        """Return this process's share of a step's micro-batches. The second value is not None where
-        others have one more: a micro-batch to run beside them, without effect.
+        """Return this process's shard of a step's micro-batches. Where other processes have one
+        more, the second value is a filler micro-batch, to run without effect; otherwise None.
         """
         return batches, None
 
@@ -94,7 +94,7 @@ class SingleProcess:
 
 
 class SingleDevice:
-    """A model in one process."""
+    """Holds the whole model in one process."""
 
     sharded = False
 
@@ -102,44 +102,46 @@ class SingleDevice:
         self.model = model
 
     def to(self, dtype: "torch.dtype") -> None:
-        """Cast the model. Call it after the optimizer was made."""
+        """Cast the model. Call it after the optimizer is constructed."""
         self.model.to(dtype)
 
     def run(self, call: Callable[[], T]) -> T:
-        """Run a call that uses the model without a backward."""
+        """Run a call that uses the model, without a backward pass."""
         return call()
 
     def backward(
         self, call: "Callable[[], Tensor]", *, last: bool, factor: float = 1.0
     ) -> "Tensor":
-        """Add the gradient of a loss. Return the loss. ``last``: of the step."""
+        """Accumulate the gradient of the loss ``call()`` and return the loss. ``last``: this is the
+        last micro-batch of the step. ``factor`` scales the gradient.
+        """
         loss = call()
         loss.backward()
         return loss.detach()
 
     @contextmanager
     def full_parameters(self) -> Iterator[None]:
-        """Context: all parameters are plain tensors, for anything but training."""
+        """Within this context all parameters are plain tensors, for anything but training."""
         yield
 
     def unshard(self) -> None:
-        """Leave a model of plain parameters, at the end of the training."""
+        """Turn all parameters into plain tensors, at the end of the training."""
 
-    def full(self, tensors: "dict[str, Tensor]") -> "dict[str, Tensor]":
-        """Return the tensors as plain ones."""
+    def full_tensors(self, tensors: "dict[str, Tensor]") -> "dict[str, Tensor]":
+        """Return the tensors unsharded."""
         return tensors
 
     def load(self, tensors: "dict[str, Tensor]") -> None:
-        """Undo `full` of some of the model's ``state_dict()``, in place."""
+        """Load unsharded tensors of the model's ``state_dict()``, perhaps not all, in place."""
         self.model.load_state_dict(tensors, strict=False)
 
 
 def weighted_means(parts: Sequence[tuple[float, Mapping[str, float]]]) -> dict[str, float]:
     """Return the mean of each value over the processes, weighted by their items."""
     names = dict.fromkeys(name for _, values in parts for name in values)
-    found = {}
+    means = {}
     for name in names:
-        known = [(items, values[name]) for items, values in parts if name in values]
-        items = sum(items for items, _ in known)
-        found[name] = sum(n * value for n, value in known) / items if items else known[0][1]
-    return found
+        pairs = [(items, values[name]) for items, values in parts if name in values]
+        items = sum(items for items, _ in pairs)
+        means[name] = sum(n * value for n, value in pairs) / items if items else pairs[0][1]
+    return means

@@ -69,7 +69,7 @@ kto, labels (prompt, completion, label)."""
     def read_data(
         self, tokenizer: "Tokenizer", context: int, ctx: StageContext
     ) -> PreferenceDataset:
-        longest = self.longest(context)
+        longest = self.example_length(context)
         kind = "labels" if self.loss_type == "kto" else "pairs"
         return PreferenceDataset(self, tokenizer, longest, context, ctx, kind=kind)
 
@@ -90,7 +90,7 @@ kto, labels (prompt, completion, label)."""
             objective.measure_reference(getattr(torch, self.dtype), track=ctx.track)
         return objective
 
-    def outcome(self, result: Mapping[str, Any], ctx: StageContext) -> tuple[str, list[str]]:
+    def summary_parts(self, result: Mapping[str, Any], ctx: StageContext) -> tuple[str, list[str]]:
         return f"{result['pairs']:,} {self.unit()}", self.figures(result)
 
     def section(

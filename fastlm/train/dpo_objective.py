@@ -13,7 +13,7 @@ from fastlm.train.objective import (
     IGNORE,
     EpochObjective,
     Example,
-    digest,
+    examples_digest,
     in_dtype,
     pack,
     pack_groups,
@@ -84,7 +84,7 @@ class DpoObjective(EpochObjective):
         return {
             **super().identity(),
             **asdict(self.terms),
-            "heldout": digest(self.heldout),  # their reference is in the checkpoint
+            "heldout": examples_digest(self.heldout),  # their reference is in the checkpoint
         }
 
     # the reference
@@ -136,7 +136,7 @@ class DpoObjective(EpochObjective):
     def next_batches(self, count: int) -> list[PreferenceBatch]:
         """Return ``count`` micro-batches, or what the epoch has left."""
         assert self.reference is not None  # by measure_reference or load_state_dict
-        return self._batches(self.take(count), self.examples, self.reference)
+        return self._batches(self.next_rows(count), self.examples, self.reference)
 
     def _batches(
         self, taken: Sequence[list[int]], source: Sequence[PreferenceExample], reference: Tensor
@@ -147,7 +147,9 @@ class DpoObjective(EpochObjective):
         for rows in taken:
             judged = [source[i] for i in rows]
             answers = [one.answers[:1] if kto else one.answers for one in judged]
-            lengths = torch.tensor([e.learnt for row in answers for e in row], device=device)
+            lengths = torch.tensor(
+                [e.num_loss_tokens for row in answers for e in row], device=device
+            )
             desirable = torch.tensor([one.desirable for one in judged], device=device)
             known = reference[rows].to(device)
             ids, labels, cu_seqlens, keys = self._pack(answers)
@@ -179,7 +181,7 @@ class DpoObjective(EpochObjective):
 
     def loss(self, batch: PreferenceBatch, num_items: int) -> Tensor:
         losses, measured = self.compare(batch)
-        self.measured.append({name: values.detach() for name, values in measured.items()})
+        self.step_measurements.append({name: values.detach() for name, values in measured.items()})
         return losses.sum() / num_items
 
     def compare(self, batch: PreferenceBatch) -> tuple[Tensor, dict[str, Tensor]]:
@@ -220,10 +222,10 @@ class DpoObjective(EpochObjective):
         }
 
     def measurements(self) -> dict[str, Tensor]:
-        return {name: values.cpu() for name, values in _joined(self.measured).items()}
+        return {name: values.cpu() for name, values in _joined(self.step_measurements).items()}
 
-    def scalars(self, measured: Sequence[dict[str, Tensor]]) -> dict[str, float]:
-        return {**super().scalars(measured), **_means(_joined([m for m in measured if m]))}
+    def scalars(self, measurements: Sequence[dict[str, Tensor]]) -> dict[str, float]:
+        return {**super().scalars(measurements), **_means(_joined([m for m in measurements if m]))}
 
     def state_dict(self) -> dict[str, Any]:
         names = ("reference", "reference_heldout")
@@ -246,7 +248,7 @@ class DpoObjective(EpochObjective):
         taken, tokens = [], 0
         for rows in self._parts(list(range(len(self.heldout)))):
             taken.append(rows)
-            tokens += sum(e.learnt for i in rows for e in self.heldout[i].answers)
+            tokens += sum(e.num_loss_tokens for i in rows for e in self.heldout[i].answers)
             if tokens >= self.options.val_tokens:
                 break
         batches = self._batches(taken, self.heldout, self.reference_heldout)
@@ -256,7 +258,7 @@ class DpoObjective(EpochObjective):
         if self.terms.loss_type == "kto":
             error = pairwise_accuracy(joined["reward_chosen"], joined["reward_rejected"])[1]
         else:
-            places = [self.heldout[i].place for rows in taken for i in rows]
+            places = [self.heldout[i].location for rows in taken for i in rows]
             error = accuracy_error(joined["accuracy"], places)
         kept = ("accuracy", "margin", "reward_chosen", "reward_rejected")
         return {

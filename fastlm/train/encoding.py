@@ -1,5 +1,5 @@
-"""Rows of text as tokens to learn from: what all trainings on conversations, preferences and
-prompts share.
+"""Encode rows of text as examples: what all trainings on conversations, preferences and prompts
+share.
 """
 
 import hashlib
@@ -20,17 +20,18 @@ if TYPE_CHECKING:
 
 
 class KeyedRow(Protocol):
-    """A row of data that knows its prompt."""
+    """A row of data with a key that identifies its prompt."""
 
     def key(self) -> str: ...
 
 
 def hash_fraction(row: KeyedRow) -> float:
-    """A number in [0, 1) from a hash of the prompt. Those below `heldout` are held out: the part
-    of a row does not depend on other rows, and rows with one prompt are on one side.
+    """Return a number in [0, 1) from a hash of the prompt. Rows below `heldout` are held out. So
+    the split of a row does not depend on other rows, and rows with the same prompt are in one
+    split.
     """
-    found = hashlib.sha256(row.key().encode()).digest()
-    return int.from_bytes(found[:8], "big") / 2**64
+    digest = hashlib.sha256(row.key().encode()).digest()
+    return int.from_bytes(digest[:8], "big") / 2**64
 
 
 def chat_tokenizer(tokenizer: "Tokenizer", chat_template: str) -> "Tokenizer":
@@ -45,46 +46,50 @@ def chat_tokenizer(tokenizer: "Tokenizer", chat_template: str) -> "Tokenizer":
     elif tokenizer.chat_template is None:
         if not {"<|im_start|>", "<|im_end|>"} <= tokenizer.special_tokens:
             raise InputError(
-                "chat_template: expected one, since the model has neither a template nor"
-                " ChatML's tokens <|im_start|> and <|im_end|>"
+                "chat_template: expected a file, since the model has neither a template nor"
+                " ChatML's tokens <|im_start|> and <|im_end|>, got none"
             )
         tokenizer.chat_template = CHATML
     tokenizer.check_learnable()
     return tokenizer
 
 
-def check_vocabulary(name: str, own: "Tokenizer", wanted: "Tokenizer") -> None:
-    """InputError with the first difference, unless both tokenizers have the same tokens."""
-    for i in range(max(own.vocab_size, wanted.vocab_size)):
-        theirs, ours = (t.token_bytes(i) if i < t.vocab_size else None for t in (wanted, own))
-        if theirs != ours:
+def check_vocabulary(name: str, tokenizer: "Tokenizer", reference: "Tokenizer") -> None:
+    """Raise InputError with the first difference, unless both tokenizers have the same tokens."""
+    for i in range(max(tokenizer.vocab_size, reference.vocab_size)):
+        expected, got = (
+            t.token_bytes(i) if i < t.vocab_size else None for t in (reference, tokenizer)
+        )
+        if expected != got:
             raise InputError(
-                f"{name}: expected the vocabulary of the model that is trained, in which token {i}"
-                f" is {theirs!r}, got one in which it is {ours!r}"
+                f"{name}: expected the vocabulary of the trained model, in which token {i} is"
+                f" {expected!r}, got one in which it is {got!r}"
             )
 
 
-def text_of(tokenizer: "Tokenizer", tokens: Sequence[int]) -> str:
-    """The text of an answer. Ids that the model has and the tokenizer has not (a padded vocabulary)
-    are the replacement character.
+def decode_text(tokenizer: "Tokenizer", tokens: Sequence[int]) -> str:
+    """Decode the tokens of an answer. An id beyond the tokenizer's vocabulary (the model's may be
+    padded) becomes the replacement character.
     """
     parts = [
-        tokenizer.decode(run) if known else "\N{REPLACEMENT CHARACTER}"
-        for known, run in groupby(tokens, key=lambda token: token < tokenizer.vocab_size)
+        tokenizer.decode(run) if in_vocabulary else "\N{REPLACEMENT CHARACTER}"
+        for in_vocabulary, run in groupby(tokens, key=lambda token: token < tokenizer.vocab_size)
     ]
     return "".join(parts)
 
 
 def template_variables(tools: list[Any] | None) -> dict[str, Any]:
+    """Return the variables of the chat template for these tools."""
     return {} if tools is None else {"tools": tools}
 
 
 class EncodedDataset:
-    """The rows of a stage's data as tokens: ``training`` examples, and ``heldout`` ones, of
-    ``held_out`` rows, in the order of `hash_fraction`.
+    """The rows of a stage's data as tokens: ``training`` examples, and ``heldout`` examples of
+    ``heldout_rows`` rows, in the order of `hash_fraction`.
 
     A subclass defines `read`, `prompt_of` and `encode`. A row that the chat template refuses is an
-    error, or with `skip_bad` counted. ``context``: the most tokens of a prompt and its sample.
+    error, or with `skip_bad` is counted. ``context``: the maximum tokens of a prompt and its
+    sample.
     """
 
     def __init__(
@@ -99,49 +104,49 @@ class EncodedDataset:
 
         self.stage, self.tokenizer, self.ctx = stage, tokenizer, ctx
         self.max_length, self.context = max_length, context
-        self.rows, self.refused, self.held_out = Rows(), 0, 0
+        self.rows, self.refused, self.heldout_rows = Rows(), 0, 0
         self.training: list[Any] = []
         self.prompts: list[tuple[float, list[dict[str, Any]], list[Any] | None]] = []
         heldout: list[tuple[float, Any]] = []
-        for row in ctx.track(self.read(), f"reading {stage.rows}", unit=stage.rows):
+        for row in ctx.track(self.read(), f"reading {stage.row_name}", unit=stage.row_name):
             examples = self.encode(row)
             if not examples:
                 continue
-            keyed, messages, tools = self.prompt_of(row)
-            place = hash_fraction(keyed)
-            # the first in order, of which held-out ones come before others
-            self.prompts.append((place, messages, tools))
+            keyed_row, messages, tools = self.prompt_of(row)
+            fraction = hash_fraction(keyed_row)
+            # keep the lowest fractions: those of held-out rows come first
+            self.prompts.append((fraction, messages, tools))
             self.prompts = sorted(self.prompts, key=lambda prompt: prompt[0])[:8]
-            if place < stage.heldout:
-                self.held_out += 1
-                heldout += [(place, example) for example in examples]
+            if fraction < stage.heldout:
+                self.heldout_rows += 1
+                heldout += [(fraction, example) for example in examples]
             else:
-                self.learn(examples)
+                self.add_training(examples)
         if self.refused > NAMED:
-            ctx.skipped(f"{self.refused - NAMED:,} more that the chat template refuses")
+            ctx.skipped(f"{self.refused - NAMED:,} more rows that the chat template refuses")
         self.heldout = [example for _, example in sorted(heldout, key=lambda pair: pair[0])]
 
     def read(self) -> Iterator[Any]:
         """Yield the rows."""
         raise NotImplementedError
 
-    def reading(self) -> dict[str, Any]:
-        """Return the options of the functions that read rows."""
+    def reader_options(self) -> dict[str, Any]:
+        """Return the arguments of the functions that read rows."""
         return {
             "cache": self.ctx.cache_dir, "skip_bad": self.stage.skip_bad, "rows": self.rows,
             "on_skip": self.ctx.skipped,
         }  # fmt: skip
 
     def prompt_of(self, row: Any) -> tuple[KeyedRow, list[dict[str, Any]], list[Any] | None]:
-        """Return what identifies the row's prompt, its messages and its tools."""
+        """Return the row with the prompt's key, the prompt's messages and its tools."""
         raise NotImplementedError
 
     def encode(self, row: Any) -> Sequence[Any]:
-        """Return the examples of a row, none if it is left out."""
+        """Return the examples of a row, none if the row is left out."""
         raise NotImplementedError
 
-    def learn(self, examples: Sequence[Any]) -> None:
-        """Take the examples of a row that is not held out."""
+    def add_training(self, examples: Sequence[Any]) -> None:
+        """Add the examples of a row that is not held out."""
         self.training += examples
 
     def mixture(self) -> Mixture:
@@ -149,22 +154,25 @@ class EncodedDataset:
         return Mixture((len(self.training),), (1.0,))
 
     def encode_messages(self, conversation: "Conversation") -> list[Example]:
-        """See `Tokenizer.encode_conversation`; [] if the template refuses."""
+        """Encode the conversation (`Tokenizer.encode_conversation`). Return [] if the template
+        refuses it.
+        """
         import numpy as np
 
         variables = template_variables(conversation.tools)
-        place = conversation.place
+        location = conversation.place
         try:
             encoded = self.tokenizer.encode_conversation(
                 conversation.messages, conversation.learnt, date=self.stage.date, **variables
             )
         except InputError as error:
-            self.refuse(error, place)
+            self.refuse(error, location)
             return []
-        return [Example(np.array(ids, np.int32), np.array(mask), place) for ids, mask in encoded]
+        return [Example(np.array(ids, np.int32), np.array(mask), location) for ids, mask in encoded]
 
-    def refuse(self, error: InputError, place: str) -> None:
-        refusal = InputError(f"{place}: {error}")
+    def refuse(self, error: InputError, location: str) -> None:
+        """Raise the error with its location, or with `skip_bad` count the row."""
+        refusal = InputError(f"{location}: {error}")
         if not self.stage.skip_bad:
             raise refusal from None
         self.rows.counts["refused by the chat template"] += 1
@@ -173,37 +181,39 @@ class EncodedDataset:
             self.ctx.skipped(str(refusal))
 
     def sample_prompt(self) -> tuple[list[int], str]:
-        """Return ids and text of the prompt that samples answer: the stage's, or the first that
-        leaves room.
+        """Return ids and text of the prompt that samples answer: the stage's, or the first that is
+        short enough.
         """
-        own, tokens = self.stage.sample_prompt, self.stage.sample_tokens
-        room = self.context - tokens
-        choices = [(0.0, [{"role": "user", "content": own}], None)] if own else self.prompts
+        prompt, tokens = self.stage.sample_prompt, self.stage.sample_tokens
+        max_tokens = self.context - tokens
+        choices = [(0.0, [{"role": "user", "content": prompt}], None)] if prompt else self.prompts
         for _, messages, tools in choices:
             variables = template_variables(tools)
             ids = self.tokenizer.encode_chat(messages, date=self.stage.date, **variables)
-            if len(ids) <= room:
+            if len(ids) <= max_tokens:
                 return ids, messages[-1]["content"]
-        if own and tokens:
+        if prompt and tokens:
             raise InputError(
-                f"sample_prompt: expected at most {room} tokens, which leave room for sample_tokens"
-                f" {tokens}, got more"
+                f"sample_prompt: expected at most {max_tokens} tokens, so that sample_tokens"
+                f" {tokens} fit into the context, got more"
             )
         return [], ""
 
-    def told(self) -> str:
-        """Return how many rows were read, and what became of those that are not learnt from."""
-        why = [f"{self.held_out:,} held out"] if self.held_out else []
-        why += [reasons(self.rows.counts)] if self.rows.counts else []
-        return f"{self.rows.read:,} rows ({', '.join(why)})" if why else f"{self.rows.read:,} rows"
+    def summary(self) -> str:
+        """Say how many rows were read, and why some are not trained on."""
+        reasons = [f"{self.heldout_rows:,} held out"] if self.heldout_rows else []
+        reasons += [format_counts(self.rows.counts)] if self.rows.counts else []
+        rows = f"{self.rows.read:,} rows"
+        return f"{rows} ({', '.join(reasons)})" if reasons else rows
 
 
-def reasons(counts: Mapping[str, int]) -> str:
+def format_counts(counts: Mapping[str, int]) -> str:
+    """Write the counts of rows by reason."""
     return ", ".join(f"{count:,} {reason}" for reason, count in counts.items())
 
 
-def rows_summary(result: Mapping[str, Any], learnt: str = "") -> str:
-    """Return what a report says of the rows that were read; ``learnt``: what came of them."""
-    used = f": {learnt} learnt from" if learnt else ""
-    rows = f"{result['read']:,} rows{used}, {result['heldout']:,} held out"
-    return f"{rows}; {reasons(result['counts'])}" if result["counts"] else rows
+def rows_summary(result: Mapping[str, Any], training: str = "") -> str:
+    """Summarize the rows that were read, for a report. ``training``: the training examples."""
+    used = f": {training} for training" if training else ""
+    rows = f"{result['rows_read']:,} rows{used}, {result['heldout']:,} held out"
+    return f"{rows}; {format_counts(result['counts'])}" if result["counts"] else rows

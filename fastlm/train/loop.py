@@ -1,14 +1,16 @@
-"""The training loop, one for every stage. An objective (`fastlm.train.objective`) defines what is
-trained and on what.
+"""The training loop of all stages. An objective (`fastlm.train.objective`) defines the model and
+the data.
 
-A step is: micro-batches of the objective, backward with the global token count, clip and update in
-one pass, one line in metrics.jsonl. A checkpoint records the length of metrics.jsonl. Starting the
-same command again truncates the file there and continues, so that it holds every step once. Ctrl-C
-ends the running step, saves a checkpoint and reports where. With ``async_checkpoints`` a thread
-writes what `checkpoint_state` copied; whoever names a checkpoint waits for it.
+A step takes micro-batches from the objective, runs their backward with the global token count,
+clips and updates in one pass, and writes one line to metrics.jsonl. A checkpoint records the length
+of metrics.jsonl. The same command, started again, truncates the file to that length and continues,
+so the file holds every step once. Ctrl-C finishes the running step, saves a checkpoint and reports
+its path. With ``async_checkpoints`` a thread writes what `checkpoint_state` copied; code that names
+a checkpoint waits for it.
 
-The loss is read back every step: a loss that is not finite has to stop the run before it spoils the
-next checkpoint. A spike (`fastlm.train.loss_spikes.SpikeDetector`) is named with its batch.
+The loop reads the loss back in every step, because a loss that is not finite must stop the run
+before it spoils the next checkpoint. A warning about a loss spike
+(`fastlm.train.loss_spikes.SpikeDetector`) names the batch.
 """
 
 import fcntl
@@ -54,26 +56,26 @@ from fastlm.train.loss_spikes import SpikeDetector
 from fastlm.train.metrics import METRICS, trackers
 from fastlm.train.objective import DivergedError, Objective
 from fastlm.train.options import BUDGET_OPTIONS, SPIKE_OPTIONS, TrainOptions
-from fastlm.train.parallel import parallel, process_group
+from fastlm.train.parallel import process_group, wrap_model
 
 
 class NonFiniteError(DivergedError):
-    """The loss or the gradient is not finite. The message also names the batch."""
+    """Raised when the loss or the gradient is not finite. The message also names the batch."""
 
 
 class SpikeError(DivergedError):
-    """The loss is far above those before it, and ``on_spike`` is "stop"."""
+    """Raised when the loss is far above the previous ones and ``on_spike`` is "stop"."""
 
 
 class TrainingInterrupted(KeyboardInterrupt):
-    """Raised on Ctrl-C, after the checkpoint that its message names was saved."""
+    """Raised on Ctrl-C, after the training has saved the checkpoint that the message names."""
 
 
 @dataclass(frozen=True)
 class TrainResult:
-    """``seconds`` and ``tokens`` are those of the whole run, across interruptions; ``metrics`` are
-    those of the weights that are left, the last or the best. ``best_step`` and ``best_loss`` are of
-    the lowest val_loss, where the options keep its weights.
+    """The result of a training. ``seconds`` and ``tokens`` count the whole run, across
+    interruptions; ``metrics`` belong to the final weights, the last or the best. ``best_step`` and
+    ``best_loss`` belong to the lowest val_loss, where the options save its weights.
     """
 
     steps: int
@@ -96,18 +98,20 @@ def train(
     on_diverged: Callable[[DivergedError], Any] | None = None,
 ) -> TrainResult:
     """Train ``objective.trained`` in place to the end of the budget, from the last checkpoint in
-    ``run_dir`` if there is one. It then has the weights of the last step, or with ``keep="best"``
-    those of the lowest val_loss. The checkpoint may be from a run with another budget. From here on
-    the learning rate follows the schedule of the new budget, so the rate of a finished training
-    rises again.
+    ``run_dir`` if there is one. The model ends with the weights of the last step, or with
+    ``keep="best"`` with those of the lowest val_loss. The checkpoint may be from a run with another
+    budget. The learning rate then follows the schedule of the new budget, so the rate of a finished
+    training rises again.
 
     Writes metrics.jsonl and checkpoints/ to ``run_dir``; ``on_event`` receives every line of
-    metrics as it is written. InputError: options, a checkpoint of another run, a folder that cannot
-    be written. DivergedError, with which ``on_diverged`` was called; TrainingInterrupted. Under
-    torchrun each process takes a share of the micro-batches (`fastlm.train.distributed`), rank 0
-    writes and calls ``on_diverged``, and LostRankError says that another one has ended. All of them
-    return the result. The process keeps its freed memory from here on
+    metrics as it is written. Under torchrun each process takes a shard of the micro-batches
+    (`fastlm.train.distributed`), and rank 0 writes and calls ``on_diverged``. All processes return
+    the result. The process keeps its freed memory from here on
     (`fastlm.memory.keep_freed_memory`).
+
+    InputError: the options, a checkpoint of another run, a folder that cannot be written.
+    DivergedError: ``on_diverged`` was called with it. TrainingInterrupted: on Ctrl-C.
+    LostRankError: another process has ended.
     """
     options.check()
     keep_freed_memory()
@@ -119,7 +123,7 @@ def train(
                 track, on_event = silent, None
             return _Loop(objective, options, Path(run_dir), world).run(track, on_event)
         except DivergedError as error:
-            # before a process leaves: torchrun ends the others when the first one does
+            # before this process ends: torchrun then ends the others
             if on_diverged is not None:
                 world.on_main_process(partial(on_diverged, error))
             raise
@@ -129,19 +133,19 @@ def train(
 
 @contextmanager
 def _deferred_interrupt() -> Iterator[threading.Event]:
-    """The first Ctrl-C (or SIGTERM) only sets the event; a second one interrupts at once."""
+    """Set the event on the first Ctrl-C (or SIGTERM), and interrupt at once on the second."""
     event = threading.Event()
     if threading.current_thread() is not threading.main_thread():
-        yield event  # signals belong to the main thread
+        yield event  # only the main thread can handle signals
         return
 
-    def ask(number, frame) -> None:
+    def handle(number, frame) -> None:
         del number, frame
         if event.is_set():
             raise KeyboardInterrupt
         event.set()
 
-    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield event
     finally:
@@ -151,7 +155,7 @@ def _deferred_interrupt() -> Iterator[threading.Event]:
 
 @contextmanager
 def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Disable gradients and dropout, and leave training's random numbers untouched."""
+    """Disable gradients and dropout, and preserve the training's random state."""
     model.eval()
     try:
         with torch.no_grad(), torch.random.fork_rng():
@@ -169,28 +173,28 @@ class _Loop:
         self.model, self.objective, self.options = objective.trained, objective, options
         self.run_dir, self.world = run_dir, world
         self.seed = torch.initial_seed()
-        self.parallel = parallel(self.model, options, world)
+        self.parallel = wrap_model(self.model, options, world)
         groups = objective.parameter_groups(options.weight_decay)
-        kind = {"adamw": AdamW, "muon": Muon}[options.optimizer]
-        if kind is Muon:
+        optimizer = {"adamw": AdamW, "muon": Muon}[options.optimizer]
+        if optimizer is Muon:
             groups = muon_groups(groups, self.model)
-        self.rates = [group.pop("lr", 1.0) for group in groups]  # factors of the scheduled rate
-        self.optimizer = kind(
+        self.lr_factors = [group.pop("lr", 1.0) for group in groups]
+        self.optimizer = optimizer(
             groups,
             lr=options.lr,
             betas=options.betas,
             eps=options.eps,
             master_weights=options.dtype != "float32",
-            max_grad_norm=options.max_grad_norm or math.inf,  # the norm is measured either way
+            max_grad_norm=options.max_grad_norm or math.inf,  # measures the norm in any case
         )
-        self.optimizer.keep_masters()  # the bits that bfloat16 would cut off a new model's weights
+        self.optimizer.keep_masters()  # with the bits that the cast to bfloat16 drops
         self.parallel.to(getattr(torch, options.dtype))
         self.model.train()
         if options.checkpoint_activations:
             checkpoint_activations(self.model, options.checkpoint_activations)
-        # done below 0: nothing happened yet. seconds: of earlier sessions
+        # progress below 0: before the first validation. seconds: of earlier sessions
         self.state = TrainState(
-            step=0, tokens=0, seconds=0.0, done=-1.0, training_seconds=0.0, loss=None,
+            step=0, tokens=0, seconds=0.0, progress=-1.0, training_seconds=0.0, loss=None,
             last_metrics={}, metrics_bytes=0, objective={}, losses=[], best_step=None,
             best_loss=None,
         )  # fmt: skip
@@ -204,7 +208,7 @@ class _Loop:
         self.metrics = world.on_main_process(self.open_metrics) or open(os.devnull, "a+b")
 
     def open_metrics(self) -> BinaryIO:
-        """Open metrics.jsonl, and lock it until it is closed, by `run`."""
+        """Open metrics.jsonl and lock it until `run` closes it."""
         try:
             self.run_dir.mkdir(parents=True, exist_ok=True)
             metrics = open(self.run_dir / METRICS, "a+b")
@@ -228,17 +232,17 @@ class _Loop:
     ) -> TrainResult:
         """Train to the end of the budget."""
         names = self.options.report_to if self.world.is_main_process else ()
-        mirrored = trackers(names, self.run_dir, on_event)
+        mirror = trackers(names, self.run_dir, on_event)
         with (
             self.metrics, _deferred_interrupt() as interrupted, self.writer,
-            mirrored as self.on_event,
+            mirror as self.on_event,
         ):  # fmt: skip
-            self.begin()
+            self.resume()
             used, total, unit = self.budget()
             for _ in track(self.ticks(interrupted), "training", total=total - used, unit=unit):
                 pass
             self.writer.wait()
-            self.leave_if(interrupted)  # after the last step too: no more was wanted
+            self.stop_if(interrupted)  # also after the last step
             if self.options.keep == "best":
                 self.best.load()
             self.parallel.unshard()
@@ -249,7 +253,7 @@ class _Loop:
                 raise self.diverged(
                     DivergedError, str(error), steps=error.steps, step=step
                 ) from None
-            self.leave_if(interrupted)
+            self.stop_if(interrupted)
         state, seconds = self.state, self.state.training_seconds
         return TrainResult(
             state.step, state.tokens, self.seconds(), state.tokens / seconds if seconds else 0.0,
@@ -262,13 +266,13 @@ class _Loop:
         return self.state.seconds + time.perf_counter() - self.started
 
     def progress(self, steps: float = 0, tokens: float = 0) -> float:
-        """Return the progress after this many more steps and tokens."""
+        """Return the progress, 0 to 1, after this many more steps and tokens."""
         o = self.options
         seconds = self.seconds() if o.max_seconds is None else self.world.broadcast(self.seconds())
         return o.progress(self.state.step + steps, self.state.tokens + tokens, seconds)
 
     def budget(self) -> tuple[int, int, str]:
-        """Return what is used of the budget, the whole, and their unit, a tick of the progress
+        """Return the used and the total budget, and their unit, which is a tick of the progress
         bar: a second, a thousand tokens or a step.
         """
         o = self.options
@@ -281,9 +285,9 @@ class _Loop:
         return min(int(used), int(total)), int(total), unit
 
     def ticks(self, interrupted: threading.Event) -> Iterator[None]:
-        """Train to the end or to an interrupt. Yield once per tick of the budget that is used."""
+        """Train to the end or to an interrupt. Yield once per tick of the used budget."""
         ticks = self.budget()[0]
-        while self.state.done < 1.0:
+        while self.state.progress < 1.0:
             self.advance()
             if self.world.any(interrupted.is_set()):
                 return
@@ -294,11 +298,11 @@ class _Loop:
     # a step
 
     def advance(self) -> None:
-        """Run one step and what is due after it."""
+        """Run one step, and the validation, sample and checkpoint that are due after it."""
         o, state = self.options, self.state
         if o.async_checkpoints:
             self.writer.check()
-        began = time.perf_counter()
+        start = time.perf_counter()
         position = self.objective.position()
         try:
             batches = self.objective.next_batches(o.micro_batches(self.progress()))
@@ -308,12 +312,12 @@ class _Loop:
         tokens = sum(self.objective.tokens(batch) for batch in batches)
         lr = o.learning_rate(self.progress(0.5, 0.5 * tokens))
         loss, scalars = self.gradients(batches, num_items)
-        for group, factor in zip(self.optimizer.param_groups, self.rates, strict=True):
+        for group, factor in zip(self.optimizer.param_groups, self.lr_factors, strict=True):
             group["lr"] = lr * factor
         if not math.isfinite(loss):
             raise self.diverged(NonFiniteError, f"the loss is {loss}", position)
         spike = self.on_spike(loss, position)
-        norm = 0.0  # before clipping; of a skipped step
+        norm = 0.0  # before clipping; 0 for a skipped step
         if "skipped" not in spike:
             self.optimizer.step()
             assert self.optimizer.grad_norm is not None  # max_grad_norm is never None here
@@ -321,60 +325,62 @@ class _Loop:
         self.optimizer.zero_grad(set_to_none=True)
         if not math.isfinite(norm):
             raise self.diverged(NonFiniteError, f"the gradient norm is {norm}", position)
-        took = time.perf_counter() - began
+        seconds = time.perf_counter() - start
         state.step, state.tokens, state.loss = state.step + 1, state.tokens + tokens, loss
-        state.training_seconds += took
+        state.training_seconds += seconds
         line = {
-            "step": state.step, "loss": loss, "lr": lr, "grad_norm": norm,
-            "tokens": state.tokens, "tokens_per_second": tokens / took, "seconds": self.seconds(),
+            "step": state.step, "loss": loss, "lr": lr, "grad_norm": norm, "tokens": state.tokens,
+            "tokens_per_second": tokens / seconds, "seconds": self.seconds(),
             "progress": self.progress(), **spike,
         }  # fmt: skip
-        if taken := line.keys() & scalars.keys():
-            raise ValueError(f"scalars: expected names that the loop has not, got {min(taken)!r}")
+        if duplicates := line.keys() & scalars.keys():
+            raise ValueError(
+                f"scalars: expected names that the loop does not use, got {min(duplicates)!r}"
+            )
         self.log({**line, **scalars})
-        self.moments()
-        if state.done >= 1.0 or state.step % o.save_steps == 0:
+        self.evaluate_if_due()
+        if state.progress >= 1.0 or state.step % o.save_steps == 0:
             self.save()
 
     def gradients(self, batches: list[Any], num_items: int) -> tuple[float, dict[str, float]]:
-        """Add up the gradients of the step's micro-batches. Return its loss and its scalars."""
+        """Accumulate the gradients of the step's micro-batches. Return its loss and scalars."""
         world, objective = self.world, self.objective
         world.seed(self.seed, self.state.step)
-        mine, filler = world.split_batches(batches)
+        shard, filler = world.split_batches(batches)
         total: Tensor | float = 0.0
-        for left, batch in zip(reversed(range(len(mine))), mine, strict=True):
+        for remaining, batch in zip(reversed(range(len(shard))), shard, strict=True):
             loss = self.parallel.backward(
-                partial(objective.loss, batch, num_items), last=not left and filler is None
+                partial(objective.loss, batch, num_items), last=not remaining and filler is None
             )
             total = total + loss.float()
-        measured = objective.measurements()  # without the filler's
+        measurements = objective.measurements()  # without the filler's
         if filler is not None:
             self.parallel.backward(
                 partial(objective.loss, filler, num_items), last=True, factor=0.0
             )
-        losses, parts = zip(*world.gather((float(total), measured)))
-        # fsum refuses inf - inf
+        losses, parts = zip(*world.gather((float(total), measurements)))
+        # fsum raises on inf - inf
         loss = math.fsum(losses) if all(map(math.isfinite, losses)) else sum(losses)
         return loss, objective.scalars(parts)
 
     def on_spike(self, loss: float, position: str) -> dict[str, Any]:
-        """Do what `on_spike` says where the loss is a spike. Return what the step's line says."""
-        what = self.spikes.check(loss)
-        if what is None:
+        """Apply `on_spike` if the loss is a spike. Return its part of the step's line."""
+        spike = self.spikes.check(loss)
+        if spike is None:
             return {}
         policy = self.options.on_spike
         if policy == "stop":
-            raise self.diverged(SpikeError, what, position)
+            raise self.diverged(SpikeError, spike, position)
         skipped = {"skipped": True} if policy == "skip" else {}
         if self.on_event is not None:
-            done = "; the step is skipped" if skipped else ""
-            message = f"step {self.state.step + 1}: {what}; batch: {position}{done}"
+            suffix = "; the step is skipped" if skipped else ""
+            message = f"step {self.state.step + 1}: {spike}; batch: {position}{suffix}"
             self.on_event({"warning": message})
         return {"spike": position, **skipped}
 
-    def leave_if(self, interrupted: threading.Event) -> None:
-        """Raise TrainingInterrupted in all processes if one was, with the checkpoint of
-        this step.
+    def stop_if(self, interrupted: threading.Event) -> None:
+        """Raise TrainingInterrupted in all processes if any was interrupted, after the checkpoint
+        of this step is saved.
         """
         if not self.world.any(interrupted.is_set()):
             return
@@ -382,60 +388,62 @@ class _Loop:
         if self.saved_step != step:
             self.save()
         self.writer.wait()
-        self.world.any(False)  # none leaves before it is written: torchrun would end the others
+        self.world.any(False)  # barrier: torchrun ends the others when one process ends
         path = checkpoint_path(self.run_dir, step)
         raise TrainingInterrupted(f"stopped after step {step}; saved in {path}")
 
     def diverged(
         self,
-        kind: type[DivergedError],
-        what: str,
+        error_type: type[DivergedError],
+        reason: str,
         position: str = "",
         steps: int = 0,
         step: int | None = None,
     ) -> DivergedError:
-        """The error of ``step`` (the one that runs), after ``steps`` that cannot be trusted."""
+        """Return the error of ``step`` (default: the running one), of which the last ``steps``
+        cannot be trusted.
+        """
         now = self.state.step
 
-        def good() -> Path | None:
+        def good_checkpoint() -> Path | None:
             self.writer.wait()
             return checkpoint_before(self.run_dir, now - steps)
 
-        last = self.world.broadcast(self.world.on_main_process(good))  # others may look too early
+        last = self.world.broadcast(self.world.on_main_process(good_checkpoint))
         batch = f"batch: {position}; " if position else ""
-        error = kind(
-            f"step {now + 1 if step is None else step}: {what}; {batch}last good checkpoint:"
+        error = error_type(
+            f"step {now + 1 if step is None else step}: {reason}; {batch}last good checkpoint:"
             f" {last or 'none'}",
             steps=steps,
         )
-        error.good = last
+        error.checkpoint = last
         return error
 
-    def moments(self) -> None:
-        """Run the validations and samples that fall between the last step and now. Their time does
-        not count towards the budget, which they would use up on a slow machine. When it did count,
-        a validation before the first step moved that step into the middle of the warm-up and cost
-        the demo 0.1 bits per byte.
+    def evaluate_if_due(self) -> None:
+        """Run the validations and samples that are due between the last step and now. The budget
+        does not include their time, because they would use it up on a slow machine. When it did, a
+        validation before the first step moved that step into the middle of the warm-up and cost the
+        demo 0.1 bits per byte.
         """
-        began = time.perf_counter()
-        o, state, before = self.options, self.state, self.state.done
-        state.done = self.progress()
+        start = time.perf_counter()
+        o, state, before = self.options, self.state, self.state.progress
+        state.progress = self.progress()
 
         def due(moments: Iterable[float]) -> bool:
-            return any(before < moment <= state.done for moment in moments)
+            return any(before < moment <= state.progress for moment in moments)
 
         if o.validations and due(i / o.validations for i in range(o.validations + 1)):
             with _evaluating(self.model):
                 metrics = self.parallel.run(self.objective.validate)
             state.last_metrics = self.world.broadcast(metrics)
             self.log({"step": state.step, **state.last_metrics})
-            self.best.offer(state.step, state.last_metrics, self.model)
+            self.best.update(state.step, state.last_metrics, self.model)
         if due(o.sample_at):
             with _evaluating(self.model), self.parallel.full_parameters():
                 text = self.objective.sample() if self.world.is_main_process else None
             if text is not None:
-                self.log({"step": state.step, "sample": text, "progress": state.done})
-        self.started += time.perf_counter() - began
+                self.log({"step": state.step, "sample": text, "progress": state.progress})
+        self.started += time.perf_counter() - start
 
     # output
 
@@ -454,47 +462,49 @@ class _Loop:
         shapes = str([(name, tuple(p.shape)) for name, p in self.model.named_parameters()])
         digest = hashlib.sha256(shapes.encode()).hexdigest()[:16]
         parts = {**self.options.identity(), **self.objective.identity(), "parameters": digest}
-        return json.loads(json.dumps(parts))  # as a checkpoint stores it
+        return json.loads(json.dumps(parts))  # as a checkpoint stores them
 
-    def begin(self) -> None:
-        """Load the last checkpoint; start from the beginning if there is none."""
+    def resume(self) -> None:
+        """Load the last checkpoint, or start from the beginning if there is none."""
         if self.world.is_main_process:
             prune_checkpoints(
                 self.run_dir, self.options.save_total_limit + 1
             )  # one may be a trusted one
-        found = self.world.broadcast(list_checkpoints(self.run_dir))
-        if found:
+        checkpoints = self.world.broadcast(list_checkpoints(self.run_dir))
+        if checkpoints:
             self.state = state = load_checkpoint(
-                found[-1], self.model, self.optimizer, self.identity(), self.world,
+                checkpoints[-1], self.model, self.optimizer, self.identity(), self.world,
                 may_differ=(*BUDGET_OPTIONS, *SPIKE_OPTIONS, "keep"),
             )  # fmt: skip
             self.objective.load_state_dict(state.objective)
             self.spikes.losses = state.losses[-self.options.spike_window :]
             self.best.resume(state.best_step, state.best_loss)
             self.saved_step = state.step
-        self.world.on_main_process(partial(self.cut_metrics, self.state.metrics_bytes, found))
+        self.world.on_main_process(
+            partial(self.truncate_metrics, self.state.metrics_bytes, checkpoints)
+        )
         self.started = time.perf_counter()
-        if found:
+        if checkpoints:
             step = self.state.step
-            if self.world.is_main_process:  # a kill between a checkpoint's write and the deletions
+            if self.world.is_main_process:  # a kill may have prevented it
                 prune_checkpoints(
                     self.run_dir,
                     self.options.save_total_limit,
                     step - self.objective.pending_steps(),
                 )
-            # less under a larger budget
-            self.state.done = min(self.state.done, self.progress())
+            # smaller under a larger budget
+            self.state.progress = min(self.state.progress, self.progress())
         else:
             self.best.prune(None)
-            self.moments()
+            self.evaluate_if_due()
 
-    def cut_metrics(self, length: int, found: list[Path]) -> None:
+    def truncate_metrics(self, length: int, checkpoints: list[Path]) -> None:
         """Remove the lines that were written after the last of these checkpoints."""
-        have = self.metrics.seek(0, os.SEEK_END)
-        if have < length:
+        size = self.metrics.seek(0, os.SEEK_END)
+        if size < length:
             raise InputError(
-                f"{self.run_dir / METRICS}: expected the {length} bytes that {found[-1].name}"
-                f" continues from, got {have}; delete {found[-1].parent} to start again"
+                f"{self.run_dir / METRICS}: expected the {length} bytes that {checkpoints[-1].name}"
+                f" records, got {size}; delete {checkpoints[-1].parent} to start again"
             )
         self.metrics.truncate(length)
 
@@ -511,7 +521,7 @@ class _Loop:
             objective=self.objective.state_dict(), losses=self.spikes.losses,
             best_step=self.best.step, best_loss=self.best.loss,
         )  # fmt: skip
-        tensors, rest = checkpoint_state(
+        tensors, metadata = checkpoint_state(
             self.model, self.optimizer, state, self.identity(), copy=self.options.async_checkpoints
         )
         path, trusted = checkpoint_path(self.run_dir, step), step - self.objective.pending_steps()
@@ -523,13 +533,13 @@ class _Loop:
 
         def write() -> None:
             make_folder(path.parent)
-            save_tensors(path, tensors, rest)
+            save_tensors(path, tensors, metadata)
             finish()
 
         if self.parallel.sharded:
             from fastlm.train.sharded_checkpoints import save_sharded
 
-            save_sharded(path, tensors, rest, self.world)
+            save_sharded(path, tensors, metadata, self.world)
             finish()
         else:
             self.world.on_main_process(lambda: self.writer.submit(write))

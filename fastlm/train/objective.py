@@ -1,8 +1,8 @@
-"""What the training loop asks of a stage, and what objectives on rows of data share: examples, how
-they are joined into a batch, and passes over them.
+"""The contract between the training loop and a stage, and what objectives on rows of data share:
+examples, their packing into batches, and epochs.
 
-An `Objective` says what is trained, and on what; `fastlm.train.pretrain.PretrainObjective` predicts
-the next token. Nothing here imports numpy or torch before a model is trained.
+An `Objective` defines the model and the data; `fastlm.train.pretrain.PretrainObjective`, for
+example, predicts the next token. Nothing here imports numpy or torch before a model is trained.
 """
 
 import hashlib
@@ -28,20 +28,20 @@ IGNORE = -100
 
 
 class DivergedError(ArithmeticError):
-    """A training that must not go on. The message names the step and the last good checkpoint in
-    one line. ``steps``: how many steps ago all was well; raised by `train`, ``good`` is the newest
-    checkpoint that old.
+    """Raised when a training must not continue. The message names the step and the last good
+    checkpoint in one line. ``steps``: the number of last steps that cannot be trusted.
+    ``checkpoint``: the newest one from before them, if `train` raised this.
     """
 
     def __init__(self, message: str, *, steps: int = 0):
         super().__init__(message)
         self.steps = steps
-        self.good: Path | None = None
+        self.checkpoint: Path | None = None
 
 
 class Objective(Protocol):
-    """What a stage trains, and on what. The loop owns the budget, the optimizer, clipping,
-    checkpoints, resuming and logging.
+    """The model of a stage, its data and its loss. The loop owns the budget, the optimizer,
+    clipping, checkpoints, resuming and logging.
     """
 
     trained: "nn.Module"
@@ -49,8 +49,8 @@ class Objective(Protocol):
     nn.ModuleDict. Frozen models (a reference) belong to the objective and are not checkpointed."""
 
     world: SingleProcess = SingleProcess()
-    """The processes of the training, for an objective that divides more than micro-batches among
-    them (rollouts). `train` sets it while it runs. All processes call the methods together, but for
+    """The processes of the training, for an objective that divides more than micro-batches (such as
+    rollouts). `train` sets it while it runs. All processes call the methods together, except
     `loss`, `state_dict` and `sample`.
     """
 
@@ -59,7 +59,7 @@ class Objective(Protocol):
         return decay_matrices(self.trained, weight_decay)
 
     def identity(self) -> dict[str, Any]:
-        """Return what must be the same for a checkpoint to fit: data, sizes, frozen models."""
+        """Return what must match for a checkpoint to fit: data, sizes, frozen models."""
         raise NotImplementedError
 
     def next_batches(self, count: int) -> list[Any]:
@@ -69,7 +69,7 @@ class Objective(Protocol):
         raise NotImplementedError
 
     def num_items(self, batch: Any) -> int:
-        """Return how many items of the batch the loss is a mean of: tokens, pairs."""
+        """Return the number of items of the batch that the loss averages: tokens or pairs."""
         raise NotImplementedError
 
     def tokens(self, batch: Any) -> int:
@@ -77,36 +77,38 @@ class Objective(Protocol):
         return self.num_items(batch)
 
     def loss(self, batch: Any, num_items: int) -> "Tensor":
-        """Return the sum over the batch / ``num_items`` (of all micro-batches of the step)."""
+        """Return the sum over the batch divided by ``num_items``, which counts all micro-batches of
+        the step.
+        """
         raise NotImplementedError
 
     def measurements(self) -> Any:
-        """Return what `scalars` needs of the micro-batches that had their `loss` in this process
-        since `next_batches`, perhaps none: what pickle can carry, no tensors of a GPU.
+        """Return what `scalars` needs of the micro-batches that this process has run through `loss`
+        since `next_batches` (perhaps none). The values can be pickled and are not on a GPU.
         """
 
-    def scalars(self, measured: Sequence[Any]) -> dict[str, float]:
-        """Return what else the last step measured, for its line in metrics.jsonl, from the
-        `measurements` of all processes. All call it.
+    def scalars(self, measurements: Sequence[Any]) -> dict[str, float]:
+        """Return further metrics of the last step, for its line in metrics.jsonl, from the
+        `measurements` of all processes. All processes call this.
         """
         return {}
 
     def pending_steps(self) -> int:
-        """Return how many of the last steps a later check may condemn (`DivergedError`): the newest
-        checkpoint from before them is kept.
+        """Return how many of the last steps a later check may still reject (`DivergedError`). The
+        loop keeps the newest checkpoint from before them.
         """
         return 0
 
     def check_pending(self) -> None:
-        """Raise DivergedError where the `pending_steps` steps before the end went too far."""
+        """Raise DivergedError if the last `pending_steps` steps of the training went too far."""
 
     def position(self) -> str:
-        """Return where in the data the next batch begins, for an error message."""
+        """Describe where in the data the next batch begins, for an error message."""
         raise NotImplementedError
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what `load_state_dict` needs to continue to the same losses: JSON values, and
-        tensors (a buffer of rollouts) as values of the outermost level.
+        """Return what `load_state_dict` needs to continue to the same losses: JSON values, and at
+        the top level also tensors (a buffer of rollouts).
         """
         raise NotImplementedError
 
@@ -121,7 +123,7 @@ class Objective(Protocol):
 
 
 def decay_matrices(model: "nn.Module", weight_decay: float) -> list[dict[str, Any]]:
-    """Return two parameter groups: matrices decay, norms and biases do not."""
+    """Return two parameter groups: matrices with weight decay, norms and biases without."""
     trained = [p for p in model.parameters() if p.requires_grad]
     groups = [
         {"params": [p for p in trained if p.ndim >= 2], "weight_decay": weight_decay},
@@ -132,29 +134,30 @@ def decay_matrices(model: "nn.Module", weight_decay: float) -> list[dict[str, An
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """A conversation as tokens: ``ids`` int32, ``mask`` bool, which of them are learnt. ``place``:
-    its file and line.
+    """A conversation as tokens. ``ids`` is int32; ``loss_mask``, bool, is true for tokens with a
+    loss. ``location``: its file and line.
     """
 
     ids: "np.ndarray"
-    mask: "np.ndarray"
-    place: str = ""
+    loss_mask: "np.ndarray"
+    location: str = ""
 
     def __getitem__(self, tokens: slice) -> "Example":
-        return Example(self.ids[tokens], self.mask[tokens], self.place)
+        return Example(self.ids[tokens], self.loss_mask[tokens], self.location)
 
     @property
-    def learnt(self) -> int:
-        """Tokens with a loss: the first token of an example is never predicted."""
-        return int(self.mask[1:].sum())
+    def num_loss_tokens(self) -> int:
+        """The number of tokens with a loss. The first token of an example is never predicted."""
+        return int(self.loss_mask[1:].sum())
 
     def content(self) -> bytes:
-        return len(self.ids).to_bytes(8, "little") + self.ids.tobytes() + self.mask.tobytes()
+        """Return the bytes that identify the example."""
+        return len(self.ids).to_bytes(8, "little") + self.ids.tobytes() + self.loss_mask.tobytes()
 
 
-def fit(example: Example, max_length: int, truncation: str) -> list[Example]:
-    """The example in at most ``max_length`` tokens: whole, its beginning ("truncate"), in
-    consecutive pieces ("split") or not at all ("skip"). Pieces with nothing to learn are left out.
+def truncate(example: Example, max_length: int, truncation: str) -> list[Example]:
+    """Cut the example to at most ``max_length`` tokens: keep its beginning ("truncate"),
+    consecutive pieces ("split") or nothing ("skip"). Pieces without tokens to learn are left out.
     """
     length = len(example.ids)
     if truncation == "skip":
@@ -162,18 +165,18 @@ def fit(example: Example, max_length: int, truncation: str) -> list[Example]:
     else:
         starts = range(0, length if truncation == "split" else 1, max_length)
         pieces = [example[i : i + max_length] for i in starts] if length > max_length else [example]
-    return [piece for piece in pieces if piece.learnt]
+    return [piece for piece in pieces if piece.num_loss_tokens]
 
 
 def pack(examples: Sequence[Example], device: "torch.device | str" = "cpu") -> "PackedBatch":
-    """Join examples without padding: attention stays inside each (``cu_seqlens``), and only learnt
-    tokens have labels.
+    """Join examples without padding. Attention stays inside each (``cu_seqlens``), and only tokens
+    with a loss have labels.
     """
     import numpy as np
     import torch
 
     ids = np.concatenate([e.ids[:-1] for e in examples]).astype(np.int64)
-    labels = np.concatenate([np.where(e.mask[1:], e.ids[1:], IGNORE) for e in examples])
+    labels = np.concatenate([np.where(e.loss_mask[1:], e.ids[1:], IGNORE) for e in examples])
     ends = np.cumsum([0, *(len(e.ids) - 1 for e in examples)], dtype=np.int32)
     packed = (ids[None], labels.astype(np.int64)[None], ends)
     input_ids, shift_labels, cu_seqlens = (torch.from_numpy(x).to(device) for x in packed)
@@ -183,57 +186,58 @@ def pack(examples: Sequence[Example], device: "torch.device | str" = "cpu") -> "
 def pack_groups(
     groups: Sequence[Sequence[Example]], device: "torch.device | str" = "cpu"
 ) -> "tuple[PackedBatch, tuple[Tensor, Tensor]]":
-    """Join groups of answers to one prompt as `pack` does, but the others of a group without what
-    they share with its first: at most all before the token that predicts their first learnt one.
-    Also return the keys of each, for `CausalLM.hidden`.
+    """Join groups of answers to one prompt like `pack`, and store the common prefix of a group
+    once: the other answers of a group leave out what they share with its first, at most everything
+    before the token that predicts their first token with a loss. Also return the keys of each
+    answer, for `CausalLM.hidden`.
     """
     import numpy as np
     import torch
 
-    own: list[Example] = []
+    pieces: list[Example] = []
     keys: list[np.ndarray] = []
-    end = 0  # of what is joined so far
+    end = 0  # of the joined tokens
     for first, *others in groups:
         start, end = end, end + len(first.ids) - 1
-        own.append(first)
+        pieces.append(first)
         keys.append(np.arange(start, end))
         for other in others:
-            n = min(len(first.ids) - 1, int(other.mask[1:].argmax()))
+            n = min(len(first.ids) - 1, int(other.loss_mask[1:].argmax()))
             same = first.ids[:n] == other.ids[:n]
             shared = n if same.all() else int(same.argmin())
-            own.append(other[shared:])
+            pieces.append(other[shared:])
             begin, end = end, end + len(other.ids) - shared - 1
             keys.append(np.concatenate([np.arange(start, start + shared), np.arange(begin, end)]))
     ends = np.cumsum([0, *map(len, keys)], dtype=np.int32)
     rows, offsets = (torch.from_numpy(x).to(device) for x in (np.concatenate(keys), ends))
-    return pack(own, device), (rows, offsets)
+    return pack(pieces, device), (rows, offsets)
 
 
-def digest(examples: Sequence[Any]) -> str:
-    """Identify examples, by their ``content()``, and their order."""
-    found = hashlib.sha256()
+def examples_digest(examples: Sequence[Any]) -> str:
+    """Return a hash of the examples, by their ``content()``, and their order."""
+    digest = hashlib.sha256()
     for example in examples:
-        found.update(example.content())
-    return found.hexdigest()[:16]
+        digest.update(example.content())
+    return digest.hexdigest()[:16]
 
 
 def weights_digest(model: "nn.Module") -> str:
-    """Identify a model's weights, and how its adapters are applied."""
+    """Return a hash of a model's weights and of how its adapters are applied."""
     import torch
 
     from fastlm.model.lora import lora_of
 
-    found = hashlib.sha256()
+    digest = hashlib.sha256()
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
-        found.update(name.encode())
-        found.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().data)
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().data)
     for module in lora_of(model).values():
-        found.update(module.extra_repr().encode())
-    return found.hexdigest()[:16]
+        digest.update(module.extra_repr().encode())
+    return digest.hexdigest()[:16]
 
 
 def without_dropout(model: "nn.Module") -> None:
-    """Switch attention dropout off: the policy's log-probabilities must not be random."""
+    """Switch attention dropout off, because the policy's log-probabilities must not be random."""
     for module in model.modules():
         if isinstance(getattr(module, "dropout", None), float):
             module.dropout = 0.0  # type: ignore[assignment]
@@ -241,56 +245,56 @@ def without_dropout(model: "nn.Module") -> None:
 
 @contextmanager
 def in_dtype(model: "nn.Module", dtype: "torch.dtype") -> Iterator[None]:
-    """Round the parameters to ``dtype`` for a while. The copy is gone before the optimizer needs
-    the memory.
+    """Round the parameters to ``dtype`` within this context. The copy is freed before the optimizer
+    needs the memory.
     """
-    kept = [(p, p.data) for p in model.parameters()]
+    originals = [(p, p.data) for p in model.parameters()]
     try:
-        for parameter, data in kept:
+        for parameter, data in originals:
             parameter.data = data.to(dtype)
         yield
     finally:
-        for parameter, data in kept:
+        for parameter, data in originals:
             parameter.data = data
 
 
 @dataclass(frozen=True)
 class Mixture:
-    """Sources of ``counts`` examples, one after another, each with a weight. An epoch takes
-    ``max(1, round(weight * count))`` examples of a source: with weight 2 each twice, with weight
-    0.5 a random half, another one in each epoch.
+    """A weighted mixture of data sources. ``counts`` are their numbers of examples, which stand one
+    source after another. An epoch takes ``max(1, round(weight * count))`` examples of a source:
+    with weight 2 each twice, with weight 0.5 a random half, a new one in each epoch.
     """
 
     counts: tuple[int, ...]
     weights: tuple[float, ...]
 
-    def taken(self) -> list[int]:
-        """How many examples of each source an epoch takes."""
+    def epoch_counts(self) -> list[int]:
+        """Return how many examples of each source an epoch takes."""
         pairs = zip(self.counts, self.weights, strict=True)
         return [max(1, round(weight * count)) if count else 0 for count, weight in pairs]
 
     def order(self, rng: "np.random.Generator") -> "np.ndarray":
-        """The indices of an epoch's examples, shuffled."""
+        """Return the shuffled indices of an epoch's examples."""
         import numpy as np
 
         if set(self.weights) == {1.0}:
             return rng.permutation(sum(self.counts))
-        chosen, start = [], 0
-        for count, taken in zip(self.counts, self.taken()):
-            every = np.arange(start, start + count)
-            whole, rest = divmod(taken, count) if count else (0, 0)
-            chosen += [every] * whole + [rng.choice(every, rest, replace=False)]
+        indices, start = [], 0
+        for count, epoch_count in zip(self.counts, self.epoch_counts()):
+            source = np.arange(start, start + count)
+            repeats, rest = divmod(epoch_count, count) if count else (0, 0)
+            indices += [source] * repeats + [rng.choice(source, rest, replace=False)]
             start += count
-        return rng.permutation(np.concatenate(chosen))
+        return rng.permutation(np.concatenate(indices))
 
 
 class EpochObjective(Objective):
-    """An objective on ``examples`` (`Example` or what has its ``place`` and ``content``).
+    """An objective on epochs of ``examples`` (`Example`, or objects with its ``location`` and
+    ``content``).
 
     An epoch takes every example as often as ``mixture`` says, by default once, in an order that
-    depends only on ``seed`` and the epoch. Its last step is smaller where the examples do not fill
-    it. ``base`` identifies the weights that training began with; ``prompt``: ids that a sample
-    answers.
+    depends only on ``seed`` and the epoch. Its last step is smaller if the examples do not fill it.
+    ``base`` identifies the initial weights; ``prompt``: the token ids that a sample answers.
     """
 
     def __init__(
@@ -311,19 +315,19 @@ class EpochObjective(Objective):
         self.examples, self.heldout, self.options = examples, heldout, options
         self.mixture = mixture or Mixture((len(examples),), (1.0,))
         self.batch_size, self.seed, self.base = batch_size, seed, base
-        self.data, self.tokenizer, self.prompt = digest(examples), tokenizer, prompt
-        self.measured: list[Any] = []  # of the step's micro-batches, by `loss`
+        self.data, self.tokenizer, self.prompt = examples_digest(examples), tokenizer, prompt
+        self.step_measurements: list[Any] = []  # of the step's micro-batches, by `loss`
         self._begin(0)
 
     def collate(self, examples: Sequence[Any]) -> Any:
-        """Return a micro-batch."""
+        """Return the examples as a micro-batch."""
         raise NotImplementedError
 
     def _begin(self, epoch: int) -> None:
         import numpy as np
 
         rng = np.random.Generator(np.random.PCG64([self.seed, epoch]))
-        self.epoch, self.at = epoch, 0
+        self.epoch, self.next_index = epoch, 0
         self.order = self.mixture.order(rng)
 
     def identity(self) -> dict[str, Any]:
@@ -333,19 +337,20 @@ class EpochObjective(Objective):
             identity["mixture"] = [list(self.mixture.counts), list(self.mixture.weights)]
         return identity
 
-    def take(self, count: int) -> list[list[int]]:
-        """Return the examples of ``count`` micro-batches, or what the epoch has left."""
-        if self.at == len(self.order):
+    def next_rows(self, count: int) -> list[list[int]]:
+        """Return the indices of the examples of ``count`` micro-batches, or the rest of the
+        epoch."""
+        if self.next_index == len(self.order):
             self._begin(self.epoch + 1)
-        self.measured = []
-        start, size = self.at, self.batch_size
-        self.at = min(start + count * size, len(self.order))
-        rows = self.order[start : self.at].tolist()
+        self.step_measurements = []
+        start, size = self.next_index, self.batch_size
+        self.next_index = min(start + count * size, len(self.order))
+        rows = self.order[start : self.next_index].tolist()
         return [rows[i : i + size] for i in range(0, len(rows), size)]
 
     def next_batches(self, count: int) -> list[Any]:
-        """Return ``count`` micro-batches, or what the epoch has left."""
-        return [self.collate([self.examples[i] for i in rows]) for rows in self.take(count)]
+        """Return ``count`` micro-batches, or the rest of the epoch."""
+        return [self.collate([self.examples[i] for i in rows]) for rows in self.next_rows(count)]
 
     def heldout_batches(self) -> Iterator[tuple[Sequence[Any], Any]]:
         """Yield the examples and micro-batches of a validation, of at most `val_tokens` tokens."""
@@ -358,21 +363,21 @@ class EpochObjective(Objective):
             if tokens >= self.options.val_tokens:
                 return
 
-    def scalars(self, measured: Sequence[Any]) -> dict[str, float]:
-        return {"epoch": self.epoch + self.at / len(self.order)}
+    def scalars(self, measurements: Sequence[Any]) -> dict[str, float]:
+        return {"epoch": self.epoch + self.next_index / len(self.order)}
 
     def position(self) -> str:
-        if self.at == len(self.order):
+        if self.next_index == len(self.order):
             self._begin(self.epoch + 1)
-        place = self.examples[self.order[self.at]].place
-        return f"epoch {self.epoch}, from example {self.at}, {place}"
+        location = self.examples[self.order[self.next_index]].location
+        return f"epoch {self.epoch}, from example {self.next_index}, {location}"
 
     def state_dict(self) -> dict[str, Any]:
-        return {"epoch": self.epoch, "at": self.at}
+        return {"epoch": self.epoch, "next_index": self.next_index}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self._begin(int(state["epoch"]))
-        self.at = int(state["at"])
+        self.next_index = int(state["next_index"])
 
     def sample(self) -> str | None:
         import torch

@@ -10,7 +10,7 @@ Temperature divides the logits everywhere: in sampling, in the policy, in the re
 update. Dropout is off in all of them.
 
 Of several processes each samples, scores and measures its share of a round's answers: consecutive
-answers (`fastlm.train.distributed.SingleProcess.share`), whose seeds do not depend on the share.
+answers (`fastlm.train.distributed.SingleProcess.shard`), whose seeds do not depend on the share.
 Rejected: every n-th answer. A batch is sampled for as long as its longest answer takes, which every
 process would have.
 """
@@ -210,7 +210,7 @@ class OnlineObjective(Objective):
         seed = int(first) // 2 + self.round * len(self.chosen)
 
         def share() -> tuple[dict[str, Tensor], np.ndarray, dict[str, float], dict[str, Tensor]]:
-            rows = self.world.share(len(self.chosen))
+            rows = self.world.shard(len(self.chosen))
             places = self.chosen[rows.start : rows.stop]
             prompts = [self.prompts[i] for i in places]
             answers = self._sample(
@@ -221,7 +221,7 @@ class OnlineObjective(Objective):
             return completions_to_tensors(answers), scores, dict(self.score_metrics()), measured
 
         self.policy.eval()
-        parts = [part for part in self.world.each(share) if len(part[1])]
+        parts = [part for part in self.world.gather_results(share) if len(part[1])]
         answers, scores, scored, measured = zip(*parts)
         self.answers = [
             answer for tensors in answers for answer in completions_from_tensors(tensors)
@@ -397,9 +397,9 @@ class OnlineObjective(Objective):
             for parts in zip(*self.step_metrics, strict=True)
         ]
 
-    def scalars(self, measured: Sequence[list[dict[str, float]]]) -> dict[str, float]:
+    def scalars(self, measurements: Sequence[list[dict[str, float]]]) -> dict[str, float]:
         step: dict[str, float] = {}
-        for parts in zip(*filter(None, measured), strict=True):
+        for parts in zip(*filter(None, measurements), strict=True):
             step |= weighted_means([(part["tokens"], part) for part in parts])
         del step["tokens"]
         most = self.options.max_update_kl
@@ -449,14 +449,14 @@ class OnlineObjective(Objective):
             return {}
 
         def answered() -> tuple[dict[str, Tensor], np.ndarray]:
-            places = self.world.share(count)
+            places = self.world.shard(count)
             prompts = [self.heldout[i] for i in places]
             answers = self._sample(prompts, 0.0, self.options.max_new_tokens)
             return completions_to_tensors(answers), self._scored(
                 self.score_heldout, places, answers
             )
 
-        parts = self.world.each(answered)
+        parts = self.world.gather_results(answered)
         answers = [answer for tensors, _ in parts for answer in completions_from_tensors(tensors)]
         scores = np.concatenate([scores for _, scores in parts])
         return {

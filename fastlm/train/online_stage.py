@@ -26,9 +26,9 @@ from fastlm.torchrun import is_main_process
 from fastlm.train.encoding import (
     EncodedDataset,
     check_vocabulary,
+    decode_text,
     rows_summary,
     template_variables,
-    text_of,
 )
 from fastlm.train.lora_options import LoraOptions
 from fastlm.train.metrics import METRICS, read_metrics
@@ -63,9 +63,9 @@ class OnlineStage(LoraOptions, RolloutOptions, ChatStage):
 
     version = 2
     truncations: ClassVar[tuple[str, ...]] = ("skip",)
-    rows: ClassVar[str] = "prompts"
-    use: ClassVar[str] = "answer"
-    form: ClassVar[str] = "prompts"
+    row_name: ClassVar[str] = "prompts"
+    row_use: ClassVar[str] = "answer"
+    feedback_format: ClassVar[str] = "prompts"
     unused = ("val_tokens",)  # `val_prompts` says how long a validation is
     inputs = {
         "model": InputSpec(("model",), "Policy to train: a run, a Hugging Face folder"),
@@ -171,7 +171,7 @@ messages), or conversations, of which what precedes the last answer is the promp
 
     def read_data(self, tokenizer: "Tokenizer", context: int, ctx: StageContext) -> "PromptDataset":
         self.check_models([one.name for one in ctx.inputs.get("reward_model", ())])
-        self.longest(context)  # refuses a max_length beyond it
+        self.example_length(context)  # refuses a max_length beyond it
         scorer = RewardScorer(self, tokenizer, ctx)
         context = self.max_length or context
         if scorer.models is not None:
@@ -192,7 +192,7 @@ messages), or conversations, of which what precedes the last answer is the promp
             base=common["base"], scorer_identity=scorer.identity(),
             score_heldout=scorer.of(data.heldout), stop_ids=tokenizer.stop_ids,
             places=[prompt.place for _, prompt in data.training], sample_prompt=common["prompt"],
-            answer_text=partial(text_of, tokenizer), sample_tokens=options.sample_tokens,
+            answer_text=partial(decode_text, tokenizer), sample_tokens=options.sample_tokens,
             score_metrics=scorer.metrics,
             warn=ctx.warning if is_main_process() else lambda message: None,
         )  # fmt: skip
@@ -201,8 +201,8 @@ messages), or conversations, of which what precedes the last answer is the promp
         training = super().prepare(ctx)
 
         def keep_last_good(error: "DivergedError") -> None:
-            if error.good is not None:
-                cast("OnlineObjective", training.objective).load_policy(error.good)
+            if error.checkpoint is not None:
+                cast("OnlineObjective", training.objective).load_policy(error.checkpoint)
                 self.save(training, ctx.out / LAST_GOOD)
                 ctx.warning(f"the policy of that checkpoint is {ctx.out / LAST_GOOD}")
 
@@ -221,7 +221,7 @@ messages), or conversations, of which what precedes the last answer is the promp
             return None
         return copy.deepcopy(model).to(getattr(torch, self.dtype))
 
-    def outcome(self, result: Mapping[str, Any], ctx: StageContext) -> tuple[str, list[str]]:
+    def summary_parts(self, result: Mapping[str, Any], ctx: StageContext) -> tuple[str, list[str]]:
         metrics = [m for m in read_metrics(ctx.out / METRICS) if "val_score" in m]
         figures = [f"{result['tokens_per_second']:,.0f} answer tokens/s"]
         if metrics:
@@ -279,7 +279,7 @@ class PromptDataset(EncodedDataset):
     def read(self) -> "Iterator[Prompt]":
         from fastlm.data.prompts import read_prompts
 
-        return read_prompts(self.stage.data, **self.reading())
+        return read_prompts(self.stage.data, **self.reader_options())
 
     def prompt_of(self, row: "Prompt") -> Any:
         return row, row.messages, row.tools
@@ -416,7 +416,7 @@ class RewardScorer:
         assert self.function is not None
         tokens = answer.token_ids[:-1] if answer.ended else answer.token_ids
         try:
-            value = self.function(text_of(self.tokenizer, tokens), prompt.row)
+            value = self.function(decode_text(self.tokenizer, tokens), prompt.row)
         except InputError as error:
             raise InputError(f"{prompt.place}: {error}") from None
         except Exception as error:

@@ -1,10 +1,11 @@
-"""The processes of a training that torchrun started: what they tell each other, and how they hold
-its model: whole in each (DDP), or each a shard (FSDP2).
+"""The processes of a training that torchrun started: collectives, and the placement of the model.
+Each process holds a replica (DDP) or a shard (FSDP2).
 
 Gradients are summed over the processes, because a loss is already divided by the items of the whole
-step. They are summed in float32, whatever their dtype: a sum of 1,024 in bfloat16 would lose bits.
+step. The sum is in float32, whatever the dtype of the gradients: a sum of 1,024 values in bfloat16
+would lose bits.
 
-Both wrap `CallWrapper`, a module whose forward is a call of the objective. Their hooks thus fire
+Both wrap a `CallWrapper`, a module whose forward is a call of the objective. Their hooks thus fire
 once per micro-batch, whichever methods of the model an objective uses. Rejected: wrapping the model
 and registering the methods (``hidden``, ``logprobs``, ...) one by one.
 """
@@ -37,27 +38,27 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 # The longest wait for another process. Rank 0 alone writes checkpoints and samples meanwhile
 TIMEOUT = timedelta(minutes=10)
-# How gloo reports a process that is gone: an error of its own has no class (torch 2.13)
+# How gloo reports a lost process: the error has no class of its own (torch 2.13)
 LOST = re.compile(
     r"gloo/transport/.*(connection (closed|reset|refused)|broken pipe|timed? ?out)", re.IGNORECASE
 )
-# Where nn.Module keeps the hooks of `fully_shard`
+# The attributes of nn.Module that hold the hooks of `fully_shard`
 HOOKS = (
     "_forward_pre_hooks", "_forward_hooks", "_state_dict_pre_hooks", "_load_state_dict_pre_hooks"
 )  # fmt: skip
 
 
-def _attempt(do: Callable[[], T]) -> tuple[T | None, InputError | None]:
-    """Return ``do()``, and its InputError."""
+def _attempt(call: Callable[[], T]) -> tuple[T | None, InputError | None]:
+    """Return the result of ``call()`` and None, or None and its InputError."""
     try:
-        return do(), None
+        return call(), None
     except InputError as error:
         return None, error
 
 
 class ProcessGroup(SingleProcess):
-    """One of several processes, joined by ``torch.distributed``. All make it together. What they
-    tell each other goes over a gloo group of its own: that of a caller may be for GPUs alone.
+    """One of several processes that ``torch.distributed`` joins. All construct it together. They
+    communicate over a separate gloo group, because a caller's group may serve only GPUs.
     """
 
     def __init__(self) -> None:
@@ -65,98 +66,100 @@ class ProcessGroup(SingleProcess):
         self.group: Any = dist.new_group(backend="gloo", timeout=TIMEOUT)
 
     def gather(self, value: T) -> list[T]:
-        found: list[Any] = [None] * self.size
-        dist.all_gather_object(found, value, group=self.group)
-        return found
+        values: list[Any] = [None] * self.size
+        dist.all_gather_object(values, value, group=self.group)
+        return values
 
     def broadcast(self, value: T) -> T:
-        said = [value]
-        dist.broadcast_object_list(said, src=0, group=self.group)
-        return said[0]
+        values = [value]
+        dist.broadcast_object_list(values, src=0, group=self.group)
+        return values[0]
 
-    def on_main_process(self, do: Callable[[], T]) -> T | None:
-        made, error = _attempt(do) if self.rank == 0 else (None, None)
+    def on_main_process(self, call: Callable[[], T]) -> T | None:
+        result, error = _attempt(call) if self.rank == 0 else (None, None)
         if (first := self.broadcast(error)) is not None:
             raise error or first
-        return made
+        return result
 
-    def each(self, do: Callable[[], T]) -> list[T]:
-        made, error = _attempt(do)
-        found = self.gather((made, error))
-        for rank, (_, other) in enumerate(found):
+    def gather_results(self, call: Callable[[], T]) -> list[T]:
+        result, error = _attempt(call)
+        pairs = self.gather((result, error))
+        for rank, (_, other) in enumerate(pairs):
             if other is not None:
                 raise error if error is not None and rank == self.rank else other
-        return [cast(T, one) for one, _ in found]
+        return [cast(T, result) for result, _ in pairs]
 
     def any(self, flag: bool) -> bool:
-        told = torch.tensor([float(flag)])
-        dist.all_reduce(told, group=self.group)
-        return bool(told)
+        total = torch.tensor([float(flag)])
+        dist.all_reduce(total, group=self.group)
+        return bool(total)
 
     def split_batches(self, batches: Sequence[T]) -> tuple[Sequence[T], T | None]:
-        mine = batches[self.rank :: self.size]
-        most = len(batches[:: self.size])
-        return mine, batches[0] if len(mine) < most else None
+        shard = batches[self.rank :: self.size]
+        max_count = len(batches[:: self.size])
+        return shard, batches[0] if len(shard) < max_count else None
 
     def seed(self, base: int, step: int) -> None:
         text = f"{base} {step} {self.rank}".encode()
         torch.manual_seed(int.from_bytes(hashlib.sha256(text).digest()[:7], "little"))
 
 
-def agree(store: "Store", rank: int, size: int) -> str:
-    """Return a new word that the processes of a group agree on. No group before had it.
+def agree_on_group_name(store: "Store", rank: int, size: int) -> str:
+    """Return a new name that all processes of the group share and no earlier group had.
 
-    torchrun's store outlives the processes, and no variable of theirs numbers the groups:
-    TORCHELASTIC_RESTART_COUNT is that of one agent, which may have joined later. So each process
-    asks under a random name, and rank 0 answers whoever asks until all have heard the word. Names
-    that dead processes left are answered too, which no one reads.
+    torchrun's store outlives the processes, and none of its variables numbers the groups:
+    TORCHELASTIC_RESTART_COUNT counts the restarts of one agent, which may have joined later. So
+    each process sends a request under a random token, and rank 0 replies to every request until all
+    processes have acknowledged the name. It also replies to requests of dead processes; nothing
+    reads those replies.
     """
-    own = token_hex(8)
+    token = token_hex(8)
     if rank:
-        store.set(f"fastlm/asks/{rank}", own)
-        word = store.get(f"fastlm/answer/{own}").decode()
-        store.set(f"fastlm/heard/{word}/{rank}", "")
-        return word
-    asks = [f"fastlm/asks/{other}" for other in range(1, size)]
-    heard = [f"fastlm/heard/{own}/{other}" for other in range(1, size)]
+        store.set(f"fastlm/request/{rank}", token)
+        name = store.get(f"fastlm/reply/{token}").decode()
+        store.set(f"fastlm/acknowledged/{name}/{rank}", "")
+        return name
+    requests = [f"fastlm/request/{other}" for other in range(1, size)]
+    acknowledged = [f"fastlm/acknowledged/{token}/{other}" for other in range(1, size)]
     answered: set[bytes] = set()
-    ends = time.monotonic() + TIMEOUT.total_seconds()
-    while not store.check(heard):
-        for name in set(store.multi_get(asks)) - answered:
-            store.set(f"fastlm/answer/{name.decode()}", own)
-            answered.add(name)
-        if time.monotonic() > ends:
+    deadline = time.monotonic() + TIMEOUT.total_seconds()
+    while not store.check(acknowledged):
+        for request in set(store.multi_get(requests)) - answered:
+            store.set(f"fastlm/reply/{request.decode()}", token)
+            answered.add(request)
+        if time.monotonic() > deadline:
             raise LostRankError(f"rank 0 of {size}: not all processes have joined in {TIMEOUT}")
         time.sleep(0.02)
-    return own
+    return token
 
 
 def is_lost(error: RuntimeError) -> bool:
-    """Whether torch says so because another process is gone, or does not answer."""
-    known = (dist.DistBackendError, dist.DistNetworkError, dist.DistStoreError)
-    return isinstance(error, known) or LOST.search(_line(error)) is not None
+    """Return whether torch raised this because another process is gone or does not answer."""
+    classes = (dist.DistBackendError, dist.DistNetworkError, dist.DistStoreError)
+    return isinstance(error, classes) or LOST.search(_line(error)) is not None
 
 
 def _line(error: BaseException) -> str:
     return " ".join(str(error).split())
 
 
-def check_gpus(places: Sequence[tuple[str, str]]) -> None:
-    """Raise InputError if two processes have their model on the same GPU. ``places``: host and GPU
-    of each.
+def check_gpus(gpus: Sequence[tuple[str, str]]) -> None:
+    """Raise InputError if two processes have their model on the same GPU. ``gpus``: host and GPU
+    of each process.
     """
-    for rank, place in enumerate(places):
-        if (other := places.index(place)) != rank:
+    for rank, gpu in enumerate(gpus):
+        if (other := gpus.index(gpu)) != rank:
             raise InputError(
                 "device: expected a GPU of its own for each process (that of LOCAL_RANK), got"
-                f" processes {other} and {rank} on one GPU of {place[0]}"
+                f" processes {other} and {rank} on one GPU of {gpu[0]}"
             )
 
 
 @contextmanager
 def process_group(device: torch.device) -> Iterator[SingleProcess]:
-    """Context: this process among those that torchrun started. ``device``: of the model. A group
-    that the caller made before is used and stays; it must serve the device.
+    """Join the processes that torchrun started, within this context. ``device`` is the model's. A
+    group that the caller has already initialized is used and not destroyed; it must serve the
+    device.
 
     LostRankError: another process is gone. InputError: two models are on the same GPU.
     """
@@ -167,18 +170,18 @@ def process_group(device: torch.device) -> Iterator[SingleProcess]:
     from torch.distributed import PrefixStore  # pyright: ignore[reportPrivateImportUsage]
     from torch.distributed.rendezvous import rendezvous
 
-    made = not dist.is_initialized()
+    initializes = not dist.is_initialized()
     cuda = device.type == "cuda"
     lost = False
     world: ProcessGroup | None = None
     try:
         if cuda:
             torch.cuda.set_device(device)
-        if made:
+        if initializes:
             store, rank, size = next(iter(rendezvous("env://", timeout=TIMEOUT)))
-            # torchrun keeps its store when it starts the processes again (torch 2.13): without a
-            # prefix of their own, gloo may find the addresses of the processes that are gone
-            distributed.group_name = agree(store, rank, size)
+            # torchrun keeps its store when it restarts the processes (torch 2.13): without a new
+            # prefix, gloo may find the addresses of the dead processes
+            distributed.group_name = agree_on_group_name(store, rank, size)
             dist.init_process_group(
                 "cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=TIMEOUT, rank=rank,
                 world_size=size, store=PrefixStore(f"fastlm/{distributed.group_name}", store),
@@ -190,7 +193,7 @@ def process_group(device: torch.device) -> Iterator[SingleProcess]:
         yield world
     except RuntimeError as error:
         if is_lost(error):
-            lost = True  # taking leave of it would wait
+            lost = True  # destroying the group would block
             text = _line(error)
             raise LostRankError(
                 f"rank {rank} of {size}: another process has ended or does not answer"
@@ -199,14 +202,14 @@ def process_group(device: torch.device) -> Iterator[SingleProcess]:
         raise
     finally:
         if not lost and dist.is_initialized():
-            if made:
+            if initializes:
                 dist.destroy_process_group()
             elif world is not None:
                 dist.destroy_process_group(world.group)
 
 
 class CallWrapper(nn.Module):
-    """Runs a call that uses ``model``."""
+    """A module that runs calls that use ``model``, so that hooks on it see them."""
 
     def __init__(self, model: nn.Module):
         super().__init__()
@@ -217,8 +220,8 @@ class CallWrapper(nn.Module):
 
 
 class DataParallel(SingleDevice):
-    """A model that each process holds whole, in ``DistributedDataParallel``. Gradients are summed
-    in buckets while the backward of the last micro-batch runs.
+    """Holds a replica of the model in each process (``DistributedDataParallel``). Gradients are
+    summed in buckets while the backward of the last micro-batch runs.
     """
 
     def to(self, dtype: torch.dtype) -> None:
@@ -226,12 +229,12 @@ class DataParallel(SingleDevice):
 
         super().to(dtype)
         with warnings.catch_warnings():
-            # torch 2.13 has another name for broadcast_buffers, which 2.11 does not know
+            # torch 2.13 renamed broadcast_buffers; torch 2.11 only has the old name
             warnings.simplefilter("ignore", FutureWarning)
             self.ddp = DistributedDataParallel(
                 CallWrapper(self.model), broadcast_buffers=False, gradient_as_bucket_view=True
             )
-        self.ddp.register_comm_hook(None, _summed)
+        self.ddp.register_comm_hook(None, _sum_bucket)
 
     def backward(self, call: Callable[[], Tensor], *, last: bool, factor: float = 1.0) -> Tensor:
         with nullcontext() if last else self.ddp.no_sync():
@@ -240,42 +243,42 @@ class DataParallel(SingleDevice):
         return loss.detach()
 
 
-def _summed(state: None, bucket) -> torch.futures.Future[Tensor]:
-    """DDP's hook for a bucket: a sum, where its own default is a mean."""
+def _sum_bucket(state: None, bucket) -> torch.futures.Future[Tensor]:
+    """Sum a bucket of gradients over the processes, as DDP's hook; its default is a mean."""
     del state
-    own = bucket.buffer()
-    wide = own.float()
+    buffer = bucket.buffer()
+    wide = buffer.float()
     work = dist.all_reduce(wide, async_op=True)
     assert work is not None  # async
-    return work.get_future().then(lambda done: own.copy_(done.value()[0]))
+    return work.get_future().then(lambda done: buffer.copy_(done.value()[0]))
 
 
 class FullySharded(SingleDevice):
-    """A model of whose parameters, gradients and optimizer state each process holds a part
-    (``fully_shard``): the layers one by one, and the rest together. ``within``: the number of
-    processes that hold a whole model together; the gradients of such groups are then summed.
+    """Shards parameters, gradients and optimizer state over the processes (FSDP2's
+    ``fully_shard``): each layer alone, the rest together. ``shard_size``: the number of processes
+    that together hold one copy of the model. Gradients are summed over the copies.
     """
 
     sharded = True
 
-    def __init__(self, model: nn.Module, size: int, within: int):
+    def __init__(self, model: nn.Module, size: int, shard_size: int):
         from torch.distributed.device_mesh import init_device_mesh
         from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
         super().__init__(model)
         self.root = CallWrapper(model)
-        shape = (size,) if within == size else (size // within, within)
+        shape = (size,) if shard_size == size else (size // shard_size, shard_size)
         names = ("replicate", "shard")[-len(shape) :]
         device = next(model.parameters()).device.type
-        how: dict[str, Any] = {
+        options: dict[str, Any] = {
             "mesh": init_device_mesh(device, shape, mesh_dim_names=names),
             "mp_policy": MixedPrecisionPolicy(reduce_dtype=torch.float32),
         }
         lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
         for layer in [layer for layers in lists for layer in layers]:
-            fully_shard(layer, **how)
-        # the head is used after the layers, by objectives outside of the model's forward too
-        fully_shard(self.root, reshard_after_forward=False, **how)
+            fully_shard(layer, **options)
+        # objectives use the head after the layers, also outside of the model's forward
+        fully_shard(self.root, reshard_after_forward=False, **options)
         self.parts = [m for m in self.root.modules() if isinstance(m, FSDPModule)]
         for part in self.parts:
             part.set_gradient_divide_factor(1.0)
@@ -299,18 +302,18 @@ class FullySharded(SingleDevice):
     def full_parameters(self) -> Iterator[None]:
         hooks = self._gather()
         yield
-        for part, kept in zip(self.parts, hooks, strict=True):
-            for name, own in kept.items():
-                setattr(part, name, own)
+        for part, part_hooks in zip(self.parts, hooks, strict=True):
+            for name, value in part_hooks.items():
+                setattr(part, name, value)
         self._reshard()
 
     def unshard(self) -> None:
         self._gather()
 
     def _gather(self) -> list[dict[str, Any]]:
-        """Gather all parameters. Return the hooks that would shard them again, taken off. With the
-        hooks, FSDP2 would also learn an order of layers from calls that one process makes alone,
-        and gather in that order in the next backward: the others would wait for ever.
+        """Gather all parameters. Remove and return the hooks that would shard them again. With the
+        hooks, FSDP2 would also learn an order of layers from calls that only one process makes, and
+        gather in that order in the next backward: the other processes would wait for ever.
         """
         hooks = []
         for part in self.parts:
@@ -324,7 +327,7 @@ class FullySharded(SingleDevice):
         for part in self.parts:
             part.reshard()
 
-    def full(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    def full_tensors(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         from torch.distributed.tensor import DTensor
 
         return {
@@ -334,19 +337,22 @@ class FullySharded(SingleDevice):
     def load(self, tensors: dict[str, Tensor]) -> None:
         from torch.distributed.tensor import DTensor, distribute_tensor
 
-        parts = {}
-        for name, own in self.model.state_dict().items():
+        shards = {}
+        for name, target in self.model.state_dict().items():
             if name in tensors:
-                parts[name] = tensors[name]
-                if isinstance(own, DTensor):
-                    parts[name] = distribute_tensor(tensors[name], own.device_mesh, own.placements)
-        super().load(parts)
+                shards[name] = tensors[name]
+                if isinstance(target, DTensor):
+                    shards[name] = distribute_tensor(
+                        tensors[name], target.device_mesh, target.placements
+                    )
+        super().load(shards)
 
 
-def parallel(model: nn.Module, options: TrainOptions, world: SingleProcess) -> SingleDevice:
-    """Return how this process holds ``model``. Call it before the optimizer is made.
+def wrap_model(model: nn.Module, options: TrainOptions, world: SingleProcess) -> SingleDevice:
+    """Replicate or shard ``model`` as the option `parallel` says. Call it before the optimizer is
+    constructed.
 
-    InputError: fsdp, and weights that are not trained; a model that fsdp or hsdp trained before.
+    InputError: fsdp with frozen weights; a model that fsdp or hsdp trained before.
     """
     if world.size == 1:
         return SingleDevice(model)
@@ -354,15 +360,13 @@ def parallel(model: nn.Module, options: TrainOptions, world: SingleProcess) -> S
 
     if any(isinstance(module, FSDPModule) for module in model.modules()):
         raise InputError(
-            "parallel: expected a model that fsdp or hsdp did not train before in this program, got"
-            " one; save it, and load it again"
+            "parallel: expected a model that fsdp or hsdp has not trained in this program, got one;"
+            " save it and load it again"
         )
     if options.parallel == "ddp":
         return DataParallel(model)
     if not all(p.requires_grad for p in model.parameters()):
-        raise InputError(
-            f"parallel: expected ddp where a part of the weights is frozen, got {options.parallel}"
-        )
+        raise InputError(f"parallel: expected ddp with frozen weights, got {options.parallel}")
     return FullySharded(
         model, world.size, node_size() if options.parallel == "hsdp" else world.size
     )

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from fastlm.errors import InputError
 from fastlm.pipeline.stage import not_negative, one_of, positive
 from fastlm.train.encoding import EncodedDataset
-from fastlm.train.objective import Example, digest, fit
+from fastlm.train.objective import Example, examples_digest, truncate
 from fastlm.train.options import expect
 from fastlm.train.training_stage import ChatStage, loss_text
 
@@ -66,8 +66,8 @@ class PreferenceLoss:
 class PreferenceStage(ChatStage):
     """A stage that learns from preferences: what `dpo` and `reward` share."""
 
-    rows = "preferences"
-    form = "preferences"
+    row_name = "preferences"
+    feedback_format = "preferences"
 
     gradient_accumulation_steps: Annotated[int, "Micro-batches per step"] = 4
     heldout: Annotated[float, "Share of the data that is held out"] = 0.1
@@ -102,11 +102,11 @@ class PreferenceExample:
     desirable: bool = True
 
     @property
-    def place(self) -> str:
-        return self.answers[0].place
+    def location(self) -> str:
+        return self.answers[0].location
 
     def content(self) -> bytes:
-        return f"{digest(self.answers)} {self.margin} {self.desirable}\n".encode()
+        return f"{examples_digest(self.answers)} {self.margin} {self.desirable}\n".encode()
 
 
 class PreferenceDataset(EncodedDataset):
@@ -133,7 +133,7 @@ class PreferenceDataset(EncodedDataset):
     def read(self) -> "Iterator[Comparison | Label]":
         from fastlm.data.preferences import read_preferences
 
-        return read_preferences(self.stage.data, **self.reading())
+        return read_preferences(self.stage.data, **self.reader_options())
 
     def prompt_of(self, row: "Comparison | Label") -> Any:
         from fastlm.data.preferences import Label
@@ -197,8 +197,10 @@ class PreferenceDataset(EncodedDataset):
             if not found:
                 return []
             # without what the template writes after the answer's last token
-            whole.append(found[0][: int(found[0].mask.nonzero()[0][-1]) + 1])
-        cut = [piece for e in whole for piece in fit(e, self.max_length, self.stage.truncation)]
+            whole.append(found[0][: int(found[0].loss_mask.nonzero()[0][-1]) + 1])
+        cut = [
+            piece for e in whole for piece in truncate(e, self.max_length, self.stage.truncation)
+        ]
         if any(len(e.ids) > self.max_length for e in whole):
             self.rows.counts[TRUNCATION_COUNTS[self.stage.truncation][len(cut) == len(whole)]] += 1
         return cut if len(cut) == len(whole) else []
@@ -222,7 +224,7 @@ def add_mismatched_answers(
     """
     import numpy as np
 
-    starts = [int(one.answers[0].mask.argmax()) for one in labelled]
+    starts = [int(one.answers[0].loss_mask.argmax()) for one in labelled]
     prompts = [one.answers[0].ids[:n].tobytes() for one, n in zip(labelled, starts)]
     if labelled and len(set(prompts)) == 1:
         raise InputError("data: expected answers to two prompts or more for kto, got one prompt")
@@ -233,8 +235,10 @@ def add_mismatched_answers(
             after += 1
         (own,), other = one.answers, after % len(labelled)
         parts = (own[: starts[i]], labelled[other].answers[0][starts[other] :])
-        ids, mask = (np.concatenate([getattr(e, key) for e in parts]) for key in ("ids", "mask"))
-        swapped = fit(Example(ids, mask, own.place), max_length, "truncate")
+        ids, mask = (
+            np.concatenate([getattr(e, key) for e in parts]) for key in ("ids", "loss_mask")
+        )
+        swapped = truncate(Example(ids, mask, own.location), max_length, "truncate")
         result.append(PreferenceExample((own, *swapped), desirable=one.desirable))
     return result
 

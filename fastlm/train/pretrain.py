@@ -276,7 +276,7 @@ class Pretrain(TrainingStage):
             ],
         )
 
-    def sampled(self, result: Mapping[str, Any]) -> str:
+    def samples_caption(self, result: Mapping[str, Any]) -> str:
         prompt = result["prompt"]
         begin = f"the prompt “{prompt}”" if prompt else "the start of a document"
         return f"Sampled with the same seed at each moment, from {begin}."

@@ -84,7 +84,7 @@ class RewardObjective(EpochObjective):
 
     def loss(self, batch: RankingBatch, num_items: int) -> "Tensor":
         scores = self.scores(batch)
-        self.measured.append(pair_margins(scores.detach(), batch.ranks)[0])
+        self.step_measurements.append(pair_margins(scores.detach(), batch.ranks)[0])
         return self.losses(scores, batch).sum() / num_items
 
     def scores(self, batch: RankingBatch) -> "Tensor":
@@ -106,14 +106,14 @@ class RewardObjective(EpochObjective):
         return plackett_luce_loss(torch.cat([first, scores[:, 1:]], 1), batch.ranks)
 
     def measurements(self) -> list[float]:
-        return [margin for margins in self.measured for margin in margins.tolist()]
+        return [margin for margins in self.step_measurements for margin in margins.tolist()]
 
-    def scalars(self, measured: Sequence[list[float]]) -> dict[str, float]:
+    def scalars(self, measurements: Sequence[list[float]]) -> dict[str, float]:
         import torch
 
-        margins = torch.tensor([margin for part in measured for margin in part])
+        margins = torch.tensor([margin for part in measurements for margin in part])
         return {
-            **super().scalars(measured),
+            **super().scalars(measurements),
             "margin": float(margins.mean()),
             "accuracy": float(right(margins).mean()),
         }
@@ -131,7 +131,7 @@ class RewardObjective(EpochObjective):
             items += self.num_items(batch)
             found, of = pair_margins(scores, batch.ranks)
             margins.append(found)
-            places += [rows[i].place for i in of.tolist()]
+            places += [rows[i].location for i in of.tolist()]
         if not items:
             return {}
         joined = torch.cat(margins)
@@ -182,7 +182,7 @@ class Reward(PreferenceStage):
     lr: Annotated[float, "Peak learning rate"] = 1e-5
 
     def feedback_file(self) -> str:
-        return f"judge/{self.form}.jsonl" if self.judge else super().feedback_file()
+        return f"judge/{self.feedback_format}.jsonl" if self.judge else super().feedback_file()
 
     def unit(self) -> str:
         return "pairs"
@@ -190,9 +190,11 @@ class Reward(PreferenceStage):
     def read_data(
         self, tokenizer: "Tokenizer", context: int, ctx: StageContext
     ) -> PreferenceDataset:
-        return PreferenceDataset(self, tokenizer, self.longest(context), context, ctx, kind="lists")
+        return PreferenceDataset(
+            self, tokenizer, self.example_length(context), context, ctx, kind="lists"
+        )
 
-    def module(self, model: "CausalLM") -> "RewardModel":
+    def trained_module(self, model: "CausalLM") -> "RewardModel":
         from fastlm.model.reward_model import RewardModel
 
         return RewardModel.from_causal_lm(model, seed=self.seed)
@@ -219,7 +221,7 @@ class Reward(PreferenceStage):
             "parameters": sum(p.numel() for p in model.parameters()),
         }
 
-    def outcome(self, result: Mapping[str, Any], ctx: StageContext) -> tuple[str, list[str]]:
+    def summary_parts(self, result: Mapping[str, Any], ctx: StageContext) -> tuple[str, list[str]]:
         return f"{result['comparisons']:,} comparisons", self.figures(result)
 
     def section(
@@ -254,7 +256,7 @@ def measure(model: "RewardModel", judged: Sequence[PreferenceExample]) -> dict[s
     and "length_bias".
     """
     scores = model.score(answer_ids(judged)).double().cpu().tolist()
-    lengths = [answer.learnt for one in judged for answer in one.answers]
+    lengths = [answer.num_loss_tokens for one in judged for answer in one.answers]
     pairs, at = [], 0
     for one in judged:
         pairs += combinations(range(at, at + len(one.answers)), 2)

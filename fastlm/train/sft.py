@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Self
 from fastlm.pipeline.stage import InputSpec, ReportSection, StageContext
 from fastlm.train.encoding import EncodedDataset, rows_summary
 from fastlm.train.lora_options import LoraOptions
-from fastlm.train.objective import IGNORE, EpochObjective, Example, Mixture, fit, pack
+from fastlm.train.objective import IGNORE, EpochObjective, Example, Mixture, pack, truncate
 from fastlm.train.options import expect
 from fastlm.train.training_stage import FEEDBACK, ChatStage, loss_text
 
@@ -71,7 +71,7 @@ class Sft(LoraOptions, ChatStage):
         "feedback": FEEDBACK,
     }
     result = {
-        **ChatStage.result, "conversations": int, "learnt_tokens": int, "all_tokens": int,
+        **ChatStage.result, "conversations": int, "loss_tokens": int, "all_tokens": int,
         "sources": list,
     }  # fmt: skip
     notes = """Read are .jsonl and .json files of rows in the shapes of OpenAI (messages), ShareGPT
@@ -100,14 +100,14 @@ class Sft(LoraOptions, ChatStage):
     def read_data(
         self, tokenizer: "Tokenizer", context: int, ctx: StageContext
     ) -> "ConversationDataset":
-        return ConversationDataset(self, tokenizer, self.longest(context), context, ctx)
+        return ConversationDataset(self, tokenizer, self.example_length(context), context, ctx)
 
     def data_facts(self, data: Any) -> dict[str, Any]:
         return {
             "conversations": data.conversations,
-            "heldout": data.held_out,
+            "heldout": data.heldout_rows,
             "sources": data.sources(),
-            "learnt_tokens": sum(example.learnt for example in data.training),
+            "loss_tokens": sum(example.num_loss_tokens for example in data.training),
             "all_tokens": sum(len(example.ids) for example in data.training),
         }
 
@@ -116,7 +116,7 @@ class Sft(LoraOptions, ChatStage):
     ) -> SftObjective:
         return SftObjective(model, data.training, data.heldout, options, **common)
 
-    def outcome(self, result: Mapping[str, Any], ctx: StageContext) -> tuple[str, list[str]]:
+    def summary_parts(self, result: Mapping[str, Any], ctx: StageContext) -> tuple[str, list[str]]:
         speed = f"{result['tokens_per_second']:,.0f} learnt tokens/s"
         return f"{result['conversations']:,} conversations", [loss_text(result), speed]
 
@@ -130,7 +130,7 @@ class Sft(LoraOptions, ChatStage):
         from fastlm.pipeline.charts import loss_chart
         from fastlm.pipeline.text import count_text
 
-        learnt, whole = result["learnt_tokens"], result["all_tokens"]
+        learnt, whole = result["loss_tokens"], result["all_tokens"]
         facts = {"conversations": rows_summary(result), **self.lora_facts(result)}
         if self.data_weights:
             facts["mixture"] = ", ".join(
@@ -171,7 +171,7 @@ class ConversationDataset(EncodedDataset):
 
         for index, spec in enumerate(self.stage.data):
             self.source = index
-            yield from read_conversations((spec,), **self.reading())
+            yield from read_conversations((spec,), **self.reader_options())
 
     def prompt_of(self, row: "Conversation") -> Any:
         return row, row.prompt(), row.tools
@@ -179,13 +179,13 @@ class ConversationDataset(EncodedDataset):
     def encode(self, row: "Conversation") -> list[Example]:
         truncation = self.stage.truncation
         whole = self.encode_messages(row)
-        examples = [piece for one in whole for piece in fit(one, self.max_length, truncation)]
+        examples = [piece for one in whole for piece in truncate(one, self.max_length, truncation)]
         if any(len(one.ids) > self.max_length for one in whole):
             self.rows.counts[TRUNCATION_COUNTS[truncation][bool(examples)]] += 1
         return examples
 
-    def learn(self, examples: Sequence[Example]) -> None:
-        super().learn(examples)
+    def add_training(self, examples: Sequence[Example]) -> None:
+        super().add_training(examples)
         self.conversations_of[self.source] += 1
         self.examples_of[self.source] += len(examples)
 
@@ -196,6 +196,6 @@ class ConversationDataset(EncodedDataset):
     def sources(self) -> list[dict[str, Any]]:
         """What the result says of each source."""
         mixture = self.mixture()
-        columns = (self.stage.data, mixture.weights, self.conversations_of, mixture.taken())
+        columns = (self.stage.data, mixture.weights, self.conversations_of, mixture.epoch_counts())
         keys = ("source", "weight", "conversations", "examples_per_epoch")
         return [dict(zip(keys, row)) for row in zip(*columns)]

@@ -1,9 +1,9 @@
 """Checkpoints of a model that is sharded over processes, by ``torch.distributed.checkpoint``.
 
-``step-*/shard-*.safetensors``: each process writes its shards, with their offsets in the header.
-``manifest.json`` has the files' checksums and what is not tensors. Any number of processes reads
-them, each only what it needs, and so does one process without torchrun; processes with shards also
-read what one process wrote (``tensors.safetensors``). Rejected: torch's own format, whose
+Each process writes its shards to ``step-*/shard-*.safetensors``, with their offsets in the header.
+``manifest.json`` has the files' checksums and the metadata. Any number of processes can read them,
+each only the parts it needs; so can one process without torchrun. Sharded processes can also read
+the checkpoint of one process (``tensors.safetensors``). Rejected: torch's own format, whose
 ``.metadata`` is a pickle.
 """
 
@@ -34,12 +34,12 @@ from fastlm.train.distributed import SingleProcess
 def save_sharded(
     path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any], world: SingleProcess
 ) -> None:
-    """Write the folder ``path``; all processes call it. DTensors are written shard by shard,
+    """Write the folder ``path``. All processes call this. DTensors are written shard by shard;
     plain tensors, which are equal in all processes, once.
     """
     part = world.broadcast(temporary_name(path))
-    world.on_main_process(lambda: _made(part))
-    # a file of safetensors has no slices of a tensor without dimensions
+    world.on_main_process(lambda: _make_folder(part))
+    # safetensors cannot slice a tensor without dimensions
     flat = {name: t if t.dim() else t.reshape(1) for name, t in tensors.items()}
     writer = HuggingFaceStorageWriter(str(part), save_distributed=True)
 
@@ -52,7 +52,7 @@ def save_sharded(
         except OSError as error:
             raise write_error(path, error) from error
 
-    files = {name: digest for sums in world.each(write) for name, digest in sums.items()}
+    files = {name: digest for sums in world.gather_results(write) for name, digest in sums.items()}
 
     def finish() -> None:
         try:
@@ -69,8 +69,8 @@ def save_sharded(
 
 @contextmanager
 def _unwrapped() -> Iterator[None]:
-    """Context: what failed first is raised, in all processes, in place of torch's exception, which
-    is no Exception and prints the tracebacks of all.
+    """Replace torch's CheckpointException by its first cause, within this context. torch's is no
+    Exception and prints the tracebacks of all processes.
     """
     try:
         yield
@@ -78,7 +78,7 @@ def _unwrapped() -> Iterator[None]:
         raise error.failures[min(error.failures)][0] from None
 
 
-def _made(part: Path) -> None:
+def _make_folder(part: Path) -> None:
     try:
         part.mkdir(parents=True)
     except OSError as error:
@@ -88,10 +88,11 @@ def _made(part: Path) -> None:
 def load_sharded(
     path: Path, targets: Mapping[str, Tensor], params: list[Tensor], world: SingleProcess
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Return tensors and metadata of the folder ``path``. All processes call it.
+    """Return tensors and metadata of the folder ``path``. All processes call this.
 
-    A tensor named in ``targets``, or ``optimizer.<i>.<slot>`` of the size of ``params[i]``, comes
-    sharded as that one, all others whole. InputError: a byte has changed, or a size does not fit.
+    A tensor named in ``targets`` is sharded like its target, and ``optimizer.<i>.<slot>`` of the
+    size of ``params[i]`` like that parameter. All others are not sharded. InputError: a byte has
+    changed, or a size does not fit.
     """
     manifest = read_json(path / MANIFEST)
     sums = manifest.get("files") or {TENSORS: manifest.get("sha256")}
@@ -104,20 +105,20 @@ def load_sharded(
         for name in (name for names in world.gather(bad) for name in names):
             raise InputError(f"{path / name}: corrupt: its sha256 is not that of {MANIFEST}")
         reader = HuggingFaceStorageReader(str(path))
-        found: dict[str, Any] = reader.read_metadata().state_dict_metadata
+        entries: dict[str, Any] = reader.read_metadata().state_dict_metadata
         into = {}
-        for name, have in found.items():
+        for name, entry in entries.items():
             like = targets.get(name)
             words = name.split(".")
             if words[0] == "optimizer" and words[1].isdecimal() and int(words[1]) < len(params):
                 like = params[int(words[1])]
-            dtype = have.properties.dtype
-            if like is not None and like.shape == have.size:
+            dtype = entry.properties.dtype
+            if like is not None and like.shape == entry.size:
                 into[name] = torch.zeros_like(like, dtype=dtype, requires_grad=False)
             else:
-                into[name] = torch.zeros(have.size, dtype=dtype)
+                into[name] = torch.zeros(entry.size, dtype=dtype)
         with warnings.catch_warnings(), _unwrapped():
-            warnings.simplefilter("ignore", UserWarning)  # it says that one process loads
+            warnings.simplefilter("ignore", UserWarning)  # it warns that one process loads
             load(into, storage_reader=reader, no_dist=world.size == 1)
     except (OSError, SafetensorError) as error:
         raise InputError(f"{path}: cannot be read: {reason(error)}") from error

@@ -8,7 +8,8 @@ with. The student may have another tokenizer than the teacher: what passes is te
 
 Distributions: per learnt token its k likeliest tokens, their log-probabilities, and the log of what
 is left over. A folder has shards ``teacher-*.safetensors``, each complete in itself. They hold, of
-an example that `fastlm.train.objective.digest` identifies as D, a row for each learnt token:
+an example that `fastlm.train.objective.examples_digest` identifies as D, a row for each learnt
+token:
 
 - ``D.ids`` (rows, k), uint16 or int32;
 - ``D.logprobs`` (rows, k + 1) float16, the rest last. A row is divided by its sum when it is read,
@@ -51,8 +52,8 @@ from fastlm.files import make_folder, read_json, reason, save_atomic, write_json
 from fastlm.ops import linear_logprobs
 from fastlm.progress import silent
 from fastlm.schema import parse
-from fastlm.train.encoding import text_of
-from fastlm.train.objective import IGNORE, Example, digest, pack, weights_digest
+from fastlm.train.encoding import decode_text
+from fastlm.train.objective import IGNORE, Example, examples_digest, pack, weights_digest
 from fastlm.train.options import expect
 from fastlm.train.rollouts import sample_completions
 
@@ -106,7 +107,7 @@ class TeacherLogits:
             raise InputError(f"teacher_logits: expected shards in {folder}, got none")
 
     def __contains__(self, example: Example) -> bool:
-        return digest([example]) in self.shards
+        return examples_digest([example]) in self.shards
 
     def rows(self, examples: Sequence[Example]) -> tuple[np.ndarray, np.ndarray]:
         """Return ids (rows, k) int64 and logprobs (rows, k + 1) float32 of the learnt tokens of
@@ -116,9 +117,9 @@ class TeacherLogits:
         assert self.header is not None
         found = []
         for example in examples:
-            if (key := digest([example])) not in self.shards:
+            if (key := examples_digest([example])) not in self.shards:
                 raise InputError(
-                    f"teacher_logits: expected the tokens of {example.place} in {self.folder},"
+                    f"teacher_logits: expected the tokens of {example.location} in {self.folder},"
                     " which holds other ones: was it made with this data, chat template, date,"
                     " max_length and truncation?"
                 )
@@ -129,7 +130,7 @@ class TeacherLogits:
             except SafetensorError as error:
                 raise self._bad(self.folder, reason(error)) from None
             ids, logprobs = ids.astype(np.int64), logprobs.astype(np.float32)
-            rows, k = example.learnt, self.header.top_k
+            rows, k = example.num_loss_tokens, self.header.top_k
             if (ids.shape, logprobs.shape) != ((rows, k), (rows, k + 1)):
                 raise self._bad(self.folder, f"ids of shape {ids.shape}, not {(rows, k)}")
             if (ids < 0).any() or (ids >= self.header.vocab_size).any():
@@ -177,7 +178,7 @@ def write_logits(
         got = wanted if known.header is None else getattr(known.header, name)
         if got != wanted:
             raise InputError(f"teacher_logits: {folder} was made with {name} {got}, not {wanted}")
-    missing = {digest([e]): e for e in examples if e not in known}
+    missing = {examples_digest([e]): e for e in examples if e not in known}
     dtype = np.int32 if header.vocab_size > 1 << 16 else np.uint16
     tensors: dict[str, np.ndarray] = {}
 
@@ -192,7 +193,7 @@ def write_logits(
     try:
         for batch in track(batches, "asking the teacher", unit="batches"):
             ids, logprobs = _measure(teacher, [missing[key] for key in batch], header)
-            ends = np.cumsum([missing[key].learnt for key in batch])[:-1]
+            ends = np.cumsum([missing[key].num_loss_tokens for key in batch])[:-1]
             for key, *rows in zip(batch, np.split(ids, ends), np.split(logprobs, ends)):
                 tensors |= {f"{key}.ids": rows[0].astype(dtype), f"{key}.logprobs": rows[1]}
             size = sum(tensor.nbytes for tensor in tensors.values())
@@ -372,7 +373,7 @@ def write_completions(
             )  # fmt: skip
             rows = []
             for (_, prompt), answer in zip(part, answers, strict=True):
-                text = text_of(tokenizer, answer.token_ids[:-1])
+                text = decode_text(tokenizer, answer.token_ids[:-1])
                 if answer.ended and text.strip():
                     rows.append(json.dumps(_row(prompt, text), ensure_ascii=False) + "\n")
             write_text(path, "".join(rows))

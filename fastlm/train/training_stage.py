@@ -1,6 +1,6 @@
-"""What all stages that train share: the loop, what they leave, the result and the report; and what
-those on rows of text share (conversations, preferences, prompts): options, and the way from a model
-and rows to a training.
+"""The base classes of all stages that train. `TrainingStage` has the loop, the outputs, the result
+and the report; `ChatStage` the options of stages on rows of text (conversations, preferences,
+prompts), and how they load the model and the rows.
 """
 
 import math
@@ -40,17 +40,19 @@ if TYPE_CHECKING:
 
 MODEL = "model"
 FEEDBACK = InputSpec(
-    ("feedback",), "What `fastlm feedback build` made, beside the data", optional=True
+    ("feedback",), "The output of `fastlm feedback build`, in addition to the data", optional=True
 )
-MAX_LENGTH = 2048  # tokens of a conversation by default, where the context is longer: bounds memory
+MAX_LENGTH = (
+    2048  # default maximum tokens of a conversation; bounds memory where the context is longer
+)
 
 
 @dataclass
 class TrainingSetup:
-    """A training that can begin.
+    """The model, data and options of a training that is ready to run.
 
-    ``model``: what is saved. ``source``: the folder of the model it began as. ``facts``: what the
-    result says of the data and the model. ``on_diverged``: see `fastlm.train.loop.train`.
+    ``model``: the model to save. ``source``: the folder of the initial model. ``facts``: entries of
+    the result about the data and the model. ``on_diverged``: see `fastlm.train.loop.train`.
     """
 
     model: Any
@@ -64,18 +66,17 @@ class TrainingSetup:
 
 @dataclass(frozen=True)
 class TrainingStage(TrainOptions, Stage):
-    """A stage that trains a model. A subclass defines `prepare`, and for the user `outcome` and
-    `section`.
-    """
+    """A stage that trains a model. A subclass defines `prepare`, `section`, and perhaps
+    `summary_parts`."""
 
     outputs = {"model": MODEL}
     checkpoints = ("checkpoints",)
     result = {
         "steps": int, "tokens": int, "tokens_per_second": float, "loss": float | None,
-        "metrics": dict, "parameters": int, "used_seconds": float, "load": str,
+        "metrics": dict, "parameters": int, "used_seconds": float, "machine_load": str,
     }  # fmt: skip
 
-    seed: Annotated[int, "Seed of the order of the data"] = 0
+    seed: Annotated[int, "Seed of the data order"] = 0
 
     def check(self) -> None:
         super().check()
@@ -86,11 +87,11 @@ class TrainingStage(TrainOptions, Stage):
         raise NotImplementedError
 
     def finish(self, training: TrainingSetup) -> dict[str, Any]:
-        """Return what the result says of the trained model, which is saved afterwards."""
+        """Return entries of the result about the trained model, before it is saved."""
         return {}
 
     def save_trained(self, model: Any, folder: Path, source: Path | None) -> None:
-        """Write the model to ``folder``; it began as the one in ``source``."""
+        """Write the model to ``folder``. ``source``: the folder of the initial model."""
         model.save_pretrained(folder)
 
     def save(self, training: TrainingSetup, folder: Path) -> None:
@@ -116,17 +117,17 @@ class TrainingStage(TrainOptions, Stage):
         trained = asdict(result)
         trained["used_seconds"] = trained.pop("seconds")  # of all sessions
         now = os.getloadavg()[0]
-        trained["load"] = f"{load:.1f} when the training began, {now:.1f} when it ended"
-        measured = self.finish(training)
+        trained["machine_load"] = f"{load:.1f} at the start, {now:.1f} at the end"
+        metrics = self.finish(training)
         self.save(training, ctx.out / MODEL)
-        return {**trained, **training.facts, **measured}
+        return {**trained, **training.facts, **metrics}
 
-    def outcome(self, result: Mapping[str, Any], ctx: StageContext) -> tuple[str, list[str]]:
-        """Return what was learnt from, and figures of the end, for the user."""
+    def summary_parts(self, result: Mapping[str, Any], ctx: StageContext) -> tuple[str, list[str]]:
+        """Return the amount of data and the final figures, for the summary."""
         return "", [loss_text(result), f"{result['tokens_per_second']:,.0f} tokens/s"]
 
     def summary(self, result: Mapping[str, Any], ctx: StageContext) -> str:
-        data, figures = self.outcome(result, ctx)
+        data, figures = self.summary_parts(result, ctx)
         parts = [*([data] if data else []), f"{result['steps']} steps", *figures]
         if self.keep == "best":
             name = "val_loss" if "val_loss" in result["metrics"] else "val_score"
@@ -137,7 +138,7 @@ class TrainingStage(TrainOptions, Stage):
     def section(
         self, ctx: StageContext, result: Mapping[str, Any], metrics: list[dict[str, Any]]
     ) -> ReportSection:
-        """Return the stage's part of report.html, without what `report` adds for all of them."""
+        """Return the stage's section of report.html, without what `report` adds for all stages."""
         raise NotImplementedError
 
     def report(self, ctx: StageContext, result: Mapping[str, Any]) -> ReportSection:
@@ -145,70 +146,77 @@ class TrainingStage(TrainOptions, Stage):
         from fastlm.train.charts import training_charts
 
         metrics = read_metrics(ctx.out / METRICS)
-        part = self.section(ctx, result, metrics)
-        part.charts = [*part.charts, *training_charts(metrics)]
-        part.facts = {
-            **part.facts,
+        section = self.section(ctx, result, metrics)
+        section.charts = [*section.charts, *training_charts(metrics)]
+        section.facts = {
+            **section.facts,
             "schedule": f"{OPTIMIZERS[self.optimizer]}, {self.schedule}, peak {self.lr},"
             f" weight decay {self.weight_decay}, {self.dtype}",
             "time": f"{seconds_text(result['used_seconds'])}, steps and checkpoints",
-            "machine load": result["load"],
+            "machine load": result["machine_load"],
         }
-        if part.template == ReportSection.template:
-            part.template = "training.html.jinja"
+        if section.template == ReportSection.template:
+            section.template = "training.html.jinja"
             samples = [m for m in metrics if "sample" in m]
-            part.values = {"samples": samples, "how": self.sampled(result)}
-        return part
+            section.values = {"samples": samples, "caption": self.samples_caption(result)}
+        return section
 
-    def sampled(self, result: Mapping[str, Any]) -> str:
-        """Return how the samples of the report were made."""
+    def samples_caption(self, result: Mapping[str, Any]) -> str:
+        """Return the caption of the report's samples: prompt and sampling."""
         return f"Answers to “{shorten(result['prompt'], 200)}”, at temperature 0."
 
 
 def loss_text(result: Mapping[str, Any]) -> str:
+    """Return the loss, for the summary."""
     return "no loss" if result["loss"] is None else f"loss {result['loss']:.4f}"
 
 
 @dataclass(frozen=True)
 class ChatStage(TrainingStage):
-    """A training on rows that the model's chat template writes. A subclass defines `read_data`,
+    """A training on rows that the model's chat template renders. A subclass defines `read_data`,
     `data_facts` and `objective`.
     """
 
     truncations: ClassVar[tuple[str, ...]] = ("skip", "truncate")  # values of `truncation`
     result = {
-        **TrainingStage.result, "trained_parameters": int, "heldout": int, "read": int,
+        **TrainingStage.result, "trained_parameters": int, "heldout": int, "rows_read": int,
         "counts": dict, "prompt": str,
     }  # fmt: skip
-    rows: ClassVar[str] = "conversations"  # what `data` holds
-    use: ClassVar[str] = "learn from"  # what they are for
+    row_name: ClassVar[str] = "conversations"  # of `data`
+    row_use: ClassVar[str] = "learn from"
     sources_in: ClassVar[tuple[str, ...]] = ("data",)
     settings_in: ClassVar[tuple[str, ...]] = ("chat_template",)
     instructs: ClassVar[bool] = True
-    form: ClassVar[str] = "sft"  # of `fastlm.feedback.build.FORMS`
+    feedback_format: ClassVar[str] = "sft"  # of `fastlm.feedback.build.FORMS`
 
     data: Annotated[
         tuple[str, ...],
         MaybePositional("Rows: .jsonl or .json files, folders, pypi:, sdist: or deb:NAME#GLOB"),
     ] = ()
-    epochs: Annotated[float | None, "Passes over the data; default: 1 if nothing else ends"] = None
+    epochs: Annotated[
+        float | None, "Passes over the data; default: 1, if no other option ends the training"
+    ] = None
     batch_size: Annotated[int, "Conversations per micro-batch, joined without padding"] = 8
     max_length: Annotated[
-        int | None, "Most tokens of an example; default: the context, at most 2048"
+        int | None, "Maximum tokens of an example; default: the context, at most 2048"
     ] = None
-    truncation: Annotated[str, "Longer examples: skip or truncate"] = "skip"
-    skip_bad: Annotated[bool, "Count bad rows instead of stopping at the first one"] = False
-    date: Annotated[str, "What chat templates take for today, YYYY-MM-DD"] = "2024-07-26"
+    truncation: Annotated[str, "What to do with longer examples: skip or truncate"] = "skip"
+    skip_bad: Annotated[bool, "Skip and count invalid rows instead of stopping at the first"] = (
+        False
+    )
+    date: Annotated[str, "Today's date for chat templates, YYYY-MM-DD"] = "2024-07-26"
     heldout: Annotated[float, "Share of the data that is held out"] = 0.05
-    chat_template: Annotated[str, "Jinja file; default: the model's own, else ChatML"] = ""
+    chat_template: Annotated[
+        str, "Jinja file; default: the template of the model, or else ChatML"
+    ] = ""
     lr: Annotated[float, "Peak learning rate"] = 2e-5
-    warmup_ratio: Annotated[float, "Share of the run in which the rate rises"] = 0.03
+    warmup_ratio: Annotated[float, "Share of the run in which the learning rate rises"] = 0.03
     weight_decay: Annotated[float, "Weight decay of matrices"] = 0.0
     validations: Annotated[int, "Number of validations, evenly spaced over the run"] = 4
     sample_at: Annotated[
-        tuple[float, ...], "Moments of the run, 0 to 1, at which the model answers a prompt"
+        tuple[float, ...], "Points of the run, 0 to 1, at which the model answers a prompt"
     ] = (0.0, 0.5, 1.0)
-    sample_prompt: Annotated[str, "Message that a sample answers; default: a held-out prompt"] = ""
+    sample_prompt: Annotated[str, "Message that samples answer; default: a held-out prompt"] = ""
 
     def check(self) -> None:
         at_least_one(self, "batch_size", "gradient_accumulation_steps")
@@ -230,22 +238,22 @@ class ChatStage(TrainingStage):
         not_negative(self, "seed")
 
     def train_options(self, examples: int) -> TrainOptions:
-        """The options of the loop, with `epochs` as a number of steps."""
+        """Return the options of the loop, with `epochs` as a number of steps."""
         options = self.loop_options()
         epochs = self.epochs
         if epochs is None and not (self.max_steps is self.max_seconds is self.max_tokens is None):
             return options
         steps = self.steps_of_epochs(epochs or 1.0, examples)
-        most = steps if self.max_steps is None else self.max_steps
-        return replace(options, max_steps=min(steps, most))
+        max_steps = steps if self.max_steps is None else min(steps, self.max_steps)
+        return replace(options, max_steps=max_steps)
 
     def step_size(self) -> int:
         """Return the rows of a step, of all its micro-batches."""
         return self.batch_size * self.gradient_accumulation_steps
 
     def steps_of_epochs(self, epochs: float, examples: int) -> int:
-        """Return the steps of so many passes over the examples. InputError: `batch_warmup`, which
-        the number of steps would depend on.
+        """Return the number of steps of ``epochs`` passes over the examples. InputError:
+        `batch_warmup`, on which that number would depend.
         """
         expect(
             not self.batch_warmup, "batch_warmup",
@@ -255,45 +263,48 @@ class ChatStage(TrainingStage):
         batches = math.ceil(examples / self.batch_size)
         return math.ceil(epochs * math.ceil(batches / self.gradient_accumulation_steps))
 
-    def longest(self, context: int) -> int:
-        """The most tokens of an example of a model with this context."""
-        longest = self.max_length or min(context, MAX_LENGTH)
-        expect(longest <= context, "max_length", f"at most the model's context {context}", longest)
-        return longest
+    def example_length(self, context: int) -> int:
+        """Return the maximum tokens of an example, for a model with this context."""
+        length = self.max_length or min(context, MAX_LENGTH)
+        expect(length <= context, "max_length", f"at most the model's context {context}", length)
+        return length
 
     def plan(self, inputs: Mapping[str, Any]) -> Facts:
         self.check_data(bool(inputs.get("feedback")))
         return inputs["model"][0]
 
     def check_data(self, feedback: bool) -> None:
-        """Refuse a training without data. ``feedback``: it has that of users."""
-        expect(self.data or feedback, "data", f"at least one source of {self.rows}", "none")
+        """Raise InputError for a training without data. ``feedback``: whether it has user
+        feedback."""
+        expect(self.data or feedback, "data", f"at least one source of {self.row_name}", "none")
 
     def feedback_file(self) -> str:
-        """The file of the feedback that it learns from (`fastlm.feedback.build.PARTS`)."""
-        return f"train/{self.form}.jsonl"
+        """Return the file of the feedback that the stage trains on
+        (`fastlm.feedback.build.PARTS`)."""
+        return f"train/{self.feedback_format}.jsonl"
 
     def with_feedback(self, ctx: StageContext) -> Self:
-        """The stage with the rows of the feedback among its data."""
+        """Return the stage with the rows of the feedback added to its data."""
         folder = ctx.optional("feedback")
         self.check_data(folder is not None)
         if folder is None:
             return self
         file = folder / self.feedback_file()
-        some = file.is_file() and file.stat().st_size
-        expect(some, "feedback", f"{self.rows} in {file.parent}", "none")
+        has_rows = file.is_file() and file.stat().st_size
+        expect(has_rows, "feedback", f"{self.row_name} in {file.parent}", "none")
         return self.with_source(str(file))
 
     def with_source(self, source: str) -> Self:
+        """Return the stage with one more source of data."""
         return replace(self, data=(*self.data, source))
 
     def unit(self) -> str:
-        """Return what the data is counted in, of which there must be some."""
-        return self.rows
+        """Return the unit in which the data is counted. At least one must be left to train on."""
+        return self.row_name
 
     def load_trained(self, source: str | Path, **options: Any) -> "CausalLM":
-        """Load the model at ``source`` to train it, in float32. ``options`` are those of
-        `LoraOptions.load_trained`, which takes the place of this.
+        """Load the model at ``source`` to train it, in float32. ``options`` are the arguments of
+        `LoraOptions.load_trained`, which overrides this.
         """
         import torch
 
@@ -302,21 +313,22 @@ class ChatStage(TrainingStage):
         return CausalLM.from_pretrained(source, dtype=torch.float32, keep_quantized=False)
 
     def read_data(self, tokenizer: "Tokenizer", context: int, ctx: StageContext) -> EncodedDataset:
-        """Return the rows as tokens. ``context``: of the model."""
+        """Read the rows and encode them. ``context`` is the model's."""
         raise NotImplementedError
 
     def data_facts(self, data: Any) -> dict[str, Any]:
-        """Return what the result says of the data."""
+        """Return entries of the result about the data."""
         raise NotImplementedError
 
-    def module(self, model: "CausalLM") -> Any:
-        """Return what is trained and saved: the model, or what has its layers."""
+    def trained_module(self, model: "CausalLM") -> Any:
+        """Return the module to train and save: the model, or one with its layers."""
         return model
 
     def objective(
         self, ctx: StageContext, model: Any, data: Any, options: TrainOptions, **common: Any
     ) -> "Objective":
-        """Return what is learnt; ``common`` is for `fastlm.train.objective.EpochObjective`."""
+        """Return the objective. ``common``: arguments of
+        `fastlm.train.objective.EpochObjective`."""
         raise NotImplementedError
 
     def prepare(self, ctx: StageContext) -> TrainingSetup:
@@ -331,13 +343,13 @@ class ChatStage(TrainingStage):
         data = self.read_data(tokenizer, config.max_position_embeddings, ctx)
         if not data.training:
             raise InputError(
-                f"data: expected {self.unit()} to {self.use}, got none in {data.told()}"
+                f"data: expected {self.unit()} to {self.row_use}, got none in {data.summary()}"
             )
         prompt, text = data.sample_prompt() if "sample_tokens" not in self.unused else ([], "")
         mixture = data.mixture()
-        options = self.train_options(sum(mixture.taken()))
+        options = self.train_options(sum(mixture.epoch_counts()))
         config.eos_token_id = sorted(config.stop_ids | tokenizer.stop_ids)
-        module = self.module(model)
+        module = self.trained_module(model)
         objective = self.objective(
             ctx, module, data, options, batch_size=self.batch_size, seed=self.seed,
             base=weights_digest(module), tokenizer=tokenizer, prompt=prompt, mixture=mixture,
@@ -345,7 +357,7 @@ class ChatStage(TrainingStage):
         facts = {
             "parameters": sum(map(math.prod, expected_shapes(config).values())),
             "trained_parameters": sum(p.numel() for p in module.parameters() if p.requires_grad),
-            "read": data.rows.read,
+            "rows_read": data.rows.read,
             "counts": dict(data.rows.counts),
             "prompt": text,
             **self.data_facts(data),

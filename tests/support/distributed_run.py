@@ -127,10 +127,10 @@ def train_preferences(run: Path, options: TrainOptions = OPTIONS, loss: str = "s
     pairs = []
     for i, answer in enumerate(examples(9)):
         ids = answer.ids.copy()
-        ids[answer.mask] = 1 + (ids[answer.mask] + i) % (VOCAB - 1)
+        ids[answer.loss_mask] = 1 + (ids[answer.loss_mask] + i) % (VOCAB - 1)
         pairs.append(
             PreferenceExample(
-                (answer, Example(ids, answer.mask, answer.place)), desirable=i % 3 > 0
+                (answer, Example(ids, answer.loss_mask, answer.location)), desirable=i % 3 > 0
             )
         )
     objective = DpoObjective(

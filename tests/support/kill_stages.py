@@ -42,7 +42,7 @@ PRELOAD = [
 # JSON keys that depend on the clock or the folder's name: nothing else may differ
 CLOCK = {
     "seconds", "seconds_p50", "seconds_p99", "tokens_per_second", "used_seconds",
-    "training_seconds", "load", "judged_at",
+    "training_seconds", "machine_load", "judged_at",
     "decode_tokens_per_second", "decode_tokens_per_second_before",
     "metrics_bytes",  # of lines with seconds
     "command",  # with the name of the folder

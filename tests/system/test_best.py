@@ -147,7 +147,7 @@ def test_what_is_refused(data, tmp_path):
     )
     with pytest.raises(InputError, match="best-00000007: expected the best weights"):
         best.resume(7, 1.0)
-    best.offer(1, {"val_loss": float("nan")}, model)
+    best.update(1, {"val_loss": float("nan")}, model)
     with pytest.raises(
         InputError, match="keep: expected save_best from the start, and a validation"
     ):

@@ -87,9 +87,9 @@ def test_one_round(tmp_path):
     decided = json.loads((run / "decision" / "decision.json").read_text())
     rows = stages["feedback"]["rows"]
     assert min(rows["train"][form] for form in ("sft", "preferences", "kto")) > 5
-    assert stages["sft"]["read"] == rows["train"]["sft"]
-    assert stages["dpo"]["read"] == rows["train"]["preferences"]
-    assert stages["judge"]["read"] == rows["judge"]["preferences"]
+    assert stages["sft"]["rows_read"] == rows["train"]["sft"]
+    assert stages["dpo"]["rows_read"] == rows["train"]["preferences"]
+    assert stages["judge"]["rows_read"] == rows["judge"]["preferences"]
     written = "".join(p.read_text() for p in (tmp_path / "run" / "feedback").rglob("*.jsonl"))
     assert written and not any(id in written for id in gone)
     gates = {gate["score"]: gate for gate in decided["gates"]}

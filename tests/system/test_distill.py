@@ -57,10 +57,10 @@ def test_the_loss_is_the_formula_on_logits(kind) -> None:
     rules = DistillOptions(kind, jsd_beta=0.3, temperature=1.7, sft_weight=0.5)
     game = objective(rules, final_logit_softcapping=None)
     model, total = game.trained, 0.0
-    count = sum(e.learnt for e in EXAMPLES)
+    count = sum(e.num_loss_tokens for e in EXAMPLES)
     for e in EXAMPLES:
         ids = torch.tensor(e.ids[None, :-1]).long()
-        keep = torch.tensor(e.mask[1:])
+        keep = torch.tensor(e.loss_mask[1:])
         target = torch.tensor(e.ids[1:]).long()[keep]
         with use_backend("reference"):
             own = model(ids).logits[0][keep]
@@ -97,7 +97,7 @@ def test_its_own_samples() -> None:
     game.trained.float(), game.teacher.float()
     (batch,) = game.next_batches(1)
     ids, labels, cu_seqlens = batch
-    prompts = sorted(e.ids[: int(e.mask.argmax())].tolist() for e in EXAMPLES)
+    prompts = sorted(e.ids[: int(e.loss_mask.argmax())].tolist() for e in EXAMPLES)
     parts = [p.tolist() for p in ids[0].split(cu_seqlens.diff().tolist())]
     starts = [[i for i in p if i in (5, 6, 7, 10, 20, 21, 22, 23)] for p in parts]
     assert sorted(s[: len(p)] for s, p in zip(sorted(starts), prompts)) == prompts

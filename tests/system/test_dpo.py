@@ -91,7 +91,7 @@ def logp(model: CausalLM, one: Example) -> torch.Tensor:
     """The log-probability of an answer, one sequence at a time, from its logits in float64."""
     ids = torch.tensor(one.ids.tolist())
     logits = model(ids[None]).logits[0].double().log_softmax(-1)
-    learnt = torch.tensor(one.mask.tolist()).nonzero()[:, 0]
+    learnt = torch.tensor(one.loss_mask.tolist()).nonzero()[:, 0]
     return logits[learnt - 1, ids[learnt]].sum()
 
 
@@ -111,7 +111,7 @@ def naive(model, reference, terms: PreferenceLoss, judged) -> torch.Tensor:
             sign = 1 if one.desirable else -1
             losses.append(weight * (1 - torch.sigmoid(sign * t.beta * (ratios[0] - kl))))
             continue
-        lengths = [int(answer.mask.sum()) for answer in one.answers]
+        lengths = [int(answer.loss_mask.sum()) for answer in one.answers]
         if t.length_normalise:
             ratios = [ratio / n for ratio, n in zip(ratios, lengths)]
         h = ratios[0] - ratios[1]
@@ -158,14 +158,14 @@ def test_a_step_counts_pairs_and_tokens() -> None:
     made = objective(TERMS["sigmoid"], batch_size=3)
     batches = made.next_batches(9)
     assert [made.num_items(batch) for batch in batches] == [3, 2]
-    learnt = sum(answer.learnt for pair in PAIRS for answer in pair.answers)
+    learnt = sum(answer.num_loss_tokens for pair in PAIRS for answer in pair.answers)
     assert sum(made.tokens(batch) for batch in batches) == learnt
     for batch in batches:
         made.loss(batch, 5)
     scalars = made.scalars([made.measurements()])
     logps = [float(logp(made.trained, pair.answers[0]).detach()) for pair in PAIRS]
     assert scalars["logp_chosen"] == pytest.approx(np.mean(logps), rel=1e-5)
-    lengths = [pair.answers[1].learnt for pair in PAIRS]
+    lengths = [pair.answers[1].num_loss_tokens for pair in PAIRS]
     assert scalars["length_rejected"] == pytest.approx(np.mean(lengths))
     assert scalars["margin"] == pytest.approx(
         scalars["reward_chosen"] - scalars["reward_rejected"], abs=1e-6
@@ -173,7 +173,7 @@ def test_a_step_counts_pairs_and_tokens() -> None:
     with torch.no_grad():
         validation = made.validate()
     assert validation["val_loss"] == pytest.approx(step(made, 9)[0], rel=1e-5)
-    right = np.mean([float(v) for m in made.measured for v in m["accuracy"]])
+    right = np.mean([float(v) for m in made.step_measurements for v in m["accuracy"]])
     assert validation["val_accuracy"] == pytest.approx(right)
     assert validation["val_accuracy_error"] == pytest.approx((right * (1 - right) / 4) ** 0.5)
 
@@ -250,11 +250,11 @@ def test_keys_that_cannot_be_are_refused() -> None:
 
 def test_an_answer_to_another_prompt_keeps_its_own_prompt() -> None:
     assert len(LABELS) == 10 and [one.desirable for one in LABELS] == [True, False] * 5
-    prompts = [one.answers[0].ids[: one.answers[0].mask.argmax()].tolist() for one in LABELS]
+    prompts = [one.answers[0].ids[: one.answers[0].loss_mask.argmax()].tolist() for one in LABELS]
     for i, one in enumerate(LABELS):
         own, other = one.answers
         start = len(prompts[i])
-        assert other.ids[:start].tolist() == prompts[i] and other.mask.argmax() == start
+        assert other.ids[:start].tolist() == prompts[i] and other.loss_mask.argmax() == start
         (source,) = [
             j
             for j, there in enumerate(LABELS)
@@ -269,7 +269,7 @@ def test_an_answer_to_another_prompt_keeps_its_own_prompt() -> None:
     (short, _) = add_mismatched_answers(
         [PreferenceExample((PAIRS[2].answers[0],)), PreferenceExample((LABELS[3].answers[0],))], 4
     )
-    assert len(short.answers[1].ids) == 4 and short.answers[1].learnt == 2
+    assert len(short.answers[1].ids) == 4 and short.answers[1].num_loss_tokens == 2
 
 
 # ---- training
@@ -369,7 +369,7 @@ def test_ranked_lists_give_every_pair(base, tmp_path) -> None:
     ]  # fmt: skip
     data = write(tmp_path / "lists.jsonl", rows)
     result = options(data=(data,), heldout=0.0)(tmp_path / "out", model=base)
-    assert result["read"] == 2 and result["pairs"] == 5 + 1  # all of four but the tied pair
+    assert result["rows_read"] == 2 and result["pairs"] == 5 + 1  # all of four but the tied pair
 
 
 def test_long_answers_are_counted(base, tmp_path) -> None:

@@ -24,7 +24,9 @@ def test_differences_are_seen() -> None:
         ".model.part should not be there"
     )
     assert kill_stages.difference({**same, "x": b""}, same) == "x is missing"
-    assert kill_stages.timeless([{"load": "1", "seconds": 2.0, "loss": 3.0}]) == [{"loss": 3.0}]
+    assert kill_stages.timeless([{"machine_load": "1", "seconds": 2.0, "loss": 3.0}]) == [
+        {"loss": 3.0}
+    ]
 
 
 def test_databases_are_compared_without_random_ids_and_times(tmp_path: Path) -> None:

@@ -552,8 +552,10 @@ def test_a_kl_that_explodes_stops_the_run_and_names_the_last_good_policy(tmp_pat
         game = objective("dapo", rules)
         train(game, replace(OPTIONS, lr=0.005, max_steps=100, save_steps=1), tmp_path)
     last = list_checkpoints(tmp_path)[-1]
-    assert e.value.good is not None and e.value.good != last  # the last one is too far already
-    assert str(e.value).endswith(str(e.value.good))
+    assert (
+        e.value.checkpoint is not None and e.value.checkpoint != last
+    )  # the last one is too far already
+    assert str(e.value).endswith(str(e.value.checkpoint))
 
 
 def other_sampler(monkeypatch, off: float, temperature: float = 1.0):

@@ -25,7 +25,7 @@ from fastlm.tokenizer.tokenizer import Tokenizer
 from fastlm.train.loop import TrainingInterrupted
 from fastlm.train.objective import DivergedError
 from fastlm.train.online_objectives import build_value_model
-from fastlm.train.online_stage import Grpo, Ppo, text_of
+from fastlm.train.online_stage import Grpo, Ppo, decode_text
 from fastlm.train.rollouts import pack_rollouts
 
 SMALL = {
@@ -133,7 +133,7 @@ def test_the_last_good_policy_is_kept(base, data, tmp_path) -> None:
     with pytest.raises(DivergedError, match=r"expected at most max_kl 0\.02; last good") as raised:
         stage(tmp_path, model=base)
     assert not (tmp_path / "model").exists()
-    good, _ = load_tensors(raised.value.good)
+    good, _ = load_tensors(raised.value.checkpoint)
     kept = CausalLM.from_pretrained(tmp_path / "last-good")
     for name, parameter in kept.named_parameters():
         assert torch.equal(parameter, good[f"model.{name}"])
@@ -204,7 +204,7 @@ def test_what_cannot_be_scored_is_named_by_its_row(base, reward_model, data, tmp
 def test_ids_beyond_the_tokenizer_have_no_text(base) -> None:
     tokenizer = Tokenizer.load(base)
     ids = tokenizer.encode("tree")
-    assert text_of(tokenizer, [*ids, 10_000, *ids]) == "tree\N{REPLACEMENT CHARACTER}tree"
+    assert decode_text(tokenizer, [*ids, 10_000, *ids]) == "tree\N{REPLACEMENT CHARACTER}tree"
 
 
 def test_a_template_that_drops_tools_is_refused(base, tmp_path) -> None:

@@ -54,7 +54,7 @@ RECIPE = {
 TRAINED = {
     "steps": 3, "tokens": 300, "tokens_per_second": 1234.5, "loss": 2.0, "parameters": 5_600_000,
     "epochs": 1, "used_seconds": 60.0, "train_tokens": 1000,
-    "load": "1.2 when the training began", "prompt": EVIL,
+    "machine_load": "1.2 at the start", "prompt": EVIL,
 }  # fmt: skip
 WINDOWS = {"loss": 3.0, "tokens": 1000, "seq_len": 32}
 RESULTS = {
@@ -166,7 +166,7 @@ def test_the_page_says_what_happened(html):
         "4 e-mail addresses replaced", "1 min 05 s in all",
         "before training", "after step 3", "xz -9e", "zstd -19",
         "Training saw 300 tokens: 3 steps of 4,096.", "1,000 tokens, of which 30 % were seen",
-        "1 min 00 s, steps and checkpoints", "load 1.2 when the training began",
+        "1 min 00 s, steps and checkpoints", "load 1.2 at the start",
         "1,000 tokens, 3 kB, 3.00 bytes per token",
     ):  # fmt: skip
         assert piece in text, piece

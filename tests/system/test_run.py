@@ -78,7 +78,7 @@ def test_everything_is_there(finished):
     assert stages["pretrain"]["tokens"] == 12 * 4 * 32
     assert summary["seconds"] == pytest.approx(sum(s["seconds"] for s in stages.values()))
     machine = summary["machine"]
-    assert machine["threads"] >= 1 and "when the training began" in stages["pretrain"]["load"]
+    assert machine["threads"] >= 1 and "at the start" in stages["pretrain"]["machine_load"]
     root = ROOT
     if (root / ".git").exists():
         command = ["git", "-C", root, "rev-parse", "HEAD"]

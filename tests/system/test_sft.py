@@ -18,7 +18,7 @@ from fastlm.errors import InputError
 from fastlm.model.causal_lm import CausalLM
 from fastlm.tokenizer.tokenizer import Tokenizer
 from fastlm.train.encoding import hash_fraction
-from fastlm.train.objective import IGNORE, Example, Mixture, fit, pack, weights_digest
+from fastlm.train.objective import IGNORE, Example, Mixture, pack, truncate, weights_digest
 from fastlm.train.options import TrainOptions
 from fastlm.train.sft import Sft, SftObjective
 
@@ -100,14 +100,14 @@ def test_pack() -> None:
 
 def test_fit() -> None:
     long = example(list(range(10)), 5)
-    assert fit(long, 10, "skip") == [long]
-    assert fit(long, 9, "skip") == []
-    (cut,) = fit(long, 7, "truncate")
-    assert cut.ids.tolist() == list(range(7)) and cut.learnt == 2
-    assert fit(long, 5, "truncate") == []  # nothing to learn is left
-    pieces = fit(long, 4, "split")
+    assert truncate(long, 10, "skip") == [long]
+    assert truncate(long, 9, "skip") == []
+    (cut,) = truncate(long, 7, "truncate")
+    assert cut.ids.tolist() == list(range(7)) and cut.num_loss_tokens == 2
+    assert truncate(long, 5, "truncate") == []  # nothing to learn is left
+    pieces = truncate(long, 4, "split")
     assert [p.ids.tolist() for p in pieces] == [[4, 5, 6, 7], [8, 9]]
-    assert [p.learnt for p in pieces] == [3, 1]
+    assert [p.num_loss_tokens for p in pieces] == [3, 1]
 
 
 @pytest.fixture
@@ -131,7 +131,7 @@ def loss_of(model, parts: list[list[Example]], count: int) -> tuple[float, list[
 
 
 def test_loss_and_gradient_do_not_depend_on_the_packing(model) -> None:
-    count = sum(e.learnt for e in EXAMPLES)
+    count = sum(e.num_loss_tokens for e in EXAMPLES)
     alone = loss_of(model, [[e] for e in EXAMPLES], count)
     for parts in ([EXAMPLES], [EXAMPLES[:1], EXAMPLES[1:]], [EXAMPLES[::-1]]):
         packed = loss_of(model, parts, count)
@@ -144,11 +144,11 @@ def test_the_loss_is_the_mean_over_learnt_tokens(model) -> None:
     nll, count = 0.0, 0
     for e in EXAMPLES:
         logp = model(torch.tensor([e.ids.tolist()])).logits[0].detach().float().log_softmax(-1)
-        for i in e.mask.nonzero()[0]:
+        for i in e.loss_mask.nonzero()[0]:
             if i:
                 nll -= float(logp[i - 1, int(e.ids[i])])
                 count += 1
-    assert count == sum(e.learnt for e in EXAMPLES) == 2 + 2 + 2 + 1
+    assert count == sum(e.num_loss_tokens for e in EXAMPLES) == 2 + 2 + 2 + 1
     assert loss_of(model, [EXAMPLES], count)[0] == pytest.approx(nll / count, rel=1e-5)
 
 
@@ -179,7 +179,7 @@ def test_an_epoch_takes_every_example_once(model) -> None:
 
 def test_an_epoch_takes_sources_by_their_weights(model) -> None:
     mixture = Mixture((3, 1, 10), (2.0, 1.0, 0.3))
-    assert mixture.taken() == [6, 1, 3]
+    assert mixture.epoch_counts() == [6, 1, 3]
     objective = SftObjective(
         model, [example([i, 9, 9], 1) for i in range(14)], [], TrainOptions(max_steps=1),
         batch_size=4, seed=5, base="", tokenizer=None, prompt=(),
@@ -207,8 +207,11 @@ def test_weights_of_one_change_nothing() -> None:
     rng = [np.random.Generator(np.random.PCG64(3)) for _ in range(2)]
     mixture = Mixture((3, 4), (1.0, 1.0))
     assert mixture.order(rng[0]).tolist() == rng[1].permutation(7).tolist()
-    assert mixture.taken() == [3, 4]
-    assert Mixture((1000, 0), (0.0001, 2.0)).taken() == [1, 0]  # at least one where there are any
+    assert mixture.epoch_counts() == [3, 4]
+    assert Mixture((1000, 0), (0.0001, 2.0)).epoch_counts() == [
+        1,
+        0,
+    ]  # at least one where there are any
 
 
 @pytest.mark.parametrize(
@@ -240,7 +243,7 @@ def test_a_model_learns_to_answer_and_to_stop(base, data, tmp_path) -> None:
     folder = tmp_path / "sft" / "model"
     assert answers(folder) == [f"{answer}<|im_end|>" for answer in QUESTIONS.values()]
     assert result["conversations"] == 4 and result["steps"] == 80
-    assert result["tokens"] == 40 * result["learnt_tokens"]
+    assert result["tokens"] == 40 * result["loss_tokens"]
     # the template and the end token are part of the model's folder
     assert "<|im_start|>" in (Tokenizer.load(folder).chat_template or "")
     end = Tokenizer.load(folder).encode_chat([{"role": "user", "content": ""}])
@@ -302,7 +305,7 @@ def test_the_digest_of_weights_sees_every_element(model) -> None:
 
 
 def test_a_position_names_the_row_of_the_next_batch(model) -> None:
-    examples = [Example(e.ids, e.mask, f"file, line {i}") for i, e in enumerate(EXAMPLES)]
+    examples = [Example(e.ids, e.loss_mask, f"file, line {i}") for i, e in enumerate(EXAMPLES)]
     objective = SftObjective(
         model, examples, [], TrainOptions(max_steps=1), batch_size=2, seed=1, base="",
         tokenizer=None, prompt=(),
@@ -346,7 +349,7 @@ def test_held_out_conversations_are_not_learnt(base, tmp_path) -> None:
     assert len(learnt) == 2 * len({row["prompt"] for row in learnt})  # a prompt is on one side
     tokenizer = Tokenizer.load(base)
     tokens = sum(len(tokenizer.encode(row["completion"])) + 1 for row in learnt)
-    assert result["tokens"] == result["learnt_tokens"] == tokens
+    assert result["tokens"] == result["loss_tokens"] == tokens
     assert result["steps"] == -(-len(learnt) // 2)
     losses = [e["val_loss"] for e in events if "val_loss" in e]
     assert len(losses) == 3 and losses[-1] < losses[0]
@@ -390,12 +393,10 @@ def test_long_rows_are_counted(base, tmp_path, how) -> None:
     )
     result = stage(tmp_path / "out", model=base)
     assert result["counts"] == counts and result["conversations"] == conversations
-    assert result["read"] == 3 and result["prompt"] in ("short", "z")  # one that leaves room
+    assert result["rows_read"] == 3 and result["prompt"] in ("short", "z")  # one that leaves room
     tokenizer = Tokenizer.load(base)
     learnt = len(tokenizer.encode("yes")) + 1
-    assert result["learnt_tokens"] >= learnt and (
-        how != "skip" or result["learnt_tokens"] == learnt
-    )
+    assert result["loss_tokens"] >= learnt and (how != "skip" or result["loss_tokens"] == learnt)
 
 
 def test_nothing_to_learn(base, tmp_path) -> None:

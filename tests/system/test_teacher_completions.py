@@ -89,7 +89,7 @@ def test_the_student_learns_what_the_teacher_says(stage, teacher, student, tmp_p
         assert [m.get("weight", 1) for m in prompt if m["role"] == "assistant"] in ([], [0])
     assert right >= 10  # the teacher's answers, not the data's
     dropped = result["counts"].get("without an answer that ended", 0)
-    assert result["read"] == len(WORDS) == len(rows) + dropped
+    assert result["rows_read"] == len(WORDS) == len(rows) + dropped
     assert result["conversations"] + result["heldout"] == len(rows)
     lines = (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()
     held = [x["val_loss"] for x in map(json.loads, lines) if "val_loss" in x]

@@ -29,7 +29,7 @@ from fastlm.tokenizer.tokenizer import Tokenizer
 from fastlm.train import teacher as teacher_logits
 from fastlm.train.distill import Distill
 from fastlm.train.loop import TrainingInterrupted
-from fastlm.train.objective import digest, weights_digest
+from fastlm.train.objective import examples_digest, weights_digest
 from fastlm.train.teacher import (
     TeacherHeader,
     TeacherLogits,
@@ -156,10 +156,12 @@ def test_rows_are_the_teachers(teacher, tmp_path) -> None:
     at = 0
     for e in order:
         with torch.no_grad():
-            z = teacher(torch.tensor(e.ids[None, :-1]).long()).logits[0][torch.tensor(e.mask[1:])]
+            z = teacher(torch.tensor(e.ids[None, :-1]).long()).logits[0][
+                torch.tensor(e.loss_mask[1:])
+            ]
         top, expected = (z.float() / 1.3).log_softmax(-1).topk(4)
-        rows = slice(at, at + e.learnt)
-        at += e.learnt
+        rows = slice(at, at + e.num_loss_tokens)
+        at += e.num_loss_tokens
         assert (ids[rows] == expected.numpy()).all()
         np.testing.assert_allclose(logprobs[rows, :-1], top.numpy(), atol=4e-3)
         rest = 1 - top.exp().sum(-1)
@@ -239,7 +241,7 @@ def test_what_does_not_fit_is_named(teacher, tmp_path) -> None:
     good = path.read_bytes()
     with safe_open(path, "np") as file:
         tensors, meta = {name: file.get_tensor(name) for name in file.keys()}, file.metadata()
-    key = digest(EXAMPLES[:1])
+    key = examples_digest(EXAMPLES[:1])
     ids, logprobs = f"{key}.ids", f"{key}.logprobs"
     for change, message in (
         ({ids: tensors[ids][1:]}, "got ids of shape"),
