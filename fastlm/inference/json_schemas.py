@@ -1,12 +1,12 @@
-"""JSON schemas as they are meant: an object has the properties that its schema lists, no others.
+"""Closed JSON schemas: an object has the properties that its schema lists, and no others.
 
 JSON schema lets an object have any further properties, and a model that may write them does not
 stop. Here `additionalProperties` is false where a schema lists properties and does not mention it,
-as in llama.cpp and as OpenAI demands it; `true` or a schema stays what it is.
+as in llama.cpp and as OpenAI requires. `true` or a schema stays as it is.
 
-Where properties stand in several schemas about one object (`allOf`, or `$ref`, `anyOf`, `oneOf`
-beside `properties`), none of them is closed, but all of them together: by one more schema, which
-knows the names of all.
+Where several schemas list properties of one object (`allOf`, or `properties` together with `$ref`,
+`anyOf` or `oneOf`), none of them is closed alone. One more schema with the names of all properties
+closes them jointly.
 """
 
 from typing import Any
@@ -14,87 +14,99 @@ from typing import Any
 from fastlm.errors import InputError
 
 MAX_DEPTH = 64  # of nested schemas; those of published APIs have up to 20
-LISTS = ("allOf", "anyOf", "oneOf", "prefixItems", "items")
-ONE = ("items", "additionalProperties", "additionalItems", "contains", "unevaluatedItems")
-TABLES = ("properties", "patternProperties", "$defs", "definitions", "dependentSchemas")
-SEVERAL = ("allOf", "anyOf", "oneOf")
-DECIDES = ("additionalProperties", "unevaluatedProperties")
-# keywords about an object: beside one of them a reference does not describe the object alone
-ABOUT = (*DECIDES, "properties", "patternProperties", "required", "minProperties", "maxProperties")
+LIST_KEYS = ("allOf", "anyOf", "oneOf", "prefixItems", "items")
+SCHEMA_KEYS = ("items", "additionalProperties", "additionalItems", "contains", "unevaluatedItems")
+TABLE_KEYS = ("properties", "patternProperties", "$defs", "definitions", "dependentSchemas")
+COMBINERS = ("allOf", "anyOf", "oneOf")
+CLOSING_KEYS = ("additionalProperties", "unevaluatedProperties")
+# keywords that constrain an object: together with one of them, a reference is not all that does
+OBJECT_KEYS = (
+    *CLOSING_KEYS,
+    "properties",
+    "patternProperties",
+    "required",
+    "minProperties",
+    "maxProperties",
+)
 
 
 def close_objects(schema: Any) -> Any:
-    """Return a copy of a schema whose objects are closed. InputError: it is nested too deeply, or
-    its references are."""
+    """Return a copy of a schema in which objects are closed. InputError: the schema or its
+    references are nested too deeply."""
     if isinstance(schema, dict):
         _check_depth(schema)
     try:
         return _Closer(schema).root()
     except RecursionError:
         raise InputError(
-            "expected a shorter chain of references ($ref), got too long a one"
+            "expected a shorter chain of references ($ref), got one that is too long"
         ) from None
 
 
 def close_arguments(parameters: Any) -> dict[str, Any]:
     """Return the schema of a function's arguments; a function without parameters takes none."""
     parameters = dict(parameters or {})
-    if not any(key in parameters for key in (*SEVERAL, *DECIDES, "patternProperties", "$ref")):
+    if not any(
+        key in parameters for key in (*COMBINERS, *CLOSING_KEYS, "patternProperties", "$ref")
+    ):
         parameters.setdefault("properties", {})
     return close_objects({"type": "object", **parameters})
 
 
 class _Closer:
+    """Closes the objects of one schema."""
+
     def __init__(self, schema: Any):
         self._schema = schema
         self._open: dict[str, str] = {}  # reference -> name of its copy that is not closed
         self._copies: dict[str, Any] = {}
 
     def root(self) -> Any:
-        closed = self._whole(self._schema)
+        """Return the closed schema."""
+        closed = self._close(self._schema)
         if self._copies:
             closed = {**closed, "$defs": {**closed.get("$defs", {}), **self._copies}}
         return closed
 
-    def _whole(self, schema: Any) -> Any:
-        """Close a schema that says all there is to say of a value."""
+    def _close(self, schema: Any) -> Any:
+        """Close a schema that alone describes a value."""
         if not isinstance(schema, dict):
             return schema
-        several = [key for key in SEVERAL if isinstance(schema.get(key), list)]
-        about = any(key in schema for key in ABOUT)
-        parts = len(several) + ("$ref" in schema)
-        alone = parts == 1 and not about and len(schema.get("allOf", ())) < 2
-        if parts and not alone:
-            return self._together(schema)
-        closed = self._inside(schema, self._whole)
+        combiners = [key for key in COMBINERS if isinstance(schema.get(key), list)]
+        constrains_object = any(key in schema for key in OBJECT_KEYS)
+        parts = len(combiners) + ("$ref" in schema)
+        is_single = parts == 1 and not constrains_object and len(schema.get("allOf", ())) < 2
+        if parts and not is_single:
+            return self._close_jointly(schema)
+        closed = self._close_subschemas(schema, self._close)
         if ("properties" in schema or "patternProperties" in schema) and not any(
-            key in schema for key in DECIDES
+            key in schema for key in CLOSING_KEYS
         ):
             closed["additionalProperties"] = False
             if isinstance(schema.get("properties"), dict):
-                closed["properties"] = {**closed["properties"], **_missing(schema)}
+                closed["properties"] = {**closed["properties"], **_unlisted_properties(schema)}
         return closed
 
-    def _together(self, schema: dict[str, Any]) -> dict[str, Any]:
-        """Close several schemas about one object."""
-        closed, parts = self._part(schema), self._parts(schema, set())
+    def _close_jointly(self, schema: dict[str, Any]) -> dict[str, Any]:
+        """Close several schemas that describe one object."""
+        closed, parts = self._close_inner(schema), self._parts(schema, set())
         names: dict[str, Any] = {}
         for part in parts:
-            if any(key in part for key in (*DECIDES, "patternProperties")):
+            if any(key in part for key in (*CLOSING_KEYS, "patternProperties")):
                 return closed
             if isinstance(properties := part.get("properties"), dict):
                 names |= dict.fromkeys(properties, True)
-            names |= _missing(part)
+            names |= _unlisted_properties(part)
         if names:
-            only = {"properties": names, "additionalProperties": False}
-            closed["allOf"] = [*closed.get("allOf", ()), only]
+            closing = {"properties": names, "additionalProperties": False}
+            closed["allOf"] = [*closed.get("allOf", ()), closing]
         return closed
 
-    def _part(self, schema: Any) -> Any:
-        """Close what is inside a schema, which is one of several about the same value."""
+    def _close_inner(self, schema: Any) -> Any:
+        """Close the subschemas of a schema that is one of several about the same value."""
         if not isinstance(schema, dict):
             return schema
-        part = self._inside(schema, self._part)
+        part = self._close_subschemas(schema, self._close_inner)
         if (target := self._target(schema)) is not None:
             reference = schema["$ref"]
             if reference not in self._open:
@@ -102,33 +114,33 @@ class _Closer:
                 while name in self._schema.get("$defs", {}):
                     name += "_"
                 self._open[reference] = name
-                without = {k: v for k, v in target.items() if k not in ("$defs", "definitions")}
-                self._copies[name] = self._part(without)
+                copy = {k: v for k, v in target.items() if k not in ("$defs", "definitions")}
+                self._copies[name] = self._close_inner(copy)
             part["$ref"] = f"#/$defs/{self._open[reference]}"
         return part
 
-    def _inside(self, schema: dict[str, Any], part: Any) -> dict[str, Any]:
-        """Close the schemas within a schema; ``part`` closes those about the same value."""
+    def _close_subschemas(self, schema: dict[str, Any], close_part: Any) -> dict[str, Any]:
+        """Close the subschemas of a schema; ``close_part`` closes those about the same value."""
         closed = dict(schema)
         for key, value in schema.items():
-            close = part if key in SEVERAL else self._whole
-            if key in LISTS and isinstance(value, list):
-                closed[key] = [close(one) for one in value]
-            elif key in ONE and isinstance(value, dict):
-                closed[key] = self._whole(value)
-            elif key in TABLES and isinstance(value, dict):
-                closed[key] = {name: self._whole(one) for name, one in value.items()}
+            close = close_part if key in COMBINERS else self._close
+            if key in LIST_KEYS and isinstance(value, list):
+                closed[key] = [close(item) for item in value]
+            elif key in SCHEMA_KEYS and isinstance(value, dict):
+                closed[key] = self._close(value)
+            elif key in TABLE_KEYS and isinstance(value, dict):
+                closed[key] = {name: self._close(item) for name, item in value.items()}
         return closed
 
     def _parts(self, schema: Any, references: set[str]) -> list[dict[str, Any]]:
-        """All schemas about the value that ``schema`` is about. ``references``: those that were
-        followed before; each is followed once, or n of them could lead to 2^n schemas."""
+        """Return all schemas about the value that ``schema`` describes. ``references``: those that
+        were followed before. Each is followed once, or n of them could lead to 2^n schemas."""
         if not isinstance(schema, dict):
             return []
         parts = [schema]
-        for key in SEVERAL:
-            for one in schema[key] if isinstance(schema.get(key), list) else ():
-                parts += self._parts(one, references)
+        for key in COMBINERS:
+            for item in schema[key] if isinstance(schema.get(key), list) else ():
+                parts += self._parts(item, references)
         target = self._target(schema)
         if target is not None and schema["$ref"] not in references:
             references.add(schema["$ref"])
@@ -136,7 +148,8 @@ class _Closer:
         return parts
 
     def _target(self, schema: dict[str, Any]) -> dict[str, Any] | None:
-        """The schema of this file that a schema refers to, if there is one without an id."""
+        """Return the schema of this document that a schema refers to, or None: none, or it has an
+        id."""
         reference, node = schema.get("$ref"), self._schema
         if not isinstance(reference, str) or not (reference == "#" or reference[:2] == "#/"):
             return None
@@ -151,8 +164,8 @@ class _Closer:
         return node if isinstance(node, dict) and "$id" not in node else None
 
 
-def _missing(schema: dict[str, Any]) -> dict[str, Any]:
-    """The properties that a schema requires and does not list: they may be anything."""
+def _unlisted_properties(schema: dict[str, Any]) -> dict[str, Any]:
+    """Return the properties that a schema requires and does not list. They may have any value."""
     required, properties = schema.get("required"), schema.get("properties", {})
     names = required if isinstance(required, list) else []
     return {n: True for n in names if isinstance(n, str) and n not in properties}
@@ -165,4 +178,4 @@ def _check_depth(schema: Any) -> None:
         if depth > 2 * MAX_DEPTH:  # a schema, and the table or list that holds it
             raise InputError(f"expected at most {MAX_DEPTH} schemas within each other, got more")
         inner = [node.values() if isinstance(node, dict) else node for node in nodes]
-        nodes = [one for values in inner for one in values if isinstance(one, dict | list)]
+        nodes = [item for values in inner for item in values if isinstance(item, dict | list)]

@@ -15,7 +15,7 @@ from fastlm.serve.generic_tools import GenericToolParser
 from fastlm.serve.tool_parser import CallsOrTextParser, ToolParser
 
 if TYPE_CHECKING:
-    from fastlm.inference.forms import Form
+    from fastlm.inference.output_format import OutputFormat
     from fastlm.serve.protocol.completion import GenerationRequest
     from fastlm.serve.response_stream import ResponseStream
     from fastlm.tokenizer.tokenizer import Tokenizer
@@ -54,9 +54,9 @@ class ChatCompletionResponse:
     """The response to a request, in the format of /v1/chat/completions. Call `body` or `events`,
     and only once.
 
-    ``id`` and ``model`` are what the client sees; ``model`` is the one that answers. ``form``: the
-    constraint on the text. ``prompt_tokens``: the sum over all prompts. ``echoes``: the texts that
-    precede the answers, one for each prompt.
+    ``id`` and ``model`` are what the client sees; ``model`` is the one that answers.
+    ``output_format``: the constraint on the text. ``prompt_tokens``: the sum over all prompts.
+    ``echoes``: the texts that precede the answers, one for each prompt.
     """
 
     request: Any  # a GenerationRequest
@@ -64,7 +64,7 @@ class ChatCompletionResponse:
     model: str
     stream: "ResponseStream"
     tokenizer: "Tokenizer"
-    form: "Form | None"
+    output_format: "OutputFormat | None"
     prompt_tokens: int
     echoes: Sequence[PromptEcho] = ()
 
@@ -77,7 +77,7 @@ class ChatCompletionResponse:
         self.created, self.cached_tokens = int(time.time()), 0
         self.num_logprobs = self.request.num_logprobs
         self.choices = [
-            Choice(_tool_parser(self.request, self.form)) for _ in range(self.stream.count)
+            Choice(_tool_parser(self.request, self.output_format)) for _ in range(self.stream.count)
         ]
 
     async def body(self) -> bytes:
@@ -274,17 +274,21 @@ class CompletionResponse(ChatCompletionResponse):
 
 
 def _tool_parser(
-    request: "GenerationRequest", form: "Form | None"
+    request: "GenerationRequest", output_format: "OutputFormat | None"
 ) -> ToolParser | GenericToolParser | None:
     """Return the parser of tool calls in an answer; None: the request has no tools."""
-    kind = None if form is None else form.kind
-    tools = form.value.tools if form and kind == "generic" else getattr(request, "tools", None)
+    kind = None if output_format is None else output_format.kind
+    tools = (
+        output_format.value.tools
+        if output_format and kind == "generic"
+        else getattr(request, "tools", None)
+    )
     if tools is None:
         return None
     names = [tool["function"]["name"] for tool in tools]
     if kind in ("generic", "calls_or"):
         return GenericToolParser(names) if kind == "generic" else CallsOrTextParser(names)
-    # where the form constrains calls to their schemas, all else is text
+    # where the format constrains calls to their schemas, all else is text
     return ToolParser(names, json_answer=kind != "calls")
 
 

@@ -13,10 +13,10 @@ from starlette.responses import Response
 
 from fastlm.data.conversations import messages_of
 from fastlm.errors import InputError
-from fastlm.inference.forms import Form
+from fastlm.inference.output_format import OutputFormat
 from fastlm.inference.requests import EngineClosed, QueueFull, Request
 from fastlm.inference.sampling import Sampling
-from fastlm.inference.structured_output import FormError
+from fastlm.inference.structured_output import OutputFormatError
 from fastlm.serve.api_error import ApiError, field_error, server_error, stopping
 from fastlm.serve.completion_response import ChatCompletionResponse, CompletionResponse, PromptEcho
 from fastlm.serve.middleware import cancel_on_disconnect, describe_error, log
@@ -77,7 +77,7 @@ async def _submit(
 ) -> ChatCompletionResponse:
     state, log_fields = http.state, http.state.log_fields
     state.ignored = server.ignored_fields(request, served_model)
-    lengths, echoes, form, requests = await server.run_in_thread(
+    lengths, echoes, output_format, requests = await server.run_in_thread(
         build_requests, served_model, request, server.limits, state.client,
         # with several keys, clients share no cached prompts
         state.client.encode() if len(server.keys) > 1 else b"",
@@ -97,7 +97,7 @@ async def _submit(
         served_model.name,
         stream,
         served_model.tokenizer,
-        form,
+        output_format,
         log_fields["prompt_tokens"],
         echoes,
     )
@@ -112,8 +112,8 @@ def build_requests(
     limits: "RequestLimits",
     client: str,
     cache_salt: bytes,
-) -> tuple[list[int], list[PromptEcho], Form | None, list[Request]]:  # fmt: skip
-    """Return the lengths of a request's prompts, their echoes, the form of its answers, and the
+) -> tuple[list[int], list[PromptEcho], OutputFormat | None, list[Request]]:  # fmt: skip
+    """Return the lengths of a request's prompts, their echoes, the format of its answers, and the
     requests to the engine. Encoding takes a while, so run it outside the event loop.
 
     ApiError: the request asks for something that the model cannot do.
@@ -124,9 +124,9 @@ def build_requests(
     if (max_tokens or 0) > limit and limits.max_new_tokens is not None:
         raise field_error("max_tokens", f"expected at most {limit}, got {max_tokens}")
     length = limit if max_tokens is None else min(max_tokens, limit)
-    form, echoes, prompt_logprobs = request.form, list[PromptEcho](), None
+    output_format, echoes, prompt_logprobs = request.output_format, list[PromptEcho](), None
     if isinstance(request, ChatCompletionRequest):
-        ids, form = served_model.prompt_encoder.encode_chat(request)
+        ids, output_format = served_model.prompt_encoder.encode_chat(request)
         prompts = [ids]
     else:
         assert isinstance(request, CompletionRequest)
@@ -156,8 +156,12 @@ def build_requests(
         if ids and max(ids) >= vocab:
             raise field_error(name, f"expected token ids below {vocab}, got {max(ids)}")
     try:
-        constraint = None if form is None else served_model.grammars.constraint(form)
-    except FormError as error:
+        constraint = (
+            None
+            if output_format is None
+            else served_model.grammar_compiler.constraint(output_format)
+        )
+    except OutputFormatError as error:
         raise ApiError(str(error), param=error.param) from None
     requests = [
         Request(
@@ -195,7 +199,7 @@ def build_requests(
                 f"expected at most {MAX_LOGPROBS} in one request, got up to {count}:"
                 " answers x max_tokens (with echo: and the prompt's) x (top_logprobs + 1)",
             )
-    return lengths, echoes, form, requests
+    return lengths, echoes, output_format, requests
 
 
 class ResponseSender(Response):

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic_core import from_json
 
 from fastlm.data.conversations import Message
-from fastlm.inference.forms import Form, GenericTools
+from fastlm.inference.output_format import GenericTools, OutputFormat
 from fastlm.serve.tool_parser import parse_calls
 
 if TYPE_CHECKING:
@@ -32,21 +32,21 @@ ANY_TEXT = {"type": "string"}
 
 def with_generic_tools(
     request: "ChatCompletionRequest", unsupported_reason: Callable[[str], str | None]
-) -> tuple[list[Message], list[Any] | None, Form | None]:
-    """Return messages, tools and form for a model: those of the request if its chat template writes
-    tools and calls, else those of the generic format. ``unsupported_reason``:
+) -> tuple[list[Message], list[Any] | None, OutputFormat | None]:
+    """Return messages, tools and output format for a model: those of the request if its chat
+    template writes tools and calls, else those of the generic format. ``unsupported_reason``:
     `fastlm.serve.prompt_encoder.Prompts.unsupported_reason`."""
-    messages, tools, form = request.messages, request.tools, request.form
+    messages, tools, output_format = request.messages, request.tools, request.output_format
     has_calls = any(m["role"] == "tool" or m.get("tool_calls") for m in messages)
     if has_calls and unsupported_reason("tool calls"):
         messages = _calls_as_text(messages)
     if tools is None or not unsupported_reason("tools"):
-        return messages, tools, form
+        return messages, tools, output_format
     required, response = False, ANY_TEXT
-    if form is not None and form.kind == "call":
-        tools, required = form.value, True
-    elif form is not None and form.kind == "calls_or":
-        inner: Form = form.value[2]
+    if output_format is not None and output_format.kind == "call":
+        tools, required = output_format.value, True
+    elif output_format is not None and output_format.kind == "calls_or":
+        inner: OutputFormat = output_format.value[2]
         response = {"type": "object"} if inner.kind == "json_object" else inner.value
     text = (REQUIRED if required else SYSTEM).format(
         tools=json.dumps([tool["function"] for tool in tools], ensure_ascii=False)
@@ -59,8 +59,10 @@ def with_generic_tools(
         messages = [{"role": role, "content": text}, *messages]
     # one call unless the request allows several: a small model does not end a list
     value = GenericTools(tools, request.parallel_tool_calls is True, required, response)
-    param = "tools" if form is None or form.kind == "calls" else form.param
-    return messages, None, Form("generic", value, param)
+    param = (
+        "tools" if output_format is None or output_format.kind == "calls" else output_format.param
+    )
+    return messages, None, OutputFormat("generic", value, param)
 
 
 def _calls_as_text(messages: Sequence[Message]) -> list[Message]:

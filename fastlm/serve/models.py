@@ -20,7 +20,7 @@ import torch
 
 from fastlm.inference.block_manager import BLOCK_SIZE
 from fastlm.inference.requests import EngineStats
-from fastlm.inference.structured_output import Grammars
+from fastlm.inference.structured_output import GrammarCompiler
 from fastlm.serve.api_error import ApiError
 from fastlm.serve.prompt_encoder import PromptEncoder
 from fastlm.serve.protocol.completion import GenerationRequest
@@ -65,7 +65,7 @@ class ServedModel:
             self.engine.context_limit, self.engine.stats().num_blocks * BLOCK_SIZE
         )
         self.prompt_encoder = PromptEncoder(self.tokenizer, self.context_limit)
-        self.grammars = Grammars(self.tokenizer, self.model.config)
+        self.grammar_compiler = GrammarCompiler(self.tokenizer, self.model.config)
         self.created = int(time.time())
         self.leases = 0
         self.idle = asyncio.Event()

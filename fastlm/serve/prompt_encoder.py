@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 from fastlm.data.conversations import Message
 from fastlm.errors import InputError
-from fastlm.inference.forms import OPEN, Form
+from fastlm.inference.output_format import OPEN, OutputFormat
 from fastlm.serve.api_error import ApiError, field_error
 from fastlm.serve.generic_tools import with_generic_tools
 from fastlm.serve.protocol.chat_completion import ChatCompletionRequest
@@ -45,9 +45,9 @@ class PromptEncoder:
         longest = max(len(tokenizer.token_bytes(id)) for id in range(tokenizer.vocab_size))
         self.max_bytes = context_limit * longest
 
-    def encode_chat(self, request: ChatCompletionRequest) -> tuple[list[int], Form | None]:
-        """Encode a conversation with the chat template. Return its ids and the form of the answer:
-        that of the request, or that of `fastlm.serve.generic_tools`.
+    def encode_chat(self, request: ChatCompletionRequest) -> tuple[list[int], OutputFormat | None]:
+        """Encode a conversation with the chat template. Return its ids and the format of the
+        answer: that of the request, or that of `fastlm.serve.generic_tools`.
 
         ApiError: the model has no template, the template refuses the messages or leaves a part of
         them out, or the context has no tokens left for an answer.
@@ -55,8 +55,8 @@ class PromptEncoder:
         if self.tokenizer.chat_template is None:
             hint = "this one has none (/v1/completions continues text)"
             raise field_error("messages", f"expected a model with a chat template, {hint}")
-        messages, tools, form = with_generic_tools(request, self.unsupported_reason)
-        self._check_parts(messages, tools, form)
+        messages, tools, output_format = with_generic_tools(request, self.unsupported_reason)
+        self._check_parts(messages, tools, output_format)
         variables = {"reasoning_effort": request.reasoning_effort, "tools": tools}
         variables = {name: value for name, value in variables.items() if value is not None}
         variables |= request.chat_template_kwargs or {}
@@ -69,7 +69,7 @@ class PromptEncoder:
             raise
         except InputError as error:
             raise ApiError(str(error), param="messages") from None
-        return self._check_length(ids, "messages"), form
+        return self._check_length(ids, "messages"), output_format
 
     def encode_text(
         self, prompt: str | list[int], name: str = "prompt", min_new_tokens: int = 1
@@ -119,7 +119,7 @@ class PromptEncoder:
         return ids
 
     def _check_parts(
-        self, messages: list[Message], tools: list[Any] | None, form: Form | None
+        self, messages: list[Message], tools: list[Any] | None, output_format: OutputFormat | None
     ) -> None:
         roles = {message["role"] for message in messages}
         has_calls = any(message.get("tool_calls") for message in messages) or "tool" in roles
@@ -130,12 +130,12 @@ class PromptEncoder:
                 param = "tools" if part == "tools" else "messages"
                 raise field_error(param, f"expected none with {part}: {reason}")
         template = self.tokenizer.chat_template or ""
-        if form is None or form.kind != "calls":
+        if output_format is None or output_format.kind != "calls":
             return
         if OPEN not in template or OPEN in self.tokenizer.special_tokens:
-            value = "strict: true" if form.param == "tools" else "false"
+            value = "strict: true" if output_format.param == "tools" else "false"
             raise field_error(
-                form.param,
+                output_format.param,
                 f"expected {value} with tool_choice 'required' or a named function, got 'auto':"
                 f" this model does not write calls as {OPEN}, the only format that a grammar can"
                 " constrain inside free text",

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from fastlm.inference.answer_text import split_at_stop
-from fastlm.inference.forms import CLOSE, OPEN
+from fastlm.inference.output_format import CLOSE, OPEN
 
 DECODER = json.JSONDecoder()
 

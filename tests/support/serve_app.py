@@ -16,7 +16,7 @@ import torch
 
 from fastlm.checkpoint.config import ModelConfig
 from fastlm.inference.engine import Engine
-from fastlm.inference.forms import Form
+from fastlm.inference.output_format import OutputFormat
 from fastlm.model.causal_lm import CausalLM
 from fastlm.serve.app import Server
 from fastlm.serve.models import ServedModel, ServedModels
@@ -140,10 +140,11 @@ def script(server, *texts):
 
     def scripted(request, listener):
         nonlocal at
-        form = Form("choice", (texts[at % len(texts)],), "choice")
+        form = OutputFormat("choice", (texts[at % len(texts)],), "choice")
         at += 1
         return submit(
-            replace(request, constraint=server.served_model.grammars.constraint(form)), listener
+            replace(request, constraint=server.served_model.grammar_compiler.constraint(form)),
+            listener,
         )
 
     server.served_model.engine.submit = scripted

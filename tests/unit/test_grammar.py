@@ -1,4 +1,4 @@
-"""What answers of a form may be, and which forms are refused before an answer begins."""
+"""Which answers a format allows, and which formats are refused before an answer begins."""
 
 import json
 
@@ -6,31 +6,31 @@ import pytest
 from serve_app import tiny_model
 
 from fastlm.inference import structured_output as grammar
-from fastlm.inference.forms import Form, GenericTools
 from fastlm.inference.json_schemas import close_objects
+from fastlm.inference.output_format import GenericTools, OutputFormat
 from fastlm.inference.requests import Piece
-from fastlm.inference.structured_output import MAX_DIGITS, FormError, Grammars
+from fastlm.inference.structured_output import MAX_DIGITS, GrammarCompiler, OutputFormatError
 from fastlm.serve.completion_response import generation_error
 
 
 @pytest.fixture(scope="module")
-def grammars():
+def compiler():
     model, tokenizer = tiny_model()
-    return Grammars(tokenizer, model.config)
+    return GrammarCompiler(tokenizer, model.config)
 
 
-def schema_form(schema):
-    return Form("json_schema", schema, "response_format")
+def schema_format(schema):
+    return OutputFormat("json_schema", schema, "response_format")
 
 
-def accepts(grammars, form, text):
+def accepts(compiler, output_format, text):
     """Whether a text may be an answer."""
-    state = grammars.constraint(form)()
-    for token in grammars.tokenizer.encode(text):
+    state = compiler.constraint(output_format)()
+    for token in compiler.tokenizer.encode(text):
         if not state.mask()[token]:
             return False
         state.accept(token)
-    return bool(state.mask()[grammars.ends].all())
+    return bool(state.mask()[compiler.stop_ids].all())
 
 
 def calls(parameters, arguments):
@@ -40,20 +40,22 @@ def calls(parameters, arguments):
         tool["function"]["parameters"] = parameters
     called = f'{{"name": "f", "arguments": {arguments}}}'
     text = f"<tool_call>\n{called}\n</tool_call>"
-    yield Form("call", [tool], "tool_choice"), text
-    yield Form("calls_or", ([tool], True, schema_form(AB)), "response_format"), text
-    generic = Form("generic", GenericTools([tool], False, False, {"type": "string"}), "tools")
+    yield OutputFormat("call", [tool], "tool_choice"), text
+    yield OutputFormat("calls_or", ([tool], True, schema_format(AB)), "response_format"), text
+    generic = OutputFormat(
+        "generic", GenericTools([tool], False, False, {"type": "string"}), "tools"
+    )
     yield generic, f'{{"tool_calls": [{called}]}}'
 
 
 TOOL = {"type": "function", "function": {"name": "f"}}
 
 
-def forms(schema, text):
+def formats(schema, text):
     """Forms that keep an answer to a schema, each with an answer."""
-    yield schema_form(schema), text
-    yield Form("calls_or", ([TOOL], True, schema_form(schema)), "response_format"), text
-    generic = Form("generic", GenericTools([TOOL], False, False, schema), "response_format")
+    yield schema_format(schema), text
+    yield OutputFormat("calls_or", ([TOOL], True, schema_format(schema)), "response_format"), text
+    generic = OutputFormat("generic", GenericTools([TOOL], False, False, schema), "response_format")
     yield generic, f'{{"response": {text}}}'
 
 
@@ -91,23 +93,23 @@ CLOSED = {
 
 
 @pytest.mark.parametrize("name", CLOSED)
-def test_objects_have_the_properties_that_are_listed(grammars, name):
+def test_objects_have_the_properties_that_are_listed(compiler, name):
     schema, good = CLOSED[name]
     before = json.dumps(schema)
     for text in ANY:
-        for form, answer in forms(schema, text):
-            assert accepts(grammars, form, answer) == (text in good), answer
+        for output_format, answer in formats(schema, text):
+            assert accepts(compiler, output_format, answer) == (text in good), answer
     inside = {"type": "array", "items": schema, "$defs": schema.get("$defs", {})}
     for text in ANY:
-        assert accepts(grammars, schema_form(inside), f"[{text}]") == (text in good), text
+        assert accepts(compiler, schema_format(inside), f"[{text}]") == (text in good), text
     assert json.dumps(schema) == before
 
 
-def test_a_recursive_schema_is_closed_at_each_level(grammars):
+def test_a_recursive_schema_is_closed_at_each_level(compiler):
     node = {**AB["properties"], "next": {"anyOf": [{"$ref": "#"}, {"type": "null"}]}}
-    form = schema_form({"type": "object", "properties": node, "required": ["a"]})
-    assert accepts(grammars, form, '{"a": 1, "next": {"a": 2, "next": null}}')
-    assert not accepts(grammars, form, '{"a": 1, "next": {"a": 2, "c": 3}}')
+    output_format = schema_format({"type": "object", "properties": node, "required": ["a"]})
+    assert accepts(compiler, output_format, '{"a": 1, "next": {"a": 2, "next": null}}')
+    assert not accepts(compiler, output_format, '{"a": 1, "next": {"a": 2, "c": 3}}')
 
 
 @pytest.mark.parametrize(
@@ -122,16 +124,16 @@ def test_a_recursive_schema_is_closed_at_each_level(grammars):
         ({"anyOf": [AB, {"type": "object", "properties": {}}]}, {"{}", *AND_B}),
     ],
 )
-def test_a_call_that_is_required_invents_no_arguments(grammars, parameters, good):
+def test_a_call_that_is_required_invents_no_arguments(compiler, parameters, good):
     for arguments in ("{}", *ANY):
-        for form, answer in calls(parameters, arguments):
-            assert accepts(grammars, form, answer) == (arguments in good), answer
+        for output_format, answer in calls(parameters, arguments):
+            assert accepts(compiler, output_format, answer) == (arguments in good), answer
 
 
 @pytest.mark.parametrize(
     "kind", ["json_schema", "json_object", "call", "calls", "calls_or", "generic"]
 )
-def test_numbers_end(grammars, kind):
+def test_numbers_end(compiler, kind):
     """Whatever the model would write: here digits wherever one may be written."""
     schema = {"type": "object", "properties": {"a": {"type": "number"}}, "required": ["a"]}
     tool = {"type": "function", "function": {"name": "f", "parameters": schema, "strict": True}}
@@ -140,87 +142,93 @@ def test_numbers_end(grammars, kind):
         "call": ([tool], '<tool_call>\n{"name": "f", "arguments": {"a":'),
         "calls": (([tool], True), 'He said "12345678901234567890": <tool_call>{"name": "f",'
                   '"arguments": {"a":'),
-        "calls_or": (([tool], True, schema_form(schema)), '{"a":'),
+        "calls_or": (([tool], True, schema_format(schema)), '{"a":'),
         "generic": (GenericTools([tool], False, False, schema), '{"tool_calls": [{"name": "f",'
                     '"arguments": {"a":'),
     }[kind]  # fmt: skip
-    state = grammars.constraint(Form(kind, value, "form"))()
-    for token in grammars.tokenizer.encode(begin):
+    state = compiler.constraint(OutputFormat(kind, value, "form"))()
+    for token in compiler.tokenizer.encode(begin):
         assert state.mask()[token]
         state.accept(token)
     digits = 0
     for _ in range(5 * MAX_DIGITS):
-        fits = (state.mask() & grammars.digits).nonzero()
+        fits = (state.mask() & compiler.digit_mask).nonzero()
         if not len(fits):
             break
         state.accept(int(fits[-1]))
-        digits += len(grammars.token_bytes(int(fits[-1])))
+        digits += len(compiler.token_bytes(int(fits[-1])))
     assert MAX_DIGITS <= digits < MAX_DIGITS + 8
-    point = grammars.tokenizer.encode(".")[0]
+    point = compiler.tokenizer.encode(".")[0]
     assert state.mask()[point]
     state.accept(point)
-    assert (state.mask() & grammars.digits).any()
+    assert (state.mask() & compiler.digit_mask).any()
 
 
-def test_strings_and_required_digits_are_as_long_as_they_have_to_be(grammars):
+def test_strings_and_required_digits_are_as_long_as_they_have_to_be(compiler):
     long = "1" * 60
-    assert accepts(grammars, schema_form({"type": "string"}), f'"{long}"')
-    assert accepts(grammars, schema_form({"type": "string"}), f'"\\"{long}"')
+    assert accepts(compiler, schema_format({"type": "string"}), f'"{long}"')
+    assert accepts(compiler, schema_format({"type": "string"}), f'"\\"{long}"')
     many = {"type": "integer", "minimum": 10**18, "maximum": 10**19}
-    assert accepts(grammars, schema_form(many), "5" + "0" * 18)
-    assert accepts(grammars, Form("regex", "[0-9]*", "regex"), long)
+    assert accepts(compiler, schema_format(many), "5" + "0" * 18)
+    assert accepts(compiler, OutputFormat("regex", "[0-9]*", "regex"), long)
 
 
 REFUSED = {
-    "a schema that never ends": schema_form({"$ref": "#"}),
-    "half a megabyte": schema_form({"const": "ab c" * 125_000}),
-    "a deep schema": schema_form(json.loads('{"items":' * 200 + "{}" + "}" * 200)),
-    "a deep constant": schema_form({"const": json.loads("[" * 500 + "]" * 500)}),
-    "10^8 characters": Form("regex", "((((a{100}){100}){100}){100})", "structured_outputs.regex"),
-    "too many states": Form("regex", "(a?){3000}a{3000}", "structured_outputs.regex"),
-    "a large schema beside tools": Form(
-        "calls_or", ([TOOL], True, schema_form({"const": "x" * 2**16})), "response_format"
+    "a schema that never ends": schema_format({"$ref": "#"}),
+    "half a megabyte": schema_format({"const": "ab c" * 125_000}),
+    "a deep schema": schema_format(json.loads('{"items":' * 200 + "{}" + "}" * 200)),
+    "a deep constant": schema_format({"const": json.loads("[" * 500 + "]" * 500)}),
+    "10^8 characters": OutputFormat(
+        "regex", "((((a{100}){100}){100}){100})", "structured_outputs.regex"
     ),
-    "all generic tools": Form(
+    "too many states": OutputFormat("regex", "(a?){3000}a{3000}", "structured_outputs.regex"),
+    "a large schema beside tools": OutputFormat(
+        "calls_or", ([TOOL], True, schema_format({"const": "x" * 2**16})), "response_format"
+    ),
+    "all generic tools": OutputFormat(
         "generic", GenericTools([{**TOOL, "description": "x" * 2**18}], True, True, {}), "tools"
     ),
-    "all tools": Form("call", [{"function": {"name": "f", "description": "x" * 2**18}}], "tools"),
+    "all tools": OutputFormat(
+        "call", [{"function": {"name": "f", "description": "x" * 2**18}}], "tools"
+    ),
 }
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_what_no_answer_can_begin_with_is_the_clients_fault(grammars, name):
+def test_what_no_answer_can_begin_with_is_the_clients_fault(compiler, name):
     """It is refused before the engine has it, so no server's failure is counted."""
-    with pytest.raises(FormError, match=f"^{REFUSED[name].param}: expected") as refused:
-        grammars.constraint(REFUSED[name])
+    with pytest.raises(OutputFormatError, match=f"^{REFUSED[name].param}: expected") as refused:
+        compiler.constraint(REFUSED[name])
     assert refused.value.param == REFUSED[name].param
 
 
-def test_a_grammar_that_fails_later_is_the_clients_fault(grammars):
+def test_a_grammar_that_fails_later_is_the_clients_fault(compiler):
     error = generation_error(Piece([], "", [], "refused", "grammar: expected a token, got none"))
     assert (error.status, error.code) == (400, "grammar")
-    ambiguous = Form("grammar", "start: s\ns: s s | /[a-z]/ | s s s", "structured_outputs.grammar")
-    state = grammars.constraint(ambiguous)()
+    ambiguous = OutputFormat(
+        "grammar", "start: s\ns: s s | /[a-z]/ | s s s", "structured_outputs.grammar"
+    )
+    state = compiler.constraint(ambiguous)()
     with pytest.raises(grammar.ConstraintError, match="expected a smaller grammar, got: "):
-        for token in grammars.tokenizer.encode("thetreeseestheriver" * 9):
+        for token in compiler.tokenizer.encode("thetreeseestheriver" * 9):
             state.mask()
             state.accept(token)
 
 
-def test_a_text_that_is_forced_is_encoded_once(grammars, monkeypatch):
-    encoded, encode = [], grammars.tokenizer.encode
+def test_a_text_that_is_forced_is_encoded_once(compiler, monkeypatch):
+    encoded, encode = [], compiler.tokenizer.encode
     monkeypatch.setattr(
-        grammars.tokenizer, "encode", lambda text: (encoded.append(text), encode(text))[1]
+        compiler.tokenizer, "encode", lambda text: (encoded.append(text), encode(text))[1]
     )
     text = "The tree sees the river. " * 100
-    make = grammars.constraint(schema_form({"const": text}))
+    make = compiler.constraint(schema_format({"const": text}))
     for _ in range(2):
         state, ids = make(), []
-        while not state.mask()[grammars.ends].all():
+        while not state.mask()[compiler.stop_ids].all():
             (token,) = state.mask().nonzero()[0].tolist()
             state.accept(token)
             ids.append(token)
-        assert grammars.tokenizer.decode(ids) == json.dumps(text)
+        assert compiler.tokenizer.decode(ids) == json.dumps(text)
     assert sum(map(len, encoded)) < 4 * len(text)
 
 
@@ -236,8 +244,8 @@ def test_references_are_followed_once():
     assert sorted(names) == sorted(["x", "z", *(f"p{i}" for i in range(40))])
 
 
-def test_a_long_chain_of_references_is_the_clients_fault(grammars):
+def test_a_long_chain_of_references_is_the_clients_fault(compiler):
     defs = {f"a{i}": {"properties": {}, "$ref": f"#/$defs/a{i + 1}"} for i in range(1200)}
     schema = {"$ref": "#/$defs/a0", "$defs": {**defs, "a1200": {}}, "properties": {"z": True}}
-    with pytest.raises(FormError, match="a shorter chain of references"):
-        grammars.constraint(schema_form(schema))
+    with pytest.raises(OutputFormatError, match="a shorter chain of references"):
+        compiler.constraint(schema_format(schema))

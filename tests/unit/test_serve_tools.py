@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from serve_app import ask, script, serve_model, tiny_model
 
-from fastlm.inference.forms import Form, GenericTools
-from fastlm.inference.structured_output import Grammars
+from fastlm.inference.output_format import GenericTools, OutputFormat
+from fastlm.inference.structured_output import GrammarCompiler
 from fastlm.serve.generic_tools import GenericToolParser
 from fastlm.serve.tool_parser import CallsOrTextParser, ToolParser
 from fastlm.tokenizer.chat_template import CHATML
@@ -120,7 +120,7 @@ NOW = '<tool_call>\n{"name": "now", "arguments": {"any": [1]}}\n</tool_call>'
 @pytest.fixture(scope="module")
 def grammars():
     model, tokenizer = tiny_model()
-    return Grammars(tokenizer, model.config)
+    return GrammarCompiler(tokenizer, model.config)
 
 
 @pytest.mark.parametrize(
@@ -146,14 +146,14 @@ def grammars():
 )
 def test_strict_calls_have_a_grammar(grammars, text, several, one):
     for parallel, good in ((True, several), (False, one)):
-        state = grammars.constraint(Form("calls", (STRICT, parallel), "tools"))()
+        state = grammars.constraint(OutputFormat("calls", (STRICT, parallel), "tools"))()
         for token in grammars.tokenizer.encode(text):
             if not state.mask()[token]:
                 assert not good
                 break
             state.accept(token)
         else:
-            assert state.mask()[grammars.ends].all() == good
+            assert state.mask()[grammars.stop_ids].all() == good
             if good:  # what the grammar lets pass as a call is read as one
                 said, calls = read(text, names=("forecast", "now"))
                 assert len(calls) == text.count('"name"')
@@ -167,10 +167,10 @@ def accepts(grammars, form, text):
         if not state.mask()[token]:
             return False
         state.accept(token)
-    return bool(state.mask()[grammars.ends].all())
+    return bool(state.mask()[grammars.stop_ids].all())
 
 
-JSON = Form("json_schema", SCHEMA, "response_format")
+JSON = OutputFormat("json_schema", SCHEMA, "response_format")
 ONE = '{"unit": "C", "days": 3}'
 TOOL_CALL = f'<tool_call>\n{{"name": "now", "arguments": {ONE}}}\n</tool_call>'
 
@@ -190,7 +190,7 @@ TOOL_CALL = f'<tool_call>\n{{"name": "now", "arguments": {ONE}}}\n</tool_call>'
 )
 def test_calls_or_a_form(grammars, text, several, one):
     for parallel, good in ((True, several), (False, one)):
-        form = Form("calls_or", (STRICT, parallel, JSON), "response_format")
+        form = OutputFormat("calls_or", (STRICT, parallel, JSON), "response_format")
         assert accepts(grammars, form, text) == good
 
 
@@ -230,9 +230,11 @@ TWO = GENERIC_CALLS.replace("]", ', {"name": "now","arguments":{"unit": "F", "da
 )
 def test_generic_answers_have_a_grammar(grammars, text, free, required):
     for must, good in ((False, free), (True, required)):
-        form = Form("generic", GenericTools(STRICT, False, must, {"type": "string"}), "tools")
+        form = OutputFormat(
+            "generic", GenericTools(STRICT, False, must, {"type": "string"}), "tools"
+        )
         assert accepts(grammars, form, text) == good
-    several = Form("generic", GenericTools(STRICT, True, False, SCHEMA), "tools")
+    several = OutputFormat("generic", GenericTools(STRICT, True, False, SCHEMA), "tools")
     assert accepts(grammars, several, text) == (good or text == TWO)
     assert accepts(grammars, several, '{"response": {"unit": "C", "days": 3}}')
 
@@ -353,7 +355,9 @@ def test_strict_calls_of_a_model(parallel):
         submit = server.served_model.engine.submit
 
         def begin(request, listener):
-            start = server.served_model.grammars.constraint(Form("regex", begins, "regex"))
+            start = server.served_model.grammar_compiler.constraint(
+                OutputFormat("regex", begins, "regex")
+            )
             both = lambda: Both(request.constraint(), start())  # noqa: E731
             return submit(replace(request, constraint=both), listener)
 

@@ -17,7 +17,7 @@ from typing_extensions import TypedDict
 
 from fastlm.data.conversations import Message, messages_of
 from fastlm.errors import InputError
-from fastlm.inference.forms import Form
+from fastlm.inference.output_format import OutputFormat
 from fastlm.serve.api_error import field_error
 from fastlm.serve.protocol.body import STRICT, WHOLE, Identifier, JsonSchema, PositiveInt, reject
 from fastlm.serve.protocol.completion import GenerationRequest, TopLogprobs
@@ -224,31 +224,41 @@ class ChatCompletionRequest(GenerationRequest):
             raise field_error("conversation_id", "expected with store true")
         return self
 
-    def _form(self) -> Form | None:
-        """The form of the text, of the calls, or of either, where a call need not come."""
+    def _output_format(self) -> OutputFormat | None:
+        """The format of the text, of the calls, or of either, where a call is optional."""
         if not self.tools and self.tool_choice not in (None, "auto", "none"):
             raise field_error("tool_choice", "expected with tools")
         if self.tool_choice == "none" or not self.tools:
             self.tools = None
-        form, response, at = super()._form(), self.response_format or {}, self.format_field
+        output_format, response, at = (
+            super()._output_format(),
+            self.response_format or {},
+            self.format_field,
+        )
         if (kind := response.get("type") or "text") != "text":
             schema = (response.get("json_schema") or {}).get("schema")
-            if form is not None:
-                name = form.param.partition(".")[0]
+            if output_format is not None:
+                name = output_format.param.partition(".")[0]
                 raise field_error(name, f"expected this or {at}, got both")
             if kind == "json_schema" and schema is None:
                 raise field_error(f"{at}.json_schema.schema", "expected a schema, got nothing")
-            form = Form(kind, schema if kind == "json_schema" else None, at)
-        calls = self._calls_form()
-        if self.tools is None or form is None or (calls is not None and calls.kind == "call"):
-            return calls or form
-        if form.kind not in ("json_object", "json_schema"):
-            raise field_error(form.param, "expected without tools, or a JSON schema with them")
+            output_format = OutputFormat(kind, schema if kind == "json_schema" else None, at)
+        calls = self._calls_format()
+        if (
+            self.tools is None
+            or output_format is None
+            or (calls is not None and calls.kind == "call")
+        ):
+            return calls or output_format
+        if output_format.kind not in ("json_object", "json_schema"):
+            raise field_error(
+                output_format.param, "expected without tools, or a JSON schema with them"
+            )
         parallel = self.parallel_tool_calls is not False
-        return Form("calls_or", (self.tools, parallel, form), form.param)
+        return OutputFormat("calls_or", (self.tools, parallel, output_format), output_format.param)
 
-    def _calls_form(self) -> Form | None:
-        """The form of an answer that has to be a call, or whose calls have to keep to something."""
+    def _calls_format(self) -> OutputFormat | None:
+        """The format of an answer that must be a call, or of calls with constraints."""
         tools, choice = self.tools, self.tool_choice
         if tools is None:
             return None
@@ -257,14 +267,16 @@ class ChatCompletionRequest(GenerationRequest):
             parallel = self.parallel_tool_calls is not False
             if parallel and not strict:
                 return None
-            return Form("calls", (tools, parallel), "tools" if strict else "parallel_tool_calls")
+            return OutputFormat(
+                "calls", (tools, parallel), "tools" if strict else "parallel_tool_calls"
+            )
         name = choice["function"]["name"] if isinstance(choice, dict) else None
         named = [tool for tool in tools if name in (None, tool["function"]["name"])]
         if not named:
             raise field_error(
                 "tool_choice.function.name", f"expected one of the tools, got {name!r}"
             )
-        return Form("call", named, "tool_choice")
+        return OutputFormat("call", named, "tool_choice")
 
     @property
     def num_logprobs(self) -> int | None:

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import AfterValidator, Discriminator, Field, Tag, WithJsonSchema, model_validator
 from typing_extensions import TypedDict
 
-from fastlm.inference.forms import Form
+from fastlm.inference.output_format import OutputFormat
 from fastlm.serve.api_error import field_error
 from fastlm.serve.protocol.body import (
     WHOLE,
@@ -122,19 +122,19 @@ class GenerationRequest(SamplingRequest):
             raise field_error(
                 "stream_options.continuous_usage_stats", "expected with include_usage true"
             )
-        form = self.form
+        output_format = self.output_format
         for field in ("ignore_eos", "min_tokens"):
-            if form is not None and getattr(self, field):
-                ends = "whose answers end where the form does"
-                raise field_error(field, f"expected without {form.param}, {ends}")
+            if output_format is not None and getattr(self, field):
+                ends = "since that format decides where the answer ends"
+                raise field_error(field, f"expected without {output_format.param}, {ends}")
         return self
 
     @cached_property
-    def form(self) -> Form | None:
-        """The form that the answer must have. ApiError: two forms, or none of those there are."""
-        return self._form()
+    def output_format(self) -> OutputFormat | None:
+        """The format that the answer must have. ApiError: two formats, or an unknown one."""
+        return self._output_format()
 
-    def _form(self) -> Form | None:
+    def _output_format(self) -> OutputFormat | None:
         if self.structured_outputs is None:
             return None
         at, forms = "structured_outputs", dict(self.structured_outputs)
@@ -143,7 +143,7 @@ class GenerationRequest(SamplingRequest):
             kinds = ", ".join(StructuredOutputs.__annotations__)
             raise field_error(at, f"expected one of {kinds}, got {len(given)}")
         ((kind, value),) = given
-        return Form("json_schema" if kind == "json" else kind, value, f"{at}.{kind}")
+        return OutputFormat("json_schema" if kind == "json" else kind, value, f"{at}.{kind}")
 
     @property
     def include_usage(self) -> bool:
