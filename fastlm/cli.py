@@ -135,7 +135,7 @@ class GenerationOptions:
 
     @property
     def sampling(self) -> dict[str, Any]:
-        """The sampling options of `fastlm.serve.chat.Writer.write`."""
+        """The sampling options of `fastlm.serve.text_generator.TextGenerator.generate`."""
         names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "stop", "seed")
         return {name: getattr(self, name) for name in names}
 
@@ -363,15 +363,17 @@ def _generate(options: GenerateOptions) -> None:
     if not options.raw:
         chat_template.begin()
     with imports():
-        from fastlm.serve.chat import Writer
-        from fastlm.serve.terminal import echo
+        from fastlm.serve.chat_terminal import echo
+        from fastlm.serve.text_generator import TextGenerator
 
     texts = _prompts(options)
-    writer = Writer(options.model, options.act_bits)
-    ids = [writer.prompt_ids(text, raw=options.raw) for text in texts]
+    generator = TextGenerator(options.model, options.act_bits)
+    ids = [generator.prompt_ids(text, raw=options.raw) for text in texts]
     streams = len(texts) == 1 and not options.json
     on_piece = (lambda _, piece: echo(piece)) if streams else (lambda *_: None)
-    answers = writer.write(ids, on_piece, max_new_tokens=options.max_new_tokens, **options.sampling)
+    answers = generator.generate(
+        ids, on_piece, max_new_tokens=options.max_new_tokens, **options.sampling
+    )
     if options.json:
         results = [
             {
@@ -380,16 +382,16 @@ def _generate(options: GenerateOptions) -> None:
             }
             for text, prompt, answer in zip(texts, ids, answers)
         ]  # fmt: skip
-        typer.echo(json.dumps({"results": results, "stats": writer.speed.figures()}, indent=1))
+        typer.echo(json.dumps({"results": results, "stats": generator.timing.figures()}, indent=1))
     elif streams:
         typer.echo()
     else:
         typer.echo("\n\n".join(answer.text for answer in answers))
     if any(answer.finish_reason == "context" for answer in answers):
-        limit = f"the model's context of {writer.context_limit:,} tokens is full"
+        limit = f"the model's context of {generator.context_limit:,} tokens is full"
         typer.echo(f"{limit}: the text ends there", err=True)
     if options.shows_stats:
-        typer.echo(str(writer.speed), err=True)
+        typer.echo(str(generator.timing), err=True)
 
 
 def _prompts(options: PromptOptions) -> list[str]:
@@ -416,12 +418,13 @@ def _chat(options: ChatOptions) -> None:
     """
     chat_template.begin()
     with imports():
-        from fastlm.serve import terminal
-        from fastlm.serve.chat import Conversation, Writer
+        from fastlm.serve import chat_terminal
+        from fastlm.serve.chat_session import ChatSession
+        from fastlm.serve.text_generator import TextGenerator
 
-    writer = Writer(options.model, options.act_bits)
-    session = Conversation(writer, system=options.system, max_new_tokens=options.max_new_tokens)
-    terminal.run(session, stats=options.shows_stats, **options.sampling)
+    generator = TextGenerator(options.model, options.act_bits)
+    session = ChatSession(generator, system=options.system, max_new_tokens=options.max_new_tokens)
+    chat_terminal.run(session, stats=options.shows_stats, **options.sampling)
 
 
 @app.command()

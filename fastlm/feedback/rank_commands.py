@@ -15,8 +15,8 @@ from fastlm.threads import Threads
 
 if TYPE_CHECKING:
     from fastlm.data.prompts import Prompt
-    from fastlm.serve.chat import Writer
     from fastlm.serve.ranking import RankingStore
+    from fastlm.serve.text_generator import TextGenerator
 
 app = typer.Typer(help="Rank answers to prompts: preferences to train on.", no_args_is_help=True)
 Store = Annotated[str, typer.Argument(help="Feedback database: SQLite file or postgresql://...")]
@@ -96,13 +96,13 @@ def sample_command(
     with needs_serve():
         from fastlm.data.preferences import Unranked
         from fastlm.data.prompts import read_prompts
-        from fastlm.serve.chat import Writer
         from fastlm.serve.ranking import Added, RankingStore
+        from fastlm.serve.text_generator import TextGenerator
 
     sources = read_prompts(
         prompts, cache=cache or default_cache(), skip_bad=skip_bad, on_skip=_note
     )
-    rows, writer, added = list(sources), Writer(model), Added()
+    rows, generator, added = list(sources), TextGenerator(model), Added()
     sampling = {"temperature": temperature, "top_p": top_p, "max_new_tokens": max_new_tokens}
     with RankingStore(store) as found:
         for number, row in enumerate(bars(rows, "sampling", unit="prompts")):
@@ -110,8 +110,8 @@ def sample_command(
                 added.known += 1
                 continue
             try:
-                ids = _prompt_ids(writer, row)
-                answers = writer.write([ids] * k, seed=seed + number * k, **sampling)
+                ids = _prompt_ids(generator, row)
+                answers = generator.generate([ids] * k, seed=seed + number * k, **sampling)
             except InputError as error:
                 raise InputError(f"{row.place}: {error}") from None
             texts = dict.fromkeys(answer.text for answer in answers if answer.text.strip())
@@ -127,15 +127,15 @@ def sample_command(
     )
 
 
-def _prompt_ids(writer: "Writer", row: "Prompt") -> list[int]:
-    if writer.tokenizer.chat_template is not None:
+def _prompt_ids(generator: "TextGenerator", row: "Prompt") -> list[int]:
+    if generator.tokenizer.chat_template is not None:
         variables: dict[str, Any] = {} if row.tools is None else {"tools": row.tools}
-        return writer.tokenizer.encode_chat(row.messages, **variables)
+        return generator.tokenizer.encode_chat(row.messages, **variables)
     if len(row.messages) > 1:
         raise InputError(
             "model: expected a chat template for a prompt of several messages, has none"
         )
-    return writer.prompt_ids(row.messages[0]["content"], raw=True)
+    return generator.prompt_ids(row.messages[0]["content"], raw=True)
 
 
 @app.command("judge", short_help="Rank the answers, prompt by prompt.")

@@ -12,7 +12,7 @@ from fastlm.inference.answer_text import check_stop_strings
 from fastlm.inference.block_manager import BLOCK_SIZE
 from fastlm.inference.sampling import Sampling, check_seed
 
-# "context": only from `fastlm.serve.chat.Writer`: the context is full
+# "context": only from `fastlm.serve.text_generator.TextGenerator`: the context is full
 FinishReason = Literal["stop", "length", "context", "cancelled", "deadline", "refused", "error"]
 
 

@@ -14,23 +14,23 @@ import pytest
 TALK = """
 import itertools, os, sys, time
 from types import SimpleNamespace
-from fastlm.serve import terminal
+from fastlm.serve import chat_terminal
 
 if sys.stdin.isatty():
     os.close(os.open(os.ttyname(0), os.O_RDWR))  # it becomes the one whose Ctrl-C is ours
 
-class Talk:
-    writer = SimpleNamespace(context_limit=99, speed="7 tokens/s")
+class Session:
+    generator = SimpleNamespace(context_limit=99, timing="7 tokens/s")
     heard = []
     def reset(self): self.heard = []
-    def say(self, text, piece, **options):
+    def reply(self, text, on_piece, **options):
         self.heard = [*self.heard, text]
-        piece(f"heard {self.heard}, {options}")
+        on_piece(f"heard {self.heard}, {options}")
         for _ in itertools.count() if text == "long" else ():
-            piece(" more"); time.sleep(0.01)
+            on_piece(" more"); time.sleep(0.01)
         return SimpleNamespace(finish_reason="context" if text == "full" else "stop")
 
-terminal.run(Talk(), stats=sys.argv[1] == "stats", seed=1)
+chat_terminal.run(Session(), stats=sys.argv[1] == "stats", seed=1)
 print("the end")
 """
 COMMAND = [sys.executable, "-P", "-c", TALK]
@@ -100,7 +100,7 @@ def test_ctrl_c_stops_an_answer_and_keeps_the_conversation(terminal):
 
 
 def test_commands(terminal):
-    terminal.type("/help\r", "/reset", "Ctrl-C stops an answer; what was", PROMPT)
+    terminal.type("/help\r", "/reset", "Ctrl-C stops an answer; its text", PROMPT)
     terminal.type("/rest now\r", "fastlm: /rest: expected /help, /reset or /exit", PROMPT)
     terminal.type("//rest\r", "heard ['/rest']", PROMPT)
     terminal.type("\r", PROMPT)

@@ -189,31 +189,32 @@ def test_chat_answers_with_a_chat_model(finished, tmp_path):
 def test_a_conversation_forgets_its_oldest_turns(finished, tmp_path):
     import shutil
 
-    from fastlm.serve.chat import Conversation, Writer
+    from fastlm.serve.chat_session import ChatSession
+    from fastlm.serve.text_generator import TextGenerator
 
     shutil.copytree(finished / "pretrain/model", tmp_path / "chat")
-    writer = Writer(tmp_path / "chat")
-    writer.tokenizer.chat_template = "{% for m in messages %}{{ m.content }}|{% endfor %}"
-    talk = Conversation(writer, system="S", max_new_tokens=4)
+    generator = TextGenerator(tmp_path / "chat")
+    generator.tokenizer.chat_template = "{% for m in messages %}{{ m.content }}|{% endfor %}"
+    session = ChatSession(generator, system="S", max_new_tokens=4)
     pieces: list[str] = []
     for _ in range(6):
-        answer = talk.say("The tree sees", pieces.append, seed=0)
-    assert len(talk.turns) < 12 and talk.turns[0]["role"] == "user"
+        answer = session.reply("The tree sees", pieces.append, seed=0)
+    assert len(session.turns) < 12 and session.turns[0]["role"] == "user"
     assert "".join(pieces).endswith(answer.text)
 
-    before = talk.turns
+    before = session.turns
 
     def interrupt(piece):
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):  # the part of the answer already written is kept
-        talk.say("The tree sees", interrupt, seed=0)
-    assert talk.turns[-1]["content"] and talk.turns[-2]["content"] == "The tree sees"
-    assert answer.text.startswith(talk.turns[-1]["content"]) and talk.turns != before
-    talk.reset()
-    assert talk.turns == []
+        session.reply("The tree sees", interrupt, seed=0)
+    assert session.turns[-1]["content"] and session.turns[-2]["content"] == "The tree sees"
+    assert answer.text.startswith(session.turns[-1]["content"]) and session.turns != before
+    session.reset()
+    assert session.turns == []
     with pytest.raises(InputError, match=r"lone surrogate at 4$"):  # in the typed text
-        talk.say("hey \ud800", pieces.append)
+        session.reply("hey \ud800", pieces.append)
 
 
 def test_eval_of_shards_and_of_text(finished, tmp_path):

@@ -5,7 +5,7 @@ import torch
 from serve_app import tiny_model
 
 import fastlm
-import fastlm.serve.chat
+import fastlm.serve.text_generator
 from fastlm.errors import InputError
 from fastlm.inference.engine import Engine
 from fastlm.inference.requests import Request
@@ -19,8 +19,8 @@ def test_what_commands_write_is_what_the_engine_serves(format, monkeypatch):
     model, tokenizer = tiny_model(256)
     if format:
         model = fastlm.quantize(model, format, group_size=16)
-    monkeypatch.setattr(fastlm.serve.chat, "load_model", lambda *_: (model, tokenizer))
-    writer = fastlm.serve.chat.Writer("model")
+    monkeypatch.setattr(fastlm.serve.text_generator, "load_model", lambda *_: (model, tokenizer))
+    generator = fastlm.serve.text_generator.TextGenerator("model")
     words = "The tree sees the river. What is 1 + 1?".split()
     prompts = [tokenizer.encode(" ".join(words[i:] * (i + 1))) for i in range(6)]
     engine = Engine(model, tokenizer)
@@ -30,12 +30,12 @@ def test_what_commands_write_is_what_the_engine_serves(format, monkeypatch):
         def piece(row, text, pieces=pieces):
             pieces[row] += text
 
-        written = writer.write(prompts, piece, max_new_tokens=60, seed=5, **options)
-        served = engine.generate(
+        completions = generator.generate(prompts, piece, max_new_tokens=60, seed=5, **options)
+        direct = engine.generate(
             [Request(p, 60, Sampling(**options), seed=5 + i) for i, p in enumerate(prompts)]
         )
-        assert [w.token_ids for w in written] == [s.token_ids for s in served]
-        assert [w.text for w in written] == [s.text for s in served] == pieces
+        assert [c.token_ids for c in completions] == [d.token_ids for d in direct]
+        assert [c.text for c in completions] == [d.text for d in direct] == pieces
         texts = [
             fastlm.generate_text(
                 model, tokenizer, prompt, max_new_tokens=60, sampling=Sampling(**options),
@@ -44,15 +44,15 @@ def test_what_commands_write_is_what_the_engine_serves(format, monkeypatch):
             for i, prompt in enumerate(prompts)
         ]  # fmt: skip
         assert ["".join(text) for text in texts] == pieces
-        assert writer.speed.new_tokens == sum(len(w.token_ids) for w in written)
-    (full,) = writer.write([[5] * 250], max_new_tokens=60, temperature=0)
+        assert generator.timing.new_tokens == sum(len(c.token_ids) for c in completions)
+    (full,) = generator.generate([[5] * 250], max_new_tokens=60, temperature=0)
     assert full.finish_reason in ("context", "stop")
-    (short,) = writer.write([[5] * 4], max_new_tokens=1, temperature=0)
+    (short,) = generator.generate([[5] * 4], max_new_tokens=1, temperature=0)
     assert short.finish_reason in ("length", "stop") and len(short.token_ids) == 1
     with torch.no_grad():
         model.model.norm.weight[:] = torch.nan
     with pytest.raises(InputError, match="model: expected one that answers, got: logits are not"):
-        writer.write([[5]], max_new_tokens=1, temperature=0)
+        generator.generate([[5]], max_new_tokens=1, temperature=0)
 
 
 def test_a_text_has_the_frequencies_of_its_own_length(monkeypatch):
@@ -62,14 +62,14 @@ def test_a_text_has_the_frequencies_of_its_own_length(monkeypatch):
     config = {**model.config.to_dict(), "rope_parameters": dynamic, "max_position_embeddings": 16}
     model = fastlm.CausalLM(fastlm.ModelConfig.from_dict(config), seed=1).eval()
     model.config.eos_token_id = None
-    monkeypatch.setattr(fastlm.serve.chat, "load_model", lambda *_: (model, tokenizer))
-    writer = fastlm.serve.chat.Writer("model")
+    monkeypatch.setattr(fastlm.serve.text_generator, "load_model", lambda *_: (model, tokenizer))
+    generator = fastlm.serve.text_generator.TextGenerator("model")
     ids, limits = tokenizer.encode("The tree sees the river."), []
     for count in (3, 90, 90, 3):
-        (text,) = writer.write([ids], max_new_tokens=count, temperature=0)
+        (text,) = generator.generate([ids], max_new_tokens=count, temperature=0)
         pieces = fastlm.generate_text(
             model, tokenizer, ids, max_new_tokens=count, sampling=Sampling(temperature=0)
         )
         assert text.text == "".join(pieces)
-        limits.append(writer._engine.context_limit)
+        limits.append(generator._engine.context_limit)
     assert limits == [len(ids) + count for count in (3, 90, 90, 3)]
