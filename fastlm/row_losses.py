@@ -1,5 +1,8 @@
-"""Losses per row from the outputs of the cross-entropy kernels (nll, smoothed, lse). Class weights,
-smoothing, z-loss, reduction and ignored rows are factors, applied in plain torch.
+"""Compute losses per row from the outputs of the cross-entropy kernels (nll, smoothed, lse).
+
+Class weights, smoothing, z-loss, reduction and ignored rows are factors, applied in plain torch:
+
+    loss = on_nll * nll + on_smoothed * smoothed + on_square * lse^2
 """
 
 import torch
@@ -17,21 +20,22 @@ def row_factors(
     num_items: int | Tensor | None,
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Factors (N) of nll, smoothed and lse^2. The sum of the three products is each row's loss,
-    reduction included.
+    """Return the factors (N) of nll, smoothed and lse^2: on_nll, on_smoothed and on_square.
+
+    The sum of the three products is each row's loss, reduction included.
     """
     valid = target != ignore_index
-    seen = each = valid.to(dtype)
-    if (
-        weight is not None
-    ):  # clamp: a target out of range is refused by the kernel, not by this look-up
-        seen = torch.where(valid, weight.detach().to(dtype)[target.clamp(0, classes - 1)], 0.0)
+    class_factor = row_factor = valid.to(dtype)
+    if weight is not None:
+        # clamp: a target out of range is refused by the kernel, not by this look-up
+        target_weight = weight.detach().to(dtype)[target.clamp(0, classes - 1)]
+        class_factor = torch.where(valid, target_weight, 0.0)
     if reduction == "mean":
-        share = 1.0 / (seen.sum() if num_items is None else one_number(num_items))
-        seen, each = seen * share, each * share
-    on_nll = seen * (1.0 - label_smoothing)
-    on_smoothed = each * (label_smoothing / classes) if label_smoothing else None
-    return on_nll, on_smoothed, each * z_loss if z_loss else None
+        scale = 1.0 / (class_factor.sum() if num_items is None else as_scalar(num_items))
+        class_factor, row_factor = class_factor * scale, row_factor * scale
+    on_nll = class_factor * (1.0 - label_smoothing)
+    on_smoothed = row_factor * (label_smoothing / classes) if label_smoothing else None
+    return on_nll, on_smoothed, row_factor * z_loss if z_loss else None
 
 
 def row_losses(
@@ -43,8 +47,10 @@ def row_losses(
     lse: Tensor,
     valid: Tensor,
 ) -> Tensor:
-    """Losses (N) of the rows. `where`, rather than a factor of 0, keeps an infinite lse of an
-    ignored row out of loss and gradient.
+    """Return the losses (N) of the rows.
+
+    `where`, rather than a factor of 0, keeps an infinite lse of an ignored row out of loss and
+    gradient.
     """
     loss = on_nll * nll
     if on_smoothed is not None:
@@ -54,6 +60,6 @@ def row_losses(
     return loss
 
 
-def one_number(num_items: int | Tensor) -> int | Tensor:
-    """num_items without the dimension that a shape of (1,) would add to a scalar loss."""
+def as_scalar(num_items: int | Tensor) -> int | Tensor:
+    """Return num_items without the dimension that a shape of (1,) would add to a scalar loss."""
     return num_items.reshape(()) if isinstance(num_items, Tensor) else num_items

@@ -1,11 +1,12 @@
-"""What an op does when its call is transformed by ``torch.func`` or forward-mode AD.
+"""Support ``torch.func`` transforms and forward-mode AD of the ops.
 
 - Forward-mode AD (``torch.func.jvp``, ``jacfwd``, ``linearize``, ``forward_ad``) runs the op's
   definition: torch differentiates plain PyTorch in every direction, so ``hessian`` works too.
 - ``grad``, ``vjp``, ``jacrev`` and ``vmap`` run the kernels and the op's own derivative, inside
-  ``torch.compile`` as outside; ``vmap`` calls them once per sample.
+  and outside ``torch.compile``; ``vmap`` calls them once per sample.
 
-Rejected: a forward-mode formula for each op, which would be a third statement of the same function.
+Rejected: a forward-mode formula for each op, because it would be a third version of the same
+function.
 """
 
 import contextlib
@@ -31,26 +32,28 @@ innermost: Callable[[], Any] = _functorch.peek_interpreter_stack
 
 
 def carries_tangent(args: tuple) -> bool:
-    """Whether one of these carries a tangent of forward-mode AD."""
+    """Return whether one of these arguments carries a tangent of forward-mode AD."""
     return forward_ad._current_level >= 0 and any(
         isinstance(a, Tensor) and forward_ad.unpack_dual(a).tangent is not None for a in args
     )
 
 
 def wants_gradient(t: Tensor) -> bool:
-    """Whether a backward through an op on `t` may follow. Always under a transform, whose wrappers
-    record one level only."""
+    """Return whether a backward through an op on `t` may follow.
+
+    Under a transform that is always so, because its wrappers record only one level.
+    """
     return (t.requires_grad and torch.is_grad_enabled()) or innermost() is not None
 
 
 def is_traced() -> bool:
-    """Whether ``torch.jit.trace`` is recording."""
+    """Return whether ``torch.jit.trace`` is recording."""
     return not torch.compiler.is_compiling() and torch._C._is_tracing()
 
 
 @contextlib.contextmanager
 def untraced() -> Iterator[None]:
-    """Context: a value computed inside is a constant to ``torch.jit.trace``."""
+    """Make values computed inside the ``with`` constants to ``torch.jit.trace``."""
     state = torch._C._get_tracing_state()
     torch._C._set_tracing_state(None)  # pyright: ignore[reportAttributeAccessIssue]
     try:
@@ -66,8 +69,8 @@ def transformed(
     backward: Callable,
     flat: Callable[[tuple], tuple],
 ) -> Callable:
-    """The function for calls with tensors that are not plain, or with tracing or a transform.
-    `flat` makes the operator's arguments of the definition's."""
+    """Return the function for calls with tensors that are not plain, or under a transform or a
+    trace. `flat` converts the definition's arguments to the operator's."""
     name = operator._schema.name
     function = _function(operator, setup_context, backward)
 
@@ -76,7 +79,7 @@ def transformed(
         if transform is None and not carries_tangent(args):
             return operator(*flat(args))
         if operator._schema.is_mutable:
-            raise NotImplementedError(f"{name} writes its arguments: no transform serves it")
+            raise NotImplementedError(f"{name} writes its arguments: no transform supports it")
         if forward_ad._current_level >= 0:
             return definition(*args)
         return function.apply(*flat(args))
@@ -87,14 +90,16 @@ def transformed(
 def register_derivative(
     library: torch.library.Library, operator: Any, setup: Callable | None, backward: Callable
 ) -> None:
-    """``torch.library.register_autograd`` and ``register_vmap``, but run `_function` under
-    ``torch.func.grad``, where the former would answer with zeros, and refuse forward-mode AD.
+    """Register as ``torch.library.register_autograd`` and ``register_vmap`` do, with two changes.
+
+    Under ``torch.func.grad``, where ``register_autograd`` would return zeros, `_function` runs.
+    Forward-mode AD is refused.
     """
     name = operator._schema.name
     derivative = make_autograd_impl(operator, Info(backward, setup))
     function = _function(operator, setup, backward)
 
-    @_disable_dynamo  # Dynamo would answer the conditions below while it traces
+    @_disable_dynamo  # Dynamo would evaluate the conditions below while it traces
     def autograd(keyset: Any, *args: Any) -> Any:
         transform = innermost()
         if forward_ad._current_level >= 0 and (transform is not None or carries_tangent(args)):
@@ -110,7 +115,7 @@ def register_derivative(
     torch.library.register_vmap(name, _sample_by_sample(operator), lib=library)
 
 
-# What torch.func's interpreter of one transform excludes from dispatch while the op runs in it
+# The keys that torch.func's interpreter of one transform excludes from dispatch inside it
 _EXCLUDED = tuple(
     torch._C._dispatch_key_parse(name)
     for name in (
@@ -123,10 +128,10 @@ _EXCLUDED = tuple(
 
 @contextlib.contextmanager
 def _outside_interpreter() -> Iterator[None]:
-    """Context: dispatch as where the op was called, so that its `_function` meets every transform.
+    """Dispatch inside the ``with`` as at the op's call, so that every transform sees `_function`.
 
-    torch.compile traces ``torch.func.grad`` with the op itself in the graph, and its interpreter
-    calls the op's derivative from inside.
+    torch.compile traces ``torch.func.grad`` with the op in the graph, and the transform's
+    interpreter calls the op's derivative from inside.
     """
     include = torch._C._dispatch_tls_local_include_set()
     exclude = torch._C._dispatch_tls_local_exclude_set()
@@ -137,7 +142,7 @@ def _outside_interpreter() -> Iterator[None]:
 
 
 def _function(operator: Any, setup_context: Callable | None, backward: Callable) -> Any:
-    """The operator as a `torch.autograd.Function` that torch.func can transform."""
+    """Return the operator as a `torch.autograd.Function` that torch.func can transform."""
 
     def context(ctx: Any, inputs: Any, output: Any) -> None:
         if setup_context is not None:
@@ -161,7 +166,7 @@ def _function(operator: Any, setup_context: Callable | None, backward: Callable)
 
 
 class _Alive:
-    """A ctx whose saved tensors are taken out of the wrappers of a transform that has ended."""
+    """A ctx with saved tensors taken out of the wrappers of transforms that have ended."""
 
     def __init__(self, ctx: Any):
         self._ctx = ctx
@@ -172,7 +177,7 @@ class _Alive:
 
 
 def _sample_by_sample(function: Callable) -> Callable:
-    """A vmap rule: one call per sample."""
+    """Return a vmap rule that calls the function once per sample."""
 
     def rule(info: Any, in_dims: tuple, *args: Any) -> tuple:
         if info.batch_size == 0:
@@ -192,13 +197,15 @@ _VMAP_MODE = torch._C._dispatch_key_parse("VmapMode")
 
 
 def in_batched_backward() -> bool:
-    """Whether this is a backward of ``torch.autograd.grad(..., is_grads_batched=True)``, whose
-    tensors the dispatcher splits into samples."""
+    """Return whether a backward of ``torch.autograd.grad(..., is_grads_batched=True)`` is running.
+
+    The dispatcher splits its tensors into samples.
+    """
     return torch._C._dispatch_tls_is_dispatch_key_included(_VMAP_MODE)
 
 
 def is_eager(*tensors: torch.Tensor) -> bool:
-    """Whether these are plain tensors and nothing traces or transforms: values may be read."""
+    """Return whether values may be read: plain tensors, and nothing traces or transforms."""
     return (
         not torch.compiler.is_compiling()
         and not torch._C._len_torch_dispatch_stack()

@@ -1,9 +1,9 @@
 """Triton kernels, one file per op; installed as ``fastlm.kernels``."""
 
 if __name__ == "kernels":
-    # The root of a clone is on sys.path, but the importer means PyPI's package of this name: import
-    # that one instead. Where it is not installed, an empty module without a file takes the place of
-    # this folder, which shows transformers that the package is missing.
+    # The root of a clone is on sys.path, but the importer expects PyPI's package of this name:
+    # import that one instead. Where it is not installed, put an empty module without a file in
+    # place of this folder, so that transformers sees that the package is missing.
     import os
     import sys
     from importlib.machinery import PathFinder

@@ -1,5 +1,6 @@
-"""AdamW for all tensors of an optimizer: one launch per kind of tensor, however many tensors there
-are. The kernels read the tables of fastlm/cuda/adamw_tables.py.
+"""AdamW for all tensors of an optimizer: one launch per variant of tensor.
+
+The kernels read the tables of fastlm/cuda/adamw_tables.py.
 
     1. _squares   when clipping: the sum of squares of each chunk of gradients
     2. _norm      one program: their sum, the norm and the factor for the gradients
@@ -11,12 +12,12 @@ Nothing is copied back to the host: step, norm and factor stay on the device.
 A step can be captured in a CUDA graph if its tables exist by then, because a copy from the host
 cannot be part of the graph. Take one step before, keep lr in a tensor on the device (it is read at
 every replay), and keep the gradients in place: `zero_grad(set_to_none=False)` inside the graph. A
-step that does not meet this is refused before anything is written. A captured step keeps its tables
-for good.
+step that does not meet these conditions is refused before anything is written. A captured step
+keeps its tables for good.
 
-A kind is what is compiled in: the dtypes of parameter and gradient, the master, 8-bit states,
-stochastic rounding, and whether all pointers allow 128-bit accesses. Formulas and random numbers
-are those of csrc/cpu/adamw.h, which also explains the 8-bit codes.
+A variant (`KernelVariant`) is what is compiled in: the dtypes of parameter and gradient, the
+master, 8-bit states, stochastic rounding, and whether all pointers allow 128-bit accesses. Formulas
+and random numbers are those of csrc/cpu/adamw.h, which also explains the 8-bit codes.
 """
 
 from typing import Any
@@ -28,7 +29,7 @@ from torch import Tensor
 
 from fastlm import reference
 from fastlm.cuda import adamw_tables
-from fastlm.cuda.adamw_tables import CHUNK, Kind, Tables, tables_of
+from fastlm.cuda.adamw_tables import CHUNK, AdamWTables, KernelVariant, build_tables
 from fastlm.kernels.launch import Config, launch
 from fastlm.reference import AdamWTensor
 
@@ -111,8 +112,8 @@ def _norm(
         total += tl.load(sums + at, mask=at < count, other=0.0)
     norm = tl.sqrt(tl.sum(total, 0)).to(tl.float32)
     tl.store(grad_norm, norm)
-    wanted = max_grad_norm / (norm + 1e-6)  # as clip_grad_norm_
-    tl.store(clip, tl.where(wanted > 1.0, 1.0, wanted))  # NaN stays
+    factor = max_grad_norm / (norm + 1e-6)  # as clip_grad_norm_
+    tl.store(clip, tl.where(factor > 1.0, 1.0, factor))  # NaN stays
 
 
 # ---- the step's scalars --------------------------------------------------------------------------
@@ -120,7 +121,7 @@ def _norm(
 
 @triton.jit
 def _power(base, exponent):
-    """base^exponent in float64, exponent up to 2^24 (where a float32 counter stops counting)."""
+    """Return base^exponent in float64, exponent up to 2^24 (where a float32 counter stops)."""
     result = base * 0.0 + 1.0
     for _ in tl.static_range(25):
         result = tl.where(exponent & 1 != 0, result * base, result)
@@ -151,16 +152,16 @@ def _begin(
     step = (before + 1.0).to(tl.int32)
     step_size = lr / (1.0 - _power(beta1, step))
     root_scale = 1.0 / tl.sqrt(1.0 - _power(beta2, step))
-    to = scalars + i * SCALARS
-    tl.store(to, step_size.to(tl.float32), mask=inside)
-    tl.store(to + 1, (lr * weight_decay).to(tl.float32), mask=inside)
-    tl.store(to + 2, beta1.to(tl.float32), mask=inside)
-    tl.store(to + 3, (1.0 - beta1).to(tl.float32), mask=inside)
-    tl.store(to + 4, beta2.to(tl.float32), mask=inside)
-    tl.store(to + 5, (1.0 - beta2).to(tl.float32), mask=inside)
-    tl.store(to + 6, eps.to(tl.float32), mask=inside)
-    tl.store(to + 7, root_scale.to(tl.float32), mask=inside)
-    tl.store(to + 8, sign.to(tl.float32), mask=inside)
+    row_scalars = scalars + i * SCALARS
+    tl.store(row_scalars, step_size.to(tl.float32), mask=inside)
+    tl.store(row_scalars + 1, (lr * weight_decay).to(tl.float32), mask=inside)
+    tl.store(row_scalars + 2, beta1.to(tl.float32), mask=inside)
+    tl.store(row_scalars + 3, (1.0 - beta1).to(tl.float32), mask=inside)
+    tl.store(row_scalars + 4, beta2.to(tl.float32), mask=inside)
+    tl.store(row_scalars + 5, (1.0 - beta2).to(tl.float32), mask=inside)
+    tl.store(row_scalars + 6, eps.to(tl.float32), mask=inside)
+    tl.store(row_scalars + 7, root_scale.to(tl.float32), mask=inside)
+    tl.store(row_scalars + 8, sign.to(tl.float32), mask=inside)
     seed = tl.load(row + SEED, mask=inside, other=0).to(tl.uint32)
     ordinal = tl.load(row + ORDINAL, mask=inside, other=0).to(tl.uint32)
     key = _mix(_mix(seed ^ before.to(tl.uint32)) ^ ordinal)
@@ -171,33 +172,33 @@ def _begin(
 
 
 @triton.jit
-def _some(pointer, at, size, WHOLE: tl.constexpr):
-    if WHOLE:
+def _some(pointer, at, size, FULL: tl.constexpr):
+    if FULL:
         return tl.load(pointer + at)
     else:
         return tl.load(pointer + at, mask=at < size, other=0)
 
 
 @triton.jit
-def _put(pointer, at, value, size, WHOLE: tl.constexpr):
+def _put(pointer, at, value, size, FULL: tl.constexpr):
     value = value.to(pointer.dtype.element_ty)
-    if WHOLE:
+    if FULL:
         tl.store(pointer + at, value)
     else:
         tl.store(pointer + at, value, mask=at < size)
 
 
 @triton.jit
-def _decode(code, SHIFT: tl.constexpr, MOST: tl.constexpr):
-    offset: tl.constexpr = (0x3F800000 >> SHIFT) - MOST
+def _decode(code, SHIFT: tl.constexpr, MAX_CODE: tl.constexpr):
+    offset: tl.constexpr = (0x3F800000 >> SHIFT) - MAX_CODE
     value = ((code + offset) << SHIFT).to(tl.float32, bitcast=True)
     return tl.where(code > 0, value, 0.0)
 
 
 @triton.jit
-def _encode(x, SHIFT: tl.constexpr, MOST: tl.constexpr):
-    """The nearest code of x in [0, 1], ties up; below 1 where x is too small."""
-    offset: tl.constexpr = (0x3F800000 >> SHIFT) - MOST
+def _encode(x, SHIFT: tl.constexpr, MAX_CODE: tl.constexpr):
+    """Return the nearest code of x in [0, 1], ties up; below 1 where x is too small."""
+    offset: tl.constexpr = (0x3F800000 >> SHIFT) - MAX_CODE
     return ((x.to(tl.int32, bitcast=True) + (1 << (SHIFT - 1))) >> SHIFT) - offset
 
 
@@ -223,7 +224,7 @@ def _encode_root(x):
 @triton.jit
 def _block(
     tensor,  # the tensor's row of the table
-    of,  # the tensor's scalars
+    scalars,  # the tensor's scalars
     key,  # key of this chunk's random numbers
     clip,
     begin,
@@ -233,7 +234,7 @@ def _block(
     PACKED: tl.constexpr,
     ROUND: tl.constexpr,
     ALIGNED: tl.constexpr,
-    WHOLE: tl.constexpr,  # no element of the block is past the end
+    FULL: tl.constexpr,  # no element of the block is past the end
     BLOCK: tl.constexpr,
 ):
     size = tl.load(tensor + SIZE)
@@ -243,69 +244,69 @@ def _block(
         at += begin
     else:
         at = begin + tl.arange(0, BLOCK)
-    step_size, decay = tl.load(of), tl.load(of + 1)
-    beta1, rest1 = tl.load(of + 2), tl.load(of + 3)
-    beta2, rest2 = tl.load(of + 4), tl.load(of + 5)
-    eps, root_scale, sign = tl.load(of + 6), tl.load(of + 7), tl.load(of + 8)
-    g = _some(_pointer(tensor, GRAD, G, ALIGNED), at, size, WHOLE).to(tl.float32) * (clip * sign)
+    step_size, decay = tl.load(scalars), tl.load(scalars + 1)
+    beta1, rest1 = tl.load(scalars + 2), tl.load(scalars + 3)
+    beta2, rest2 = tl.load(scalars + 4), tl.load(scalars + 5)
+    eps, root_scale, sign = tl.load(scalars + 6), tl.load(scalars + 7), tl.load(scalars + 8)
+    g = _some(_pointer(tensor, GRAD, G, ALIGNED), at, size, FULL).to(tl.float32) * (clip * sign)
     if PACKED:
         codes_m = _pointer(tensor, MOMENT, tl.uint8, ALIGNED)
         codes_r = _pointer(tensor, ROOT, tl.uint8, ALIGNED)
         block = begin // _STATE_BLOCK + tl.arange(0, rows)
-        held = block * _STATE_BLOCK < size
+        inside = block * _STATE_BLOCK < size
         scales_m = _pointer(tensor, MOMENT_SCALE, tl.float32, False) + block
         scales_r = _pointer(tensor, ROOT_SCALE, tl.float32, False) + block
-        scale_m = tl.load(scales_m, mask=held, other=0.0)
-        scale_r = tl.load(scales_r, mask=held, other=0.0)
-        m = _decode_moment(_some(codes_m, at, size, WHOLE).to(tl.int32))
+        scale_m = tl.load(scales_m, mask=inside, other=0.0)
+        scale_r = tl.load(scales_r, mask=inside, other=0.0)
+        m = _decode_moment(_some(codes_m, at, size, FULL).to(tl.int32))
         m = m * (scale_m * beta1)[:, None] + g * rest1
-        root = _decode(_some(codes_r, at, size, WHOLE).to(tl.int32), 19, 255) * scale_r[:, None]
+        root = _decode(_some(codes_r, at, size, FULL).to(tl.int32), 19, 255) * scale_r[:, None]
         root = tl.sqrt_rn(root * root * beta2 + g * g * rest2)
         # one bad value turns its whole block into NaN; a maximum might drop it unnoticed
         poison = tl.sum((m + root) * 0.0, 1)
         scale_m, scale_r = tl.max(tl.abs(m), 1) + poison, tl.max(root, 1) + poison
-        tl.store(scales_m, scale_m, mask=held)
-        tl.store(scales_r, scale_r, mask=held)
+        tl.store(scales_m, scale_m, mask=inside)
+        tl.store(scales_r, scale_r, mask=inside)
         inverse_m = tl.where(scale_m > 1e-37, tl.math.div_rn(1.0, scale_m), 0.0)
         inverse_r = tl.where(scale_r > 1e-37, tl.math.div_rn(1.0, scale_r), 0.0)
-        _put(codes_m, at, _encode_moment(m * inverse_m[:, None]), size, WHOLE)
-        _put(codes_r, at, _encode_root(root * inverse_r[:, None]), size, WHOLE)
+        _put(codes_m, at, _encode_moment(m * inverse_m[:, None]), size, FULL)
+        _put(codes_r, at, _encode_root(root * inverse_r[:, None]), size, FULL)
     else:
         moments = _pointer(tensor, MOMENT, tl.float32, ALIGNED)
         squares = _pointer(tensor, ROOT, tl.float32, ALIGNED)
-        m = _some(moments, at, size, WHOLE) * beta1 + g * rest1
-        v = _some(squares, at, size, WHOLE) * beta2 + g * g * rest2
-        _put(moments, at, m, size, WHOLE)
-        _put(squares, at, v, size, WHOLE)
+        m = _some(moments, at, size, FULL) * beta1 + g * rest1
+        v = _some(squares, at, size, FULL) * beta2 + g * g * rest2
+        _put(moments, at, m, size, FULL)
+        _put(squares, at, v, size, FULL)
         root = tl.sqrt_rn(v)
     # the lower half of a master is the signed number to add to the parameter's bits
     if MASTERS == 2:
         param = _pointer(tensor, PARAM, tl.int16, ALIGNED)
         master = _pointer(tensor, MASTER, tl.int16, ALIGNED)
-        high = _some(param, at, size, WHOLE).to(tl.int32) << 16
-        low = _some(master, at, size, WHOLE).to(tl.int32)
+        high = _some(param, at, size, FULL).to(tl.int32) << 16
+        low = _some(master, at, size, FULL).to(tl.int32)
         # zero has no lower half: a parameter zeroed after its last step still has that step's
         bits = tl.where((high << 1) != 0, high + low, high)
         w = bits.to(tl.float32, bitcast=True)
     else:
         param = _pointer(tensor, PARAM, P, ALIGNED)
         master = _pointer(tensor, MASTER, tl.float32, ALIGNED)
-        w = _some(master if MASTERS == 1 else param, at, size, WHOLE).to(tl.float32)
+        w = _some(master if MASTERS == 1 else param, at, size, FULL).to(tl.float32)
     w = w - (w * decay + tl.math.div_rn(m, root * root_scale + eps) * step_size)
     if MASTERS == 2:
         bits = tl.where(w == w, w, float("nan")).to(tl.int32, bitcast=True)
         bits = tl.where(w == w, bits, 0x7FC00000)  # a single NaN pattern, which cannot round up
-        _put(param, at, (bits.to(tl.uint32, bitcast=True) + 0x8000) >> 16, size, WHOLE)
-        _put(master, at, bits, size, WHOLE)
+        _put(param, at, (bits.to(tl.uint32, bitcast=True) + 0x8000) >> 16, size, FULL)
+        _put(master, at, bits, size, FULL)
     else:
         if MASTERS == 1:
-            _put(master, at, w, size, WHOLE)
+            _put(master, at, w, size, FULL)
         if ROUND:
             random = _mix((at % _RANDOM_CHUNK).to(tl.uint32) * 0x9E3779B9 + key)
             up = w.to(tl.uint32, bitcast=True) + (random >> 16)
             rounded = (up & 0xFFFF0000).to(tl.float32, bitcast=True)
             w = tl.where(tl.abs(w) <= 3.4028234663852886e38, rounded, w)
-        _put(param, at, w, size, WHOLE)
+        _put(param, at, w, size, FULL)
 
 
 @triton.jit
@@ -327,7 +328,7 @@ def _update(
     program = tl.program_id(0)
     i = tl.load(chunks + 2 * program).to(tl.int64)
     start = tl.load(chunks + 2 * program + 1).to(tl.int64) * CHUNK
-    row, of = tensors + i * COLUMNS, scalars + i * SCALARS
+    row, row_scalars = tensors + i * COLUMNS, scalars + i * SCALARS
     key = tl.load(keys + i).to(tl.uint32, bitcast=True)
     key = _mix(key + (start // _RANDOM_CHUNK).to(tl.uint32) * 0x9E3779B9)
     factor = 1.0
@@ -336,15 +337,43 @@ def _update(
     size = tl.load(row + SIZE)
     for begin in range(start, tl.minimum(start + CHUNK, size), BLOCK):
         if begin + BLOCK <= size:
-            _block(row, of, key, factor, begin, P, G, MASTERS, PACKED, ROUND, ALIGNED, True, BLOCK)
+            _block(
+                row,
+                row_scalars,
+                key,
+                factor,
+                begin,
+                P,
+                G,
+                MASTERS,
+                PACKED,
+                ROUND,
+                ALIGNED,
+                True,
+                BLOCK,
+            )
         else:
-            _block(row, of, key, factor, begin, P, G, MASTERS, PACKED, ROUND, ALIGNED, False, BLOCK)
+            _block(
+                row,
+                row_scalars,
+                key,
+                factor,
+                begin,
+                P,
+                G,
+                MASTERS,
+                PACKED,
+                ROUND,
+                ALIGNED,
+                False,
+                BLOCK,
+            )
 
 
 # ---- host ----------------------------------------------------------------------------------------
 
 
-def _constants(kind: Kind) -> dict[str, Any]:
+def _constants(kind: KernelVariant) -> dict[str, Any]:
     return {
         "P": _TYPES[kind.param],
         "G": _TYPES[kind.grad],
@@ -358,9 +387,9 @@ def _constants(kind: Kind) -> dict[str, Any]:
 def adamw(
     tensors: list[AdamWTensor], max_grad_norm: float, grad_norm: Tensor | None, have_norm: bool
 ) -> None:
-    """`reference.adamw`, in place. Everything is checked before anything is written."""
+    """Run `reference.adamw`, in place. Everything is checked before anything is written."""
     device = tensors[0].param.device
-    tables = tables_of(tensors, by_kind=True)
+    tables = build_tables(tensors, by_variant=True)
     clip = None
     if grad_norm is not None:
         clip = torch.empty(1, dtype=torch.float32, device=device)
@@ -383,7 +412,7 @@ def adamw(
         )  # fmt: skip
 
 
-def _sums(tables: Tables) -> Tensor:
+def _sums(tables: AdamWTables) -> Tensor:
     """Sum the squares of each chunk of gradients, in float64."""
     device = tables.tensors.device
     count = sum(len(chunks) for _, chunks in tables.chunks)

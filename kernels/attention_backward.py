@@ -1,4 +1,4 @@
-"""dq, dk, dv, dsinks and dbias of attention, from out and lse: scores are recomputed.
+"""Compute dq, dk, dv, dsinks and dbias of attention from out and lse. Scores are recomputed.
 
     P = exp(s - lse)    dP = dropout(dout v^T)    delta = sum(dout out) - dlse
     dS = P (dP - delta)    dv = dropout(P)^T dout    dbias = dS
@@ -13,11 +13,12 @@
 
 Seven products of rows x keys, where five are the minimum: computing dq separately from dk and dv
 needs neither atomic additions nor float32 copies of dq. dbias costs two more products and no memory
-beyond itself; a bias with few elements runs few programs. A program reads its own operands once,
-and once those that it walks along (mostly from L2). None of this has been measured on a GPU.
+beyond itself; a bias with few elements runs few programs. A program reads each operand once: those
+of its own tile, and those along which it iterates (mostly from L2). None of this has been measured
+on a GPU.
 
-Indices as in attention_forward.py. Tiles are rows x keys, in `_dkdv` keys x rows. `base`: see
-`_base`.
+Indices are as in attention_forward.py. Tiles are rows x keys, in `_dkdv` keys x rows. g is a tile
+of dout; `base` is explained in `_base`.
 """
 
 import torch
@@ -29,40 +30,40 @@ from fastlm.kernels.attention_forward import (
     LENGTHS,
     LOG2E,
     OPTIONS,
+    AttentionShape,
     Dims,
-    Layout,
-    Options,
+    ScoreOptions,
     ScoreRows,
-    Shape,
+    SequenceLayout,
     Sizes,
-    bias_of,
     bias_rows,
+    bias_tensor,
+    contiguous_float,
     dropout_mask,
     first_part,
-    floats,
     head_bias,
     head_rows,
-    in_units,
     key_edges,
     load_tile,
     locate,
     lse_row,
     needs_registers,
     offsets,
-    padded,
+    padded_width,
     row_offsets,
+    row_tensors,
     scores,
+    select_config,
     sequence,
-    sizes_of,
     store_tile,
 )
-from fastlm.kernels.launch import Config, Tiles, jit, launch
+from fastlm.kernels.launch import Config, TileConfigs, jit, launch
 
 
 @jit(*LENGTHS)
 def _delta(
-    dout,  # Rows of DV elements
-    out,  # Rows of DV elements
+    dout,  # RowTensor of DV elements
+    out,  # RowTensor of DV elements
     dlse,  # (B, H, rows) float32 or None
     delta,  # (B, H, rows) float32
     rows, heads,
@@ -85,14 +86,14 @@ def _delta(
 
 @triton.jit
 def _base(lse_at, mask):
-    """log2(e) lse, for exp2(s - base): 0 where a row sees nothing (s is -inf), +inf past the last
-    row."""
+    """Return log2(e) lse, for exp2(s - base): 0 where a row sees no key (s is -inf), +inf past the
+    last row."""
     lse = tl.load(lse_at, mask=mask, other=float("inf"))
     return tl.where(lse == float("-inf"), 0.0, lse * LOG2E)
 
 
 @triton.jit
-def _dropped(x, keep, opts):
+def _apply_dropout(x, keep, opts):
     return tl.where(keep, x * opts.dropout.scale, 0.0)
 
 
@@ -119,7 +120,7 @@ def _along_keys(
         dp = tl.dot(dout, tl.trans(value), input_precision="ieee")
         if opts.dropout is not None:
             keep = dropout_mask(opts.dropout, b, head, query, start, BLOCK_N)
-            dp = _dropped(dp, keep, opts)
+            dp = _apply_dropout(dp, keep, opts)
         ds = p * (dp - delta[:, None]) * derivative
         dq = tl.dot(ds.to(key.dtype), key, dq, input_precision="ieee")
     return dq
@@ -127,22 +128,22 @@ def _along_keys(
 
 @jit(*LENGTHS)
 def _dq(
-    q,  # Rows of D elements
-    k,  # Rows of D elements
-    v,  # Rows of DV elements
-    dout,  # Rows of DV elements
+    q,  # RowTensor of D elements
+    k,  # RowTensor of D elements
+    v,  # RowTensor of DV elements
+    dout,  # RowTensor of DV elements
     lse,  # (B, H, S), packed (H, total_q)
     delta,  # like lse
-    dq,  # Rows of D elements
+    dq,  # RowTensor of D elements
     bias,  # Bias or None
-    packed,  # Packed or None
-    opts,  # Options
+    cu_seqlens,  # Packed or None
+    opts,  # ScoreOptions
     sizes,  # Sizes
     SHAPE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     slot = tl.program_id(0) % sizes.slots
     head = (tl.program_id(0) // sizes.slots).to(tl.int64)
-    b, first, row, queries, key_row, keys = locate(slot, sizes, packed, 1, BLOCK_M)
+    b, first, row, queries, key_row, keys = locate(slot, sizes, cu_seqlens, 1, BLOCK_M)
     if first >= queries:
         return
     query = first + tl.arange(0, BLOCK_M)
@@ -188,8 +189,8 @@ def _row_edges(
     first, keys, queries, shift, opts,
     SHAPE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """The edges of three parts of the rows that see any of the keys from first on: masked (causal);
-    rows that see all of the keys; masked (window)."""
+    """Return the edges of three parts of the rows that see any key of the block at `first`: masked
+    (causal); rows that see all keys of the block; masked (window)."""
     last = tl.minimum(first + BLOCK_N, keys) - 1
     lo = queries * 0
     hi = queries
@@ -237,8 +238,8 @@ def _along_rows(
         dropped = p
         if opts.dropout is not None:
             keep = tl.trans(dropout_mask(opts.dropout, b, head, query, start_j, BLOCK_N))
-            dropped = _dropped(p, keep, opts)
-            dp = _dropped(dp, keep, opts)
+            dropped = _apply_dropout(p, keep, opts)
+            dp = _apply_dropout(dp, keep, opts)
         dv = tl.dot(dropped.to(g.dtype), g, dv, input_precision="ieee")
         delta_tile = tl.load(delta + query.to(tl.int64), mask=mask, other=0.0)
         ds = p * (dp - delta_tile[None, :]) * derivative
@@ -249,14 +250,14 @@ def _along_rows(
 @jit(*LENGTHS)
 def _dkdv(
     q, k, v, dout, lse, delta,  # as in `_dq`
-    dk,  # Rows of D elements
-    dv,  # Rows of DV elements
-    bias, packed, opts, sizes,  # as in `_dq`
+    dk,  # RowTensor of D elements
+    dv,  # RowTensor of DV elements
+    bias, cu_seqlens, opts, sizes,  # as in `_dq`
     SHAPE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     slot = tl.program_id(0) % sizes.slots
     kv_head = (tl.program_id(0) // sizes.slots).to(tl.int64)
-    b, first, key_row, keys, row, queries = locate(slot, sizes, packed, 1, BLOCK_N, True)
+    b, first, key_row, keys, row, queries = locate(slot, sizes, cu_seqlens, 1, BLOCK_N, True)
     if first >= keys:
         return
     wide_b = b.to(tl.int64)
@@ -306,8 +307,11 @@ def _add_head(
     sizes, SHAPE: tl.constexpr,
     ALL_ROWS: tl.constexpr, ALL_KEYS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Add dS of one sequence and head to dbias (M, N): of the tile, or also of all those after it
-    along the rows or keys that the bias is broadcast over."""
+    """Add dS of one sequence and head to dbias (M, N).
+
+    dS is that of the tile, and also of all tiles after it along the rows or keys over which the
+    bias is broadcast.
+    """
     shift = keys - queries
     m_end = tl.minimum(tile_m + BLOCK_M, queries)
     if ALL_ROWS:
@@ -344,7 +348,7 @@ def _add_head(
             dp = tl.dot(g, tl.trans(value), input_precision="ieee")
             if opts.dropout is not None:
                 keep = dropout_mask(opts.dropout, b, head, query, n, BLOCK_N)
-                dp = _dropped(dp, keep, opts)
+                dp = _apply_dropout(dp, keep, opts)
             dbias += p * (dp - delta_tile[:, None])
     return dbias
 
@@ -353,7 +357,7 @@ def _add_head(
 def _dbias(
     q, k, v, dout, lse, delta,  # as in `_dq`
     dbias,  # (batches, bias_heads, rows, columns) float32, contiguous; each may be 1
-    opts, sizes, bias, packed,  # as in `_dq`
+    opts, sizes, bias, cu_seqlens,  # as in `_dq`
     heads, batches, bias_heads, rows, columns,
     SHAPE: tl.constexpr, ALL_ROWS: tl.constexpr, ALL_KEYS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -365,17 +369,17 @@ def _dbias(
     tile_n = task % column_tiles * BLOCK_N
     tile_m = task // column_tiles % row_tiles * BLOCK_M
     part = task // column_tiles // row_tiles
-    one_head = part % bias_heads
-    one_batch = part // bias_heads
-    first_b = one_batch
-    last_b = one_batch + 1
+    bias_head = part % bias_heads
+    bias_batch = part // bias_heads
+    first_b = bias_batch
+    last_b = bias_batch + 1
     if batches != sizes.sequences:
-        first_b = one_batch * 0
+        first_b = bias_batch * 0
         last_b = first_b + sizes.sequences
-    first_head = one_head
-    last_head = one_head + 1
+    first_head = bias_head
+    last_head = bias_head + 1
     if bias_heads != heads:
-        first_head = one_head * 0
+        first_head = bias_head * 0
         last_head = first_head + heads
     result = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     row = task * 0
@@ -384,9 +388,9 @@ def _dbias(
     keys = sizes.keys
     for b in tl.range(first_b, last_b):
         wide_b = (task * 0 + b).to(tl.int64)  # in the interpreter b is a Python int
-        if packed is not None:
-            row, queries = sequence(packed.cu_q, b, sizes.queries)
-            key_row, keys = sequence(packed.cu_k, b, sizes.keys)
+        if cu_seqlens is not None:
+            row, queries = sequence(cu_seqlens.cu_q, b, sizes.queries)
+            key_row, keys = sequence(cu_seqlens.cu_k, b, sizes.keys)
         for head in tl.range(first_head, last_head):
             wide_head = wide_b * 0 + head
             kv_head = wide_head // SHAPE.GROUP
@@ -426,7 +430,7 @@ def _tiles(m: int, n: int, warps: int, stages: int) -> Config:
 
 # As in attention_forward.py
 _DELTA_ELEMENTS = 2048  # elements of each operand: 16 per thread of four warps
-_DQ = Tiles(
+_DQ = TileConfigs(
     "attention dq",
     {
         (2, 64): {80: _tiles(128, 64, 8, 2)},
@@ -445,7 +449,7 @@ _DQ = Tiles(
         (4, 512): {80: _tiles(16, 16, 8, 2)},
     },
 )
-_DKDV = Tiles(
+_DKDV = TileConfigs(
     "attention dk, dv",
     {
         (2, 64): {80: _tiles(32, 64, 8, 1), 90: _tiles(32, 128, 8, 2), 100: _tiles(64, 64, 8, 1)},
@@ -460,7 +464,7 @@ _DKDV = Tiles(
         (4, 512): {80: _tiles(16, 16, 8, 2)},
     },
 )
-_DBIAS = Tiles(
+_DBIAS = TileConfigs(
     "attention dbias",
     {
         (2, 64): {80: _tiles(32, 32, 8, 1)},
@@ -480,48 +484,50 @@ _DBIAS = Tiles(
 
 def backward(
     dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
-    dq: Tensor, dk: Tensor, dv: Tensor, dims: Dims, layout: Layout, sinks: Tensor | None,
-    bias: Tensor | None, options: Options, bias_grad: bool,
+    dq: Tensor, dk: Tensor, dv: Tensor, dims: Dims, layout: SequenceLayout, sinks: Tensor | None,
+    bias: Tensor | None, options: ScoreOptions, bias_grad: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Fill dq, dk and dv; return dsinks and dbias, empty where there are none. `dims`: the
-    dimensions of sequence, head and row."""
+    """Fill dq, dk and dv, and return dsinks and dbias, empty where there are none.
+
+    `dims` are the dimensions of sequence, head and row.
+    """
     heads, kv_heads = q.shape[dims[1]], k.shape[dims[1]]
     width, v_width = q.shape[-1], v.shape[-1]
-    block_d, block_dv = padded(width), padded(v_width)
+    block_d, block_dv = padded_width(width), padded_width(v_width)
     group = heads // kv_heads if kv_heads else 1
-    more = needs_registers(bias, options)
-    bias_strides, bias_size = bias_of(bias)
+    with_options = needs_registers(bias, options)
+    bias_strides, bias_size = bias_tensor(bias)
     inputs = ((q, dims), (k, dims), (v, dims), (dout, dims))
 
-    def tiles(table: Tiles) -> Config:
-        return sizes_of(table, q, max(block_d, block_dv), more)
+    def tiles(table: TileConfigs) -> Config:
+        return select_config(table, q, max(block_d, block_dv), with_options)
 
     def sizes(blocks: int, slots: int) -> Sizes:
         lengths = layout.sequences, layout.queries, layout.keys
-        return Sizes(*lengths, blocks, slots, *layout.lse_steps(heads), *bias_size)
+        return Sizes(*lengths, blocks, slots, *layout.lse_strides(heads), *bias_size)
 
-    def shape(unit: int, first: int = 0, last: int = 2) -> Shape:
-        return Shape(
+    def shape(unit: int, first: int = 0, last: int = 2) -> AttentionShape:
+        return AttentionShape(
             width, v_width, block_d, block_dv, group, unit, FIRST_PART=first, LAST_PART=last
         )
 
     # for delta, all packed rows count as one sequence
     delta = torch.empty_like(lse)
-    unit, rows = in_units((dout, dims), (out, dims))
+    unit, rows = row_tensors((dout, dims), (out, dims))
     config = Config({"BLOCK_M": max(1, _DELTA_ELEMENTS // block_dv)}, num_warps=4)
     blocks = triton.cdiv(layout.queries, config.sizes["BLOCK_M"])
-    parts = heads * (1 if layout.packed else layout.sequences)
+    parts = heads * (1 if layout.cu_seqlens else layout.sequences)
     launch(
-        _delta, (blocks * parts,), *rows, floats(dlse), delta, layout.queries, heads,
+        _delta, (blocks * parts,), *rows, contiguous_float(dlse), delta, layout.queries, heads,
         config=config, DV=v_width, BLOCK_DV=block_dv, UNIT=unit,
     )  # fmt: skip
 
     config = tiles(_DQ)
-    unit, (*rows, dq_rows) = in_units(*inputs, (dq, dims))
+    unit, (*rows, dq_rows) = row_tensors(*inputs, (dq, dims))
     blocks, slots = layout.slots(layout.queries, config.sizes["BLOCK_M"])
     launch(
         _dq, (slots * heads if layout.queries else 0,), *rows, lse, delta, dq_rows, bias_strides,
-        layout.packed, options, sizes(blocks, slots), config=config,
+        layout.cu_seqlens, options, sizes(blocks, slots), config=config,
         SHAPE=shape(unit, first_part(options)),
     )  # fmt: skip
 
@@ -530,11 +536,11 @@ def backward(
     else:
         edges = 0 if options.causal else 1, 2 if options.window else 1
     config = tiles(_DKDV)
-    unit, (*rows, dk_rows, dv_rows) = in_units(*inputs, (dk, dims), (dv, dims))
+    unit, (*rows, dk_rows, dv_rows) = row_tensors(*inputs, (dk, dims), (dv, dims))
     blocks, slots = layout.slots(layout.keys, config.sizes["BLOCK_N"])
     launch(
         _dkdv, (slots * kv_heads if layout.keys else 0,), *rows, lse, delta, dk_rows, dv_rows,
-        bias_strides, layout.packed, options, sizes(blocks, slots), config=config,
+        bias_strides, layout.cu_seqlens, options, sizes(blocks, slots), config=config,
         SHAPE=shape(unit, *edges),
     )  # fmt: skip
 
@@ -545,10 +551,10 @@ def backward(
         batches, bias_heads, bias_queries, columns = bias.shape
         programs = batches * bias_heads * triton.cdiv(bias_queries, config.sizes["BLOCK_M"])
         programs *= triton.cdiv(columns, config.sizes["BLOCK_N"])
-        unit, rows = in_units(*inputs)
+        unit, rows = row_tensors(*inputs)
         launch(
             _dbias, (programs,), *rows, lse, delta, dbias, options, sizes(0, 0), bias_strides,
-            layout.packed, heads, *dbias.shape, config=config, SHAPE=shape(unit),
+            layout.cu_seqlens, heads, *dbias.shape, config=config, SHAPE=shape(unit),
             ALL_ROWS=bias_queries == 1, ALL_KEYS=columns == 1,
         )  # fmt: skip
 

@@ -1,10 +1,10 @@
-"""out = softmax(scores) v and lse, without the scores in memory (Dao et al. 2022).
+"""Compute out = softmax(scores) v and lse, without the scores in memory (Dao et al. 2022).
 
-Dense, packed (varlen) and paged tensors; `fastlm.reference` defines the scores. A program owns
-BLOCK_M rows of one key head and walks the keys that they see, BLOCK_N at a time:
+Dense, packed (varlen) and paged tensors; `fastlm.reference` defines the scores. A program handles
+BLOCK_M rows of one key head and iterates over the keys that they see, BLOCK_N at a time:
 
                    keys  edge 0   edge 1             edge 2      edge 3
-    BLOCK_M rows    |      |masked  |  whole, unmasked  |  masked    |      split 0 | split 1 | ..
+    BLOCK_M rows    |      |masked  |  full, unmasked   |  masked    |      split 0 | split 1 | ..
     of PACK heads   |      |------->|------------------>|----------->|
 
 - Tiles that no row sees (after the diagonal, before the window) are skipped. Only the tiles at the
@@ -15,19 +15,20 @@ BLOCK_M rows of one key head and walks the keys that they see, BLOCK_N at a time
 - With splits (few rows, many keys), the visible keys are divided among `splits` programs. Each
   writes out and lse of its share in float32; `_combine` adds the shares in the order of the splits.
 
-q is read once, K and V once per block of rows (from L2 after the first). Scores are kept in units
-of log2(e), so that exp is exp2. Products of 16-bit tensors run on the tensor cores with float32
-sums, those of float32 in float32. None of this has been measured on a GPU.
+q is read once, K and V once per block of rows (from L2 after the first). Scores are in units of
+log2(e), so that exp is exp2. Products of 16-bit tensors run on the tensor cores with float32 sums,
+those of float32 in float32. None of this has been measured on a GPU.
 
     b       sequence                        slot    block of rows (keys in dk, dv) of any sequence
     head    query head; kv_head: key head   task    program: a split of a slot of PACK heads
     query   row of q within its sequence    first   the first row of a slot
     i       query, aligned to the keys:     shift   keys - queries = i - query
             the last query is the last key
-    j       key                             part    0, 1, 2: masked, whole, masked
+    j       key                             part    0, 1, 2: masked, full, masked
+    at      offset or pointer of a tile     top     running maximum of the scores, in log2(e)
 
-An option of attention is a number in `AttentionOptions` or a tensor, a field of `Options`, and its
-lines in `scores`, which the backward shares. An option that is off is None there: the compiler
+An option of attention is a number in `AttentionOptions` or a tensor, a field of `ScoreOptions`, and
+its lines in `scores`, which the backward shares. An option that is off is None there: the compiler
 removes its code.
 """
 
@@ -38,7 +39,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastlm.kernels.launch import Config, Tiles, jit, launch, multiprocessors
+from fastlm.kernels.launch import Config, TileConfigs, jit, launch, multiprocessors
 from fastlm.reference import AttentionOptions
 
 LOG2E = tl.constexpr(1.4426950408889634)
@@ -48,9 +49,11 @@ LN2 = tl.constexpr(0.6931471805599453)
 # ---- arguments of the kernels --------------------------------------------------------------------
 
 
-class Rows(NamedTuple):
-    """A tensor of rows and its strides in units of UNIT elements, so that the compiler knows the
-    offsets to be multiples of 16 or 8 where they are."""
+class RowTensor(NamedTuple):
+    """A tensor of rows, with its strides in units of UNIT elements.
+
+    The unit tells the compiler which offsets are multiples of 16 or 8.
+    """
 
     data: Tensor
     batch: int  # 0 for packed sequences; the stride of a page in a paged cache
@@ -59,7 +62,8 @@ class Rows(NamedTuple):
 
 
 class Bias(NamedTuple):
-    """Strides are 0 where the bias is broadcast. The last must be known to be 1 where it is."""
+    """A bias with its strides: 0 where it is broadcast. The compiler must know a last stride of
+    1."""
 
     data: Tensor
     batch: int
@@ -69,44 +73,48 @@ class Bias(NamedTuple):
 
 
 class Dropout(NamedTuple):
+    """The random numbers of dropout."""
+
     seed: Tensor  # (1,) int64
     threshold: int  # a random word below it, read as unsigned, drops its probability
     scale: float  # of a kept probability
 
 
-class Options(NamedTuple):
-    """What changes the scores or the probabilities; None where it is off."""
+class ScoreOptions(NamedTuple):
+    """The options that change the scores or the probabilities; None where an option is off."""
 
     scale: float
     causal: bool | None  # True or None
-    window: int | None  # causal too
+    window: int | None  # also causal
     softcap: float | None
     alibi_slopes: Tensor | None  # (H,) float32
     dropout: Dropout | None
 
 
-class Packed(NamedTuple):
-    """Where packed sequences start: (B + 1,) int32 each."""
+class CuSeqlens(NamedTuple):
+    """The offsets at which packed sequences start: (B + 1,) int32 each."""
 
     cu_q: Tensor
     cu_k: Tensor
 
 
-class Pages(NamedTuple):
+class PagedCache(NamedTuple):
     """A paged cache. `k_scale` and `v_scale`: (Hkv,) float32 of an int8 cache."""
 
-    table: Tensor  # (B, pages) int32
+    block_table: Tensor  # (B, pages) int32
     seq_lens: Tensor  # (B,) int32
     k_scale: Tensor | None
     v_scale: Tensor | None
-    table_row: int  # stride
-    pages: int
+    table_stride: int  # between its rows
+    num_pages: int
 
 
 class Sizes(NamedTuple):
+    """The numbers of sequences, rows and blocks, and the strides of lse."""
+
     sequences: int
     queries: int  # of one sequence; of all packed sequences together
-    keys: int  # likewise; paged: the room in the table
+    keys: int  # likewise; paged: the capacity of the table
     blocks: int  # of rows (keys in dk, dv) of one sequence
     slots: int
     lse_batch: int  # strides of lse and delta: (B, H, S), packed (H, total_q)
@@ -117,8 +125,8 @@ class Sizes(NamedTuple):
     lse_split: int = 0
 
 
-class Shape(NamedTuple):
-    """Constants, besides the sizes of tiles."""
+class AttentionShape(NamedTuple):
+    """The compile-time constants of a launch, besides the sizes of tiles."""
 
     D: int  # width of a row of q and k
     DV: int  # of v and out
@@ -145,17 +153,19 @@ LENGTHS = (
 
 @triton.jit
 def sequence(cu, b, total):
-    """First row and length of packed sequence b, clamped to the tensor whatever cu contains."""
+    """Return first row and length of packed sequence b, clamped to the tensor whatever cu has."""
     start = tl.minimum(tl.maximum(tl.load(cu + b), 0), total)
     return start, tl.maximum(tl.minimum(tl.load(cu + b + 1), total) - start, 0)
 
 
 @triton.jit
 def locate(
-    slot, sizes, packed, PACK: tl.constexpr, BLOCK: tl.constexpr, KEYS: tl.constexpr = False
+    slot, sizes, cu_seqlens, PACK: tl.constexpr, BLOCK: tl.constexpr, KEYS: tl.constexpr = False
 ):
-    """The sequence and BLOCK of a slot: b, the block's first row, and the first row and length of
-    the sequence in this tensor and in the other one. KEYS: a block of keys, the other is queries.
+    """Return the sequence and the block of a slot.
+
+    These are b, the block's first row, and the first row and length of the sequence in this tensor
+    and in the other one. KEYS: a block of keys, and the other tensor has the queries.
 
     Packed: the slots of sequence b start at cu[b] * PACK // BLOCK + b. It has at least as many
     slots as blocks, so that the grid follows from the totals. Offsets that do not rise from 0 may
@@ -163,8 +173,8 @@ def locate(
     """
     length = sizes.keys if KEYS else sizes.queries
     other_length = sizes.queries if KEYS else sizes.keys
-    if packed is not None:
-        cu = packed.cu_k if KEYS else packed.cu_q
+    if cu_seqlens is not None:
+        cu = cu_seqlens.cu_k if KEYS else cu_seqlens.cu_q
         low = slot * 0
         high = low + sizes.sequences
         while high - low > 1:
@@ -174,7 +184,9 @@ def locate(
             high = tl.where(after, middle, high)
         b = low
         start, length = sequence(cu, b, length)
-        other, other_length = sequence(packed.cu_q if KEYS else packed.cu_k, b, other_length)
+        other, other_length = sequence(
+            cu_seqlens.cu_q if KEYS else cu_seqlens.cu_k, b, other_length
+        )
         block = slot - (start * PACK // BLOCK + b)
         first = tl.where(block < 0, length * PACK, block * BLOCK)
     else:
@@ -192,8 +204,10 @@ def locate(
 def key_edges(
     earliest, latest, keys, split, splits, opts, SHAPE: tl.constexpr, BLOCK_N: tl.constexpr
 ):
-    """The four edges of the three parts of the keys that any row in earliest .. latest sees, of a
-    split's share of them. The inner two are multiples of BLOCK_N: between them every row sees all.
+    """Return the four edges of the three parts of the visible keys, of a split's share of them.
+
+    Visible are the keys that any row in earliest .. latest sees. The inner two edges are multiples
+    of BLOCK_N: between them every row sees all keys.
     """
     lo = keys * 0
     hi = keys
@@ -220,28 +234,30 @@ def key_edges(
 
 @triton.jit
 def offsets(t, b, head, row, UNIT: tl.constexpr):
-    """Offset of a row, or of each row of a tile, in elements of `Rows` t."""
+    """Return the offset of a row, or of each row of a tile, in elements of `RowTensor` t."""
     return (b.to(tl.int64) * t.batch + head.to(tl.int64) * t.head + row.to(tl.int64) * t.row) * UNIT
 
 
 @triton.jit
 def row_offsets(t, row, UNIT: tl.constexpr):
-    """The same within one sequence and head, from `head_rows`."""
+    """Return the same within one sequence and head, for a tensor from `head_rows`."""
     return row.to(tl.int64) * t.row * UNIT
 
 
 @triton.jit
 def head_rows(t, b, head, row, UNIT: tl.constexpr):
-    """`Rows` t from this row of the sequence and head on."""
-    return Rows(t.data + offsets(t, b, head, row, UNIT), t.batch, t.head, t.row)
+    """Return `RowTensor` t from this row of the sequence and head on."""
+    return RowTensor(t.data + offsets(t, b, head, row, UNIT), t.batch, t.head, t.row)
 
 
 @triton.jit
 def load_tile(
     at, offsets, mask, WIDTH: tl.constexpr, BLOCK: tl.constexpr, MASKED: tl.constexpr = True
 ):
-    """A tile (rows, BLOCK) whose rows have WIDTH elements. Elements past WIDTH are zero and, if
-    MASKED, so are the rows where `mask` is false."""
+    """Load a tile (rows, BLOCK) with rows of WIDTH elements.
+
+    Elements past WIDTH are zero. If MASKED, rows where `mask` is false are zero too.
+    """
     columns = tl.arange(0, BLOCK)
     at = at + offsets[:, None] + columns[None, :]
     if WIDTH == BLOCK:
@@ -277,7 +293,7 @@ class BiasRows(NamedTuple):
 
 
 class ScoreRows(NamedTuple):
-    """What `scores` needs of a tile's rows, along the axis of the rows."""
+    """The properties of a tile's rows that `scores` needs, along the axis of the rows."""
 
     i: Any
     slope: Any  # of ALiBi, times log2(e), or None
@@ -286,14 +302,15 @@ class ScoreRows(NamedTuple):
 
 @triton.jit
 def head_bias(bias, b, head):
-    """`Bias` of this sequence and head."""
+    """Return the `Bias` of this sequence and head."""
     at = bias.data + b.to(tl.int64) * bias.batch + head.to(tl.int64) * bias.head
     return Bias(at, bias.batch, bias.head, bias.row, bias.key)
 
 
 @triton.jit
 def bias_rows(bias, query, mask, sizes, AXIS: tl.constexpr):
-    """`BiasRows` of these queries; `bias` from `head_bias`. AXIS: the axis of the keys."""
+    """Return the `BiasRows` of these queries; `bias` from `head_bias`. AXIS: the axis of the
+    keys."""
     at = bias.data + query.to(tl.int64) * bias.row
     inside = mask & (query < sizes.bias_rows)
     return BiasRows(
@@ -341,9 +358,9 @@ def scores(
 
 @triton.jit
 def dropout_mask(dropout, b, head, query, start, BLOCK: tl.constexpr):
-    """Which of the probabilities (query, start .. start + BLOCK) dropout keeps.
+    """Return which of the probabilities (query, start .. start + BLOCK) dropout keeps.
 
-    Philox4x32-10 as in `reference.dropout_factor`: a counter's four words serve keys 16 apart.
+    Philox4x32-10 as in `reference.dropout_factor`: a counter's four words are for keys 16 apart.
     """
     if BLOCK >= 64:
         lanes = start // 4 + tl.arange(0, BLOCK // 4)
@@ -357,11 +374,11 @@ def dropout_mask(dropout, b, head, query, start, BLOCK: tl.constexpr):
         (head + zero).to(tl.int32),
         b + zero,
     )
-    least = dropout.threshold.to(tl.uint32, bitcast=True)
-    k0 = (w0 >= least).to(tl.int8)
-    k1 = (w1 >= least).to(tl.int8)
-    k2 = (w2 >= least).to(tl.int8)
-    k3 = (w3 >= least).to(tl.int8)
+    first_kept = dropout.threshold.to(tl.uint32, bitcast=True)
+    k0 = (w0 >= first_kept).to(tl.int8)
+    k1 = (w1 >= first_kept).to(tl.int8)
+    k2 = (w2 >= first_kept).to(tl.int8)
+    k3 = (w3 >= first_kept).to(tl.int8)
     rows: tl.constexpr = query.shape[0]
     if BLOCK >= 64:
         four = tl.join(tl.join(k0, k2), tl.join(k1, k3))  # (rows, lanes, 2, 2): words 0 1, 2 3
@@ -381,7 +398,7 @@ def dropout_mask(dropout, b, head, query, start, BLOCK: tl.constexpr):
 
 @triton.jit
 def lse_row(sizes, b, head, row):
-    """Offset of a row, or of each row of a tile, in lse and delta."""
+    """Return the offset of a row, or of each row of a tile, in lse and delta."""
     return b.to(tl.int64) * sizes.lse_batch + head.to(tl.int64) * sizes.lse_head + row.to(tl.int64)
 
 
@@ -390,10 +407,10 @@ def lse_row(sizes, b, head, row):
 
 @triton.jit
 def _key_offsets(j, mask, k, v, table, pages, SHAPE: tl.constexpr):
-    """Offsets of the keys j in k and in v, through the page table if there is one."""
+    """Return the offsets of the keys j in k and in v, through the page table if there is one."""
     if pages is not None:
         page = tl.load(table + j // SHAPE.PAGE, mask=mask, other=0)
-        page = tl.minimum(tl.maximum(page, 0), pages.pages - 1).to(tl.int64)  # inside the cache
+        page = tl.minimum(tl.maximum(page, 0), pages.num_pages - 1).to(tl.int64)  # inside the cache
         slot = (j % SHAPE.PAGE).to(tl.int64)
         k_offsets = (page * k.batch + slot * k.row) * SHAPE.UNIT
         v_offsets = (page * v.batch + slot * v.row) * SHAPE.UNIT
@@ -405,13 +422,15 @@ def _key_offsets(j, mask, k, v, table, pages, SHAPE: tl.constexpr):
 
 @triton.jit
 def _softmax_step(s, total, top):
-    """The probabilities of a tile of scores and the factor of earlier sums, both in units of
-    2^top, the new maximum; total and top."""
-    higher = tl.maximum(top, tl.max(s, 1))
-    zero = tl.where(higher == float("-inf"), 0.0, higher)  # nothing seen yet
+    """Return the probabilities of a tile of scores, the factor of earlier sums, total and top.
+
+    Probabilities and factor are in units of 2^top, the new maximum.
+    """
+    new_top = tl.maximum(top, tl.max(s, 1))
+    zero = tl.where(new_top == float("-inf"), 0.0, new_top)  # no visible key yet
     p = tl.exp2(s - zero[:, None])
     rescale = tl.exp2(top - zero)
-    return p, rescale, total * rescale + tl.sum(p, 1), higher
+    return p, rescale, total * rescale + tl.sum(p, 1), new_top
 
 
 @triton.jit
@@ -439,16 +458,16 @@ def _attend(
 
 @jit(*LENGTHS)
 def _forward(
-    q,  # Rows of D elements
-    k,  # Rows of D elements
-    v,  # Rows of DV elements
-    out,  # Rows of DV elements; splits: (splits, rows of lse, DV) float32
+    q,  # RowTensor of D elements
+    k,  # RowTensor of D elements
+    v,  # RowTensor of DV elements
+    out,  # RowTensor of DV elements; splits: (splits, rows of lse, DV) float32
     lse,  # (B, H, S), packed (H, total_q); splits: (splits, rows of lse), in units of log2(e)
     sinks,  # (H,) float32 or None
     bias,  # Bias or None
-    packed,  # Packed or None
-    pages,  # Pages or None
-    opts,  # Options
+    cu_seqlens,  # Packed or None
+    pages,  # PagedCache or None
+    opts,  # ScoreOptions
     sizes,  # Sizes
     SHAPE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
@@ -456,7 +475,7 @@ def _forward(
     split = task % sizes.splits
     slot = task // sizes.splits % sizes.slots
     heads = task // sizes.splits // sizes.slots  # a set of PACK heads
-    b, first, row, queries, key_row, keys = locate(slot, sizes, packed, SHAPE.PACK, BLOCK_M)
+    b, first, row, queries, key_row, keys = locate(slot, sizes, cu_seqlens, SHAPE.PACK, BLOCK_M)
     if first >= queries * SHAPE.PACK:
         return
     r = first + tl.arange(0, BLOCK_M)
@@ -470,15 +489,15 @@ def _forward(
     table = None
     if pages is not None:
         keys = tl.minimum(tl.maximum(tl.load(pages.seq_lens + b), 0), keys)
-        table = pages.table + b.to(tl.int64) * pages.table_row
-        k = Rows(k.data + kv_head * k.head * SHAPE.UNIT, k.batch, k.head, k.row)
-        v = Rows(v.data + kv_head * v.head * SHAPE.UNIT, v.batch, v.head, v.row)
+        table = pages.block_table + b.to(tl.int64) * pages.table_stride
+        k = RowTensor(k.data + kv_head * k.head * SHAPE.UNIT, k.batch, k.head, k.row)
+        v = RowTensor(v.data + kv_head * v.head * SHAPE.UNIT, v.batch, v.head, v.row)
         if pages.k_scale is not None:
             scale = scale * tl.load(pages.k_scale + kv_head)
     else:
         k = head_rows(k, b, kv_head, key_row, SHAPE.UNIT)
         v = head_rows(v, b, kv_head, key_row, SHAPE.UNIT)
-    # Triton 3.6 cannot return None from a function: what may be None is made here
+    # Triton 3.6 cannot return None from a function: values that may be None are computed here
     slope = None
     if opts.alibi_slopes is not None:
         slope = (tl.load(opts.alibi_slopes + head, mask=mask, other=0.0) * LOG2E)[:, None]
@@ -528,7 +547,7 @@ def _combine(
     parts,  # (splits, B, H, S, DV) float32
     part_lse,  # (splits, B, H, S), in units of log2(e)
     sinks,  # (H,) float32 or None
-    out,  # Rows of DV elements, UNIT 1
+    out,  # RowTensor of DV elements, UNIT 1
     lse,  # (B, H, S)
     queries, heads, lse_rows, splits,
     DV: tl.constexpr, BLOCK_DV: tl.constexpr, SPLITS: tl.constexpr,
@@ -552,7 +571,7 @@ def _combine(
     if sinks is not None:
         total += tl.exp2(sink - zero)
     columns = tl.arange(0, BLOCK_DV)
-    # a share that sees nothing has written zeros; lanes past the last split have no data
+    # a split without visible keys has written zeros; lanes past the last split have no data
     mask = (split < splits)[:, None] & (columns < DV)[None, :]
     tile = tl.load(parts + at[:, None] * DV + columns[None, :], mask=mask, other=0.0)
     result = tl.sum(tile * weight[:, None], 0) * tl.where(total == 0.0, 0.0, 1.0 / total)
@@ -569,11 +588,11 @@ def _tiles(m: int, n: int, warps: int, stages: int) -> Config:
     return Config({"BLOCK_M": m, "BLOCK_N": n}, warps, stages)
 
 
-# By element size and padded head width, then by architecture; chosen for no register spills and for
-# tensor cores (tests/gates/triton_gate). OPTIONS: with bias, dropout, ALiBi, softcap or int8 keys,
-# which need registers; without such a line the plain one is used.
+# By element size and padded head width, then by architecture; selected for no register spills and
+# for tensor cores (tests/gates/triton_gate). OPTIONS: with bias, dropout, ALiBi, softcap or int8
+# keys, which need registers; without such a line the plain one is used.
 OPTIONS = "options"
-_MANY = Tiles(
+_CONFIGS = TileConfigs(
     "attention",
     {
         (2, 64): {80: _tiles(128, 64, 8, 3), 100: _tiles(128, 128, 8, 2)},
@@ -590,7 +609,7 @@ _MANY = Tiles(
     },
 )
 # a matrix instruction has at least 16 rows
-_FEW = Tiles(
+_FEW_ROWS_CONFIGS = TileConfigs(
     "attention, few rows",
     {
         (2, 64): {80: _tiles(16, 64, 4, 3)},
@@ -605,92 +624,104 @@ _FEW = Tiles(
     },
 )
 FEW_ROWS = 16
-_WIDEST = 512  # wider heads use its tiles; widths from 512 on are not in the gate
-_MOST_SPLITS = 32  # partial results of one row, which `_combine` holds in registers
-_LEAST_SHARE = 256  # keys that are worth a program of their own
-_WIDEST_WINDOW = 2**30  # sees all of that many keys; kernels add it to a row index in 32 bits
+_MAX_WIDTH = 512  # wider heads use its tiles; widths from 512 on are not in the gate
+_MAX_SPLITS = 32  # partial results of one row, which `_combine` holds in registers
+_MIN_SHARE = 256  # keys that are worth a program of their own
+_MAX_WINDOW = 2**30  # no window, in effect; kernels add it to a row index in 32 bits
 
 
-def padded(width: int) -> int:
+def padded_width(width: int) -> int:
     """Round up to a power of two, at least the 16 that a matrix instruction multiplies."""
     return max(16, triton.next_power_of_2(width))
 
 
-def needs_registers(bias: Tensor | None, o: Options) -> bool:
+def needs_registers(bias: Tensor | None, o: ScoreOptions) -> bool:
     return not (bias is o.alibi_slopes is o.softcap is o.dropout is None)
 
 
-def sizes_of(tiles: Tiles, q: Tensor, width: int, more: bool) -> Config:
-    """The entry for q's dtype and architecture and a padded head width; `more`: for OPTIONS."""
-    key = q.element_size(), min(max(width, 64), _WIDEST)
-    with_options = (*key, OPTIONS)
-    return tiles.of(with_options if more and with_options in tiles.table else key, q)
+def select_config(configs: TileConfigs, q: Tensor, width: int, with_options: bool) -> Config:
+    """Return the entry for q's dtype and architecture and a padded head width. `with_options`: the
+    entry for OPTIONS, if there is one."""
+    key = q.element_size(), min(max(width, 64), _MAX_WIDTH)
+    options_key = (*key, OPTIONS)
+    return configs.select(options_key if with_options and options_key in configs.table else key, q)
 
 
 # ---- host ----------------------------------------------------------------------------------------
 
 
-class Layout(NamedTuple):
-    """The layout of the sequences. `queries` and `keys` count the rows of one sequence. Packed: of
-    all sequences together. Paged: `keys` is what the table has room for per sequence."""
+class SequenceLayout(NamedTuple):
+    """The layout of the sequences.
+
+    `queries` and `keys` count the rows of one sequence. Packed: of all sequences together. Paged:
+    `keys` is the capacity of the table per sequence.
+    """
 
     sequences: int
     queries: int
     keys: int
-    packed: Packed | None = None
-    longest_q: int = 0  # packed: a hint
-    pages: Pages | None = None
-    page: int = 0  # keys per page
+    cu_seqlens: CuSeqlens | None = None
+    max_seqlen_q: int = 0  # packed: a hint
+    pages: PagedCache | None = None
+    page_size: int = 0  # keys per page
 
-    def lse_steps(self, heads: int) -> tuple[int, int]:
-        return 0 if self.packed else heads * self.queries, self.queries
+    def lse_strides(self, heads: int) -> tuple[int, int]:
+        return 0 if self.cu_seqlens else heads * self.queries, self.queries
 
     def slots(self, rows: int, block: int) -> tuple[int, int]:
-        """The blocks of one sequence of `rows` rows, and the slots of all sequences."""
+        """Return the blocks of one sequence of `rows` rows, and the slots of all sequences."""
         blocks = triton.cdiv(rows, block)
-        return blocks, rows // block + self.sequences if self.packed else blocks * self.sequences
+        return (
+            blocks,
+            rows // block + self.sequences if self.cu_seqlens else blocks * self.sequences,
+        )
 
 
-def options_of(
-    alibi_slopes: Tensor | None, seed: Tensor | None, given: AttentionOptions
-) -> Options:
+def score_options(
+    alibi_slopes: Tensor | None, seed: Tensor | None, options: AttentionOptions
+) -> ScoreOptions:
     dropout = None
     if seed is not None:
-        drops = min(int(given.dropout_p * 2**32), 2**32 - 1)  # dropping all relies on scale 0
+        threshold = min(int(options.dropout_p * 2**32), 2**32 - 1)  # p = 1 relies on scale 0
         dropout = Dropout(
-            seed, drops - 2**32 if drops >= 2**31 else drops,
-            1 / (1 - given.dropout_p) if given.dropout_p < 1 else 0.0,
+            seed, threshold - 2**32 if threshold >= 2**31 else threshold,
+            1 / (1 - options.dropout_p) if options.dropout_p < 1 else 0.0,
         )  # fmt: skip
-    return Options(
-        float(given.scale), True if given.causal or given.window > 0 else None,
-        min(given.window, _WIDEST_WINDOW) if given.window > 0 else None,
-        float(given.softcap) if given.softcap > 0 else None, floats(alibi_slopes), dropout,
+    return ScoreOptions(
+        float(options.scale), True if options.causal or options.window > 0 else None,
+        min(options.window, _MAX_WINDOW) if options.window > 0 else None,
+        float(options.softcap) if options.softcap > 0 else None, contiguous_float(alibi_slopes),
+        dropout,
     )  # fmt: skip
 
 
-def floats(t: Tensor | None) -> Tensor | None:
+def contiguous_float(t: Tensor | None) -> Tensor | None:
     return None if t is None else t.float().contiguous()
 
 
 Dims = tuple[int | None, int, int]
 
 
-def in_units(*tensors: tuple[Tensor, Dims | None]) -> tuple[int, list[Rows]]:
-    """UNIT, and the tensors with their strides in units of it. Reading 16 bytes at a time requires
-    multiples of 16 elements for int8, of 8 or fewer for the other dtypes.
+def row_tensors(*tensors: tuple[Tensor, Dims | None]) -> tuple[int, list[RowTensor]]:
+    """Return UNIT and the tensors with their strides in units of it.
 
-    With each tensor: its dimensions of sequence (or page), head and row; packed sequences have no
-    dimension, and their stride is 0."""
+    Reading 16 bytes at a time requires multiples of 16 elements for int8, of 8 or fewer for the
+    other dtypes.
+
+    Args:
+        tensors: each with its dimensions of sequence (or page), head and row. Packed sequences have
+            no dimension, and their stride is 0.
+    """
     steps = [
         [0 if d is None else t.stride(d) for d in dims or (None, None, None)] for t, dims in tensors
     ]
     unit = next(u for u in (16, 8, 1) if all(n % u == 0 for step in steps for n in step))
-    rows = (Rows(t, *(n // unit for n in step)) for (t, _), step in zip(tensors, steps))
+    rows = (RowTensor(t, *(n // unit for n in step)) for (t, _), step in zip(tensors, steps))
     return unit, list(rows)
 
 
-def bias_of(bias: Tensor | None) -> tuple[Bias | None, tuple[int, int]]:
-    """The bias with its strides, and its numbers of rows and keys."""
+def bias_tensor(bias: Tensor | None) -> tuple[Bias | None, tuple[int, int]]:
+    """Return the bias with its strides, and its numbers of rows and keys."""
     if bias is None:
         return None, (0, 0)
     steps = (0 if n == 1 else s for n, s in zip(bias.shape, bias.stride()))
@@ -700,64 +731,71 @@ def bias_of(bias: Tensor | None) -> tuple[Bias | None, tuple[int, int]]:
 
 def forward(
     q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, dims: Dims, kv_dims: Dims,
-    layout: Layout, sinks: Tensor | None, bias: Tensor | None, options: Options,
+    layout: SequenceLayout, sinks: Tensor | None, bias: Tensor | None, options: ScoreOptions,
 ) -> None:  # fmt: skip
-    """Fill out and lse. `dims`: the dimensions of sequence, head and row in q and out; `kv_dims`:
-    those in k and v. Elements of a row are contiguous.
+    """Fill out and lse. Elements of a row are contiguous.
+
+    Args:
+        dims: the dimensions of sequence, head and row in q and out.
+        kv_dims: those in k and v.
     """
     heads, kv_heads = q.shape[dims[1]], k.shape[kv_dims[1]]
     group = heads // kv_heads
     width, v_width = q.shape[-1], v.shape[-1]
-    block_d, block_dv = padded(width), padded(v_width)
-    more = needs_registers(bias, options) or k.dtype == torch.int8
-    config = sizes_of(_MANY, q, max(block_d, block_dv), more)
-    longest = layout.longest_q if layout.packed else layout.queries
+    block_d, block_dv = padded_width(width), padded_width(v_width)
+    with_options = needs_registers(bias, options) or k.dtype == torch.int8
+    config = select_config(_CONFIGS, q, max(block_d, block_dv), with_options)
+    longest = layout.max_seqlen_q if layout.cu_seqlens else layout.queries
     pack = group if longest < config.sizes["BLOCK_M"] else 1
     if longest * pack <= FEW_ROWS:
-        config = sizes_of(_FEW, q, max(block_d, block_dv), more)
+        config = select_config(_FEW_ROWS_CONFIGS, q, max(block_d, block_dv), with_options)
     blocks, slots = layout.slots(layout.queries * pack, config.sizes["BLOCK_M"])
     if 0 in (slots, heads, layout.queries, layout.sequences):
         return
     programs = slots * (heads // pack)
-    splits = 1 if layout.packed else _splits(programs, layout.keys, multiprocessors(q.device))
-    to, to_lse, to_dims = out, lse, dims
+    splits = 1 if layout.cu_seqlens else _splits(programs, layout.keys, multiprocessors(q.device))
+    parts, parts_lse, parts_dims = out, lse, dims
     if splits > 1:
-        to = q.new_empty(splits, *lse.shape, v_width, dtype=torch.float32)
-        to_lse, to_dims = lse.new_empty(splits, *lse.shape), None
-    unit, tensors = in_units((q, dims), (k, kv_dims), (v, kv_dims), (to, to_dims))
-    sinks = floats(sinks)
-    bias_strides, bias_size = bias_of(bias)
+        parts = q.new_empty(splits, *lse.shape, v_width, dtype=torch.float32)
+        parts_lse, parts_dims = lse.new_empty(splits, *lse.shape), None
+    unit, tensors = row_tensors((q, dims), (k, kv_dims), (v, kv_dims), (parts, parts_dims))
+    sinks = contiguous_float(sinks)
+    bias_strides, bias_size = bias_tensor(bias)
     launch(
-        _forward, (programs * splits,), *tensors, to_lse, sinks, bias_strides,
-        layout.packed, layout.pages, options,
+        _forward, (programs * splits,), *tensors, parts_lse, sinks, bias_strides,
+        layout.cu_seqlens, layout.pages, options,
         Sizes(
-            layout.sequences, layout.queries, layout.keys, blocks, slots, *layout.lse_steps(heads),
-            *bias_size, splits, lse.numel(),
+            layout.sequences, layout.queries, layout.keys, blocks, slots,
+            *layout.lse_strides(heads), *bias_size, splits, lse.numel(),
         ),
         config=config,
-        SHAPE=Shape(
-            width, v_width, block_d, block_dv, group, unit, pack, layout.page, splits > 1,
+        SHAPE=AttentionShape(
+            width, v_width, block_d, block_dv, group, unit, pack, layout.page_size, splits > 1,
             first_part(options),
         ),
     )  # fmt: skip
     if splits > 1:
         launch(
-            _combine, (lse.numel(),), to, to_lse, sinks, Rows(out, *(out.stride(d) for d in dims)),
-            lse, layout.queries, heads, lse.numel(), splits, config=_COMBINE, DV=v_width,
-            BLOCK_DV=block_dv, SPLITS=triton.next_power_of_2(splits),
+            _combine, (lse.numel(),), parts, parts_lse, sinks,
+            RowTensor(out, *(out.stride(d) for d in dims)), lse, layout.queries, heads, lse.numel(),
+            splits, config=_COMBINE, DV=v_width, BLOCK_DV=block_dv,
+            SPLITS=triton.next_power_of_2(splits),
         )  # fmt: skip
 
 
 _COMBINE = Config({}, num_warps=4, num_stages=1)
 
 
-def first_part(options: Options) -> int:
-    """The first part that the forward and dq have. With dropout one masked part covers all keys:
-    the draws cost more than the masks, and the code shrinks to a third."""
+def first_part(options: ScoreOptions) -> int:
+    """Return the first part of the keys that the forward and dq need.
+
+    With dropout one masked part covers all keys: the random numbers cost more than the masks, and
+    the code shrinks to a third.
+    """
     return 2 if options.dropout else 0 if options.window else 1
 
 
-def _splits(programs: int, keys: int, at_a_time: int) -> int:
-    """The number of programs that share a tile's keys: enough for two per multiprocessor."""
-    wanted = min(2 * at_a_time // max(1, programs), keys // _LEAST_SHARE, _MOST_SPLITS)
-    return max(1, wanted)
+def _splits(programs: int, keys: int, multiprocessors: int) -> int:
+    """Return how many programs share a tile's keys: enough for two per multiprocessor."""
+    splits = min(2 * multiprocessors // max(1, programs), keys // _MIN_SHARE, _MAX_SPLITS)
+    return max(1, splits)

@@ -1,20 +1,21 @@
-"""lse and nll of rows of logits, and their gradient: two kernels with a few flags as only options.
+"""Compute lse and nll of rows of logits, and their gradient, with two kernels.
 
 z = softcap(logit_scale * (logits + bias)); softcap, bias, the sum over all classes and the entropy
-of softmax(z) are compile-time flags. `linear_cross_entropy` and `linear_logprobs` run their chunks
-of logits through the same two kernels.
+of softmax(z) are compile-time flags. `linear_cross_entropy` and `linear_logprobs` run the same two
+kernels on their chunks of logits.
 
-Forward: a program walks a row, or one of its `splits` parts, in blocks. Every lane keeps its own
-running maximum m and s = sum of e^(z - m). That is one exponential per element (one of e^(z - m)
-and e^(m - z) is 1), and threads exchange nothing before the end:
+Forward: a program reads a row, or one of its `splits` parts, in blocks. Every lane has a running
+maximum m and s = sum of e^(z - m). That is one exponential per element (one of e^(z - m) and
+e^(m - z) is 1), and threads exchange nothing before the end:
 
     row:      | part 0                    | part 1                    |      parts: 1 with many rows
               | BLOCK | BLOCK | BLOCK ... | BLOCK | BLOCK | BLOCK ... |
     lane j:      j       j       j           (m, s, sum of weight, sum of weight * (m - z),
                                               or sum of e^(z - m) * (z - m) for the entropy)
 
-Few rows with many classes would leave most of the GPU idle, so their rows are split, and a second
-kernel adds the parts in a fixed order. Rejected: atomics, whose order varies, and with it the bits.
+Few rows with many classes would leave most of the GPU idle. Such rows are split, and a second
+kernel adds the parts in a fixed order. Rejected: atomics, because their order varies, and with it
+the bits of the result.
 
 Backward: a program handles one block of one row: dz = on_p * p - on_target * (v == target)
 - on_all * weight - on_entropy * p * (log p + entropy), with lse given as two numbers. A row whose
@@ -38,7 +39,7 @@ _WAVES = 4  # programs per multiprocessor; with fewer, rows are split
 # The lowest float32: below every logit except -inf and itself (a mask with finfo.min creates rows
 # of it). A maximum that started at -inf would compute -inf - -inf for a masked class
 _LOWEST = tl.constexpr(-3.4028234663852886e38)
-_LEAST = tl.constexpr(-128.0)  # e^-128 is 0 in float32, and 0 * -128 is 0 where 0 * -inf is NaN
+_MIN_LOG = tl.constexpr(-128.0)  # e^-128 is 0 in float32, and 0 * -128 is 0 where 0 * -inf is NaN
 
 
 @triton.jit
@@ -47,8 +48,8 @@ def _tanh(x):
 
 
 @triton.jit
-def _scaled(logits, bias, at, mask, scale, cap, BIAS: tl.constexpr, CAPPED: tl.constexpr):
-    """z of some classes of a row, and dz / d(scale * logit)."""
+def _scaled_logits(logits, bias, at, mask, scale, cap, BIAS: tl.constexpr, CAPPED: tl.constexpr):
+    """Return z of some classes of a row, and dz / d(scale * logit)."""
     z = tl.load(logits + at, mask=mask, other=0.0).to(tl.float32)
     if BIAS:
         z += tl.load(bias + at, mask=mask, other=0.0).to(tl.float32)
@@ -94,7 +95,9 @@ def _store_row(
         tl.store(smoothed + row, spread + log_s * weights)
     label = tl.load(target + row)
     exists = (label >= 0) & (label < classes)
-    z, _ = _scaled(logits, bias, tl.where(exists, label, 0), exists, scale, cap, BIAS, CAPPED)
+    z, _ = _scaled_logits(
+        logits, bias, tl.where(exists, label, 0), exists, scale, cap, BIAS, CAPPED
+    )
     loss = tl.where(exists, log_s - (z - m), float("nan"))
     tl.store(nll + row, tl.where(label == ignore_index, 0.0, loss))
     if ENTROPY:
@@ -103,11 +106,11 @@ def _store_row(
 
 
 @triton.jit
-def _combined(m, s, weights, spread, expected, SMOOTH: tl.constexpr, ENTROPY: tl.constexpr):
+def _combine_sums(m, s, weights, spread, expected, SMOOTH: tl.constexpr, ENTROPY: tl.constexpr):
     """Convert sums relative to several maxima into sums relative to one."""
     top = tl.max(m, 0)
     if ENTROPY:
-        expected = tl.sum((expected + s * tl.maximum(m - top, _LEAST)) * tl.exp(m - top), 0)
+        expected = tl.sum((expected + s * tl.maximum(m - top, _MIN_LOG)) * tl.exp(m - top), 0)
     s = tl.sum(s * tl.exp(m - top), 0)
     if SMOOTH:
         spread = tl.sum(spread + (top - m) * weights, 0)
@@ -155,35 +158,35 @@ def _forward(
     for start in range(part * width, tl.minimum((part + 1) * width, classes), BLOCK):
         at = start + tl.arange(0, BLOCK)
         mask = at < classes
-        z, _ = _scaled(logits, bias, at, mask, scale, cap, BIAS, CAPPED)
+        z, _ = _scaled_logits(logits, bias, at, mask, scale, cap, BIAS, CAPPED)
         z = tl.where(mask, z, float("-inf"))
-        above = tl.maximum(m, z)
+        new_max = tl.maximum(m, z)
         if SMOOTH:
             w = tl.where(mask, 1.0, 0.0)
             if WEIGHTED:
                 w = tl.load(class_weight + row * weight_stride + at, mask=mask, other=0.0)
                 w = w.to(tl.float32)
-            spread += (above - m) * weights + tl.where(mask, w * (above - z), 0.0)
+            spread += (new_max - m) * weights + tl.where(mask, w * (new_max - z), 0.0)
             weights += w
         e = tl.exp(-tl.abs(z - m))
         if ENTROPY:
-            rise = tl.minimum(tl.maximum(z - m, _LEAST), -_LEAST)
+            rise = tl.minimum(tl.maximum(z - m, _MIN_LOG), -_MIN_LOG)
             expected = tl.where(z > m, (expected - s * rise) * e, expected + rise * e)
         s = tl.where(z > m, s * e + 1.0, s + e)
-        m = above
-    m, s, weights, spread, expected = _combined(
+        m = new_max
+    m, s, weights, spread, expected = _combine_sums(
         m, s, weights, spread, expected, SMOOTH, ENTROPY
     )  # fmt: skip
     if SPLIT:
-        to = parts + row * splits + part
+        part_sums = parts + row * splits + part
         step = tl.num_programs(0).to(tl.int64) * splits
-        tl.store(to, m)
-        tl.store(to + step, s)
+        tl.store(part_sums, m)
+        tl.store(part_sums + step, s)
         if SMOOTH:
-            tl.store(to + 2 * step, weights)
-            tl.store(to + 3 * step, spread)
+            tl.store(part_sums + 2 * step, weights)
+            tl.store(part_sums + 3 * step, spread)
         if ENTROPY:
-            tl.store(to + 2 * step, expected)
+            tl.store(part_sums + 2 * step, expected)
     else:
         _store_row(
             row, m, s, weights, spread, expected, logits, bias, target, shift, log_sum, nll,
@@ -229,7 +232,7 @@ def _add_parts(
         spread = tl.load(parts + 3 * step, mask=mask, other=0.0)
     if ENTROPY:
         expected = tl.load(parts + 2 * step, mask=mask, other=0.0)
-    m, s, weights, spread, expected = _combined(
+    m, s, weights, spread, expected = _combine_sums(
         m, s, weights, spread, expected, SMOOTH, ENTROPY
     )  # fmt: skip
     _store_row(
@@ -273,7 +276,7 @@ def _backward(
     missing = valid & ((label < 0) | (label >= classes))
     on_class = tl.where(valid, tl.load(on_target + row), 0.0)
     on_prob = tl.where(missing, float("nan"), tl.load(on_p + row))
-    # a row that has no part in the loss has a gradient of 0, even where a logit is NaN
+    # a row that does not contribute to the loss has a gradient of 0, even where a logit is NaN
     used = (on_prob != 0.0) | (on_class != 0.0)
     if SMOOTH:
         all_classes = tl.load(on_all + row)
@@ -282,10 +285,10 @@ def _backward(
         on_row_entropy = tl.load(on_entropy + row)
         used |= on_row_entropy != 0.0
     read = at < tl.where(used, classes, 0)
-    z, slope = _scaled(logits + row * stride, bias, at, read, scale, cap, BIAS, CAPPED)
+    z, slope = _scaled_logits(logits + row * stride, bias, at, read, scale, cap, BIAS, CAPPED)
     logp = z - tl.load(shift + row) - tl.load(log_sum + row)
     if ENTROPY:
-        on_prob -= on_row_entropy * (tl.maximum(logp, _LEAST) + tl.load(entropy + row))
+        on_prob -= on_row_entropy * (tl.maximum(logp, _MIN_LOG) + tl.load(entropy + row))
     dz = on_prob * tl.exp(logp)
     dz = tl.where(on_prob == 0.0, 0.0, dz)
     less = tl.where(at == label, on_class, 0.0)
@@ -321,21 +324,22 @@ def row_statistics(
     outputs: tuple[Tensor, Tensor, Tensor, Tensor],
     entropy: Tensor | None = None,
 ) -> None:
-    """Fill `outputs` (shift, log_sum, nll, smoothed; contiguous) and `entropy`, which does not go
-    with `smooth`, for the rows of logits + bias.
+    """Fill `outputs` (shift, log_sum, nll, smoothed; contiguous) for the rows of logits + bias.
+
+    `entropy` is filled too if it is not None; it cannot be combined with `smooth`.
     """
     rows, classes = logits.shape
     logits, config = dense(logits), _config(classes)
     blocks = triton.cdiv(classes, config.sizes["BLOCK"])
-    wanted = triton.cdiv(_WAVES * multiprocessors(logits.device), max(1, rows))
-    each = triton.cdiv(blocks, min(blocks, wanted))
-    splits = triton.cdiv(blocks, each)
+    max_splits = triton.cdiv(_WAVES * multiprocessors(logits.device), max(1, rows))
+    blocks_per_part = triton.cdiv(blocks, min(blocks, max_splits))
+    splits = triton.cdiv(blocks, blocks_per_part)
     parts = outputs[0]
     if splits > 1:
         make = {"dtype": torch.float32, "device": logits.device}
         sums = 4 if smooth else 2 if entropy is None else 3
         parts = torch.empty(sums, rows, splits, **make)
-    width = each * config.sizes["BLOCK"]
+    width = blocks_per_part * config.sizes["BLOCK"]
     operands = (logits, bias if bias is not None else logits, target.contiguous())
     sizes = (classes, logits.stride(0), ignore_index, logit_scale, softcap or 1.0)
     flags = {"BIAS": bias is not None, "CAPPED": softcap is not None, "SMOOTH": smooth}

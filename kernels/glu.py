@@ -1,5 +1,6 @@
-"""y = act(gate) * up, or act(gate) where up is None, forward and backward: one read of each
-operand, one write of each result.
+"""y = act(gate) * up, or act(gate) where up is None, forward and backward.
+
+Each operand is read once and each result written once.
 
 Rows may have any stride (`gate` and `up` as halves of one projection); the elements of a row are
 contiguous. A program handles BLOCK elements of one row; contiguous operands count as a single row.
@@ -29,7 +30,7 @@ def _tanh(x):
 
 @triton.jit
 def _value_and_slope(x, ACT: tl.constexpr):
-    """act(x) and act'(x)."""
+    """Return act(x) and act'(x)."""
     if ACT == 0:
         s = tl.sigmoid(x)
         value = x * s

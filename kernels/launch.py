@@ -1,17 +1,17 @@
-"""Launch of a Triton kernel, and the choice of its tile sizes.
+"""Launch a Triton kernel and select its tile sizes.
 
     launch(kernel, grid, *tensors_and_numbers, config=Config({"BLOCK": 1024}, num_warps=4), N=..)
 
 - On a GPU: on the device of the first tensor.
 - Interpreted (``TRITON_INTERPRET=1``, read when a kernel is decorated): on CPU tensors, by numpy.
-- Compiled without a GPU: `compiling(capability)` collects the machine code of every launch in a
-  list that triton_gate reads. Tensors are on the meta device. The whole host function runs
-  there, so one that asks a tensor for its value fails.
+- Compiled without a GPU: `compile_for(capability)` collects the machine code of every launch in a
+  list that triton_gate reads. Tensors are on the meta device. The whole host function runs there,
+  so a function that reads a tensor's value fails.
 
-Tile sizes come from the `Tiles` next to each kernel: a fixed table by compute capability, so that a
-first call compiles one variant and measures none. What `python -m fastlm.kernels.tune` measured on
-this machine's GPU takes precedence, read from a file in the user's cache. Rejected:
-`triton.autotune`, whose first call of every shape takes minutes.
+Tile sizes come from the `TileConfigs` next to each kernel: a fixed table by compute capability. A
+first call compiles one variant and measures none. The sizes that `python -m fastlm.kernels.tune`
+measured on this machine's GPU take precedence; they are read from a file in the user's cache.
+Rejected: `triton.autotune`, because its first call of every shape takes minutes.
 """
 
 import contextlib
@@ -39,8 +39,10 @@ INTERPRETED: bool = knobs.runtime.interpret
 
 
 def jit(*unspecialized: str) -> Callable[[Callable], Any]:
-    """`triton.jit(do_not_specialize=unspecialized)`, also for the integers inside a tuple: new
-    values of these parameters compile no new variant of the kernel."""
+    """Decorate as `triton.jit(do_not_specialize=unspecialized)`, also for integers inside a tuple.
+
+    New values of these parameters compile no new variant of the kernel.
+    """
 
     def decorate(function: Callable) -> Any:
         if INTERPRETED:
@@ -51,7 +53,7 @@ def jit(*unspecialized: str) -> Callable[[Callable], Any]:
 
 
 class _Kernel(JITFunction):
-    """Triton (3.6 to 3.9) ignores `do_not_specialize` within a tuple. This binder heeds it."""
+    """A kernel with `do_not_specialize` inside tuples, where Triton (3.6 to 3.9) ignores it."""
 
     def create_binder(self) -> tuple:
         *caches, bind = super().create_binder()
@@ -64,18 +66,21 @@ class _Kernel(JITFunction):
 
         def bind_unspecialized(*args: Any, **constants: Any) -> tuple:
             bound, specialization, options = bind(*args, **constants)
-            for place, plain in unspecialize.items():
-                types, values = specialization[place]
+            for position, remove_values in unspecialize.items():
+                types, values = specialization[position]
                 if isinstance(types, tuple):
-                    specialization[place] = plain(types, values)
+                    specialization[position] = remove_values(types, values)
             return bound, specialization, options
 
         return *caches, bind_unspecialized
 
 
 def _unspecialize(types: Any, values: Any) -> tuple[Any, Any]:
-    """Triton's pair for an argument, where integers have their type only. `values` has 1 for a 1,
-    "D" for a multiple of 16; those of tensors stay, for their alignment."""
+    """Return Triton's pair for an argument, where integers have only their type.
+
+    `values` has 1 for a 1 and "D" for a multiple of 16. The values of tensors stay, because they
+    describe the alignment.
+    """
     if isinstance(types, tuple):
         pairs = [_unspecialize(t, v) for t, v in zip(types, values)]
         make = getattr(types, "_make", tuple)
@@ -90,7 +95,7 @@ def _unspecialize(types: Any, values: Any) -> tuple[Any, Any]:
 
 @dataclass(frozen=True)
 class Config:
-    """Compile-time sizes of a kernel and Triton's two knobs."""
+    """The compile-time sizes of a kernel and Triton's two knobs."""
 
     sizes: Mapping[str, int] = field(default_factory=dict)
     num_warps: int = 4
@@ -100,8 +105,8 @@ class Config:
         return {**self.sizes, "num_warps": self.num_warps, "num_stages": self.num_stages}
 
 
-class Compiled(NamedTuple):
-    """One launch under `compiling` or `recording`."""
+class KernelLaunch(NamedTuple):
+    """One launch under `compile_for` or `record_launches`."""
 
     name: str
     config: Config
@@ -109,8 +114,8 @@ class Compiled(NamedTuple):
     kernel: Any  # triton's CompiledKernel; None where interpreted
 
 
-_launches: list[Compiled] | None = None  # collects them under `compiling` and `recording`
-_target: GPUTarget | None = None  # under `compiling`
+_launches: list[KernelLaunch] | None = None  # filled under `compile_for` and `record_launches`
+_target: GPUTarget | None = None  # set under `compile_for`
 
 
 def launch(
@@ -121,22 +126,22 @@ def launch(
         return
     options = {**constants, **config.arguments(), "enable_fp_fusion": True}
     if _target is not None:
-        made = kernel.warmup(*args, grid=grid, **options)
+        compiled = kernel.warmup(*args, grid=grid, **options)
     elif INTERPRETED:
-        made = kernel[grid](*args, **options)
+        compiled = kernel[grid](*args, **options)
     else:
         device = next(a.device for a in args if isinstance(a, torch.Tensor))
         if device.index == torch.cuda.current_device():
-            made = kernel[grid](*args, **options)
+            compiled = kernel[grid](*args, **options)
         else:
             with torch.cuda.device(device):
-                made = kernel[grid](*args, **options)
+                compiled = kernel[grid](*args, **options)
     if _launches is not None:
-        _launches.append(Compiled(kernel.__name__, config, constants, made))
+        _launches.append(KernelLaunch(kernel.__name__, config, constants, compiled))
 
 
 @contextlib.contextmanager
-def recording() -> Iterator[list[Compiled]]:
+def record_launches() -> Iterator[list[KernelLaunch]]:
     """Yield a list of the launches inside the `with` block."""
     global _launches
     before, _launches = _launches, []
@@ -147,7 +152,7 @@ def recording() -> Iterator[list[Compiled]]:
 
 
 def arch(tensor: torch.Tensor) -> int:
-    """Compute capability, 90 for 9.0; the interpreter uses the tables of 80."""
+    """Return the compute capability, 90 for 9.0. The interpreter uses the tables of 80."""
     if _target is not None:
         return int(_target.arch)
     if INTERPRETED:
@@ -163,7 +168,7 @@ def _capability(device: int) -> int:
 
 @functools.cache
 def multiprocessors(device: torch.device) -> int:
-    """How many blocks run at the same time at least; a fixed number where there is no device."""
+    """Return how many multiprocessors a device has; a fixed number where there is no device."""
     if device.type != "cuda":
         return 4 if INTERPRETED else 132
     return torch.cuda.get_device_properties(device).multi_processor_count
@@ -174,75 +179,76 @@ def multiprocessors(device: torch.device) -> int:
 Key = tuple[Hashable, ...]
 
 
-class Tiles:
-    """Tile sizes of one kernel, by class of shapes (`key`), then by compute capability."""
+class TileConfigs:
+    """The tile sizes of one kernel, by class of shapes (`key`), then by compute capability."""
 
     def __init__(self, kernel: str, table: Mapping[Key, Mapping[int, Config]]):
         self.kernel, self.table = kernel, table
-        self._chosen: dict[tuple[Key, int, int | None], Config] = {}
+        self._selected: dict[tuple[Key, int, int | None], Config] = {}
 
-    def of(self, key: Key, tensor: torch.Tensor) -> Config:
+    def select(self, key: Key, tensor: torch.Tensor) -> Config:
         """Return the sizes measured on this machine, or the table's entry for the newest
         architecture that is not newer than the tensor's.
         """
-        if _asked is not None:
-            _asked.append((self, key, tensor))
-        have = arch(tensor)
-        at = key, have, tensor.device.index
-        if (chosen := self._chosen.get(at)) is None:
-            chosen = self._chosen[at] = self._measured(key, tensor) or self.fixed(key, have)
-        return chosen
+        if _lookups is not None:
+            _lookups.append((self, key, tensor))
+        capability = arch(tensor)
+        entry = key, capability, tensor.device.index
+        if (config := self._selected.get(entry)) is None:
+            config = self._tuned(key, tensor) or self.default(key, capability)
+            self._selected[entry] = config
+        return config
 
-    def fixed(self, key: Key, have: int) -> Config:
+    def default(self, key: Key, capability: int) -> Config:
         table = self.table[key]
-        return table[max((a for a in table if a <= have), default=min(table))]
+        return table[max((a for a in table if a <= capability), default=min(table))]
 
     @contextlib.contextmanager
-    def trying(self, key: Key, config: Config, tensor: torch.Tensor) -> Iterator[None]:
-        """Make `of` return `config` for this key and device inside the `with` block."""
-        at = key, arch(tensor), tensor.device.index
-        before = self._chosen.pop(at, None)
-        self._chosen[at] = config
+    def override(self, key: Key, config: Config, tensor: torch.Tensor) -> Iterator[None]:
+        """Make `select` return `config` for this key and device inside the `with` block."""
+        entry = key, arch(tensor), tensor.device.index
+        before = self._selected.pop(entry, None)
+        self._selected[entry] = config
         try:
             yield
         finally:
-            del self._chosen[at]
+            del self._selected[entry]
             if before is not None:
-                self._chosen[at] = before
+                self._selected[entry] = before
 
-    def forget(self) -> None:
-        """Forget the chosen sizes, so that the measurements are read again."""
-        self._chosen.clear()
+    def clear_cache(self) -> None:
+        """Forget the selected sizes, so that the file of measurements is read again."""
+        self._selected.clear()
 
     def label(self, key: Key) -> str:
         return " ".join(map(str, (self.kernel, *key)))
 
-    def _measured(self, key: Key, tensor: torch.Tensor) -> Config | None:
+    def _tuned(self, key: Key, tensor: torch.Tensor) -> Config | None:
         if _target is not None:
             return None
-        found = measured(cache_file(tensor)).get(self.label(key))
+        config = load_tuned(cache_file(tensor)).get(self.label(key))
         # measured before an update that changed which sizes the kernel has
-        if found is None or found.sizes.keys() != self.fixed(key, arch(tensor)).sizes.keys():
+        if config is None or config.sizes.keys() != self.default(key, arch(tensor)).sizes.keys():
             return None
-        return found
+        return config
 
 
-_asked: list[tuple[Tiles, Key, torch.Tensor]] | None = None  # under `asking`
+_lookups: list[tuple[TileConfigs, Key, torch.Tensor]] | None = None  # under `record_lookups`
 
 
 @contextlib.contextmanager
-def asking() -> Iterator[list[tuple[Tiles, Key, torch.Tensor]]]:
-    """Yield a list of the arguments of every `Tiles.of` inside the `with` block."""
-    global _asked
-    before, _asked = _asked, []
+def record_lookups() -> Iterator[list[tuple[TileConfigs, Key, torch.Tensor]]]:
+    """Yield a list of the arguments of every `TileConfigs.select` inside the `with` block."""
+    global _lookups
+    before, _lookups = _lookups, []
     try:
-        yield _asked
+        yield _lookups
     finally:
-        _asked = before
+        _lookups = before
 
 
 def cache_file(tensor: torch.Tensor) -> Path:
-    """The file in which `fastlm.kernels.tune` stores its measurements for this kind of GPU."""
+    """Return the file in which `fastlm.kernels.tune` stores its measurements for this GPU model."""
     default = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fastlm"
     folder = Path(os.environ.get("FASTLM_CACHE") or default)
     card = "interpreter" if INTERPRETED else torch.cuda.get_device_name(tensor.device)
@@ -251,22 +257,22 @@ def cache_file(tensor: torch.Tensor) -> Path:
 
 
 @functools.cache
-def measured(file: Path) -> dict[str, Config]:
-    """The entries of a file of measurements; none if the file does not exist."""
+def load_tuned(file: Path) -> dict[str, Config]:
+    """Return the entries of a file of measurements: none if the file does not exist."""
     try:
         entries = json.loads(file.read_text())
         return {label: Config(**entry) for label, entry in entries.items()}
     except FileNotFoundError:
         return {}
     except (OSError, ValueError, TypeError, AttributeError) as error:
-        warnings.warn(f"{file}: not tile sizes, fixed ones serve: {error}", stacklevel=2)
+        warnings.warn(f"{file}: expected tile sizes, using the fixed ones: {error}", stacklevel=2)
         return {}
 
 
 # ---- compiling without a GPU ---------------------------------------------------------------------
 
 
-class _NoDevice:
+class _CompileOnlyDriver:
     """A Triton driver that compiles for an architecture and cannot run anything."""
 
     launcher_cls = None
@@ -292,14 +298,14 @@ class _NoDevice:
 
 
 @contextlib.contextmanager
-def compiling(capability: int) -> Iterator[list[Compiled]]:
-    """Make every `launch` inside compile for sm_<capability> and run nothing; yield the results."""
+def compile_for(capability: int) -> Iterator[list[KernelLaunch]]:
+    """Make every `launch` inside compile for sm_<capability> and run nothing. Yield the results."""
     global _target
     _target = GPUTarget("cuda", capability, 32)
-    driver.set_active(_NoDevice(_target))
+    driver.set_active(_CompileOnlyDriver(_target))
     try:
-        with recording() as made:
-            yield made
+        with record_launches() as launches:
+            yield launches
     finally:
         _target = None
         with contextlib.suppress(RuntimeError):  # without a GPU there is no driver

@@ -1,20 +1,20 @@
 """h = x + residual, y = z * weight + bias with z = (h - mean) * rstd,
 rstd = 1 / sqrt(mean((h - mean)^2) + eps). Without a weight or a bias that step is left out.
 
-Forward, rows of up to `_WHOLE` elements: a program holds ROWS whole rows in registers, so that x
-(and residual) are read once and y (and h) written once. Wider rows are walked three times in
-blocks; the later walks read what the first has brought into the cache.
+Forward, rows of up to `_MAX_TILE_WIDTH` elements: a program holds ROWS rows in registers, so that x
+(and residual) are read once and y (and h) written once. Wider rows are read three times in blocks,
+the second and third time from the cache.
 
     program i:   rows [i * ROWS ...)  x  [0 ... BLOCK)      BLOCK a power of two >= H
 
-The deviations from the rounded mean are summed as well as their squares: that is what the mean
-lacks, and corrects it (Chan, Golub and LeVeque 1983).
+The deviations from the rounded mean are summed as well as their squares. Their sum corrects the
+rounding error of the mean (Chan, Golub and LeVeque 1983).
 
 Backward, with g = dy * weight: dh = rstd * (g - mean(g) - z * mean(g * z)) + dh_above, dweight and
-dbias = sums over rows of dy * z and dy. A program walks every `programs`-th tile of rows and keeps
-its shares of dweight and dbias in registers; torch adds the shares in a fixed order. Each operand
-is read once. Rows wider than `_WHOLE`: one program per row walks it twice for dh, and dweight and
-dbias have their own kernel over columns, which reads dy and h a third time.
+dbias = sums over rows of dy * z and dy. A program handles every `programs`-th tile of rows and
+keeps its shares of dweight and dbias in registers; torch adds the shares in a fixed order. Each
+operand is read once. Rows wider than `_MAX_TILE_WIDTH`: one program per row reads it twice for dh.
+dweight and dbias have a kernel over columns, which reads dy and h a third time.
 
     parameters:  program (j, p):  columns [j * BLOCK ...)  x  rows p, p + programs, ...
 
@@ -29,7 +29,8 @@ from torch import Tensor
 from fastlm.kernels.launch import Config, launch, multiprocessors
 from fastlm.kernels.rows import load_sum, matrix, tile
 
-_WHOLE = 8192  # elements of a row in registers: 16 to 32 per thread for each of up to four operands
+# elements of a row in registers: 16 to 32 per thread for each of up to four operands
+_MAX_TILE_WIDTH = 8192
 _TILE = 4096  # elements of narrow rows per program of the forward; half of that in the backward
 _BLOCK = 2048  # elements of a wide row at a time
 # Backward programs per multiprocessor: enough to hide latency; each costs 2 H float32 of shares
@@ -274,7 +275,7 @@ def layer_norm_forward(
     parameters = (None if p is None else p.contiguous() for p in (weight, bias))
     operands = (xs, rs, *parameters, y, h, mean, rstd)
     sizes = (width, xs.stride(0), xs.stride(0) if rs is None else rs.stride(0), eps)
-    if width > _WHOLE:
+    if width > _MAX_TILE_WIDTH:
         launch(_forward_wide, (rows,), *operands, *sizes, config=_WIDE)
     else:
         config = tile(rows, width, _TILE, 16)
@@ -300,15 +301,15 @@ def layer_norm_backward(
     operands = (ds, above, hs, weight, mean, rstd, dh)
     above_stride = ds.stride(0) if above is None else above.stride(0)
     sizes = (width, ds.stride(0), above_stride, hs.stride(0))
-    most = _WAVES * multiprocessors(h.device)
+    max_programs = _WAVES * multiprocessors(h.device)
 
     def shares(programs: int) -> list[Tensor | None]:
         return [rstd.new_empty(programs, width) if n else None for n in (need_weight, need_bias)]
 
-    if width > _WHOLE:
+    if width > _MAX_TILE_WIDTH:
         launch(_backward_wide, (rows,), *operands, *sizes, config=_WIDE)
         columns = triton.cdiv(width, _COLUMNS.sizes["BLOCK"])
-        programs = min(rows, triton.cdiv(most, columns))
+        programs = min(rows, triton.cdiv(max_programs, columns))
         parts = shares(programs)
         if need_weight or need_bias:
             launch(
@@ -317,7 +318,7 @@ def layer_norm_backward(
             )  # fmt: skip
     else:
         config = tile(rows, width, _TILE // 2, 8)  # four operands
-        programs = min(triton.cdiv(rows, config.sizes["ROWS"]), most)
+        programs = min(triton.cdiv(rows, config.sizes["ROWS"]), max_programs)
         parts = shares(programs)
         launch(_backward, (programs,), *operands, *parts, rows, *sizes, config=config)
     dweight, dbias = (rstd.new_empty(0) if p is None else p.sum(0) for p in parts)

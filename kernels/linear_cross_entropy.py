@@ -1,5 +1,7 @@
-"""Cross-entropy of x W^T + bias in chunks of rows: matrix products by cuBLAS, losses and gradients
-of the logits by `cross_entropy`'s two kernels.
+"""Cross-entropy of x W^T + bias in chunks of rows.
+
+cuBLAS computes the matrix products, `cross_entropy`'s two kernels the losses and the gradients of
+the logits.
 
     per chunk of rows:   logits   = x[chunk] W^T               float32, (chunk, V)
                          lse, nll = forward(logits + bias)     reads logits once
@@ -24,9 +26,9 @@ float32, 4 V D bytes (2.1 GB for 128256 x 4096, whose workspace is 0.8 GB), from
 the backward rounds it to 16 bits. Summed over the chunks in 16 bits, it would lose precision that
 torch's own product keeps.
 
-The host never waits for the GPU. Ignored rows are therefore not left out, as they are on the CPU:
+The host never waits for the GPU. It therefore computes ignored rows too, which the CPU leaves out:
 their coefficients, and so their gradients, are 0. For d_weight their x is set to 0 too, because
-0 * NaN would stay NaN there.
+0 * NaN would be NaN.
 
 Rejected: one kernel per chunk, with one program per row, that writes the 16-bit gradient over the
 float32 logits it has just summed (in ascending blocks, with barriers between loads and stores, and
@@ -56,13 +58,13 @@ _WORKSPACE = 1 << 30  # bytes: 1300 rows of 128 thousand classes
 
 
 def _chunk_rows(rows: int, classes: int, itemsize: int) -> int:
-    bytes_a_row = classes * (4 if itemsize == 4 else 4 + itemsize)
-    most = min(rows // 4, _WORKSPACE // bytes_a_row)
-    return min(rows, max(_TILE, most // _TILE * _TILE))
+    bytes_per_row = classes * (4 if itemsize == 4 else 4 + itemsize)
+    max_rows = min(rows // 4, _WORKSPACE // bytes_per_row)
+    return min(rows, max(_TILE, max_rows // _TILE * _TILE))
 
 
-class Chunks:
-    """The chunks of rows, their workspace and what they share."""
+class TritonLogitChunks:
+    """Iterates over chunks of rows and their logits; holds the workspace and the gradients."""
 
     def __init__(self, input, linear_weight, linear_bias, target, class_weight, *options):
         self.x, self.w, self.target, self.options = input, linear_weight, target, options
@@ -89,9 +91,9 @@ class Chunks:
 
     def statistics(self, part: slice, logits: Tensor, smooth: bool, outputs, entropy=None) -> None:
         shift, log_sum, nll, smoothed = outputs
-        here = (shift[part], log_sum[part], nll[part], smoothed[part] if smooth else smoothed)
+        chunk = (shift[part], log_sum[part], nll[part], smoothed[part] if smooth else smoothed)
         row_statistics(
-            logits, self.bias, self.target[part], self.class_weight, smooth, *self.options, here,
+            logits, self.bias, self.target[part], self.class_weight, smooth, *self.options, chunk,
             None if entropy is None else entropy[part],
         )  # fmt: skip
 
@@ -130,7 +132,7 @@ class Chunks:
 
     def _add_to_weight(self, d_logits: Tensor, x: Tensor, first: bool) -> None:
         d_weight = self.d_weight
-        if x.device.type == "cpu":  # whose 16-bit products have 16-bit results only
+        if x.device.type == "cpu":  # torch's 16-bit products have 16-bit results there
             d_logits, x = d_logits.float(), x.float()
         mixed = {} if x.dtype == torch.float32 else {"out_dtype": torch.float32}
         if first:
@@ -151,7 +153,7 @@ def linear_cross_entropy_forward(
     logit_scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     options = (ignore_index, softcap, logit_scale)
-    chunks = Chunks(input, linear_weight, linear_bias, target, class_weight, *options)
+    chunks = TritonLogitChunks(input, linear_weight, linear_bias, target, class_weight, *options)
     outputs = row_outputs(target, smooth)
     for part, logits in chunks:
         chunks.statistics(part, logits, smooth, outputs)
@@ -176,11 +178,11 @@ def linear_cross_entropy_backward(
     need_weight: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     options = (ignore_index, softcap, logit_scale)
-    chunks = Chunks(input, linear_weight, linear_bias, target, class_weight, *options)
+    chunks = TritonLogitChunks(input, linear_weight, linear_bias, target, class_weight, *options)
     chunks.outputs(linear_bias, need_input, need_weight)
     for part, logits in chunks:
-        every = None if on_all is None else on_all[part]
-        chunks.gradients(part, logits, on_p[part], on_target[part], every, (shift, log_sum))
+        on_all_part = None if on_all is None else on_all[part]
+        chunks.gradients(part, logits, on_p[part], on_target[part], on_all_part, (shift, log_sum))
     bias_dtype = input.dtype if linear_bias is None else linear_bias.dtype
     return chunks.d_input, chunks.d_weight.to(input.dtype), chunks.d_bias.to(bias_dtype)
 
@@ -202,7 +204,7 @@ def linear_cross_entropy_loss(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     smooth, valid = on_smoothed is not None, target != ignore_index
     options = (ignore_index, softcap, logit_scale)
-    chunks = Chunks(input, linear_weight, linear_bias, target, class_weight, *options)
+    chunks = TritonLogitChunks(input, linear_weight, linear_bias, target, class_weight, *options)
     chunks.outputs(linear_bias, need_input, need_weight)
     shift, log_sum, nll, smoothed = outputs = row_outputs(target, smooth)
     total = len(linear_weight) if class_weight is None else class_weight.float().sum()
@@ -217,8 +219,8 @@ def linear_cross_entropy_loss(
         if on_square is not None:
             lse = shift[part] + log_sum[part]
             on_p = on_p + torch.where(valid[part], 2 * on_square[part] * lse, 0.0)
-        every = None if on_all is None else on_all[part]
-        chunks.gradients(part, logits, on_p, on_target[part], every, (shift, log_sum))
+        on_all_part = None if on_all is None else on_all[part]
+        chunks.gradients(part, logits, on_p, on_target[part], on_all_part, (shift, log_sum))
     loss = on_nll * nll
     if on_smoothed is not None:
         loss = loss + on_smoothed * torch.where(valid, smoothed, 0.0)

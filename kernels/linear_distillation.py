@@ -1,5 +1,7 @@
-"""Divergence of two heads' softmaxes in chunks of rows: matrix products by cuBLAS, the sums of both
-softmaxes by `cross_entropy`'s forward kernel, losses and gradients of the logits by a kernel here.
+"""Divergence of two heads' softmaxes in chunks of rows.
+
+cuBLAS computes the matrix products, `cross_entropy`'s forward kernel the sums of both softmaxes,
+and a kernel of this file the losses and the gradients of the logits.
 
     per chunk of rows:   z, z_t   = x[chunk] W^T, and the teacher's   float32, (chunk, V)
                          lse      = forward(z), forward(z_t)          reads each once
@@ -9,12 +11,12 @@ softmaxes by `cross_entropy`'s forward kernel, losses and gradients of the logit
                          d_weight        += dz^T x[chunk]             summed in float32 in memory
 
 Everything else is as in `linear_cross_entropy`: float32 logits, chunks of a quarter of the rows or
-as many as fit `_WORKSPACE`, a host that never waits for the GPU. Rows that are left out are
-therefore computed and not used: their gradient is 0, and so is their x in the product of d_weight,
-because 0 * NaN would stay NaN there. A chunk takes 10 bytes per class and row, 8 for float32, whose
-gradient overwrites the student's logits.
+as many as fit `_WORKSPACE`, a host that never waits for the GPU. Masked rows are therefore computed
+and not used: their gradient is 0, and so is their x in the product of d_weight, because 0 * NaN
+would be NaN. A chunk takes 10 bytes per class and row. For float32 it takes 8, because the gradient
+overwrites the student's logits.
 
-One program handles one row: reverse and jsd need a sum over the row before they know the gradient.
+One program handles one row, because the gradient of reverse and jsd needs a sum over the row.
 With the log-ratio d of the probabilities, m / s and m / t are 1 + beta (e^d - 1) and
 1 + (1 - beta) (e^-d - 1); the exponential that is at most 1 is used. Nothing was measured on a GPU.
 """
@@ -36,7 +38,7 @@ _NONE = -100  # the target of every row
 
 @triton.jit
 def _log_probability(logits, at, mask, scale, cap, shift, log_sum, CAPPED: tl.constexpr):
-    """log softmax of some classes of a row, and dz / d(scale * logit)."""
+    """Return log softmax of some classes of a row, and dz / d(scale * logit)."""
     z = tl.load(logits + at, mask=mask, other=0.0) * scale
     slope = 1.0
     if CAPPED:
@@ -48,13 +50,14 @@ def _log_probability(logits, at, mask, scale, cap, shift, log_sum, CAPPED: tl.co
 
 @triton.jit
 def _times(p, log):
-    """p * log; a probability of 0 contributes 0, also where the logarithm is infinite."""
+    """Return p * log. A probability of 0 contributes 0, also where the logarithm is infinite."""
     return tl.where(p == 0.0, 0.0, p * log)
 
 
 @triton.jit
 def _terms(log_s, log_t, beta, KIND: tl.constexpr):
-    """s, t, log(s / other) and log(t / other), where other is t, s, or for "jsd" their mixture."""
+    """Return s, t, log(s / other) and log(t / other): other is t or s, or for "jsd" their
+    mixture."""
     d = log_t - log_s
     s = tl.exp(log_s)
     t = tl.exp(log_t)
@@ -97,7 +100,7 @@ def _rows(
     student += row * classes
     teacher += row * classes
     dz += row * classes
-    end = classes  # a row that is left out has no classes to read
+    end = classes  # 0 for a masked row, of which nothing is read
     if MASKED:
         end = tl.where(tl.load(keep + row) != 0, classes, 0)
     a, b = tl.load(shift + row), tl.load(log_sum + row)
@@ -139,13 +142,13 @@ def _rows(
 
 
 def _chunk_rows(rows: int, classes: int, itemsize: int) -> int:
-    bytes_a_row = classes * (8 if itemsize == 4 else 8 + itemsize)
-    most = min(rows // 4, _WORKSPACE // bytes_a_row)
-    return max(1, min(rows, max(_TILE, most // _TILE * _TILE)))
+    bytes_per_row = classes * (8 if itemsize == 4 else 8 + itemsize)
+    max_rows = min(rows // 4, _WORKSPACE // bytes_per_row)
+    return max(1, min(rows, max(_TILE, max_rows // _TILE * _TILE)))
 
 
 def _multiply(x: Tensor, w: Tensor, out: Tensor) -> None:
-    """out = x w^T in float32."""
+    """Compute out = x w^T in float32."""
     if x.dtype == torch.float32:
         torch.mm(x, w.t(), out=out)
     elif x.device.type == "cpu":
@@ -155,8 +158,8 @@ def _multiply(x: Tensor, w: Tensor, out: Tensor) -> None:
 
 
 def _add_product(d_weight: Tensor, dz: Tensor, x: Tensor, first: bool) -> None:
-    """d_weight (+)= dz^T x in float32."""
-    if x.device.type == "cpu":  # whose 16-bit products have 16-bit results only
+    """Compute d_weight (+)= dz^T x in float32."""
+    if x.device.type == "cpu":  # torch's 16-bit products have 16-bit results there
         dz, x = dz.float(), x.float()
     mixed = {} if x.dtype == torch.float32 else {"out_dtype": torch.float32}
     if first:

@@ -3,13 +3,13 @@
 from torch import Tensor
 
 from fastlm.kernels.cross_entropy import row_outputs
-from fastlm.kernels.linear_cross_entropy import Chunks
+from fastlm.kernels.linear_cross_entropy import TritonLogitChunks
 
 
 def _options(
     ignore_index: int, softcap: float | None, temperature: float
 ) -> tuple[int, float | None, float]:
-    """Those of the kernels, which scale before they cap."""
+    """Return the options of the kernels, which scale before they cap."""
     return ignore_index, None if softcap is None else softcap / temperature, 1 / temperature
 
 
@@ -24,7 +24,7 @@ def linear_logprobs_forward(
     temperature: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     options = _options(ignore_index, softcap, temperature)
-    chunks = Chunks(input, linear_weight, linear_bias, target, None, *options)
+    chunks = TritonLogitChunks(input, linear_weight, linear_bias, target, None, *options)
     outputs = row_outputs(target, False)
     shift, log_sum, nll, _ = outputs
     entropy = nll.new_empty(target.shape if with_entropy else 0)
@@ -50,7 +50,7 @@ def linear_logprobs_backward(
     need_weight: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     options = _options(ignore_index, softcap, temperature)
-    chunks = Chunks(input, linear_weight, linear_bias, target, None, *options)
+    chunks = TritonLogitChunks(input, linear_weight, linear_bias, target, None, *options)
     chunks.outputs(linear_bias, need_input, need_weight)
     on_p = -d_logprob
     for part, logits in chunks:

@@ -32,7 +32,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastlm import reference
-from fastlm.kernels.launch import Config, Tiles, launch, multiprocessors
+from fastlm.kernels.launch import Config, TileConfigs, launch, multiprocessors
 from fastlm.memory_order import matrix
 
 RUN_MAX = tl.constexpr(reference.RUN_MAX)
@@ -63,8 +63,8 @@ def _codes(packed, BITS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr
 @triton.jit
 def _floats(codes, BITS: tl.constexpr):
     """q in float32, exactly: 2^23 + code - (2^23 + 8)."""
-    least: tl.constexpr = 8388616.0 if BITS == 4 else 8388736.0
-    return (codes | 0x4B000000).to(tl.float32, bitcast=True) - least
+    offset: tl.constexpr = 8388616.0 if BITS == 4 else 8388736.0
+    return (codes | 0x4B000000).to(tl.float32, bitcast=True) - offset
 
 
 @triton.jit
@@ -127,8 +127,8 @@ def _dequantize(
         zero = tl.load(zeros + group, mask=heads < k, other=0.0).to(tl.float32)
         w += _spread(zero[None, :], 1, BLOCK, STEP)
     column = begin - first + tl.arange(0, BLOCK)[None, :]
-    to = out + row * width + column
-    tl.store(to, w.to(out.dtype.element_ty), mask=column < width)
+    out_at = out + row * width + column
+    tl.store(out_at, w.to(out.dtype.element_ty), mask=column < width)
 
 
 # ---- 8-bit activations ---------------------------------------------------------------------------
@@ -234,8 +234,8 @@ def _vector(
     result = tl.sum(total, 2)
     if bias is not None:
         result += tl.load(bias + row).to(tl.float32)[None, :]
-    to = y + rm[:, None].to(tl.int64) * n + rn[None, :]
-    tl.store(to, result.to(y.dtype.element_ty), mask=(rm < m)[:, None] & (rn < n)[None, :])
+    y_at = y + rm[:, None].to(tl.int64) * n + rn[None, :]
+    tl.store(y_at, result.to(y.dtype.element_ty), mask=(rm < m)[:, None] & (rn < n)[None, :])
 
 
 @triton.jit
@@ -258,8 +258,8 @@ def _store(total, y, bias, rm, rn, m, n, PARTS: tl.constexpr):
         if bias is not None:
             total += tl.load(bias + rn, mask=rn < n, other=0.0).to(tl.float32)[None, :]
     part = tl.program_id(1).to(tl.int64) * m
-    to = y + (part + rm[:, None]) * n + rn[None, :]
-    tl.store(to, total.to(y.dtype.element_ty), mask=(rm < m)[:, None] & (rn < n)[None, :])
+    y_at = y + (part + rm[:, None]) * n + rn[None, :]
+    tl.store(y_at, total.to(y.dtype.element_ty), mask=(rm < m)[:, None] & (rn < n)[None, :])
 
 
 @triton.jit
@@ -375,8 +375,8 @@ def _integers(
         total += product.to(tl.float32) * (scale[:, None] * step[None, :])
         if zeros is not None:
             zero = tl.load(zeros + row_n * groups + group).to(tl.float32)
-            whole = tl.load(x_sums + row_m * runs + run)
-            total += tl.where(begins, zero, 0.0)[:, None] * whole[None, :]
+            run_sums = tl.load(x_sums + row_m * runs + run)
+            total += tl.where(begins, zero, 0.0)[:, None] * run_sums[None, :]
     _store(total, y, bias, rm, rn, m, n, PARTS)
 
 
@@ -399,9 +399,9 @@ def _add_parts(parts, bias, y, n, size, PARTS: tl.constexpr, BLOCK: tl.constexpr
 _DEQUANTIZE = Config({"BLOCK": 1024}, num_warps=4)
 _ROUND = 4096  # elements per program
 # a thread holds 32 columns of two rows of W and of each row of x: 4 rows of x fit in registers
-_VECTOR = Tiles("quantized_linear, vector", {(): {80: Config({"BN": 8, "BK": 1024})}})
+_VECTOR = TileConfigs("quantized_linear, vector", {(): {80: Config({"BN": 8, "BK": 1024})}})
 # by the rows of x in a tile
-_MATRIX = Tiles(
+_MATRIX = TileConfigs(
     "quantized_linear",
     {
         (16,): {80: Config({"BN": 64, "BM": 16, "BK": 128}, num_warps=4, num_stages=3)},
@@ -410,7 +410,7 @@ _MATRIX = Tiles(
         (128,): {80: Config({"BN": 128, "BM": 128, "BK": 64}, num_warps=8, num_stages=3)},
     },
 )
-_MATRIX_FLOAT32 = Tiles(
+_MATRIX_FLOAT32 = TileConfigs(
     "quantized_linear float32",
     {
         (16,): {80: Config({"BN": 64, "BM": 16, "BK": 32}, num_warps=4, num_stages=2)},
@@ -418,7 +418,7 @@ _MATRIX_FLOAT32 = Tiles(
     },
 )
 # a tile of 128 x 128 spills: it holds int32 sums in addition to its float32 sums
-_INTEGERS = Tiles(
+_INTEGERS = TileConfigs(
     "quantized_linear int8",
     {
         (16,): {80: Config({"BN": 64, "BM": 16}, num_warps=4, num_stages=3)},
@@ -439,14 +439,14 @@ class _Weight:
         self.n, self.k, self.bits = qdata.shape[0], k, bits
         self.row_bytes, self.groups = qdata.shape[1], scales.shape[1]
         self.group = group_size if group_size < k else 0
-        self.runs_a_group = triton.cdiv(group_size, reference.RUN_MAX) if self.group else 0
+        self.runs_per_group = triton.cdiv(group_size, reference.RUN_MAX) if self.group else 0
         self.runs = (
-            self.runs_a_group * self.groups if self.group else triton.cdiv(k, reference.RUN_MAX)
+            self.runs_per_group * self.groups if self.group else triton.cdiv(k, reference.RUN_MAX)
         )
 
-    def step(self, most: int) -> int:
+    def step(self, max_columns: int) -> int:
         """Return how many columns are sure to share a scale in blocks of `most`."""
-        return min(most, self.group & -self.group) if self.group else most
+        return min(max_columns, self.group & -self.group) if self.group else max_columns
 
     def tensors(self) -> tuple[Tensor, Tensor, Tensor | None]:
         return self.qdata, self.scales, self.zeros
@@ -480,7 +480,7 @@ def dequantize(
     return _write(w, slice(0, w.n), slice(0, k), out)
 
 
-def _rounded(x: Tensor, w: _Weight) -> tuple[Tensor, Tensor, Tensor]:
+def _round_rows(x: Tensor, w: _Weight) -> tuple[Tensor, Tensor, Tensor]:
     """Return x in int8 and, per run, its scale and scale * sum."""
     rows = x.shape[0]
     q = torch.empty((rows, w.k), dtype=torch.int8, device=x.device)
@@ -491,19 +491,19 @@ def _rounded(x: Tensor, w: _Weight) -> tuple[Tensor, Tensor, Tensor]:
     count = min(_ROUND // width, triton.next_power_of_2(w.runs))
     launch(
         _round, (rows, triton.cdiv(w.runs, count)), x, q, scale, sums, w.k, x.stride(0), w.group,
-        w.runs, config=Config({"WIDTH": width, "COUNT": count}), RUNS=w.runs_a_group,
+        w.runs, config=Config({"WIDTH": width, "COUNT": count}), RUNS=w.runs_per_group,
     )  # fmt: skip
     return q, scale, sums
 
 
 def _few_rows(x: Tensor, scale: Tensor | None, w: _Weight, bias: Tensor | None, y: Tensor) -> None:
     rows = triton.next_power_of_2(x.shape[0])
-    config = _VECTOR.of((), x)
+    config = _VECTOR.select((), x)
     grid = (triton.cdiv(w.n, config.sizes["BN"]),)
     launch(
         _vector, grid, x, scale, *w.tensors(), bias, y, x.shape[0], w.n, w.k, x.stride(0),
         w.row_bytes, w.groups, w.runs, config=config, BITS=w.bits, GROUP=w.group,
-        RUNS=w.runs_a_group, CHUNK=w.step(32), ROWS=rows,
+        RUNS=w.runs_per_group, CHUNK=w.step(32), ROWS=rows,
     )  # fmt: skip
 
 
@@ -520,8 +520,8 @@ def _tiling(config: Config, tiles: int, w: _Weight, y: Tensor) -> _Tiling:
     blocks = triton.cdiv(n, config.sizes["BN"]) * triton.cdiv(m, config.sizes["BM"])
     # two programs per multiprocessor, but partial sums (written and read, 8 M bytes per row of W)
     # must not exceed the row itself
-    most = min(2 * multiprocessors(y.device) // blocks, w.row_bytes // (8 * m))
-    part_tiles = triton.cdiv(tiles, max(1, min(most, MAX_PARTS, tiles // _PART_TILES)))
+    max_parts = min(2 * multiprocessors(y.device) // blocks, w.row_bytes // (8 * m))
+    part_tiles = triton.cdiv(tiles, max(1, min(max_parts, MAX_PARTS, tiles // _PART_TILES)))
     parts = triton.cdiv(tiles, part_tiles)
     to = y if parts == 1 else torch.empty((parts, m, n), dtype=torch.float32, device=y.device)
     return _Tiling(config, (blocks, parts), parts, part_tiles, to)
@@ -534,14 +534,14 @@ def _add(t: _Tiling, bias: Tensor | None, y: Tensor) -> None:
         launch(_add_parts, grid, t.to, bias, y, y.shape[1], size, config=_ADD, PARTS=t.parts)
 
 
-def _of_rows(tiles: Tiles, x: Tensor) -> Config:
+def _select_rows_config(tiles: TileConfigs, x: Tensor) -> Config:
     """Return the narrowest tile that holds all rows of x, or the widest."""
     fitting = (key for key in tiles.table if key[0] >= x.shape[0])
-    return tiles.of(min(fitting, default=max(tiles.table)), x)
+    return tiles.select(min(fitting, default=max(tiles.table)), x)
 
 
-def _some_rows(x: Tensor, w: _Weight, bias: Tensor | None, y: Tensor) -> None:
-    config = _of_rows(_MATRIX_FLOAT32 if x.dtype == torch.float32 else _MATRIX, x)
+def _fused_rows(x: Tensor, w: _Weight, bias: Tensor | None, y: Tensor) -> None:
+    config = _select_rows_config(_MATRIX_FLOAT32 if x.dtype == torch.float32 else _MATRIX, x)
     t = _tiling(config, triton.cdiv(w.k, config.sizes["BK"]), w, y)
     launch(
         _matrix, t.grid, x, *w.tensors(), bias, t.to, *y.shape, w.k, x.stride(0), w.row_bytes,
@@ -556,16 +556,16 @@ def _integer_rows(
 ) -> None:
     # a tile is within one group; int8 instructions multiply at least 32 columns
     width = min(128, max(32, triton.next_power_of_2(w.group or w.k)))
-    config = _of_rows(_INTEGERS, x)
+    config = _select_rows_config(_INTEGERS, x)
     config = replace(config, sizes={**config.sizes, "BK": width})
-    a_group = triton.cdiv(w.group, width)
-    whole = w.groups - 1 if w.group else 0  # groups; the last may be short
-    tiles = whole * a_group + triton.cdiv(w.k - whole * w.group, width)
+    tiles_per_group = triton.cdiv(w.group, width)
+    full_groups = w.groups - 1 if w.group else 0  # groups; the last may be short
+    tiles = full_groups * tiles_per_group + triton.cdiv(w.k - full_groups * w.group, width)
     t = _tiling(config, tiles, w, y)
     launch(
         _integers, t.grid, x, scale, sums, *w.tensors(), bias, t.to, *y.shape, w.k, w.row_bytes,
         w.groups, w.runs, tiles, t.part_tiles, config=config, BITS=w.bits, GROUP=w.group,
-        RUNS=w.runs_a_group, TILES=a_group, PARTS=t.parts,
+        RUNS=w.runs_per_group, TILES=tiles_per_group, PARTS=t.parts,
     )  # fmt: skip
     _add(t, bias, y)
 
@@ -603,7 +603,7 @@ def quantized_linear_forward(
     bias = None if bias is None else bias.contiguous()
     few = x.shape[0] <= VECTOR_ROWS
     if act_bits == 8:
-        q, scale, sums = _rounded(x, w)
+        q, scale, sums = _round_rows(x, w)
         if few:
             _few_rows(q, scale, w, bias, y)
         else:
@@ -611,7 +611,7 @@ def quantized_linear_forward(
     elif few:
         _few_rows(x, None, w, bias, y)
     elif x.shape[0] <= FUSED_ROWS:
-        _some_rows(x, w, bias, y)
+        _fused_rows(x, w, bias, y)
     else:
         _many_rows(x, w, bias, y)
     return out

@@ -1,16 +1,16 @@
 """h = x + residual, y = h * rstd * (offset + weight) with rstd = 1 / sqrt(mean(h^2) + eps).
 
-Forward, rows of up to `_WHOLE` elements: a program holds ROWS whole rows in registers, so that x
-(and residual) are read once and y (and h) written once. Wider rows are walked twice in blocks; the
-second walk reads what the first has brought into the cache.
+Forward, rows of up to `_MAX_TILE_WIDTH` elements: a program holds ROWS rows in registers, so that x
+(and residual) are read once and y (and h) written once. Wider rows are read twice in blocks, the
+second time from the cache.
 
     program i:   rows [i * ROWS ...)  x  [0 ... BLOCK)      BLOCK a power of two >= H
 
 Backward, with g = dy * (offset + weight): dh = rstd * (g - h * rstd^2 * mean(g * h)) + dh_above,
-dweight = sum over rows of dy * h * rstd. A program walks every `programs`-th tile of rows and
+dweight = sum over rows of dy * h * rstd. A program handles every `programs`-th tile of rows and
 keeps its share of dweight in registers; torch adds the shares in a fixed order. Each operand is
-read once. Rows wider than `_WHOLE`: one program per row walks it twice for dh, and dweight has its
-own kernel over columns, which reads dy and h a third time.
+read once. Rows wider than `_MAX_TILE_WIDTH`: one program per row reads it twice for dh. dweight has
+a kernel over columns, which reads dy and h a third time.
 
     dweight:  program (j, p):  columns [j * BLOCK ...)  x  rows p, p + programs, ...
 
@@ -26,7 +26,8 @@ from torch import Tensor
 from fastlm.kernels.launch import Config, launch, multiprocessors
 from fastlm.kernels.rows import load_sum, matrix, tile
 
-_WHOLE = 8192  # elements of a row in registers: 16 to 32 per thread for each of up to four operands
+# elements of a row in registers: 16 to 32 per thread for each of up to four operands
+_MAX_TILE_WIDTH = 8192
 _TILE = 4096  # elements of narrow rows per program of the forward; half of that in the backward
 _BLOCK = 2048  # elements of a wide row at a time
 # Backward programs per multiprocessor: enough to hide latency; each costs H float32 of dweight
@@ -235,7 +236,7 @@ def rms_norm_forward(
     operands = (xs, rs, None if weight is None else weight.contiguous(), y, h, rstd)
     sizes = (width, xs.stride(0), xs.stride(0) if rs is None else rs.stride(0), eps, offset)
     rows = len(xs)
-    if width > _WHOLE:
+    if width > _MAX_TILE_WIDTH:
         launch(_forward_wide, (rows,), *operands, *sizes, config=_WIDE)
     else:
         config = tile(rows, width, _TILE, 16)
@@ -258,20 +259,20 @@ def rms_norm_backward(
     operands = (ds, above, hs, None if weight is None else weight.contiguous(), rstd, dh)
     above_stride = ds.stride(0) if above is None else above.stride(0)
     sizes = (width, ds.stride(0), above_stride, hs.stride(0), offset)
-    rows, most = len(hs), _WAVES * multiprocessors(h.device)
+    rows, max_programs = len(hs), _WAVES * multiprocessors(h.device)
     shares = None  # of dweight
-    if width > _WHOLE:
+    if width > _MAX_TILE_WIDTH:
         launch(_backward_wide, (rows,), *operands, *sizes, config=_WIDE)
         if weight is not None:
             columns = triton.cdiv(width, _COLUMNS.sizes["BLOCK"])
-            shares = rstd.new_empty(min(rows, triton.cdiv(most, columns)), width)
+            shares = rstd.new_empty(min(rows, triton.cdiv(max_programs, columns)), width)
             launch(
                 _weight_gradient, (columns, len(shares)), ds, hs, rstd, shares, rows, width,
                 ds.stride(0), hs.stride(0), config=_COLUMNS,
             )  # fmt: skip
     else:
         config = tile(rows, width, _TILE // 2, 8)  # four operands
-        programs = min(triton.cdiv(rows, config.sizes["ROWS"]), most)
+        programs = min(triton.cdiv(rows, config.sizes["ROWS"]), max_programs)
         if weight is not None:
             shares = rstd.new_empty(programs, width)
         launch(_backward, (programs,), *operands, shares, rows, *sizes, config=config)

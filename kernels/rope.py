@@ -22,8 +22,8 @@ from fastlm.kernels.launch import Config, launch, multiprocessors
 from fastlm.memory_order import dense
 
 _PAIRS = 1024  # per program and head: 8 per thread, so that a 16-bit half is one 128-bit access
-# Most entries per launch: the limit of a grid's third dimension. Rejected: tiles of all entries in
-# the first dimension, whose division took registers (64 -> 71 on sm_90)
+# Maximum of batch entries per launch: the limit of a grid's third dimension. Rejected: tiles of all
+# entries in the first dimension, because the division took registers (64 -> 71 on sm_90)
 _BATCH = 65535
 _HEADS = 4  # per program: 4 loads in flight per thread, with tables in 32 registers
 
@@ -44,7 +44,7 @@ def _pairs(at, inside, HALF: tl.constexpr, INTERLEAVED: tl.constexpr, PAIRS: tl.
 
 
 @triton.jit
-def _turn(
+def _rotate_heads(
     x,  # (heads, tokens, width) of one batch entry
     y,  # likewise
     heads,
@@ -66,26 +66,26 @@ def _turn(
     cos1, cos2, sin1, sin2 = tables
     for i in tl.static_range(HEADS):
         head = first + i
-        here = token < tl.where(head < heads, length, 0)
-        from_ = x + head * x_head + token * x_token
-        to = y + head * y_head + token * y_token
+        inside = token < tl.where(head < heads, length, 0)
+        x_at = x + head * x_head + token * x_token
+        y_at = y + head * y_head + token * y_token
         if HALF > 0:
-            x1, x2 = _pairs(from_, here, HALF, INTERLEAVED, PAIRS)
+            x1, x2 = _pairs(x_at, inside, HALF, INTERLEAVED, PAIRS)
             y1 = (x1 * cos1 - x2 * sin1).to(y.dtype.element_ty)
             y2 = (x2 * cos2 + x1 * sin2).to(y.dtype.element_ty)
             if INTERLEAVED:
                 e = tl.arange(0, 2 * PAIRS)[None, :]
                 both = tl.reshape(tl.join(y1, y2), [y1.shape[0], 2 * PAIRS])
-                tl.store(to + e, both, mask=here & (e < 2 * HALF))
+                tl.store(y_at + e, both, mask=inside & (e < 2 * HALF))
             else:
                 e = tl.arange(0, PAIRS)[None, :]
-                tl.store(to + e, y1, mask=here & (e < HALF))
-                tl.store(to + HALF + e, y2, mask=here & (e < HALF))
+                tl.store(y_at + e, y1, mask=inside & (e < HALF))
+                tl.store(y_at + HALF + e, y2, mask=inside & (e < HALF))
         if REST > 0:
             e = tl.arange(0, TAIL)[None, :]
-            mask = here & (e < REST)
+            mask = inside & (e < REST)
             tl.store(
-                to + 2 * HALF + e, tl.load(from_ + 2 * HALF + e, mask=mask, other=0.0), mask=mask
+                y_at + 2 * HALF + e, tl.load(x_at + 2 * HALF + e, mask=mask, other=0.0), mask=mask
             )
 
 
@@ -138,13 +138,13 @@ def _rope(
         tables = (cos1, cos2, -sin2, -sin1) if INVERSE else (cos1, cos2, sin1, sin2)
     groups = tl.cdiv(q_heads, HEADS)
     if group < groups:
-        _turn(
+        _rotate_heads(
             q + batch * q_batch, q_out + batch * q_out_batch, q_heads, group * HEADS, token, length,
             tables, q_head, q_token, q_out_head, q_out_token,
             HALF, REST, INTERLEAVED, HEADS, PAIRS, TAIL,
         )  # fmt: skip
     else:
-        _turn(
+        _rotate_heads(
             k + batch * k_batch, k_out + batch * k_out_batch, k_heads, (group - groups) * HEADS,
             token, length, tables, k_head, k_token, k_out_head, k_out_token,
             HALF, REST, INTERLEAVED, HEADS, PAIRS, TAIL,
@@ -179,19 +179,19 @@ def _launch(
     inverse: bool,
 ) -> None:
     batch, _, length, width = q.shape
-    turned = cos.shape[-1]
+    rotated = cos.shape[-1]
     # a table without a batch, or with a batch of one, serves all entries
     shared = [0 if t.dim() == 2 or t.shape[0] == 1 else t.stride(0) for t in (cos, sin)]
-    pairs = triton.next_power_of_2(max(1, turned // 2))
-    tail = triton.next_power_of_2(max(1, width - turned))
-    most = max(1, _PAIRS // max(pairs, tail // 2))
-    tokens = min(most, triton.next_power_of_2(max(1, length)))
+    pairs = triton.next_power_of_2(max(1, rotated // 2))
+    tail = triton.next_power_of_2(max(1, width - rotated))
+    max_tokens = max(1, _PAIRS // max(pairs, tail // 2))
+    tokens = min(max_tokens, triton.next_power_of_2(max(1, length)))
     tiles = triton.cdiv(length, tokens)
     heads = q.shape[1] + k.shape[1]
-    enough = batch * tiles * heads >= _HEADS * 4 * multiprocessors(q.device)
-    each = _HEADS if enough else 1
-    sizes = {"TOKENS": tokens, "HEADS": each, "PAIRS": pairs, "TAIL": tail}
-    groups = triton.cdiv(q.shape[1], each) + triton.cdiv(k.shape[1], each)
+    many_programs = batch * tiles * heads >= _HEADS * 4 * multiprocessors(q.device)
+    heads_per_program = _HEADS if many_programs else 1
+    sizes = {"TOKENS": tokens, "HEADS": heads_per_program, "PAIRS": pairs, "TAIL": tail}
+    groups = triton.cdiv(q.shape[1], heads_per_program) + triton.cdiv(k.shape[1], heads_per_program)
     launch(
         _rope,
         (tiles, groups, batch),
@@ -213,8 +213,8 @@ def _launch(
         *q_out.stride()[:3],
         *k_out.stride()[:3],
         config=Config(sizes, num_warps=max(1, min(4, tokens * pairs // 256))),
-        HALF=turned // 2,
-        REST=width - turned,
+        HALF=rotated // 2,
+        REST=width - rotated,
         INTERLEAVED=interleaved,
         INVERSE=inverse,
     )

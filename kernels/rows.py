@@ -1,4 +1,4 @@
-"""What kernels that work by rows share: the rows of a tensor, and the tile of a program."""
+"""Shared by kernels that work by rows: reshape to rows, choose a tile, add a residual."""
 
 import triton
 import triton.language as tl
@@ -13,18 +13,20 @@ def matrix(t: Tensor) -> Tensor:
     return t if t.stride(1) == 1 else t.contiguous()
 
 
-def tile(rows: int, width: int, most: int, each: int) -> Config:
-    """A tile of whole rows: one wide row or several narrow ones, no more than there are. A thread
-    has `each` elements, twice as many where 16 warps are not enough."""
+def tile(rows: int, width: int, max_elements: int, per_thread: int) -> Config:
+    """Return the config of a tile of one wide row or several narrow ones, no more than there are.
+
+    A thread has `per_thread` elements, twice as many where 16 warps are not enough.
+    """
     block = triton.next_power_of_2(width)
-    tile = max(1, min(most // block, triton.next_power_of_2(rows)))
-    warps = max(1, min(16, tile * block // (32 * each)))
+    tile = max(1, min(max_elements // block, triton.next_power_of_2(rows)))
+    warps = max(1, min(16, tile * block // (32 * per_thread)))
     return Config({"ROWS": tile, "BLOCK": block}, num_warps=warps)
 
 
 @triton.jit
 def load_sum(x, residual, at, residual_at, mask):
-    """x + residual, rounded to x's dtype; x where residual is None."""
+    """Load x + residual, rounded to x's dtype, or x where residual is None."""
     h = tl.load(x + at, mask=mask, other=0.0)
     if residual is not None:
         r = tl.load(residual + residual_at, mask=mask, other=0.0)

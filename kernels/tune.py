@@ -1,11 +1,12 @@
-"""Tile sizes measured on the GPU at hand, kept on disk for later processes.
+"""Measure tile sizes on this machine's GPU and store them on disk for later processes.
 
     python -m fastlm.kernels.tune [attention] [quantized_linear]     common shapes, minutes
     tune(lambda: ops.attention(q, k, v, causal=True))                the shapes of one call
 
-The sizes that the call asks `Tiles` for are changed one at a time to neighbours (half, double; one
-pipeline stage more or less), as long as the whole call gets faster by a percent. A candidate that
-does not compile, spills registers or changes the result is rejected. Not measured on a GPU yet.
+The sizes that the call selects from `TileConfigs` are changed one at a time to neighbours (half,
+double; one pipeline stage more or less), as long as the call gets faster by a percent. A candidate
+that does not compile, spills registers or changes the result is rejected. Not measured on a GPU
+yet.
 """
 
 import json
@@ -31,20 +32,22 @@ from fastlm.kernels.launch import (
     INTERPRETED,
     Config,
     Key,
-    Tiles,
-    asking,
+    TileConfigs,
     cache_file,
-    measured,
-    recording,
+    load_tuned,
+    record_launches,
+    record_lookups,
 )
 
 GAIN = 0.99  # of the best time so far
-_LEAST, _MOST = 16, 256  # limits of a tile's side; above _MOST only where the fixed table is
-_MOST_STAGES = 5
-_DIFFERS = 0.02  # of the largest value: tiles change the order of sums, nothing else
+_MIN_SIDE, _MAX_SIDE = 16, 256  # of a tile; above _MAX_SIDE only where the fixed table is
+_MAX_STAGES = 5
+_TOLERANCE = 0.02  # of the largest value: tiles change the order of sums, nothing else
 
 
-class Tuned(NamedTuple):
+class TuningResult(NamedTuple):
+    """The tile sizes of one kernel before and after tuning."""
+
     kernel: str
     before: Config
     after: Config
@@ -67,39 +70,42 @@ def seconds(call: Callable[[], Any]) -> float:
 def neighbours(config: Config) -> Iterator[Config]:
     for name, size in config.sizes.items():
         for other in (size // 2, size * 2):
-            if _LEAST <= other <= max(_MOST, size):
+            if _MIN_SIDE <= other <= max(_MAX_SIDE, size):
                 yield replace(config, sizes={**config.sizes, name: other})
     for warps in (config.num_warps // 2, config.num_warps * 2):
         if 2 <= warps <= 8:
             yield replace(config, num_warps=warps)
     for stages in (config.num_stages - 1, config.num_stages + 1):
-        if 1 <= stages <= _MOST_STAGES:
+        if 1 <= stages <= _MAX_STAGES:
             yield replace(config, num_stages=stages)
 
 
 def tune(
     call: Callable[[], Any], *, timer: Callable[[Callable], float] = seconds, save: bool = True
-) -> list[Tuned]:
-    """Measure the tile sizes that `call` uses; `save` keeps the faster ones for all processes.
+) -> list[TuningResult]:
+    """Measure the tile sizes that `call` uses. `save` stores the faster ones for all processes.
 
-    `call` has no arguments and returns the same tensors every time: fixed seeds, no state.
+    `call` takes no arguments and returns the same tensors every time: fixed seeds, no state.
     """
-    with asking() as asked:
-        wanted = call()
-    used = {(tiles.label(key), tensor.device): (tiles, key, tensor) for tiles, key, tensor in asked}
+    with record_lookups() as lookups:
+        expected = call()
+    used = {
+        (tiles.label(key), tensor.device): (tiles, key, tensor) for tiles, key, tensor in lookups
+    }
     results = []
     for tiles, key, tensor in used.values():
-        tuned = _climb(call, wanted, tiles, key, tensor, timer)
-        results.append(tuned)
-        if save and tuned.after != tuned.before:
-            _save(cache_file(tensor), tiles, key, tuned.after)
+        result = _hill_climb(call, expected, tiles, key, tensor, timer)
+        results.append(result)
+        if save and result.after != result.before:
+            _save(cache_file(tensor), tiles, key, result.after)
     return results
 
 
-def _climb(
-    call: Callable, wanted: Any, tiles: Tiles, key: Key, tensor: torch.Tensor, timer: Callable
-) -> Tuned:
-    first = best = tiles.of(key, tensor)
+def _hill_climb(
+    call: Callable, expected: Any, tiles: TileConfigs, key: Key, tensor: torch.Tensor,
+    timer: Callable,
+) -> TuningResult:  # fmt: skip
+    first = best = tiles.select(key, tensor)
     first_time = best_time = timer(call)
     seen = [first]
     climbing = True
@@ -109,49 +115,49 @@ def _climb(
             if config in seen:
                 continue
             seen.append(config)
-            with tiles.trying(key, config, tensor):
-                took = timer(call) if _runs(call, wanted) else math.inf
-            if took < GAIN * best_time:
-                best, best_time, climbing = config, took, True
+            with tiles.override(key, config, tensor):
+                time_taken = timer(call) if _is_valid(call, expected) else math.inf
+            if time_taken < GAIN * best_time:
+                best, best_time, climbing = config, time_taken, True
                 break
-    return Tuned(tiles.label(key), first, best, first_time, best_time)
+    return TuningResult(tiles.label(key), first, best, first_time, best_time)
 
 
-def _runs(call: Callable, wanted: Any) -> bool:
+def _is_valid(call: Callable, expected: Any) -> bool:
     try:
-        with recording() as made:
-            got = call()
+        with record_launches() as launches:
+            actual = call()
     except TritonError:  # does not compile, or needs more than the card has
         return False
-    if any(getattr(launched.kernel, "n_spills", 0) for launched in made):
+    if any(getattr(launch.kernel, "n_spills", 0) for launch in launches):
         return False
-    pairs = zip(_pytree.tree_leaves(wanted), _pytree.tree_leaves(got))
-    return all(_alike(a, b) for a, b in pairs if isinstance(a, torch.Tensor) and a.numel())
+    pairs = zip(_pytree.tree_leaves(expected), _pytree.tree_leaves(actual))
+    return all(_is_close(a, b) for a, b in pairs if isinstance(a, torch.Tensor) and a.numel())
 
 
-def _alike(wanted: torch.Tensor, got: torch.Tensor) -> bool:
-    wanted, got = wanted.double(), got.double()
-    finite = wanted.isfinite()
-    if not torch.equal(finite, got.isfinite()):
+def _is_close(expected: torch.Tensor, actual: torch.Tensor) -> bool:
+    expected, actual = expected.double(), actual.double()
+    finite = expected.isfinite()
+    if not torch.equal(finite, actual.isfinite()):
         return False
-    wanted, got = wanted[finite], got[finite]
-    if wanted.numel() == 0:
+    expected, actual = expected[finite], actual[finite]
+    if expected.numel() == 0:
         return True
-    return bool((wanted - got).abs().max() <= _DIFFERS * wanted.abs().max())
+    return bool((expected - actual).abs().max() <= _TOLERANCE * expected.abs().max())
 
 
-def _save(file: Path, tiles: Tiles, key: Key, config: Config) -> None:
-    """Write one entry to the file and keep the others; readers see the old file or the new one."""
-    measured.cache_clear()
-    entries = {label: asdict(c) for label, c in measured(file).items()}
+def _save(file: Path, tiles: TileConfigs, key: Key, config: Config) -> None:
+    """Write one entry to the file and keep the others. Readers see the old file or the new one."""
+    load_tuned.cache_clear()
+    entries = {label: asdict(c) for label, c in load_tuned(file).items()}
     entries[tiles.label(key)] = asdict(config)
     file.parent.mkdir(parents=True, exist_ok=True)
     descriptor, name = tempfile.mkstemp(dir=file.parent, suffix=".json")
     with os.fdopen(descriptor, "w") as f:
         json.dump(entries, f, indent=1)
     os.replace(name, file)
-    measured.cache_clear()
-    tiles.forget()
+    load_tuned.cache_clear()
+    tiles.clear_cache()
 
 
 # ---- common shapes -------------------------------------------------------------------------------
@@ -172,9 +178,9 @@ def _attention() -> Iterator[tuple[str, Callable]]:
         upstream = torch.randn_like(q)
         for name, options in (("", {}), (", softcap", {"softcap": 30.0})):
             yield f"attention {width}{name}", partial(_gradients, leaves, upstream, options)
-        lone = torch.randn(8, 32, 1, width, dtype=torch.bfloat16, device="cuda")
-        cached = torch.randn(2, 8, 8, 4096, width, dtype=torch.bfloat16, device="cuda")
-        yield f"attention {width}, one query", partial(ops.attention, lone, *cached)
+        query = torch.randn(8, 32, 1, width, dtype=torch.bfloat16, device="cuda")
+        cache = torch.randn(2, 8, 8, 4096, width, dtype=torch.bfloat16, device="cuda")
+        yield f"attention {width}, one query", partial(ops.attention, query, *cache)
 
 
 def _quantized_linear() -> Iterator[tuple[str, Callable]]:
@@ -195,14 +201,14 @@ def main(names: list[str]) -> None:
         if name not in WORKLOADS:
             sys.exit(f"fastlm.kernels.tune: expected {' or '.join(WORKLOADS)}, got {name!r}")
     if not torch.cuda.is_available():
-        sys.exit("fastlm.kernels.tune: expected a CUDA device, torch sees none")
+        sys.exit("fastlm.kernels.tune: expected a CUDA device, got none")
     torch.manual_seed(0)
     for name in names or WORKLOADS:
         for label, call in WORKLOADS[name]():
             for t in tune(call):
                 gain = t.seconds_before / t.seconds_after
                 print(f"{label}: {t.kernel}: {t.before} -> {t.after}, {gain:.2f}x", flush=True)
-    print(f"kept in {cache_file(torch.empty(0, device='cuda'))}")
+    print(f"stored in {cache_file(torch.empty(0, device='cuda'))}")
 
 
 if __name__ == "__main__":

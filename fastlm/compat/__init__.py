@@ -1,4 +1,4 @@
-"""Other libraries' names on fastlm's kernels: a user changes an import and nothing else.
+"""Other libraries' interfaces on fastlm's kernels: a user changes only an import.
 
 `fastlm.compat.flash_attn` has flash-attn's functions, `fastlm.compat.liger` Liger-Kernel's losses,
 modules and ``apply_liger_kernel_to_*``; nothing of those libraries is imported.

@@ -1,8 +1,8 @@
-"""Liger-Kernel's names on `fastlm.ops` and `fastlm.patch`, CPUs included::
+"""Liger-Kernel's interface on `fastlm.ops` and `fastlm.patch`, on CPUs too::
 
     from fastlm.compat.liger import LigerCrossEntropyLoss, apply_liger_kernel_to_llama
 
-    apply_liger_kernel_to_llama()             # each Llama that is built from now on
+    apply_liger_kernel_to_llama()             # each Llama that is created from now on
     apply_liger_kernel_to_llama(model=model)  # this model
 
 Names, defaults and the names of parameters in a state_dict are those of Liger 0.8; options are
@@ -13,15 +13,15 @@ passed by keyword. As in Liger, a mean over no rows is 0 (torch's is NaN). Diffe
 - A loss returns the loss alone: ``return_z_loss``, ``return_token_accuracy``,
   ``return_predicted_tokens`` and ``use_token_scaling`` are refused. With class weights the mean
   divides the z-loss by the rows' weights, too.
-- ``in_place``, ``row_mode``, ``accum_dtype`` and ``chunk_mem_const`` have no effect: they
-  trade memory and rounding costs that the kernels here do not have. Sums are float32.
+- ``in_place``, ``row_mode``, ``accum_dtype`` and ``chunk_mem_const`` have no effect: they are
+  trade-offs of memory and rounding that the kernels here do not need. Sums are float32.
 - ``casting_mode``: norms compute in float32 and round once, as with "gemma"; "llama" and "none"
   differ from that in the rounding of 16-bit inputs.
 
-All ``apply_liger_kernel_to_*`` do the same, since `fastlm.patch` looks at modules, not at names.
-Without ``model``, Liger replaces classes of transformers' module; here the models of that module
-are patched at the end of their ``__init__``. Models that exist stay as they are. Attention stays as
-it is, as with Liger; `fastlm.patch` replaces it, too. `fastlm.unpatch` undoes both.
+All ``apply_liger_kernel_to_*`` do the same, because `fastlm.patch` looks at modules, not at names.
+Without ``model``, Liger replaces classes of transformers' module. Here the models of that module
+are patched at the end of their ``__init__``. Existing models stay as they are. Attention is not
+replaced, as with Liger; `fastlm.patch` replaces it. `fastlm.unpatch` undoes both.
 
 Not included: norms and MLPs for one family (``LigerRMSNormForGemma``, ``LigerPhi3SwiGLUMLP``), the
 losses between two distributions or on preferences, and other ops (LayerNorm, softmax, experts).
@@ -61,7 +61,7 @@ def liger_fused_linear_cross_entropy(
     ce_weight: Tensor | None = None,
     **options: Any,
 ) -> Tensor:
-    """`liger_cross_entropy` of ``F.linear(input, weight, bias)``, whose logits are never stored."""
+    """`liger_cross_entropy` of ``F.linear(input, weight, bias)``, without storing the logits."""
     op = functools.partial(linear_cross_entropy, input, weight, linear_bias=bias)
     return _loss(op, target, ce_weight, **options)
 
@@ -80,7 +80,7 @@ def _loss(
 ) -> Tensor:
     for name, value in options.items():
         if name not in _WITHOUT_EFFECT and value not in (None, False):
-            raise InputError(f"{name}: expected none (no kernel here has it), got {value!r:.60}")
+            raise InputError(f"{name}: expected None (no kernel supports it), got {value!r:.60}")
     loss = op(
         target,
         weight=weight,
@@ -135,7 +135,7 @@ def liger_rms_norm(
     casting_mode: str = "llama",
     in_place: bool = True,
 ) -> Tensor:
-    """``F.rms_norm(X, X.shape[-1:], offset + W, eps)``; without W, no weight at all."""
+    """``F.rms_norm(X, X.shape[-1:], offset + W, eps)``; without W, without a weight."""
     if casting_mode not in _CASTING_MODES:
         raise InputError(
             f"casting_mode: expected one of {', '.join(_CASTING_MODES)}, got {casting_mode!r}"
@@ -146,7 +146,7 @@ def liger_rms_norm(
 
 
 class LigerRMSNorm(nn.Module):
-    """`liger_rms_norm` with a weight of its own."""
+    """`liger_rms_norm` as a module with a weight."""
 
     weight: Tensor | None
 
@@ -206,7 +206,8 @@ def liger_geglu(a: Tensor, b: Tensor) -> Tensor:
 
 
 class LigerGEGLUMLP(nn.Module):
-    """``down_proj(gelu_tanh(gate_proj(x)) * up_proj(x))`` with config's sizes, whatever its act."""
+    """``down_proj(gelu_tanh(gate_proj(x)) * up_proj(x))`` with config's sizes, for any
+    ``hidden_act``."""
 
     product = staticmethod(liger_geglu)
 
@@ -244,28 +245,31 @@ _PATCHES = {  # Liger's option -> the op of `fastlm.patch`
 
 
 def _ops(options: dict[str, bool]) -> set[str]:
-    """The ops of `fastlm.patch` that Liger's options leave on."""
+    """Return the ops of `fastlm.patch` that Liger's options enable."""
     if options.pop("cross_entropy", False):
         raise InputError("cross_entropy: expected False (use fused_linear_cross_entropy), got True")
     if unknown := sorted(options.keys() - _PATCHES):
         raise InputError(f"options: expected some of {', '.join(_PATCHES)}, got {unknown[0]}")
-    return {*_PATCHES.values()} - {_PATCHES[name] for name, on in options.items() if not on}
+    return {*_PATCHES.values()} - {
+        _PATCHES[name] for name, enabled in options.items() if not enabled
+    }
 
 
 def _patch_model(model: nn.Module, ops: set[str]) -> None:
-    """Patch those of `ops` that `model` has a place for. InputError: as `fastlm.patch`."""
-    if found := [op for op in patched_ops(patch(model)) if op in ops]:
-        patch(model, ops=found)
+    """Patch the modules of `model` that `fastlm.patch` recognises for `ops`; errors as there."""
+    if recognised_ops := [op for op in patched_ops(patch(model)) if op in ops]:
+        patch(model, ops=recognised_ops)
     else:
         unpatch(model)
 
 
-_building = 0  # models whose __init__ runs: those inside another one are patched with it
+_open_inits = 0  # models with a running __init__: a model inside another is patched with it
 
 
 def _patch_classes(package: str, ops: set[str]) -> None:
-    """Patch the models that the classes of transformers' module for `package` build from now on. A
-    second call replaces the choice of the first.
+    """Patch all future models of the classes in transformers' module for `package`.
+
+    A second call replaces the choice of the first.
     """
     from transformers import PreTrainedModel
 
@@ -277,25 +281,25 @@ def _patch_classes(package: str, ops: set[str]) -> None:
             and cls.__module__ == module.__name__
             and "__init__" in vars(cls)
         ):
-            before = getattr(cls.__init__, "_fastlm_before", cls.__init__)
-            cls.__init__ = _patching(before, ops)
+            original = getattr(cls.__init__, "_fastlm_original", cls.__init__)
+            cls.__init__ = _patch_after_init(original, ops)
 
 
-def _patching(before: Callable, ops: set[str]) -> Callable:
-    """The ``__init__`` `before`, after which the outermost model is patched."""
+def _patch_after_init(original: Callable, ops: set[str]) -> Callable:
+    """Wrap an ``__init__`` so that the outermost model is patched after it."""
 
-    @functools.wraps(before)
+    @functools.wraps(original)
     def __init__(self: nn.Module, *args: Any, **kwargs: Any) -> None:
-        global _building
-        _building += 1
+        global _open_inits
+        _open_inits += 1
         try:
-            before(self, *args, **kwargs)
+            original(self, *args, **kwargs)
         finally:
-            _building -= 1
-        if not _building:
+            _open_inits -= 1
+        if not _open_inits:
             _patch_model(self, ops)
 
-    setattr(__init__, "_fastlm_before", before)  # noqa: B010
+    setattr(__init__, "_fastlm_original", original)  # noqa: B010
     return __init__
 
 
@@ -303,7 +307,8 @@ def _apply_to(package: str) -> Callable[..., None]:
     """Return Liger's function for the models of transformers' `package`."""
 
     def apply(*, model: nn.Module | None = None, **options: bool) -> None:
-        """Patch `model`, or without it every model of the family that is built from now on.
+        """Patch `model`, or without it every model of the family that is created from now on.
+
         ``options``: rope, rms_norm, swiglu or geglu, fused_linear_cross_entropy; True by default.
         """
         if model is None:
@@ -329,7 +334,7 @@ apply_liger_kernel_to_gemma3_text = _apply_to("gemma3")
 
 
 class AutoLigerKernelForCausalLM:
-    """transformers' AutoModelForCausalLM, whose models are patched; arguments of both."""
+    """transformers' AutoModelForCausalLM with patched models. It takes the arguments of both."""
 
     @classmethod
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:

@@ -1,1 +1,1 @@
-"""Host side of the C++ kernels (csrc/cpu), one file per op. Allocates and calls ``fastlm._cpu``."""
+"""Host side of the C++ kernels (csrc/cpu), one file per op: allocates and calls ``fastlm._cpu``."""

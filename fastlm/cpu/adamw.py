@@ -1,4 +1,4 @@
-"""AdamW through csrc/cpu/adamw.cpp. Allocates the workspace in which C++ builds its tables."""
+"""AdamW by csrc/cpu/adamw.cpp. This file allocates the workspace for the tables that C++ builds."""
 
 import torch
 from torch import Tensor
@@ -11,7 +11,7 @@ from fastlm.reference import AdamWTensor
 def adamw(
     tensors: list[AdamWTensor], max_grad_norm: float, grad_norm: Tensor | None, have_norm: bool
 ) -> None:
-    """`reference.adamw`, in place. Everything is checked before anything is written."""
+    """Run `reference.adamw`, in place. Everything is checked before anything is written."""
     size = _cpu.adamw_workspace([t.param.numel() for t in tensors])
     workspace = torch.empty(size, dtype=torch.int64, device="cpu")
     try:

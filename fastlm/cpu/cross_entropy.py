@@ -1,5 +1,6 @@
-"""cross_entropy through csrc/cpu/cross_entropy.h. Allocates the results and a few float32 per row,
-and refuses targets out of range.
+"""cross_entropy by csrc/cpu/cross_entropy.h.
+
+This file allocates the results and a few float32 per row, and refuses targets out of range.
 """
 
 import torch
@@ -7,13 +8,13 @@ from torch import Tensor
 
 from fastlm import reference
 from fastlm.backend import cpu_extension as _cpu
-from fastlm.cpu.templates import nothing, scalar
+from fastlm.cpu.templates import empty_float32, scalar
 
-# Up to so many rows the statistics of a loss need no memory
+# Up to this number of rows the statistics of a loss need no memory
 _FEW_ROWS = _cpu.CROSS_ENTROPY_FEW_ROWS if _cpu else 0
 
 
-def checked_target(target: Tensor, classes: int, ignore_index: int) -> Tensor:
+def check_target(target: Tensor, classes: int, ignore_index: int) -> Tensor:
     """Return a contiguous target after checking that every class in it is in range."""
     target = target.contiguous()
     if (row := _cpu.first_bad_target(target, classes, ignore_index)) >= 0:
@@ -21,9 +22,9 @@ def checked_target(target: Tensor, classes: int, ignore_index: int) -> Tensor:
     return target
 
 
-def all_weights(class_weight: Tensor | None, smooth: bool, classes: int) -> Tensor | None:
-    """(V) or (N, V) weights of the sum over all classes, or None without that sum. Those of a row
-    may be 16-bit."""
+def expand_weights(class_weight: Tensor | None, smooth: bool, classes: int) -> Tensor | None:
+    """Return (V) or (N, V) weights of the sum over all classes, or None without that sum. Weights
+    per row may be 16-bit."""
     if not smooth:
         return None
     if class_weight is None:
@@ -31,7 +32,7 @@ def all_weights(class_weight: Tensor | None, smooth: bool, classes: int) -> Tens
     return (class_weight if class_weight.dim() == 2 else class_weight.float()).contiguous()
 
 
-def rows_apart(t: Tensor) -> Tensor:
+def contiguous_rows(t: Tensor) -> Tensor:
     """Return a matrix with any row stride but contiguous rows."""
     return t if t.stride(-1) == 1 or t.shape[-1] == 1 else t.contiguous()
 
@@ -42,9 +43,9 @@ def cross_entropy_forward(logits, target, class_weight, smooth, ignore_index, so
     log_sum, nll = torch.empty_like(shift), torch.empty_like(shift)
     smoothed = shift.new_empty(n if smooth else 0)
     _cpu.cross_entropy_forward(
-        rows_apart(logits),
-        checked_target(target, classes, ignore_index),
-        all_weights(class_weight, smooth, classes),
+        contiguous_rows(logits),
+        check_target(target, classes, ignore_index),
+        expand_weights(class_weight, smooth, classes),
         ignore_index,
         softcap or 0.0,
         logit_scale,
@@ -74,9 +75,9 @@ def cross_entropy_backward(
         on_p.contiguous(),
         on_target.contiguous(),
         None if on_all is None else on_all.contiguous(),
-        rows_apart(logits),
+        contiguous_rows(logits),
         target.contiguous(),
-        all_weights(class_weight, on_all is not None, logits.shape[1]),
+        expand_weights(class_weight, on_all is not None, logits.shape[1]),
         shift,
         log_sum,
         ignore_index,
@@ -91,13 +92,13 @@ def cross_entropy_loss(logits, target, ignore_index, mean, softcap, logit_scale,
     loss, n = torch.empty_like(scalar()), target.shape[0]
     stats = scalar().new_empty(3, n) if keep or n > _FEW_ROWS else None
     target = target.contiguous()
-    rows = logits if logits.is_contiguous() else rows_apart(logits)
+    rows = logits if logits.is_contiguous() else contiguous_rows(logits)
     row = _cpu.cross_entropy_loss(
         rows, target, ignore_index, mean, softcap or 0.0, logit_scale, loss, stats
     )
     if row >= 0:
         raise reference.bad_target(target, row, logits.shape[1], ignore_index)
-    return loss, stats if keep and stats is not None else torch.empty_like(nothing())
+    return loss, stats if keep and stats is not None else torch.empty_like(empty_float32())
 
 
 def cross_entropy_loss_backward(
@@ -107,7 +108,7 @@ def cross_entropy_loss_backward(
     d_logits = torch.empty_like(logits) if contiguous else logits.new_empty(logits.shape)
     _cpu.cross_entropy_loss_backward(
         d_loss,
-        logits if contiguous else rows_apart(logits),
+        logits if contiguous else contiguous_rows(logits),
         target.contiguous(),
         stats,
         ignore_index,

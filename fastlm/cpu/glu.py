@@ -1,10 +1,10 @@
-"""glu through csrc/cpu/glu.h. Allocates only the results."""
+"""glu by csrc/cpu/glu.h. This file allocates only the results."""
 
 import torch
 from torch import Tensor
 
 from fastlm.backend import cpu_extension as _cpu
-from fastlm.cpu.templates import nothing
+from fastlm.cpu.templates import empty_float32
 from fastlm.memory_order import matrix
 
 
@@ -26,4 +26,4 @@ def glu_backward(dy: Tensor, gate: Tensor, up: Tensor | None, act: str) -> tuple
         dup = None if up is None else gate.new_empty(gate.shape)
         dy, gate, up = matrix(dy), matrix(gate), None if up is None else matrix(up)
     _cpu.glu_backward(dy, gate, up, act, dgate, dup)
-    return dgate, nothing().new_empty(0, dtype=gate.dtype) if dup is None else dup
+    return dgate, empty_float32().new_empty(0, dtype=gate.dtype) if dup is None else dup

@@ -1,5 +1,6 @@
-"""layer_norm through csrc/cpu/layer_norm.h. Allocates the results and the partial sums of the
-gradients of weight and bias.
+"""layer_norm by csrc/cpu/layer_norm.h.
+
+This file allocates the results and the partial sums of the gradients of weight and bias.
 """
 
 import torch

@@ -1,7 +1,6 @@
-"""linear through csrc/cpu/linear.h, in bfloat16. float32 by tiles of bfloat16:
-csrc/cpu/linear_split.h.
+"""linear by csrc/cpu/linear.h, in bfloat16; float32 by tiles of bfloat16, csrc/cpu/linear_split.h.
 
-Allocates the results, and for each product a workspace of the size that C++ reports.
+This file allocates the results, and for each product a workspace of the size that C++ reports.
 """
 
 import torch
@@ -26,20 +25,20 @@ def linear_forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     rows = x.numel() // k
     y = x.new_empty(*x.shape[:-1], n)
     bias = None if bias is None else bias.contiguous()
-    room = _workspace(rows, n, k)
-    _cpu.linear_forward(_matrix(x), _matrix(weight), bias, y.view(rows, n), room)
+    workspace = _workspace(rows, n, k)
+    _cpu.linear_forward(_matrix(x), _matrix(weight), bias, y.view(rows, n), workspace)
     return y
 
 
 def linear_split(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """The product of float32 matrices, neither empty, by tiles of bfloat16 (AMX)."""
+    """Multiply float32 matrices, neither empty, by tiles of bfloat16 (AMX)."""
     n, k = weight.shape
     rows = x.numel() // k
     y = x.new_empty(*x.shape[:-1], n)
     bias = None if bias is None else bias.contiguous()
     size = _cpu.linear_split_workspace(rows, n, k) // 4 + 1
-    room = torch.empty(size, dtype=torch.float32, device="cpu")
-    _cpu.linear_split(_matrix(x), _matrix(weight), bias, y.view(rows, n), room)
+    workspace = torch.empty(size, dtype=torch.float32, device="cpu")
+    _cpu.linear_split(_matrix(x), _matrix(weight), bias, y.view(rows, n), workspace)
     return y
 
 
@@ -57,6 +56,6 @@ def linear_backward(
     if x is not None:
         k = x.shape[-1]
         dweight = dy.new_empty(n, k)
-        room = _workspace(rows, n, k, weight_gradient=True)
-        _cpu.linear_weight_gradient(dy, _matrix(x), dweight, room)
+        workspace = _workspace(rows, n, k, weight_gradient=True)
+        _cpu.linear_weight_gradient(dy, _matrix(x), dweight, workspace)
     return dx, dweight, dy.sum(0) if need_bias else dy.new_empty(0)

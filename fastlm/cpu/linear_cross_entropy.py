@@ -1,6 +1,9 @@
-"""linear_cross_entropy through csrc/cpu/linear_cross_entropy.h, one chunk of rows at a time.
+"""linear_cross_entropy by csrc/cpu/linear_cross_entropy.h, one chunk of rows at a time.
 
-Allocates the gradients, three or four float32 per row, and the workspaces of one chunk.
+This file allocates the gradients, three or four float32 per row, and the workspaces of one chunk.
+
+`on_p`, `on_target`, `on_all` and `on_entropy` are each row's coefficients of its probabilities, its
+target, all classes and its entropy in the gradient (fastlm/ops/cross_entropy.py).
 
 The weight's gradient is summed over chunks in float32. Rejected: slabs of the vocabulary, which
 need no such sum for a 16-bit weight but cost 5 products; torch's matrix products on chunks, which
@@ -11,30 +14,30 @@ import torch
 from torch import Tensor
 
 from fastlm.backend import cpu_extension as _cpu
-from fastlm.cpu.cross_entropy import all_weights, checked_target, rows_apart
+from fastlm.cpu.cross_entropy import check_target, contiguous_rows, expand_weights
 from fastlm.row_losses import row_losses
 
-_MOST_ROWS = 512  # per chunk: the weight's float32 gradient is read and written once per chunk
-# Bytes for a chunk's exponentials: half of this where the float32 gradient of a 16-bit weight needs
-# memory as well, more where an eighth of that gradient is more.
+_MAX_CHUNK_ROWS = 512  # per chunk: the weight's float32 gradient is read and written once per chunk
+# Bytes for a chunk's exponentials. Half of this where the float32 gradient of a 16-bit weight needs
+# memory as well; more where an eighth of that gradient is more.
 _WORKSPACE = 64 << 20
 
 
-class Chunks:
-    """Rows in chunks, and the kernels' arguments and workspaces that all chunks share."""
+class CpuLogitChunks:
+    """Iterates over chunks of rows; holds the arguments and workspaces that all chunks share."""
 
     def __init__(self, input, linear_weight, linear_bias, target, class_weight, smooth, *options):
         ignore_index, softcap, scale = options
-        self.input, self.weight = rows_apart(input), rows_apart(linear_weight)
+        self.input, self.weight = contiguous_rows(input), contiguous_rows(linear_weight)
         self.bias = None if linear_bias is None else linear_bias.float().contiguous()
-        self.target = checked_target(target, len(linear_weight), ignore_index)
-        self.class_weight = all_weights(class_weight, smooth, len(linear_weight))
+        self.target = check_target(target, len(linear_weight), ignore_index)
+        self.class_weight = expand_weights(class_weight, smooth, len(linear_weight))
         self.options = (ignore_index, softcap or 0.0, scale)
         step = _cpu.CHUNK_ROW_STEP
         self.row_bytes = self.sizes(step)[0] // step  # of the exponentials
         budget = _WORKSPACE if input.dtype.itemsize == 4 else _WORKSPACE // 2
         budget = max(budget, linear_weight.numel() * 4 // 8)
-        self.rows = min(_MOST_ROWS, max(budget // self.row_bytes // step * step, step))
+        self.rows = min(_MAX_CHUNK_ROWS, max(budget // self.row_bytes // step * step, step))
         sizes = (*(len(input),) * 3, len(input) if smooth else 0)
         outputs = [input.new_empty(size, dtype=torch.float32) for size in sizes]
         self.shift, self.log_sum, self.nll, self.smoothed = outputs
@@ -46,11 +49,12 @@ class Chunks:
             yield slice(i, min(i + self.rows, len(self.input)))
 
     def sizes(self, rows: int) -> tuple[int, int]:
-        """Bytes of a chunk's exponentials, float32 elements of its statistics."""
+        """Return the bytes of a chunk's exponentials and the float32 elements of its statistics."""
         return _cpu.linear_cross_entropy_workspace(self.input, len(self.weight), rows)
 
     def workspace(self, part: slice) -> tuple[Tensor, Tensor, Tensor]:
-        """exponentials, stats and at_target of a chunk; only the last chunk differs in size."""
+        """Return exponentials, stats and at_target of a chunk. Only the last chunk differs in
+        size."""
         rows = part.stop - part.start
         if rows not in self.workspaces:
             self.workspaces.clear()
@@ -81,8 +85,8 @@ class Chunks:
         )
 
     def statistics(self) -> None:
-        """The scores' statistics alone: no exponentials are kept."""
-        self.rows, self.row_bytes = _MOST_ROWS, 0
+        """Compute only the scores' statistics, without keeping exponentials."""
+        self.rows, self.row_bytes = _MAX_CHUNK_ROWS, 0
         for part in self:
             _, stats, at_target = self.workspace(part)
             self.scores(part, None, stats, at_target)
@@ -153,7 +157,7 @@ def linear_cross_entropy_forward(
     softcap,
     logit_scale,
 ):
-    chunks = Chunks(
+    chunks = CpuLogitChunks(
         input,
         linear_weight,
         linear_bias,
@@ -187,7 +191,8 @@ def linear_cross_entropy_backward(
     on_entropy=None,
     entropy=None,
 ):
-    """The gradients of `linear_cross_entropy`, or with the last two of `linear_logprobs`."""
+    """Return the gradients of `linear_cross_entropy`, or of `linear_logprobs` with the last two
+    arguments."""
     used = (on_p != 0) | (on_target != 0)
     for on in (on_all, on_entropy):
         if on is not None:
@@ -216,7 +221,7 @@ def linear_cross_entropy_backward(
         if need_input:
             d_input = input.new_zeros(input.shape).index_copy_(0, rows, d_input)
         return d_input, *rest
-    chunks = Chunks(
+    chunks = CpuLogitChunks(
         input,
         linear_weight,
         linear_bias,
@@ -228,8 +233,8 @@ def linear_cross_entropy_backward(
         logit_scale,
     )
     chunks.shift, chunks.log_sum = shift, log_sum
-    once = len(input) <= chunks.rows
-    dtype = input.dtype if once else torch.float32
+    single_chunk = len(input) <= chunks.rows
+    dtype = input.dtype if single_chunk else torch.float32
     gradients = chunks.outputs(linear_bias, need_input, need_weight, dtype)
     on_p, on_target = on_p.contiguous(), on_target.contiguous()
     on_all = None if on_all is None else on_all.contiguous()
@@ -269,9 +274,9 @@ def linear_cross_entropy_loss(
     need_weight,
 ):
     smooth, valid = on_smoothed is not None, target != ignore_index
-    if not valid.all():  # leave the ignored rows out: in fine-tuning they are most of a batch
+    if not valid.all():  # leave out the ignored rows: in fine-tuning they are most of a batch
         rows = valid.nonzero()[:, 0]
-        summed, d_input, *rest = linear_cross_entropy_loss(
+        loss, d_input, *rest = linear_cross_entropy_loss(
             input[rows],
             linear_weight,
             linear_bias,
@@ -287,11 +292,11 @@ def linear_cross_entropy_loss(
             need_weight,
         )
         # NaN where the mean is over no rows, as in torch
-        summed = summed + (0 * on_nll[~valid]).sum()
+        loss = loss + (0 * on_nll[~valid]).sum()
         if need_input:
             d_input = input.new_zeros(input.shape).index_copy_(0, rows, d_input)
-        return summed, d_input, *rest
-    chunks = Chunks(
+        return loss, d_input, *rest
+    chunks = CpuLogitChunks(
         input,
         linear_weight,
         linear_bias,

@@ -1,30 +1,30 @@
-"""linear_distillation through csrc/cpu/linear_distillation.h, one chunk of rows at a time.
+"""linear_distillation by csrc/cpu/linear_distillation.h, one chunk of rows at a time.
 
 The products of the gradients are those of linear_cross_entropy (csrc/cpu/linear_cross_entropy.h).
-Its kernel multiplies ``on_p * E * e^(base - lse)`` with the weight and the rows, E being the
+Its kernel multiplies ``on_p * E * e^(base - lse)`` with the weight and the rows, where E are the
 exponentials of the scores. Here E is dloss/dz, base and lse are 0, and no row has a target.
 
-Rejected: scores in 16 bits, whose error in a difference of logarithms no later step removes; one
-sweep over both heads that keeps only what the gradient needs, which jsd does not allow: its terms
-need both sums first.
+Rejected: scores in 16 bits, because no later step removes their error in a difference of
+logarithms; one pass over both heads that stores only what the gradient needs, because the terms of
+jsd need both sums first.
 """
 
 import torch
 from torch import Tensor
 
 from fastlm.backend import cpu_extension as _cpu
-from fastlm.cpu.cross_entropy import rows_apart
-from fastlm.cpu.linear_cross_entropy import Chunks, _or_empty
-from fastlm.cpu.linear_cross_entropy import linear_cross_entropy_loss_backward as _scaled
+from fastlm.cpu.cross_entropy import contiguous_rows
+from fastlm.cpu.linear_cross_entropy import CpuLogitChunks, _or_empty
+from fastlm.cpu.linear_cross_entropy import linear_cross_entropy_loss_backward as _scale_gradients
 
-# Bytes for a chunk's scores of both heads, 8 or (with a 16-bit gradient of the scores beside them)
-# 10 per class; more where an eighth of the float32 gradient of the weight is more.
+# Bytes for a chunk's scores of both heads: 8 per class, or 10 with a separate 16-bit gradient of
+# the scores. More where an eighth of the float32 gradient of the weight is more.
 _WORKSPACE = 64 << 20
-_MOST_ROWS = 512  # per chunk, as in linear_cross_entropy
+_MAX_CHUNK_ROWS = 512  # per chunk, as in linear_cross_entropy
 _NONE = -100  # the target of every row
 
 
-class _Room:
+class _Workspace:
     """The scores of a chunk, their sums and the workspace of the kernels."""
 
     def __init__(self, rows: int, classes: int, width: int):
@@ -51,7 +51,7 @@ def linear_distillation_forward(
     need_student,
     need_weight,
 ):
-    if keep is not None and not keep.all():  # in fine-tuning most rows of a batch are left out
+    if keep is not None and not keep.all():  # in fine-tuning most rows of a batch are masked
         rows = keep.nonzero()[:, 0]
         total, d_student, d_weight = linear_distillation_forward(
             student[rows],
@@ -73,55 +73,63 @@ def linear_distillation_forward(
         return total, d_student, d_weight
     n, classes, need = len(student), len(student_weight), need_student or need_weight
     target = torch.full((n,), _NONE, device="cpu")
-    chunks = Chunks(student, student_weight, None, target, None, False, _NONE, None, logit_scale)
+    chunks = CpuLogitChunks(
+        student, student_weight, None, target, None, False, _NONE, None, logit_scale
+    )
     chunks.shift.zero_()
     chunks.log_sum.zero_()
-    direct = not need or _cpu.matrix_element_bytes(student) == 4
+    in_place = not need or _cpu.matrix_element_bytes(student) == 4
     step = _cpu.CHUNK_ROW_STEP
     padded = _cpu.linear_distillation_workspace(classes, student.shape[1], step)[0]
-    row_bytes = padded * (8 if direct else 10)
+    row_bytes = padded * (8 if in_place else 10)
     budget = max(_WORKSPACE, student_weight.numel() * 4 // 8 if need_weight else 0)
-    chunks.rows = min(_MOST_ROWS, max(budget // row_bytes // step * step, step))
-    heads = (chunks.input, chunks.weight), (rows_apart(teacher), rows_apart(teacher_weight))
+    chunks.rows = min(_MAX_CHUNK_ROWS, max(budget // row_bytes // step * step, step))
+    heads = (
+        (chunks.input, chunks.weight),
+        (contiguous_rows(teacher), contiguous_rows(teacher_weight)),
+    )
     # a softcap before the scale is softcap * scale after it
     caps = [(cap or 0.0) * logit_scale for cap in (student_softcap, teacher_softcap)]
-    on_row, nothing = (
+    on_row, zeros = (
         torch.full((n,), value, dtype=torch.float32, device="cpu") for value in (unit, 0.0)
     )
     losses = torch.empty(n, dtype=torch.float32, device="cpu")
     d_student, d_weight, _ = chunks.outputs(None, need_student, need_weight)
-    room, d_scores, scores = None, None, []
+    workspace, d_scores, scores = None, None, []
     for part in chunks:
         rows = part.stop - part.start
-        if room is None or room.rows != rows:
-            del room, d_scores, scores  # before the next are allocated
-            room = _Room(rows, classes, max(student.shape[1], teacher.shape[1]))
-            d_scores, own = None, None
+        if workspace is None or workspace.rows != rows:
+            del workspace, d_scores, scores  # before the next are allocated
+            workspace = _Workspace(rows, classes, max(student.shape[1], teacher.shape[1]))
+            d_scores, student_scores = None, None
             if need:
                 memory, stats, _ = chunks.workspace(part)
-                stats[: room.shape[1]] = 0  # the base of each row
-                d_scores = memory.view(torch.float32 if direct else torch.bfloat16)
-                own = d_scores if direct else None
-            scores = [room.floats(*room.shape) if own is None else own, room.floats(*room.shape)]
-        for (x, w), cap, z, lse in zip(heads, caps, scores, room.lse):
-            _cpu.linear_distillation_scores(x[part], w, cap, logit_scale, z, lse, room.workspace)
+                stats[: workspace.shape[1]] = 0  # the base of each row
+                d_scores = memory.view(torch.float32 if in_place else torch.bfloat16)
+                student_scores = d_scores if in_place else None
+            scores = [
+                workspace.floats(*workspace.shape) if student_scores is None else student_scores,
+                workspace.floats(*workspace.shape),
+            ]
+        for (x, w), cap, z, lse in zip(heads, caps, scores, workspace.lse):
+            _cpu.linear_distillation_scores(
+                x[part], w, cap, logit_scale, z, lse, workspace.workspace
+            )
         _cpu.linear_distillation_rows(
             kind,
             beta,
             caps[0],
             classes,
             scores[0],
-            room.lse[0],
+            workspace.lse[0],
             scores[1],
-            room.lse[1],
+            workspace.lse[1],
             losses[part],
             d_scores,
-            room.workspace,
+            workspace.workspace,
         )
         if need:
-            chunks.gradients(
-                part, on_row[part], nothing[part], None, True, d_student, d_weight, None
-            )
+            chunks.gradients(part, on_row[part], zeros[part], None, True, d_student, d_weight, None)
     return (
         losses.sum() * unit,
         _or_empty(d_student, student.dtype),
@@ -131,4 +139,4 @@ def linear_distillation_forward(
 
 def linear_distillation_backward(d_loss, d_student, d_weight, weight_dtype):
     none = d_student.new_empty(0)
-    return _scaled(d_loss, d_student, d_weight, none, weight_dtype, none.dtype)[:2]
+    return _scale_gradients(d_loss, d_student, d_weight, none, weight_dtype, none.dtype)[:2]

@@ -1,14 +1,16 @@
-"""linear_logprobs through the kernels of linear_cross_entropy. Ignored rows are left out in both
-directions: in training on samples they are the prompts and the padding.
+"""linear_logprobs by the kernels of linear_cross_entropy.
+
+Ignored rows are left out in both directions: in training on samples they are the prompts and the
+padding.
 """
 
 from fastlm.cpu import linear_cross_entropy
-from fastlm.cpu.cross_entropy import checked_target
-from fastlm.cpu.linear_cross_entropy import Chunks
+from fastlm.cpu.cross_entropy import check_target
+from fastlm.cpu.linear_cross_entropy import CpuLogitChunks
 
 
 def _options(ignore_index, softcap, temperature):
-    """Those of linear_cross_entropy, which scales before it caps."""
+    """Return the options of linear_cross_entropy, which scales before it caps."""
     return ignore_index, None if softcap is None else softcap / temperature, 1 / temperature
 
 
@@ -24,7 +26,7 @@ def linear_logprobs_forward(
 ):
     valid = target != ignore_index
     if not valid.all():
-        checked_target(target, len(linear_weight), ignore_index)  # here its message knows the row
+        check_target(target, len(linear_weight), ignore_index)  # here the error can name the row
         rows = valid.nonzero()[:, 0]
         logprob, entropy, *stats = linear_logprobs_forward(
             input[rows],
@@ -37,13 +39,13 @@ def linear_logprobs_forward(
             temperature,
         )
 
-        def placed(t):
+        def scatter(t):
             return t.new_zeros(len(target)).index_copy_(0, rows, t)
 
-        entropy = placed(entropy) if with_entropy else entropy
-        return placed(logprob), entropy, *(placed(t) for t in stats)
+        entropy = scatter(entropy) if with_entropy else entropy
+        return scatter(logprob), entropy, *(scatter(t) for t in stats)
     options = _options(ignore_index, softcap, temperature)
-    chunks = Chunks(input, linear_weight, linear_bias, target, None, False, *options)
+    chunks = CpuLogitChunks(input, linear_weight, linear_bias, target, None, False, *options)
     entropy = chunks.nll.new_empty(len(input) if with_entropy else 0)
     chunks.entropy = entropy if with_entropy else None
     chunks.statistics()

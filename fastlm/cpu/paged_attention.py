@@ -1,17 +1,17 @@
-"""paged_attention through csrc/cpu/attention: the host side of `attention`, with pages."""
+"""paged_attention by csrc/cpu/attention: the host side of `attention`, with pages."""
 
 from fastlm.cpu.attention import run_forward
-from fastlm.cpu.templates import nothing
-from fastlm.memory_order import elements_last
+from fastlm.cpu.templates import empty_float32
+from fastlm.memory_order import dense_rows
 
 
 def paged_attention(
     q, k_cache, v_cache, block_table, seq_lens, k_scale, v_scale, sinks, alibi_slopes, bias, options
 ):
-    q, k_cache, v_cache = elements_last(q, k_cache, v_cache)
+    q, k_cache, v_cache = dense_rows(q, k_cache, v_cache)
     batch, queries, heads, _ = q.shape
     out = q.new_empty(batch, queries, heads, v_cache.shape[3])
-    lse = nothing().new_empty(batch, heads, queries)
+    lse = empty_float32().new_empty(batch, heads, queries)
     table = block_table if block_table.stride(-1) == 1 else block_table.contiguous()
     layout = (None, None, table, seq_lens.contiguous(), k_scale, v_scale)
     return run_forward(

@@ -1,5 +1,6 @@
-"""quantized_linear and dequantize through csrc/cpu/quantized. Allocates the results, and a
-workspace of the size that C++ reports.
+"""quantized_linear and dequantize by csrc/cpu/quantized.
+
+This file allocates the results, and a workspace of the size that C++ reports.
 """
 
 import torch
@@ -27,9 +28,9 @@ def quantized_linear_forward(
     x = rows_of(x)
     workspace = None
     if x.numel() > _ROW_ON_STACK or x.numel() != x.shape[-1]:
-        floats = _cpu.quantized_linear_workspace(x, qdata.shape[0], bits, group_size, act_bits, 0)
-        if floats:
-            workspace = x.new_empty(floats, dtype=torch.float32)
+        size = _cpu.quantized_linear_workspace(x, qdata.shape[0], bits, group_size, act_bits, 0)
+        if size:
+            workspace = x.new_empty(size, dtype=torch.float32)
     _cpu.quantized_linear(
         x, qdata, scales, zeros, bias, bits, group_size, act_bits, 0, y, workspace
     )

@@ -1,5 +1,6 @@
-"""rms_norm through csrc/cpu/rms_norm.h. Allocates the results, one float32 per row, and the partial
-sums of the weight's gradient.
+"""rms_norm by csrc/cpu/rms_norm.h.
+
+This file allocates the results, one float32 per row, and the partial sums of the weight's gradient.
 """
 
 import torch

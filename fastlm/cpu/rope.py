@@ -1,4 +1,4 @@
-"""rope through csrc/cpu/rope.h. Allocates the results, in the memory order of q and k."""
+"""rope by csrc/cpu/rope.h. This file allocates the results, in the memory order of q and k."""
 
 import torch
 from torch import Tensor

@@ -1,6 +1,7 @@
-"""Host side of the CUDA C++ kernels (csrc/cuda), one file per op. Allocates, and launches them
-through ``fastlm._cuda``, or through ``fastlm._simt`` (csrc/simt) where ``FASTLM_BACKEND=simt``
-forces the emulator.
+"""Host side of the CUDA C++ kernels (csrc/cuda), one file per op.
+
+It allocates results and launches kernels by ``fastlm._cuda``, or by ``fastlm._simt`` (csrc/simt)
+where ``FASTLM_BACKEND=simt`` forces the emulator.
 """
 
 import functools
@@ -13,7 +14,7 @@ from fastlm import backend
 
 
 def extension() -> Any:
-    """The module whose functions launch kernels."""
+    """Return the module that launches kernels."""
     return importlib.import_module(
         f"fastlm._{'simt' if backend.forced_backend() == 'simt' else 'cuda'}"
     )
@@ -21,19 +22,19 @@ def extension() -> Any:
 
 @functools.cache
 def constants() -> Any:
-    """An extension, for the constants of csrc/cuda/ops.h: they are the same in both."""
+    """Return an extension, for the constants of csrc/cuda/ops.h: they are the same in both."""
     return extension()
 
 
 def stream(tensor: torch.Tensor) -> int:
-    """The current CUDA stream of the tensor's device; 0 on the emulator."""
+    """Return the current CUDA stream of the tensor's device; 0 on the emulator."""
     if not tensor.is_cuda:
         return 0
     return torch._C._cuda_getCurrentRawStream(tensor.device.index)  # pyright: ignore[reportAttributeAccessIssue]
 
 
 emulated_multiprocessors = 4
-"""What the emulator's device has: few, so that work is divided at small sizes."""
+"""Multiprocessors of the emulator's device: few, so that work is divided at small sizes."""
 
 
 def multiprocessors(device: torch.device) -> int:

@@ -1,15 +1,15 @@
-"""AdamW through csrc/cuda/adamw.cu: one launch for all tensors, after two or three small ones."""
+"""AdamW by csrc/cuda/adamw.cu: one launch for all tensors, after two or three small ones."""
 
 import torch
 from torch import Tensor
 
 from fastlm.cuda import constants, extension, stream
-from fastlm.cuda.adamw_tables import CHUNK, tables_of
+from fastlm.cuda.adamw_tables import CHUNK, build_tables
 from fastlm.reference import AdamWTensor
 
 
 def _pointed_at(tensors: list[AdamWTensor]) -> tuple[list[Tensor], list[Tensor]]:
-    """The tensors that the table points to, (read, written), for the emulator's access checks."""
+    """Return the tensors that the table points to, (read, written), for the emulator's checks."""
     written = [
         tensor
         for t in tensors
@@ -24,8 +24,8 @@ def _pointed_at(tensors: list[AdamWTensor]) -> tuple[list[Tensor], list[Tensor]]
 def adamw(
     tensors: list[AdamWTensor], max_grad_norm: float, grad_norm: Tensor | None, have_norm: bool
 ) -> None:
-    """`reference.adamw`, in place. Everything is checked before anything is written."""
-    tables = tables_of(tensors, by_kind=False)
+    """Run `reference.adamw`, in place. Everything is checked before anything is written."""
+    tables = build_tables(tensors, by_variant=False)
     device, (_, chunks) = tables.tensors.device, tables.chunks[0]
     count = len(tables.tensors)
     size = count, constants().ADAMW_SCALARS
@@ -35,7 +35,7 @@ def adamw(
     if grad_norm is not None:
         clip = torch.empty(1, dtype=torch.float32, device=device)
         if not have_norm:
-            # one where there are no elements: without any the kernel would take the norm as given
+            # at least one: with none the kernel would take the norm as already computed
             sums = torch.empty(max(len(chunks), 1), dtype=torch.float64, device=device)
     read, written = ([], []) if device.type == "cuda" else _pointed_at(tensors)
     extension().adamw(

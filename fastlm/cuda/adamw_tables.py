@@ -1,12 +1,12 @@
-"""The tables that AdamW's GPU kernels (kernels/adamw.py, csrc/cuda/adamw.cu) walk.
+"""Build the tables that AdamW's GPU kernels (kernels/adamw.py, csrc/cuda/adamw.cu) read.
 
     tensors (T, 12) int64   pointers, elements, settings and random key of each tensor
     settings (S, 8) float64 lr, betas, eps, weight decay, sign: one row per set of options
     chunks (C, 2) int32     a program's work: CHUNK elements of one tensor
 
-Each is kept as long as its contents are the same (addresses; sizes and dtypes; options). After a
-change it is uploaded in one copy that the host does not wait for: a schedule of lr costs 64 bytes
-per step.
+Each table is cached as long as its contents are the same (addresses; sizes and dtypes; options).
+After a change it is uploaded in one copy, for which the host does not wait: a schedule of lr costs
+64 bytes per step.
 """
 
 import functools
@@ -24,15 +24,15 @@ from fastlm.reference import AdamWTensor
 # parameters on; divides the 32768 elements that share a key of random numbers
 CHUNK = 8192
 # columns of `tensors`: PARAM, GRAD, MOMENT, ROOT, MOMENT_SCALE, ROOT_SCALE, MASTER, SIZE, STEP,
-# SETTING, SEED, ORDINAL, whose upper 32 bits are `Kind.code`
+# SETTING, SEED, ORDINAL, whose upper 32 bits are `KernelVariant.code`
 COLUMNS = 12
 TYPES = (torch.float32, torch.bfloat16, torch.float16)
 MASTERS = {None: 0, torch.float32: 1, torch.int16: 2}
-_KEPT_TABLES = 16  # of each kind: for a process's optimizers and patterns of gradient addresses
+_CACHED_TABLES = 16  # of each sort: for a process's optimizers and patterns of gradient addresses
 
 
-class Kind(NamedTuple):
-    """What a kernel needs to know about a tensor besides its row."""
+class KernelVariant(NamedTuple):
+    """The properties of a tensor that are compiled into a Triton kernel."""
 
     param: torch.dtype
     grad: torch.dtype
@@ -46,13 +46,15 @@ class Kind(NamedTuple):
         return TYPES.index(self.param) | TYPES.index(self.grad) << 2 | self.masters << 4 | flags
 
 
-class Tables(NamedTuple):
+class AdamWTables(NamedTuple):
+    """The three tables on the device."""
+
     tensors: Tensor
     settings: Tensor
-    chunks: tuple[tuple[Kind | None, Tensor], ...]  # by kind; None: all kinds
+    chunks: tuple[tuple[KernelVariant | None, Tensor], ...]  # by variant; None: all variants
 
 
-_captured: list[Tables] = []  # a CUDA graph reads its tables as long as it exists
+_captured: list[AdamWTables] = []  # a CUDA graph reads its tables as long as it exists
 
 
 def _is_capturing(device: torch.device) -> bool:
@@ -75,31 +77,32 @@ def _upload(values: np.ndarray, device: torch.device) -> Tensor:
     )
 
 
-@functools.lru_cache(maxsize=_KEPT_TABLES)
+@functools.lru_cache(maxsize=_CACHED_TABLES)
 def _tensor_table(device: torch.device, rows: tuple[tuple[int, ...], ...]) -> Tensor:
     table = np.array(rows, dtype=np.int64).reshape(len(rows), COLUMNS)
     return _upload(table, device)
 
 
-@functools.lru_cache(maxsize=_KEPT_TABLES)
+@functools.lru_cache(maxsize=_CACHED_TABLES)
 def _chunk_tables(
-    device: torch.device, sizes: tuple[int, ...], kinds: tuple[Kind | None, ...]
-) -> tuple[tuple[Kind | None, Tensor], ...]:
+    device: torch.device, sizes: tuple[int, ...], variants: tuple[KernelVariant | None, ...]
+) -> tuple[tuple[KernelVariant | None, Tensor], ...]:
     chunks = []
-    for kind in dict.fromkeys(kinds):
-        of_kind = np.array([i for i, k in enumerate(kinds) if k == kind])
-        counts = -(-np.array(sizes)[of_kind] // CHUNK)
+    for variant in dict.fromkeys(variants):
+        indices = np.array([i for i, v in enumerate(variants) if v == variant])
+        counts = -(-np.array(sizes)[indices] // CHUNK)
         first = np.repeat(np.cumsum(counts) - counts, counts)
-        table = np.stack([np.repeat(of_kind, counts), np.arange(counts.sum()) - first], 1)
-        chunks.append((kind, _upload(table.astype(np.int32), device)))
+        table = np.stack([np.repeat(indices, counts), np.arange(counts.sum()) - first], 1)
+        chunks.append((variant, _upload(table.astype(np.int32), device)))
     return tuple(chunks)
 
 
-@functools.lru_cache(maxsize=_KEPT_TABLES)
+@functools.lru_cache(maxsize=_CACHED_TABLES)
 def _setting_table(
     device: torch.device, settings: tuple[tuple[float, ...], ...], tensor_lrs: tuple
 ) -> Tensor:
-    """`tensor_lrs`: rows and addresses of the lrs that are written to the table in every step."""
+    """Upload the settings. `tensor_lrs` has the rows and addresses of learning rates in tensors,
+    which are written to the table in every step."""
     padded = np.zeros((len(settings), 8))
     padded[:, :6] = settings
     return _upload(padded, device)
@@ -117,12 +120,15 @@ def _check(name: str, tensor: Tensor, device: torch.device, size: int | None = N
         raise InputError(f"{name}: expected elements: {size}, got {tensor.numel()}")
 
 
-def tables_of(tensors: list[AdamWTensor], *, by_kind: bool) -> Tables:
-    """Check the arguments of `reference.adamw` and return their tables. `by_kind`: one table of
-    chunks per kind, for kernels compiled for one kind; otherwise a single one."""
+def build_tables(tensors: list[AdamWTensor], *, by_variant: bool) -> AdamWTables:
+    """Check the arguments of `reference.adamw` and return their tables.
+
+    With `by_variant` there is a table of chunks for each variant, for kernels that are compiled for
+    one variant. Otherwise there is one table.
+    """
     device = tensors[0].param.device
     rows: list[tuple[int, ...]] = []
-    kinds: list[Kind | None] = []
+    variants: list[KernelVariant | None] = []
     settings: dict[tuple, int] = {}
     lrs: dict[int, Tensor] = {}  # row of the settings -> lr
     seeds: dict[int, int] = {}
@@ -134,38 +140,38 @@ def tables_of(tensors: list[AdamWTensor], *, by_kind: bool) -> Tables:
         lr, *numbers, maximize, rounds = t.options
         by_tensor = isinstance(lr, Tensor)
         setting = (id(lr) if by_tensor else lr, *numbers, maximize)
-        place = settings.setdefault(setting, len(settings))
+        row = settings.setdefault(setting, len(settings))
         if by_tensor:
-            lrs[place] = lr
+            lrs[row] = lr
         if t.seed not in seeds:
             seeds[t.seed] = reference.mix32((t.seed ^ 0x9E3779B9) & 0xFFFFFFFF)
         scales = t.exp_avg_scale, t.exp_avg_sq_scale
         optional = [0 if x is None else x.data_ptr() for x in (*scales, master)]
         pointers = [x.data_ptr() for x in (param, grad, t.exp_avg, t.exp_avg_sq)]
-        together = functools.reduce(int.__or__, pointers) | optional[2]
-        kind = Kind(
+        address_bits = functools.reduce(int.__or__, pointers) | optional[2]
+        variant = KernelVariant(
             param.dtype,
             grad.dtype,
             MASTERS[None if master is None else master.dtype],
             scales[0] is not None,
             rounds,
-            together % 16 == 0,
+            address_bits % 16 == 0,
         )
-        last = seeds[t.seed], t.ordinal | kind.code() << 32
-        rows.append((*pointers, *optional, size, t.step.data_ptr(), place, *last))
-        kinds.append(kind if by_kind else None)
+        random_key = seeds[t.seed], t.ordinal | variant.code() << 32
+        rows.append((*pointers, *optional, size, t.step.data_ptr(), row, *random_key))
+        variants.append(variant if by_variant else None)
     numbers = tuple(
-        (0.0 if place in lrs else lr, *rest, -1.0 if maximize else 1.0)
-        for (lr, *rest, maximize), place in settings.items()
+        (0.0 if row in lrs else lr, *rest, -1.0 if maximize else 1.0)
+        for (lr, *rest, maximize), row in settings.items()
     )
-    addresses = tuple((place, lr.data_ptr()) for place, lr in lrs.items())
-    tables = Tables(
+    addresses = tuple((row, lr.data_ptr()) for row, lr in lrs.items())
+    tables = AdamWTables(
         _tensor_table(device, tuple(rows)),
         _setting_table(device, numbers, addresses),
-        _chunk_tables(device, tuple(t.param.numel() for t in tensors), tuple(kinds)),
+        _chunk_tables(device, tuple(t.param.numel() for t in tensors), tuple(variants)),
     )
     if _is_capturing(device):
         _captured.append(tables)
-    for place, lr in lrs.items():
-        tables.settings[place, 0].copy_(lr.reshape(()), non_blocking=True)
+    for row, lr in lrs.items():
+        tables.settings[row, 0].copy_(lr.reshape(()), non_blocking=True)
     return tables

@@ -1,4 +1,4 @@
-"""cross_entropy through csrc/cuda/cross_entropy.cu."""
+"""cross_entropy by csrc/cuda/cross_entropy.cu."""
 
 import torch
 from torch import Tensor
@@ -10,15 +10,16 @@ _WAVES = 4  # blocks per multiprocessor, below which rows are split
 
 
 def _weights(class_weight: Tensor | None, smooth: bool) -> Tensor | None:
-    """(V) float32 weights of the sum over all classes; None: they are 1, or there is no sum."""
+    """Return (V) float32 weights of the sum over all classes, or None where they are 1 or there is
+    no sum."""
     return class_weight.float().contiguous() if smooth and class_weight is not None else None
 
 
 def _parts(logits: Tensor) -> Tensor | None:
-    """A buffer for the sums of the parts of split rows; None where rows are not split."""
+    """Allocate the sums of the parts of split rows; None where rows are not split."""
     rows, classes = logits.shape
-    most = classes * logits.element_size() // constants().CROSS_ENTROPY_PART_BYTES
-    parts = min(most, -(-_WAVES * multiprocessors(logits.device) // max(1, rows)))
+    max_parts = classes * logits.element_size() // constants().CROSS_ENTROPY_PART_BYTES
+    parts = min(max_parts, -(-_WAVES * multiprocessors(logits.device) // max(1, rows)))
     if parts <= 1:
         return None
     return torch.empty((rows, parts, 4), dtype=torch.float32, device=logits.device)

@@ -1,10 +1,10 @@
-"""glu through csrc/cuda/glu.cu."""
+"""glu by csrc/cuda/glu.cu."""
 
 import torch
 from torch import Tensor
 
 from fastlm.cuda import extension, stream
-from fastlm.cuda.quantized_linear import empty_rows
+from fastlm.cuda.quantized_linear import empty_int8_rows
 from fastlm.memory_order import matrix
 from fastlm.ops.glu import ACTIVATIONS
 
@@ -24,7 +24,7 @@ def glu_forward(gate: Tensor, up: Tensor, act: str) -> Tensor:
 def glu_round(
     gate: Tensor, up: Tensor, qdata: Tensor, scales: Tensor, act: str, bits: int, group_size: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    out = empty_rows(gate, group_size)
+    out = empty_int8_rows(gate, group_size)
     rows = (t.reshape(-1, t.shape[-1]) for t in (gate, up))
     extension().glu_round(
         *(t if t.stride(-1) == 1 else t.contiguous() for t in rows), ACTIVATIONS.index(act),

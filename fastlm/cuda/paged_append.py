@@ -1,9 +1,9 @@
-"""paged_append through csrc/cuda/paged_append.cu."""
+"""paged_append by csrc/cuda/paged_append.cu."""
 
 from torch import Tensor
 
 from fastlm.cuda import extension, stream
-from fastlm.memory_order import elements_last
+from fastlm.memory_order import dense_rows
 
 
 def paged_append(
@@ -16,7 +16,7 @@ def paged_append(
     k_scale: Tensor | None,
     v_scale: Tensor | None,
 ) -> None:
-    k, v = elements_last(k, v)
+    k, v = dense_rows(k, v)
     table = block_table if block_table.stride(-1) == 1 else block_table.contiguous()
     extension().paged_append(
         k, v, k_cache, v_cache, table, positions.contiguous(), k_scale, v_scale, stream(k)

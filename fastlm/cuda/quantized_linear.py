@@ -1,4 +1,4 @@
-"""quantized_linear and dequantize through csrc/cuda/quantized_*.cu and dequantize.cu.
+"""quantized_linear and dequantize by csrc/cuda/quantized_*.cu and dequantize.cu.
 
 The kernel depends on the number of rows of x:
 
@@ -9,8 +9,8 @@ The kernel depends on the number of rows of x:
 
 The limits are from instruction counts and an H100's rates, not measured on a GPU.
 
-A decode step creates the int8 rows where it computes their values: `rms_norm_round` and `glu_round`
-each save it a launch and a trip to memory.
+A decode step rounds rows to int8 where it computes their values: `rms_norm_round` and `glu_round`
+each save a launch and a round trip to memory.
 """
 
 import torch
@@ -43,7 +43,7 @@ def dequantize(
     return out
 
 
-def _many_rows(
+def _dequantized_matmul(
     x: Tensor, weight: tuple, bias: Tensor | None, bits: int, group_size: int, y: Tensor
 ):
     qdata, scales, zeros = weight
@@ -63,8 +63,8 @@ def _many_rows(
             torch.addmm(bias[rows], x, block, out=y[:, rows])
 
 
-def empty_rows(x: Tensor, group_size: int) -> tuple[Tensor, Tensor, Tensor]:
-    """What x is rounded into: q, scale and sums of `reference.int8_rows`."""
+def empty_int8_rows(x: Tensor, group_size: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Allocate the results of rounding x: q, scale and sums of `reference.int8_rows`."""
     k = x.shape[-1]
     rows, group = x.numel() // k, min(group_size, k)
     runs = -(-k // group) * -(-group // reference.RUN_MAX)
@@ -78,12 +78,12 @@ def empty_rows(x: Tensor, group_size: int) -> tuple[Tensor, Tensor, Tensor]:
 def int8_rows(
     x: Tensor, qdata: Tensor, scales: Tensor, bits: int, group_size: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`reference.int8_rows`, for a weight."""
-    out = empty_rows(x, group_size)
+    """Run `reference.int8_rows`, for a weight."""
+    buffers = empty_int8_rows(x, group_size)
     extension().quantized_linear_round(
-        matrix(x), qdata.contiguous(), scales.contiguous(), bits, group_size, *out, stream(x)
+        matrix(x), qdata.contiguous(), scales.contiguous(), bits, group_size, *buffers, stream(x)
     )
-    return out
+    return buffers
 
 
 def quantized_linear_forward(
@@ -106,13 +106,17 @@ def quantized_linear_forward(
         return out
     x, y = matrix(x), out.view(-1, out.shape[-1])
     weight = qdata.contiguous(), scales.contiguous(), None if zeros is None else zeros.contiguous()
-    single, of = x.dtype == torch.float32, constants()
-    by_vectors = len(x) <= (of.QUANTIZED_VECTOR_ROWS_32 if single else of.QUANTIZED_VECTOR_ROWS_16)
-    if not by_vectors and (len(x) > FUSED_ROWS or single):
-        _many_rows(x, weight, bias, bits, group_size, y)
+    is_float32, limits = x.dtype == torch.float32, constants()
+    by_vectors = len(x) <= (
+        limits.QUANTIZED_VECTOR_ROWS_32 if is_float32 else limits.QUANTIZED_VECTOR_ROWS_16
+    )
+    if not by_vectors and (len(x) > FUSED_ROWS or is_float32):
+        _dequantized_matmul(x, weight, bias, bits, group_size, y)
     else:
         k = x.shape[1]
-        _multiply(x, None, None, weight, _floats(bias), bits, group_size, k, y, by_vectors)
+        _multiply(
+            x, None, None, weight, _contiguous_float(bias), bits, group_size, k, y, by_vectors
+        )
     return out
 
 
@@ -148,14 +152,18 @@ def _multiply_int8(
 ) -> None:
     qdata, scales, zeros = weight
     weight = qdata.contiguous(), scales.contiguous(), None if zeros is None else zeros.contiguous()
-    of = constants()
-    most = of.QUANTIZED_VECTOR_ROWS_32 if y.dtype == torch.float32 else of.QUANTIZED_VECTOR_ROWS_8
+    limits = constants()
+    max_rows = (
+        limits.QUANTIZED_VECTOR_ROWS_32
+        if y.dtype == torch.float32
+        else limits.QUANTIZED_VECTOR_ROWS_8
+    )
     # an instruction multiplies 32 columns: they must share a scale
-    by_vectors = len(y) <= most or (group_size < k and group_size % 32 != 0)
-    _multiply(q, scale, sums, weight, _floats(bias), bits, group_size, k, y, by_vectors)
+    by_vectors = len(y) <= max_rows or (group_size < k and group_size % 32 != 0)
+    _multiply(q, scale, sums, weight, _contiguous_float(bias), bits, group_size, k, y, by_vectors)
 
 
-def _floats(bias: Tensor | None) -> Tensor | None:
+def _contiguous_float(bias: Tensor | None) -> Tensor | None:
     if bias is None:
         return None
     return (bias if bias.dtype != torch.float64 else bias.float()).contiguous()

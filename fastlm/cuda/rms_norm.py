@@ -1,14 +1,14 @@
-"""rms_norm through csrc/cuda/rms_norm.cu."""
+"""rms_norm by csrc/cuda/rms_norm.cu."""
 
 import torch
 from torch import Tensor
 
 from fastlm.backend import Support
 from fastlm.cuda import constants, extension, stream
-from fastlm.cuda.quantized_linear import empty_rows
+from fastlm.cuda.quantized_linear import empty_int8_rows
 from fastlm.memory_order import rows_of
 
-# What the kernel keeps in shared memory, on every card, while it rounds it
+# The kernel keeps a row in shared memory while it rounds it; every card has 48 KiB
 ROUND_SUPPORT = Support(
     "rows of up to 48 KiB",
     lambda x, *_: x.shape[-1] * x.element_size() <= constants().RMS_NORM_ROUND_BYTES,
@@ -47,7 +47,7 @@ def rms_norm_round(
     group_size: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     h = None if residual is None else torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    out = empty_rows(x, group_size)
+    out = empty_int8_rows(x, group_size)
     extension().rms_norm_round(
         rows_of(x), None if residual is None else rows_of(residual), _weight(weight, x), eps,
         offset, h, qdata, scales, bits, group_size, *out, stream(x),

@@ -1,4 +1,4 @@
-"""rope through csrc/cuda/rope.cu."""
+"""rope by csrc/cuda/rope.cu."""
 
 import torch
 from torch import Tensor
@@ -6,8 +6,8 @@ from torch import Tensor
 from fastlm.cuda import extension, multiprocessors, stream
 from fastlm.memory_order import dense
 
-_HEADS = 4  # that share a read of the tables, where there are enough positions per multiprocessor
-_POSITIONS = 16  # per multiprocessor, from which on there are enough
+_HEADS = 4  # heads that share a read of the tables, where there are enough positions
+_POSITIONS = 16  # enough positions per multiprocessor
 
 
 def rope(
@@ -19,9 +19,9 @@ def rope(
         return q_out, k_out
     if cos.dtype != torch.float32 and cos.dtype != q.dtype:
         cos, sin = cos.float(), sin.float()
-    many = q.shape[0] * q.shape[2] >= _POSITIONS * multiprocessors(q.device)
+    share = q.shape[0] * q.shape[2] >= _POSITIONS * multiprocessors(q.device)
     extension().rope(
-        q, k, dense(cos), dense(sin), interleaved, inverse, _HEADS if many else 1, q_out, k_out,
+        q, k, dense(cos), dense(sin), interleaved, inverse, _HEADS if share else 1, q_out, k_out,
         stream(q),
     )  # fmt: skip
     return q_out, k_out

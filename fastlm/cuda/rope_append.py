@@ -1,10 +1,10 @@
-"""rope and paged_append of a decode step as one launch, through csrc/cuda/rope_append.cu."""
+"""rope and paged_append of a decode step as one launch, by csrc/cuda/rope_append.cu."""
 
 import torch
 from torch import Tensor
 
 from fastlm.cuda import extension, stream
-from fastlm.memory_order import elements_last
+from fastlm.memory_order import dense_rows
 
 
 def rope_append(
@@ -18,7 +18,7 @@ def rope_append(
     block_table: Tensor,
     positions: Tensor,
 ) -> Tensor:
-    q, k, v = elements_last(q, k, v)
+    q, k, v = dense_rows(q, k, v)
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     if q.numel():
         extension().rope_append(

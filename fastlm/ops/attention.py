@@ -1,14 +1,14 @@
-"""Softmax attention that never holds the (S, T) scores (Dao et al. 2022, arXiv:2205.14135).
+"""Softmax attention that never stores the (S, T) scores (Dao et al. 2022, arXiv:2205.14135).
 
 Every option works with every other. The three ops `attention`, `varlen_attention` and
-`paged_attention` differ in how queries and keys are arranged; they share `check_options` here and
-one body each in C++ and in Triton.
+`paged_attention` differ in how queries and keys are arranged. They share `check_options` here and
+one implementation each in C++ and in Triton.
 
 Dropout draws from Philox4x32-10 (Salmon et al. 2011) on (seed, batch, head, row, key): the backward
-redraws the forward's mask instead of storing it, and every backend draws the same. The seed is a
-one-element tensor from ``torch.randint``. Under torch.compile it is one more node of the graph, and
-on a GPU nothing waits for it. Rejected: an int (``.item()`` breaks the graph) and the state of
-torch's generator (it differs between devices).
+draws the forward's mask again instead of storing it, and every backend draws the same mask. The
+seed is a one-element tensor from ``torch.randint``. Under torch.compile it is one more node of the
+graph, and on a GPU nothing waits for it. Rejected: an int (``.item()`` breaks the graph) and the
+state of torch's generator (it differs between devices).
 """
 
 import math
@@ -19,9 +19,9 @@ from torch import Tensor
 
 from fastlm import reference
 from fastlm.errors import InputError
-from fastlm.memory_order import elements_last, empty_out
+from fastlm.memory_order import dense_rows, empty_output
 from fastlm.operator import autocast, declare, is_any_autocast_on
-from fastlm.ops.wrong_type import FAILURES, explained
+from fastlm.ops.wrong_type import TYPE_FAILURES, explain
 from fastlm.reference import AttentionOptions
 
 # AttentionOptions(causal, scale) in a third of the time
@@ -60,15 +60,17 @@ def attention(
             h // (H / Hkv). Any strides.
         sinks: (H,), one more logit per head in the denominator (differentiable).
         alibi_slopes: (H,); constants, no gradient.
-        bias: float, broadcast to (B, H, S, T) (differentiable); or bool, True where a key is seen.
-        dropout_p: chance that a probability is dropped; the seed comes from torch's generator.
+        bias: float, broadcast to (B, H, S, T) (differentiable); or bool, True where a key is
+            visible.
+        dropout_p: probability of dropping an attention weight; the seed comes from torch's
+            generator.
         return_lse: also return lse (B, H, S), float32 (differentiable).
-        unknown: refused, torch's names with the one that they have here.
+        unknown: refused. For torch's argument names the error gives the name used here.
 
     Under ``torch.autocast`` q, k and v are cast to its dtype, as by torch's own attention.
 
-    A row that sees no key is zero, its lse is -inf and its gradients are zero. Memory beyond the
-    outputs: a packed copy of keys and values, never S x T. The backward keeps out and lse and
+    A row without a visible key is zero, its lse is -inf and its gradients are zero. Memory beyond
+    the outputs: a packed copy of keys and values, never S x T. The backward stores out and lse and
     recomputes the rest.
 
     Raises:
@@ -106,13 +108,13 @@ def attention(
             seed = dropout_seed(dropout_p, q)
             out, lse = _forward(q, k, v, sinks, alibi_slopes, bias, seed, options)
         return (out, lse) if return_lse else out
-    except FAILURES as error:
-        raise explained(error, attention, locals()) from None
+    except TYPE_FAILURES as error:
+        raise explain(error, attention, locals()) from None
 
 
-# arguments of torch's F.scaled_dot_product_attention: what does the same here
-_OF_TORCH = {
-    "attn_mask": "bias (floats, or bool: True where a key is seen)",
+# arguments of torch's F.scaled_dot_product_attention -> the equivalent here
+_TORCH_ARGUMENTS = {
+    "attn_mask": "bias (floats, or bool: True where a key is visible)",
     "is_causal": "causal (which aligns the last query with the last key)",
     "enable_gqa": "no such argument (always on)",
 }
@@ -120,7 +122,9 @@ _OF_TORCH = {
 
 def _unknown_argument(name: str) -> InputError:
     keywords = ", ".join(attention.__kwdefaults__ or ())
-    return InputError(f"{name}: expected {_OF_TORCH.get(name, f'one of {keywords}')}, got {name}")
+    return InputError(
+        f"{name}: expected {_TORCH_ARGUMENTS.get(name, f'one of {keywords}')}, got {name}"
+    )
 
 
 def check_tensors(
@@ -162,14 +166,16 @@ def check_option_tensors(
     bias_shape: tuple[int, ...],
     kv_dtypes: tuple[torch.dtype, ...] = (),
 ) -> Tensor | None:
-    """Check the tensors that the three ops share; return bias with four dimensions. `bias_shape`:
-    (B, H, S, T)."""
+    """Check the tensors that the three ops share, and return bias with four dimensions.
+
+    `bias_shape` is (B, H, S, T).
+    """
     heads, device = bias_shape[1], q.device
     check_tensors(q, k, v, heads, kv_heads, kv_dtypes)
-    given = (
+    per_head = (
         () if sinks is alibi_slopes is None else (("sinks", sinks), ("alibi_slopes", alibi_slopes))
     )
-    for name, t in given:
+    for name, t in per_head:
         if t is None:
             continue
         if t.shape != (heads,) or not t.is_floating_point() or t.device != device:
@@ -204,7 +210,7 @@ def check_options(
 
 
 def _bias_4d(q: Tensor, bias: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """bias with four dimensions, each 1 or full."""
+    """Return bias with four dimensions, each 1 or the full size."""
     fits = bias.dim() <= 4 and all(
         n == 1 or n == full for n, full in zip(bias.shape[::-1], shape[::-1])
     )
@@ -221,15 +227,17 @@ def _bias_4d(q: Tensor, bias: Tensor, shape: tuple[int, ...]) -> Tensor:
 
 
 def dropout_seed(dropout_p: float, q: Tensor) -> Tensor | None:
-    """(1,) int64 from torch's generator, or None without dropout."""
+    """Return (1,) int64 from torch's generator, or None without dropout."""
     if dropout_p == 0:
         return None
     return torch.randint(0, 2**63 - 1, (1,), dtype=torch.int64, device=q.device)
 
 
 def as_int32(t: Tensor) -> Tensor:
-    """Offsets, lengths, pages or positions as the kernels expect them. A value beyond int32 becomes
-    the nearest end of its range, which no tensor reaches: it is refused or left out, not wrapped.
+    """Convert offsets, lengths, pages or positions to the int32 that the kernels expect.
+
+    A value beyond int32 becomes the nearest end of the range, which no tensor reaches: it is
+    refused or left out, not wrapped.
     """
     return t if t.dtype == torch.int32 else t.clamp(-(2**31), 2**31 - 1).int()
 
@@ -239,13 +247,13 @@ def wide_dtype(x: Tensor) -> torch.dtype:
 
 
 def _forward_fake(q, k, v, *_):
-    (q,) = elements_last(q)
-    return empty_out(q, v.shape[3]), q.new_empty(q.shape[:3], dtype=wide_dtype(q))
+    (q,) = dense_rows(q)
+    return empty_output(q, v.shape[3]), q.new_empty(q.shape[:3], dtype=wide_dtype(q))
 
 
 def backward_fake(dout, dlse, q, k, v, out, lse, *rest):
-    """Shapes of the gradients; `rest` is sinks, alibi_slopes, bias, seed, options, need_bias, or
-    ends with them."""
+    """Return gradients of the right shapes. `rest` ends with sinks, alibi_slopes, bias, seed,
+    options, need_bias, in this order."""
     sinks, _, bias, _, *_, need_bias = rest
     return (
         *(t.new_empty(t.shape) for t in (q, k, v)),
@@ -255,9 +263,9 @@ def backward_fake(dout, dlse, q, k, v, out, lse, *rest):
 
 
 def _backward_fake(dout, dlse, q, k, v, *rest):
-    """Gradients in the memory order of q, k and v, for the same reason as `empty_out`."""
+    """Return gradients in the memory order of q, k and v, for the same reason as `empty_output`."""
     _, _, _, dsinks, dbias = backward_fake(dout, dlse, q, k, v, *rest)
-    return *(torch.empty_like(t) for t in elements_last(q, k, v)), dsinks, dbias
+    return *(torch.empty_like(t) for t in dense_rows(q, k, v)), dsinks, dbias
 
 
 def _flops(q, k, v, *_, **__):
@@ -266,7 +274,8 @@ def _flops(q, k, v, *_, **__):
 
 
 def _backward_flops(dout, dlse, q, k, v, *_, **__):
-    """Width D: scores again, dq and dk. Width Dv: the probabilities' gradients and dv."""
+    """Count the products: of width D the recomputed scores, dq and dk; of width Dv the gradients of
+    the probabilities and dv."""
     batch, heads, queries, width = q
     return 2 * batch * heads * queries * k[2] * (3 * width + 2 * v[3])
 

@@ -1,4 +1,4 @@
-"""Cross-entropy over the last dimension, with every option around one flag-free kernel.
+"""Cross-entropy over the last dimension: every option is arithmetic around one kernel.
 
 The kernel returns, per row, ``shift``, ``log_sum`` (lse = shift + log_sum), ``nll`` and, for label
 smoothing, the sum of all classes' nll. Class weights, smoothing, z-loss, reduction and ignored rows
@@ -7,8 +7,8 @@ coefficients per row to the backward kernel:
 
     dz[v] = on_p * softmax(z)[v] - on_target * (v == target) - on_all * class_weight[v]
 
-The plain sum or mean is a separate operator around the same rows (`cross_entropy_loss`): on few
-rows that arithmetic, a dozen torch ops with its gradient, cost three times as much as torch's loss.
+The plain sum or mean is a separate operator around the same rows (`cross_entropy_loss`). On few
+rows that arithmetic, a dozen torch ops with its gradient, took three times as long as torch's loss.
 
 lse is passed as two numbers because a sum rounded at 1e4 (a common offset of the logits) would cost
 every probability an error of 1e-3. Rejected: one fused kernel with a branch per option (Liger's has
@@ -23,9 +23,9 @@ from fastlm import reference
 from fastlm.backend import Support
 from fastlm.errors import InputError
 from fastlm.operator import declare
-from fastlm.ops.wrong_type import FAILURES, explained
+from fastlm.ops.wrong_type import TYPE_FAILURES, explain
 from fastlm.reference.precision import wide_dtype
-from fastlm.row_losses import one_number, row_factors, row_losses
+from fastlm.row_losses import as_scalar, row_factors, row_losses
 from fastlm.transforms import wants_gradient
 
 _CLASS_NUMBERS = (torch.int64, torch.int32)
@@ -70,7 +70,7 @@ def cross_entropy(
         The float32 loss: a scalar, or (...) for "none"; with `return_lse` the pair (loss, lse).
 
     The forward reads the logits once. The backward reads them once and writes the gradient once, in
-    their dtype. Kept between the two: the logits and two or three float32 values per row.
+    their dtype. Stored between the two: the logits and two or three float32 values per row.
 
     Raises:
         InputError: shapes or options that do not fit; on the CPU also a target out of range.
@@ -78,9 +78,9 @@ def cross_entropy(
     try:
         shape = logits.shape
         if target.dim() == len(shape) and target.is_floating_point():
-            _check_soft(logits, target, weight, ignore_index, label_smoothing)
+            _check_soft_targets(logits, target, weight, ignore_index, label_smoothing)
             check_options(softcap, reduction, num_items)
-            return _soft(
+            return _soft_target_loss(
                 logits, target, weight, label_smoothing, z_loss, softcap, logit_scale, reduction,
                 num_items, return_lse,
             )  # fmt: skip
@@ -102,7 +102,7 @@ def cross_entropy(
                 logit_scale,
                 wants_gradient(logits),
             )
-            return loss if num_items is None else loss / one_number(num_items)
+            return loss if num_items is None else loss / as_scalar(num_items)
         shift, log_sum, nll, smoothed = _forward(
             logits,
             rows,
@@ -129,11 +129,11 @@ def cross_entropy(
         loss = row_losses(on_nll, on_smoothed, on_square, nll, smoothed, lse, rows != ignore_index)
         loss = loss.view(target.shape) if reduction == "none" else loss.sum()
         return (loss, lse.view(target.shape)) if return_lse else loss
-    except FAILURES as error:
-        raise explained(error, cross_entropy, locals()) from None
+    except TYPE_FAILURES as error:
+        raise explain(error, cross_entropy, locals()) from None
 
 
-def _soft(
+def _soft_target_loss(
     logits: Tensor,
     target: Tensor,
     weight: Tensor | None,
@@ -145,8 +145,9 @@ def _soft(
     num_items: int | Tensor | None,
     return_lse: bool,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """The loss with the probability of every class: sum over v of q[v] * (lse - z[v]), the kernels'
-    `smoothed` with class weights q of each row. No row has a class of its own.
+    """Return the loss for soft targets: sum over v of q[v] * (lse - z[v]).
+
+    It is the kernels' `smoothed` with class weights q per row. No row has a target class.
     """
     shape, classes = target.shape[:-1], target.shape[-1]
     q = target.detach().reshape(-1, classes)
@@ -165,11 +166,11 @@ def _soft(
     else:
         loss = loss.sum()
         if reduction == "mean":
-            loss = loss / (q.shape[0] if num_items is None else one_number(num_items))
+            loss = loss / (q.shape[0] if num_items is None else as_scalar(num_items))
     return (loss, lse.view(shape)) if return_lse else loss
 
 
-def _check_soft(
+def _check_soft_targets(
     logits: Tensor, target: Tensor, weight: Tensor | None, ignore_index: int, smoothing: float
 ) -> None:
     classes = logits.shape[-1] if logits.dim() else 0
@@ -195,7 +196,7 @@ def check(
     weight: Tensor | None,
     smoothing: float,
 ) -> None:
-    """Check what the losses of rows have in common. target: the class of each row, or None."""
+    """Check the arguments that all losses of rows have. target: the class of each row, or None."""
     shape = x.shape
     if not shape or not x.is_floating_point():
         raise InputError(
@@ -250,8 +251,9 @@ def coefficients(
     ignore_index: int,
     total_weight,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """on_p, on_target and on_all (see the module's docstring) from the gradients of the forward's
-    outputs (None: nothing depends on the output).
+    """Return on_p, on_target and on_all (see the module's docstring).
+
+    They follow from the gradients of the forward's outputs (None: nothing depends on the output).
     """
     d_nll = torch.where(target == ignore_index, 0.0, d_nll)
     on_p = d_nll if d_log_sum is None else d_log_sum + d_nll
@@ -280,9 +282,9 @@ def _derivative(
     )  # fmt: skip
 
 
-def _but_soft_targets(class_weight: int) -> dict[str, Support]:
-    """What the CUDA kernels serve; they read the same class weights (an argument's place) for all
-    rows."""
+def _hard_targets_only(class_weight: int) -> dict[str, Support]:
+    """Return the arguments that the CUDA kernels support: they read the same class weights for all
+    rows. `class_weight` is the position of that argument."""
     return {
         "cuda": Support(
             "class numbers as targets",
@@ -295,12 +297,12 @@ _backward = declare(
     reference.cross_entropy_backward,
     "cpu triton cuda",
     dispatch_arg="logits",
-    supports=_but_soft_targets(5),
+    supports=_hard_targets_only(5),
 )
 _forward = declare(
     reference.cross_entropy_forward,
     "cpu triton cuda",
-    supports=_but_soft_targets(2),
+    supports=_hard_targets_only(2),
     outputs="shift log_sum nll smoothed?",
     backward=_derivative,
     gradients=["logits"],

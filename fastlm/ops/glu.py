@@ -1,6 +1,6 @@
 """Gated linear units (Shazeer 2020, arXiv:2002.05202): SwiGLU and GeGLU without intermediates.
 
-The backward recomputes the activation from `gate` instead of keeping it: at two to three
+The backward recomputes the activation from `gate` instead of storing it: at two to three
 multiply-adds per byte moved, the arithmetic is free and the memory is not.
 """
 
@@ -10,7 +10,7 @@ from fastlm import reference
 from fastlm.backend import Support
 from fastlm.errors import InputError
 from fastlm.operator import declare, is_autocast_on, promote
-from fastlm.ops.wrong_type import FAILURES, explained
+from fastlm.ops.wrong_type import TYPE_FAILURES, explain
 
 ACTIVATIONS = ("silu", "gelu_tanh", "gelu", "relu2")
 
@@ -48,12 +48,12 @@ def glu(gate: Tensor, up: Tensor, *, act: str = "silu") -> Tensor:
                 f" got {up.dtype} {tuple(up.shape)} on {up.device}"
             )
         return _forward(gate, up, act)
-    except FAILURES as error:
-        raise explained(error, glu, locals()) from None
+    except TYPE_FAILURES as error:
+        raise explain(error, glu, locals()) from None
 
 
-def activated(x: Tensor, act: str) -> Tensor:
-    """act(x): `glu` without `up`, for `fastlm.ops.linear`."""
+def activate(x: Tensor, act: str) -> Tensor:
+    """Return act(x): `glu` without `up`, for `fastlm.ops.linear`."""
     return _forward(x, None, act)
 
 
@@ -76,5 +76,5 @@ _forward = declare(
     backward=_backward,
     gradients=("gate", "up"),
 )
-# A gate before a product in int8, in a decode step: no launch and no trip to memory of its own.
+# In a decode step, a gate before a product in int8: saves a launch and a round trip to memory.
 glu_round = declare(reference.glu_round, "cuda")

@@ -5,7 +5,7 @@ from torch import Tensor
 from fastlm import reference
 from fastlm.errors import InputError
 from fastlm.operator import declare, is_autocast_on, promote
-from fastlm.ops.wrong_type import FAILURES, explained
+from fastlm.ops.wrong_type import TYPE_FAILURES, explain
 
 
 def layer_norm(
@@ -43,11 +43,11 @@ def layer_norm(
         if weight is not None and (
             weight.shape != width or weight.device != x.device or not weight.is_floating_point()
         ):
-            raise _does_not_fit("weight", weight, x)
+            raise _parameter_error("weight", weight, x)
         if bias is not None and (
             bias.shape != width or bias.device != x.device or not bias.is_floating_point()
         ):
-            raise _does_not_fit("bias", bias, x)
+            raise _parameter_error("bias", bias, x)
         if residual is not None and (
             residual.shape != x.shape or residual.dtype != x.dtype or residual.device != x.device
         ):
@@ -60,16 +60,16 @@ def layer_norm(
             )
         y, h, _, _ = _forward(x, residual, weight, bias, eps)
         return y if residual is None else (y, h)
-    except FAILURES as error:
+    except TYPE_FAILURES as error:
         if isinstance(weight, int | tuple | list):  # F.layer_norm(x, (H,), weight)
             raise InputError(
                 "weight: expected a tensor (H,) or None (there is no normalized_shape: the last"
                 f" dimension of x is normalised), got {weight!r:.40}"
             ) from None
-        raise explained(error, layer_norm, locals()) from None
+        raise explain(error, layer_norm, locals()) from None
 
 
-def _does_not_fit(name: str, parameter: Tensor, x: Tensor) -> InputError:
+def _parameter_error(name: str, parameter: Tensor, x: Tensor) -> InputError:
     return InputError(
         f"{name}: expected floats ({x.shape[-1]},) on {x.device} as x {tuple(x.shape)},"
         f" got {parameter.dtype} {tuple(parameter.shape)} on {parameter.device}"

@@ -1,9 +1,9 @@
 """Linear layers for training: ``F.linear`` at a speed that does not depend on operands' addresses.
 
-The library's bfloat16 products (oneDNN through torch) read some operands unpacked, and in a
-training step they take 5 to 30 % longer in one process than in the next. `csrc/cpu/linear.h` packs
-what it reads twice. Where that does not pay (`_own`), on a GPU always, torch's product is the
-implementation, whatever backend is forced: a library's kernel, and the faster one.
+oneDNN's bfloat16 products, which torch calls, read some operands unpacked. In a training step they
+take 5 to 30 % longer in one process than in the next. `csrc/cpu/linear.h` packs what it reads
+twice. Where that is not faster (`_is_faster`), and always on a GPU, torch's product runs, whatever
+backend is forced.
 """
 
 import functools
@@ -21,33 +21,32 @@ from fastlm.backend import Support, cpu_isa, forced_backend
 from fastlm.cpu.linear import linear_split
 from fastlm.errors import InputError
 from fastlm.operator import autocast, declare, is_any_autocast_on
-from fastlm.ops.glu import ACTIVATIONS, activated
-from fastlm.ops.wrong_type import FAILURES, explained
+from fastlm.ops.glu import ACTIVATIONS, activate
+from fastlm.ops.wrong_type import TYPE_FAILURES, explain
 from fastlm.transforms import is_eager
 
-# Fewest rows with which fastlm's bfloat16 products are faster than torch's (docs/log.md): with a
-# gradient, without. Where the CPU has a fast bfloat16 dot product, torch's are as fast on operands
-# in the cache. Without one, or with a slow one, torch takes 2 to 4 times as long, and on AVX2 70
-# times for gradients. On AMX torch's are up to 1.2 times as fast, and float32 has MKL.
-_LEAST_ROWS: dict[str, tuple[float, float]] = {
+# Minimum of rows with which fastlm's bfloat16 products are faster than torch's (docs/log.md), with
+# and without a gradient. Where the CPU has a fast bfloat16 dot product, torch's are as fast on
+# operands in the cache. Without one, or with a slow one, torch takes 2 to 4 times as long, and on
+# AVX2 70 times for gradients. On AMX torch's are up to 1.2 times as fast, and float32 has MKL.
+_MIN_ROWS: dict[str, tuple[float, float]] = {
     "avx512": (1024, math.inf),
     "avx512_fma": (64, 64),
     "avx2": (1, 32),
 }
-# Fewest rows with which `split_float32` splits: below, the weight is split for too few
-_LEAST_SPLIT = 256
+# Minimum of rows with which `split_float32` splits: with fewer, splitting the weight costs too much
+_MIN_SPLIT_ROWS = 256
 _splits: ContextVar[bool] = ContextVar("splits", default=False)
 
 
 @contextmanager
 def split_float32(on: bool = True) -> Iterator[None]:
-    """Context: without gradients and on a CPU with AMX, `linear` multiplies float32 as three
-    products of bfloat16.
+    """Make `linear` multiply float32 as three products of bfloat16 inside the ``with``.
 
-    The error of a product is 5e-6 of its root mean square; float32's is 3e-7, bfloat16's 3e-3. A
-    number above 3.39e38, or infinite, gives NaN. 1.2 to 2.1 times as fast as torch from 512 rows
-    on, the less the more the other hyperthread uses tiles (docs/log.md). Source:
-    csrc/cpu/linear_split.h.
+    It does so without gradients and on a CPU with AMX. The error of a product is 5e-6 of its root
+    mean square; float32's is 3e-7, bfloat16's 3e-3. A number above 3.39e38, or infinite, gives NaN.
+    It is 1.2 to 2.1 times as fast as torch from 512 rows on, and slower where the other hyperthread
+    uses tiles (docs/log.md). Source: csrc/cpu/linear_split.h.
     """
     token = _splits.set(on)
     try:
@@ -56,8 +55,8 @@ def split_float32(on: bool = True) -> Iterator[None]:
         _splits.reset(token)
 
 
-def splits(x: Tensor, *weights: Tensor) -> bool:
-    """Whether `split_float32` is on and applies to these."""
+def uses_split_float32(x: Tensor, *weights: Tensor) -> bool:
+    """Return whether `split_float32` is on and applies to these tensors."""
     return (
         _splits.get()
         and is_eager(x, *weights)
@@ -67,7 +66,7 @@ def splits(x: Tensor, *weights: Tensor) -> bool:
         and not torch.is_grad_enabled()
         and forced_backend() in (None, "cpu")
         and cpu_isa() in ("amx", "amx_emulated")
-        and x.numel() >= _LEAST_SPLIT * x.shape[-1] > 0
+        and x.numel() >= _MIN_SPLIT_ROWS * x.shape[-1] > 0
         and all(w.numel() > 0 for w in weights)
     )
 
@@ -84,12 +83,14 @@ def linear(
         bias: (N,), x's dtype.
         act: an activation of `glu`: silu, gelu_tanh, gelu or relu2; None: none. It is computed in
             float32 and rounded once. Where no gradient is needed on a CPU, oneDNN applies it to the
-            sums of the product; elsewhere it is a pass over the product, which the backward keeps.
+            sums of the product. Elsewhere it is a pass over the product, which is stored for the
+            backward.
 
     Sums are float32 and rounded once. On a CPU without AMX, bfloat16 products with enough rows
-    (`_LEAST_ROWS`) run on fastlm's kernels, which are then faster. Everything else, and everything
-    under ``torch.compile``, runs on torch's. The backward keeps x if weight needs a gradient, and
-    weight if x does. In addition to its results it uses N K float32 and the packed operands.
+    (`_MIN_ROWS`) run on fastlm's kernels, which are then faster. Everything else, and everything
+    under ``torch.compile``, runs on torch's. x is stored for the backward if weight needs a
+    gradient, and weight if x does. In addition to its results the backward uses N K float32 and the
+    packed operands.
 
     Raises:
         InputError: shapes or dtypes do not fit.
@@ -112,43 +113,48 @@ def linear(
                     f"{name}: expected {x.dtype} on {x.device} as x, got {t.dtype} on {t.device}"
                 )
         if act is not None:
-            return _activated_product(x, weight, bias, act)
-        if not torch.compiler.is_compiling() and splits(x, weight):
+            return _linear_with_activation(x, weight, bias, act)
+        if not torch.compiler.is_compiling() and uses_split_float32(x, weight):
             return linear_split(x, weight, bias)
-        if not _own(x, weight):
+        if not _is_faster(x, weight):
             return F.linear(x, weight, bias)
         if casts:
             x, weight = autocast(x, weight)
             bias = None if bias is None else autocast(bias)[0]
         return _forward(x, weight, bias)
-    except FAILURES as error:
-        raise explained(error, linear, locals()) from None
+    except TYPE_FAILURES as error:
+        raise explain(error, linear, locals()) from None
 
 
 # The activations that oneDNN applies to the sums of a product: its names and variants
-_BY_ONEDNN = {"silu": ("swish", ""), "gelu": ("gelu", "none"), "gelu_tanh": ("gelu", "tanh")}
+_ONEDNN_ACTIVATIONS = {
+    "silu": ("swish", ""),
+    "gelu": ("gelu", "none"),
+    "gelu_tanh": ("gelu", "tanh"),
+}
 
 
-def _activated_product(x: Tensor, weight: Tensor, bias: Tensor | None, act: str) -> Tensor:
+def _linear_with_activation(x: Tensor, weight: Tensor, bias: Tensor | None, act: str) -> Tensor:
     if act not in ACTIVATIONS:
         raise InputError(f"act: expected one of {', '.join(ACTIVATIONS)}, got {act!r}")
     if torch.compiler.is_compiling():  # Inductor fuses what it can see
         return reference.activation(linear(x, weight, bias), act)
-    if act in _BY_ONEDNN and _serves_onednn(x, weight, bias):
-        name, variant = _BY_ONEDNN[act]
+    if act in _ONEDNN_ACTIVATIONS and _can_use_onednn(x, weight, bias):
+        name, variant = _ONEDNN_ACTIVATIONS[act]
         return torch.ops.mkldnn._linear_pointwise(x, weight, bias, name, [], variant)
-    return activated(linear(x, weight, bias), act)
+    return activate(linear(x, weight, bias), act)
 
 
 @functools.cache
 def _onednn_dtypes() -> tuple[torch.dtype, ...]:
-    """oneDNN multiplies bfloat16 from AVX-512 on."""
+    """Return the dtypes that oneDNN multiplies: bfloat16 from AVX-512 on."""
     has_bf16 = torch.ops.mkldnn._is_mkldnn_bf16_supported()
     return (torch.float32, torch.bfloat16) if has_bf16 else (torch.float32,)
 
 
-def _serves_onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
-    """Whether oneDNN's product with an activation runs: no gradient, and no product of ours."""
+def _can_use_onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    """Return whether oneDNN's product with an activation runs: without a gradient, where fastlm's
+    products do not run."""
     tensors = (x, weight) if bias is None else (x, weight, bias)
     return (
         is_eager(*tensors)
@@ -159,31 +165,30 @@ def _serves_onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
         and not (torch.is_grad_enabled() and any(t.requires_grad for t in tensors))
         and forced_backend() in (None, "cpu")
         and torch.backends.mkldnn.is_available()
-        and not _own(x, weight)
-        and not splits(x, weight)
+        and not _is_faster(x, weight)
+        and not uses_split_float32(x, weight)
     )
 
 
 class Linear(nn.Linear):
-    """``nn.Linear`` that calls `linear`."""
+    """An ``nn.Linear`` that calls `linear`."""
 
     def forward(self, input: Tensor) -> Tensor:
         return linear(input, self.weight, self.bias)
 
 
-def _own(x: Tensor, weight: Tensor) -> bool:
-    """Whether fastlm's own products run: where they are faster, and autograd needs no more than a
-    gradient.
-    """
+def _is_faster(x: Tensor, weight: Tensor) -> bool:
+    """Return whether fastlm's products run: where they are faster, and autograd needs only a
+    gradient."""
     if not is_eager(x, weight) or not x.is_cpu:
         return False
     autocast_on = torch.is_autocast_enabled("cpu")
     if (torch.get_autocast_dtype("cpu") if autocast_on else x.dtype) != torch.bfloat16:
         return False
-    learns = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
-    least = _LEAST_ROWS.get(cpu_isa() or "", (math.inf, math.inf))[0 if learns else 1]
+    needs_grad = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
+    min_rows = _MIN_ROWS.get(cpu_isa() or "", (math.inf, math.inf))[0 if needs_grad else 1]
     return (
-        x.numel() >= least * x.shape[-1] > 0
+        x.numel() >= min_rows * x.shape[-1] > 0
         and forced_backend()
         in (None, "cpu", "reference")  # kernels of a GPU leave products to torch
         and weight.numel() > 0
@@ -198,13 +203,13 @@ def _backward_flops(dy, x, weight, need_bias, **_):
     return sum(2 * math.prod(dy) * t[-1] for t in (x, weight) if t is not None)
 
 
-def _served(first: Tensor, *others) -> bool:
+def _is_supported(first: Tensor, *others) -> bool:
     return first.dtype == torch.bfloat16 and all(
         t.numel() > 0 for t in (first, *others) if isinstance(t, Tensor)
     )
 
 
-_SUPPORT = {"cpu": Support("bfloat16, no empty matrix", _served)}
+_SUPPORT = {"cpu": Support("bfloat16, no empty matrix", _is_supported)}
 _backward = declare(reference.linear_backward, "cpu", supports=_SUPPORT, flops=_backward_flops)
 _forward = declare(
     reference.linear_forward,

@@ -1,14 +1,14 @@
 """Cross-entropy of a linear layer's outputs, without the (N, V) logits ever being in memory.
 
-Two ways, one pair of kernels (csrc/cpu/linear_cross_entropy.h):
+There are two paths on one pair of kernels (csrc/cpu/linear_cross_entropy.h):
 
-- "sum" and "mean": the gradient of each row is known in the forward up to one factor, so it is
-  computed there, one chunk of rows after another, while the chunk's exponentials are at hand. This
-  takes 3 matrix products (`linear_cross_entropy_loss`).
+- "sum" and "mean": the gradient of each row is known in the forward up to one factor. It is
+  computed there, one chunk of rows after another, while the chunk's exponentials are in memory.
+  This takes 3 matrix products (`linear_cross_entropy_loss`).
 - "none", or with lse: the gradient of each row is known only in the backward. The forward computes
   lse and the backward recomputes the logits. This takes 4 matrix products (`linear_cross_entropy`,
-  `linear_cross_entropy_backward`). Few rows use this way too: it writes the weight's gradient only
-  once, in the weight's dtype, and that write is what takes their time.
+  `linear_cross_entropy_backward`). Few rows take this path too: it writes the weight's gradient
+  only once, in the weight's dtype, and that write dominates their time.
 
 Where the products are so small that the calls around them dominate, the loss is computed by its
 definition: float32 logits in memory and `cross_entropy` on them. Those products are torch's, whose
@@ -31,19 +31,19 @@ from fastlm.ops.cross_entropy import (
     coefficients,
     cross_entropy,
 )
-from fastlm.ops.wrong_type import FAILURES, explained
+from fastlm.ops.wrong_type import TYPE_FAILURES, explain
 from fastlm.reference.precision import wide_dtype
 from fastlm.row_losses import row_factors, row_losses
 from fastlm.transforms import is_eager, wants_gradient
 
 _FEW_ROWS = 64  # at 100 to 200 the fourth product costs as much as a float32 gradient of the weight
-# Rows x features x classes up to which the definition takes less time than the kernels' calls: a
-# fifth of it at 4 thousand, the same at 2 to 4 million.
-_SMALL = 1 << 20
+# Rows x features x classes up to which the definition takes less time than the calls of the
+# kernels: a fifth of their time at 4 thousand, the same at 2 to 4 million.
+_MAX_SMALL_PRODUCT = 1 << 20
 # Gradients computed in the forward do not have GradScaler's factor yet. In float16 a mean over a
 # thousand rows would lose all but the targets' classes, and the input's gradient its last bits. 64
-# is GradScaler's first factor, 2^16, over 1024 rows: a class's share of 1e-9 is kept, and weights
-# of up to 256 do not overflow.
+# is GradScaler's first factor, 2^16, over 1024 rows: a class's share of 1e-9 does not underflow,
+# and weights of up to 256 do not overflow.
 _HALF_PEAK = 64.0
 
 
@@ -92,7 +92,7 @@ def linear_cross_entropy(
         if (
             is_eager(input, linear_weight, target)  # first: a traced size would add a guard
             and target.numel() <= _FEW_ROWS
-            and target.numel() * linear_weight.numel() <= _SMALL
+            and target.numel() * linear_weight.numel() <= _MAX_SMALL_PRODUCT
             and backend_for("linear_cross_entropy", input) == "cpu"
             and ignore_index
             not in target.reshape(-1).tolist()  # ignored rows must not reach dw, even as NaN
@@ -136,7 +136,9 @@ def linear_cross_entropy(
             and not (softcap is not None and label_smoothing)
         ):
             unit = (
-                _unit(*factors[:2], classes, logit_scale) if input.dtype is torch.float16 else None
+                _gradient_unit(*factors[:2], classes, logit_scale)
+                if input.dtype is torch.float16
+                else None
             )
             if unit is not None:
                 factors = tuple(f if f is None else f * unit for f in factors)
@@ -159,8 +161,8 @@ def linear_cross_entropy(
         loss = row_losses(*factors, nll, smoothed, lse, rows != ignore_index)
         loss = loss.view(target.shape) if reduction == "none" else loss.sum()
         return (loss, lse.view(target.shape)) if return_lse else loss
-    except FAILURES as error:
-        raise explained(error, linear_cross_entropy, locals()) from None
+    except TYPE_FAILURES as error:
+        raise explain(error, linear_cross_entropy, locals()) from None
 
 
 def check_linear(input: Tensor, linear_weight: Tensor, linear_bias: Tensor | None) -> int:
@@ -190,13 +192,16 @@ def check_linear(input: Tensor, linear_weight: Tensor, linear_bias: Tensor | Non
     return classes
 
 
-def _unit(on_nll: Tensor, on_smoothed: Tensor | None, classes: int, logit_scale: float) -> Tensor:
-    """A power of two that brings the largest coefficient of a logit's gradient to `_HALF_PEAK`."""
-    most = on_nll if on_smoothed is None else on_nll + on_smoothed * classes
+def _gradient_unit(
+    on_nll: Tensor, on_smoothed: Tensor | None, classes: int, logit_scale: float
+) -> Tensor:
+    """Return a power of two that brings the largest coefficient of a logit's gradient to
+    `_HALF_PEAK`."""
+    largest = on_nll if on_smoothed is None else on_nll + on_smoothed * classes
     # the unit is 1 without rows, or where every row's factor is 0
-    most = F.pad(most.detach(), (0, 1)).amax() * abs(logit_scale)
-    most = torch.where((most > 0) & (most < torch.inf), most, _HALF_PEAK)
-    return torch.exp2(-torch.log2(most / _HALF_PEAK).floor())
+    largest = F.pad(largest.detach(), (0, 1)).amax() * abs(logit_scale)
+    largest = torch.where((largest > 0) & (largest < torch.inf), largest, _HALF_PEAK)
+    return torch.exp2(-torch.log2(largest / _HALF_PEAK).floor())
 
 
 def _float32_logits(input: Tensor, linear_weight: Tensor, linear_bias: Tensor | None) -> Tensor:

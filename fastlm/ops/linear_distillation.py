@@ -1,9 +1,9 @@
 """Distillation of one language-model head into another, without either's (N, V) logits in memory.
 
-The gradient of each row's divergence is known once both heads' scores of the row are. So one
-operator computes the loss and, where a gradient is wanted, the gradients of the student's side, one
-chunk of rows after another (csrc/cpu/linear_distillation.h): 2 matrix products without gradients, 4
-with both. The backward scales what the forward computed.
+The gradient of each row's divergence is known once both heads' scores of the row are known. One
+operator therefore computes the loss and, where a gradient is needed, the gradients of the student's
+side, one chunk of rows after another (csrc/cpu/linear_distillation.h). This takes 2 matrix products
+without gradients and 4 with both. The backward scales the gradients of the forward.
 
 The operator returns the sum over rows. The mean and `num_items` are a division of that scalar.
 """
@@ -16,8 +16,8 @@ from torch import Tensor
 from fastlm import reference
 from fastlm.errors import InputError
 from fastlm.operator import autocast, declare, is_any_autocast_on
-from fastlm.ops.wrong_type import FAILURES, explained
-from fastlm.row_losses import one_number
+from fastlm.ops.wrong_type import TYPE_FAILURES, explain
+from fastlm.row_losses import as_scalar
 from fastlm.transforms import is_traced, wants_gradient
 
 KINDS = ("forward", "reverse", "jsd")
@@ -60,7 +60,7 @@ def linear_distillation(
         beta: in (0, 1), of "jsd". At its ends the divergence is 0; "forward" and "reverse" are the
             limits of it divided by beta and by 1 - beta.
         temperature: > 0.
-        mask: (...), bool or 0 and 1. Rows where it is 0 are left out: they may hold NaN or
+        mask: (...), bool or 0 and 1. Rows where it is 0 are left out: they may contain NaN or
             infinity, and their gradient is 0.
         num_items: divide the sum by this number (the tokens of all micro-batches or ranks) instead
             of the number of rows that the mask keeps.
@@ -90,7 +90,7 @@ def linear_distillation(
         _check_options(kind, beta, temperature, num_items, student_softcap, teacher_softcap)
         rows = student.reshape(-1, student.shape[-1])
         keep = None if mask is None else mask.detach().reshape(-1) != 0
-        traced = is_traced()  # a trace also serves calls that want a gradient
+        traced = is_traced()  # a trace may also be called where a gradient is needed
         unit = 1.0
         if student.dtype is torch.float16:
             unit = 2.0 ** math.floor(math.log2(_HALF_PEAK * temperature))
@@ -110,16 +110,16 @@ def linear_distillation(
             traced or wants_gradient(student_weight),
         )[0]
         if num_items is not None:
-            items = one_number(num_items)
+            items = as_scalar(num_items)
         else:
             items = rows.shape[0] if keep is None else keep.sum()
         # as `fastlm.train.losses.aggregate`: the sum over no row is 0, and so is its mean
         items = items.clamp(min=1) if isinstance(items, Tensor) else max(items, 1)
         # a tensor, as torch's tangent of a scalar over a Python number is float64
-        whole = loss.new_ones(()) * items * unit
-        return loss / whole
-    except FAILURES as error:
-        raise explained(error, linear_distillation, locals()) from None
+        divisor = loss.new_ones(()) * items * unit
+        return loss / divisor
+    except TYPE_FAILURES as error:
+        raise explain(error, linear_distillation, locals()) from None
 
 
 def _check(
@@ -206,8 +206,11 @@ def _check_options(
 
 def _flops(student, student_weight, teacher, teacher_weight, *options, **_):
     need_student, need_weight = options[-2:]
-    own = 2 * math.prod(student) * student_weight[0]
-    return 2 * math.prod(teacher) * teacher_weight[0] + (1 + need_student + need_weight) * own
+    student_flops = 2 * math.prod(student) * student_weight[0]
+    return (
+        2 * math.prod(teacher) * teacher_weight[0]
+        + (1 + need_student + need_weight) * student_flops
+    )
 
 
 _backward = declare(reference.linear_distillation_backward, "cpu triton", dispatch_arg="d_student")

@@ -1,12 +1,11 @@
-"""Log-probabilities of given tokens under a linear head, and the entropy of its distribution,
-without the (N, V) logits ever being in memory.
+"""Log-probabilities of target tokens under a linear head, and the entropy of its distribution.
 
-What training on samples (DPO, PPO, GRPO) needs of each token. The kernels are those of
-`linear_cross_entropy`, whose nll this is with the other sign; they sum e^z (z - base) as well where
-the entropy is wanted, and the backward recomputes the logits. That is 4 matrix products with
-gradients of input and weight. The 3 of a mean cross-entropy need each row's factor in the forward;
-here it arrives in the backward, and both the logits for it and the exponentials until then would
-be (N, V).
+The (N, V) logits are never in memory. Training on samples (DPO, PPO, GRPO) needs these values for
+each token. The kernels are those of `linear_cross_entropy`: a log-probability is the nll with the
+other sign. For the entropy they also sum e^z (z - base), where base is the row's maximum. The
+backward recomputes the logits. That is 4 matrix products with gradients of input and weight. The 3
+products of a mean cross-entropy need each row's factor in the forward. Here the factor arrives in
+the backward, and storing logits or exponentials until then would take (N, V).
 """
 
 import math
@@ -19,7 +18,7 @@ from fastlm.errors import InputError
 from fastlm.operator import autocast, declare, is_any_autocast_on
 from fastlm.ops.cross_entropy import check, check_options
 from fastlm.ops.linear_cross_entropy import check_linear
-from fastlm.ops.wrong_type import FAILURES, explained
+from fastlm.ops.wrong_type import TYPE_FAILURES, explain
 
 
 def linear_logprobs(
@@ -54,8 +53,8 @@ def linear_logprobs(
 
     Under ``torch.autocast`` input and linear_weight are cast to its dtype, as by F.linear. Sums are
     float32; the gradient of the logits is rounded to input's dtype for the matrix products that
-    follow it. Kept for the backward: the arguments and two or three float32 values per row. Memory
-    in addition to the results is that of `linear_cross_entropy`.
+    follow it. Stored for the backward: the arguments and two or three float32 values per row.
+    Memory in addition to the results is that of `linear_cross_entropy`.
 
     Raises:
         InputError: shapes, dtypes or options that do not fit; on the CPU also a target out of
@@ -81,8 +80,8 @@ def linear_logprobs(
         )
         logprob = logprob.view(target.shape)
         return (logprob, entropy.view(target.shape)) if return_entropy else logprob
-    except FAILURES as error:
-        raise explained(error, linear_logprobs, locals()) from None
+    except TYPE_FAILURES as error:
+        raise explain(error, linear_logprobs, locals()) from None
 
 
 def _derivative(

@@ -1,4 +1,4 @@
-"""Appends keys and values to a paged cache, also in int8, which `paged_attention` reads."""
+"""Append keys and values to a paged cache, also in int8, which `paged_attention` reads."""
 
 import torch
 from torch import Tensor
@@ -8,7 +8,7 @@ from fastlm.errors import InputError
 from fastlm.operator import declare, is_autocast_on
 from fastlm.ops.attention import as_int32
 from fastlm.ops.paged_attention import cache_scales
-from fastlm.ops.wrong_type import FAILURES, explained
+from fastlm.ops.wrong_type import TYPE_FAILURES, explain
 
 
 def paged_append(
@@ -36,11 +36,11 @@ def paged_append(
         block_table: (B, max_pages) int32 or int64.
         positions: (B, S) int32 or int64. A token below 0, beyond the table or on a page that the
             cache does not have (rows of a padded batch) is left out. No two tokens may have the
-            same place.
+            same slot.
         k_scale, v_scale: value of one int8 step, for int8 caches only: a number, or a tensor of
             shape () or (Hkv,).
 
-    On a GPU nothing waits for the device. No autograd.
+    On a GPU nothing waits for the device. There is no autograd.
 
     Raises:
         InputError: shapes, dtypes, devices or scales that do not fit.
@@ -56,18 +56,18 @@ def paged_append(
         ):
             k, v = k.to(k_cache.dtype), v.to(k_cache.dtype)
         for name, x, cache in (("k", k, k_cache), ("v", v, v_cache)):
-            wanted = (*k.shape[:2], *cache.shape[2:])
-            if x.shape != wanted or x.dtype != k.dtype or x.device != k.device:
+            shape = (*k.shape[:2], *cache.shape[2:])
+            if x.shape != shape or x.dtype != k.dtype or x.device != k.device:
                 raise InputError(
-                    f"{name}: expected {k.dtype} {wanted} on {k.device} as k and {name}_cache,"
+                    f"{name}: expected {k.dtype} {shape} on {k.device} as k and {name}_cache,"
                     f" got {x.dtype} {tuple(x.shape)} on {x.device}"
                 )
         if not k.is_floating_point():
             raise InputError(f"k: expected a float dtype, got {k.dtype}")
         for name, cache in (("k_cache", k_cache), ("v_cache", v_cache)):
-            fits = cache.shape[:3] == k_cache.shape[:3] and cache.shape[1] > 0
-            good = cache.dtype in (k.dtype, torch.int8) and cache.dtype == k_cache.dtype
-            if not fits or not good or cache.device != k.device:
+            shape_fits = cache.shape[:3] == k_cache.shape[:3] and cache.shape[1] > 0
+            dtype_fits = cache.dtype in (k.dtype, torch.int8) and cache.dtype == k_cache.dtype
+            if not shape_fits or not dtype_fits or cache.device != k.device:
                 raise InputError(
                     f"{name}: expected (pages, page_size, Hkv, width) of {k.dtype} or int8 on"
                     f" {k.device}, the same for both, got {cache.dtype} {tuple(cache.shape)} on"
@@ -82,8 +82,8 @@ def paged_append(
             ("block_table", block_table, k.shape[:1]),
             ("positions", positions, k.shape[:2]),
         ):
-            good = t.dtype in (torch.int32, torch.int64) and t.device == k.device
-            if t.dim() != 2 or t.shape[: len(rows)] != rows or not good:
+            dtype_fits = t.dtype in (torch.int32, torch.int64) and t.device == k.device
+            if t.dim() != 2 or t.shape[: len(rows)] != rows or not dtype_fits:
                 raise InputError(
                     f"{name}: expected int32, 2 dimensions, the first {tuple(rows)}, on {k.device},"
                     f" got {t.dtype} {tuple(t.shape)} on {t.device}"
@@ -97,8 +97,8 @@ def paged_append(
             k, v, k_cache, v_cache, as_int32(block_table), as_int32(positions),
             cache_scales("k", k_scale, k_cache), cache_scales("v", v_scale, v_cache),
         )  # fmt: skip
-    except FAILURES as error:
-        raise explained(error, paged_append, locals()) from None
+    except TYPE_FAILURES as error:
+        raise explain(error, paged_append, locals()) from None
 
 
 _append = declare(reference.paged_append, "cpu triton cuda", mutates_args=("k_cache", "v_cache"))

@@ -9,7 +9,7 @@ from fastlm.errors import InputError
 from fastlm.flops import has_values
 from fastlm.operator import declare, is_autocast_on
 from fastlm.ops.attention import as_int32, check_option_tensors, check_options, wide_dtype
-from fastlm.ops.wrong_type import FAILURES, explained
+from fastlm.ops.wrong_type import TYPE_FAILURES, explain
 
 
 def paged_attention(
@@ -49,7 +49,7 @@ def paged_attention(
         return_lse: also return lse (B, H, S), float32.
 
     Returns:
-        (B, S, H, Dv). No autograd: it is for generation.
+        (B, S, H, Dv). There is no autograd: the op is for generation.
 
     Raises:
         InputError: as `attention`; scales that do not fit; on the CPU, a page outside the cache or
@@ -57,18 +57,18 @@ def paged_attention(
     """
     try:
         out, lse = op(
-            *checked(
+            *check_arguments(
                 q, k_cache, v_cache, block_table, seq_lens, k_scale=k_scale, v_scale=v_scale,
                 causal=causal, scale=scale, window=window, softcap=softcap, sinks=sinks,
                 alibi_slopes=alibi_slopes, bias=bias,
             )
         )  # fmt: skip
         return (out, lse) if return_lse else out
-    except FAILURES as error:
-        raise explained(error, paged_attention, locals()) from None
+    except TYPE_FAILURES as error:
+        raise explain(error, paged_attention, locals()) from None
 
 
-def checked(
+def check_arguments(
     q: Tensor,
     k_cache: Tensor,
     v_cache: Tensor,
@@ -85,8 +85,10 @@ def checked(
     alibi_slopes: Tensor | None = None,
     bias: Tensor | None = None,
 ) -> tuple:
-    """The arguments of `op`, after all checks of `paged_attention` that read no values. The caches
-    are passed on without a copy, so that writes to them before `op` runs count."""
+    """Return the arguments of `op`, after all checks of `paged_attention` that read no values.
+
+    The caches are passed on without a copy, so that writes to them before `op` runs count.
+    """
     for name, t in (("q", q), ("k_cache", k_cache), ("v_cache", v_cache)):
         if t.dim() != 4:
             raise InputError(f"{name}: expected 4 dimensions, got {tuple(t.shape)}")
@@ -98,8 +100,8 @@ def checked(
             f" got {tuple(v_cache.shape)}"
         )
     for name, t, dim in (("block_table", block_table, 2), ("seq_lens", seq_lens, 1)):
-        good = t.dtype in (torch.int32, torch.int64) and t.device == q.device
-        if t.dim() != dim or t.shape[0] != q.shape[0] or not good:
+        fits = t.dtype in (torch.int32, torch.int64) and t.device == q.device
+        if t.dim() != dim or t.shape[0] != q.shape[0] or not fits:
             raise InputError(
                 f"{name}: expected {dim} dimension(s), B = {q.shape[0]} rows, int32 on {q.device}, "
                 f"got {t.dtype} {tuple(t.shape)} on {t.device}"
@@ -128,11 +130,11 @@ def checked(
 def cache_scales(name: str, scale: float | Tensor | None, cache: Tensor) -> Tensor | None:
     """(Hkv,) float32, or None for a cache that is not int8."""
     if (scale is None) == (cache.dtype == torch.int8):
-        wanted = (
+        expected = (
             "a number or a tensor (int8 cache)" if scale is None else f"None ({cache.dtype} cache)"
         )
         raise InputError(
-            f"{name}_scale: expected {wanted}, got {'None' if scale is None else 'one'}"
+            f"{name}_scale: expected {expected}, got {'None' if scale is None else 'one'}"
         )
     if scale is None:
         return None
@@ -157,8 +159,8 @@ def _fake(q, k_cache, v_cache, *_):
 
 def _flops(q, k_cache, v_cache, block_table, seq_lens, *_, **__):
     _, queries, heads, width = q.shape
-    room = block_table.numel() * k_cache.shape[1]
-    keys = int(seq_lens.sum()) if has_values(seq_lens) else room
+    capacity = block_table.numel() * k_cache.shape[1]
+    keys = int(seq_lens.sum()) if has_values(seq_lens) else capacity
     return 2 * queries * heads * keys * (width + v_cache.shape[3])
 
 

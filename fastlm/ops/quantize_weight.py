@@ -1,5 +1,6 @@
-"""Rounding to nearest int8 or int4, with the scale (and offset) of each group searched for the
-smallest squared error.
+"""Round weights to the nearest int8 or int4.
+
+The scale (and offset) of each group is searched for the smallest squared error.
 """
 
 import torch
@@ -7,7 +8,7 @@ from torch import Tensor
 
 from fastlm.errors import InputError
 from fastlm.ops.quantized_weight import SCALE_DTYPES, QuantizedWeight, check_group_size, pack_rows
-from fastlm.ops.wrong_type import FAILURES, explained
+from fastlm.ops.wrong_type import TYPE_FAILURES, explain
 
 # int4 scales to try, as fractions of the scale that puts the group's largest weight on the end of
 # the range: clipping that weight costs less than a coarser step for all others. Groups of 128 gain
@@ -16,7 +17,7 @@ _SHRINK = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.65, 0.55)
 # Least-squares steps from the best of these. On Gaussian weights, groups of 64: 0.05 dB (symmetric)
 # and 0.19 dB (asymmetric); a third step gains 0.002 and 0.02 dB.
 _STEPS = 2
-# Then steps to the scale that leaves no shrinkage, whatever they do to the error (see `unshrink`)
+# Then steps to the scale without shrinkage, whatever the error (see `unshrink`)
 _UNSHRINK = 2
 # Weights per pass over the candidates. The temporaries stay in the L2, and torch does not split
 # such small work over threads, whose barriers cost 100 times the work if a core is busy elsewhere.
@@ -51,9 +52,9 @@ def quantize_weight(
     large weights are clipped less. Symmetric: the largest weight is put on -8 (the longer side, so
     scales have a sign) or on 7, in full or clipped; asymmetric: the range is that of the values, or
     a shorter one. Two steps of least squares follow: the best scale (and offset) for the codes, new
-    codes for it. Such weights are shrunk, as every least-squares fit is, and so is what the layer
-    computes. The last scale is the one that gives the group's weights a regression slope of 1 on
-    the given ones.
+    codes for it. Such weights are shrunk, as every least-squares fit is, and so are the outputs of
+    the layer. The last scale is the one that gives the group's weights a regression slope of 1 on
+    the original ones.
 
     Raises:
         InputError: not a matrix of finite floats (a meta tensor has no values), bits or group_size
@@ -78,18 +79,18 @@ def quantize_weight(
         if not bool(torch.isfinite(w).all()):
             raise InputError("w: expected finite values, got NaN or infinity")
         if importance is not None:
-            importance = _checked(importance, k, w.device)
+            importance = _check_importance(importance, k, w.device)
         groups = -(-k // size)
         width = min(size, k)
         qdata, scales, zeros = [], [], []
         rows = max(1, _BLOCK // k)
-        u = _by_group(importance, k, groups * width, width, w.device)
+        u = _group_factors(importance, k, groups * width, width, w.device)
         for block in w.split(rows) if n else [w]:
             v = block.to(torch.float32)
             if groups * width > k:  # repeat the last column: it changes no minimum and no maximum
                 v = torch.cat((v, v[:, -1:].expand(-1, groups * width - k)), 1)
             v = v.reshape(-1, groups, width)
-            factors = _own_importance(v, u) if importance is None and bits == 4 else u
+            factors = _default_importance(v, u) if importance is None and bits == 4 else u
             q, s, z = round_groups(v, factors, bits, symmetric, scale_dtype)
             if z is not None:
                 zeros.append(z.to(scale_dtype))
@@ -108,11 +109,11 @@ def quantize_weight(
             size,
             (n, k),
         )
-    except FAILURES as error:
-        raise explained(error, quantize_weight, locals()) from None
+    except TYPE_FAILURES as error:
+        raise explain(error, quantize_weight, locals()) from None
 
 
-def _checked(importance: Tensor, k: int, device: torch.device) -> Tensor:
+def _check_importance(importance: Tensor, k: int, device: torch.device) -> Tensor:
     if tuple(importance.shape) != (k,) or importance.device != device:
         raise InputError(
             f"importance: expected shape ({k},) on {device} as w's columns,"
@@ -124,10 +125,10 @@ def _checked(importance: Tensor, k: int, device: torch.device) -> Tensor:
     return factors
 
 
-def _by_group(
+def _group_factors(
     importance: Tensor | None, k: int, padded: int, width: int, device: torch.device
 ) -> Tensor | None:
-    """The factors as (groups, width), 0 for padding; None where all are 1."""
+    """Return the factors as (groups, width), 0 for padding, or None where all are 1."""
     if importance is None and padded == k:
         return None
     factors = torch.zeros(padded, device=device)
@@ -135,29 +136,31 @@ def _by_group(
     return factors.view(-1, width)
 
 
-def _own_importance(v: Tensor, kept: Tensor | None) -> Tensor:
-    """What errors of weights count where nothing is known of the features: without this, clipping
-    helps the many small weights at the cost of the few large ones. On the 5.1 M model of
-    docs/quantization.md it takes KL from 0.0164 to 0.0150, and 0.12 % off the bits per byte.
-    `kept`: 1, and 0 for padding.
+def _default_importance(v: Tensor, mask: Tensor | None) -> Tensor:
+    """Return the factors of weights' squared errors where the features are unknown.
+
+    Without these factors, clipping helps the many small weights at the cost of the few large ones.
+    On the 5.1 M model of docs/quantization.md they take KL from 0.0164 to 0.0150, and 0.12 % off
+    the bits per byte. `mask`: 1, and 0 for padding.
     """
-    kept = torch.ones_like(v) if kept is None else kept
-    squares = v.square() * kept
-    mean = squares.sum(-1, keepdim=True) / kept.sum(-1, keepdim=True)
-    return kept + squares / mean.clamp(min=1e-30)
+    mask = torch.ones_like(v) if mask is None else mask
+    squares = v.square() * mask
+    mean = squares.sum(-1, keepdim=True) / mask.sum(-1, keepdim=True)
+    return mask + squares / mean.clamp(min=1e-30)
 
 
 def round_groups(
     v: Tensor, u: Tensor | None, bits: int, symmetric: bool, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Codes (..., width), scales (...) and offsets (...) or None of groups v (..., width), float32
-    or float64. Scales and offsets have the values that `dtype` stores, in v's dtype. `u` is
-    broadcast to v: factors of the squared errors, None for 1.
+    """Return codes (..., width), scales (...) and offsets (...) or None of groups v (..., width).
+
+    v is float32 or float64. Scales and offsets have the values that `dtype` stores, in v's dtype.
+    `u` is broadcast to v: factors of the squared errors, None for 1.
     """
     if symmetric:
-        s, z = (_absmax if bits == 8 else _searched)(v, u, dtype), None
+        s, z = (_absmax_scale if bits == 8 else _search_scale)(v, u, dtype), None
     else:
-        s, z = _ranged(v, u, bits, dtype)
+        s, z = _search_range(v, u, bits, dtype)
     return codes(v, s, z, bits, symmetric), s, z
 
 
@@ -169,24 +172,23 @@ def codes(v: Tensor, s: Tensor, z: Tensor | None, bits: int, symmetric: bool) ->
 
 
 def code_range(bits: int, symmetric: bool) -> tuple[float, float]:
-    """The smallest and the largest code. Symmetric int8 leaves -128 out."""
+    """Return the smallest and the largest code. Symmetric int8 leaves out -128."""
     half = float(2 ** (bits - 1))
     return (-127.0 if bits == 8 and symmetric else -half), half - 1
 
 
 def _storable(scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """The scale as it will be stored, in its own dtype; 1 where the group is all zero (or too small
-    for the dtype).
-    """
+    """Return the scale as it will be stored, in its original dtype: 1 where the group is all zero
+    (or too small for `dtype`)."""
     s = scale.to(dtype).to(scale.dtype)
     return torch.where(s == 0, 1.0, s)
 
 
-def _absmax(v: Tensor, u: Tensor | None, dtype: torch.dtype) -> Tensor:
+def _absmax_scale(v: Tensor, u: Tensor | None, dtype: torch.dtype) -> Tensor:
     return _storable(v.abs().amax(-1) / 127, dtype)
 
 
-class _Best:
+class _ScaleSearch:
     """The best scales (and offsets) so far of every group, by the weighted squared error."""
 
     def __init__(self, v: Tensor, u: Tensor | None, symmetric: bool, dtype: torch.dtype):
@@ -198,8 +200,8 @@ class _Best:
     def sum(self, x: Tensor) -> Tensor:
         return x.sum(-1) if self.u is None else (x * self.u).sum(-1)
 
-    def offer(self, s: Tensor, z: Tensor | None) -> None:
-        """Take these, as stored, where they are better. A scale that is no number is never."""
+    def try_scale(self, s: Tensor, z: Tensor | None) -> None:
+        """Take these values, as stored, where they are better. NaN and infinity never are."""
         s = _storable(s, self.dtype)
         z = None if z is None else z.to(self.dtype).to(z.dtype)
         q = codes(self.v, s, z, 4, self.symmetric).mul_(s[..., None])
@@ -212,8 +214,9 @@ class _Best:
             self.z = torch.where(better, z, self.z)
 
     def finish(self) -> Tensor:
-        """Step from the best; return its scale, infinite, which is then refused, where none could
-        be stored.
+        """Improve the best scale by steps and return it.
+
+        It is infinite, and then refused, where no scale could be stored.
         """
         for _ in range(_STEPS):
             self.step()
@@ -222,68 +225,79 @@ class _Best:
         return torch.where(self.error.isinf(), torch.inf, self.s)
 
     def step(self) -> None:
-        """Offer the scale (and offset) of least squares for the codes of the best."""
+        """Try the scale (and offset) of least squares for the codes of the best."""
         qq, qv, _, q1, v1 = self.products()
         s = qv / qq
-        self.offer(s, None if self.z is None else v1 - s * q1)
+        self.try_scale(s, None if self.z is None else v1 - s * q1)
 
     def unshrink(self) -> None:
-        """Take the scale (and offset) for which the quantized weights regress on the given ones
-        with slope 1. That of least squares has the slope 1 - error / variance: 0.5 % less for int4
-        in groups of 32, in every layer. On the 5.1 M model of docs/quantization.md this takes KL
-        from 0.0171 to 0.0162 and 0.1 % off the bits per byte, for 0.3 % more squared error.
+        """Take the scale (and offset) for which the quantized weights regress on the original ones
+        with slope 1.
+
+        The scale of least squares has the slope 1 - error / variance: 0.5 % less for int4 in groups
+        of 32, in every layer. On the 5.1 M model of docs/quantization.md this step takes KL from
+        0.0171 to 0.0162 and 0.1 % off the bits per byte, for 0.3 % more squared error.
         """
         _, qv, vv, q1, v1 = self.products()
         s = _storable(vv / qv, self.dtype)
         # a group that rounds to zeros alone, or to something unrelated, keeps its scale
-        fine = (s / self.s - 1).abs() < 0.5
-        self.s = torch.where(fine, s, self.s)
+        is_close = (s / self.s - 1).abs() < 0.5
+        self.s = torch.where(is_close, s, self.s)
         if self.z is not None:
             z = (v1 - self.s * q1).to(self.dtype).to(self.z.dtype)
-            self.z = torch.where(fine, z, self.z)
+            self.z = torch.where(is_close, z, self.z)
 
     def products(self) -> tuple[Tensor, ...]:
-        """Sums of q q, q v and v v, with codes q of the best, and q1, v1: with an offset the first
-        are about the means, which are the last two.
+        """Return the sums of q q, q v and v v, with codes q of the best, and q1, v1.
+
+        With an offset, the three sums are about the means, and these are q1 and v1.
         """
         v, q = self.v, codes(self.v, self.s, self.z, 4, self.symmetric)
         qq, qv, vv = self.sum(q * q), self.sum(q * v), self.sum(v * v)
         if self.z is None:
             return qq, qv, vv, qq, vv
-        one = self.sum(torch.ones_like(v))
-        q1, v1 = self.sum(q) / one, self.sum(v) / one
-        return qq - one * q1 * q1, qv - one * q1 * v1, vv - one * v1 * v1, q1, v1
+        weight_sum = self.sum(torch.ones_like(v))
+        q1, v1 = self.sum(q) / weight_sum, self.sum(v) / weight_sum
+        return (
+            qq - weight_sum * q1 * q1,
+            qv - weight_sum * q1 * v1,
+            vv - weight_sum * v1 * v1,
+            q1,
+            v1,
+        )
 
 
-def _searched(v: Tensor, u: Tensor | None, dtype: torch.dtype) -> Tensor:
+def _search_scale(v: Tensor, u: Tensor | None, dtype: torch.dtype) -> Tensor:
     low, high = v.aminmax(dim=-1)
     peak = torch.where(-low > high, low, high)  # signed value of the largest magnitude
-    best = _Best(v, u, True, dtype)
+    best = _ScaleSearch(v, u, True, dtype)
     # the peak on -8 with its sign, then on +-7; each scale also shrunk
     for end in (-8.0, 7.0):
         for shrink in _SHRINK:
-            best.offer(peak * (shrink / end), None)
+            best.try_scale(peak * (shrink / end), None)
     return best.finish()
 
 
-def _ranged(v: Tensor, u: Tensor | None, bits: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def _search_range(
+    v: Tensor, u: Tensor | None, bits: int, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
     low, high = v.aminmax(dim=-1)
     down, up = float(2 ** (bits - 1)), float(2 ** (bits - 1) - 1)
 
-    def of(low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
+    def scale_and_offset(low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
         z = (low + (high - low) * (down / (down + up))).to(dtype).to(v.dtype)
         # both ends must still be within reach of the stored offset
         return _storable(torch.maximum((high - z) / up, (z - low) / down), dtype), z
 
     if bits == 8:
-        return of(low, high)
-    best = _Best(v, u, False, dtype)
+        return scale_and_offset(low, high)
+    best = _ScaleSearch(v, u, False, dtype)
     for shrink in _SHRINK:
         cut = (high - low) * ((1 - shrink) / 2)
-        best.offer(*of(low + cut, high - cut))
+        best.try_scale(*scale_and_offset(low + cut, high - cut))
         if shrink < 1:  # one end clipped: a tail is often on one side
-            best.offer(*of(low + 2 * cut, high))
-            best.offer(*of(low, high - 2 * cut))
+            best.try_scale(*scale_and_offset(low + 2 * cut, high))
+            best.try_scale(*scale_and_offset(low, high - 2 * cut))
     s = best.finish()
     assert best.z is not None
     return s, best.z

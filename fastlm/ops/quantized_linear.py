@@ -1,4 +1,4 @@
-"""x @ W^T with an int8 or int4 W: W4A16, W8A16, W4A8, W8A8."""
+"""Products x @ W^T with an int8 or int4 W: W4A16, W8A16, W4A8, W8A8."""
 
 import math
 from typing import NamedTuple
@@ -11,7 +11,7 @@ from fastlm.backend import Support
 from fastlm.errors import InputError
 from fastlm.operator import declare
 from fastlm.ops.quantized_weight import QuantizedWeight
-from fastlm.ops.wrong_type import FAILURES, explained
+from fastlm.ops.wrong_type import TYPE_FAILURES, explain
 
 
 def quantized_linear(
@@ -69,8 +69,8 @@ def quantized_linear(
             qweight.group_size,
             act_bits,
         )
-    except FAILURES as error:
-        raise explained(error, quantized_linear, locals()) from None
+    except TYPE_FAILURES as error:
+        raise explain(error, quantized_linear, locals()) from None
 
 
 def _flops(x, qdata, *_, **__):
@@ -81,7 +81,7 @@ def _backward_flops(dy, qdata, scales, zeros, bits, group_size, k, **_):
     return 2 * math.prod(dy) * k
 
 
-def _rounded_flops(q, scale, sums, qdata, scales, zeros, bias, bits, group_size, k, *_, **__):
+def _int8_flops(q, scale, sums, qdata, scales, zeros, bias, bits, group_size, k, *_, **__):
     return 2 * q[0] * k * qdata[0]
 
 
@@ -121,7 +121,8 @@ def _not_float64(*arguments) -> bool:
 
 
 _FLOATS = Support("float32, bfloat16 and float16 results", _not_float64)
-# (rows, K) of a QuantizedWeight, or of rows taken from one. Chosen by scales: qdata is no float.
+# (rows, K) of a QuantizedWeight, or of rows taken from one. Dispatched by scales, as qdata is no
+# float.
 dequantize = declare(
     reference.dequantize,
     "cpu triton cuda",
@@ -131,7 +132,7 @@ dequantize = declare(
 
 
 class Int8Rows(NamedTuple):
-    """x, rounded to int8 for products with quantized weights of one format; see
+    """Rows x rounded to int8, for products with quantized weights of one format; see
     `reference.int8_rows`."""
 
     q: Tensor
@@ -141,7 +142,5 @@ class Int8Rows(NamedTuple):
     dtype: torch.dtype
 
 
-# The product behind `rms_norm_round` and `glu_round`. Chosen by scales: q is no float.
-rounded_linear = declare(
-    reference.rounded_linear, "cuda", dispatch_arg="scales", flops=_rounded_flops
-)
+# The product after `rms_norm_round` and `glu_round`. Dispatched by scales, as q is no float.
+rounded_linear = declare(reference.rounded_linear, "cuda", dispatch_arg="scales", flops=_int8_flops)

@@ -20,7 +20,7 @@ ANY_K = 1 << 62  # for check_group_size where there is no weight yet
 
 
 def check_group_size(group_size: int, k: int) -> int:
-    """The group size, with -1 (one group per row) resolved."""
+    """Return the group size, with -1 (one group per row) resolved."""
     if isinstance(group_size, bool) or not isinstance(group_size, int):
         raise InputError(f"group_size: expected an int, got {group_size!r}")
     if group_size == -1:
@@ -72,10 +72,10 @@ class QuantizedWeight:
         if self.bits not in (4, 8):
             raise InputError(f"bits: expected 4 or 8, got {self.bits}")
         self.group_size = check_group_size(self.group_size, k)
-        wanted = (torch.int8, (n, k)) if self.bits == 8 else (torch.uint8, (n, (k + 1) // 2))
-        if (self.qdata.dtype, tuple(self.qdata.shape)) != wanted:
+        expected = (torch.int8, (n, k)) if self.bits == 8 else (torch.uint8, (n, (k + 1) // 2))
+        if (self.qdata.dtype, tuple(self.qdata.shape)) != expected:
             raise InputError(
-                f"qdata: expected {wanted[0]} {wanted[1]} for {self.bits} bits of shape "
+                f"qdata: expected {expected[0]} {expected[1]} for {self.bits} bits of shape "
                 f"{self.shape},"
                 f" got {self.qdata.dtype} {tuple(self.qdata.shape)}"
             )
@@ -107,7 +107,7 @@ class QuantizedWeight:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all tensors."""
+        """Return the bytes of all tensors."""
         return sum(t.nbytes for t in (self.qdata, self.scales, self.zeros) if t is not None)
 
     @property
@@ -115,7 +115,7 @@ class QuantizedWeight:
         return self.qdata.device
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """(N, K) in `dtype`; products and sums in float32 (float64 for float64)."""
+        """Return (N, K) in `dtype`; products and sums in float32 (float64 for float64)."""
         return torch.ops.fastlm.dequantize(
             self.qdata,
             self.scales,
@@ -127,7 +127,7 @@ class QuantizedWeight:
         )
 
     def to(self, device: torch.device | str) -> "QuantizedWeight":
-        """The same weight on another device, with unchanged dtypes."""
+        """Return the same weight on another device, with unchanged dtypes."""
         return QuantizedWeight(
             self.qdata.to(device),
             self.scales.to(device),
@@ -139,7 +139,7 @@ class QuantizedWeight:
 
 
 def pack_rows(q: Tensor, bits: int) -> Tensor:
-    """The inverse of `fastlm.reference.unpack_rows`; a spare nibble is 8 (q = 0)."""
+    """Pack codes: the inverse of `fastlm.reference.unpack_rows`. A spare nibble is 8 (q = 0)."""
     if bits == 8:
         return q.to(torch.int8).contiguous()
     nibbles = (q + 8).to(torch.uint8)

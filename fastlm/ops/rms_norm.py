@@ -6,7 +6,7 @@ from fastlm import reference
 from fastlm.cuda.rms_norm import ROUND_SUPPORT
 from fastlm.errors import InputError
 from fastlm.operator import declare, is_autocast_on, promote
-from fastlm.ops.wrong_type import FAILURES, explained
+from fastlm.ops.wrong_type import TYPE_FAILURES, explain
 from fastlm.reference.precision import wide_dtype
 
 
@@ -66,13 +66,13 @@ def rms_norm(
             )
         y, h, _ = _forward(x, residual, weight, eps, offset)
         return y if residual is None else (y, h)
-    except FAILURES as error:
+    except TYPE_FAILURES as error:
         if isinstance(weight, int | tuple | list):  # F.rms_norm(x, (H,), weight)
             raise InputError(
                 "weight: expected a tensor (H,) or None (there is no normalized_shape: the last"
                 f" dimension of x is normalised), got {weight!r:.40}"
             ) from None
-        raise explained(error, rms_norm, locals()) from None
+        raise explain(error, rms_norm, locals()) from None
 
 
 def _forward_shapes(x: Tensor, residual: Tensor | None, *_):
@@ -102,5 +102,5 @@ _forward = declare(
 )
 
 
-# A norm before a product in int8, in a decode step: no launch and no trip to memory of its own.
+# In a decode step, a norm before a product in int8: saves a launch and a round trip to memory.
 rms_norm_round = declare(reference.rms_norm_round, "cuda", supports={"cuda": ROUND_SUPPORT})

@@ -1,8 +1,8 @@
 """Rotary position embedding (Su et al. 2021, arXiv:2104.09864) of queries and keys in one call.
 
-One operator serves both directions: the gradient of a rotation is the rotation back, so `_rope`
-with ``inverse=True`` is its own backward. Rejected: two calls, one for q and one for k, which would
-read the tables twice and pay for the call twice.
+One operator is used in both directions: the gradient of a rotation is the inverse rotation, so
+`_rope` with ``inverse=True`` is the backward. Rejected: two calls, one for q and one for k, which
+would read the tables twice and pay for the call twice.
 """
 
 from collections.abc import Sequence
@@ -14,7 +14,7 @@ from fastlm import reference
 from fastlm.errors import InputError
 from fastlm.memory_order import dense
 from fastlm.operator import declare, is_autocast_on, promote
-from fastlm.ops.wrong_type import FAILURES, explained
+from fastlm.ops.wrong_type import TYPE_FAILURES, explain
 from fastlm.transforms import is_eager
 
 
@@ -39,16 +39,16 @@ def rope(
         k: (B, Hkv, S, D), any strides, dtype of q. Under ``torch.autocast`` q and k are cast to the
             wider dtype.
         cos, sin: (S, R), (1, S, R) or (B, S, R), any float dtype, R even and at most D. R < D is a
-            partial rotation. These are what Hugging Face's rotary embeddings return: they have
-            every angle twice, as ``cat(f, f)`` for half-split and ``repeat_interleave(f, 2)`` for
+            partial rotation. Hugging Face's rotary embeddings return such tables: they have every
+            angle twice, as ``cat(f, f)`` for half-split and ``repeat_interleave(f, 2)`` for
             interleaved. They get no gradient.
-        rotary_dim: R, to be given if it is less than D. Without it, tables of R = D / 2 could be
-            those of a whole rotation with every angle once, as in Llama's own code: they are
-            refused unless they have every angle twice. This check reads the tables; where values
-            cannot be read (a GPU, torch.compile) the result is NaN instead of a refusal.
-        mrope_section: positions with several axes (mRoPE, Wang et al. 2024, arXiv:2409.12191): cos
-            and sin are (A, B, S, R), one table per axis (time, height, width in Qwen2-VL), and this
-            has the number of angles that each axis turns, in order; their sum is R / 2.
+        rotary_dim: R; pass it if it is less than D. Without it, tables of R = D / 2 could be those
+            of a full rotation with every angle once, as in Llama's own code: they are refused
+            unless they have every angle twice. This check reads the tables. Where values cannot be
+            read (a GPU, torch.compile), the result is NaN instead of an error.
+        mrope_section: for positions with several axes (mRoPE, Wang et al. 2024, arXiv:2409.12191):
+            the number of angles that each axis rotates, in order; their sum is R / 2. cos and sin
+            are then (A, B, S, R), one table per axis (time, height, width in Qwen2-VL).
 
     Products and sums are float32, rounded once. Each element is read once and written once; the
     results have the memory order of q and k.
@@ -74,7 +74,7 @@ def rope(
             )
         if mrope_section is not None:
             cos, sin = (
-                _one_table(name, t, mrope_section, interleaved)
+                _mrope_table(name, t, mrope_section, interleaved)
                 for name, t in (("cos", cos), ("sin", sin))
             )
         if (
@@ -86,11 +86,11 @@ def rope(
                 f"cos: expected (S, R), (1, S, R) or (B, S, R) with B, S of q {tuple(q.shape)},"
                 f" got {tuple(cos.shape)}"
             )
-        turned = cos.shape[-1]
-        if turned % 2 or turned > width:
-            raise InputError(f"cos: expected an even width R <= D = {width}, got {turned}")
-        if rotary_dim is not None and turned != rotary_dim:
-            raise InputError(f"cos: expected width rotary_dim = {rotary_dim}, got {turned}")
+        rotated = cos.shape[-1]
+        if rotated % 2 or rotated > width:
+            raise InputError(f"cos: expected an even width R <= D = {width}, got {rotated}")
+        if rotary_dim is not None and rotated != rotary_dim:
+            raise InputError(f"cos: expected width rotary_dim = {rotary_dim}, got {rotated}")
         if sin.shape != cos.shape or sin.dtype != cos.dtype:
             raise InputError(
                 f"sin: expected {cos.dtype} {tuple(cos.shape)} as cos,"
@@ -107,17 +107,19 @@ def rope(
                 f"k, cos, sin: expected device {q.device} as q,"
                 f" got {k.device}, {cos.device}, {sin.device}"
             )
-        if rotary_dim is None and 2 * turned == width:
-            cos = _with_every_angle_twice(cos, interleaved)
+        if rotary_dim is None and 2 * rotated == width:
+            cos = _check_angles_twice(cos, interleaved)
         # the results have the memory order of the arguments, which the operator's fake must see
         return _rope(dense(q), dense(k), cos, sin, interleaved, False)
-    except FAILURES as error:
-        raise explained(error, rope, locals()) from None
+    except TYPE_FAILURES as error:
+        raise explain(error, rope, locals()) from None
 
 
-def _one_table(name: str, table: Tensor, sections: Sequence[int], interleaved: bool) -> Tensor:
-    """The (B, S, R) table whose angles are those of their section's axis. It is read once per
-    head, so that making it costs a fraction of the rotation."""
+def _mrope_table(name: str, table: Tensor, sections: Sequence[int], interleaved: bool) -> Tensor:
+    """Return the (B, S, R) table in which every angle is that of its section's axis.
+
+    The table is read once per head, so that building it costs a fraction of the rotation.
+    """
     if table.dim() != 4 or len(sections) != table.shape[0] or 2 * sum(sections) != table.shape[3]:
         raise InputError(
             f"{name}: expected (A, B, S, R) with A = {len(sections)} axes and R = 2 *"
@@ -129,10 +131,9 @@ def _one_table(name: str, table: Tensor, sections: Sequence[int], interleaved: b
     return torch.cat([part[i % len(sections)] for i, part in enumerate(parts)], -1)
 
 
-def _with_every_angle_twice(cos: Tensor, interleaved: bool) -> Tensor:
-    """cos, if it has every angle twice. If not, raise or, where values cannot be read, return NaN
-    in its place.
-    """
+def _check_angles_twice(cos: Tensor, interleaved: bool) -> Tensor:
+    """Return cos if it has every angle twice. If not, raise or, where values cannot be read, return
+    NaN."""
     half = cos.shape[-1] // 2
     first, second = (
         (cos[..., ::2], cos[..., 1::2]) if interleaved else (cos[..., :half], cos[..., half:])
@@ -142,13 +143,13 @@ def _with_every_angle_twice(cos: Tensor, interleaved: bool) -> Tensor:
     if not torch.equal(first, second):
         twice = "cos.repeat_interleave(2, -1)" if interleaved else "torch.cat((cos, cos), -1)"
         raise InputError(
-            f"cos: expected every angle twice ({twice}), or rotary_dim={2 * half} said,"
+            f"cos: expected every angle twice ({twice}), or rotary_dim={2 * half},"
             f" got {tuple(cos.shape)} with every angle once for D = {4 * half}"
         )
     return cos
 
 
-def _turned_back(
+def _rotate_back(
     dq_out: Tensor, dk_out: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, inverse: bool
 ) -> tuple[Tensor, Tensor]:
     return _rope(dense(dq_out), dense(dk_out), cos, sin, interleaved, not inverse)
@@ -159,6 +160,6 @@ _rope = declare(
     "cpu triton cuda",
     fake=lambda q, k, *_: (torch.empty_like(q), torch.empty_like(k)),
     outputs="q_out k_out",
-    backward=_turned_back,
+    backward=_rotate_back,
     gradients=("q", "k"),
 )

@@ -1,5 +1,6 @@
-"""Rotates queries and keys and appends keys and values to a paged cache, in one launch: a decode
-step on a GPU. Elsewhere `rope` and `paged_append` do the same.
+"""Rotate queries and keys and append keys and values to a paged cache, in one launch.
+
+A decode step on a GPU uses it. Elsewhere `rope` and `paged_append` do the same.
 """
 
 from torch import Tensor

@@ -1,4 +1,4 @@
-"""Attention over sequences packed one after the other, with no padding and no leak between them."""
+"""Attention over packed sequences, without padding and without attention across sequences."""
 
 import torch
 from torch import Tensor
@@ -15,7 +15,7 @@ from fastlm.ops.attention import (
     dropout_seed,
     wide_dtype,
 )
-from fastlm.ops.wrong_type import FAILURES, explained
+from fastlm.ops.wrong_type import TYPE_FAILURES, explain
 
 
 def varlen_attention(
@@ -93,8 +93,8 @@ def varlen_attention(
             k.shape[0] if max_seqlen_k is None else max_seqlen_k, options,
         )  # fmt: skip
         return (out, lse) if return_lse else out
-    except FAILURES as error:
-        raise explained(error, varlen_attention, locals()) from None
+    except TYPE_FAILURES as error:
+        raise explain(error, varlen_attention, locals()) from None
 
 
 def _forward_fake(q, k, v, *_):
@@ -108,21 +108,20 @@ def _backward_fake(dout, dlse, q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, *r
     return backward_fake(dout, dlse, q, k, v, out, lse, *rest)
 
 
-def _pairs(cu_q, cu_k, sinks, alibi_slopes, bias, seed, longest_q, longest_k, *_):
-    """Queries times keys, summed over all sequences; with the longest lengths if the lengths cannot
-    be read.
-    """
+def _score_count(cu_q, cu_k, sinks, alibi_slopes, bias, seed, max_seqlen_q, max_seqlen_k, *_):
+    """Return queries times keys, summed over all sequences. If the lengths cannot be read, all
+    sequences count as the longest."""
     if not has_values(cu_q):
-        return (cu_q.shape[0] - 1) * longest_q * longest_k
+        return (cu_q.shape[0] - 1) * max_seqlen_q * max_seqlen_k
     return int((cu_q.diff().long() * cu_k.diff()).sum())
 
 
 def _flops(q, k, v, *layout, **_):
-    return 2 * q.shape[1] * _pairs(*layout) * (q.shape[2] + v.shape[2])
+    return 2 * q.shape[1] * _score_count(*layout) * (q.shape[2] + v.shape[2])
 
 
 def _backward_flops(dout, dlse, q, k, v, out, lse, *layout, **_):
-    return 2 * q.shape[1] * _pairs(*layout) * (3 * q.shape[2] + 2 * v.shape[2])
+    return 2 * q.shape[1] * _score_count(*layout) * (3 * q.shape[2] + 2 * v.shape[2])
 
 
 _backward = declare(

@@ -1,5 +1,6 @@
-"""The definition of every op in plain PyTorch, never optimised. All other implementations are
-tested against it.
+"""The definition of every op in plain PyTorch, never optimised.
+
+All other implementations are tested against it.
 The functions have the signatures of the operators (`fastlm.ops`), backward included, so that
 `use_backend("reference")` runs a whole model on them. They compute in float32, or in float64 when
 given float64, and return the input's dtype.

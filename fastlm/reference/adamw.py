@@ -29,9 +29,9 @@ def pack_state(x: Tensor, *, root: bool) -> tuple[Tensor, Tensor]:
     scales = torch.where(blocks.isfinite().all(1), scales, torch.nan)
     inverse = torch.where(scales > 1e-37, 1 / scales, torch.zeros_like(scales))
     y = blocks * inverse[:, None]
-    mantissa, top = (4, 255) if root else (3, 127)
+    mantissa, max_code = (4, 255) if root else (3, 127)
     shift = 23 - mantissa
-    offset = (0x3F800000 >> shift) - top
+    offset = (0x3F800000 >> shift) - max_code
     magnitude = y.abs()
     codes = ((magnitude.view(torch.int32) + (1 << (shift - 1))) >> shift) - offset
     if root:
@@ -44,11 +44,11 @@ def pack_state(x: Tensor, *, root: bool) -> tuple[Tensor, Tensor]:
 
 
 def unpack_state(codes: Tensor, scales: Tensor, *, root: bool) -> Tensor:
-    """The float32 values of `pack_state`'s codes and scales."""
+    """Return the float32 values of `pack_state`'s codes and scales."""
     flat = _flat(codes).int()
-    mantissa, top = (4, 255) if root else (3, 127)
+    mantissa, max_code = (4, 255) if root else (3, 127)
     shift = 23 - mantissa
-    offset = (0x3F800000 >> shift) - top
+    offset = (0x3F800000 >> shift) - max_code
     magnitude = flat if root else flat & 127
     x = ((magnitude + offset) << shift).view(torch.float32)
     x = torch.where(magnitude > 0, x, torch.zeros_like(x))
@@ -59,7 +59,7 @@ def unpack_state(codes: Tensor, scales: Tensor, *, root: bool) -> Tensor:
 
 
 def _flat(x: Tensor) -> Tensor:
-    """The elements of a dense tensor in memory order."""
+    """Return the elements of a dense tensor in memory order."""
     return x.as_strided((x.numel(),), (1,))
 
 
@@ -68,16 +68,18 @@ def _unflat(flat: Tensor, like: Tensor) -> Tensor:
 
 
 def mix32(x):
-    """A bijection of 32-bit integers that looks random (two rounds of xor-shift and multiply)."""
+    """Map 32-bit integers one to one to random-looking ones (two xor-shift-multiply rounds)."""
     x = ((x ^ (x >> 16)) * 0x7FEB352D) & 0xFFFFFFFF
     x = ((x ^ (x >> 15)) * 0x846CA68B) & 0xFFFFFFFF
     return x ^ (x >> 16)
 
 
 def round_stochastic(x: Tensor, key: int) -> Tensor:
-    """Round dense float32 to one of the two neighbouring bfloat16 with a probability proportional
-    to nearness. Element i of a tensor, in memory order, always gets the same random number under
-    the same key."""
+    """Round dense float32 to one of the two neighbouring bfloat16, at random.
+
+    The probability is proportional to nearness. Element i of a tensor, in memory order, gets the
+    same random number for the same key.
+    """
     flat = _flat(x)
     i = torch.arange(flat.numel(), device=x.device)
     chunk = mix32((key + (i // RANDOM_CHUNK) * 0x9E3779B9) & 0xFFFFFFFF)
@@ -88,22 +90,27 @@ def round_stochastic(x: Tensor, key: int) -> Tensor:
 
 
 def step_key(seed: int, ordinal: int, step: int) -> int:
-    """The key of a tensor's random numbers in the step after `step` others; `ordinal` is the
+    """Return the key of a tensor's random numbers in the step after `step` others. `ordinal` is the
     tensor's position in the optimizer."""
     key = mix32((seed ^ 0x9E3779B9) & 0xFFFFFFFF)
     return mix32(mix32(key ^ step) ^ ordinal)
 
 
 def join_master(param: Tensor, low: Tensor) -> Tensor:
-    """The float32 master of a bfloat16 parameter and the 16 bits (int16) that it lacks. Zero lacks
-    none: a parameter that the user set to zero still has the last step's."""
+    """Return the float32 master of a bfloat16 parameter and its 16 lower bits (int16).
+
+    The lower bits of a zero do not count: a parameter that the user set to zero still has those of
+    the last step.
+    """
     high = param.view(torch.int16).int() << 16
     return (high + low.int().masked_fill(param == 0, 0)).view(torch.float32)
 
 
 def split_master(master: Tensor) -> tuple[Tensor, Tensor]:
-    """Split each float32 into the nearest bfloat16 (ties away from zero) and the lower 16 bits. The
-    latter, read as a signed number and added to the bfloat16's bits, give the float32 back."""
+    """Split each float32 into the nearest bfloat16 (ties away from zero) and the lower 16 bits.
+
+    The lower bits are a signed number. Added to the bfloat16's bits, they give the float32.
+    """
     master = torch.where(master.isnan(), torch.nan, master)  # a single NaN, which cannot round up
     bits = master.view(torch.int32)
     high = ((bits + 0x8000) >> 16).short().view(torch.bfloat16)
@@ -111,7 +118,7 @@ def split_master(master: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class AdamWOptions(NamedTuple):
-    """How a tensor is updated."""
+    """The options of a tensor's update."""
 
     lr: float | Tensor
     beta1: float
@@ -123,7 +130,7 @@ class AdamWOptions(NamedTuple):
 
 
 class AdamWTensor(NamedTuple):
-    """A parameter, and what its step reads and writes: n dense elements each, in the same order."""
+    """A parameter and the tensors of its step: n dense elements each, in the same order."""
 
     param: Tensor
     grad: Tensor
@@ -142,7 +149,7 @@ class AdamWTensor(NamedTuple):
 def adamw(
     tensors: list[AdamWTensor], max_grad_norm: float, grad_norm: Tensor | None, have_norm: bool
 ) -> None:
-    """One AdamW step (Loshchilov and Hutter 2019, arXiv:1711.05101) of every tensor, in place.
+    """Take one AdamW step (Loshchilov and Hutter 2019, arXiv:1711.05101) of all tensors, in place.
 
     With `grad_norm` (a scalar, written unless `have_norm`), gradients are scaled as
     `clip_grad_norm_` would scale them.

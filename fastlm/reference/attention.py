@@ -1,5 +1,6 @@
-"""The definition of `attention`. `varlen_attention` and `paged_attention` are it (`attend`), one
-sequence at a time.
+"""The definition of `attention`.
+
+`varlen_attention` and `paged_attention` are the same (`attend`), one sequence at a time.
 """
 
 from typing import NamedTuple
@@ -7,15 +8,17 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastlm.memory_order import elements_last, in_order_of
+from fastlm.memory_order import dense_rows, match_memory_order
 from fastlm.reference.blocks import SCORES
 from fastlm.reference.dropout import dropout_factor
 from fastlm.reference.precision import widen
 
 
 class AttentionOptions(NamedTuple):
-    """The options that are numbers, as every implementation gets them; 0: none. One more option is
-    one more field here and what computes it in each backend."""
+    """The options that are numbers, as every implementation gets them; 0: none.
+
+    A new option is a field here, and its lines in each backend.
+    """
 
     causal: bool
     scale: float
@@ -33,8 +36,9 @@ def _scores(
     query_length: int,
     options: AttentionOptions,
 ) -> tuple[Tensor, Tensor | None]:
-    """q (B, Hkv, G, R, D), k (B, Hkv, T, D) wide -> scores (B, H, R, T) of these rows and, with a
-    softcap, their derivative with respect to scale q k.
+    """Return the scores (B, H, R, T) of these rows; q (B, Hkv, G, R, D), k (B, Hkv, T, D), wide.
+
+    With a softcap, also return their derivative with respect to scale q k.
     """
     s = options.scale * (q @ k[:, :, None].transpose(-1, -2)).flatten(1, 2)
     slope = None
@@ -72,11 +76,12 @@ def attention_forward(
     seed: Tensor | None,
     options: AttentionOptions,
 ) -> tuple[Tensor, Tensor]:
-    """q (B, H, S, D), k (B, Hkv, T, D), v (B, Hkv, T, Dv) -> out (B, H, S, Dv) in q's memory order,
-    lse (B, H, S). bias is 4-D.
+    """Map q (B, H, S, D), k (B, Hkv, T, D), v (B, Hkv, T, Dv) to out (B, H, S, Dv), lse (B, H, S).
+
+    out has q's memory order. bias is 4-D.
     """
     out, lse = attend(q, k, v, sinks, alibi_slopes, bias, seed, options)
-    return in_order_of(q, out), lse
+    return match_memory_order(q, out), lse
 
 
 def attend(
@@ -90,8 +95,9 @@ def attend(
     options: AttentionOptions,
     first_batch: int = 0,
 ) -> tuple[Tensor, Tensor]:
-    """`attention_forward` in any memory order, one block of queries at a time. first_batch is the
-    number of the first sequence, for dropout.
+    """Run `attention_forward` in any memory order, one block of queries at a time.
+
+    first_batch is the index of the first sequence, for dropout.
     """
     groups = (k.shape[1], q.shape[1] // k.shape[1])
     wide_k, wide_v = widen(k), widen(v)
@@ -105,14 +111,14 @@ def attend(
         if sinks is not None:
             extra = sinks.to(s.dtype)[:, None, None].expand(*s.shape[:3], 1)
             terms = torch.cat([s, extra], -1)
-        blind = (terms == -torch.inf).all(-1)  # logsumexp's derivative there is NaN
-        total = torch.logsumexp(terms.masked_fill(blind[..., None], 0), -1)
-        p = torch.exp(s - total.masked_fill(blind, 0)[..., None])
+        no_key = (terms == -torch.inf).all(-1)  # logsumexp's derivative there is NaN
+        total = torch.logsumexp(terms.masked_fill(no_key[..., None], 0), -1)
+        p = torch.exp(s - total.masked_fill(no_key, 0)[..., None])
         if seed is not None:
             keep = dropout_factor(seed, options.dropout_p, batch, q.shape[1], rows, k.shape[2])
             p = p * keep.to(p.dtype)
         outs.append((p.unflatten(1, groups) @ wide_v[:, :, None]).flatten(1, 2).to(q.dtype))
-        lses.append(total.masked_fill(blind, -torch.inf))
+        lses.append(total.masked_fill(no_key, -torch.inf))
     return torch.cat(outs, 2), torch.cat(lses, 2)
 
 
@@ -131,13 +137,12 @@ def attention_backward(
     options: AttentionOptions,
     need_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """dq, dk, dv like q, k, v, in their memory orders; dsinks (H) and dbias (shaped like bias)
-    wide, or empty.
-    """
+    """Return dq, dk, dv like q, k, v, in their memory orders; dsinks (H) and dbias (shaped like
+    bias) in the wide dtype, or empty."""
     *grads, dsinks, dbias = attend_backward(
         dout, dlse, q, k, v, out, lse, sinks, alibi_slopes, bias, seed, options, need_bias
     )
-    dq, dk, dv = (torch.empty_like(t).copy_(g) for t, g in zip(elements_last(q, k, v), grads))
+    dq, dk, dv = (torch.empty_like(t).copy_(g) for t, g in zip(dense_rows(q, k, v), grads))
     return dq, dk, dv, dsinks, dbias
 
 
@@ -157,7 +162,7 @@ def attend_backward(
     need_bias: bool,
     first_batch: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """`attention_backward` in any memory order, one block of queries at a time.
+    """Run `attention_backward` in any memory order, one block of queries at a time.
 
     P = exp(s - lse), dP = dout v^T (through dropout), delta = sum(dout out) - dlse,
     ds = P (dP - delta).

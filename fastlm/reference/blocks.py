@@ -1,4 +1,4 @@
-"""The blocks in which scores and logits are computed, so that not all of them exist at once."""
+"""Split scores and logits into blocks, so that not all of them exist at once."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,7 +16,7 @@ _shapes_only: ContextVar[bool] = ContextVar("shapes_only", default=False)
 
 @contextmanager
 def shapes_only() -> Iterator[None]:
-    """Context: tensors have no memory, so that all rows are one block."""
+    """Treat all rows as one block inside the ``with``: its tensors have no memory."""
     token = _shapes_only.set(True)
     try:
         yield
@@ -31,18 +31,19 @@ def row_blocks(rows: int, classes: int) -> list[slice]:
     return [slice(i, i + step) for i in range(0, max(1, rows), step)]
 
 
-def joined(parts: Iterator[Tensor], rows: int) -> Tensor:
-    """Return torch.cat(parts), which has `rows` rows. A part is copied before the next is computed,
-    so that not all of them exist beside the result.
+def concatenate(parts: Iterator[Tensor], rows: int) -> Tensor:
+    """Return torch.cat(parts), which has `rows` rows.
+
+    A part is copied before the next one is computed, so that not all of them exist at once.
     """
     part = next(parts)
     if part.shape[0] == rows:
         return part
     # created from a part: under vmap it is batched as all parts are, under forward-mode AD it gets
     # their tangents
-    whole, at = part.new_empty(rows, *part.shape[1:]), 0
+    result, at = part.new_empty(rows, *part.shape[1:]), 0
     while at < rows:
-        whole[at : at + part.shape[0]] = part
+        result[at : at + part.shape[0]] = part
         at += part.shape[0]
         part = next(parts, part)
-    return whole
+    return result

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from fastlm.errors import InputError
-from fastlm.reference.blocks import joined, row_blocks
+from fastlm.reference.blocks import concatenate, row_blocks
 from fastlm.reference.precision import widen
 from fastlm.reference.target import check_target
 
@@ -18,7 +18,7 @@ def cross_entropy_forward(
     softcap: float | None,
     logit_scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The terms of any cross-entropy of a row, with z = softcap(logit_scale * logits) (N, V).
+    """Return the terms of a cross-entropy of each row, z = softcap(logit_scale * logits) (N, V).
 
     shift (N) = max z;  log_sum (N) = log sum exp(z - shift), so lse = shift + log_sum;
     nll (N) = lse - z[target], 0 where the target is ignored;
@@ -30,7 +30,7 @@ def cross_entropy_forward(
     check_target(target, logits.shape[1], ignore_index)
     options = (smooth, ignore_index, softcap, logit_scale)
     parts = [
-        cross_entropy_rows(logits[b], target[b], _weights_of(class_weight, b), *options)
+        cross_entropy_rows(logits[b], target[b], _slice_weights(class_weight, b), *options)
         for b in row_blocks(*logits.shape)
     ]
     shift, log_sum, nll, smoothed = (torch.cat(part) for part in zip(*parts))
@@ -46,7 +46,7 @@ def cross_entropy_rows(
     softcap: float | None,
     logit_scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    z = _capped(logits, softcap, logit_scale)
+    z = _softcapped_logits(logits, softcap, logit_scale)
     shift = z.amax(1).detach()  # any constant will do: the backward has no gradient for it
     z = z - shift[:, None]
     log_sum = z.exp().sum(1).log()
@@ -77,8 +77,9 @@ def cross_entropy_backward(
     softcap: float | None,
     logit_scale: float,
 ) -> Tensor:
-    """dz[v] = on_p * p[v] - on_target * (v == target) - on_all * class_weight[v], and from dz the
-    gradient of the logits.
+    """Return the gradient of the logits, from dz, which is
+
+    dz[v] = on_p * p[v] - on_target * (v == target) - on_all * class_weight[v]
     """
     parts = (
         cross_entropy_rows_backward(
@@ -87,7 +88,7 @@ def cross_entropy_backward(
             None if on_all is None else on_all[b],
             logits[b],
             target[b],
-            _weights_of(class_weight, b),
+            _slice_weights(class_weight, b),
             shift[b],
             log_sum[b],
             ignore_index,
@@ -96,7 +97,7 @@ def cross_entropy_backward(
         )
         for b in row_blocks(*logits.shape)
     )
-    return joined(parts, logits.shape[0])
+    return concatenate(parts, logits.shape[0])
 
 
 def cross_entropy_rows_backward(
@@ -112,7 +113,7 @@ def cross_entropy_rows_backward(
     softcap: float | None,
     logit_scale: float,
 ) -> Tensor:
-    z = _capped(logits, softcap, logit_scale)
+    z = _softcapped_logits(logits, softcap, logit_scale)
     dz = on_p[:, None] * (z - shift[:, None] - log_sum[:, None]).exp()
     ignored = target == ignore_index
     dz = dz.scatter_add(
@@ -136,8 +137,9 @@ def cross_entropy_loss(
     logit_scale: float,
     keep: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Sum of `cross_entropy_forward`'s nll, or its mean over the rows that are not ignored. With
-    `keep` also its (shift, log_sum, nll) as one (3, N), otherwise an empty tensor.
+    """Return the sum of `cross_entropy_forward`'s nll, or the mean over rows that are not ignored.
+
+    With `keep` also return its (shift, log_sum, nll) as one (3, N), otherwise an empty tensor.
     """
     shift, log_sum, nll, _ = cross_entropy_forward(
         logits, target, None, False, ignore_index, softcap, logit_scale
@@ -158,7 +160,7 @@ def cross_entropy_loss_backward(
     softcap: float | None,
     logit_scale: float,
 ) -> Tensor:
-    """The gradient of `cross_entropy_loss`: zero in ignored rows, even if the mean is NaN."""
+    """Return the gradient of `cross_entropy_loss`: 0 in ignored rows, even if the mean is NaN."""
     valid = target != ignore_index
     on_row = d_loss / valid.sum() if mean else d_loss
     on_p = torch.where(valid, on_row, 0.0).to(stats.dtype)
@@ -168,10 +170,10 @@ def cross_entropy_loss_backward(
     )
 
 
-def _weights_of(class_weight: Tensor | None, rows: slice) -> Tensor | None:
+def _slice_weights(class_weight: Tensor | None, rows: slice) -> Tensor | None:
     return class_weight if class_weight is None or class_weight.dim() == 1 else class_weight[rows]
 
 
-def _capped(logits: Tensor, softcap: float | None, logit_scale: float) -> Tensor:
+def _softcapped_logits(logits: Tensor, softcap: float | None, logit_scale: float) -> Tensor:
     z = widen(logits) * logit_scale
     return z if softcap is None else softcap * torch.tanh(z / softcap)

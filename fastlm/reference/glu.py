@@ -18,7 +18,7 @@ def activation(x: Tensor, act: str) -> Tensor:
 
 
 def glu_forward(gate: Tensor, up: Tensor | None, act: str) -> Tensor:
-    """y = act(gate) * up, elementwise; act(gate) without up."""
+    """Compute y = act(gate) * up, elementwise; act(gate) without up."""
     y = activation(widen(gate), act)
     return (y if up is None else y * widen(up)).to(gate.dtype).contiguous()
 
@@ -26,12 +26,12 @@ def glu_forward(gate: Tensor, up: Tensor | None, act: str) -> Tensor:
 def glu_round(
     gate: Tensor, up: Tensor, qdata: Tensor, scales: Tensor, act: str, bits: int, group_size: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`int8_rows` of act(gate) * up, for `rounded_linear` with the weight (qdata, scales)."""
+    """Return `int8_rows` of act(gate) * up for `rounded_linear` with the weight (qdata, scales)."""
     return int8_rows(glu_forward(gate, up, act), bits, group_size)
 
 
 def glu_backward(dy: Tensor, gate: Tensor, up: Tensor | None, act: str) -> tuple[Tensor, Tensor]:
-    """dgate = dy * up * act'(gate), dup = dy * act(gate); dup is empty without up."""
+    """Return dgate = dy * up * act'(gate) and dup = dy * act(gate); dup is empty without up."""
     g, x = widen(dy), widen(gate)
     if act == "silu":
         s = torch.sigmoid(x)

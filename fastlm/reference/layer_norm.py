@@ -9,8 +9,9 @@ from fastlm.reference.precision import widen
 def layer_norm_forward(
     x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None, eps: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """h = x + residual, z = (h - mean(h)) * rstd with rstd = 1 / sqrt(mean((h - mean(h))^2) + eps),
-    y = z * weight + bias; each only where it is given.
+    """Compute h = x + residual, z = (h - mean(h)) * rstd and y = z * weight + bias.
+
+    rstd = 1 / sqrt(mean((h - mean(h))^2) + eps). An operand that is None is left out.
 
     x (..., H), N rows -> y (..., H), h (..., H; empty without residual), mean (N), rstd (N).
     """
@@ -23,8 +24,8 @@ def layer_norm_forward(
         y = y * widen(weight)
     if bias is not None:
         y = y + widen(bias)
-    kept = x.new_empty(0) if residual is None else h
-    return y.to(x.dtype), kept, mean.reshape(-1), rstd.reshape(-1)
+    h_out = x.new_empty(0) if residual is None else h
+    return y.to(x.dtype), h_out, mean.reshape(-1), rstd.reshape(-1)
 
 
 def layer_norm_backward(
@@ -37,8 +38,9 @@ def layer_norm_backward(
     need_weight: bool,
     need_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of x (and of the residual), weight and bias, empty where they are not needed; `dh`:
-    from the residual stream.
+    """Return the gradients of x (and of the residual), weight and bias, empty where not needed.
+
+    `dh` is the gradient from the residual stream.
     """
     row = (*h.shape[:-1], 1)
     dy, r = widen(dy), rstd.reshape(row)

@@ -8,7 +8,7 @@ from fastlm.reference.precision import widen
 
 
 def linear_forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """y = x weight^T + bias: (..., K), (N, K), (N,) -> (..., N)."""
+    """Compute y = x weight^T + bias: (..., K), (N, K), (N,) -> (..., N)."""
     y = widen(x) @ widen(weight).mT
     return (y if bias is None else y + widen(bias)).to(x.dtype)
 
@@ -16,8 +16,10 @@ def linear_forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 def linear_backward(
     dy: Tensor, x: Tensor | None, weight: Tensor | None, need_bias: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """dx = dy weight if weight is given, dweight = dy^T x if x is given, dbias = sum of dy if
-    needed; otherwise empty."""
+    """Return dx = dy weight, dweight = dy^T x and dbias = sum of dy.
+
+    dx is empty without weight, dweight without x, dbias where it is not needed.
+    """
     n, g = dy.shape[-1], widen(dy)
     rows = g.reshape(math.prod(dy.shape[:-1]), n)
     dx, dweight, dbias = (g.new_empty(0) for _ in range(3))

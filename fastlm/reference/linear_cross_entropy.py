@@ -20,7 +20,7 @@ def linear_cross_entropy_forward(
     softcap: float | None,
     logit_scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """cross_entropy_forward of input (N, D) @ linear_weight (V, D)^T + linear_bias (V)."""
+    """Run cross_entropy_forward on input (N, D) @ linear_weight (V, D)^T + linear_bias (V)."""
     check_target(target, linear_weight.shape[0], ignore_index)
     options = (class_weight, smooth, ignore_index, softcap, logit_scale)
     parts = [
@@ -48,7 +48,7 @@ def linear_cross_entropy_backward(
     need_input: bool,
     need_weight: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of input, linear_weight and linear_bias; empty where not needed."""
+    """Return the gradients of input, linear_weight and linear_bias, empty where not needed."""
     x, w, none = widen(input), widen(linear_weight), input.new_empty(0)
     d_inputs, d_weight, d_bias = [], torch.zeros_like(w), w.new_zeros(w.shape[0])
     for b in row_blocks(input.shape[0], linear_weight.shape[0]):
@@ -90,7 +90,8 @@ def linear_cross_entropy_loss(
     need_input: bool,
     need_weight: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """loss = sum of on_nll * nll + on_smoothed * smoothed + on_square * lse^2, and gradients."""
+    """Return the sum of on_nll * nll + on_smoothed * smoothed + on_square * lse^2, and the
+    gradients."""
     smooth, valid = on_smoothed is not None, target != ignore_index
     shift, log_sum, nll, smoothed = linear_cross_entropy_forward(
         input,

@@ -24,8 +24,10 @@ def linear_distillation_forward(
     need_student: bool,
     need_weight: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The sum of the rows' divergences and its gradients, all times `unit`; a gradient is empty
-    where it is not needed. `keep` (N) bool: the other rows have no part in any result.
+    """Return the sum of the rows' divergences and its gradients, all times `unit`.
+
+    A gradient is empty where it is not needed. `keep` is (N) bool: the other rows do not contribute
+    to any result.
     """
     if keep is not None:
         student = student.masked_fill(~keep[:, None], 0.0)
@@ -59,7 +61,7 @@ def linear_distillation_forward(
 def linear_distillation_backward(
     d_loss: Tensor, d_student: Tensor, d_weight: Tensor, weight_dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    """The gradients from linear_distillation_forward times the gradient of its loss."""
+    """Return the gradients from linear_distillation_forward times the gradient of its loss."""
     return (d_student * d_loss).to(d_student.dtype), (d_weight * d_loss).to(weight_dtype)
 
 
@@ -69,7 +71,7 @@ def _scores(x: Tensor, w: Tensor, logit_scale: float, softcap: float | None) -> 
 
 
 def _divergence(log_s: Tensor, log_t: Tensor, kind: str, beta: float) -> tuple[Tensor, Tensor]:
-    """The divergence of each row and its gradient with respect to the student's scores."""
+    """Return the divergence of each row and its gradient with respect to the student's scores."""
     s, t = log_s.exp(), log_t.exp()
     if kind == "forward":
         return _expectation(t, log_t - log_s), s - t
@@ -85,5 +87,5 @@ def _divergence(log_s: Tensor, log_t: Tensor, kind: str, beta: float) -> tuple[T
 
 
 def _expectation(p: Tensor, x: Tensor) -> Tensor:
-    """The sum of p x over the classes; a probability of 0 contributes 0, whatever x is."""
+    """Return the sum of p x over the classes. A probability of 0 contributes 0, whatever x is."""
     return (p * x.masked_fill(p == 0, 0.0)).sum(-1)

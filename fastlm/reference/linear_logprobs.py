@@ -18,7 +18,9 @@ def linear_logprobs_forward(
     softcap: float | None,
     temperature: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """With z = softcap(input @ linear_weight^T + linear_bias) / temperature (N, V):
+    """Return log-probabilities, entropy and the parts of lse of each row.
+
+    With z = softcap(input @ linear_weight^T + linear_bias) / temperature (N, V):
 
     logprob (N) = z[target] - lse;  entropy (N; empty unless `with_entropy`) = -sum of p log p,
     p = softmax(z);  shift (N) = max z;  log_sum (N) = log sum exp(z - shift), so
@@ -35,7 +37,7 @@ def linear_logprobs_forward(
         logp = z - log_sum[:, None]
         at_target = logp.gather(1, target[b].masked_fill(ignored, 0)[:, None])[:, 0]
         p = logp.exp()
-        entropy = -_if_possible(p, p * logp).sum(1)
+        entropy = -_zero_where_impossible(p, p * logp).sum(1)
         parts.append([t.masked_fill(ignored, 0) for t in (at_target, entropy, shift, log_sum)])
     logprob, entropy, shift, log_sum = (torch.cat(part) for part in zip(*parts))
     return logprob, entropy if with_entropy else entropy.new_empty(0), shift, log_sum
@@ -57,9 +59,13 @@ def linear_logprobs_backward(
     need_input: bool,
     need_weight: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """dz[v] = d_logprob * ((v == target) - p[v]) - d_entropy * p[v] * (log p[v] + entropy), and
-    from dz the gradients of input, linear_weight and linear_bias; empty where not needed. A row
-    whose target is ignored has none.
+    """Return the gradients of input, linear_weight and linear_bias, empty where not needed.
+
+    They follow from
+
+        dz[v] = d_logprob * ((v == target) - p[v]) - d_entropy * p[v] * (log p[v] + entropy)
+
+    A row with an ignored target has no gradient.
     """
     x, w, none = widen(input), widen(linear_weight), input.new_empty(0)
     d_inputs, d_weight, d_bias = [], torch.zeros_like(w), w.new_zeros(w.shape[0])
@@ -71,7 +77,7 @@ def linear_logprobs_backward(
         p, on = logp.exp(), d_logprob[b, None]
         dz = (-on * p).scatter_add(1, target[b, None].masked_fill(ignored, 0), on)
         if d_entropy is not None:
-            dz = dz - d_entropy[b, None] * _if_possible(p, p * (logp + entropy[b, None]))
+            dz = dz - d_entropy[b, None] * _zero_where_impossible(p, p * (logp + entropy[b, None]))
         if softcap is not None:
             dz = dz * (1 - (z * (temperature / softcap)).square())
         d_logits = (dz / temperature).masked_fill(ignored, 0)
@@ -99,6 +105,6 @@ def _scores(
     return z / temperature
 
 
-def _if_possible(p: Tensor, x: Tensor) -> Tensor:
-    """x, but 0 for a class of probability 0, whose log p may be -inf."""
+def _zero_where_impossible(p: Tensor, x: Tensor) -> Tensor:
+    """Return x, but 0 for a class of probability 0, where log p may be -inf."""
     return torch.where(p == 0, 0.0, x)

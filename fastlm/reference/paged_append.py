@@ -15,17 +15,18 @@ def paged_append(
     k_scale: Tensor | None,
     v_scale: Tensor | None,
 ) -> None:
-    """``cache[block_table[b, p // page_size], p % page_size] = x[b, s]`` with p = positions[b, s];
-    in int8 caches ``round(x / scale)``, clamped to -127 to 127. A token whose place does not exist
-    is left out.
+    """Write ``cache[block_table[b, p // page_size], p % page_size] = x[b, s]``.
+
+    Here p = positions[b, s]. An int8 cache receives ``round(x / scale)``, clamped to -127 to 127.
+    A token without a slot in the cache is left out.
     """
     pages, page_size = k_cache.shape[:2]
     entry = positions.long() // page_size
-    there = (entry >= 0) & (entry < block_table.shape[1])
-    b, s = there.nonzero(as_tuple=True)
+    valid = (entry >= 0) & (entry < block_table.shape[1])
+    b, s = valid.nonzero(as_tuple=True)
     page = block_table.long()[b, entry[b, s]]
-    there = (page >= 0) & (page < pages)
-    b, s, page = b[there], s[there], page[there]
+    valid = (page >= 0) & (page < pages)
+    b, s, page = b[valid], s[valid], page[valid]
     slot = positions.long()[b, s] % page_size
     for x, cache, scale in ((k, k_cache, k_scale), (v, v_cache, v_scale)):
         rows = x[b, s]

@@ -5,8 +5,8 @@ from torch import Tensor
 
 from fastlm.errors import InputError
 from fastlm.reference.attention import AttentionOptions, attend
-from fastlm.reference.bias import bias_of
 from fastlm.reference.precision import widen
+from fastlm.reference.sequence_bias import sequence_bias
 
 
 def paged_attention(
@@ -22,7 +22,7 @@ def paged_attention(
     bias: Tensor | None,
     options: AttentionOptions,
 ) -> tuple[Tensor, Tensor]:
-    """`attention` of each sequence on its pages: q (B, S, H, D) -> out (B, S, H, Dv),
+    """Run `attention` of each sequence on its pages: q (B, S, H, D) -> out (B, S, H, Dv),
     lse (B, H, S).
     """
     pages, page_size = k_cache.shape[:2]
@@ -51,7 +51,7 @@ def paged_attention(
             gather(v_cache, table, keys, v_scale),
             sinks,
             alibi_slopes,
-            bias_of(bias, b, q.shape[1], keys),
+            sequence_bias(bias, b, q.shape[1], keys),
             None,
             options,
         )

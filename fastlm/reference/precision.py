@@ -1,11 +1,11 @@
-"""The dtype that the definitions compute in."""
+"""The dtype in which the definitions compute."""
 
 import torch
 from torch import Tensor
 
 
 def wide_dtype(x: Tensor) -> torch.dtype:
-    """float64 for float64, else float32."""
+    """Return float64 for float64, else float32."""
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 

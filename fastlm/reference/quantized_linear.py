@@ -7,7 +7,7 @@ from fastlm.reference.precision import widen
 
 
 def unpack_rows(qdata: Tensor, bits: int, k: int) -> Tensor:
-    """q as int8 (N, K)."""
+    """Return q as int8 (N, K)."""
     if bits == 8:
         return qdata
     nibbles = torch.stack((qdata & 15, qdata >> 4), -1).flatten(-2)
@@ -23,7 +23,7 @@ def dequantize(
     k: int,
     dtype: torch.dtype,
 ) -> Tensor:
-    """(..., K) of the given rows, which may be any selection, as in an embedding look-up."""
+    """Return (..., K) of these rows, which may be any selection, as in an embedding look-up."""
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     q = unpack_rows(qdata, bits, k).to(wide)
 
@@ -40,8 +40,10 @@ RUN_MAX = 512  # most columns of int8 activations that share a scale
 
 
 def round_rows(x: Tensor, group_size: int) -> tuple[Tensor, Tensor]:
-    """int8 activations: q = round(x * (127 / absmax)) and scale = absmax / 127 per run of a row,
-    (N, K) -> q, scale, both (N, K). A run is a group of the weight's columns, split every 512.
+    """Round activations to int8: q = round(x * (127 / absmax)), scale = absmax / 127 per run.
+
+    (N, K) -> q, scale, both (N, K). A run is the part of a row in a group of the weight's columns,
+    split every 512 columns.
     """
     wide = widen(x)
     q, scale = torch.empty_like(wide), torch.empty_like(wide)
@@ -59,8 +61,9 @@ def round_rows(x: Tensor, group_size: int) -> tuple[Tensor, Tensor]:
 
 
 def int8_rows(x: Tensor, bits: int, group_size: int) -> tuple[Tensor, Tensor, Tensor]:
-    """x (..., K), as `round_rows` rounds it, in the order in which `rounded_linear` reads it: the
-    results of `rms_norm_round` and `glu_round`.
+    """Round x (..., K) by `round_rows`, and store it in the order that `rounded_linear` reads.
+
+    These are the results of `rms_norm_round` and `glu_round`.
 
     Returns, for N rows and R runs, (K's groups) x (runs in a group):
 
@@ -90,11 +93,13 @@ def int8_rows(x: Tensor, bits: int, group_size: int) -> tuple[Tensor, Tensor, Te
 
 
 def _runs(k: int, group_size: int, device: torch.device) -> tuple[Tensor, int]:
-    """The run of each of k columns, and how many there are."""
+    """Return the run of each of k columns, and the number of runs."""
     group = min(group_size, k)
-    of_group = -(-group // RUN_MAX)
+    runs_per_group = -(-group // RUN_MAX)
     column = torch.arange(k, device=device)
-    return column // group * of_group + column % group // RUN_MAX, -(-k // group) * of_group
+    return column // group * runs_per_group + column % group // RUN_MAX, -(
+        -k // group
+    ) * runs_per_group
 
 
 def rounded_linear(
@@ -110,8 +115,10 @@ def rounded_linear(
     k: int,
     dtype: torch.dtype,
 ) -> Tensor:
-    """``quantized_linear(x, ..., act_bits=8)`` of `int8_rows` of x: (N, out features) in x's dtype.
-    `sums` saves kernels the sums that they multiply with a weight's offsets."""
+    """Compute ``quantized_linear(x, ..., act_bits=8)`` from `int8_rows` of x.
+
+    The result is (N, out features) in x's dtype. Kernels multiply `sums` with a weight's offsets.
+    """
     if bits == 4:
         q = q.unflatten(-1, (-1, 2, 4)).transpose(-1, -2).flatten(-3)
     run, _ = _runs(k, group_size, q.device)
@@ -130,7 +137,7 @@ def quantized_linear_forward(
     group_size: int,
     act_bits: int,
 ) -> Tensor:
-    """y = x . W^T + bias; with act_bits 8, x is rounded to int8 first (`round_rows`)."""
+    """Compute y = x . W^T + bias; with act_bits 8, x is rounded to int8 first (`round_rows`)."""
     wide = widen(x)
     if act_bits == 8:  # its derivative is that of x: wide - wide.detach() is 0
         q, scale = round_rows(x.detach(), group_size)
@@ -149,7 +156,7 @@ def quantized_linear_backward(
     group_size: int,
     k: int,
 ) -> Tensor:
-    """dx = dy . W."""
+    """Compute dx = dy . W."""
     wide = widen(dy)
     w = dequantize(qdata, scales, zeros, bits, group_size, k, wide.dtype)
     return (wide @ w).to(dy.dtype)

@@ -35,8 +35,8 @@ def rms_norm_round(
     bits: int,
     group_size: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """`int8_rows` of the norm, for `rounded_linear` with the weight (qdata, scales), and h (empty
-    without residual)."""
+    """Return `int8_rows` of the norm, for `rounded_linear` with the weight (qdata, scales), and h
+    (empty without residual)."""
     y, h, _ = rms_norm_forward(x, residual, weight, eps, offset)
     return *int8_rows(y, bits, group_size), h
 
@@ -44,8 +44,8 @@ def rms_norm_round(
 def rms_norm_backward(
     dy: Tensor, dh: Tensor | None, h: Tensor, weight: Tensor | None, rstd: Tensor, offset: float
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of x (and of the residual) and of the weight (empty without one); `dh`: from
-    the residual stream."""
+    """Return the gradients of x (and of the residual) and of the weight (empty without one). `dh`
+    is the gradient from the residual stream."""
     g, wide, r = widen(dy), widen(h), rstd[..., None]
     gw = g if weight is None else g * (offset + widen(weight))
     dx = r * (gw - wide * r.square() * (gw * wide).mean(-1, keepdim=True))

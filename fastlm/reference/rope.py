@@ -9,8 +9,10 @@ from fastlm.reference.precision import widen
 def rope(
     q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, inverse: bool
 ) -> tuple[Tensor, Tensor]:
-    """y = x * cos + rotate(x) * sin on the first R = cos.shape[-1] of D elements, for q and k;
-    `inverse` is the transposed map x * cos + rotate^T(x * sin) with rotate^T = -rotate.
+    """Compute y = x * cos + rotate(x) * sin on the first R = cos.shape[-1] of D elements.
+
+    x is q and k. `inverse` is the transposed map x * cos + rotate^T(x * sin), where
+    rotate^T = -rotate.
 
     q (B, H, S, D), k (B, Hkv, S, D), cos and sin (S, R), (1, S, R) or (B, S, R).
     """

@@ -17,7 +17,7 @@ def rope_append(
     block_table: Tensor,
     positions: Tensor,
 ) -> Tensor:
-    """`rope` of q and k by their positions, then `paged_append` of k and v; returns rotated q.
+    """Rotate q and k by their positions (`rope`), append k and v (`paged_append`), return q.
 
     Args:
         q: (B, S, H, D), k: (B, S, Hkv, D), v: (B, S, Hkv, Dv): one float dtype, the caches' too.

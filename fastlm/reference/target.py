@@ -1,4 +1,4 @@
-"""The check of class indices."""
+"""Check class indices."""
 
 from torch import Tensor
 
@@ -7,8 +7,9 @@ from fastlm.transforms import is_eager
 
 
 def check_target(target: Tensor, classes: int, ignore_index: int) -> None:
-    """Check the classes on the CPU; elsewhere the check would wait for the device. Under a
-    transform there may be no values to read, and `gather` raises instead.
+    """Check the classes on the CPU. Elsewhere the check would wait for the device.
+
+    Under a transform there may be no values to read, and `gather` raises instead.
     """
     if target.device.type != "cpu" or not is_eager(target):
         return

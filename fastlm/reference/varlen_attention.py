@@ -5,8 +5,8 @@ from torch import Tensor
 
 from fastlm.errors import InputError
 from fastlm.reference.attention import AttentionOptions, attend, attend_backward
-from fastlm.reference.bias import bias_of
 from fastlm.reference.precision import widen
+from fastlm.reference.sequence_bias import sequence_bias
 
 
 def _offsets(cu_seqlens: Tensor, total: int, name: str) -> list[int]:
@@ -31,7 +31,7 @@ def varlen_attention_forward(
     max_seqlen_k: int,
     options: AttentionOptions,
 ) -> tuple[Tensor, Tensor]:
-    """`attention` of each sequence: q (total_q, H, D) -> out (total_q, H, Dv),
+    """Run `attention` of each sequence: q (total_q, H, D) -> out (total_q, H, Dv),
     lse (H, total_q).
     """
     outs, lses = [q.new_zeros(0, q.shape[1], v.shape[2])], [widen(q[:0, :, 0]).mT]
@@ -44,7 +44,7 @@ def varlen_attention_forward(
             v[k0:k1].transpose(0, 1)[None],
             sinks,
             alibi_slopes,
-            bias_of(bias, b, q1 - q0, k1 - k0),
+            sequence_bias(bias, b, q1 - q0, k1 - k0),
             seed,
             options,
             first_batch=b,
@@ -73,13 +73,13 @@ def varlen_attention_backward(
     options: AttentionOptions,
     need_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """`attention` of each sequence, backward."""
+    """Run the backward of `attention` for each sequence."""
     grads = [[t.new_zeros(0, *t.shape[1:])] for t in (q, k, v)]
     dsinks = lse.new_zeros(0 if sinks is None else sinks.shape[0])
     dbias = lse.new_zeros(bias.shape if bias is not None and need_bias else 0)
     ends_q, ends_k = cu_seqlens_q.tolist(), cu_seqlens_k.tolist()
     for b, (q0, q1, k0, k1) in enumerate(zip(ends_q, ends_q[1:], ends_k, ends_k[1:])):
-        *each, one_dsinks, one_dbias = attend_backward(
+        *sequence_grads, sequence_dsinks, sequence_dbias = attend_backward(
             dout[q0:q1].transpose(0, 1)[None],
             None if dlse is None else dlse[None, :, q0:q1],
             q[q0:q1].transpose(0, 1)[None],
@@ -89,19 +89,19 @@ def varlen_attention_backward(
             lse[None, :, q0:q1],
             sinks,
             alibi_slopes,
-            bias_of(bias, b, q1 - q0, k1 - k0),
+            sequence_bias(bias, b, q1 - q0, k1 - k0),
             seed,
             options,
             need_bias,
             first_batch=b,
         )
-        for parts, one in zip(grads, each):
-            parts.append(one[0].transpose(0, 1))
-        dsinks = dsinks + one_dsinks
+        for parts, grad in zip(grads, sequence_grads):
+            parts.append(grad[0].transpose(0, 1))
+        dsinks = dsinks + sequence_dsinks
         if bias is not None and need_bias:
             before = b if bias.shape[0] > 1 else 0
-            behind = [n - m for n, m in zip(bias.shape, one_dbias.shape)]
-            padding = (0, behind[3], 0, behind[2], 0, 0, before, behind[0] - before)
-            dbias = dbias + torch.nn.functional.pad(one_dbias, padding)
+            after = [n - m for n, m in zip(bias.shape, sequence_dbias.shape)]
+            padding = (0, after[3], 0, after[2], 0, 0, before, after[0] - before)
+            dbias = dbias + torch.nn.functional.pad(sequence_dbias, padding)
     dq, dk, dv = (torch.cat(parts) for parts in grads)
     return dq, dk, dv, dsinks, dbias

@@ -108,9 +108,9 @@ def test_dropout_draws_in_tiles_of_any_width(kernel, width, monkeypatch):
 
     with backend.use_backend("reference"):
         expected = dropped(kernel.device, batch=1)
-    tiles = module.Tiles("of the test", {(4, 256): {80: module._tiles(16, width, 4, 1)}})
-    monkeypatch.setattr(module, "_MANY", tiles)
-    monkeypatch.setattr(module, "_FEW", tiles)
+    tiles = module.TileConfigs("of the test", {(4, 256): {80: module._tiles(16, width, 4, 1)}})
+    monkeypatch.setattr(module, "_CONFIGS", tiles)
+    monkeypatch.setattr(module, "_FEW_ROWS_CONFIGS", tiles)
     assert torch.equal(dropped(kernel.device, batch=1), expected)
 
 

@@ -84,7 +84,7 @@ def tiles(request):
 @pytest.mark.parametrize("shape", [*SHAPES, (130, 32, 16), (65, 700, 40)], ids=str)
 def test_split_float32_is_near_float32(tiles, monkeypatch, shape):
     """2^-18 from each number's two parts and 2^-18 from the product left out, in any shape."""
-    monkeypatch.setattr(module, "_LEAST_SPLIT", 1)
+    monkeypatch.setattr(module, "_MIN_SPLIT_ROWS", 1)
     rows, k, n = shape
     x, weight, bias = torch.randn(rows, k + 3)[:, 3:], torch.randn(n, k), torch.randn(n)
     truth = F.linear(x.double(), weight.double(), bias.double())
@@ -117,14 +117,14 @@ def test_split_float32_only_where_it_says(tiles):
     with module.split_float32():
         assert torch.equal(ops.linear(x, weight), F.linear(x, weight))  # gradients are on
         with torch.no_grad():
-            assert module.splits(x, weight) and not module.splits(x[:255], weight)
-            assert not module.splits(x.double(), weight.double())
+            assert module.uses_split_float32(x, weight) and not module.splits(x[:255], weight)
+            assert not module.uses_split_float32(x.double(), weight.double())
             with backend.use_cpu_isa("scalar"):
-                assert not module.splits(x, weight)
+                assert not module.uses_split_float32(x, weight)
             with backend.use_backend("reference"):
-                assert not module.splits(x, weight)
+                assert not module.uses_split_float32(x, weight)
     with torch.no_grad():
-        assert not module.splits(x, weight)
+        assert not module.uses_split_float32(x, weight)
     y, room = torch.empty(300, 8), torch.empty(0)
     with backend.use_cpu_isa("scalar"), pytest.raises(ValueError, match="expected tiles"):
         backend.cpu_extension.linear_split(x, weight, None, y, room)
@@ -168,12 +168,12 @@ def test_nan_and_infinity_stay_in_their_rows(own, kernel):
 
 
 def test_runs_where_it_is_faster(kernel, monkeypatch):
-    """With and without a gradient, only from the number of rows in `_LEAST_ROWS` on."""
+    """With and without a gradient, only from the number of rows in `_MIN_ROWS` on."""
     calls = []
     extension, real = backend.cpu_extension, backend.cpu_extension.linear_forward
     monkeypatch.setattr(extension, "linear_forward", lambda *a: (calls.append(1), real(*a))[1])
     for learns, least in zip(
-        (True, False), module._LEAST_ROWS.get(kernel.variant, (math.inf, math.inf))
+        (True, False), module._MIN_ROWS.get(kernel.variant, (math.inf, math.inf))
     ):
         for rows in {1, 40, 70, 1030}:
             x, weight, bias, _ = inputs(rows, 16, 8)

@@ -52,7 +52,7 @@ def test_many_chunks_are_one(op, kernel, dtype, reduction, monkeypatch):
     """
     from fastlm.cpu import linear_cross_entropy as cpu
 
-    monkeypatch.setattr(cpu, "_MOST_ROWS", 32)
+    monkeypatch.setattr(cpu, "_MAX_CHUNK_ROWS", 32)
     for bias, ignored in ((True, 0.25), (False, 0.0)):
         case = table.case(
             107, 48, 300, bias=bias, ignored=ignored, reduction=reduction, z_loss=0.01

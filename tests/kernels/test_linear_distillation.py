@@ -39,7 +39,7 @@ def test_many_chunks_are_one(op, kernel, dtype, kind, monkeypatch):
     """Chunks of 32 rows, of which the last is ragged: the weight's gradient is a sum over them."""
     from fastlm.cpu import linear_distillation as cpu
 
-    monkeypatch.setattr(cpu, "_MOST_ROWS", 32)
+    monkeypatch.setattr(cpu, "_MAX_CHUNK_ROWS", 32)
     check(op.build_for(table.case(107, 48, 20, 300, left_out=0.1, kind=kind), dtype, "cpu"))
 
 

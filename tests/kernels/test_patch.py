@@ -120,7 +120,7 @@ def test_says_what_it_left(caplog):
 def test_linears_run_on_fastlms_products(monkeypatch):
     """They run where they are faster: in bfloat16, here from the first row on, also under hooks."""
     module, calls = sys.modules["fastlm.ops.linear"], []
-    monkeypatch.setattr(module, "_LEAST_ROWS", dict.fromkeys(backend.cpu_isas(), (1, 1)))
+    monkeypatch.setattr(module, "_MIN_ROWS", dict.fromkeys(backend.cpu_isas(), (1, 1)))
     extension, real = backend.cpu_extension, backend.cpu_extension.linear_forward
     monkeypatch.setattr(extension, "linear_forward", lambda *a: (calls.append(1), real(*a))[1])
     plain, fast = pair(dtype=torch.bfloat16)

@@ -298,7 +298,7 @@ def test_triton_rounds_as_the_reference(kernel, dtype):
         q = weight(1, k, 4, group_size)
         x = rows_with_ties(k, dtype)
         w = module_of(kernel)._Weight(q.qdata, q.scales, None, 4, q.group_size, k)
-        rounded, scale, _ = module_of(kernel)._rounded(x, w)
+        rounded, scale, _ = module_of(kernel)._round_rows(x, w)
         expected, wide_scale = reference.round_rows(x, q.group_size)
         assert torch.equal(rounded.float(), expected)
         group, run = torch.arange(k) // q.group_size, torch.arange(k) % q.group_size // 512

@@ -302,7 +302,7 @@ def test_prompts_leave_room_and_chats_go_through_the_template(tokenizer):
 @pytest.mark.parametrize("isa", [name for name in backend.cpu_isas() if name.startswith("amx")])
 @pytest.mark.parametrize("case", ["llama", "gemma2"])
 def test_split_float32_moves_likelihoods_by_little(tokenizer, monkeypatch, case, isa):
-    monkeypatch.setattr(sys.modules["fastlm.ops.linear"], "_LEAST_SPLIT", 1)
+    monkeypatch.setattr(sys.modules["fastlm.ops.linear"], "_MIN_SPLIT_ROWS", 1)
     model = make_model(case)
     pairs = [(TEXT[:60], TEXT[i : i + 9 + i % 7]) for i in range(30)]
     asked = [Scorer(model, tokenizer, split_float32=on) for on in (True, False)]

@@ -29,12 +29,12 @@ def test_machine_code():
 ANY_LENGTH = """
 from collections import defaultdict
 from fastlm.kernels import attention
-from fastlm.kernels.launch import compiling
+from fastlm.kernels.launch import compile_for
 from fastlm.reference import AttentionOptions
 from triton_gate import meta
 
 variants, numbers = defaultdict(set), AttentionOptions(True, 1.0)
-with compiling(80) as compiled:
+with compile_for(80) as compiled:
     for queries, keys in ((512, 512), (513, 1030), (1000, 1001)):
         q, k = meta(64, 4, queries, 64), meta(64, 2, keys, 64)
         out, lse = attention.attention_forward(q, k, k, *[None] * 4, numbers)

@@ -22,8 +22,8 @@ KEY = (4, 64)  # float32, heads of up to 64
 def cache(tmp_path, monkeypatch):
     monkeypatch.setenv("FASTLM_CACHE", str(tmp_path))
     yield tmp_path
-    launch.measured.cache_clear()
-    attention_forward._MANY.forget()
+    launch.load_tuned.cache_clear()
+    attention_forward._CONFIGS.clear_cache()
 
 
 @pytest.fixture
@@ -32,8 +32,8 @@ def call(triton):
     return lambda: ops.attention(q, k, v, causal=True)
 
 
-def sizes_of(call):
-    with launch.recording() as made:
+def select_config(call):
+    with launch.record_launches() as made:
         call()
     return next(m.config for m in made if m.name == "_forward")
 
@@ -42,24 +42,24 @@ def prefers(**expected):
     """A clock on which each expected size halves the time."""
 
     def timer(call):
-        have = sizes_of(call).arguments()
+        have = select_config(call).arguments()
         return 2.0 ** -sum(have[name] == value for name, value in expected.items())
 
     return timer
 
 
 def test_climbs_to_the_fastest_and_keeps_it(cache, call):
-    before = sizes_of(call)
+    before = select_config(call)
     expected = {"BLOCK_M": before.sizes["BLOCK_M"] // 2, "num_warps": 2 * before.num_warps}
     (tuned,) = tune.tune(call, timer=prefers(**expected))
     assert tuned.before == before and tuned.kernel == "attention 4 64"
     assert tuned.seconds_before / tuned.seconds_after == 4
     assert expected.items() <= tuned.after.arguments().items()
-    assert sizes_of(call) == tuned.after
+    assert select_config(call) == tuned.after
 
-    launch.measured.cache_clear()  # as seen by another process
-    attention_forward._MANY.forget()
-    assert sizes_of(call) == tuned.after
+    launch.load_tuned.cache_clear()  # as seen by another process
+    attention_forward._CONFIGS.clear_cache()
+    assert select_config(call) == tuned.after
     (file,) = cache.iterdir()
     assert f"triton-{launch.triton.__version__}" in file.name
 
@@ -69,7 +69,7 @@ def test_entries_of_other_kernels_stay(cache, call):
     (file,) = cache.iterdir()
     entries = json.loads(file.read_text())
     file.write_text(json.dumps({"another": next(iter(entries.values()))} | entries))
-    launch.measured.cache_clear()
+    launch.load_tuned.cache_clear()
     tune.tune(call, timer=prefers(num_warps=8))
     assert json.loads(file.read_text()).keys() == {"another", "attention 4 64"}
 
@@ -81,11 +81,11 @@ def test_without_a_gain_nothing_is_written(cache, call):
 
 
 def test_a_candidate_that_changes_the_result_is_out(cache, call):
-    before = sizes_of(call)
+    before = select_config(call)
 
     def wrong_in_other_sizes():
         out = call()
-        return out if sizes_of(call) == before else out + 1
+        return out if select_config(call) == before else out + 1
 
     (tuned,) = tune.tune(wrong_in_other_sizes, timer=prefers(num_warps=8))
     assert tuned.after == before
@@ -94,36 +94,36 @@ def test_a_candidate_that_changes_the_result_is_out(cache, call):
 def test_a_candidate_that_spills_is_out(cache, call, monkeypatch):
     @contextlib.contextmanager
     def spilling():
-        with launch.recording() as made:
+        with launch.record_launches() as made:
             yield made
         made[:] = [
             m._replace(kernel=SimpleNamespace(n_spills=4 * (m.config.num_warps == 8))) for m in made
         ]
 
-    monkeypatch.setattr(tune, "recording", spilling)
+    monkeypatch.setattr(tune, "record_launches", spilling)
     (tuned,) = tune.tune(call, timer=prefers(num_warps=8))
     assert tuned.after == tuned.before
 
 
 @pytest.mark.parametrize("text", ["{", "[]", '{"attention 4 64": {"tile": 3}}'])
 def test_a_broken_file_is_named_and_fixed_sizes_serve(cache, call, text):
-    before = sizes_of(call)
+    before = select_config(call)
     q = torch.empty(0, device="cpu" if launch.INTERPRETED else "cuda")
     launch.cache_file(q).write_text(text)
-    launch.measured.cache_clear()
-    attention_forward._MANY.forget()
-    with pytest.warns(UserWarning, match="not tile sizes"):
-        assert sizes_of(call) == before
+    launch.load_tuned.cache_clear()
+    attention_forward._CONFIGS.clear_cache()
+    with pytest.warns(UserWarning, match="expected tile sizes"):
+        assert select_config(call) == before
 
 
 def test_sizes_of_an_older_kernel_are_not_taken(cache, call):
-    before = sizes_of(call)
+    before = select_config(call)
     (tuned,) = tune.tune(call, timer=prefers(num_warps=8))
     (file,) = cache.iterdir()
     file.write_text(file.read_text().replace("BLOCK_M", "ROWS"))
-    launch.measured.cache_clear()
-    attention_forward._MANY.forget()
-    assert sizes_of(call) == before != tuned.after
+    launch.load_tuned.cache_clear()
+    attention_forward._CONFIGS.clear_cache()
+    assert select_config(call) == before != tuned.after
 
 
 def test_neighbours_change_one_thing():

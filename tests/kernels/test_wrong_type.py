@@ -59,7 +59,7 @@ WRONG = {
 
 # what people who come from torch type
 FROM_TORCH = {
-    "attn_mask: expected bias (floats, or bool: True where a key is seen), got attn_mask": (
+    "attn_mask: expected bias (floats, or bool: True where a key is visible), got attn_mask": (
         lambda: ops.attention(q, q, q, attn_mask=None)
     ),
     "is_causal: expected causal (which aligns the last query with the last key), got is_causal": (

@@ -1,4 +1,4 @@
-"""flash-attn 2's functions with its documented signatures, on `fastlm.ops`, CPUs included::
+"""flash-attn 2's functions with its documented signatures on `fastlm.ops`, on CPUs too::
 
     from fastlm.compat.flash_attn import flash_attn_func, flash_attn_varlen_func
 
@@ -6,8 +6,8 @@ Tensors are (B, S, H, D), packed ones (total, H, D). Any head width, float32 as 
 
 - ``deterministic`` and ``num_splits`` have no effect: every backward here is bitwise reproducible.
 - ``return_attn_probs`` returns (out, lse, an empty tensor), as flash-attn does without dropout.
-  With dropout it is refused, since no probabilities are stored here. lse is differentiable, and
-  -inf where a row sees no keys.
+  With dropout it is refused, because no probabilities are stored. lse is differentiable. It is -inf
+  where a row sees no keys.
 - Dropout draws different random numbers.
 - Pages of ``block_table`` may have any size.
 - The functions of packed tensors are missing: ``flash_attn_func(*qkv.unbind(2))`` reads q, k and v
@@ -17,7 +17,7 @@ Tensors are (B, S, H, D), packed ones (total, H, D). Any head width, float32 as 
 - ``flash_attn_with_kvcache`` has no backward, like flash-attn's; tensors that need it are refused.
 
 A window that looks ahead (right > 0, or only a left limit without ``causal``) becomes a bias (S, T)
-in memory. Everything else is free.
+in memory. Nothing else costs extra.
 """
 
 import math
@@ -29,10 +29,10 @@ from torch import Tensor
 
 from fastlm.errors import InputError
 from fastlm.ops import attention, paged_append, paged_attention, varlen_attention
-from fastlm.ops.paged_attention import checked
-from fastlm.ops.paged_attention import op as paged
+from fastlm.ops.paged_attention import check_arguments
+from fastlm.ops.paged_attention import op as paged_op
 
-Window = tuple[int, int]  # keys seen to the left and to the right, -1: all
+Window = tuple[int, int]  # visible keys to the left and to the right, -1: all
 
 
 def flash_attn_func(
@@ -60,7 +60,7 @@ def flash_attn_func(
     out, lse = attention(
         *(t.transpose(1, 2) for t in (q, k, v)),
         **_mask(q, causal, window_size, rows, keys, keys - rows),
-        **_numbers(softmax_scale, softcap, alibi_slopes),
+        **_score_options(softmax_scale, softcap, alibi_slopes),
         dropout_p=dropout_p,
         return_lse=True,
     )
@@ -92,13 +92,13 @@ def flash_attn_varlen_func(
     sequence, and there is neither dropout nor a backward. lse is (H, total_q).
     """
     sides = ("q", cu_seqlens_q, max_seqlen_q), ("k", cu_seqlens_k, max_seqlen_k)
-    for side, cu, most in sides:
+    for side, cu, max_seqlen in sides:
         if not isinstance(cu, Tensor) or cu.dim() != 1:
             got = tuple(cu.shape) if isinstance(cu, Tensor) else type(cu).__name__
             raise InputError(f"cu_seqlens_{side}: expected a tensor (B + 1,), got {got}")
-        if _looks(q) and len(cu) > 1 and (longest := int(cu.diff().max())) > most:
-            raise InputError(f"max_seqlen_{side}: expected at least {longest}, got {most}")
-    options: dict[str, Any] = _numbers(softmax_scale, softcap, alibi_slopes)
+        if _can_read(q) and len(cu) > 1 and (longest := int(cu.diff().max())) > max_seqlen:
+            raise InputError(f"max_seqlen_{side}: expected at least {longest}, got {max_seqlen}")
+    options: dict[str, Any] = _score_options(softmax_scale, softcap, alibi_slopes)
     options["return_lse"] = True
     lengths = cu_seqlens_k.diff()
     if block_table is None:
@@ -119,8 +119,8 @@ def flash_attn_varlen_func(
     options |= _mask(q, causal, window_size, max_seqlen_q, keys, offset)
     # a sequence ends at the last padded row: row r of sequence b is row first[b] + r of q
     first = cu_seqlens_q[1:] - max_seqlen_q
-    place = first[:, None] + torch.arange(max_seqlen_q, device=q.device)
-    padded = q[place.clamp(0, max(q.shape[0] - 1, 0))]
+    positions = first[:, None] + torch.arange(max_seqlen_q, device=q.device)
+    padded = q[positions.clamp(0, max(q.shape[0] - 1, 0))]
     out, lse = paged_attention(padded, k, v, block_table, lengths, **options)
     token = torch.arange(q.shape[0], device=q.device)
     sequence = torch.searchsorted(cu_seqlens_q[1:].contiguous(), token, right=True)
@@ -165,7 +165,7 @@ def flash_attn_with_kvcache(
 
     Raises:
         InputError: as `fastlm.ops.paged_attention` and `paged_append`; on the CPU also more keys
-            than the cache has room for. Keys before cache_seqlens are then unchanged.
+            than fit in the cache. Keys before cache_seqlens are then unchanged.
     """
     for name, t in (("k_cache", k_cache), ("v_cache", v_cache), ("k", k), ("v", v), ("q", q)):
         if t is not None and t.requires_grad:
@@ -185,10 +185,10 @@ def flash_attn_with_kvcache(
         block_table = cache_batch_idx[:, None]
     capacity = block_table.shape[1] * k_cache.shape[1]
     if cache_seqlens is None:
-        cache_seqlens = capacity  # refused below if k and v shall follow
+        cache_seqlens = capacity  # refused below if there are k and v to append
     if not isinstance(cache_seqlens, Tensor):
         cache_seqlens = torch.full((batch,), cache_seqlens, dtype=torch.int32, device=q.device)
-    if _looks(q) and batch:
+    if _can_read(q) and batch:
         shortest, longest = (int(t) for t in cache_seqlens.aminmax())
         if shortest < 0 or longest > capacity - new:
             raise InputError(
@@ -196,24 +196,24 @@ def flash_attn_with_kvcache(
                 f" {capacity}, got {shortest if shortest < 0 else longest}"
             )
     lengths = cache_seqlens + new
-    arguments = checked(
+    arguments = check_arguments(
         *(q, k_cache, v_cache, block_table, lengths),
         **_mask(q, causal, window_size, rows, capacity, _per_sequence(lengths - rows)),
-        **_numbers(softmax_scale, softcap, alibi_slopes),
+        **_score_options(softmax_scale, softcap, alibi_slopes),
     )
     if k is not None and v is not None:
-        place = cache_seqlens.long()[:, None] + torch.arange(new, device=q.device)
-        paged_append(k, v, k_cache, v_cache, block_table, place)
-    out, lse = paged(*arguments)
+        positions = cache_seqlens.long()[:, None] + torch.arange(new, device=q.device)
+        paged_append(k, v, k_cache, v_cache, block_table, positions)
+    out, lse = paged_op(*arguments)
     return (out, lse) if return_softmax_lse else out
 
 
-def _looks(t: Tensor) -> bool:
-    """Whether values may be read: reading them would wait for a GPU."""
+def _can_read(t: Tensor) -> bool:
+    """Return whether values may be read: reading them would wait for a GPU."""
     return t.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
-def _numbers(
+def _score_options(
     softmax_scale: float | None, softcap: float, alibi_slopes: Tensor | None
 ) -> dict[str, Any]:
     cap = softcap if softcap > 0 else None

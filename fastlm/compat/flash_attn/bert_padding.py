@@ -2,7 +2,7 @@
 
     from fastlm.compat.flash_attn.bert_padding import pad_input, unpad_input
 
-Names, arguments and results are those of flash-attn 2.8. No kernels here, only gathers of rows.
+Names, arguments and results are those of flash-attn 2.8. There are no kernels, only gathers.
 """
 
 import torch
@@ -13,12 +13,12 @@ from fastlm.errors import InputError
 
 
 def index_first_axis(x: Tensor, indices: Tensor) -> Tensor:
-    """``x[indices]``: rows of x (N, ...)."""
+    """Return ``x[indices]``: rows of x (N, ...)."""
     return x.index_select(0, indices)
 
 
 def index_put_first_axis(values: Tensor, indices: Tensor, first_axis_dim: int) -> Tensor:
-    """(first_axis_dim, ...) with row ``indices[i]`` from ``values[i]``, zero elsewhere."""
+    """Return (first_axis_dim, ...) with row ``indices[i]`` from ``values[i]``, zero elsewhere."""
     rows = values.new_zeros(first_axis_dim, *values.shape[1:])
     return rows.index_copy(0, indices, values)
 
@@ -26,7 +26,7 @@ def index_put_first_axis(values: Tensor, indices: Tensor, first_axis_dim: int) -
 def unpad_input(
     hidden_states: Tensor, attention_mask: Tensor, unused_mask: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor, int, Tensor]:
-    """The rows of hidden_states (B, S, ...) where attention_mask (B, S) is not 0.
+    """Return the rows of hidden_states (B, S, ...) where attention_mask (B, S) is not 0.
 
     unused_mask: (B, S), more rows to keep, disjoint from those of attention_mask.
 
@@ -35,12 +35,12 @@ def unpad_input(
         length of the longest sequence, an int (this waits for a GPU); rows per sequence of
         attention_mask alone, (B,) int32.
     """
-    if (wanted := hidden_states.shape[:2]) != attention_mask.shape:
+    if (expected := hidden_states.shape[:2]) != attention_mask.shape:
         got = tuple(attention_mask.shape)
-        raise InputError(f"attention_mask: expected {tuple(wanted)} as hidden_states, got {got}")
-    kept = attention_mask if unused_mask is None else attention_mask + unused_mask
-    lengths = kept.sum(-1, dtype=torch.int32)
-    indices = kept.flatten().nonzero()[:, 0]
+        raise InputError(f"attention_mask: expected {tuple(expected)} as hidden_states, got {got}")
+    mask = attention_mask if unused_mask is None else attention_mask + unused_mask
+    lengths = mask.sum(-1, dtype=torch.int32)
+    indices = mask.flatten().nonzero()[:, 0]
     cu_seqlens = F.pad(lengths.cumsum(0, dtype=torch.int32), (1, 0))
     longest = int(lengths.max()) if len(lengths) else 0
     rows = index_first_axis(hidden_states.flatten(0, 1), indices)
@@ -48,6 +48,6 @@ def unpad_input(
 
 
 def pad_input(hidden_states: Tensor, indices: Tensor, batch: int, seqlen: int) -> Tensor:
-    """Undo `unpad_input`: (total, ...) -> (batch, seqlen, ...), zero where no row was kept."""
+    """Undo `unpad_input`: (total, ...) -> (batch, seqlen, ...), zero where there was no row."""
     rows = index_put_first_axis(hidden_states, indices, batch * seqlen)
     return rows.unflatten(0, (batch, seqlen))

@@ -76,7 +76,7 @@ def machine_code(cubin: bytes) -> dict:
 
 def compile_op(op: str, capability: int, sample: int) -> list[dict]:
     """Compile every `sample`-th combination of case and dtype. Returns one row per kernel."""
-    from fastlm.kernels.launch import compiling
+    from fastlm.kernels.launch import compile_for
 
     rows, number = [], 0
     for case in importlib.import_module(f"triton_gate.{op}").CASES:
@@ -84,7 +84,7 @@ def compile_op(op: str, capability: int, sample: int) -> list[dict]:
             number += 1
             if (number - 1) % sample:
                 continue
-            with compiling(capability) as compiled:
+            with compile_for(capability) as compiled:
                 case.run(dtype)
             kind = str(dtype).removeprefix("torch.")
             for i, made in enumerate(compiled):

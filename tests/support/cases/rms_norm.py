@@ -90,7 +90,7 @@ def wide_rows(norm: str) -> Callable[[Any], None]:
 
     def change(patch) -> None:
         module = importlib.import_module(f"fastlm.kernels.{norm}")
-        patch.setattr(module, "_WHOLE", 0)
+        patch.setattr(module, "_MAX_TILE_WIDTH", 0)
         patch.setattr(module, "_WIDE", module.Config({"BLOCK": 128}))
         patch.setattr(module, "_COLUMNS", module.Config({"BLOCK": 128}))
 

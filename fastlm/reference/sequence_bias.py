@@ -1,10 +1,10 @@
-"""The part of a bias that belongs to one sequence."""
+"""Slice the part of a bias that belongs to one sequence."""
 
 from torch import Tensor
 
 
-def bias_of(bias: Tensor | None, b: int, rows: int, keys: int) -> Tensor | None:
-    """The part of a bias over (B, H, longest S, longest T) that belongs to sequence b."""
+def sequence_bias(bias: Tensor | None, b: int, rows: int, keys: int) -> Tensor | None:
+    """Return sequence b's part of a bias over (B, H, longest S, longest T)."""
     if bias is None:
         return None
     bias = bias[b : b + 1] if bias.shape[0] > 1 else bias
