@@ -250,9 +250,7 @@ def _ops(options: dict[str, bool]) -> set[str]:
         raise InputError("cross_entropy: expected False (use fused_linear_cross_entropy), got True")
     if unknown := sorted(options.keys() - _PATCHES):
         raise InputError(f"options: expected some of {', '.join(_PATCHES)}, got {unknown[0]}")
-    return {*_PATCHES.values()} - {
-        _PATCHES[name] for name, enabled in options.items() if not enabled
-    }
+    return {*_PATCHES.values()} - {_PATCHES[name] for name, on in options.items() if not on}
 
 
 def _patch_model(model: nn.Module, ops: set[str]) -> None:

@@ -20,7 +20,7 @@ from fastlm.inference.engine import Engine
 from fastlm.inference.requests import Completion, Request
 from fastlm.inference.sampling import Sampling
 from fastlm.ops import linear_logprobs
-from fastlm.ops.linear import split_float32, splits
+from fastlm.ops.linear import split_float32, uses_split_float32
 
 if TYPE_CHECKING:
     from fastlm.model.causal_lm import CausalLM
@@ -264,7 +264,7 @@ class Scorer:
         rows = hidden[torch.from_numpy(np.concatenate(chosen)).to(device)]
         labels = torch.tensor([t for c in continuations for t in c], device=device)
         head = self._head
-        if splits(rows, head):  # one product of bfloat16 over three times the columns
+        if uses_split_float32(rows, head):  # one product of bfloat16 over three times the columns
             rows, head = torch.cat(_halves(rows, "hhl"), 1), self._split_head
         logprobs = linear_logprobs(
             rows, head, labels, softcap=self.model.config.final_logit_softcapping
