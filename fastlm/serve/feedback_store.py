@@ -37,7 +37,7 @@ from fastlm.serve.tables import (
     create_missing,
 )
 
-MOST_IDS = 1000  # in one statement; SQLite takes 32,766
+MAX_IDS = 1000  # in one statement; SQLite takes 32,766
 WAIT_SECONDS = 30  # for another process that writes to the same SQLite file
 
 
@@ -339,8 +339,8 @@ def _about(table: sa.Table, id: str, ids: set[str]) -> Iterator[sa.ColumnElement
     each for any database."""
     yield table.c.conversation_id == id
     ordered = sorted(ids)
-    for first in range(0, len(ordered), MOST_IDS):
-        yield table.c.response_id.in_(ordered[first : first + MOST_IDS])
+    for first in range(0, len(ordered), MAX_IDS):
+        yield table.c.response_id.in_(ordered[first : first + MAX_IDS])
 
 
 def _make_nameless(connection: sa.Connection, ids: Iterable[str]) -> int:

@@ -45,11 +45,11 @@ def run(options: ServeOptions, keys: Sequence[str] = (), admin_keys: Sequence[st
         store = monitor = None
         if options.feedback is not None:
             from fastlm.serve.feedback_store import FeedbackStore  # SQLAlchemy takes 0.2 s
-            from fastlm.serve.monitor.monitor import Monitor, Settings
+            from fastlm.serve.monitor.monitor import Monitor, MonitorConfig
 
-            settings = Settings.of(options)
+            monitor_config = MonitorConfig.from_options(options)
             store = stack.enter_context(FeedbackStore(options.feedback))
-            monitor = Monitor(store, settings)
+            monitor = Monitor(store, monitor_config)
         models, manager = _load(options, store, () if monitor is None else monitor.ratings)
         ranking = None
         if options.rank is not None:

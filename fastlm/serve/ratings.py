@@ -1,4 +1,4 @@
-"""Numbers that people may give to answers and conversations, declared before the server starts:
+"""Read the numbers that users may give to answers and conversations, declared in a TOML file:
 
 ```toml
 [[metric]]
@@ -20,20 +20,24 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from fastlm.errors import InputError
-from fastlm.serve.toml_file import read_tables
+from fastlm.serve.toml_table import read_tables
 
-NAME = "[a-z][a-z0-9_]{0,62}"
-MOST = 32  # metrics
-BUILT_IN = ("thumb", "pick", "stop")  # what `fastlm serve --canary-metric` measures without one
+NAME_PATTERN = "[a-z][a-z0-9_]{0,62}"
+MAX_METRICS = 32
+BUILT_IN = (
+    "thumb",
+    "pick",
+    "stop",
+)  # metrics of `fastlm serve --canary-metric` without a declaration
 
 
 @dataclass(frozen=True)
 class Rating:
-    """A number by ``name``. kind: "number" from ``low`` to ``high``, or "boolean". better: "higher"
-    or "lower". level: what it is about, a "response" or a "conversation".
+    """The declaration of a number. kind: "number" from ``low`` to ``high``, or "boolean". better:
+    "higher" or "lower". level: what the number is about, a "response" or a "conversation".
     """
 
-    name: Annotated[str, Field(pattern=f"^{NAME}$")]
+    name: Annotated[str, Field(pattern=f"^{NAME_PATTERN}$")]
     kind: Literal["boolean", "number"]
     better: Literal["higher", "lower"]
     level: Literal["response", "conversation"] = "response"
@@ -47,32 +51,34 @@ class Rating:
             raise InputError(f"high: expected more than low, {self.low:g}, got {self.high:g}")
 
     def row(self) -> dict[str, Any]:
+        """Return the row of the database."""
         return asdict(self)
 
     def thumb(self, value: float) -> str | None:
-        """A number as a thumb, "up" or "down": which half of its range it is in; None: neither."""
+        """Return the thumb of a number: "up" in the better half of its range, "down" in the other;
+        None in the middle."""
         middle = (self.low + self.high) / 2
         if value == middle:
             return None
         return "up" if (value > middle) == (self.better == "higher") else "down"
 
-    def read(self, value: Any, where: str) -> float:
-        """A value as a number. InputError: not of the metric's kind, or out of its range."""
+    def parse(self, value: Any, field: str) -> float:
+        """Return a value as a number. InputError: not of the metric's kind, or out of its range."""
         if self.kind == "boolean":
             if not isinstance(value, bool):
-                raise InputError(f"{where}: expected true or false, got {value!r:.80}")
+                raise InputError(f"{field}: expected true or false, got {value!r:.80}")
             return float(value)
-        number = isinstance(value, int | float) and not isinstance(value, bool)
-        if not number or not self.low <= value <= self.high:
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        if not is_number or not self.low <= value <= self.high:
             raise InputError(
-                f"{where}: expected a number from {self.low:g} to {self.high:g}, got {value!r:.80}"
+                f"{field}: expected a number from {self.low:g} to {self.high:g}, got {value!r:.80}"
             )
         return float(value)
 
 
 def read_ratings(path: str | Path) -> list[Rating]:
-    """The [[metric]] tables of a TOML file. InputError: names the file's line."""
-    tables = read_tables(path, {"metric": (Rating, MOST)})["metric"]
+    """Read the [[metric]] tables of a TOML file. InputError: names the file's line."""
+    tables = read_tables(path, {"metric": (Rating, MAX_METRICS)})["metric"]
     for table in tables:
         if table.value.name in BUILT_IN:
             raise table.error(
@@ -84,20 +90,20 @@ def read_ratings(path: str | Path) -> list[Rating]:
 
 
 def read_values(
-    given: Mapping[str, Any], declared: Sequence[Rating], *, response: bool, conversation: bool
+    values: Mapping[str, Any], declared: Sequence[Rating], *, response: bool, conversation: bool
 ) -> tuple[tuple[str, float], ...]:
     """Check the values of feedback. ``response``, ``conversation``: what it is about.
-    InputError: a name that is not declared, a wrong value, the id that a metric is about missing.
+    InputError: a name that is not declared, a wrong value, a metric without its id.
     """
-    known = {rating.name: rating for rating in declared}
-    found = []
-    for name, value in given.items():
-        where = f"metrics.{name:.64}"
-        if name not in known:
-            names = ", ".join(known) or "none: the server declares none"
-            raise InputError(f"{where}: expected one of {names}")
-        rating = known[name]
+    ratings = {rating.name: rating for rating in declared}
+    checked = []
+    for name, value in values.items():
+        field = f"metrics.{name:.64}"
+        if name not in ratings:
+            names = ", ".join(ratings) or "none: the server declares none"
+            raise InputError(f"{field}: expected one of {names}")
+        rating = ratings[name]
         if not (response if rating.level == "response" else conversation):
-            raise InputError(f"{where}: expected {rating.level}_id: it is about a {rating.level}")
-        found.append((name, rating.read(value, where)))
-    return tuple(found)
+            raise InputError(f"{field}: expected {rating.level}_id: it is about a {rating.level}")
+        checked.append((name, rating.parse(value, field)))
+    return tuple(checked)

@@ -5,7 +5,7 @@ import time
 import numpy as np
 
 from fastlm.serve.monitor import features
-from fastlm.serve.monitor.judges import JUDGES
+from fastlm.serve.monitor.answer_judges import JUDGES
 from fastlm.serve.responses import Feedback
 from fastlm.serve.tables import MEASURES
 

@@ -20,7 +20,7 @@ from fastlm.inference.output_format import OutputFormat
 from fastlm.model.causal_lm import CausalLM
 from fastlm.serve.app import Server
 from fastlm.serve.models import ServedModel, ServedModels
-from fastlm.serve.monitor.monitor import Monitor, Settings
+from fastlm.serve.monitor.monitor import Monitor, MonitorConfig
 from fastlm.serve.process import _UvicornServer, uvicorn_config
 from fastlm.tokenizer.tokenizer import Tokenizer
 
@@ -79,7 +79,7 @@ def serve_model(
 
 
 def monitor_of(store, settings):
-    return None if store is None else Monitor(store, settings or Settings())
+    return None if store is None else Monitor(store, settings or MonitorConfig())
 
 
 @contextlib.contextmanager

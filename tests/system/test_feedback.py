@@ -25,7 +25,7 @@ from fastlm.feedback.build import BuildOptions, build
 from fastlm.feedback.feedback_items import read_feedback_items
 from fastlm.serve.canary.canary_store import CanaryStore
 from fastlm.serve.feedback_store import Feedback, FeedbackStore, StoredResponse
-from fastlm.serve.monitor.monitor import Settings
+from fastlm.serve.monitor.monitor import MonitorConfig
 from fastlm.serve.monitor.window import read_feedback_rows
 from fastlm.serve.ratings import Rating, read_ratings
 from fastlm.serve.tables import MEASURES
@@ -509,7 +509,7 @@ SOLVED = Rating("solved", "boolean", "higher", "conversation")
 
 
 def test_numbers_by_name(database_url):
-    settings = Settings([STARS, SOLVED])
+    settings = MonitorConfig([STARS, SOLVED])
     with (
         FeedbackStore(database_url) as store,
         serve_model(*tiny_model(), feedback=store, monitoring=settings) as (url, server),

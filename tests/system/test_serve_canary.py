@@ -25,7 +25,7 @@ from fastlm.serve.canary.canary import CanaryExperiment
 from fastlm.serve.canary.canary_store import CanaryStore
 from fastlm.serve.canary.decision import Variant
 from fastlm.serve.feedback_store import FeedbackStore
-from fastlm.serve.monitor.monitor import Settings
+from fastlm.serve.monitor.monitor import MonitorConfig
 from fastlm.serve.ratings import Rating
 from fastlm.serve.responses import Feedback, StoredResponse
 from fastlm.serve.state import read_state
@@ -225,7 +225,7 @@ def test_picks(models, tmp_path):
 
 def test_a_declared_number_decides(models, tmp_path):
     effort = Rating("effort", "number", "lower", low=1, high=5)
-    options = {"metric": "effort", "rating": effort, "monitoring": Settings([effort])}
+    options = {"metric": "effort", "rating": effort, "monitoring": MonitorConfig([effort])}
     with trying(models, tmp_path, alpha=0.2, **options) as (url, server):
         new = server.models.experiment.served_model.name
 

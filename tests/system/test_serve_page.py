@@ -16,8 +16,8 @@ from serve_app import script, serve_model, tiny_model
 from fastlm.data.preferences import Unranked
 from fastlm.serve.feedback_store import FeedbackStore
 from fastlm.serve.monitor import monitor
-from fastlm.serve.monitor.monitor import Settings
-from fastlm.serve.monitor.rules import Rule, Rules
+from fastlm.serve.monitor.alerts import AlertConfig, AlertRule
+from fastlm.serve.monitor.monitor import MonitorConfig
 from fastlm.serve.ranking import RankingStore
 from fastlm.serve.ratings import Rating
 from fastlm.serve.responses import Feedback
@@ -280,7 +280,7 @@ def test_consent_after_the_answer(opened, tiny, tmp_path):
 
 
 def test_numbers_for_an_answer(opened, tiny, tmp_path):
-    settings = Settings([
+    settings = MonitorConfig([
         Rating("stars", "number", "higher", low=1, high=5),
         Rating("solved", "boolean", "higher", "conversation"),
     ])  # fmt: skip
@@ -621,17 +621,17 @@ def test_dashboard(opened, tiny, tmp_path, monkeypatch):
     monkeypatch.setattr(monitor, "CACHE_SECONDS", 0)  # what is there is seen at once
     key = "a-key-of-this-server"
     stars = Rating("stars", "number", "higher", low=1, high=5)
-    rules = Rules((
-        Rule(f"refuses {HOSTILE}", "refusal", "1d", above=0.02, hold=1),
-        Rule("slow", "whole_p95", "1d", above=500),
+    alerts = AlertConfig((
+        AlertRule(f"refuses {HOSTILE}", "refusal", "1d", above=0.02, consecutive_checks=1),
+        AlertRule("slow", "latency_p95", "1d", above=500),
     ))  # fmt: skip
     models = (MODELS[0], f"new {HOSTILE}")
     with (
         FeedbackStore(tmp_path / "f.sqlite") as store,
-        serve_model(*tiny, feedback=store, monitoring=Settings([stars], rules), keys=[key]) as (
-            url, server,
-        ),
-    ):  # fmt: skip
+        serve_model(
+            *tiny, feedback=store, monitoring=MonitorConfig([stars], alerts), keys=[key]
+        ) as (url, server),
+    ):
         page, wrong = opened(url + "/dashboard")
         status(page, "an API key is needed")
         wrong.clear()  # the browser's line about the 401
@@ -700,7 +700,7 @@ def test_the_dashboard_opens_on_what_has_answers(opened, tiny, tmp_path, ago, ex
     """The shortest period that has some, unless the address names one."""
     with (
         FeedbackStore(tmp_path / "f.sqlite") as store,
-        serve_model(*tiny, feedback=store, monitoring=Settings()) as (url, _),
+        serve_model(*tiny, feedback=store, monitoring=MonitorConfig()) as (url, _),
     ):
         for seed, seconds in enumerate(ago):
             fill_measures(store, 20, days=0.001, now=time.time() - seconds, seed=seed)

@@ -1,9 +1,9 @@
-"""Features of a prompt as 43 bytes without its text, to see whether prompts change.
+"""Compute the features of a prompt as 43 bytes without its text, to detect changes of prompts.
 
 Each of `FEATURES` is stored as the number of its bin, so that a window of prompts is a histogram
-per feature. `BUCKETS` more bytes say how often words fall into each of as many buckets of a hash,
-in 16 steps: many words share a bucket, so that no text can be read back. Whoever has the database
-and a guess at a short prompt can see whether the guess fits.
+per feature. `BUCKETS` more bytes say in 16 steps how many words fall into each bucket of a hash.
+Many words share a bucket, so that no text can be read back. Somebody who has the database and a
+guess at a short prompt can check the guess.
 """
 
 import math
@@ -16,7 +16,7 @@ from collections.abc import Iterable
 import numpy as np
 
 VERSION = 1
-MOST_CHARACTERS = 4096  # of a prompt; the rest is not looked at
+MAX_CHARACTERS = 4096  # of a prompt; the rest is ignored
 BUCKETS = 32
 STEPS = 15
 SHARES = (1e-9, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5)  # the first bin is none at all
@@ -39,8 +39,9 @@ PUNCTUATION = frozenset(string.punctuation)
 
 
 def features(text: str, tokens: int, turns: int) -> bytes:
-    """The features of a prompt: its last ``text``, the ``tokens`` and messages of all of it."""
-    text = text[:MOST_CHARACTERS]
+    """Return the features of a prompt: of its last ``text``, and the number of ``tokens`` and of
+    messages (``turns``) of the whole prompt."""
+    text = text[:MAX_CHARACTERS]
     words = text.lower().split()
     size = max(1, len(text))
     values = (
@@ -51,27 +52,28 @@ def features(text: str, tokens: int, turns: int) -> bytes:
     )  # fmt: skip
     bins = [bisect_right(edges, value) for edges, value in zip(FEATURES.values(), values)]
     buckets = Counter(zlib.crc32(word.encode(errors="replace")) % BUCKETS for word in words)
-    # the root, so that a few words that every text has do not hide the others
+    # the square root, so that a few very common words do not hide the others
     shares = [round(STEPS * math.sqrt(buckets[i] / max(1, len(words)))) for i in range(BUCKETS)]
     return bytes((VERSION, *bins, *shares))
 
 
-def table(stored: Iterable[bytes | None]) -> np.ndarray:
-    """(N, features + buckets) uint8 of what `features` made; others are left out."""
-    good = [bytes(row) for row in stored if row is not None and len(row) == SIZE]
-    found = np.frombuffer(b"".join(good), np.uint8).reshape(-1, SIZE)
-    return found[found[:, 0] == VERSION][:, 1:]
+def decode_features(rows: Iterable[bytes | None]) -> np.ndarray:
+    """Return (N, features + buckets) uint8 of the results of `features`; others are skipped."""
+    valid = [bytes(row) for row in rows if row is not None and len(row) == SIZE]
+    table = np.frombuffer(b"".join(valid), np.uint8).reshape(-1, SIZE)
+    return table[table[:, 0] == VERSION][:, 1:]
 
 
-def counts(rows: np.ndarray) -> dict[str, np.ndarray]:
-    """How many ``rows`` of `table` are in each bin, by feature."""
+def bin_counts(rows: np.ndarray) -> dict[str, np.ndarray]:
+    """Return the number of ``rows`` of `decode_features` in each bin, by feature."""
     return {
         name: np.bincount(rows[:, i], minlength=bins)
         for i, (name, bins) in enumerate(zip(NAMES, BINS))
     }
 
 
-def vectors(rows: np.ndarray) -> np.ndarray:
-    """``rows`` of `table` as vectors, (N, features + buckets) float64, each column from 0 to 1."""
-    most = np.array([*(bins - 1 for bins in BINS), *[STEPS] * BUCKETS])
-    return rows / most
+def feature_vectors(rows: np.ndarray) -> np.ndarray:
+    """Return ``rows`` of `decode_features` as (N, features + buckets) float64, each column from 0
+    to 1."""
+    max_values = np.array([*(bins - 1 for bins in BINS), *[STEPS] * BUCKETS])
+    return rows / max_values

@@ -1,4 +1,4 @@
-"""The monitor of a server: it measures answers, watches alerts, and has the dashboard's data."""
+"""Monitor a server: measure its answers, check its alerts, and compute the dashboard's data."""
 
 import threading
 import time
@@ -17,11 +17,18 @@ from fastlm.serve.api_error import ApiError
 from fastlm.serve.metrics import labelled
 from fastlm.serve.middleware import log
 from fastlm.serve.monitor import window
-from fastlm.serve.monitor.judges import JUDGES, Judge
-from fastlm.serve.monitor.prompts_drift import Reference, drift
-from fastlm.serve.monitor.recorder import Keep, Recorder, RequestTrace
-from fastlm.serve.monitor.rules import CHECK_SECONDS, Alerts, Rule, Rules, read_rules, seconds
-from fastlm.serve.monitor.summary import LENGTHS, lengths, series, summary, value_of
+from fastlm.serve.monitor.alerts import (
+    CHECK_SECONDS,
+    AlertConfig,
+    AlertManager,
+    AlertRule,
+    read_alert_config,
+    window_seconds,
+)
+from fastlm.serve.monitor.answer_judges import JUDGES, Judge
+from fastlm.serve.monitor.prompt_drift import DriftReference, drift
+from fastlm.serve.monitor.recorder import Recorder, RequestTrace, Retention
+from fastlm.serve.monitor.summary import LENGTH_EDGES, lengths, series, summary, value_of
 from fastlm.serve.monitor.window import Period, read_period
 from fastlm.serve.options import ServeOptions
 from fastlm.serve.protocol.completion import GenerationRequest
@@ -30,52 +37,60 @@ from fastlm.serve.ratings import Rating, read_ratings
 if TYPE_CHECKING:
     from fastlm.serve.feedback_store import FeedbackStore
 
-# seconds, and parts over time; 0: since the first answer
+# name -> (seconds, intervals of the charts); 0: since the first answer
 WINDOWS = {"hour": (3600.0, 60), "day": (86400.0, 48), "week": (7 * 86400.0, 56), "all": (0.0, 60)}
-WIDE = 4  # parts that rates are taken of together: their intervals need more answers
-CACHE_SECONDS = 5.0  # several who look at the dashboard read the database once
-MOST_MODELS = 6  # side by side: the latest
+RATE_INTERVALS = 4  # that are merged for rates, whose confidence intervals need more answers
+CACHE_SECONDS = 5.0  # several viewers of the dashboard cause one read of the database
+MAX_MODELS = 6  # side by side: the latest ones
 PARAMETERS = ("window", "begin", "end")
 
 
 @dataclass(frozen=True)
-class Settings:
+class MonitorConfig:
     """What a server monitors. ``ratings``: the numbers that people may give. ``judges``: one of
-    each kind, whose rates are shown.
+    each kind; the dashboard has their rates.
     """
 
     ratings: Sequence[Rating] = ()
-    rules: Rules = field(default_factory=Rules)
-    keep: Keep = field(default_factory=Keep)
+    alert_config: AlertConfig = field(default_factory=AlertConfig)
+    retention: Retention = field(default_factory=Retention)
     judges: Sequence[Judge] = JUDGES
 
     @staticmethod
-    def of(options: ServeOptions) -> "Settings":
+    def from_options(options: ServeOptions) -> "MonitorConfig":
         """Read the options of the server. InputError: names the line of a file that is wrong."""
         ratings = [] if options.metrics is None else read_ratings(options.metrics)
-        rules = Rules() if options.alerts is None else read_rules(options.alerts, ratings)
-        return Settings(ratings, rules, Keep(options.measure_days, options.measure_rows))
+        alert_config = AlertConfig()
+        if options.alerts is not None:
+            alert_config = read_alert_config(options.alerts, ratings)
+        return MonitorConfig(
+            ratings, alert_config, Retention(options.measure_days, options.measure_rows)
+        )
 
 
 class Monitor:
-    """InputError: as `FeedbackStore.declare`."""
+    """The monitor of a server. InputError: as `FeedbackStore.declare`."""
 
-    def __init__(self, store: "FeedbackStore", settings: Settings) -> None:
-        self.store, self.settings = store, settings
-        store.declare(settings.ratings)
+    def __init__(self, store: "FeedbackStore", config: MonitorConfig) -> None:
+        self.store, self.config = store, config
+        store.declare(config.ratings)
         self.recorder = Recorder(
-            store, settings.judges, settings.keep, settings.rules.reference.rows, self._often
+            store,
+            config.judges,
+            config.retention,
+            config.alert_config.reference.rows,
+            self._on_tick,
         )
-        self.alerts = Alerts(
-            settings.rules.alerts, self._values, lambda state: log("alert", **state.row())
+        self.alerts = AlertManager(
+            config.alert_config.alerts, self._values, lambda state: log("alert", **state.row())
         )
         self._checked = time.monotonic()
-        self._lock, self._one = threading.Lock(), CapacityLimiter(1)
+        self._lock, self._limiter = threading.Lock(), CapacityLimiter(1)
         self._cached: dict[Any, tuple[float, dict[str, Any]]] = {}
 
     @property
     def ratings(self) -> Sequence[Rating]:
-        return self.settings.ratings
+        return self.config.ratings
 
     def start(self) -> None:
         self.recorder.start()
@@ -90,43 +105,46 @@ class Monitor:
 
     def collect(self) -> Iterator[Metric]:
         alerts = {(state.rule.name,): float(state.firing) for state in self.alerts.states}
-        text = "1 while a rule for alerts fires"
+        text = "1 while the alert fires"
         yield labelled(GaugeMetricFamily, "alert", text, ["name"], alerts)
         counts = self.recorder.counts
         outcomes = {("written",): counts.written, ("dropped",): counts.dropped}
-        text = "Measures of answers: written to the database, dropped because too many waited"
+        text = (
+            "Measurements of answers: written to the database, dropped because the queue was full"
+        )
         yield labelled(CounterMetricFamily, "measures", text, ["outcome"], outcomes)
-        text = "Times that the database could not be used by the monitor"
+        text = "Times that the monitor could not use the database"
         yield CounterMetricFamily("fastlm_measure_errors", text, counts.database_errors)
 
     # ---- alerts
 
-    def _often(self) -> None:
+    def _on_tick(self) -> None:
         if not self.alerts.states or time.monotonic() - self._checked < CHECK_SECONDS:
             return
         self._checked = time.monotonic()
         self.alerts.check(time.time())
 
-    def _values(self, now: float) -> Callable[[Rule], dict[str, Any]]:
-        """Values of rules' metrics; for rules with one window, the database is read once."""
+    def _values(self, now: float) -> Callable[[AlertRule], dict[str, Any]]:
+        """Return a function from a rule to the value of its metric. For rules with the same window,
+        the database is read once."""
 
         @cache
         def period(length: float) -> Period:
             return read_period(self.store, now - length, now + 1, length / 60)
 
         @cache
-        def told(length: float, model: str | None) -> dict[str, Any]:
-            return self._summary(period(length).of_model(model))
+        def period_summary(length: float, model: str | None) -> dict[str, Any]:
+            return self._summary(period(length).for_model(model))
 
         @cache
-        def moved(length: float) -> dict[str, Any]:
-            return drift(self.store, self.settings.rules.reference, now - length, now + 1)
+        def prompt_drift(length: float) -> dict[str, Any]:
+            return drift(self.store, self.config.alert_config.reference, now - length, now + 1)
 
-        def value(rule: Rule) -> dict[str, Any]:
-            length = seconds(rule.window)
+        def value(rule: AlertRule) -> dict[str, Any]:
+            length = window_seconds(rule.window)
             if rule.metric.startswith("drift"):
-                return value_of(rule.metric, {}, moved(length))
-            return value_of(rule.metric, told(length, rule.model), {})
+                return value_of(rule.metric, {}, prompt_drift(length))
+            return value_of(rule.metric, period_summary(length, rule.model), {})
 
         return value
 
@@ -135,48 +153,49 @@ class Monitor:
     async def dashboard(self, query: Mapping[str, str]) -> dict[str, Any]:
         name, reference = read_query(query)
         try:
-            return await run_sync(self.data, name, reference, limiter=self._one)
+            return await run_sync(self.data, name, reference, limiter=self._limiter)
         except InputError:
             raise ApiError(
                 "dashboard: the database cannot be used; try again", status=503,
                 kind="server_error", code="no_database", headers={"retry-after": "5"},
             ) from None  # fmt: skip
 
-    def data(self, name: str, reference: Reference | None = None) -> dict[str, Any]:
-        """Return all that the dashboard shows of a window of `WINDOWS`. Takes a while.
+    def data(self, name: str, reference: DriftReference | None = None) -> dict[str, Any]:
+        """Return the data of the dashboard for a window of `WINDOWS`. This can be slow.
 
         InputError: the database cannot be used.
         """
-        reference = reference or self.settings.rules.reference
+        reference = reference or self.config.alert_config.reference
         with self._lock:
             oldest = time.monotonic() - CACHE_SECONDS
-            self._cached = {k: known for k, known in self._cached.items() if known[0] > oldest}
+            self._cached = {k: entry for k, entry in self._cached.items() if entry[0] > oldest}
             if (name, reference) not in self._cached:
-                told = self._data(name, reference)
-                self._cached[name, reference] = time.monotonic(), told
-            told = self._cached[name, reference][1]
+                data = self._data(name, reference)
+                self._cached[name, reference] = time.monotonic(), data
+            data = self._cached[name, reference][1]
         counts = self.recorder.counts
-        keep = {"keep_days": self.settings.keep.days, "keep_rows": self.settings.keep.rows}
-        return told | {"alerts": self.alerts.rows(), "measures": asdict(counts) | keep}
+        retention = self.config.retention
+        limits = {"retention_days": retention.days, "retention_rows": retention.rows}
+        return data | {"alerts": self.alerts.rows(), "measures": asdict(counts) | limits}
 
-    def _data(self, name: str, reference: Reference) -> dict[str, Any]:
+    def _data(self, name: str, reference: DriftReference) -> dict[str, Any]:
         now = time.time()
         length, count = WINDOWS[name]
         since, until = now - length, now
         if name == "all":
-            first, last = window.span(self.store) or (now - 3600, now)
+            first, last = window.measured_span(self.store) or (now - 3600, now)
             since, until = first, max(now, last)
         edges = np.linspace(since, until + 1e-3, count + 1)
         period = read_period(self.store, since, until + 1, (until - since) / 60)
-        models = window.models(self.store, MOST_MODELS)
-        sides = (None, *(models if len(models) > 1 else ()))
-        groups = [self._group(model, period.of_model(model), edges) for model in sides]
+        models = window.latest_models(self.store, MAX_MODELS)
+        columns = (None, *(models if len(models) > 1 else ()))
+        groups = [self._group(model, period.for_model(model), edges) for model in columns]
         return {
             "now": now, "window": name, "since": since, "until": until,
-            "edges": edges.tolist(), "rate_edges": edges[::WIDE].tolist(),
-            "length_edges": LENGTHS, "models": models, "groups": groups,
+            "edges": edges.tolist(), "rate_edges": edges[::RATE_INTERVALS].tolist(),
+            "length_edges": LENGTH_EDGES, "models": models, "groups": groups,
             "unmatched": len({(row.rater, row.key) for row in period.feedback if not row.model}),
-            "cut": period.cut,
+            "truncated": period.truncated,
             "drift": drift(self.store, reference, since, until + 1),
         }  # fmt: skip
 
@@ -184,17 +203,17 @@ class Monitor:
         return {
             "model": model,
             "summary": self._summary(period),
-            "series": series(period, self.settings.judges, edges, edges[::WIDE]),
+            "series": series(period, self.config.judges, edges, edges[::RATE_INTERVALS]),
             "lengths": lengths(period.answers),
         }
 
     def _summary(self, period: Period) -> dict[str, Any]:
-        return summary(period, self.settings.ratings, self.settings.judges)
+        return summary(period, self.config.ratings, self.config.judges)
 
 
-def read_query(query: Mapping[str, str]) -> tuple[str, Reference | None]:
-    """Read the window (hour, day, week or all), and another reference for drift where the query
-    names one. ApiError: names what is wrong."""
+def read_query(query: Mapping[str, str]) -> tuple[str, DriftReference | None]:
+    """Read the window (hour, day, week or all), and another reference for drift if the query
+    has one. ApiError: a wrong parameter."""
     for key in query:
         if key not in PARAMETERS:
             raise ApiError(f"{key:.80}: expected one of {', '.join(PARAMETERS)}", param=key[:80])
@@ -206,6 +225,6 @@ def read_query(query: Mapping[str, str]) -> tuple[str, Reference | None]:
     if not query.get("begin") and not query.get("end"):
         return name, None
     try:
-        return name, Reference(begin=query.get("begin", ""), end=query.get("end", ""))
+        return name, DriftReference(begin=query.get("begin", ""), end=query.get("end", ""))
     except InputError as error:
         raise ApiError(str(error), param=str(error).partition(":")[0]) from None

@@ -1,8 +1,8 @@
-"""Measures of answers: taken at the end of a request, written in a thread of their own, so that an
-answer never waits for them.
+"""Measure answers: at the end of a request, and written by another thread, so that an answer never
+waits for it.
 
-What is measured waits in a queue of bounded size and is dropped and counted where that is full. A
-database that is gone is tried again each second, and what was measured until then is kept.
+Measurements wait in a bounded queue. If the queue is full, they are dropped and counted. If the
+database cannot be used, it is tried again each second, and the measurements stay in the queue.
 """
 
 import threading
@@ -17,8 +17,8 @@ import sqlalchemy as sa
 from fastlm.errors import InputError
 from fastlm.serve.middleware import log
 from fastlm.serve.monitor import features
-from fastlm.serve.monitor.judges import MOST_CHARACTERS as MOST_JUDGED
-from fastlm.serve.monitor.judges import Judge
+from fastlm.serve.monitor.answer_judges import MAX_CHARACTERS as MAX_JUDGED_CHARACTERS
+from fastlm.serve.monitor.answer_judges import Judge
 from fastlm.serve.protocol.chat_completion import ChatCompletionRequest
 from fastlm.serve.protocol.completion import CompletionRequest, GenerationRequest
 from fastlm.serve.tables import MEASURES
@@ -28,16 +28,17 @@ if TYPE_CHECKING:
     from fastlm.serve.feedback_store import FeedbackStore
 
 BATCH_SECONDS = 1.0
-MOST_WAITING = 4096  # choices
-MOST_CHARACTERS = 4 * 2**20  # of their prompts and answers
+MAX_QUEUE_SIZE = 4096  # choices
+MAX_CHARACTERS = 4 * 2**20  # of their prompts and answers
 SWEEP_SECONDS = 600.0
-MOST_NAME = 256  # characters of a model's name
+MAX_NAME_LENGTH = 256  # characters of a model's name
 
 
 @dataclass(frozen=True)
-class Measure:
-    """A choice of a finished answer: the columns of `MEASURES` that are known, and the texts that
-    become numbers and are then forgotten. ``prompt``, ``answer``: None where nothing is measured.
+class Measurement:
+    """The measurement of one choice of a finished answer: ``values`` of the columns of `MEASURES`,
+    and the texts, which become numbers and are then discarded. ``prompt``, ``answer``: None if
+    nothing of them is measured.
     """
 
     values: dict[str, Any]
@@ -46,13 +47,14 @@ class Measure:
     answer: str | None = None
 
     def size(self) -> int:
+        """Return the number of characters."""
         return len(self.prompt or "") + len(self.answer or "")
 
 
 @dataclass(frozen=True)
-class Keep:
-    """How long measures are kept: ``days``, and at most the newest ``rows``; 0 rows: none is
-    written. Those of the reference for drift stay, without the ids of their answers.
+class Retention:
+    """How long measurements are stored: ``days``, and at most the newest ``rows``; with 0 rows,
+    none are written. Those of the reference for drift stay, without the ids of their answers.
     """
 
     days: float = 90.0
@@ -60,8 +62,8 @@ class Keep:
 
 
 @dataclass
-class Counts:
-    """Choices since the server was started."""
+class RecorderCounts:
+    """Numbers of choices since the start of the server."""
 
     written: int = 0
     dropped: int = 0
@@ -71,24 +73,25 @@ class Counts:
 
 @dataclass
 class Recorder:
-    """``reference``: the condition on `MEASURES` of rows that stay (`Keep`). ``often``: called
-    about each second, in the thread.
+    """A queue of measurements, and the thread that writes them. ``reference``: the SQL condition on
+    `MEASURES` of the rows that stay (`Retention`). ``on_tick``: called about each second, in the
+    thread.
     """
 
     store: "FeedbackStore"
     judges: Sequence[Judge]
-    keep: Keep
+    retention: Retention
     reference: Callable[[sa.Connection], Any]
-    often: Callable[[], None] = lambda: None
-    counts: Counts = field(default_factory=Counts)
+    on_tick: Callable[[], None] = lambda: None
+    counts: RecorderCounts = field(default_factory=RecorderCounts)
 
     def __post_init__(self) -> None:
-        self._queue: deque[Measure] = deque()
+        self._queue: deque[Measurement] = deque()
         self._characters = 0
         self._changed = threading.Condition()
         self._rows: list[dict[str, Any]] = []  # measured, not yet written
         self._busy, self._ending = False, False
-        self._swept = -SWEEP_SECONDS
+        self._last_sweep = -SWEEP_SECONDS
         self._thread: threading.Thread | None = None
 
     def start(self) -> None:
@@ -96,25 +99,29 @@ class Recorder:
         self._thread.start()
 
     def close(self) -> None:
-        """Write what waits, once, and end."""
+        """Try once to write the queue, and end the thread."""
         with self._changed:
             self._ending = True
             self._changed.notify_all()
         if self._thread is not None:
             self._thread.join(10)
 
-    def put(self, measured: Measure) -> None:
-        """Take a choice; from any thread, at once."""
+    def put(self, measurement: Measurement) -> None:
+        """Add a measurement to the queue, from any thread, without waiting."""
         with self._changed:
-            full = len(self._queue) + len(self._rows) >= MOST_WAITING
-            if full or self._characters + measured.size() > MOST_CHARACTERS or self.keep.rows == 0:
-                self.counts.dropped += self.keep.rows > 0
+            full = len(self._queue) + len(self._rows) >= MAX_QUEUE_SIZE
+            if (
+                full
+                or self._characters + measurement.size() > MAX_CHARACTERS
+                or self.retention.rows == 0
+            ):
+                self.counts.dropped += self.retention.rows > 0
                 return
-            self._queue.append(measured)
-            self._characters += measured.size()
+            self._queue.append(measurement)
+            self._characters += measurement.size()
 
     def flush(self, seconds: float = 10.0) -> bool:
-        """Wait until all that was put is written. False: it was not, in time."""
+        """Wait until the queue is written. Return False if it was not in time."""
         with self._changed:
             self._changed.notify_all()
             return self._changed.wait_for(
@@ -127,22 +134,22 @@ class Recorder:
                 if not self._ending:
                     self._changed.wait(BATCH_SECONDS)
                 ending = self._ending
-                taken = list(self._queue)
+                batch = list(self._queue)
                 self._queue.clear()
                 self._characters = 0
                 self._busy = True
             try:
-                self._rows += [self._row(measured) for measured in taken]
-                for work in (self._write,) if ending else (self._write, self._sweep, self.often):
+                self._rows += [self._row(measurement) for measurement in batch]
+                for work in (self._write,) if ending else (self._write, self._sweep, self.on_tick):
                     try:
                         work()
                     except InputError:
                         if not self.counts.database_errors:
-                            what = "measures: the database cannot be used"
-                            log("failure", type="InputError", what=what)
+                            message = "measures: the database cannot be used"
+                            log("failure", type="InputError", what=message)
                         self.counts.database_errors += 1
-            except Exception as error:  # a fault of ours must not end all measures
-                self.counts.dropped += max(len(self._rows), len(taken))
+            except Exception as error:  # a bug here must not end all measurements
+                self.counts.dropped += max(len(self._rows), len(batch))
                 self._rows = []
                 log("failure", type=type(error).__name__, what="measures")
             with self._changed:
@@ -151,20 +158,20 @@ class Recorder:
             if ending:
                 return
 
-    def _row(self, measured: Measure) -> dict[str, Any]:
+    def _row(self, measurement: Measurement) -> dict[str, Any]:
         row: dict[str, Any] = {
             column.name: None for column in MEASURES.columns if column.name != "id"
         }
-        row |= measured.values
-        if measured.prompt is not None:
+        row |= measurement.values
+        if measurement.prompt is not None:
             tokens = row["prompt_tokens"] or 0
-            row["features"] = features.features(measured.prompt, tokens, measured.turns)
-        if measured.answer:
+            row["features"] = features.features(measurement.prompt, tokens, measurement.turns)
+        if measurement.answer:
             for judge in self.judges:
                 try:
-                    row[judge.kind] = judge.score(measured.answer)
+                    row[judge.kind] = judge.score(measurement.answer)
                     row[f"{judge.kind}_judge"] = judge.id
-                except Exception as error:  # anybody's judge; the other measures stay
+                except Exception as error:  # a custom judge; the other values stay
                     if not self.counts.judge_errors:
                         log("failure", type=type(error).__name__, what=f"judge {judge.id}")
                     self.counts.judge_errors += 1
@@ -179,31 +186,33 @@ class Recorder:
                 self._rows = []
 
     def _sweep(self) -> None:
-        """Delete the measures that are too old or too many."""
-        if time.monotonic() - self._swept >= SWEEP_SECONDS:
-            self._swept = time.monotonic()
+        """Delete the measurements that are too old or too many, from time to time."""
+        if time.monotonic() - self._last_sweep >= SWEEP_SECONDS:
+            self._last_sweep = time.monotonic()
             self.sweep(time.time())
 
     def sweep(self, now: float) -> int:
-        """Delete at ``now``; return how many rows went. InputError: the database cannot be used."""
+        """Delete the measurements that are too old at ``now``, or too many. Return the number of
+        deleted rows. InputError: the database cannot be used."""
         ids = sa.select(MEASURES.c.id).order_by(MEASURES.c.id.desc())
         with self.store.write() as connection:
-            last = connection.execute(ids.limit(1).offset(self.keep.rows)).scalar()
-            old = MEASURES.c.at < now - self.keep.days * 86400
+            last = connection.execute(ids.limit(1).offset(self.retention.rows)).scalar()
+            old = MEASURES.c.at < now - self.retention.days * 86400
             if last is not None:
                 old = sa.or_(old, MEASURES.c.id <= last)
-            stays = self.reference(connection)
-            gone = connection.execute(MEASURES.delete().where(old, sa.not_(stays))).rowcount
-            nameless = {"response_id": None, "conversation_id": None}
-            named = MEASURES.c.response_id.is_not(None)
-            connection.execute(MEASURES.update().where(old, stays, named).values(nameless))
-        return gone
+            reference = self.reference(connection)
+            query = MEASURES.delete().where(old, sa.not_(reference))
+            deleted = connection.execute(query).rowcount
+            without_ids = {"response_id": None, "conversation_id": None}
+            has_id = MEASURES.c.response_id.is_not(None)
+            connection.execute(MEASURES.update().where(old, reference, has_id).values(without_ids))
+        return deleted
 
 
 @dataclass
 class RequestTrace:
-    """A ``request`` to ``model``: prompts of so many ``lengths`` tokens, answered under
-    ``id``. ``response``: once the engine has it.
+    """A ``request`` to ``model``, and the ``id`` of its response. ``lengths``: the tokens of its
+    prompts. ``response``: set when the engine has it.
     """
 
     recorder: Recorder
@@ -214,12 +223,13 @@ class RequestTrace:
     response: "ChatCompletionResponse | None" = None
 
     def end(self, status: int) -> None:
-        """Pass the measures on; at once. ``status``: of the response; 499: the client went away.
+        """Add the measurements to the queue, without waiting. ``status``: of the response; 499 if
+        the client disconnected.
 
-        A response of 200 has one measure per choice, another has one.
+        A response of status 200 has one measurement per choice, another response has one.
         """
         common: dict[str, Any] = {
-            "response_id": self.id, "model": self.model[:MOST_NAME], "at": time.time(),
+            "response_id": self.id, "model": self.model[:MAX_NAME_LENGTH], "at": time.time(),
             "status": status, "choice": 0,
         }  # fmt: skip
         request = self.request
@@ -227,7 +237,7 @@ class RequestTrace:
         if chat is not None and chat.store:
             common["conversation_id"] = chat.conversation_id
         if status != 200 or self.response is None:
-            self.recorder.put(Measure(common | {"prompt_tokens": sum(self.lengths)}))
+            self.recorder.put(Measurement(common | {"prompt_tokens": sum(self.lengths)}))
             return
         turns = 1 if chat is None else len(chat.messages)
         for index, choice in enumerate(self.response.choices):
@@ -239,20 +249,20 @@ class RequestTrace:
                 "seconds": timings.total_seconds, "prompt_tokens": self.lengths[prompt],
                 "new_tokens": choice.tokens,
             }  # fmt: skip
-            # of several choices, the first stands for the prompt
+            # the features of the prompt are stored with the first choice
             text = self._prompt(prompt) if index % request.n == 0 else None
-            answer = choice.text[:MOST_JUDGED]
-            self.recorder.put(Measure(values, text, turns, answer))
+            answer = choice.text[:MAX_JUDGED_CHARACTERS]
+            self.recorder.put(Measurement(values, text, turns, answer))
 
     def _prompt(self, index: int) -> str | None:
-        """The last message of the user, or the text; None where it is tokens."""
-        found: Any = None
+        """Return the last message of the user, or the text; None if the prompt is token ids."""
+        text: Any = None
         if isinstance(self.request, ChatCompletionRequest):
             users = (m for m in reversed(self.request.messages) if m["role"] == "user")
-            found = next(users, {}).get("content")
+            text = next(users, {}).get("content")
         elif isinstance(self.request, CompletionRequest):
-            found = self.request.prompts[index]
-        if isinstance(found, list):  # a message's parts
-            parts = [part["text"] for part in found if isinstance(part, dict)]
-            found = "".join(parts) if parts else None
-        return found[: features.MOST_CHARACTERS] if isinstance(found, str) else None
+            text = self.request.prompts[index]
+        if isinstance(text, list):  # a message's parts
+            parts = [part["text"] for part in text if isinstance(part, dict)]
+            text = "".join(parts) if parts else None
+        return text[: features.MAX_CHARACTERS] if isinstance(text, str) else None

@@ -1,27 +1,27 @@
-// The dashboard: what /dashboard/data has of a period, drawn again every while.
+// The dashboard: draws the data of /dashboard/data for a period, and updates it regularly.
 
 import { $, ask, button, el, say, themes } from "./common.js";
 import { bars, lines } from "./charts.js";
 
 const WINDOWS = { hour: "Hour", day: "Day", week: "Week", all: "All" };
-const EVERY = { hour: 10_000, day: 30_000, week: 60_000, all: 60_000 };
-const MOVED = 0.2; // of PSI: more is called a shift; below its own noise it is none
+const UPDATE_MS = { hour: 10_000, day: 30_000, week: 60_000, all: 60_000 };
+const SHIFT = 0.2; // a PSI above it is called a shift, if it is significant, too
 
-let period = "hour", reference = null, told = null, timer = 0, asking = null;
+let period = "hour", reference = null, data = null, timer = 0, request = null;
 
 // ---- numbers as text
 
 const small = (value) => (value === 0 ? "0" : value < 1 ? value.toFixed(2) : value < 10 ? value.toFixed(1) : Math.round(value).toLocaleString("en"));
 const percent = (value) => `${value > 0 && value < 0.0995 ? (value * 100).toFixed(1) : Math.round(value * 100)} %`;
 const seconds = (value) => (value === 0 ? "0 s" : value < 1 ? `${Math.round(value * 1000)} ms` : `${value < 10 ? value.toFixed(1) : Math.round(value)} s`);
-const whole = (value) => Math.round(value).toLocaleString("en");
-const or = (value, format) => (value === null || value === undefined ? "–" : format(value));
+const integer = (value) => Math.round(value).toLocaleString("en");
+const orDash = (value, format) => (value === null || value === undefined ? "–" : format(value));
 
 function time(at) {
   const date = new Date(at * 1000), two = (n) => String(n).padStart(2, "0");
   const clock = `${two(date.getHours())}:${two(date.getMinutes())}`;
   const day = `${date.getFullYear()}-${two(date.getMonth() + 1)}-${two(date.getDate())}`.slice(5);
-  const length = told.until - told.since;
+  const length = data.until - data.since;
   return length <= 43_200 ? clock : length <= 8 * 86_400 ? `${day} ${clock}` : day;
 }
 
@@ -29,85 +29,85 @@ function time(at) {
 
 async function load() {
   clearTimeout(timer);
-  asking?.abort();
-  const mine = (asking = new AbortController());
+  request?.abort();
+  const current = (request = new AbortController());
   const query = new URLSearchParams({ window: period, ...(reference ?? {}) });
   try {
-    told = await (await ask(`/dashboard/data?${query}`, undefined, mine.signal)).json();
+    data = await (await ask(`/dashboard/data?${query}`, undefined, current.signal)).json();
     draw();
     $("key-label").hidden = true;
     say(`updated ${new Date().toLocaleTimeString("en-GB")}`);
   } catch (error) {
-    if (mine.signal.aborted) return;
+    if (current.signal.aborted) return;
     if (error.message.startsWith("an API key")) {
       $("key-label").hidden = false;
       say("an API key is needed");
     } else say(`Not updated: ${error.message}`);
   }
-  timer = setTimeout(() => (document.hidden ? again() : load()), EVERY[period]);
+  timer = setTimeout(() => (document.hidden ? waitUntilVisible() : load()), UPDATE_MS[period]);
 }
 
-/** Wait until somebody looks. */
-function again() {
+/** Wait until the page is visible. */
+function waitUntilVisible() {
   document.addEventListener("visibilitychange", load, { once: true });
 }
 
-/** Show the shortest period that has answers, the hour where none has. */
-async function open() {
-  for (const one of [...Object.keys(WINDOWS), "hour"]) {
-    period = one;
+/** Show the shortest period that has answers, or the hour if none has. */
+async function openPeriod() {
+  for (const name of [...Object.keys(WINDOWS), "hour"]) {
+    period = name;
     await load();
     const clicked = location.hash.slice(1) in WINDOWS;
-    if (clicked || !told || told.groups[0].summary.answers) return;
+    if (clicked || !data || data.groups[0].summary.answers) return;
   }
 }
 
 // ---- drawing
 
-/** The groups that are drawn: each model where there are several, else all. */
-function drawn() {
-  const groups = told.groups.length > 1 ? told.groups.slice(1) : told.groups;
-  return groups.map((group, i) => ({ ...group, name: group.model ?? told.models[0] ?? "all", color: `var(--s${i})` }));
+/** Return the groups to draw: each model if there are several, else all together. */
+function groupsToDraw() {
+  const groups = data.groups.length > 1 ? data.groups.slice(1) : data.groups;
+  return groups.map((group, i) => ({ ...group, name: group.model ?? data.models[0] ?? "all", color: `var(--s${i})` }));
 }
 
 function draw() {
-  const groups = drawn(), one = groups.length === 1;
-  $("model").textContent = one ? told.models[0] ?? "" : `${told.models.length} models`;
+  const groups = groupsToDraw(), single = groups.length === 1;
+  $("model").textContent = single ? data.models[0] ?? "" : `${data.models.length} models`;
   for (const choice of $("windows").children) choice.ariaPressed = String(choice.value === period);
-  alerts();
-  table();
-  $("legend").replaceChildren(...(one ? [] : groups.map((group) => {
+  drawAlerts();
+  drawTable();
+  $("legend").replaceChildren(...(single ? [] : groups.map((group) => {
     const key = el("span", { className: "key" });
     key.style.background = group.color;
     return el("span", { className: "model" }, key, group.name);
   })), "A line is the median or the rate, a dashed one the 95th percentile, a band the 95 % interval.");
   $("charts").replaceChildren();
-  const line = (key, dashed) => groups.map((group) =>
-    ({ name: one ? "" : group.name, color: group.color, values: group.series[key], dashed }));
-  const both = (key) => groups.flatMap((group) => [
-    { name: one ? "" : group.name, color: group.color, values: group.series[key] },
-    { name: one ? "" : group.name, color: group.color, values: group.series[`${key}_high`], dashed: true }]);
-  const { edges, rate_edges: wide } = told, rates = { format: percent, time, most: 0.05, top: 1 };
-  lines($("charts"), "Answers a minute", line("per_minute"), edges, { format: small, time });
-  lines($("charts"), "To the first token, p50 / p95", both("first_token"), edges, { format: seconds, time });
-  lines($("charts"), "Whole answer, p50 / p95", both("whole"), edges, { format: seconds, time });
-  lines($("charts"), "Refusals", line("refusal"), wide, rates);
-  lines($("charts"), "Toxic answers", line("toxicity"), wide, rates);
-  lines($("charts"), "Errors", line("errors"), wide, rates);
-  lines($("charts"), "Thumbs up, of all thumbs", line("thumbs"), wide, { ...rates, most: 1 });
+  const series = (key, dashed) => groups.map((group) =>
+    ({ name: single ? "" : group.name, color: group.color, values: group.series[key], dashed }));
+  const quantiles = (key) => groups.flatMap((group) => [
+    { name: single ? "" : group.name, color: group.color, values: group.series[`${key}_p50`] },
+    { name: single ? "" : group.name, color: group.color, values: group.series[`${key}_p95`], dashed: true }]);
+  const { edges, rate_edges: rateEdges } = data, rates = { format: percent, time, most: 0.05, top: 1 };
+  lines($("charts"), "Answers per minute", series("per_minute"), edges, { format: small, time });
+  lines($("charts"), "Time to first token, p50 / p95", quantiles("first_token"), edges, { format: seconds, time });
+  lines($("charts"), "Complete answer, p50 / p95", quantiles("latency"), edges, { format: seconds, time });
+  lines($("charts"), "Refusals", series("refusal"), rateEdges, rates);
+  lines($("charts"), "Toxic answers", series("toxicity"), rateEdges, rates);
+  lines($("charts"), "Errors", series("errors"), rateEdges, rates);
+  lines($("charts"), "Thumbs up, of all thumbs", series("thumbs"), rateEdges, { ...rates, most: 1 });
   $("lengths").replaceChildren();
   for (const [key, title] of [["prompt_tokens", "Tokens of prompts"], ["new_tokens", "Tokens of answers"]]) {
-    bars($("lengths"), title, groups.map(({ name, color, lengths }) => ({ name, color, counts: lengths[key] })), told.length_edges);
+    bars($("lengths"), title, groups.map(({ name, color, lengths }) => ({ name, color, counts: lengths[key] })), data.length_edges);
   }
-  drift();
-  kept();
+  drawDrift();
+  drawMeasurements();
 }
 
-function alerts() {
-  $("alerts").replaceChildren(...told.alerts.map((alert) => {
+function drawAlerts() {
+  $("alerts").replaceChildren(...data.alerts.map((alert) => {
     const up = alert.above !== null;
     const format = alert.low === null ? small : (value) => (alert.high <= 1 ? percent(value) : small(value));
-    const value = or(alert.value, format) + (alert.value !== null && alert.low !== null ? ` (${format(alert.low)} to ${format(alert.high)})` : "");
+    const value = orDash(alert.value, format) + (alert.value !== null && alert.low !== null ? ` (${format(alert.low)} to ${format(alert.high)})` : "");
     const since = alert.since === null ? "" : ` since ${new Date(alert.since * 1000).toLocaleString("en-GB")}`;
     return el("div", { className: `alert${alert.firing ? " firing" : ""}` },
       el("span", { className: "state", textContent: alert.firing ? "firing" : "quiet" }),
@@ -115,36 +115,36 @@ function alerts() {
       el("span", { className: "quiet", textContent: `${alert.metric} ${value}, ${up ? "above" : "below"} ${up ? alert.above : alert.below}`
         + ` over ${alert.window}${alert.model ? `, ${alert.model}` : ""}${since}` }));
   }));
-  if (!told.alerts.length) {
-    $("alerts").append(el("p", { className: "quiet", textContent: "No rules: fastlm serve --alerts FILE." }));
+  if (!data.alerts.length) {
+    $("alerts").append(el("p", { className: "quiet", textContent: "There are no rules: fastlm serve --alerts FILE." }));
   }
 }
 
-function table() {
-  const groups = told.groups;
+function drawTable() {
+  const groups = data.groups;
   const row = (name, cell, note = "") => el("tr", {},
     el("th", { scope: "row" }, name, note ? el("span", { className: "quiet", textContent: note }) : ""),
     ...groups.map(({ summary }) => el("td", {}, ...[cell(summary)].flat())));
-  const between = (low, high, format) => el("span", { className: "quiet", textContent: `${format(low)} to ${format(high)}` });
-  const rate = (found) => (found.n ? [percent(found.value), between(found.low, found.high, percent)] : "–");
-  const two = (found, format) => (found.n ? [`${or(found.p50, format)} / ${or(found.p95, format)}`] : "–");
-  const number = (found) => (found.n ? [found.value.toFixed(2), ...(found.low === null ? [] : [between(found.low, found.high, (x) => x.toFixed(2))])] : "–");
+  const interval = (low, high, format) => el("span", { className: "quiet", textContent: `${format(low)} to ${format(high)}` });
+  const rate = (r) => (r.n ? [percent(r.value), interval(r.low, r.high, percent)] : "–");
+  const two = (q, format) => (q.n ? [`${orDash(q.p50, format)} / ${orDash(q.p95, format)}`] : "–");
+  const number = (r) => (r.n ? [r.value.toFixed(2), ...(r.low === null ? [] : [interval(r.low, r.high, (x) => x.toFixed(2))])] : "–");
   const judge = (key) => groups[0].summary[key];
-  const names = groups.map(({ model }) => el("th", { scope: "col", textContent: model ?? (groups.length > 1 ? "all" : told.models[0] ?? "all") }));
+  const names = groups.map(({ model }) => el("th", { scope: "col", textContent: model ?? (groups.length > 1 ? "all" : data.models[0] ?? "all") }));
   $("table").replaceChildren(
     el("thead", {}, el("tr", {}, el("th", { scope: "col", textContent: "" }), ...names)),
     el("tbody", {},
-      row("Answers", (s) => whole(s.answers)),
-      row("Answers a minute", (s) => small(s.per_minute)),
-      row("In the queue", (s) => two(s.queue, seconds), "p50 / p95"),
-      row("To the first token", (s) => two(s.first_token, seconds), "p50 / p95"),
-      row("Whole answer", (s) => two(s.whole, seconds), "p50 / p95"),
-      row("Tokens of a prompt", (s) => two(s.prompt_tokens, whole), "p50 / p95"),
-      row("Tokens of an answer", (s) => two(s.new_tokens, whole), "p50 / p95"),
-      row("Cut at the longest length", (s) => rate(s.cut)),
+      row("Answers", (s) => integer(s.answers)),
+      row("Answers per minute", (s) => small(s.per_minute)),
+      row("Time in the queue", (s) => two(s.queue, seconds), "p50 / p95"),
+      row("Time to first token", (s) => two(s.first_token, seconds), "p50 / p95"),
+      row("Complete answer", (s) => two(s.latency, seconds), "p50 / p95"),
+      row("Tokens of a prompt", (s) => two(s.prompt_tokens, integer), "p50 / p95"),
+      row("Tokens of an answer", (s) => two(s.new_tokens, integer), "p50 / p95"),
+      row("Truncated at the maximum length", (s) => rate(s.truncated)),
       row("Errors", (s) => rate(s.errors)),
-      row("Turned away, queue full", (s) => rate(s.refused)),
-      row("Clients that left", (s) => rate(s.left)),
+      row("Rejected, queue full", (s) => rate(s.rejected)),
+      row("Client disconnected", (s) => rate(s.disconnected)),
       ...["refusal", "toxicity"].filter(judge).map((key) =>
         row(key === "refusal" ? "Refusals" : "Toxic answers", (s) => rate(s[key]), `judge: ${judge(key).judge}`)),
       row("Answers with feedback", (s) => rate(s.feedback)),
@@ -153,48 +153,48 @@ function table() {
       ...Object.entries(groups[0].summary.metrics).map(([name, { kind, better, level, scale }]) =>
         row(name, (s) => (kind === "boolean" ? rate : number)(s.metrics[name]),
           `${kind === "boolean" ? "yes" : `mean, ${scale[0]} to ${scale[1]}`}; of ${level}s; ${better} is better`))));
-  const notes = ["Small numbers are 95 % intervals. Feedback counts at the time of its answer, whenever it came."];
+  const notes = ["Small numbers are 95 % intervals. Feedback counts at the time of its answer, even if it came later."];
   for (const key of ["refusal", "toxicity"]) {
-    const found = judge(key);
-    if (!found) continue;
-    notes.push(`${found.judge}: ${found.method}.${found.other_judges ? ` ${whole(found.other_judges)} answers have another judge's score and are left out.` : ""}`);
+    const value = judge(key);
+    if (!value) continue;
+    notes.push(`${value.judge}: ${value.method}.${value.other_judges ? ` ${integer(value.other_judges)} answers have another judge's score and are left out.` : ""}`);
   }
-  if (told.unmatched) notes.push(`Feedback about answers that were not measured here: ${whole(told.unmatched)}, in no model's column.`);
-  if (told.cut) notes.push("The period has more answers than are read: these are the newest 100,000.");
+  if (data.unmatched) notes.push(`Feedback about answers that were not measured here: ${integer(data.unmatched)}, in no model's column.`);
+  if (data.truncated) notes.push("The period has more answers than are read: these are the newest 100,000.");
   $("notes").textContent = notes.join(" ");
 }
 
-function drift() {
-  const { drift: found } = told;
-  const counts = `${found.cut ? "the newest " : ""}${whole(found.prompts)} prompts of this period, ${whole(found.reference_prompts)} of the reference (${found.reference})`;
-  if (!found.enough) {
-    $("drift-text").textContent = `Too few to compare: ${counts}; at least ${found.least} of each are wanted.`;
+function drawDrift() {
+  const { drift: result } = data;
+  const counts = `${result.truncated ? "the newest " : ""}${integer(result.prompts)} prompts of this period, ${integer(result.reference_prompts)} of the reference (${result.reference})`;
+  if (!result.enough_prompts) {
+    $("drift-text").textContent = `Too few to compare: ${counts}; at least ${result.min_prompts} of each are needed.`;
     $("drift").replaceChildren();
     return;
   }
   const p = (value) => (value < 0.01 ? value.toFixed(3) : value.toFixed(2));
-  const sure = found.mmd.p < 0.01;
-  $("drift-text").textContent = `${counts}. All features and words together, MMD: ${found.mmd.value.toFixed(4)}, p = ${p(found.mmd.p)}: `
-    + `${sure ? "the prompts have changed" : "no change that chance would not make"}. PSI below: the mark is what chance alone stays below in 95 of 100.`;
-  const most = Math.max(0.3, ...found.features.map(({ psi, floor }) => Math.max(psi, floor)));
+  const changed = result.mmd.p < 0.01;
+  $("drift-text").textContent = `${counts}. All features and words together, MMD: ${result.mmd.value.toFixed(4)}, p = ${p(result.mmd.p)}: `
+    + `${changed ? "the prompts have changed" : "no significant change"}. PSI below: the mark is its 95 % quantile without a change.`;
+  const maxPsi = Math.max(0.3, ...result.features.map(({ psi, floor }) => Math.max(psi, floor)));
   $("drift").replaceChildren(
     el("thead", {}, el("tr", {}, ...["Feature", "PSI", "p"].map((name) => el("th", { scope: "col", textContent: name })))),
-    el("tbody", {}, ...found.features.map((feature) => {
-      const moved = feature.psi > MOVED && feature.p < 0.05;
-      const fill = el("span"), mark = el("i"), bar = el("span", { className: `bar${moved ? " moved" : ""}`, ariaHidden: "true" }, fill, mark);
-      fill.style.width = `${(100 * feature.psi) / most}%`;
-      mark.style.left = `${(100 * feature.floor) / most}%`;
+    el("tbody", {}, ...result.features.map((feature) => {
+      const shifted = feature.psi > SHIFT && feature.p < 0.05;
+      const fill = el("span"), mark = el("i"), bar = el("span", { className: `bar${shifted ? " shifted" : ""}`, ariaHidden: "true" }, fill, mark);
+      fill.style.width = `${(100 * feature.psi) / maxPsi}%`;
+      mark.style.left = `${(100 * feature.floor) / maxPsi}%`;
       return el("tr", {}, el("th", { scope: "row", textContent: feature.name }),
-        el("td", {}, bar, `${feature.psi.toFixed(2)}${moved ? " shifted" : ""}`), el("td", { textContent: p(feature.p) }));
+        el("td", {}, bar, `${feature.psi.toFixed(2)}${shifted ? " shifted" : ""}`), el("td", { textContent: p(feature.p) }));
     })));
 }
 
-function kept() {
-  const { measures } = told;
-  $("kept").textContent = `Numbers about each answer, without its text: ${whole(measures.written)} written since this server started, `
-    + `${whole(measures.dropped)} dropped because too many waited, ${whole(measures.database_errors)} times the database could not be used`
-    + `${measures.judge_errors ? `, ${whole(measures.judge_errors)} times a judge failed` : ""}. `
-    + `Kept for ${measures.keep_days} days, at most ${whole(measures.keep_rows)}.`;
+function drawMeasurements() {
+  const { measures } = data;
+  $("measurements").textContent = `Measurements of answers, without their text: ${integer(measures.written)} written since this server started, `
+    + `${integer(measures.dropped)} dropped because the queue was full, ${integer(measures.database_errors)} times the database could not be used`
+    + `${measures.judge_errors ? `, ${integer(measures.judge_errors)} times a judge failed` : ""}. `
+    + `They are stored for ${measures.retention_days} days, at most ${integer(measures.retention_rows)}.`;
 }
 
 // ---- controls
@@ -203,19 +203,19 @@ themes("theme");
 $("windows").append(...Object.entries(WINDOWS).map(([value, text]) =>
   button(text, () => { period = value; location.hash = value; load(); }, { value })));
 $("key").value = sessionStorage.getItem("key") ?? "";
-$("key").onchange = () => { sessionStorage.setItem("key", $("key").value); begin(); };
+$("key").onchange = () => { sessionStorage.setItem("key", $("key").value); start(); };
 $("reference").onsubmit = (event) => {
   event.preventDefault();
   reference = { begin: $("begin").value, end: $("end").value };
   load();
 };
 $("default").onclick = () => { reference = null; $("begin").value = $("end").value = ""; load(); };
-let resized = 0;
-window.onresize = () => { clearTimeout(resized); resized = setTimeout(() => told && draw(), 150); };
-function begin() {
-  const wanted = location.hash.slice(1);
-  if (!(wanted in WINDOWS)) return open();
-  period = wanted;
+let resizeTimer = 0;
+window.onresize = () => { clearTimeout(resizeTimer); resizeTimer = setTimeout(() => data && draw(), 150); };
+function start() {
+  const name = location.hash.slice(1);
+  if (!(name in WINDOWS)) return openPeriod();
+  period = name;
   return load();
 }
-begin();
+start();

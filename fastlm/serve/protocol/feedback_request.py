@@ -9,7 +9,7 @@ from fastlm.schema import Name
 from fastlm.serve.protocol.body import WHOLE, AlwaysTrue, Identifier, RequestBody, object_of
 from fastlm.serve.protocol.chat_completion import Messages, Tools
 from fastlm.serve.protocol.completion import MAX_CHOICES
-from fastlm.serve.ratings import MOST, NAME
+from fastlm.serve.ratings import MAX_METRICS, NAME_PATTERN
 
 CLIENT = 12  # letters of a client's name before a rater's: 1 in 10^14 that two clients share them
 # the column has 128 characters
@@ -31,9 +31,15 @@ class ConversationToKeep(TypedDict, total=False):
 
 
 Metrics = Annotated[
-    dict[Annotated[str, Field(pattern=f"^{NAME}$")], Any],  # `Rating.read` checks the values
-    Field(min_length=1, max_length=MOST),
-    object_of(f"^{NAME}$", {"type": ["number", "boolean"]}, minProperties=1, maxProperties=MOST),
+    # `Rating.parse` checks the values
+    dict[Annotated[str, Field(pattern=f"^{NAME_PATTERN}$")], Any],
+    Field(min_length=1, max_length=MAX_METRICS),
+    object_of(
+        f"^{NAME_PATTERN}$",
+        {"type": ["number", "boolean"]},
+        minProperties=1,
+        maxProperties=MAX_METRICS,
+    ),
 ]
 
 

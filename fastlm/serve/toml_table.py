@@ -1,4 +1,4 @@
-"""Small TOML files of the server, whose errors name the line."""
+"""Read small TOML files of the server, with errors that name the line."""
 
 import math
 from collections.abc import Mapping
@@ -11,45 +11,47 @@ from fastlm.schema import read_toml, validate
 
 
 @dataclass(frozen=True)
-class Table:
-    """One table of a file. ``value``: an object of the class that its kind asks for."""
+class TomlTable:
+    """One table of a file. ``value``: an object of the dataclass of its kind."""
 
     path: str | Path
     value: Any
     lines: dict[str, int]  # by key; "": of its header
 
     def error(self, key: str, text: str) -> InputError:
-        """What is wrong about a key, with its line."""
+        """Return an error about a key, with its line."""
         line = self.lines.get(key, self.lines[""])
         return InputError(f"{self.path} line {line}: {f'{key}: ' if key else ''}{text}")
 
 
-def read_tables(path: str | Path, kinds: Mapping[str, tuple[type, int]]) -> dict[str, list[Table]]:
+def read_tables(
+    path: str | Path, kinds: Mapping[str, tuple[type, int]]
+) -> dict[str, list[TomlTable]]:
     """The tables of a file by kind. ``kinds``: the dataclass of each `[[kind]]`, and how many there
     may be. If they have a name, each has another one.
 
-    InputError, with the file's line: not TOML, an unknown table or key, a value that is refused.
+    InputError, with the file's line: not TOML, an unknown table or key, an invalid value.
     """
     parsed, text = read_toml(path)
-    places = _places(text)
-    found: dict[str, list[Table]] = {kind: [] for kind in kinds}
+    lines = _key_lines(text)
+    result: dict[str, list[TomlTable]] = {kind: [] for kind in kinds}
     for kind, tables in parsed.items():
-        top = places.get(("", 0), {}).get(kind, 1)
-        whole = Table(path, None, places.get((kind, 0), {"": top}))
+        top = lines.get(("", 0), {}).get(kind, 1)
+        first = TomlTable(path, None, lines.get((kind, 0), {"": top}))
         if kind not in kinds:
-            raise whole.error("", unknown_key(kind, kind, kinds))
+            raise first.error("", unknown_key(kind, kind, kinds))
         if not isinstance(tables, list) or not all(isinstance(table, dict) for table in tables):
-            raise whole.error("", f"{kind}: expected [[{kind}]]")
-        schema, most = kinds[kind]
-        known = [field.name for field in fields(schema)]
+            raise first.error("", f"{kind}: expected [[{kind}]]")
+        schema, max_tables = kinds[kind]
+        keys = [field.name for field in fields(schema)]
         names: set[str] = set()
         for index, values in enumerate(tables):
-            table = Table(path, None, places.get((kind, index), {"": top}))
-            if index == most:
-                raise table.error("", f"{kind}: expected at most {most}")
+            table = TomlTable(path, None, lines.get((kind, index), {"": top}))
+            if index == max_tables:
+                raise table.error("", f"{kind}: expected at most {max_tables}")
             for key, value in values.items():
-                if key not in known:
-                    raise table.error(key, unknown_key(key, key, known).removeprefix(f"{key}: "))
+                if key not in keys:
+                    raise table.error(key, unknown_key(key, key, keys).removeprefix(f"{key}: "))
                 if isinstance(value, float) and not math.isfinite(value):
                     raise table.error(key, f"expected a finite number, got {value}")
             try:
@@ -57,23 +59,23 @@ def read_tables(path: str | Path, kinds: Mapping[str, tuple[type, int]]) -> dict
             except InputError as error:
                 key, _, message = str(error).partition(": ")
                 raise table.error(key.partition(".")[0], message) from None
-            if "name" in known and (name := table.value.name) in names:
+            if "name" in keys and (name := table.value.name) in names:
                 raise table.error("name", f"expected each once, got {name!r} again")
             names.add(getattr(table.value, "name", ""))
-            found[kind].append(table)
-    return found
+            result[kind].append(table)
+    return result
 
 
-def _places(text: str) -> dict[tuple[str, int], dict[str, int]]:
-    """The line of each key of each table, by (name of the table, its number from 0)."""
-    found: dict[tuple[str, int], dict[str, int]] = {("", 0): {"": 1}}
-    at = ("", 0)
+def _key_lines(text: str) -> dict[tuple[str, int], dict[str, int]]:
+    """Return the line of each key of each table, by (name of the table, its number from 0)."""
+    lines: dict[tuple[str, int], dict[str, int]] = {("", 0): {"": 1}}
+    table = ("", 0)
     for number, line in enumerate(text.splitlines(), 1):
         line = line.strip()
         if line.startswith("["):
             name = line.partition("]")[0].strip("[ \"'")
-            at = (name, sum(1 for known, _ in found if known == name))
-            found[at] = {"": number}
+            table = (name, sum(1 for other, _ in lines if other == name))
+            lines[table] = {"": number}
         elif "=" in line and not line.startswith("#"):
-            found[at].setdefault(line.partition("=")[0].strip(" \"'"), number)
-    return found
+            lines[table].setdefault(line.partition("=")[0].strip(" \"'"), number)
+    return lines
