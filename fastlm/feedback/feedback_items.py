@@ -20,11 +20,11 @@ from fastlm.data.preferences import Label, preference_of
 from fastlm.errors import check_unicode
 from fastlm.schema import validate
 from fastlm.serve.commands import open_store
-from fastlm.serve.responses import latest
+from fastlm.serve.feedback import latest
 
 if TYPE_CHECKING:
+    from fastlm.serve.feedback import Feedback, StoredResponse
     from fastlm.serve.ratings import Rating
-    from fastlm.serve.responses import Feedback, StoredResponse
 
     Choices = dict["ChoiceId", tuple[StoredResponse, list[Message]]]  # with consent
 

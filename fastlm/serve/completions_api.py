@@ -19,12 +19,12 @@ from fastlm.inference.sampling import Sampling
 from fastlm.inference.structured_output import OutputFormatError
 from fastlm.serve.api_error import ApiError, field_error, server_error, stopping
 from fastlm.serve.completion_response import ChatCompletionResponse, CompletionResponse, PromptEcho
+from fastlm.serve.feedback import StoredResponse
 from fastlm.serve.middleware import cancel_on_disconnect, describe_error, log
 from fastlm.serve.protocol.chat_completion import ChatCompletionRequest
 from fastlm.serve.protocol.completion import CompletionRequest, GenerationRequest
-from fastlm.serve.protocol.responses_api import ChatOfResponses, ResponsesRequest
+from fastlm.serve.protocol.responses_api import ResponsesChatRequest, ResponsesRequest
 from fastlm.serve.response_stream import ResponseStream
-from fastlm.serve.responses import StoredResponse
 from fastlm.serve.responses_response import ResponsesResponse
 
 if TYPE_CHECKING:
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 MAX_LOGPROBS = 2**18  # in one response: about 30 MB
 RESPONSES: dict[type[GenerationRequest], type[ChatCompletionResponse]] = {
     ChatCompletionRequest: ChatCompletionResponse, CompletionRequest: CompletionResponse,
-    ChatOfResponses: ResponsesResponse,
+    ResponsesChatRequest: ResponsesResponse,
 }  # fmt: skip
 EVENTS = [
     (b"content-type", b"text/event-stream; charset=utf-8"),
@@ -303,12 +303,14 @@ def engine_errors() -> Iterator[None]:
         raise ApiError(str(error)) from None
 
 
-def with_previous(request: ChatOfResponses, store: "FeedbackStore | None") -> ChatOfResponses:
+def with_previous(
+    request: ResponsesChatRequest, store: "FeedbackStore | None"
+) -> ResponsesChatRequest:
     """Return a request to /v1/responses with the conversation that it continues. New instructions
     replace the old ones. ApiError: the conversation is not stored.
     """
     param = "previous_response_id"
-    previous, instructions = request.repeated[param], request.repeated["instructions"]
+    previous, instructions = request.response_fields[param], request.response_fields["instructions"]
     send = "send the whole conversation as input"
     if store is None:
         reason = "this server stores no conversations (fastlm serve --feedback)"

@@ -10,9 +10,9 @@ from starlette.responses import JSONResponse, Response
 
 from fastlm.errors import InputError
 from fastlm.serve.api_error import ApiError
+from fastlm.serve.feedback import Feedback, StoredResponse
 from fastlm.serve.protocol.feedback_request import CLIENT, FeedbackRequest
 from fastlm.serve.ratings import Rating, read_values
-from fastlm.serve.responses import Feedback, StoredResponse
 
 if TYPE_CHECKING:
     from fastlm.serve.app import Server

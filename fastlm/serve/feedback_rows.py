@@ -14,8 +14,8 @@ from fastlm.data.conversations import Message, messages_of
 from fastlm.data.scrub_chat import scrub_chat
 from fastlm.errors import InputError, show
 from fastlm.schema import Finite, parse, validate
+from fastlm.serve.feedback import Feedback, StoredResponse
 from fastlm.serve.ratings import Rating
-from fastlm.serve.responses import Feedback, StoredResponse
 from fastlm.serve.tables import ANSWERS, FEEDBACK, RATINGS
 
 Anything: Any = Any  # as a schema

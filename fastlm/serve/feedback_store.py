@@ -23,9 +23,9 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from fastlm.data.forget_log import conversation_key, messages_key, request_key, response_key
 from fastlm.errors import InputError
+from fastlm.serve.feedback import KINDS, Feedback, StoredResponse
 from fastlm.serve.feedback_rows import now, read_feedback, read_rating, read_response, row_of
 from fastlm.serve.ratings import Rating
-from fastlm.serve.responses import KINDS, Feedback, StoredResponse
 from fastlm.serve.tables import (
     ANSWERS,
     CANARY_ANSWERS,

@@ -23,8 +23,8 @@ from fastlm.serve.models import ServedModel, ServedModels
 from fastlm.serve.state import ModelRef, ServerState, read_state
 
 if TYPE_CHECKING:
+    from fastlm.serve.feedback import Feedback
     from fastlm.serve.loading import ModelLoader
-    from fastlm.serve.responses import Feedback
 
 
 class AllowedModels:

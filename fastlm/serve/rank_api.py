@@ -14,7 +14,7 @@ from starlette.routing import Route
 from fastlm.errors import InputError
 from fastlm.schema import Name
 from fastlm.serve.api_error import ApiError
-from fastlm.serve.protocol.body import WHOLE, EmptyRequest, RequestBody
+from fastlm.serve.protocol.body import INTEGER, EmptyRequest, RequestBody
 
 if TYPE_CHECKING:
     from fastlm.serve.app import Server
@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 
 MAX_ANSWERS = 64
 Rater = Annotated[Name, Field(max_length=128)]
-ItemId = Annotated[int, Field(ge=0, le=2**53), WHOLE]
-Rank = Annotated[int, Field(ge=0, le=MAX_ANSWERS), WHOLE]
+ItemId = Annotated[int, Field(ge=0, le=2**53), INTEGER]
+Rank = Annotated[int, Field(ge=0, le=MAX_ANSWERS), INTEGER]
 
 
 class NextRequest(RequestBody):

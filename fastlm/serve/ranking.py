@@ -23,6 +23,7 @@ from fastlm.data.forget_log import response_key
 from fastlm.data.preferences import Comparison, Label, Unranked, answers_of
 from fastlm.errors import InputError, check_unicode, show
 from fastlm.files import atomic_file
+from fastlm.serve.feedback import Feedback, Ranking, StoredResponse
 from fastlm.serve.feedback_rows import (
     SKIPPED,
     as_json,
@@ -32,7 +33,6 @@ from fastlm.serve.feedback_rows import (
     scrubbed,
 )
 from fastlm.serve.feedback_store import FeedbackStore
-from fastlm.serve.responses import Feedback, Ranking, StoredResponse
 from fastlm.serve.tables import ANSWERS, FEEDBACK, WITHDRAWN
 from fastlm.sources.rows import ignore
 from fastlm.stats.agreement import Agreement, agreement_of

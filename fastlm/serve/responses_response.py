@@ -12,7 +12,7 @@ from fastlm.serve.completion_response import ChatCompletionResponse, Event
 
 
 class ResponsesResponse(ChatCompletionResponse):
-    """The response to a `ChatOfResponses`: a message, function calls, or both."""
+    """The response to a `ResponsesChatRequest`: a message, function calls, or both."""
 
     id_prefix, end_marker = "resp_", b""  # the type of the last event says that it is the last
 
@@ -59,7 +59,7 @@ class ResponsesResponse(ChatCompletionResponse):
             "error": None,
             "incomplete_details": {"reason": "max_output_tokens"} if is_cut else None,
             "model": self.model, "output": output or [], "background": False,
-            **self.request.repeated, "usage": None if output is None else self.usage(),
+            **self.request.response_fields, "usage": None if output is None else self.usage(),
         }  # fmt: skip
 
     def _output(self) -> list[Event]:

@@ -34,7 +34,7 @@ FEEDBACK = sa.Table(
     sa.Column("comment", sa.Text),
     sa.Column("corrected", sa.Text),
     sa.Column("preferred_over", sa.Text),  # JSON: [[response_id, choice], ...]
-    sa.Column("ranking", sa.Text),  # JSON: fields of `fastlm.serve.responses.Ranking`; {}: skipped
+    sa.Column("ranking", sa.Text),  # JSON: fields of `fastlm.serve.feedback.Ranking`; {}: skipped
     sa.Column("metrics", sa.Text),  # JSON: {name: number}
     sa.Column("created_at", sa.Text, nullable=False),
 )

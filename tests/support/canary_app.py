@@ -17,7 +17,7 @@ from fastlm.serve.model_manager import AllowedModels, ModelManager
 from fastlm.serve.options import ServeOptions
 
 OPTIONS = {"num_blocks": 64, "max_num_seqs": 16}
-DEFAULTS = CanaryConfig.of(ServeOptions(Path("model")))
+DEFAULTS = CanaryConfig.from_options(ServeOptions(Path("model")))
 
 
 def model_folders(root, names="abc", context=512):

@@ -4,9 +4,9 @@ import time
 
 import numpy as np
 
+from fastlm.serve.feedback import Feedback
 from fastlm.serve.monitor import features
 from fastlm.serve.monitor.answer_judges import JUDGES
-from fastlm.serve.responses import Feedback
 from fastlm.serve.tables import MEASURES
 
 COOKING = "how do I bake a soft loaf of bread with butter and milk in the oven today"

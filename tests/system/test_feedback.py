@@ -416,7 +416,12 @@ HOSTILE = [
     ("feedback", "preferred_over", '[["r2", -1]]', FEEDBACK + "choice: expected 0 or more, got -1"),
     ("feedback", "ranking", "7", FEEDBACK + "ranking: expected an object"),
     ("feedback", "ranking", '{"ranks": [0, 2]}', FEEDBACK + "ranks: expected ranks from 0"),
-    ("feedback", "ranking", '{"ranks": [0], "shown": [1]}', FEEDBACK + "shown: expected each"),
+    (
+        "feedback",
+        "ranking",
+        '{"ranks": [0], "display_order": [1]}',
+        FEEDBACK + "display_order: expected each",
+    ),
     ("feedback", "ranking", '{"ranks": [0], "scores": []}', FEEDBACK + "scores: expected one"),
     ("feedback", "metrics", '{"stars": "x"}', FEEDBACK + "metrics.stars: expected a number"),
     ("feedback", "metrics", '{"stars": 1e999}', FEEDBACK + "metrics.stars: expected a finite"),

@@ -14,6 +14,7 @@ from feedback_measures import CODE, COOKING, MODELS, fill_measures
 from serve_app import HTTP, ask, script, serve_model, tiny_model
 
 from fastlm.errors import InputError
+from fastlm.serve.feedback import Feedback
 from fastlm.serve.feedback_store import FeedbackStore
 from fastlm.serve.monitor import features, recorder
 from fastlm.serve.monitor.alerts import AlertConfig, AlertManager, AlertRule, read_alert_config
@@ -23,7 +24,6 @@ from fastlm.serve.monitor.prompt_drift import DriftReference, drift
 from fastlm.serve.monitor.recorder import Measurement, Recorder, Retention
 from fastlm.serve.monitor.summary import RATES, VALUES, value_of
 from fastlm.serve.ratings import Rating
-from fastlm.serve.responses import Feedback
 from fastlm.serve.tables import MEASURES
 
 STARS = Rating("stars", "number", "higher", low=1, high=5)

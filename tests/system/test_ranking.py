@@ -30,8 +30,8 @@ from fastlm.errors import InputError
 from fastlm.feedback.build import BuildOptions, build
 from fastlm.feedback.rank_terminal import edited, parse_ranking
 from fastlm.model.causal_lm import CausalLM
+from fastlm.serve.feedback import Feedback, StoredResponse
 from fastlm.serve.ranking import RankingStore, RaterCounts, read_ranking_examples
-from fastlm.serve.responses import Feedback, StoredResponse
 from fastlm.stats.agreement import PairAgreement, agreement_of
 from fastlm.tokenizer.tokenizer import Tokenizer
 
@@ -175,7 +175,7 @@ def test_each_rater_sees_an_order_of_its_own(tmp_path) -> None:
         assert item == store.item(7, "ann")
         store.rank("ann", item, [2, 0, 1])
         (feedback,) = store.all_feedback()
-        assert feedback.ranking.shown == item.shown
+        assert feedback.ranking.display_order == item.shown
         (ranked,) = store.comparisons()
         ranks = {a[0]["content"]: rank for a, rank in zip(ranked.answers, ranked.ranks)}
         assert [ranks[a[0]["content"]] for a in item.answers] == [2, 0, 1]

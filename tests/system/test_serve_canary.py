@@ -24,10 +24,10 @@ from fastlm.serve.canary import decision as decisions
 from fastlm.serve.canary.canary import CanaryExperiment
 from fastlm.serve.canary.canary_store import CanaryStore
 from fastlm.serve.canary.decision import Variant
+from fastlm.serve.feedback import Feedback, StoredResponse
 from fastlm.serve.feedback_store import FeedbackStore
 from fastlm.serve.monitor.monitor import MonitorConfig
 from fastlm.serve.ratings import Rating
-from fastlm.serve.responses import Feedback, StoredResponse
 from fastlm.serve.state import read_state
 from fastlm.stats.latency import PairCounts
 

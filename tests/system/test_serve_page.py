@@ -14,13 +14,13 @@ from markdown_cases import AROUND, AS_HTML, EXAMPLES, GROWN, HARMLESS, LONG, SHO
 from serve_app import script, serve_model, tiny_model
 
 from fastlm.data.preferences import Unranked
+from fastlm.serve.feedback import Feedback
 from fastlm.serve.feedback_store import FeedbackStore
 from fastlm.serve.monitor import monitor
 from fastlm.serve.monitor.alerts import AlertConfig, AlertRule
 from fastlm.serve.monitor.monitor import MonitorConfig
 from fastlm.serve.ranking import RankingStore
 from fastlm.serve.ratings import Rating
-from fastlm.serve.responses import Feedback
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "chrome"))), None)
 pytestmark = pytest.mark.skipif(

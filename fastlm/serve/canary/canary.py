@@ -29,7 +29,7 @@ from fastlm.stats.sequential import SequentialResult
 if TYPE_CHECKING:
     from fastlm.serve.canary.canary_store import CanaryStore
     from fastlm.serve.completion_response import ChatCompletionResponse
-    from fastlm.serve.responses import Feedback
+    from fastlm.serve.feedback import Feedback
 
 CHECK_SECONDS = 1.0  # between two checks: the tests take 20 ms of the interpreter
 WRITE_SECONDS = 5.0  # for which the end of a response waits for the database at most

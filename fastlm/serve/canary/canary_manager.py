@@ -22,8 +22,8 @@ from fastlm.serve.state import CanaryState, ModelRef
 
 if TYPE_CHECKING:
     from fastlm.serve.canary.canary_store import CanaryStore
+    from fastlm.serve.feedback import Feedback
     from fastlm.serve.loading import ModelLoader
-    from fastlm.serve.responses import Feedback
 
 STATUS = {"promote": "promoted", "roll back": "rolled back", "keep": "undecided"}
 

@@ -11,9 +11,9 @@ from fastlm.serve.canary.decision import Variant
 from fastlm.serve.tables import CANARY_ANSWERS, CANARY_OUTCOMES
 
 if TYPE_CHECKING:
+    from fastlm.serve.feedback import Feedback
     from fastlm.serve.feedback_store import FeedbackStore
     from fastlm.serve.ratings import Rating
-    from fastlm.serve.responses import Feedback
 
 A = CANARY_ANSWERS.c
 

@@ -9,8 +9,8 @@ import numpy as np
 import sqlalchemy as sa
 
 from fastlm.errors import InputError
+from fastlm.serve.feedback import latest
 from fastlm.serve.feedback_rows import read_metrics, read_time
-from fastlm.serve.responses import latest
 from fastlm.serve.tables import FEEDBACK, MEASURES
 
 if TYPE_CHECKING:

@@ -1,7 +1,7 @@
-"""What requests have in common: the base class, types of fields, and how a body is read.
+"""The base class of requests, the types of their fields, and the parser of a body.
 
-Types are strict: no text stands for a number, no number for true. A field that the server would
-have to ignore is an error, never dropped.
+Types are strict: a text is no number, and a number is no boolean. A field that the server does not
+support is an error, and is never dropped silently.
 """
 
 import difflib
@@ -26,62 +26,64 @@ from fastlm.serve.api_error import ApiError
 
 Body = TypeVar("Body", bound="RequestBody")
 STRICT = ConfigDict(extra="forbid", strict=True)
-# what OpenAI has and this server does not
+# fields of OpenAI's API that this server does not support
 UNSUPPORTED = frozenset(
     "audio function_call functions suffix web_search_options moderation context_management".split()
 )
-# what cannot change an answer: the log and a header of the response name it
+# fields that cannot change an answer; the log and a header of the response name them
 IGNORED = (
     "cache_prompt", "metadata", "modalities", "prediction", "prompt_cache_key",
     "prompt_cache_retention", "reasoning_effort", "safety_identifier", "service_tier", "user",
     "verbosity",
 )  # fmt: skip
-MAX_ERRORS = 1000  # of a body that are looked at: pydantic takes microseconds for each
+MAX_ERRORS = 1000  # of a body that are examined; pydantic takes microseconds for each
 
 
-def _whole(value: Any) -> Any:
-    """3.0 is a whole number, as in JSON schema."""
+def _integer(value: Any) -> Any:
+    """Convert a float such as 3.0 to an integer, as JSON schema allows."""
     return int(value) if type(value) is float and value.is_integer() else value
 
 
-def _wholes(value: Any) -> Any:
+def _integers(value: Any) -> Any:
     has_float = isinstance(value, list) and float in set(map(type, value))
-    return [_whole(item) for item in value] if has_float else value
+    return [_integer(item) for item in value] if has_float else value
 
 
-WHOLE = BeforeValidator(_whole)  # after the bounds in an Annotated[int, ...]
-PositiveInt = Annotated[int, Field(ge=1, le=2**31), WHOLE]
+INTEGER = BeforeValidator(_integer)  # after the bounds in an Annotated[int, ...]
+PositiveInt = Annotated[int, Field(ge=1, le=2**31), INTEGER]
 EmptyOrText = Annotated[str, Field(max_length=2**26)]
 Text = Annotated[EmptyOrText, Field(min_length=1)]
 TokenIds = Annotated[
-    list[Annotated[int, Field(ge=0, le=2**31 - 1)]], Field(fail_fast=True), BeforeValidator(_wholes)
+    list[Annotated[int, Field(ge=0, le=2**31 - 1)]],
+    Field(fail_fast=True),
+    BeforeValidator(_integers),
 ]
 ModelName = Annotated[Name, Field(max_length=256)]
 Label = Annotated[Name, Field(max_length=512)]
-# of a response or a conversation. Personal data is not scrubbed from ids: an address is none
+# of a response or a conversation. The pattern excludes e-mail addresses: ids are not scrubbed
 Identifier = Annotated[str, Field(pattern="^[A-Za-z0-9_-]{1,128}$")]
 JsonSchema = Annotated[dict[str, Any] | bool, WithJsonSchema({"type": ["object", "boolean"]})]
 
 
 def reject(expected: str) -> Any:
-    """Refuse the value of the validator that calls this."""
+    """Raise the error of a validator: the value is not what it ``expected``."""
     raise PydanticCustomError("expected", "{what}", {"what": expected})
 
 
-# a Literal alone would take 1 for True
+# a Literal without it would accept 1 as True
 BOOL = BeforeValidator(lambda value: value if isinstance(value, bool) else reject("true or false"))
 AlwaysTrue = Annotated[Literal[True], BOOL]
 AlwaysFalse = Annotated[Literal[False], BOOL]
 
 
 def object_of(pattern: str, value: dict[str, Any], **bounds: int) -> WithJsonSchema:
-    """JSON schema of an object whose keys fit ``pattern``, and no others."""
+    """Return the JSON schema of an object whose keys all match ``pattern``."""
     keys = {"propertyNames": {"pattern": pattern}, "additionalProperties": value}
     return WithJsonSchema({"type": "object", **keys, **bounds})
 
 
 class RequestBody(BaseModel):
-    """A JSON object whose fields are all known. ``null`` is the same as no field."""
+    """A JSON object that has known fields only. ``null`` is the same as no field."""
 
     model_config = STRICT
 
@@ -104,11 +106,11 @@ class RequestBody(BaseModel):
 
     @property
     def ignored_fields(self) -> tuple[str, ...]:
-        """The fields that were given and change nothing. A default counts as not given."""
-        fields, given = type(self).__pydantic_fields__, self.model_fields_set
+        """The fields that are set and have no effect. A field with its default counts as unset."""
+        fields, fields_set = type(self).__pydantic_fields__, self.model_fields_set
         return tuple(
             name for name in IGNORED
-            if name in given and getattr(self, name) != fields[name].default
+            if name in fields_set and getattr(self, name) != fields[name].default
         )  # fmt: skip
 
 
@@ -117,7 +119,7 @@ class EmptyRequest(RequestBody):
 
 
 def read_request(data: bytes, model: type[Body]) -> Body:
-    """Return the JSON ``data`` as ``model``. ApiError: names the field that does not fit."""
+    """Parse the JSON ``data`` as ``model``. ApiError names the field that is wrong."""
     body = parse_json(data)
     if not isinstance(body, dict):
         raise ApiError(f"body: expected an object, got {show(body):.80}", param="body")
@@ -125,21 +127,22 @@ def read_request(data: bytes, model: type[Body]) -> Body:
 
 
 def validate(body: dict[str, Any], model: type[Body]) -> Body:
+    """Convert a JSON object to ``model``. ApiError names the field that is wrong."""
     try:
         return model.model_validate(body)
     except ValidationError as error:
-        known = {key: value for key, value in body.items() if value is not None}
-        raise _refusal(error, known) from None
+        fields = {key: value for key, value in body.items() if value is not None}
+        raise _api_error(error, fields) from None
 
 
-def _refusal(error: ValidationError, body: Any) -> ApiError:
+def _api_error(error: ValidationError, body: Any) -> ApiError:
     if (count := error.error_count()) > MAX_ERRORS:
         return ApiError(f"body: expected fields of the right types, got {count} that are not")
     path, message, reason = first_error(error, body)
     if isinstance(reason, ApiError):
         return reason
     name = field_name(path)
-    if isinstance(reason, InputError):  # what it says begins with the rest of the path
+    if isinstance(reason, InputError):  # its message begins with the rest of the path
         text = f"{name}{reason}"
         return ApiError(text, param=text.partition(":")[0])
     return ApiError(f"{name}: {message}", param=name)
@@ -151,12 +154,12 @@ def parse_json(data: bytes) -> Any:
     """
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        found = dict(pairs)
-        if len(found) < len(pairs):
+        result = dict(pairs)
+        if len(result) < len(pairs):
             keys = set[str]()
             key = next(key for key, _ in pairs if key in keys or keys.add(key))
             raise ApiError(f"{key:.80}: expected once, got it twice", param=key[:80])
-        return found
+        return result
 
     def finite(text: str) -> float:
         if math.isfinite(value := float(text)):

@@ -1,4 +1,4 @@
-"""``POST /v1/chat/completions``: messages, which are text, and tools, which are functions."""
+"""The request of ``POST /v1/chat/completions``. Messages are text, and tools are functions."""
 
 import json
 from typing import Annotated, Any, ClassVar, Literal, NotRequired, Self
@@ -19,12 +19,12 @@ from fastlm.data.conversations import Message, messages_of
 from fastlm.errors import InputError
 from fastlm.inference.output_format import OutputFormat
 from fastlm.serve.api_error import field_error
-from fastlm.serve.protocol.body import STRICT, WHOLE, Identifier, JsonSchema, PositiveInt, reject
+from fastlm.serve.protocol.body import INTEGER, STRICT, Identifier, JsonSchema, PositiveInt, reject
 from fastlm.serve.protocol.completion import GenerationRequest, TopLogprobs
 
 MAX_MESSAGES = 4096
 MAX_TOOLS = 128
-# variables of a chat template that the server sets
+# the variables of a chat template that the server sets
 TEMPLATE_NAMES = frozenset(
     "messages tools documents add_generation_prompt date bos_token eos_token pad_token unk_token"
     " self check".split()
@@ -32,7 +32,7 @@ TEMPLATE_NAMES = frozenset(
 
 
 def text_part(*kinds: str) -> BeforeValidator:
-    """Refuse parts of a content that are of none of these ``kinds``."""
+    """Return a validator that accepts parts of a content of these ``kinds`` only."""
     expected = " or ".join(map(repr, kinds))
 
     def check(part: Any) -> Any:
@@ -68,12 +68,12 @@ class CalledFunction(TypedDict):
 @with_config(STRICT)
 class ToolCall(TypedDict):
     id: NotRequired[ShortText | None]
-    index: NotRequired[Annotated[int, Field(ge=0, le=2**31 - 1), WHOLE] | None]
+    index: NotRequired[Annotated[int, Field(ge=0, le=2**31 - 1), INTEGER] | None]
     type: NotRequired[Literal["function"] | None]
     function: CalledFunction
 
 
-# what is empty counts as missing
+# an empty field counts as missing
 Empty = Annotated[
     Any,
     AfterValidator(lambda value: value if value in (None, []) else reject("no such field")),
@@ -105,15 +105,15 @@ class ToolMessage(TypedDict, extra_items=Empty):
     tool_call_id: NotRequired[str | None]
 
 
-def one_form(messages: list[Any]) -> list[Message]:
-    """Bring messages to the form that chat templates read. InputError: what they cannot have."""
+def normalize_messages(messages: list[Any]) -> list[Message]:
+    """Convert messages to the format that chat templates read. InputError: a message is wrong."""
     for i, message in enumerate(messages):
         if message.get("content") is None and not message.get("tool_calls"):
             raise InputError(f"[{i}].content: expected a text or an array of parts, got nothing")
     try:
         messages = [message for _, message in messages_of(messages, "")]
         calls = [message["tool_calls"] for message in messages if "tool_calls" in message]
-        json.dumps(calls, allow_nan=False, ensure_ascii=False).encode()  # were JSON in texts
+        json.dumps(calls, allow_nan=False, ensure_ascii=False).encode()  # they were JSON texts
     except InputError:
         raise
     except ValueError:
@@ -123,16 +123,16 @@ def one_form(messages: list[Any]) -> list[Message]:
     return messages
 
 
-GivenMessages = Annotated[
+InputMessages = Annotated[
     list[Annotated[PromptMessage | AssistantMessage | ToolMessage, Field(discriminator="role")]],
     Field(min_length=1, max_length=MAX_MESSAGES),
 ]
-Messages = Annotated[list[Message], ValidateAs(GivenMessages, one_form)]
+Messages = Annotated[list[Message], ValidateAs(InputMessages, normalize_messages)]
 
 
 class FunctionDefinition(TypedDict):
     name: Annotated[str, Field(pattern="^[a-zA-Z0-9_.-]{1,64}$")]
-    # LangChain sends an empty one
+    # LangChain sends an empty description
     description: NotRequired[Annotated[str, Field(max_length=2**14)] | None]
     parameters: NotRequired[dict[str, Any] | None]
     strict: NotRequired[bool | None]
@@ -153,7 +153,7 @@ def unique_names(tools: list[Any]) -> list[Any]:
 
 
 def _unchanged(tools: Any, handler: Any) -> Any:
-    """Keep the order of keys: chat templates write tools as JSON."""
+    """Validate tools, but keep the order of their keys, since chat templates write them as JSON."""
     handler(tools)
     return tools
 
@@ -178,7 +178,7 @@ class NamedSchema(TypedDict, total=False):
     name: Annotated[str, Field(min_length=1, max_length=64)] | None
     description: Annotated[str, Field(max_length=1024)] | None
     schema: JsonSchema | None
-    strict: bool | None  # answers keep to the schema either way
+    strict: bool | None  # a grammar constrains answers to the schema either way
 
 
 FormatType = Literal["text", "json_object", "json_schema"]
@@ -211,10 +211,10 @@ class ChatCompletionRequest(GenerationRequest):
     parallel_tool_calls: bool | None = None
     chat_template_kwargs: TemplateVariables | None = None
     add_generation_prompt: bool = True
-    store: bool = False  # the user consents that the conversation is kept
+    store: bool = False  # the user consents that the conversation is stored
     conversation_id: Identifier | None = None
 
-    format_field: ClassVar[str] = "response_format"  # as errors name it
+    format_field: ClassVar[str] = "response_format"  # its name in errors
 
     @model_validator(mode="after")
     def _check_chat(self) -> Self:

@@ -1,4 +1,4 @@
-"""``POST /v1/completions``, and the fields that it shares with the other requests for answers."""
+"""The request of ``POST /v1/completions``, and the fields that it shares with other requests."""
 
 from functools import cached_property
 from typing import Annotated, Any, Literal, Self
@@ -9,7 +9,7 @@ from typing_extensions import TypedDict
 from fastlm.inference.output_format import OutputFormat
 from fastlm.serve.api_error import field_error
 from fastlm.serve.protocol.body import (
-    WHOLE,
+    INTEGER,
     JsonSchema,
     Label,
     ModelName,
@@ -24,7 +24,7 @@ from fastlm.serve.protocol.body import (
 MAX_CHOICES = 16  # answers to one prompt
 MAX_PROMPTS = 64  # of one request to /v1/completions
 MAX_TOP_LOGPROBS = 20  # OpenAI's limit
-MIN_TEMPERATURE = 1e-6  # of `Sampling`, but for 0
+MIN_TEMPERATURE = 1e-6  # of `Sampling`, except for 0
 
 Temperature = Annotated[
     float,
@@ -48,7 +48,7 @@ Choices = Annotated[
     list[Annotated[str, Field(min_length=1, max_length=2**12)]],
     Field(min_length=1, max_length=1024),
 ]
-TopLogprobs = Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS), WHOLE]
+TopLogprobs = Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS), INTEGER]
 
 
 class StreamOptions(TypedDict, total=False):
@@ -57,7 +57,7 @@ class StreamOptions(TypedDict, total=False):
 
 
 class StructuredOutputs(TypedDict, total=False):
-    """vLLM's: one of them."""
+    """vLLM's field; exactly one key is set."""
 
     json: JsonSchema | None
     regex: Pattern | None
@@ -66,20 +66,20 @@ class StructuredOutputs(TypedDict, total=False):
 
 
 class SamplingRequest(RequestBody):
-    """How tokens are chosen and where an answer ends, and fields that change nothing."""
+    """The fields for sampling and for the end of an answer, and fields without effect."""
 
     model: ModelName
     stream: bool = False
     temperature: Temperature = 1.0
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
-    top_k: Annotated[int, Field(ge=-1, le=2**31), WHOLE] | None = None
+    top_k: Annotated[int, Field(ge=-1, le=2**31), INTEGER] | None = None
     min_p: Annotated[float, Field(ge=0, le=1)] | None = None
     presence_penalty: Penalty = 0.0
     frequency_penalty: Penalty = 0.0
     repetition_penalty: RepetitionPenalty = 1.0
     logit_bias: LogitBias = {}
-    seed: Annotated[int, Field(ge=0, le=2**63 - 1), WHOLE] | None = None
-    min_tokens: Annotated[int, Field(ge=0, le=2**31), WHOLE] = 0
+    seed: Annotated[int, Field(ge=0, le=2**63 - 1), INTEGER] | None = None
+    min_tokens: Annotated[int, Field(ge=0, le=2**31), INTEGER] = 0
     stop: StopText | Annotated[list[StopText], Field(max_length=16)] = []
     stop_token_ids: Annotated[TokenIds, Field(max_length=64)] = []
     ignore_eos: bool = False
@@ -96,15 +96,15 @@ class GenerationRequest(SamplingRequest):
     """A request to /v1/completions or /v1/chat/completions."""
 
     max_tokens: PositiveInt | None = None
-    n: Annotated[int, Field(ge=1, le=MAX_CHOICES), WHOLE] = 1
+    n: Annotated[int, Field(ge=1, le=MAX_CHOICES), INTEGER] = 1
     repeat_penalty: RepetitionPenalty | None = None  # llama.cpp's name of repetition_penalty
     stream_options: StreamOptions | None = None
     structured_outputs: StructuredOutputs | None = None
 
-    cache_prompt: bool = True  # llama.cpp's: prompts are cached in any case
+    cache_prompt: bool = True  # llama.cpp's field; prompts are always cached
     modalities: Annotated[list[Literal["text"]], Field(min_length=1, max_length=1)] | None = None
-    prediction: dict[str, Any] | None = None  # would only make it faster
-    reasoning_effort: Label | None = None  # a variable of the chat templates that read it
+    prediction: dict[str, Any] | None = None  # would only be faster
+    reasoning_effort: Label | None = None  # a variable of some chat templates
     verbosity: Label | None = None
 
     @model_validator(mode="after")
@@ -138,11 +138,11 @@ class GenerationRequest(SamplingRequest):
         if self.structured_outputs is None:
             return None
         at, forms = "structured_outputs", dict(self.structured_outputs)
-        given = [(kind, value) for kind, value in forms.items() if value is not None]
-        if len(given) != 1:
+        items = [(kind, value) for kind, value in forms.items() if value is not None]
+        if len(items) != 1:
             kinds = ", ".join(StructuredOutputs.__annotations__)
-            raise field_error(at, f"expected one of {kinds}, got {len(given)}")
-        ((kind, value),) = given
+            raise field_error(at, f"expected one of {kinds}, got {len(items)}")
+        ((kind, value),) = items
         return OutputFormat("json_schema" if kind == "json" else kind, value, f"{at}.{kind}")
 
     @property
@@ -155,28 +155,28 @@ class GenerationRequest(SamplingRequest):
 
     @property
     def num_logprobs(self) -> int | None:
-        """How many of the likeliest tokens are returned with each token; None: not even its own
-        log-probability."""
+        """The number of most likely tokens to return with each token; None: return no
+        log-probabilities."""
         raise NotImplementedError
 
 
-def _kind_of_prompt(value: Any) -> str | None:
+def _prompt_kind(value: Any) -> str | None:
     if isinstance(value, list):
         return "ids" if value and type(value[0]) in (int, float) else "list"
     return "text" if isinstance(value, str) else None
 
 
-def _kind_in_list(value: Any) -> str | None:
+def _item_kind(value: Any) -> str | None:
     return {str: "text", list: "ids"}.get(type(value))
 
 
 EXPECTED: Any = {"custom_error_type": "expected"}
 PROMPT = Discriminator(
-    _kind_of_prompt, custom_error_message="a text, token ids, or a list of them", **EXPECTED
+    _prompt_kind, custom_error_message="a text, token ids, or a list of them", **EXPECTED
 )
-ITEM = Discriminator(_kind_in_list, custom_error_message="a text or token ids", **EXPECTED)
+ITEM = Discriminator(_item_kind, custom_error_message="a text or token ids", **EXPECTED)
 Ids = Annotated[TokenIds, Field(min_length=1), Tag("ids")]
-Prompts = Annotated[
+PromptInput = Annotated[
     Annotated[Text, Tag("text")]
     | Ids
     | Annotated[
@@ -188,16 +188,16 @@ Prompts = Annotated[
 
 
 def prompt_list(value: Any) -> list[str | list[int]]:
-    """Return `Prompts` as a list of prompts."""
-    return value if _kind_of_prompt(value) == "list" else [value]
+    """Return `PromptInput` as a list of prompts."""
+    return value if _prompt_kind(value) == "list" else [value]
 
 
 class CompletionRequest(GenerationRequest):
-    prompt: Prompts
-    max_tokens: Annotated[int, Field(ge=0, le=2**31), WHOLE] | None = None
+    prompt: PromptInput
+    max_tokens: Annotated[int, Field(ge=0, le=2**31), INTEGER] | None = None
     echo: bool = False
     logprobs: TopLogprobs | None = None
-    best_of: Annotated[int, Field(ge=1, le=1), WHOLE] | None = None
+    best_of: Annotated[int, Field(ge=1, le=1), INTEGER] | None = None
 
     @model_validator(mode="after")
     def _check_prompts(self) -> Self:

@@ -1,32 +1,32 @@
-"""``POST /v1/embeddings``, and vLLM's ``/tokenize`` and ``/detokenize``."""
+"""The requests of ``POST /v1/embeddings`` and of vLLM's ``/tokenize`` and ``/detokenize``."""
 
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, Tag, model_validator
 
 from fastlm.serve.api_error import field_error
-from fastlm.serve.protocol.body import WHOLE, EmptyOrText, Label, ModelName, RequestBody, TokenIds
+from fastlm.serve.protocol.body import INTEGER, EmptyOrText, Label, ModelName, RequestBody, TokenIds
 from fastlm.serve.protocol.chat_completion import Messages, TemplateVariables, Tools
 from fastlm.serve.protocol.completion import ITEM, PROMPT, Ids, prompt_list
 
 MAX_INPUTS = 2048  # OpenAI's limit
-MAX_CHARACTERS = 2**20  # of a text, which may be longer than a context: 0.5 s
-InputText = Annotated[EmptyOrText, Tag("text")]
+MAX_CHARACTERS = 2**20  # of a text, which may exceed the context; encoding takes 0.5 s
+EmbeddingText = Annotated[EmptyOrText, Tag("text")]
 
 
 class EmbeddingRequest(RequestBody):
     model: ModelName
     input: Annotated[
-        InputText
+        EmbeddingText
         | Ids
         | Annotated[
-            list[Annotated[InputText | Ids, ITEM]],
+            list[Annotated[EmbeddingText | Ids, ITEM]],
             Field(min_length=1, max_length=MAX_INPUTS), Field(fail_fast=True), Tag("list"),
         ],
         PROMPT,
     ]  # fmt: skip
     encoding_format: Literal["float", "base64"] = "float"
-    dimensions: Annotated[int, Field(ge=1, le=2**20), WHOLE] | None = None
+    dimensions: Annotated[int, Field(ge=1, le=2**20), INTEGER] | None = None
     user: Label | None = None
 
     @property
@@ -35,7 +35,7 @@ class EmbeddingRequest(RequestBody):
 
 
 class TokenizeRequest(RequestBody):
-    """``prompt`` or ``messages``."""
+    """A request with either ``prompt`` or ``messages``."""
 
     model: ModelName | None = None
     prompt: Annotated[str, Field(max_length=MAX_CHARACTERS)] | None = None

@@ -1,4 +1,4 @@
-"""``POST /v1/feedback``."""
+"""The request of ``POST /v1/feedback``."""
 
 from typing import Annotated, Any, Literal
 
@@ -6,27 +6,28 @@ from pydantic import Field
 from typing_extensions import TypedDict
 
 from fastlm.schema import Name
-from fastlm.serve.protocol.body import WHOLE, AlwaysTrue, Identifier, RequestBody, object_of
+from fastlm.serve.protocol.body import INTEGER, AlwaysTrue, Identifier, RequestBody, object_of
 from fastlm.serve.protocol.chat_completion import Messages, Tools
 from fastlm.serve.protocol.completion import MAX_CHOICES
 from fastlm.serve.ratings import MAX_METRICS, NAME_PATTERN
 
-CLIENT = 12  # letters of a client's name before a rater's: 1 in 10^14 that two clients share them
-# the column has 128 characters
+# letters of the client's name before a rater's; two clients share them with probability 10^-14
+CLIENT = 12
+# the database column has 128 characters
 Rater = Annotated[Name, Field(max_length=128 - CLIENT - 1)]
-ChoiceIndex = Annotated[int, Field(ge=0, le=MAX_CHOICES - 1), WHOLE]
-Answer = Annotated[str, Field(min_length=1, max_length=2**16)]
+ChoiceIndex = Annotated[int, Field(ge=0, le=MAX_CHOICES - 1), INTEGER]
+AnswerText = Annotated[str, Field(min_length=1, max_length=2**16)]
 
 
-class ChoiceOfResponse(TypedDict, total=False):
+class ChoiceReference(TypedDict, total=False):
     response_id: Identifier | None
     choice: ChoiceIndex | None
 
 
-class ConversationToKeep(TypedDict, total=False):
+class FeedbackConversation(TypedDict, total=False):
     consent: AlwaysTrue | None
     messages: Messages | None
-    choices: Annotated[list[Answer], Field(min_length=1, max_length=MAX_CHOICES)] | None
+    choices: Annotated[list[AnswerText], Field(min_length=1, max_length=MAX_CHOICES)] | None
     tools: Tools | None
 
 
@@ -50,9 +51,9 @@ class FeedbackRequest(RequestBody):
     rater: Rater | None = None
     thumb: Literal["up", "down"] | None = None
     comment: Annotated[str, Field(min_length=1, max_length=4096)] | None = None
-    corrected: Answer | None = None
+    corrected: AnswerText | None = None
     metrics: Metrics = {}
     preferred_over: Annotated[
-        list[ChoiceOfResponse], Field(min_length=1, max_length=MAX_CHOICES)
+        list[ChoiceReference], Field(min_length=1, max_length=MAX_CHOICES)
     ] = []
-    conversation: ConversationToKeep | None = None
+    conversation: FeedbackConversation | None = None

@@ -1,7 +1,7 @@
-"""``POST /v1/responses``, OpenAI's newer API: a chat request in other words.
+"""The request of ``POST /v1/responses``, OpenAI's newer API; it is converted to a chat request.
 
-The server keeps no state but what users let it keep: ``previous_response_id`` names a stored
-answer. Tools are functions; OpenAI's own (search, files, code) are refused.
+The server stores only the responses whose users consent: ``previous_response_id`` names a stored
+one. Tools are functions; OpenAI's own tools (search, files, code) are refused.
 """
 
 import json
@@ -47,8 +47,8 @@ from fastlm.serve.protocol.chat_completion import (
 from fastlm.serve.protocol.completion import SamplingRequest, TopLogprobs
 
 LOGPROBS = "message.output_text.logprobs"
-# fields of a chat, as errors name them, in this API
-NAMES = {".function": "", "messages": "input"}
+# names of a chat's fields in errors -> names in this API
+ERROR_NAMES = {".function": "", "messages": "input"}
 
 
 class InputText(TypedDict):
@@ -56,7 +56,7 @@ class InputText(TypedDict):
     text: EmptyOrText
 
 
-class OutputText(TypedDict):  # as clients send ours back
+class OutputText(TypedDict):  # part of a response that a client sends back
     type: Literal["output_text"]
     text: EmptyOrText
     annotations: NotRequired[Any]
@@ -72,12 +72,12 @@ Content = Annotated[
 ]  # fmt: skip
 
 
-class Item(TypedDict):
+class ResponseItem(TypedDict):
     id: NotRequired[Label | None]
     status: NotRequired[Literal["in_progress", "completed", "incomplete"] | None]
 
 
-class MessageItem(Item):
+class MessageItem(ResponseItem):
     type: NotRequired[Literal["message"] | None]
     role: Literal["user", "assistant", "system", "developer"]
     content: Content
@@ -92,14 +92,14 @@ def _json_object(text: str) -> str:
     return text if isinstance(value, dict) else reject("an object as JSON in a text")
 
 
-class FunctionCallItem(Item):
+class FunctionCallItem(ResponseItem):
     type: Literal["function_call"]
     call_id: ShortText
     name: ShortText
     arguments: Annotated[Text, AfterValidator(_json_object)]
 
 
-class FunctionCallOutputItem(Item):
+class FunctionCallOutputItem(ResponseItem):
     type: Literal["function_call_output"]
     call_id: ShortText
     output: Content
@@ -108,7 +108,7 @@ class FunctionCallOutputItem(Item):
 ITEMS = "message", "function_call", "function_call_output"
 
 
-def _kind_of_item(item: Any) -> str | None:
+def _item_kind(item: Any) -> str | None:
     kind = (item.get("type") or "message") if isinstance(item, dict) else "message"
     return kind if kind in ITEMS else None
 
@@ -118,7 +118,7 @@ InputItem = Annotated[
     | Annotated[FunctionCallItem, Tag("function_call")]
     | Annotated[FunctionCallOutputItem, Tag("function_call_output")],
     Discriminator(
-        _kind_of_item, custom_error_type="expected",
+        _item_kind, custom_error_type="expected",
         custom_error_message=f"an item of type {', '.join(ITEMS)}",
     ),
 ]  # fmt: skip
@@ -135,8 +135,8 @@ class ResponsesTool(FunctionDefinition):
     type: Literal["function"]
 
 
-def _as_in_chat(tools: Any, handler: Any) -> list[Any]:
-    """Tools as a chat has them, their fields in "function". The order of keys stays."""
+def _to_chat_tools(tools: Any, handler: Any) -> list[Any]:
+    """Convert tools to the format of a chat request, and keep the order of their keys."""
     handler(tools)
     functions = [
         {key: value for key, value in tool.items() if key != "type" and value is not None}
@@ -148,7 +148,7 @@ def _as_in_chat(tools: Any, handler: Any) -> list[Any]:
 ResponsesTools = Annotated[
     list[Any],
     ValidateAs(Annotated[list[ResponsesTool], Field(max_length=MAX_TOOLS)], list),
-    WrapValidator(_as_in_chat),
+    WrapValidator(_to_chat_tools),
 ]
 
 
@@ -175,18 +175,18 @@ class ResponsesStreamOptions(TypedDict, total=False):
     include_obfuscation: bool | None
 
 
-class ChatOfResponses(ChatCompletionRequest):
-    """A `ResponsesRequest` as a chat."""
+class ResponsesChatRequest(ChatCompletionRequest):
+    """A `ResponsesRequest`, converted to a chat request."""
 
     format_field = "text.format"
-    repeated: dict[str, Any]  # the fields of the request that its response repeats
+    response_fields: dict[str, Any]  # fields of the request that its response contains, too
 
 
 class ResponsesRequest(SamplingRequest):
     input: Input
     instructions: EmptyOrText | None = None
     max_output_tokens: PositiveInt | None = None
-    max_tool_calls: PositiveInt | None = None  # of OpenAI's own tools, which this server has not
+    max_tool_calls: PositiveInt | None = None  # of OpenAI's own tools, which this server lacks
     previous_response_id: Identifier | None = None
     text: TextOptions | None = None
     reasoning: Reasoning | None = None
@@ -198,7 +198,7 @@ class ResponsesRequest(SamplingRequest):
         Field(max_length=8),
     ] = []
     top_logprobs: TopLogprobs | None = None
-    store: bool = False  # the user consents that the conversation is kept
+    store: bool = False  # the user consents that the conversation is stored
     conversation_id: Identifier | None = None
     stream_options: ResponsesStreamOptions | None = None
     background: AlwaysFalse = False
@@ -211,14 +211,14 @@ class ResponsesRequest(SamplingRequest):
         return self
 
     @cached_property
-    def chat(self) -> ChatOfResponses:
-        """The same request as one to /v1/chat/completions."""
+    def chat(self) -> ResponsesChatRequest:
+        """The same request in the format of /v1/chat/completions."""
         try:
-            return validate(self._chat_body(), ChatOfResponses)
+            return validate(self._chat_body(), ResponsesChatRequest)
         except ApiError as error:
             message, param = str(error), error.param or ""
-            for name, own in NAMES.items():
-                message, param = message.replace(name, own), param.replace(name, own)
+            for name, new_name in ERROR_NAMES.items():
+                message, param = message.replace(name, new_name), param.replace(name, new_name)
             raise ApiError(message, param=param) from None
 
     def _chat_body(self) -> dict[str, Any]:
@@ -238,11 +238,11 @@ class ResponsesRequest(SamplingRequest):
         return body | {
             "messages": self._messages(), "max_tokens": self.max_output_tokens,
             "reasoning_effort": (self.reasoning or {}).get("effort"),
-            "verbosity": text.get("verbosity"), "repeated": self._repeated(),
+            "verbosity": text.get("verbosity"), "response_fields": self._response_fields(),
         }  # fmt: skip
 
     def _messages(self) -> list[Message]:
-        """The messages of the input. Calls belong to the message before them."""
+        """Convert the input to messages. A call belongs to the message before it."""
         messages: list[Message] = []
         if self.instructions:
             messages.append({"role": "system", "content": self.instructions})
@@ -262,13 +262,13 @@ class ResponsesRequest(SamplingRequest):
             if not isinstance(content, str):
                 content = "".join(part["text"] for part in content)
             if kind == "function_call_output":
-                told = {"role": "tool", "tool_call_id": item["call_id"], "content": content}
+                message = {"role": "tool", "tool_call_id": item["call_id"], "content": content}
             else:
-                told = {"role": item["role"], "content": content}
-            messages.append(told)
+                message = {"role": item["role"], "content": content}
+            messages.append(message)
         return messages
 
-    def _repeated(self) -> dict[str, Any]:
+    def _response_fields(self) -> dict[str, Any]:
         names = ("temperature", "top_p", "instructions", "max_output_tokens", "store", "user")
         names += ("previous_response_id",)
         return {

@@ -16,8 +16,8 @@ T = TypeVar("T")
 
 
 def latest(statements: Iterable[tuple[K, T]]) -> dict[K, T]:
-    """Keep the last of several statements with the same key: what one rater said of the same kind
-    about the same answers. They have the order of the last ones.
+    """Keep the last of several statements with the same key (one rater's feedback of one kind about
+    the same answers), in the order of these last statements.
     """
     last: dict[K, T] = {}
     for key, statement in statements:
@@ -28,35 +28,38 @@ def latest(statements: Iterable[tuple[K, T]]) -> dict[K, T]:
 
 @dataclass(frozen=True)
 class Ranking:
-    """The order in which a rater puts the choices of an answer.
+    """A rater's ranking of the choices of a response.
 
-    ranks: per choice, 0 is the best, equal for ties; empty: the rater skipped the answer. shown:
-    the choices in the order of the rater's screen. scores: per choice, higher is better; margin: by
-    how much the better of two is better (both of rows that were ranked elsewhere).
+    ranks: one per choice; 0 is the best, ties are equal; empty: the rater skipped the response.
+    display_order: the choices in the order of the rater's screen. scores: one per choice, higher is
+    better. margin: by how much the better of two choices is better. Only imported rankings have
+    scores and margin.
     """
 
     ranks: tuple[int, ...] = ()
-    shown: tuple[int, ...] = ()
+    display_order: tuple[int, ...] = ()
     scores: tuple[float, ...] | None = None
     margin: float | None = None
 
     def __post_init__(self) -> None:
-        places = tuple(range(len(self.ranks)))
-        if sorted(set(self.ranks)) != [*places[: len(set(self.ranks))]]:
+        choices = tuple(range(len(self.ranks)))
+        if sorted(set(self.ranks)) != [*choices[: len(set(self.ranks))]]:
             raise InputError(f"ranks: expected ranks from 0, none left out, got {self.ranks!r:.80}")
-        if self.shown and tuple(sorted(self.shown)) != places:
-            raise InputError(f"shown: expected each choice once, got {self.shown!r:.80}")
+        if self.display_order and tuple(sorted(self.display_order)) != choices:
+            raise InputError(
+                f"display_order: expected each choice once, got {self.display_order!r:.80}"
+            )
         if self.scores is not None and len(self.scores) != len(self.ranks):
             raise InputError(f"scores: expected one for each choice, got {self.scores!r:.80}")
 
 
 @dataclass(frozen=True)
 class Feedback:
-    """What somebody says about an answer (``response_id`` and ``choice``) or about a conversation.
+    """Feedback about an answer (``response_id`` and ``choice``) or a conversation.
 
-    thumb: "up" or "down". corrected: the text that the answer should have been. preferred_over:
-    answers to the same prompt that are worse, as (response_id, choice). ranking: of all choices.
-    metrics: numbers by name (`fastlm.serve.ratings.Rating`); 1 and 0 for yes and no.
+    thumb: "up" or "down". corrected: a better text of the answer. preferred_over: worse answers to
+    the same prompt, as (response_id, choice). ranking: of all choices. metrics: numbers by name
+    (`fastlm.serve.ratings.Rating`); 1 and 0 for yes and no.
     """
 
     response_id: str | None
@@ -78,13 +81,14 @@ class Feedback:
                 raise InputError(f"choice: expected 0 or more, got {choice}")
 
     def kinds(self) -> list[str]:
-        """The names of what it says."""
+        """Return the names of the fields that are set."""
         return [name for name in KINDS if getattr(self, name)]
 
 
 @dataclass(frozen=True)
 class StoredResponse:
-    """An answer that its user let us keep. ``choices``: each the messages after the prompt."""
+    """A response that its user allows to be stored. ``choices``: the messages of each, without the
+    prompt."""
 
     response_id: str
     model: str
