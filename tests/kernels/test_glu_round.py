@@ -54,7 +54,7 @@ def test_opcheck():
 def test_refusals(kernel):
     x = torch.zeros(2, 64, device=kernel.device)
     into = ops.quantize_weight(torch.randn(16, 64, device=kernel.device), 8, group_size=32)
-    q, scale, sums = out = quantized_linear.empty_rows(x, 32)
+    q, scale, sums = out = quantized_linear.empty_int8_rows(x, 32)
     codes, kernels = (into.qdata, into.scales, 8, 32), extension()
     with pytest.raises(ValueError, match="q: expected columns 64, got 48"):
         narrow = q[:, :48].contiguous()
