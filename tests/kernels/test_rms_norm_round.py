@@ -45,7 +45,8 @@ def test_opcheck():
 
 def test_refusals(kernel):
     x, weight = torch.zeros(2, 64, device=kernel.device), torch.ones(64, device=kernel.device)
-    rest = None, *codes(64, kernel.device), 8, 32, *quantized_linear.empty_int8_rows(x, 32), stream(x)
+    rows = quantized_linear.empty_int8_rows(x, 32)
+    rest = None, *codes(64, kernel.device), 8, 32, *rows, stream(x)
     with pytest.raises(ValueError, match="weight: expected size 64, got 63"):
         extension().rms_norm_round(x, None, weight[:63], 1e-6, 0.0, *rest)
     with pytest.raises(ValueError, match="x: expected elements 128, got 64"):
