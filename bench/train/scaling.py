@@ -248,8 +248,8 @@ def roll_out(rank: int, size: int, port: int, kind: str, log) -> None:
             marks.append(loopback())
             objective.world.any(False)
     if rank == 0:
-        tokens = sum(len(answer.token_ids) for answer in objective.answers)
-        log.put((tokens, len(objective.answers), (marks[3] - marks[2]) / size))
+        tokens = sum(len(answer.token_ids) for answer in objective.completions)
+        log.put((tokens, len(objective.completions), (marks[3] - marks[2]) / size))
 
 
 def told_by(run, size: int, port: int, *options):

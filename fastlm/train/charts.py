@@ -21,9 +21,14 @@ CHARTS: tuple[tuple[str, tuple[str, ...], float | None, tuple[float, float] | No
     ("reward, nats times β", ("reward_chosen", "reward_rejected"), 0.0, None),
     ("share ranked right", ("accuracy",), 0.5, (-0.02, 1.02)),
     ("score", ("score",), None, None),
-    ("KL to the reference, nats per answer", ("kl", "kl3"), 0.0, None),
-    ("tokens per answer", ("length",), None, None),
-    ("share of answers that ended, of repeated 4-grams", ("ended", "repetition"), None, None),
+    ("KL to the reference, nats per completion", ("kl", "kl3"), 0.0, None),
+    ("tokens per completion", ("length",), None, None),
+    (
+        "share of completions with EOS, of repeated 4-grams",
+        ("eos_fraction", "repetition"),
+        None,
+        None,
+    ),
     ("explained variance of the returns", ("explained_variance",), 0.0, (-2.0, 1.05)),
 )
 
@@ -84,7 +89,7 @@ def frontier_chart(metrics: Metrics) -> str:
     """Draw score over KL, a point per round, from pale to dark (Gao et al. 2022, arXiv:2210.10760:
     score at first rises with the root of the KL; where it falls again, the reward is hacked).
     """
-    figure, axes = new_axes("√KL to the reference, √nats per answer", "score")
+    figure, axes = new_axes("√KL to the reference, √nats per completion", "score")
     _, kl = _series(metrics, "kl3")
     steps, score = _series(metrics, "score")
     x = [max(value, 0.0) ** 0.5 for value in kl]

@@ -150,7 +150,7 @@ class TeacherModelObjective(DistillObjective):
         room = model.context_limit - max(map(len, prompts))
         answers = sample_completions(
             model, prompts, max_new_tokens=min(self.rules.max_new_tokens, room),
-            seed=int(rng.integers(2**62)), rows=len(prompts),
+            seed=int(rng.integers(2**62)), max_num_seqs=len(prompts),
         )  # fmt: skip
         model.train()
         answered = [answer.token_ids for answer in answers]

@@ -1,18 +1,18 @@
-"""What PPO and GRPO share: rounds of rollouts from the current policy, each learnt from in several
-passes.
+"""The base class of PPO's and GRPO's objectives: rounds of rollouts from the current policy, each
+trained on for several iterations.
 
-A round draws prompts, samples answers to them (`fastlm.train.rollouts`), scores them, and keeps
-what the update needs: log-probabilities of the policy that sampled them and of the reference, and
-advantages. A pass takes all answers of the round once, in a fresh order. A step of the optimizer
+A round draws prompts, samples completions of them (`fastlm.train.rollouts`), scores them, and
+stores what the update needs: advantages, and log-probabilities of the sampling policy and of the
+reference. An iteration takes all completions of the round once, in a new order. An optimizer step
 takes ``batch_size * gradient_accumulation_steps`` of them.
 
 Temperature divides the logits everywhere: in sampling, in the policy, in the reference and in the
 update. Dropout is off in all of them.
 
-Of several processes each samples, scores and measures its share of a round's answers: consecutive
-answers (`fastlm.train.distributed.SingleProcess.shard`), whose seeds do not depend on the share.
-Rejected: every n-th answer. A batch is sampled for as long as its longest answer takes, which every
-process would have.
+Each of several processes samples, scores and evaluates its shard of a round's completions:
+consecutive ones (`fastlm.train.distributed.SingleProcess.shard`), whose seeds do not depend on the
+shard. Rejected: every n-th completion. Sampling a batch takes as long as its longest completion,
+and then every process would have a long one.
 """
 
 import math
@@ -49,47 +49,48 @@ from fastlm.train.rollouts import (
 if TYPE_CHECKING:
     from fastlm.model.causal_lm import CausalLM
 
-STATE = ("round", "at", "steps", "stop", "beta", "next_beta", "made")  # of a checkpoint
-# Returns the score of each answer, given the places of their prompts in the list of prompts
-Score = Callable[[Sequence[int], Sequence[Completion]], Sequence[float]]
-KL_ALARM = 3.0  # standard errors below 0 at which a KL estimate is not chance
-NGRAM_SIZE = 4  # tokens, of which a repetition consists
-MAX_IMPORTANCE_WEIGHT = (
-    2.0  # truncated importance_weights sampling (Yao et al. 2025; verl's default)
-)
+# Attributes that a checkpoint stores
+STATE = ("round", "next_index", "steps", "stop", "beta", "next_beta", "round_metrics")
+# Returns the score of each completion, given the indices of their prompts
+ScoreFunction = Callable[[Sequence[int], Sequence[Completion]], Sequence[float]]
+KL_ALARM = 3.0  # standard errors: a KL estimate this far below 0 is not chance
+NGRAM_SIZE = 4  # tokens of a repetition
+MAX_IMPORTANCE_WEIGHT = 2.0  # truncated importance sampling (Yao et al. 2025; verl's default)
 
 
 @dataclass(frozen=True)
 class RolloutBatch:
-    """A micro-batch: ``packed`` tokens, and ``columns``, (B, S), for its answers."""
+    """A micro-batch: ``packed`` tokens, and ``columns`` (B, S) of its completions' tokens."""
 
     packed: PackedRollouts
     columns: Mapping[str, Tensor]
 
 
 def importance_weights(difference: Tensor) -> Tensor:
-    """Truncated importance_weights weights of log-probabilities in training minus those in
-    sampling."""
+    """Return truncated importance weights. ``difference``: log-probabilities in training minus
+    those in sampling.
+    """
     return difference.clamp(max=math.log(MAX_IMPORTANCE_WEIGHT)).exp()
 
 
-def repetition(tokens: Sequence[int], size: int = NGRAM_SIZE) -> float:
-    """The share of n-grams that occurred before among these tokens."""
+def repetition_rate(tokens: Sequence[int], size: int = NGRAM_SIZE) -> float:
+    """Return the share of n-grams that occur earlier in the same tokens."""
     grams = [tuple(tokens[i : i + size]) for i in range(len(tokens) - size + 1)]
     return 1 - len(set(grams)) / len(grams) if grams else 0.0
 
 
 class OnlineObjective(Objective):
-    """An objective (`fastlm.train.objective.Objective`) on answers that the policy samples.
+    """An objective on completions that the policy samples.
 
-    ``prompts``: token ids of each. ``score``: see `Score`; ``scorer_identity`` identifies it, and
-    ``score_metrics`` returns what it says of the answers that it scored last, means over them.
-    ``reference``: the frozen policy that KL is measured to; None is the policy without its adapters
-    (LoRA). A subclass defines `estimate` (advantages of a round), `num_items` and `micro_loss`.
+    ``prompts``: the token ids of each. ``score``: see `ScoreFunction`; ``scorer_identity``
+    identifies it, and ``score_metrics`` returns means over the completions that it scored last.
+    ``reference``: the frozen policy to which KL is measured; None is the policy without its
+    adapters (LoRA). A subclass defines `estimate` (advantages of a round), `num_items` and
+    `micro_loss`.
     """
 
-    # columns of a round that are kept for its updates, beside "old_logp"
-    columns: tuple[str, ...] = ()
+    # the columns that `estimate` returns; a round also stores "old_logp"
+    column_names: tuple[str, ...] = ()
 
     def __init__(
         self,
@@ -97,15 +98,15 @@ class OnlineObjective(Objective):
         reference: "CausalLM | None",
         prompts: Sequence[Sequence[int]],
         heldout: Sequence[Sequence[int]],
-        score: Score,
+        score: ScoreFunction,
         options: RolloutOptions,
         *,
         base: str,
         scorer_identity: str = "",
-        score_heldout: Score | None = None,
+        score_heldout: ScoreFunction | None = None,
         stop_ids: frozenset[int] = frozenset(),
-        places: Sequence[str] = (),
-        answer_text: Callable[[Sequence[int]], str] | None = None,
+        prompt_locations: Sequence[str] = (),
+        decode: Callable[[Sequence[int]], str] | None = None,
         sample_prompt: Sequence[int] = (),
         sample_tokens: int = 0,
         score_metrics: Callable[[], Mapping[str, float]] = dict,
@@ -118,28 +119,31 @@ class OnlineObjective(Objective):
         self.prompts, self.heldout, self.options, self.base = prompts, heldout, options, base
         self.score, self.score_heldout = score, score_heldout or score
         self.scorer_identity, self.score_metrics = scorer_identity, score_metrics
-        self.stop_ids, self.places, self.warn = stop_ids, places, warn
-        self.answer_text, self.sample_prompt = answer_text, sample_prompt
+        self.stop_ids, self.prompt_locations, self.warn = stop_ids, prompt_locations, warn
+        self.decode, self.sample_prompt = decode, sample_prompt
         self.sample_tokens = sample_tokens
-        self.beta = self.next_beta = options.beta  # of this round, of the next one
-        self.round = -1  # of the rollouts at hand
-        self.at = 0  # answers of all passes that were taken
-        self.steps = 0  # of the optimizer, since the round began
-        self.chosen: list[int] = []  # prompts of the round, one per answer
-        self.answers: list[Completion] = []
-        self.kept: dict[str, Tensor] = {}
-        self.made: dict[str, float] = {}  # what the round measured
+        self.beta = self.next_beta = options.beta  # of this round and the next
+        self.round = -1  # the number of the current rollouts
+        self.next_index = 0  # counts the completions of all iterations
+        self.steps = 0  # optimizer steps of the round
+        self.prompt_indices: list[int] = []  # one per completion of the round
+        self.completions: list[Completion] = []
+        self.columns: dict[str, Tensor] = {}
+        self.round_metrics: dict[str, float] = {}
         self.step_metrics: list[tuple[Metrics, ...]] = []  # of its micro-batches
-        self.stop = False  # the update moved too far: the next step begins a new round
+        self.stop = False  # the update went too far: the next step begins a new round
         without_dropout(policy)
         if reference is not None:
             without_dropout(reference.requires_grad_(False).eval())
 
-    # what a subclass defines
+    # defined by a subclass
 
-    def estimate(self, scores: Tensor, mask: Tensor, kept: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Return `columns` from the scores (R,) of a round: advantages and what else there is.
-        ``kept`` holds logp, ref_logp and difference (R, S), and what `measure` adds.
+    def estimate(
+        self, scores: Tensor, mask: Tensor, tokens: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """Return the columns `column_names` (advantages and others) from the scores (R,) of a
+        round. ``tokens`` has "logp", "ref_logp", "difference" and what `evaluate` adds, (R, S)
+        each.
         """
         raise NotImplementedError
 
@@ -147,8 +151,8 @@ class OnlineObjective(Objective):
         """Return the loss of a micro-batch, and metrics that are means over its tokens."""
         raise NotImplementedError
 
-    def measure(self, packed: PackedRollouts) -> dict[str, Tensor]:
-        """Return "logp" of the policy for a micro-batch of a round, and what else the update needs,
+    def evaluate(self, packed: PackedRollouts) -> dict[str, Tensor]:
+        """Return the policy's "logp" for a micro-batch of a round, and what else the update needs,
         (B, S) each.
         """
         return {"logp": self.logprobs(self.policy, packed)[0]}
@@ -158,8 +162,8 @@ class OnlineObjective(Objective):
     def logprobs(
         self, model: "CausalLM", packed: PackedRollouts, hidden: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Log-probabilities of the answers' tokens and entropies, (B, S). ``hidden``: the model's
-        hidden states (1, total, E), where they are known.
+        """Return log-probabilities of the completions' tokens and entropies, (B, S). ``hidden``:
+        the model's hidden states (1, total, E), if they are already computed.
         """
         logp, entropy = model.logprobs_of(
             packed.hidden(model) if hidden is None else hidden, packed.labels,
@@ -174,165 +178,182 @@ class OnlineObjective(Objective):
             return self.logprobs(self.policy, packed)[0]
 
     def mean_entropy(self, entropy: Tensor, mask: Tensor) -> Metrics:
+        """Return the mean entropy as a metric."""
         return {"entropy": aggregate(entropy.detach(), mask), "tokens": mask.sum()}
 
     # a round
 
     def _prompts_of_round(self) -> list[int]:
-        """The places of the next prompts: every prompt once per epoch, in an order of its own."""
+        """Return the indices of the next prompts. An epoch takes every prompt once, in a new
+        order."""
         count, size = len(self.prompts), self.options.prompts_per_round
-        places = (divmod(i, count) for i in range(self.round * size, (self.round + 1) * size))
-        return [int(self._order(0, epoch, count)[at]) for epoch, at in places]
+        positions = (divmod(i, count) for i in range(self.round * size, (self.round + 1) * size))
+        return [int(self._order(0, epoch, count)[index]) for epoch, index in positions]
 
     def _order(self, *key: int) -> np.ndarray:
-        """A permutation of range(key[-1]) that depends on the seed and the key alone."""
+        """Return a permutation of range(key[-1]) that depends only on the seed and the key."""
         return np.random.Generator(np.random.PCG64([self.options.seed, *key])).permutation(key[-1])
 
     def _begin_round(self) -> None:
-        self.round, self.at, self.stop = self.round + 1, 0, False
-        scores, mask, kept = self._roll_out(self.score)
+        self.round, self.next_index, self.stop = self.round + 1, 0, False
+        scores, mask, tokens = self._roll_out(self.score)
         device = self.policy.device
-        found = self.estimate(torch.tensor(scores, dtype=torch.float32, device=device), mask, kept)
-        self.kept = {"old_logp": kept["logp"], **{k: found[k] for k in self.columns}}
+        rewards = torch.tensor(scores, dtype=torch.float32, device=device)
+        columns = self.estimate(rewards, mask, tokens)
+        self.columns = {"old_logp": tokens["logp"], **{k: columns[k] for k in self.column_names}}
         self.policy.train()
 
-    def _roll_out(self, score: Score) -> tuple[np.ndarray, Tensor, dict[str, Tensor]]:
-        """Sample, score and watch the answers of the round. Return their scores (R,), the mask of
-        their tokens, and logp, ref_logp and what else is measured of these, (R, S) each.
+    def _roll_out(self, score: ScoreFunction) -> tuple[np.ndarray, Tensor, dict[str, Tensor]]:
+        """Sample and score the completions of the round, and compute its metrics. Return their
+        scores (R,), the mask of their tokens, and "logp", "ref_logp" and what else `_evaluate`
+        returns, (R, S) each.
 
-        Each process makes its share, and learns that of the others. From here on all of them have
-        the same numbers, so they estimate, watch and decide alike.
+        Each process handles its shard and receives the others'. All processes then have the same
+        numbers, so they estimate, check and decide alike.
         """
         options = self.options
-        self.chosen = [i for i in self._prompts_of_round() for _ in range(options.num_generations)]
-        # every answer of the training has a seed of its own; torch's generator takes 32 bits
+        self.prompt_indices = [
+            i for i in self._prompts_of_round() for _ in range(options.num_generations)
+        ]
+        # every completion of the training has another seed; torch's generator takes 32 bits
         (first,) = np.random.SeedSequence([options.seed, 1]).generate_state(1, np.uint32)
-        seed = int(first) // 2 + self.round * len(self.chosen)
+        seed = int(first) // 2 + self.round * len(self.prompt_indices)
 
-        def share() -> tuple[dict[str, Tensor], np.ndarray, dict[str, float], dict[str, Tensor]]:
-            rows = self.world.shard(len(self.chosen))
-            places = self.chosen[rows.start : rows.stop]
-            prompts = [self.prompts[i] for i in places]
-            answers = self._sample(
+        def roll_out_shard() -> tuple[
+            dict[str, Tensor], np.ndarray, dict[str, float], dict[str, Tensor]
+        ]:
+            rows = self.world.shard(len(self.prompt_indices))
+            indices = self.prompt_indices[rows.start : rows.stop]
+            prompts = [self.prompts[i] for i in indices]
+            completions = self._sample(
                 prompts, options.temperature, options.max_new_tokens, seed + rows.start
             )
-            scores = self._scored(score, places, answers)
-            measured = self._measured(prompts, answers)
-            return completions_to_tensors(answers), scores, dict(self.score_metrics()), measured
+            scores = self._score(score, indices, completions)
+            tokens = self._evaluate(prompts, completions)
+            return completions_to_tensors(completions), scores, dict(self.score_metrics()), tokens
 
         self.policy.eval()
-        parts = [part for part in self.world.gather_results(share) if len(part[1])]
-        answers, scores, scored, measured = zip(*parts)
-        self.answers = [
-            answer for tensors in answers for answer in completions_from_tensors(tensors)
-        ]
-        lengths = torch.tensor([len(answer.token_ids) for answer in self.answers])
+        shards = [shard for shard in self.world.gather_results(roll_out_shard) if len(shard[1])]
+        completions, score_shards, score_metrics, token_shards = zip(*shards)
+        self.completions = [c for tensors in completions for c in completions_from_tensors(tensors)]
+        lengths = torch.tensor([len(completion.token_ids) for completion in self.completions])
         mask = (torch.arange(int(lengths.max())) < lengths[:, None]).to(self.policy.device)
-        kept = {}
-        for name in measured[0]:
-            tokens = torch.cat([tensors[name] for tensors in measured]).to(mask.device)
-            kept[name] = tokens.new_zeros(mask.shape).masked_scatter(mask, tokens)
-        whole = np.concatenate(scores)
-        self._watch(whole, kept, mask)
-        self.made |= weighted_means([(len(one), said) for one, said in zip(scores, scored)])
-        return whole, mask, kept
+        tokens = {}
+        for name in token_shards[0]:
+            values = torch.cat([tensors[name] for tensors in token_shards]).to(mask.device)
+            tokens[name] = values.new_zeros(mask.shape).masked_scatter(mask, values)
+        scores = np.concatenate(score_shards)
+        self._check_round(scores, tokens, mask)
+        self.round_metrics |= weighted_means(
+            [(len(shard), metrics) for shard, metrics in zip(score_shards, score_metrics)]
+        )
+        return scores, mask, tokens
 
     def _sample(
-        self, prompts: Sequence[Sequence[int]], temperature: float, longest: int, seed: int = 0
+        self,
+        prompts: Sequence[Sequence[int]],
+        temperature: float,
+        max_new_tokens: int,
+        seed: int = 0,
     ) -> list[Completion]:
         quantized = any(isinstance(m, QuantizedLinear) for m in self.policy.modules())
-        # merged, adapters cost nothing per token; a quantized base would be dequantized for it
+        # merged adapters cost nothing per token; but merging would dequantize a quantized base
         with nullcontext() if quantized else merged(self.policy):
             return sample_completions(
-                self.policy, prompts, max_new_tokens=longest, seed=seed, temperature=temperature,
-                stop_ids=self.stop_ids, rows=self.options.decode_batch_size,
+                self.policy, prompts, max_new_tokens=max_new_tokens, seed=seed,
+                temperature=temperature, stop_ids=self.stop_ids,
+                max_num_seqs=self.options.decode_batch_size,
             )  # fmt: skip
 
-    def _scored(
-        self, score: Score, places: Sequence[int], answers: Sequence[Completion]
+    def _score(
+        self, score: ScoreFunction, indices: Sequence[int], completions: Sequence[Completion]
     ) -> np.ndarray:
-        if not answers:
+        if not completions:
             return np.zeros(0)
-        scores = np.array(score(places, answers), np.float64)
+        scores = np.array(score(indices, completions), np.float64)
         if self.options.missing_eos_penalty is not None:
-            scores[[not answer.ended for answer in answers]] = self.options.missing_eos_penalty
+            scores[[not completion.ended for completion in completions]] = (
+                self.options.missing_eos_penalty
+            )
         return scores
 
     @torch.no_grad()
-    def _measured(
-        self, prompts: Sequence[Sequence[int]], answers: Sequence[Completion]
+    def _evaluate(
+        self, prompts: Sequence[Sequence[int]], completions: Sequence[Completion]
     ) -> dict[str, Tensor]:
-        """logp, ref_logp and what `measure` adds, of the answers' tokens, (tokens,) each, and logp
-        minus that of sampling, as "difference": the engine that samples and the one that trains
-        round differently.
+        """Return "logp", "ref_logp" and what `evaluate` adds for the completions' tokens, (tokens,)
+        each, and "difference": logp minus the log-probabilities of sampling. The sampling engine
+        and the training round differently.
         """
         size = self.options.batch_size
         parts: dict[str, list[Tensor]] = {}
-        for start in range(0, len(answers), size):
+        for start in range(0, len(completions), size):
             packed = pack_rollouts(
                 prompts[start : start + size],
-                [answer.token_ids for answer in answers[start : start + size]], self.policy.device,
-            )  # fmt: skip
-            found = {**self.measure(packed), "ref_logp": self._reference_logprobs(packed)}
-            for name, value in found.items():
-                parts.setdefault(name, []).append(value[packed.mask].cpu())
-        kept = {name: torch.cat(values) for name, values in parts.items()}
-        if answers:
-            sampled = torch.tensor(
-                [token.logprob for answer in answers for token in answer.logprobs]
+                [completion.token_ids for completion in completions[start : start + size]],
+                self.policy.device,
             )
-            kept["difference"] = kept["logp"] - sampled
-        return kept
+            values = {**self.evaluate(packed), "ref_logp": self._reference_logprobs(packed)}
+            for name, value in values.items():
+                parts.setdefault(name, []).append(value[packed.mask].cpu())
+        tokens = {name: torch.cat(values) for name, values in parts.items()}
+        if completions:
+            sampled = torch.tensor(
+                [token.logprob for completion in completions for token in completion.logprobs]
+            )
+            tokens["difference"] = tokens["logp"] - sampled
+        return tokens
 
-    def _watch(self, scores: np.ndarray, kept: dict[str, Tensor], mask: Tensor) -> None:
-        """Measure a round; raise DivergedError where the policy is too far from the reference.
+    def _check_round(self, scores: np.ndarray, tokens: dict[str, Tensor], mask: Tensor) -> None:
+        """Compute the metrics of a round. Raise DivergedError if the policy is too far from the
+        reference.
 
-        Measured for metrics.jsonl, means over the answers:
+        The metrics, for metrics.jsonl, are means over the completions:
 
-        - "score", "score_std": as the reward gave them, after the rule of missing end tokens;
-        - "kl", "kl_error": KL(policy || reference) in nats per answer by k1, and its standard
+        - "score", "score_std": the scores, after `missing_eos_penalty`;
+        - "kl", "kl_error": KL(policy || reference) in nats per completion by k1, and its standard
           error; "kl3": by k3, which is never negative;
-        - "length" in tokens; "ended": share that drew an end token;
-        - "score_length": correlation of the two. A policy that is paid for length has it near 1;
-        - "repetition": share of 4-grams that the same answer had before;
+        - "length" in tokens; "eos_fraction": share that ended with an EOS token;
+        - "score_length_correlation": near 1 if the reward pays the policy for length;
+        - "repetition": share of 4-grams that occur earlier in the same completion;
         - "mismatch": mean absolute difference per token of log-probabilities in training and
           sampling.
         """
-        options, answers = self.options, self.answers
+        options, completions = self.options, self.completions
         lengths = mask.sum(1).cpu().numpy()
-        logp, reference = kept["logp"], kept["ref_logp"]
+        logp, reference = tokens["logp"], tokens["ref_logp"]
         estimates = [kl_penalty(logp, reference, kind, mask=mask) for kind in ("k1", "k3")]
         k1, k3 = (estimate.sum(1).double().cpu().numpy() for estimate in estimates)
         kl, error = float(k1.mean()), float(k1.std()) / math.sqrt(len(k1))
-        mismatch = float(kept["difference"][mask].abs().mean())
-        self.made = {
+        mismatch = float(tokens["difference"][mask].abs().mean())
+        self.round_metrics = {
             "score": float(scores.mean()),
             "score_std": float(scores.std()),
             "kl": kl,
             "kl_error": error,
             "kl3": float(k3.mean()),
             "length": float(lengths.mean()),
-            "ended": float(np.mean([answer.ended for answer in answers])),
-            "score_length": correlation(scores, lengths) or 0.0,  # type: ignore[arg-type]
-            "repetition": float(np.mean([repetition(answer.token_ids) for answer in answers])),
+            "eos_fraction": float(np.mean([completion.ended for completion in completions])),
+            "score_length_correlation": correlation(scores, lengths) or 0.0,  # type: ignore[arg-type]
+            "repetition": float(np.mean([repetition_rate(c.token_ids) for c in completions])),
             "mismatch": mismatch,
             "round": self.round,
             "beta": self.beta,
         }
         if not abs(kl) <= options.max_kl:
             raise DivergedError(
-                f"round {self.round}: the KL to the reference is {kl:.3g} nats per answer, expected"
-                f" at most max_kl {options.max_kl:g}",
+                f"round {self.round}: the KL to the reference is {kl:.3g} nats per completion,"
+                f" expected at most max_kl {options.max_kl:g}",
                 steps=self.steps,
             )
         if kl < -KL_ALARM * error - 1e-3:
             self.warn(
-                f"round {self.round}: the KL estimate is {kl:.3g} nats per answer, more than"
+                f"round {self.round}: the KL estimate is {kl:.3g} nats per completion, more than"
                 f" {KL_ALARM:g} standard errors below 0: the policy that samples is not the one"
                 " that is trained"
             )
         if mismatch <= options.mismatch_threshold:
-            kept["difference"] = torch.zeros_like(kept["difference"])
+            tokens["difference"] = torch.zeros_like(tokens["difference"])
         else:
             self.warn(
                 f"round {self.round}: log-probabilities in sampling and in training differ by"
@@ -341,8 +362,8 @@ class OnlineObjective(Objective):
                 "weights"
             )
         if options.kl_target is not None:  # Ziegler et al. 2019, arXiv:1909.08593
-            off = min(max(kl / options.kl_target - 1, -0.2), 0.2)
-            self.next_beta = self.beta * (1 + off * len(scores) / options.kl_horizon)
+            deviation = min(max(kl / options.kl_target - 1, -0.2), 0.2)
+            self.next_beta = self.beta * (1 + deviation * len(scores) / options.kl_horizon)
 
     # Objective
 
@@ -351,36 +372,36 @@ class OnlineObjective(Objective):
         for prompt in (*self.prompts, (), *self.heldout):
             digest.update(np.array([len(prompt), *prompt], np.int64).tobytes())
         data = digest.hexdigest()[:16]
-        watching = ("max_kl", "val_prompts")
-        options = {k: v for k, v in asdict(self.options).items() if k not in watching}
+        neutral = ("max_kl", "val_prompts")
+        options = {k: v for k, v in asdict(self.options).items() if k not in neutral}
         return {**options, "base": self.base, "data": data, "scorer_identity": self.scorer_identity}
 
-    def _over(self) -> bool:
-        return self.stop or self.at >= len(self.answers) * self.options.num_iterations
+    def _is_round_over(self) -> bool:
+        return self.stop or self.next_index >= len(self.completions) * self.options.num_iterations
 
     def next_batches(self, count: int) -> list[RolloutBatch]:
-        """Return the micro-batches of a step: ``count``, or what the pass has left."""
-        if self._over():
+        """Return the micro-batches of a step: ``count``, or the rest of the iteration."""
+        if self._is_round_over():
             self.beta = self.next_beta
             self._begin_round()
             self.steps = 0
         self.steps += 1
         self.step_metrics = []
-        total, size = len(self.answers), self.options.batch_size
-        number, start = divmod(self.at, total)
-        rows = self._order(2, self.round, number, total)[start : start + count * size].tolist()
-        self.at += len(rows)
-        rows.sort(key=lambda i: self.chosen[i])  # those of a prompt share it in a micro-batch
+        total, size = len(self.completions), self.options.batch_size
+        iteration, start = divmod(self.next_index, total)
+        rows = self._order(2, self.round, iteration, total)[start : start + count * size].tolist()
+        self.next_index += len(rows)
+        rows.sort(key=lambda i: self.prompt_indices[i])  # a micro-batch shares prompts
         return [self._batch(rows[i : i + size]) for i in range(0, len(rows), size)]
 
     def _batch(self, rows: list[int]) -> RolloutBatch:
         packed = pack_rollouts(
-            [self.prompts[self.chosen[i]] for i in rows],
-            [self.answers[i].token_ids for i in rows], self.policy.device,
+            [self.prompts[self.prompt_indices[i]] for i in rows],
+            [self.completions[i].token_ids for i in rows], self.policy.device,
         )  # fmt: skip
         width = packed.mask.shape[1]
         return RolloutBatch(
-            packed, {name: value[rows, :width] for name, value in self.kept.items()}
+            packed, {name: value[rows, :width] for name, value in self.columns.items()}
         )
 
     def tokens(self, batch: RolloutBatch) -> int:
@@ -402,78 +423,81 @@ class OnlineObjective(Objective):
         for parts in zip(*filter(None, measurements), strict=True):
             step |= weighted_means([(part["tokens"], part) for part in parts])
         del step["tokens"]
-        most = self.options.max_update_kl
-        self.stop = most is not None and step["approx_kl"] > most
-        return {**self.made, **step}
+        max_kl = self.options.max_update_kl
+        self.stop = max_kl is not None and step["approx_kl"] > max_kl
+        return {**self.round_metrics, **step}
 
     def pending_steps(self) -> int:
-        return self.steps  # whose KL the next round measures
+        return self.steps  # the next round measures their KL
 
     def check_pending(self) -> None:
-        """Measure the KL of the policy that the last step left; raise DivergedError as a round."""
-        before = (self.round, self.chosen, self.answers, self.made)
+        """Measure the KL of the final policy; raise DivergedError as a round does."""
+        state = (self.round, self.prompt_indices, self.completions, self.round_metrics)
         self.round += 1
-        self._roll_out(lambda places, answers: [0.0] * len(answers))
-        self.round, self.chosen, self.answers, self.made = before
+        self._roll_out(lambda indices, completions: [0.0] * len(completions))
+        self.round, self.prompt_indices, self.completions, self.round_metrics = state
 
     def position(self) -> str:
-        if self.round < 0 or self._over():
-            return f"round {self.round + 1}, from its first answer"
-        number, start = divmod(self.at, len(self.answers))
-        first = self.chosen[int(self._order(2, self.round, number, len(self.answers))[start])]
-        place = f", {self.places[first]}" if self.places else ""
-        return f"round {self.round}, pass {number}, from answer {start}{place}"
+        if self.round < 0 or self._is_round_over():
+            return f"round {self.round + 1}, from its first completion"
+        total = len(self.completions)
+        iteration, start = divmod(self.next_index, total)
+        row = int(self._order(2, self.round, iteration, total)[start])
+        locations = self.prompt_locations
+        location = f", {locations[self.prompt_indices[row]]}" if locations else ""
+        return f"round {self.round}, iteration {iteration}, from completion {start}{location}"
 
     def state_dict(self) -> dict[str, Any]:
         return {
             **{name: getattr(self, name) for name in STATE},
-            "chosen": torch.tensor(self.chosen),
-            **completions_to_tensors(self.answers),
-            **{f"kept.{name}": value for name, value in self.kept.items()},
+            "prompt_indices": torch.tensor(self.prompt_indices),
+            **completions_to_tensors(self.completions),
+            **{f"columns.{name}": value for name, value in self.columns.items()},
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         for name in STATE:
             setattr(self, name, state[name])
-        self.chosen, self.answers = state["chosen"].tolist(), completions_from_tensors(state)
-        self.kept = {
-            name.removeprefix("kept."): value.to(self.policy.device)
+        self.prompt_indices = state["prompt_indices"].tolist()
+        self.completions = completions_from_tensors(state)
+        self.columns = {
+            name.removeprefix("columns."): value.to(self.policy.device)
             for name, value in state.items()
-            if name.startswith("kept.")
+            if name.startswith("columns.")
         }
 
     def validate(self) -> dict[str, float]:
-        """Return the mean score of greedy answers to held-out prompts, with its standard error."""
+        """Return the mean score of greedy completions of held-out prompts, and its standard
+        error."""
         count = min(len(self.heldout), self.options.val_prompts)
         if not count:
             return {}
 
-        def answered() -> tuple[dict[str, Tensor], np.ndarray]:
-            places = self.world.shard(count)
-            prompts = [self.heldout[i] for i in places]
-            answers = self._sample(prompts, 0.0, self.options.max_new_tokens)
-            return completions_to_tensors(answers), self._scored(
-                self.score_heldout, places, answers
-            )
+        def validate_shard() -> tuple[dict[str, Tensor], np.ndarray]:
+            indices = self.world.shard(count)
+            prompts = [self.heldout[i] for i in indices]
+            completions = self._sample(prompts, 0.0, self.options.max_new_tokens)
+            scores = self._score(self.score_heldout, indices, completions)
+            return completions_to_tensors(completions), scores
 
-        parts = self.world.gather_results(answered)
-        answers = [answer for tensors, _ in parts for answer in completions_from_tensors(tensors)]
-        scores = np.concatenate([scores for _, scores in parts])
+        shards = self.world.gather_results(validate_shard)
+        completions = [c for tensors, _ in shards for c in completions_from_tensors(tensors)]
+        scores = np.concatenate([scores for _, scores in shards])
         return {
             "val_score": float(scores.mean()),
             "val_score_error": float(scores.std(ddof=1)) / math.sqrt(count) if count > 1 else 0.0,
-            "val_length": float(np.mean([len(answer.token_ids) for answer in answers])),
-            "val_ended": float(np.mean([answer.ended for answer in answers])),
+            "val_length": float(np.mean([len(c.token_ids) for c in completions])),
+            "val_eos_fraction": float(np.mean([c.ended for c in completions])),
         }
 
     def load_policy(self, checkpoint: Path) -> None:
-        """Put back the models of a checkpoint."""
+        """Load the models of a checkpoint."""
         tensors, _ = load_tensors(checkpoint)
         models = {k.removeprefix("model."): v for k, v in tensors.items() if k.startswith("model.")}
-        self.trained.load_state_dict(models, strict=False)  # with adapters: they alone are in it
+        self.trained.load_state_dict(models, strict=False)  # perhaps only adapters
 
     def sample(self) -> str | None:
-        if self.answer_text is None or not self.sample_prompt or not self.sample_tokens:
+        if self.decode is None or not self.sample_prompt or not self.sample_tokens:
             return None
-        (answer,) = self._sample([self.sample_prompt], 0.0, self.sample_tokens)
-        return self.answer_text(answer.token_ids)
+        (completion,) = self._sample([self.sample_prompt], 0.0, self.sample_tokens)
+        return self.decode(completion.token_ids)

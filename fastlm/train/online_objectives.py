@@ -1,5 +1,5 @@
-"""PPO, with a value model that estimates the score to come at every token; GRPO and its relatives,
-where the advantage of an answer is relative to the others of its prompt.
+"""The objectives of PPO, with a value model that predicts the final score at every token, and of
+GRPO and its relatives, in which an advantage is relative to the other completions of the prompt.
 """
 
 import copy
@@ -32,14 +32,15 @@ if TYPE_CHECKING:
     from fastlm.model.causal_lm import CausalLM
     from fastlm.model.reward_model import RewardModel
 
-MAX_BAD_ROUNDS = 5  # after which the value model's failure is no chance of a first round
+MAX_BAD_ROUNDS = 5  # a value model that fails in this many rounds does not fail by chance
 
 
 class ValueModel(nn.Module):
-    """The score to come at every token: a trunk, and a head from its hidden states to a number.
+    """A model of the final score at every token: a trunk, and a head from its hidden states to a
+    number.
 
-    ``trunk`` None shares the policy's, which then is given to `values`. ``kind``: how it began,
-    the option `value_model` of `fastlm.train.online_stage.Ppo`.
+    With ``trunk`` None it shares the policy's trunk, whose hidden states `values` then takes.
+    ``kind``: the option `value_model` of `fastlm.train.online_stage.Ppo`.
     """
 
     def __init__(self, trunk: "CausalLM | None", width: int, kind: str):
@@ -51,24 +52,24 @@ class ValueModel(nn.Module):
         nn.init.zeros_(self.head.bias)
 
     def values(self, packed: PackedRollouts, hidden: Tensor | None = None) -> Tensor:
-        """(B, S): before each token of the answers."""
+        """Return the values before each token of the completions, (B, S)."""
         if hidden is None:
-            assert self.trunk is not None  # or the policy's hidden states are given
+            assert self.trunk is not None  # otherwise the caller passes the policy's hidden states
             hidden = packed.hidden(self.trunk)
         head = self.head  # in float32: bfloat16 would round a value to 8 bits
         return packed.rows(F.linear(hidden.float(), head.weight.float(), head.bias.float())[..., 0])
 
 
 class PpoObjective(OnlineObjective):
-    """The objective of `fastlm.train.online_stage.Ppo`; the conventions are those of docs/ppo.md.
+    """The objective of `fastlm.train.online_stage.Ppo`. docs/ppo.md lists its conventions.
 
-    ``value_model``: the value model; see `ValueModel`. ``offset`` is added to its values: the mean
-    score of the first round, so that a head of zeros begins with what is known of the returns and
-    not with 0, which takes it long to leave at a learning rate fit for a policy. No parameter: its
-    distance from 0 has nothing to do with the scale of the others.
+    ``value_model``: see `ValueModel`. ``offset`` is added to its values. It is the mean score of
+    the first round, so that a head of zeros starts at the mean return and not at 0, which it would
+    take long to leave at a learning rate fit for a policy. The offset is not a parameter, because
+    its distance from 0 has nothing to do with the scale of the parameters.
     """
 
-    columns = ("advantages", "returns", "values")
+    column_names = ("advantages", "returns", "values")
 
     options: PpoOptions
 
@@ -78,7 +79,7 @@ class PpoObjective(OnlineObjective):
         self.offset: float | None = (
             0.0 if value_model.kind == "reward" else None
         )  # None: no round yet
-        self.bad_rounds = 0  # in a row in which the value model explained less than the mean does
+        self.bad_rounds = 0  # in a row, in which the value model explained less than the mean
         self.trained = nn.ModuleDict({"policy": self.policy, "value": value_model})
         without_dropout(value_model)
 
@@ -92,9 +93,9 @@ class PpoObjective(OnlineObjective):
             *({**group, "lr": self.options.value_lr_factor} for group in value),
         ]
 
-    def both(self, packed: PackedRollouts) -> tuple[Tensor, Tensor, Tensor]:
-        """Log-probabilities, entropies and values, (B, S) each, from one forward of each trunk.
-        While the value model warms up, nothing else has a gradient.
+    def forward(self, packed: PackedRollouts) -> tuple[Tensor, Tensor, Tensor]:
+        """Return log-probabilities, entropies and values, (B, S) each, from one forward of each
+        trunk. While the value model warms up, nothing else has a gradient.
         """
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.warming_up()):
             hidden = packed.hidden(self.policy)
@@ -104,42 +105,47 @@ class PpoObjective(OnlineObjective):
         )
         return logp, entropy, values + (self.offset or 0.0)
 
-    def measure(self, packed: PackedRollouts) -> dict[str, Tensor]:
-        logp, _, values = self.both(packed)
+    def evaluate(self, packed: PackedRollouts) -> dict[str, Tensor]:
+        logp, _, values = self.forward(packed)
         return {"logp": logp, "values": values}
 
-    def estimate(self, scores: Tensor, mask: Tensor, kept: dict[str, Tensor]) -> dict[str, Tensor]:
-        options, logp, values = self.options, kept["logp"], kept["values"]
+    def estimate(
+        self, scores: Tensor, mask: Tensor, tokens: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        options, logp, values = self.options, tokens["logp"], tokens["values"]
         if self.offset is None:
             self.offset = float(scores.mean())
             values = values + self.offset
         kind = cast(Any, options.kl_estimator)
-        rewards = -self.beta * kl_penalty(logp, kept["ref_logp"], kind, mask=mask)
+        rewards = -self.beta * kl_penalty(logp, tokens["ref_logp"], kind, mask=mask)
         last = mask.sum(1) - 1
         rewards[torch.arange(len(last)), last] += scores
         if options.whiten_rewards:
             rewards = whiten(rewards, mask, shift_mean=False)
         advantages, returns = gae(rewards, values, mask, gamma=options.gamma, lam=options.lam)
-        spread = float(aggregate((returns - aggregate(returns, mask)).square(), mask))
+        variance = float(aggregate((returns - aggregate(returns, mask)).square(), mask))
         error = float(aggregate((returns - values).square(), mask))
-        self.made["explained_variance"] = explained = 1 - error / spread if spread > 0 else 0.0
+        self.round_metrics["explained_variance"] = explained = (
+            1 - error / variance if variance > 0 else 0.0
+        )
         self.bad_rounds = self.bad_rounds + 1 if explained < 0 else 0
         if self.bad_rounds and self.bad_rounds % MAX_BAD_ROUNDS == 0:
             self.warn(
-                f"round {self.round}: the value model has explained less of the returns than their"
-                f" mean for {self.bad_rounds} rounds (explained_variance {explained:.3g}): it adds"
-                " noise to the advantages; a higher value_lr_factor or critic_warmup may help"
+                f"round {self.round}: for {self.bad_rounds} rounds the value model has predicted"
+                f" the returns worse than their mean does (explained_variance {explained:.3g}): it"
+                " adds noise to the advantages; a higher value_lr_factor or critic_warmup may"
+                " help"
             )
         if options.whiten_advantages:
             advantages = whiten(advantages, mask)
         return {
-            "advantages": advantages * importance_weights(kept["difference"]),
+            "advantages": advantages * importance_weights(tokens["difference"]),
             "returns": returns,
             "values": values,
         }
 
     def warming_up(self) -> bool:
-        """Whether the value model alone learns from the round at hand."""
+        """Return whether only the value model learns from the current round."""
         return self.round < self.options.critic_warmup
 
     def num_items(self, batch: RolloutBatch) -> int:
@@ -153,21 +159,21 @@ class PpoObjective(OnlineObjective):
         self.bad_rounds, self.offset = state["bad_rounds"], state["offset"]
 
     def micro_loss(self, batch: RolloutBatch, num_items: int) -> tuple[Tensor, tuple[Metrics, ...]]:
-        c, mask, options = batch.columns, batch.packed.mask, self.options
-        logp, entropy, values = self.both(batch.packed)
+        columns, mask, options = batch.columns, batch.packed.mask, self.options
+        logp, entropy, values = self.forward(batch.packed)
         loss, metrics = ppo_policy_loss(
-            logp, c["old_logp"], c["advantages"], mask, clip_range=options.clip_range,
+            logp, columns["old_logp"], columns["advantages"], mask, clip_range=options.clip_range,
             dual_clip=options.dual_clip, num_items=num_items,
         )  # fmt: skip
-        value_loss, of_value = ppo_value_loss(
+        value_loss, value_metrics = ppo_value_loss(
             values,
-            c["values"],
-            c["returns"],
+            columns["values"],
+            columns["returns"],
             mask,
             clip_range=options.clip_range_value,
             num_items=num_items,
         )
-        of_value["value_clip_fraction"] = of_value.pop("clip_fraction")
+        value_metrics["value_clip_fraction"] = value_metrics.pop("clip_fraction")
         value_loss = options.vf_coef * value_loss
         if self.warming_up():
             loss = value_loss
@@ -175,37 +181,37 @@ class PpoObjective(OnlineObjective):
             loss = loss + value_loss
             if options.entropy_coef:
                 loss = loss - options.entropy_coef * aggregate(entropy, mask, num_items=num_items)
-        return loss, (metrics, of_value, self.mean_entropy(entropy, mask))
+        return loss, (metrics, value_metrics, self.mean_entropy(entropy, mask))
 
 
 def build_value_model(
     policy: "CausalLM", *, shared: bool = False, reward: "RewardModel | None" = None
 ) -> ValueModel:
-    """A value model with a copy of the policy's trunk (of its trained tensors alone; frozen ones
-    are shared), with the policy's own (``shared``), or as a copy of a reward model, whose score of
-    an unfinished answer it begins with.
+    """Build a value model: with a copy of the policy's trunk (frozen tensors are shared), with the
+    policy's trunk itself (``shared``), or as a copy of a reward model, so that it starts with the
+    reward model's score of the unfinished answer.
     """
     if shared:
         return ValueModel(None, policy.config.hidden_size, "shared")
     if reward is None:
         return ValueModel(_trunk_of(policy), policy.config.hidden_size, "copy")
     trunk = copy.deepcopy(reward.trunk).float()
-    made = ValueModel(trunk, reward.config.hidden_size, "reward")
+    value_model = ValueModel(trunk, reward.config.hidden_size, "reward")
     with torch.no_grad():
-        made.head.weight.copy_(reward.head.weight.float() / reward.std)
-        made.head.bias.fill_(-reward.mean / reward.std)
-    return made
+        value_model.head.weight.copy_(reward.head.weight.float() / reward.std)
+        value_model.head.bias.fill_(-reward.mean / reward.std)
+    return value_model
 
 
 def _trunk_of(policy: "CausalLM") -> "CausalLM":
-    """A copy of the policy without an untied head; what is frozen is shared with it."""
-    kept: list[Tensor] = [p for p in policy.parameters() if not p.requires_grad]
+    """Copy the policy without an untied head. The copy shares frozen tensors."""
+    shared: list[Tensor] = [p for p in policy.parameters() if not p.requires_grad]
     for module in policy.modules():
         if isinstance(module, QuantizedLinear | QuantizedEmbedding):
-            kept.extend(module.buffers(recurse=False))
+            shared.extend(module.buffers(recurse=False))
     if untied := not policy.config.tie_word_embeddings:
-        kept.extend(policy.lm_head.parameters())  # not copied only to be dropped
-    memo: dict[int, Any] = {id(tensor): tensor for tensor in kept}
+        shared.extend(policy.lm_head.parameters())  # would be dropped after the copy
+    memo: dict[int, Any] = {id(tensor): tensor for tensor in shared}
     trunk = copy.deepcopy(policy, memo)
     if untied:
         del trunk.lm_head
@@ -216,81 +222,84 @@ def _trunk_of(policy: "CausalLM") -> "CausalLM":
 class GrpoObjective(OnlineObjective):
     """The objective of `fastlm.train.online_stage.Grpo`.
 
-    The KL to the reference is a term of the loss, but for RLOO: there it is subtracted from the
-    score of the answer, and an answer is one action, whose log-probability is the sum of its
-    tokens'.
+    The KL to the reference is a term of the loss, except for RLOO. RLOO subtracts it from the
+    score, and treats a completion as one action, whose log-probability is the sum over its tokens.
     """
 
-    columns = ("advantages", "ref_logp", "learnt")
+    column_names = ("advantages", "ref_logp", "loss_mask")
 
     options: GrpoOptions
 
     def __init__(self, *args: Any, **more: Any):
         super().__init__(*args, **more)
-        how, self.scaled = LOSS_TYPES[self.options.loss_type]
-        self.aggregation: Aggregation = how
+        self.aggregation: Aggregation
+        self.aggregation, self.scale_advantages = LOSS_TYPES[self.options.loss_type]
 
-    def estimate(self, scores: Tensor, mask: Tensor, kept: dict[str, Tensor]) -> dict[str, Tensor]:
-        size, difference = self.options.num_generations, kept["difference"]
+    def estimate(
+        self, scores: Tensor, mask: Tensor, tokens: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        size, difference = self.options.num_generations, tokens["difference"]
         if self.options.loss_type == "rloo":
             difference = torch.where(mask, difference, 0.0).sum(1, keepdim=True)
-            gap = torch.where(mask, kept["logp"] - kept["ref_logp"], 0.0).sum(1)
+            gap = torch.where(mask, tokens["logp"] - tokens["ref_logp"], 0.0).sum(1)
             advantages = rloo_advantages(scores - self.beta * gap, size)
         else:
-            advantages = grpo_advantages(scores, size, scale=self.scaled)
+            advantages = grpo_advantages(scores, size, scale=self.scale_advantages)
         low, high = scores.view(-1, size).aminmax(dim=1)
-        self.made["informative_groups"] = float((high > low).float().mean())  # others teach nothing
-        learnt = mask
+        # in the other groups all advantages are 0
+        self.round_metrics["informative_groups"] = float((high > low).float().mean())
+        loss_mask = mask
         if self.options.mask_truncated_completions:
-            ended = torch.tensor([answer.ended for answer in self.answers], device=mask.device)
-            learnt = mask & ended[:, None]
+            ended = torch.tensor([c.ended for c in self.completions], device=mask.device)
+            loss_mask = mask & ended[:, None]
         weighted = advantages[:, None] * importance_weights(difference)
         return {
             "advantages": weighted.expand_as(mask).contiguous(),
-            "ref_logp": kept["ref_logp"],
-            "learnt": learnt,
+            "ref_logp": tokens["ref_logp"],
+            "loss_mask": loss_mask,
         }
 
     def num_items(self, batch: RolloutBatch) -> int:
-        learnt = batch.columns["learnt"]
+        loss_mask = batch.columns["loss_mask"]
         if self.aggregation == "token":
-            return int(learnt.sum())
-        answers = int(learnt.any(1).sum())
-        return answers * self.options.max_new_tokens if self.aggregation == "constant" else answers
+            return int(loss_mask.sum())
+        count = int(loss_mask.any(1).sum())
+        return count * self.options.max_new_tokens if self.aggregation == "constant" else count
 
     def micro_loss(self, batch: RolloutBatch, num_items: int) -> tuple[Tensor, tuple[Metrics, ...]]:
-        c, options = batch.columns, self.options
+        columns, options = batch.columns, self.options
         logp, entropy = self.logprobs(self.policy, batch.packed)
         if options.loss_type == "rloo":
             new, old = (
-                torch.where(c["learnt"], x, 0.0).sum(1, keepdim=True) for x in (logp, c["old_logp"])
+                torch.where(columns["loss_mask"], x, 0.0).sum(1, keepdim=True)
+                for x in (logp, columns["old_logp"])
             )
-            some = c["learnt"].any(1, keepdim=True)
+            row_mask = columns["loss_mask"].any(1, keepdim=True)
             loss, _ = ppo_policy_loss(
                 new,
                 old,
-                c["advantages"][:, :1],
-                some,
+                columns["advantages"][:, :1],
+                row_mask,
                 clip_range=options.clip_range,
                 num_items=num_items,
             )
-            _, metrics = ppo_policy_loss(  # per token, as those of the others
+            _, metrics = ppo_policy_loss(  # per token, as for the other losses
                 logp.detach(),
-                c["old_logp"],
-                c["advantages"],
-                c["learnt"],
+                columns["old_logp"],
+                columns["advantages"],
+                columns["loss_mask"],
                 clip_range=options.clip_range,
             )
         else:
             loss, metrics = grpo_loss(
-                logp, c["old_logp"], c["ref_logp"], c["advantages"], c["learnt"],
-                clip_range=options.clip_range, beta=self.beta, aggregation=self.aggregation,
-                num_items=num_items,
+                logp, columns["old_logp"], columns["ref_logp"], columns["advantages"],
+                columns["loss_mask"], clip_range=options.clip_range, beta=self.beta,
+                aggregation=self.aggregation, num_items=num_items,
             )  # fmt: skip
             metrics["update_kl"] = metrics.pop("kl")
         if options.entropy_coef:
             bonus = aggregate(
-                entropy, c["learnt"], aggregation=self.aggregation, num_items=num_items
+                entropy, columns["loss_mask"], aggregation=self.aggregation, num_items=num_items
             )
             loss = loss - options.entropy_coef * bonus
         return loss, (metrics, self.mean_entropy(entropy, batch.packed.mask))

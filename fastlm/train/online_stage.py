@@ -1,4 +1,4 @@
-"""PPO, GRPO and its relatives: trainings that learn from their own answers."""
+"""The stages `ppo` and `grpo`: trainings on the policy's own completions."""
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -59,27 +59,28 @@ LAST_GOOD = "last-good"
 
 @dataclass(frozen=True)
 class OnlineStage(LoraOptions, RolloutOptions, ChatStage):
-    """A stage whose objective is a `fastlm.train.online.OnlineObjective`; a subclass makes it."""
+    """A stage that trains on rollouts. A subclass builds its
+    `fastlm.train.online.OnlineObjective`."""
 
     version = 2
     truncations: ClassVar[tuple[str, ...]] = ("skip",)
     row_name: ClassVar[str] = "prompts"
     row_use: ClassVar[str] = "answer"
     feedback_format: ClassVar[str] = "prompts"
-    unused = ("val_tokens",)  # `val_prompts` says how long a validation is
+    unused = ("val_tokens",)  # `val_prompts` sets the length of a validation
     inputs = {
-        "model": InputSpec(("model",), "Policy to train: a run, a Hugging Face folder"),
+        "model": InputSpec(("model",), "Policy to train: a run or a Hugging Face folder"),
         "reward_model": InputSpec(
             ("reward",),
-            "Reward model that scores answers; several are an ensemble",
+            "Reward model that scores completions; several form an ensemble",
             several=True,
             optional=True,
         ),
         "feedback": FEEDBACK,
     }
     result = {**ChatStage.result, "prompts": int}
-    notes = """Read are .jsonl and .json files of rows with a prompt or question (a text or
-messages), or conversations, of which what precedes the last answer is the prompt."""
+    notes = """Data are .jsonl and .json files of rows with a prompt or question (a text or
+messages), or of conversations, whose last answer is cut off."""
 
     data: Annotated[
         tuple[str, ...],
@@ -90,19 +91,25 @@ messages), or conversations, of which what precedes the last answer is the promp
     ] = ()
     reward_function: Annotated[
         str,
-        "Function that scores answers: exact, contains, number, reasoning-gym, or file.py:function",
+        "Function that scores completions: exact, contains, number, reasoning-gym or "
+        "file.py:function",
     ] = ""
     ensemble: Annotated[
-        str, "Score of several reward models: mean, min, or uwo (mean - uwo_coefficient * variance)"
+        str,
+        "Combined score of several reward models: mean, min or uwo (mean - uwo_coefficient * "
+        "variance)",
     ] = "mean"
-    uwo_coefficient: Annotated[float, "What a disagreement of the reward models costs"] = 0.1
-    max_length: Annotated[int | None, "Most tokens of prompt and answer; default: the context"] = (
-        None
-    )
-    truncation: Annotated[str, "Prompts that leave no room for an answer: skip"] = "skip"
+    uwo_coefficient: Annotated[
+        float, "Coefficient of the variance over the reward models in uwo"
+    ] = 0.1
+    max_length: Annotated[
+        int | None, "Maximum tokens of prompt and completion; default: the context"
+    ] = None
+    truncation: Annotated[str, "What to do with prompts that are too long: skip"] = "skip"
     spike_factor: Annotated[
-        float | None, "A loss so many standard deviations above the mean of spike_window is a spike"
-    ] = None  # a surrogate's loss says little
+        float | None,
+        "A spike is a loss this many standard deviations above the mean of spike_window",
+    ] = None  # a surrogate loss says little
     lr: Annotated[float, "Peak learning rate"] = 1e-6
     eps: Annotated[float, "AdamW's epsilon"] = 1e-5
     save_steps: Annotated[int, "Steps between checkpoints"] = 50
@@ -118,19 +125,17 @@ messages), or conversations, of which what precedes the last answer is the promp
             for spec in filter(is_reasoning_gym, self.data):
                 check_scorable(spec)
         dropout = self.lora_dropout
-        why = "0, as the update needs the probabilities that the answers were drawn with"
-        expect(not dropout, "lora_dropout", why, dropout)
-        steps, every = self.steps_of_round(), self.save_steps
-        least = (
-            f"at least the {steps} steps of a round, so that a checkpoint from before it is kept"
-        )
-        expect(every >= steps, "save_steps", least, every)
-        why = "0, as a round has a fixed number of steps"
-        expect(not self.batch_warmup, "batch_warmup", why, self.batch_warmup)
+        expected = "0, as the update needs the probabilities that the completions were sampled with"
+        expect(not dropout, "lora_dropout", expected, dropout)
+        steps = self.steps_of_round()
+        expected = f"at least the {steps} steps of a round, to keep a checkpoint from before it"
+        expect(self.save_steps >= steps, "save_steps", expected, self.save_steps)
+        expected = "0, as a round has a fixed number of steps"
+        expect(not self.batch_warmup, "batch_warmup", expected, self.batch_warmup)
         expect(
             self.save_total_limit >= 2,
             "save_total_limit",
-            "2 or more, as the last may be too far",
+            "2 or more, as the last one may be from after the divergence",
             self.save_total_limit,
         )
 
@@ -139,39 +144,40 @@ messages), or conversations, of which what precedes the last answer is the promp
         return super().plan(inputs)
 
     def check_models(self, names: Sequence[str]) -> None:
-        """Refuse what does not fit reward models of these names."""
+        """Raise InputError if the options do not fit reward models of these names."""
         expect(
             self.reward_function or names,
             "reward_function",
             "a function, or a reward_model",
             "neither",
         )
-        several = f"two or more reward_models for {self.ensemble}"
-        expect(len(names) > 1 or self.ensemble == "mean", "ensemble", several, len(names))
-        once = len(set(names)) == len(names)
-        expect(once, "reward_model", "each once", ", ".join(names))
+        expected = f"two or more reward_models for {self.ensemble}"
+        expect(len(names) > 1 or self.ensemble == "mean", "ensemble", expected, len(names))
+        unique = len(set(names)) == len(names)
+        expect(unique, "reward_model", "each once", ", ".join(names))
 
     def steps_of_round(self) -> int:
-        size = self.batch_size * self.gradient_accumulation_steps
-        return self.num_iterations * math.ceil(self.prompts_per_round * self.num_generations / size)
+        """Return the optimizer steps of a round."""
+        completions = self.prompts_per_round * self.num_generations
+        return self.num_iterations * math.ceil(completions / self.step_size())
 
     def steps_of_epochs(self, epochs: float, examples: int) -> int:
         return math.ceil(epochs * examples / self.prompts_per_round) * self.steps_of_round()
 
     def digest_inputs(self, input_digest: InputDigest) -> Any:
-        where = self.reward_function.rpartition(":")[0]
-        function = input_digest.hash_tree(where) if where.endswith(".py") else None
+        path = self.reward_function.rpartition(":")[0]
+        function = input_digest.hash_tree(path) if path.endswith(".py") else None
         return [super().digest_inputs(input_digest), function]
 
-    def online(
+    def build_objective(
         self, policy: "CausalLM", reward_model: "RewardModel | None", *args: Any, **more: Any
     ) -> "OnlineObjective":
-        """Return the objective on ``policy``; the rest is for `OnlineObjective`."""
+        """Build the objective on ``policy``; the other arguments are those of `OnlineObjective`."""
         raise NotImplementedError
 
     def read_data(self, tokenizer: "Tokenizer", context: int, ctx: StageContext) -> "PromptDataset":
-        self.check_models([one.name for one in ctx.inputs.get("reward_model", ())])
-        self.example_length(context)  # refuses a max_length beyond it
+        self.check_models([model.name for model in ctx.inputs.get("reward_model", ())])
+        self.example_length(context)  # raises InputError for a max_length beyond it
         scorer = RewardScorer(self, tokenizer, ctx)
         context = self.max_length or context
         if scorer.models is not None:
@@ -185,32 +191,32 @@ messages), or conversations, of which what precedes the last answer is the promp
         self, ctx: StageContext, model: Any, data: Any, options: TrainOptions, **common: Any
     ) -> "OnlineObjective":
         scorer, tokenizer = data.scorer, common["tokenizer"]
-        return self.online(
-            model, scorer.models.models[0] if scorer.models else None, self.reference(model),
+        return self.build_objective(
+            model, scorer.models.models[0] if scorer.models else None, self.build_reference(model),
             [ids for ids, _ in data.training], [ids for ids, _ in data.heldout],
-            scorer.of(data.training),
-            base=common["base"], scorer_identity=scorer.identity(),
-            score_heldout=scorer.of(data.heldout), stop_ids=tokenizer.stop_ids,
-            places=[prompt.place for _, prompt in data.training], sample_prompt=common["prompt"],
-            answer_text=partial(decode_text, tokenizer), sample_tokens=options.sample_tokens,
-            score_metrics=scorer.metrics,
+            scorer.score_function(data.training), base=common["base"],
+            scorer_identity=scorer.identity(), score_heldout=scorer.score_function(data.heldout),
+            stop_ids=tokenizer.stop_ids,
+            prompt_locations=[prompt.place for _, prompt in data.training],
+            sample_prompt=common["prompt"], decode=partial(decode_text, tokenizer),
+            sample_tokens=options.sample_tokens, score_metrics=scorer.metrics,
             warn=ctx.warning if is_main_process() else lambda message: None,
         )  # fmt: skip
 
     def prepare(self, ctx: StageContext) -> TrainingSetup:
         training = super().prepare(ctx)
 
-        def keep_last_good(error: "DivergedError") -> None:
+        def save_last_good(error: "DivergedError") -> None:
             if error.checkpoint is not None:
                 cast("OnlineObjective", training.objective).load_policy(error.checkpoint)
                 self.save(training, ctx.out / LAST_GOOD)
-                ctx.warning(f"the policy of that checkpoint is {ctx.out / LAST_GOOD}")
+                ctx.warning(f"the policy of that checkpoint is saved in {ctx.out / LAST_GOOD}")
 
-        training.on_diverged = keep_last_good
+        training.on_diverged = save_last_good
         return training
 
-    def reference(self, model: "CausalLM") -> "CausalLM | None":
-        """A frozen copy of the policy in the training's dtype; with adapters None
+    def build_reference(self, model: "CausalLM") -> "CausalLM | None":
+        """Copy the policy in the training's dtype; with adapters None
         (`OnlineObjective`).
         """
         import copy
@@ -223,7 +229,7 @@ messages), or conversations, of which what precedes the last answer is the promp
 
     def summary_parts(self, result: Mapping[str, Any], ctx: StageContext) -> tuple[str, list[str]]:
         metrics = [m for m in read_metrics(ctx.out / METRICS) if "val_score" in m]
-        figures = [f"{result['tokens_per_second']:,.0f} answer tokens/s"]
+        figures = [f"{result['tokens_per_second']:,.0f} completion tokens/s"]
         if metrics:
             first, last = metrics[0]["val_score"], metrics[-1]["val_score"]
             figures = [f"held-out score {first:.3f} to {last:.3f}", *figures]
@@ -235,18 +241,18 @@ messages), or conversations, of which what precedes the last answer is the promp
         from fastlm.pipeline.text import count_text
         from fastlm.train.charts import frontier_chart
 
-        held = [m for m in metrics if "val_score" in m]
+        validations = [m for m in metrics if "val_score" in m]
         models = ctx.inputs.get("reward_model", ())
         cards = []
-        if held:
-            first, last = held[0], held[-1]
+        if validations:
+            first, last = validations[0], validations[-1]
             cards = [(
                 f"{last['val_score']:.3f}",
                 f"held-out score ± {last['val_score_error']:.3f}; {first['val_score']:.3f} before",
             )]  # fmt: skip
         return ReportSection(
             self.title(),
-            "The policy answers prompts, and learns from the scores of its own answers.",
+            "The policy completes prompts and learns from the scores of its completions.",
             facts={
                 "prompts": rows_summary(result),
                 **self.lora_facts(result),
@@ -255,10 +261,11 @@ messages), or conversations, of which what precedes the last answer is the promp
                      *(["reward model"] if len(models) == 1 else []),
                      *([f"{self.ensemble} of {len(models)} reward models"] if models[1:] else [])]
                 ),
-                "round": f"{self.prompts_per_round} prompts, {self.num_generations} answers each,"
-                f" {self.num_iterations} {'pass' if self.num_iterations == 1 else 'passes'} in"
-                f" steps of {self.batch_size * self.gradient_accumulation_steps}, β {self.beta}",
-                "answers": f"{count_text(result['tokens'])} tokens learnt from, at temperature"
+                "round": f"{self.prompts_per_round} prompts, {self.num_generations} completions"
+                f" each, {self.num_iterations}"
+                f" {'iteration' if self.num_iterations == 1 else 'iterations'} in steps of"
+                f" {self.step_size()}, β {self.beta}",
+                "completions": f"{count_text(result['tokens'])} tokens, at temperature"
                 f" {self.temperature}, at most {self.max_new_tokens} each",
             },
             charts=[frontier_chart(metrics)],
@@ -270,7 +277,7 @@ messages), or conversations, of which what precedes the last answer is the promp
 
 
 class PromptDataset(EncodedDataset):
-    """The prompts of a stage as (ids, prompt). ``scorer``: of their answers."""
+    """The prompts of a stage, as pairs of token ids and prompt. ``scorer`` scores completions."""
 
     def __init__(self, scorer: "RewardScorer", *args: Any):
         self.scorer = scorer
@@ -287,9 +294,9 @@ class PromptDataset(EncodedDataset):
     def encode(self, row: "Prompt") -> "list[tuple[list[int], Prompt]]":
         variables = template_variables(row.tools)
         try:
-            # nothing may be lost on the way into the template
-            answered = [*row.messages, {"role": "assistant", "content": "."}]
-            self.tokenizer.check_written(answered, variables, self.stage.date)
+            # raises if the template would drop something
+            conversation = [*row.messages, {"role": "assistant", "content": "."}]
+            self.tokenizer.check_written(conversation, variables, self.stage.date)
             ids = self.tokenizer.encode_chat(row.messages, date=self.stage.date, **variables)
         except InputError as error:
             self.refuse(error, row.place)
@@ -297,7 +304,7 @@ class PromptDataset(EncodedDataset):
         if len(ids) > self.max_length:
             self.rows.counts["too long"] += 1
             return []
-        if check := CHECKS.get(self.scorer.name):
+        if check := CHECKS.get(self.scorer.function_name):
             try:
                 check(row.row)
             except InputError as error:
@@ -308,39 +315,41 @@ class PromptDataset(EncodedDataset):
         return [(ids, row)]
 
 
-def load_reward_model(where: Path, tokenizer: "Tokenizer", dtype: str) -> "RewardModel":
-    """The reward model at ``where``. InputError unless it reads the policy's tokens."""
+def load_reward_model(path: Path, tokenizer: "Tokenizer", dtype: str) -> "RewardModel":
+    """Load the reward model at ``path``. InputError: its vocabulary is not the policy's."""
     import torch
 
     from fastlm.model.reward_model import RewardModel
     from fastlm.tokenizer.load import load_tokenizer
 
-    model = RewardModel.from_pretrained(where, dtype=getattr(torch, dtype))
-    own = load_tokenizer(where, model.config.to_dict())
-    check_vocabulary("reward_model", own, tokenizer)
+    model = RewardModel.from_pretrained(path, dtype=getattr(torch, dtype))
+    reward_tokenizer = load_tokenizer(path, model.config.to_dict())
+    check_vocabulary("reward_model", reward_tokenizer, tokenizer)
     return model
 
 
 class RewardEnsemble:
-    """One score from several reward models, against the overoptimisation of one (Coste et al. 2023,
-    "Reward Model Ensembles Help Mitigate Overoptimization", arXiv:2310.02743). ``models``: at least
-    one. ``how``: see `combine_scores`.
+    """Combines the scores of several reward models, against overoptimisation of a single one (Coste
+    et al. 2023, "Reward Model Ensembles Help Mitigate Overoptimization", arXiv:2310.02743).
+    ``models``: at least one. ``method``: see `combine_scores`.
     """
 
-    def __init__(self, models: "Sequence[RewardModel]", how: str, coefficient: float):
-        self.models, self.how, self.coefficient = models, how, coefficient
+    def __init__(self, models: "Sequence[RewardModel]", method: str, coefficient: float):
+        self.models, self.method, self.coefficient = models, method, coefficient
 
     @property
     def context_limit(self) -> int:
+        """The smallest context of the models."""
         return min(model.trunk.context_limit for model in self.models)
 
     def identity(self) -> list[str]:
-        """Identify the models, and of several how they count."""
+        """Return what identifies the models and, for several, their combination."""
         parts = []
         for model in self.models:
             parts += [weights_digest(model), f"{model.mean!r} {model.std!r}"]
         if len(self.models) > 1:
-            parts += [self.how, repr(self.coefficient)] if self.how == "uwo" else [self.how]
+            parts += [self.method]
+            parts += [repr(self.coefficient)] if self.method == "uwo" else []
         return parts
 
     def score(self, sequences: Sequence[Sequence[int]]) -> "tuple[np.ndarray, np.ndarray]":
@@ -348,73 +357,78 @@ class RewardEnsemble:
         import numpy as np
 
         scores = np.array([model.score(sequences).tolist() for model in self.models], np.float64)
-        return combine_scores(scores, self.how, self.coefficient), scores.std(axis=0)
+        return combine_scores(scores, self.method, self.coefficient), scores.std(axis=0)
 
 
-def combine_scores(scores: "np.ndarray", how: str, coefficient: float = 0.0) -> "np.ndarray":
-    """(models, B) -> (B,): "mean"; "min", the paper's worst-case optimisation; "uwo", its
-    uncertainty-weighted optimisation, ``mean - coefficient * variance`` (over n).
+def combine_scores(scores: "np.ndarray", method: str, coefficient: float = 0.0) -> "np.ndarray":
+    """Combine scores (models, B) -> (B,). The methods are "mean", "min" (the paper's worst-case
+    optimisation) and "uwo" (its uncertainty-weighted optimisation), ``mean - coefficient *
+    variance`` (over n).
     """
-    if how == "min":
+    if method == "min":
         return scores.min(axis=0)
     mean = scores.mean(axis=0)
-    return mean - coefficient * scores.var(axis=0) if how == "uwo" else mean
+    return mean - coefficient * scores.var(axis=0) if method == "uwo" else mean
 
 
 class RewardScorer:
-    """The score of an answer: what the function says of its text, plus what the reward models say
-    of its tokens.
+    """Scores completions: the reward function's score of the text plus the reward models' score of
+    the tokens.
     """
 
     def __init__(self, stage: OnlineStage, tokenizer: "Tokenizer", ctx: StageContext):
-        self.tokenizer, self.name = tokenizer, stage.reward_function
+        self.tokenizer, self.function_name = tokenizer, stage.reward_function
         self.function = load_reward(stage.reward_function) if stage.reward_function else None
         self.models: RewardEnsemble | None = None
-        self.spread = 0.0  # of the reward models, over the answers scored last
-        given = ctx.inputs.get("reward_model", ())
-        if given:
-            models = [load_reward_model(one.path, tokenizer, stage.dtype) for one in given]
-            if len(models) > 1:  # of other names, one may be a copy
+        self.std = 0.0  # over the reward models, mean of the completions scored last
+        inputs = ctx.inputs.get("reward_model", ())
+        if inputs:
+            models = [load_reward_model(item.path, tokenizer, stage.dtype) for item in inputs]
+            if len(models) > 1:  # one may be a copy under another name
                 digests = [weights_digest(model) for model in models]
-                stage.check_models([given[digests.index(digest)].name for digest in digests])
+                stage.check_models([inputs[digests.index(digest)].name for digest in digests])
             self.models = RewardEnsemble(models, stage.ensemble, stage.uwo_coefficient)
 
     def identity(self) -> str:
-        """Identify what scores: the function's name and file, the reward model's weights."""
-        where = self.name.rpartition(":")[0]
-        parts = [self.name]
-        if where.endswith(".py"):
-            parts.append(sha256(Path(where).read_bytes()).hexdigest()[:16])
+        """Identify the scorer: the function's name and file, the reward models' weights."""
+        path = self.function_name.rpartition(":")[0]
+        parts = [self.function_name]
+        if path.endswith(".py"):
+            parts.append(sha256(Path(path).read_bytes()).hexdigest()[:16])
         if self.models is not None:
             parts += self.models.identity()
         return " ".join(parts)
 
     def metrics(self) -> dict[str, float]:
-        """What else a round has to say of its scores."""
+        """Return further metrics of the scores of a round."""
         several = self.models is not None and len(self.models.models) > 1
-        return {"ensemble_std": self.spread} if several else {}
+        return {"ensemble_std": self.std} if several else {}
 
-    def of(self, questions: "Sequence[tuple[list[int], Prompt]]") -> Any:
-        """A `fastlm.train.online.Score` of answers to these questions."""
+    def score_function(self, prompts: "Sequence[tuple[list[int], Prompt]]") -> Any:
+        """Return a `fastlm.train.online.ScoreFunction` of completions of these prompts."""
 
-        def score(places: Sequence[int], answers: "Sequence[Completion]") -> list[float]:
-            scores = [0.0] * len(answers)
+        def score(indices: Sequence[int], completions: "Sequence[Completion]") -> list[float]:
+            scores = [0.0] * len(completions)
             if self.function is not None:
-                for i, (place, answer) in enumerate(zip(places, answers, strict=True)):
-                    scores[i] += self.verified(questions[place][1], answer)
+                for i, (index, completion) in enumerate(zip(indices, completions, strict=True)):
+                    scores[i] += self.call_function(prompts[index][1], completion)
             if self.models is not None:
-                whole = [[*questions[p][0], *a.token_ids] for p, a in zip(places, answers)]
-                found, spread = self.models.score(whole)
-                for i, more in enumerate(found.tolist()):
-                    scores[i] += checked(more, questions[places[i]][1].place)
-                self.spread = float(spread.mean())
+                sequences = [
+                    [*prompts[index][0], *completion.token_ids]
+                    for index, completion in zip(indices, completions)
+                ]
+                model_scores, std = self.models.score(sequences)
+                for i, model_score in enumerate(model_scores.tolist()):
+                    scores[i] += checked(model_score, prompts[indices[i]][1].place)
+                self.std = float(std.mean())
             return scores
 
         return score
 
-    def verified(self, prompt: "Prompt", answer: "Completion") -> float:
+    def call_function(self, prompt: "Prompt", completion: "Completion") -> float:
+        """Return the reward function's score."""
         assert self.function is not None
-        tokens = answer.token_ids[:-1] if answer.ended else answer.token_ids
+        tokens = completion.token_ids[:-1] if completion.ended else completion.token_ids
         try:
             value = self.function(decode_text(self.tokenizer, tokens), prompt.row)
         except InputError as error:
@@ -427,7 +441,7 @@ class RewardScorer:
 
 @dataclass(frozen=True)
 class Ppo(PpoOptions, OnlineStage):
-    """Train a policy on scores of its own answers by PPO, with a value model.
+    """Train a policy on scores of its own completions by PPO, with a value model.
 
     Scores come from a function, from a reward model, or from both. The same command run again
     resumes from the last checkpoint. docs/ppo.md lists every convention.
@@ -438,17 +452,19 @@ class Ppo(PpoOptions, OnlineStage):
 
     def check(self) -> None:
         super().check()
-        steps, most = self.critic_warmup * self.steps_of_round(), self.max_steps
-        why = f"rounds of fewer than the {most} steps of the run, or the policy learns nothing"
+        steps, max_steps = self.critic_warmup * self.steps_of_round(), self.max_steps
+        expected = (
+            f"rounds of fewer than the {max_steps} steps of the run, or the policy learns nothing"
+        )
         got = f"{self.critic_warmup} of {steps} steps"
-        expect(most is None or most > steps, "critic_warmup", why, got)
+        expect(max_steps is None or max_steps > steps, "critic_warmup", expected, got)
 
     def check_models(self, names: Sequence[str]) -> None:
         super().check_models(names)
-        some = self.value_model != "reward" or names
-        expect(some, "value_model", "a reward_model to begin with", "none")
+        fits = self.value_model != "reward" or names
+        expect(fits, "value_model", "a reward_model to begin with", "none")
 
-    def online(
+    def build_objective(
         self, policy: "CausalLM", reward_model: "RewardModel | None", *args: Any, **more: Any
     ) -> "OnlineObjective":
         from fastlm.train.online_objectives import PpoObjective, build_value_model
@@ -466,7 +482,7 @@ class Ppo(PpoOptions, OnlineStage):
 
 @dataclass(frozen=True)
 class Grpo(GrpoOptions, OnlineStage):
-    """Train a policy on scores of its own answers, relative to its other answers to the prompt.
+    """Train a policy on scores of its completions, relative to its others of the same prompt.
 
     Scores come from a function, from a reward model, or from both. The same command run again
     resumes from the last checkpoint.
@@ -475,7 +491,7 @@ class Grpo(GrpoOptions, OnlineStage):
     kind = "grpo"
     command = ("grpo",)
 
-    def online(
+    def build_objective(
         self, policy: "CausalLM", reward_model: "RewardModel | None", *args: Any, **more: Any
     ) -> "OnlineObjective":
         from fastlm.train.online_objectives import GrpoObjective

@@ -1,10 +1,10 @@
-"""The options of every training and of those on a policy's own answers, and how far a run has come
-by them. Nothing here imports torch, because ``--help`` reads them.
+"""The options of every training and of trainings on rollouts, and the schedules that depend on
+them. Nothing here imports torch, because ``--help`` reads this module.
 
-Everything that depends on the moment in a run (learning rate, batch, validations, samples) is a
-function of its `TrainOptions.progress`, 0 to 1. A run with a budget of ten minutes therefore
-anneals to its end on any machine, and a run with a budget of tokens ends at the same quality on
-every machine. Schedules in steps were the alternative: they cannot end a run on time.
+All schedules (learning rate, batch, validations, samples) are functions of
+`TrainOptions.progress`, 0 to 1. A run with a budget of ten minutes therefore anneals to its end on
+any machine, and a run with a budget of tokens ends at the same quality on every machine. Rejected:
+schedules in steps, which cannot end a run on time.
 """
 
 import math
@@ -18,20 +18,19 @@ from fastlm.pipeline.stage import at_least_one, not_negative, one_of, positive, 
 from fastlm.torchrun import node_size, rank_and_world_size
 from fastlm.train.metrics import check_report_to
 
-# What changes no bit of the trained weights: it uses none of the training's random numbers
+# Options that change no bit of the trained weights: they use no random numbers of the training
 NEUTRAL_OPTIONS = (
     "validations", "val_tokens", "sample_at", "sample_prompt", "sample_tokens", "save_steps",
     "save_total_limit", "save_best", "checkpoint_activations", "async_checkpoints", "parallel",
     "report_to",
 )  # fmt: skip
-# How far to train. A training can continue with another budget; the schedule spans the
-# whole of it
+# The budget. A training can continue with another one; the schedule then spans the new budget
 BUDGET_OPTIONS = ("max_steps", "max_seconds", "max_tokens")
-# What is done about a spike; they decide weights where spikes are skipped
+# The handling of loss spikes. These options change the weights only if spikes are skipped
 SPIKE_OPTIONS = ("spike_factor", "spike_window", "on_spike")
 OPTIMIZERS = {"adamw": "AdamW", "muon": "Muon"}
 Aggregation = Literal["token", "sequence", "constant"]
-# loss_type -> how the loss is aggregated, whether advantages are divided by the group's deviation
+# loss_type -> aggregation of the loss, whether advantages are divided by the group's deviation
 LOSS_TYPES: dict[str, tuple[Aggregation, bool]] = {
     "dapo": ("token", True),  # Yu et al. 2025, arXiv:2503.14476
     "grpo": ("sequence", True),  # Shao et al. 2024, arXiv:2402.03300
@@ -41,79 +40,92 @@ LOSS_TYPES: dict[str, tuple[Aggregation, bool]] = {
 
 
 def expect(holds: object, name: str, expected: str, got: Any) -> None:
-    """Raise InputError of the option ``name`` unless it ``holds``."""
+    """Raise InputError for the option ``name`` unless ``holds`` is true."""
     if not holds:
         raise InputError(f"{name}: expected {expected}, got {got}")
 
 
-def check_unsharded(what: str, parallel: str) -> None:
-    """Refuse several processes of torchrun's that do not hold the model whole."""
+def check_unsharded(name: str, parallel: str) -> None:
+    """Raise InputError if torchrun's processes shard the model, which ``name`` does not support."""
     expect(
-        parallel == "ddp" or rank_and_world_size()[1] == 1, "parallel", f"ddp with {what}", parallel
+        parallel == "ddp" or rank_and_world_size()[1] == 1, "parallel", f"ddp with {name}", parallel
     )
 
 
 @dataclass(frozen=True)
 class TrainOptions:
-    """``max_steps``, ``max_seconds`` or ``max_tokens`` ends the run, whichever comes first; the
-    schedule spans the run. Tokens are those the loss counts; the last step may exceed the limit.
-    Seconds are those of steps and checkpoints: validations and samples are not counted.
+    """The options of every training.
 
-    ``validations`` are evenly spaced, ``sample_at`` are moments between 0 (before the first step)
+    ``max_steps``, ``max_seconds`` or ``max_tokens`` ends the run, whichever comes first; the
+    schedule spans the run. The loss defines which tokens count; the last step may exceed the limit.
+    Seconds count steps and checkpoints, but not validations and samples.
+
+    ``validations`` are evenly spaced; ``sample_at`` are points between 0 (before the first step)
     and 1 (the end).
     """
 
     max_steps: Annotated[int | None, "Stop after this many steps"] = None
     max_seconds: Annotated[
-        float | None, "Stop after this many seconds; validations are not counted"
+        float | None, "Stop after this many seconds, without validations and samples"
     ] = None
     max_tokens: Annotated[int | None, "Stop after this many tokens"] = None
-    gradient_accumulation_steps: Annotated[int, "Micro-batches per step"] = 1
+    gradient_accumulation_steps: Annotated[
+        int, "Micro-batches per step, of all processes together"
+    ] = 1
     batch_warmup: Annotated[
         float,
-        "Share of the run in which the micro-batches per step grow from 1 to "
-        "gradient_accumulation_steps",
+        "Share of the run in which the micro-batches per step grow from 1 to"
+        " gradient_accumulation_steps",
     ] = 0.0
-    dtype: Annotated[str, "bfloat16 (with float32 master weights) or float32"] = "bfloat16"
-    optimizer: Annotated[str, "adamw, or muon (layers' matrices; AdamW for the rest)"] = "adamw"
+    dtype: Annotated[
+        str, "Type of the weights: bfloat16 (with float32 master weights) or float32"
+    ] = "bfloat16"
+    optimizer: Annotated[
+        str, "Optimizer: adamw, or muon (for the layers' matrices; AdamW for the rest)"
+    ] = "adamw"
     checkpoint_activations: Annotated[
-        int, "Layers, from the first, whose activations the backward computes again: less memory"
+        int, "First layers whose activations the backward recomputes, which saves memory"
     ] = 0
     lr: Annotated[float, "Peak learning rate"] = 1e-3
-    schedule: Annotated[str, "cosine or wsd"] = "cosine"
-    warmup_ratio: Annotated[float, "Share of the run in which the rate rises"] = 0.02
-    decay_ratio: Annotated[float, "Share of the run in which the rate of wsd falls"] = 0.2
-    final_lr: Annotated[float, "Rate at the end, as a share of the peak"] = 0.0
+    schedule: Annotated[str, "Learning rate schedule: cosine or wsd (warmup, stable, decay)"] = (
+        "cosine"
+    )
+    warmup_ratio: Annotated[float, "Share of the run in which the learning rate rises"] = 0.02
+    decay_ratio: Annotated[float, "Share of the run in which the learning rate of wsd falls"] = 0.2
+    final_lr: Annotated[float, "Final learning rate, as a share of the peak"] = 0.0
     betas: Annotated[tuple[float, float], "AdamW's betas"] = (0.9, 0.95)
     eps: Annotated[float, "AdamW's epsilon"] = 1e-8
     weight_decay: Annotated[float, "Weight decay of matrices"] = 0.1
     max_grad_norm: Annotated[float | None, "Clip the gradient to this norm"] = 1.0
-    on_spike: Annotated[str, "warn, skip (throw the gradients away) or stop"] = "warn"
+    on_spike: Annotated[
+        str, "What to do at a loss spike: warn, skip (drop the gradients) or stop"
+    ] = "warn"
     spike_factor: Annotated[
-        float | None, "A loss so many standard deviations above the mean of spike_window is a spike"
+        float | None,
+        "A spike is a loss this many standard deviations above the mean of spike_window",
     ] = 6.0
-    spike_window: Annotated[int, "Steps whose losses a spike is measured against"] = 128
+    spike_window: Annotated[int, "Number of previous steps that define the mean loss"] = 128
     validations: Annotated[int, "Number of validations, evenly spaced over the run"] = 20
     val_tokens: Annotated[int, "Tokens per validation"] = 1 << 16
     sample_at: Annotated[
-        tuple[float, ...], "Moments of the run, 0 to 1, at which the model writes a sample"
+        tuple[float, ...], "Points of the run, 0 to 1, at which the model writes a sample"
     ] = (0.0, 0.02, 0.1, 0.3, 1.0)
-    sample_prompt: Annotated[str, "Text that a sample continues"] = ""
+    sample_prompt: Annotated[str, "Text that samples continue"] = ""
     sample_tokens: Annotated[int, "Tokens per sample; 0: no samples"] = 80
     save_steps: Annotated[int, "Steps between checkpoints"] = 200
-    save_total_limit: Annotated[int, "Checkpoints to keep"] = 2
+    save_total_limit: Annotated[int, "Maximum number of checkpoints on disk"] = 2
     async_checkpoints: Annotated[
-        bool, "Write checkpoints beside the training, from copies in memory"
+        bool, "Write checkpoints in the background, from copies in memory"
     ] = False
-    save_best: Annotated[bool, "Also keep the weights of the best validation"] = False
-    keep: Annotated[str, "The weights to leave: last, or best (of the best validation)"] = "last"
+    save_best: Annotated[bool, "Also save the weights of the best validation"] = False
+    keep: Annotated[str, "Final weights: last, or best (of the best validation)"] = "last"
     parallel: Annotated[
         str,
-        "Under torchrun: ddp (each process has the whole model), fsdp (a shard of it) or hsdp (a"
-        " shard of it within a node)",
+        "Under torchrun: ddp (a replica per process), fsdp (a shard per process) or hsdp (shards"
+        " within a node, replicas between nodes)",
     ] = "ddp"
     report_to: Annotated[
-        tuple[str, ...], "Programs that get metrics.jsonl's lines, too: tensorboard, trackio"
+        tuple[str, ...], "Trackers that also receive the metrics: tensorboard, trackio"
     ] = ()
 
     def loop_options(self) -> "TrainOptions":
@@ -121,23 +133,21 @@ class TrainOptions:
         return select_options(self, TrainOptions)
 
     def identity(self) -> dict[str, Any]:
-        """Return the options that decide what is trained: all but NEUTRAL_OPTIONS, and
-        SPIKE_OPTIONS that only watch.
+        """Return the options that determine the trained weights: all but NEUTRAL_OPTIONS, and but
+        SPIKE_OPTIONS unless spikes are skipped.
         """
-        watching = (
-            NEUTRAL_OPTIONS if self.on_spike == "skip" else (*NEUTRAL_OPTIONS, *SPIKE_OPTIONS)
-        )
-        return {k: v for k, v in asdict(self).items() if k not in watching}
+        neutral = NEUTRAL_OPTIONS if self.on_spike == "skip" else (*NEUTRAL_OPTIONS, *SPIKE_OPTIONS)
+        return {k: v for k, v in asdict(self).items() if k not in neutral}
 
     def can_continue(self, changed: Collection[str], folder: Path, finished: bool) -> bool:
-        """Return whether the training in ``folder`` continues where these options have changed.
+        """Return whether the training in ``folder`` can continue although these options changed.
 
-        SPIKE_OPTIONS are among ``changed`` if spikes are, or were, skipped (`identity`): a finished
-        training would have ended at other weights.
+        ``changed`` includes SPIKE_OPTIONS only if spikes are or were skipped (`identity`): a
+        finished training would then have ended at other weights.
         """
-        free = {"keep"} if finished else {"keep", *SPIKE_OPTIONS}
-        best = any((folder / "checkpoints").glob("best-*"))
-        return set(changed) <= free and (self.keep == "last" or best)
+        allowed = {"keep"} if finished else {"keep", *SPIKE_OPTIONS}
+        has_best = any((folder / "checkpoints").glob("best-*"))
+        return set(changed) <= allowed and (self.keep == "last" or has_best)
 
     def check(self) -> None:
         """Check the values. InputError names the option."""
@@ -170,102 +180,106 @@ class TrainOptions:
             on_spike=("warn", "skip", "stop"), keep=("last", "best"),
             parallel=("ddp", "fsdp", "hsdp"),
         )  # fmt: skip
-        most = 1 - self.warmup_ratio
+        max_decay = 1 - self.warmup_ratio
         expect(
-            self.schedule != "wsd" or self.decay_ratio <= most + 1e-9,  # the sum may be rounded
+            self.schedule != "wsd"
+            or self.decay_ratio <= max_decay + 1e-9,  # the sum may be rounded
             "decay_ratio",
-            f"at most 1 - warmup_ratio = {most:g} for wsd, whose rate else jumps at the end of the"
-            " warm-up",
+            f"at most 1 - warmup_ratio = {max_decay:g} for wsd, whose rate else jumps at the end"
+            " of the warm-up",
             f"{self.decay_ratio:g}",
         )
         check_report_to(self.report_to)
-        best = not self.saves_best or self.validations
-        expect(best, "validations", "1 or more to find the best weights", 0)
+        can_find_best = not self.saves_best or self.validations
+        expect(can_find_best, "validations", "1 or more to find the best weights", 0)
         self._check_processes(rank_and_world_size()[1])
 
     def _check_processes(self, size: int) -> None:
-        below = self.gradient_accumulation_steps // size * size
-        fits = " or ".join(str(n) for n in (below, below + size) if n)
+        lower = self.gradient_accumulation_steps // size * size
+        valid = " or ".join(str(n) for n in (lower, lower + size) if n)
         expect(
             self.gradient_accumulation_steps % size == 0, "gradient_accumulation_steps",
-            f"micro-batches that {size} processes can share evenly ({fits})",
+            f"micro-batches that {size} processes can share evenly ({valid})",
             self.gradient_accumulation_steps,
         )  # fmt: skip
         if size == 1 or self.parallel == "ddp":
             return
         node = node_size()
         expect(size % node == 0, "parallel", f"whole nodes of {node} processes", size)
-        for name, only in (("optimizer", "adamw"), ("async_checkpoints", False)):
+        for name, required in (("optimizer", "adamw"), ("async_checkpoints", False)):
             value = getattr(self, name)
-            expect(value == only, name, f"{only} with parallel = {self.parallel!r}", value)
+            expect(value == required, name, f"{required} with parallel = {self.parallel!r}", value)
 
     @property
     def saves_best(self) -> bool:
+        """Whether the training saves the weights of the best validation."""
         return self.save_best or self.keep == "best"
 
     def progress(self, steps: float, tokens: float, seconds: float) -> float:
-        """Return 0 at the start, 1 when the first of the budgets is used up."""
+        """Return the progress: 0 at the start, 1 when the first budget is used up."""
         used = (steps, self.max_steps), (tokens, self.max_tokens), (seconds, self.max_seconds)
         return min(max(amount / budget for amount, budget in used if budget is not None), 1.0)
 
-    def learning_rate(self, done: float) -> float:
-        """Return the rate at ``done`` (0..1): linear from 0 to ``lr`` within ``warmup_ratio``,
-        ``final_lr * lr`` at 1.
+    def learning_rate(self, progress: float) -> float:
+        """Return the learning rate at ``progress`` (0..1): linear from 0 to ``lr`` within
+        ``warmup_ratio``, ``final_lr * lr`` at 1.
 
         cosine: falls from the end of the warm-up. wsd: stays constant, then falls linearly within
         the last ``decay_ratio``.
         """
-        if done < self.warmup_ratio:
-            return self.lr * done / self.warmup_ratio
+        if progress < self.warmup_ratio:
+            return self.lr * progress / self.warmup_ratio
         if self.schedule == "cosine":
-            falling = (done - self.warmup_ratio) / max(1 - self.warmup_ratio, 1e-9)
+            falling = (progress - self.warmup_ratio) / max(1 - self.warmup_ratio, 1e-9)
             share = 0.5 * (1 + math.cos(math.pi * min(falling, 1.0)))
         else:
-            share = min(1.0, (1 - done) / self.decay_ratio) if self.decay_ratio > 0 else 1.0
+            share = min(1.0, (1 - progress) / self.decay_ratio) if self.decay_ratio > 0 else 1.0
         return self.lr * (self.final_lr + (1 - self.final_lr) * share)
 
-    def micro_batches(self, done: float) -> int:
-        """Return the micro-batches of the step that begins at ``done`` (0..1): 1 to
+    def micro_batches(self, progress: float) -> int:
+        """Return the micro-batches of the step that begins at ``progress`` (0..1): 1 to
         ``gradient_accumulation_steps - 1`` in equal parts of ``batch_warmup``, then
         ``gradient_accumulation_steps``.
 
-        Early in a run the gradient's noise is small beside the gradient, and a small batch learns
-        as much per step (McCandlish et al. 2018, arXiv:1812.06162).
+        Early in a run the gradient noise is small compared with the gradient, so a small batch
+        learns as much per step (McCandlish et al. 2018, arXiv:1812.06162).
         """
-        if done >= self.batch_warmup:
+        if progress >= self.batch_warmup:
             return self.gradient_accumulation_steps
-        return 1 + int((self.gradient_accumulation_steps - 1) * done / self.batch_warmup)
+        return 1 + int((self.gradient_accumulation_steps - 1) * progress / self.batch_warmup)
 
 
 @dataclass(frozen=True)
 class RolloutOptions:
-    """How rollouts are made, scored and learnt from: what PPO and GRPO share."""
+    """The options that PPO and GRPO share: sampling, scoring and training on rollouts."""
 
-    seed: Annotated[int, "Seed of the order of the data"] = 0
+    seed: Annotated[int, "Seed of the data order"] = 0
     prompts_per_round: Annotated[int, "Prompts per round"] = 16
-    num_generations: Annotated[int, "Answers to each of them"] = 4
-    num_iterations: Annotated[int, "Passes over the answers of a round"] = 1
-    batch_size: Annotated[int, "Answers per micro-batch, joined without padding"] = 8
-    decode_batch_size: Annotated[int, "Answers that are sampled side by side"] = 64
-    max_new_tokens: Annotated[int, "Most tokens per answer"] = 128
-    temperature: Annotated[float, "Of sampling, of the policy and of the reference"] = 1.0
-    clip_range: Annotated[float, "The ratio of probabilities counts up to 1 ± this"] = 0.2
-    beta: Annotated[float, "Coefficient of the KL to the reference"] = 0.0
-    kl_target: Annotated[float | None, "Adapt beta to this KL, nats per answer"] = None
-    kl_horizon: Annotated[float, "Answers over which beta adapts"] = 10_000.0
-    max_kl: Annotated[float, "Stop where the KL is larger, nats per answer"] = 100.0
+    num_generations: Annotated[int, "Completions per prompt"] = 4
+    num_iterations: Annotated[int, "Epochs over the completions of a round"] = 1
+    batch_size: Annotated[int, "Completions per micro-batch, packed without padding"] = 8
+    decode_batch_size: Annotated[int, "Completions that are sampled in one batch"] = 64
+    max_new_tokens: Annotated[int, "Maximum tokens per completion"] = 128
+    temperature: Annotated[float, "Temperature of sampling, of the policy and of the reference"] = (
+        1.0
+    )
+    clip_range: Annotated[float, "PPO clip range: probability ratios are clipped to 1 ± this"] = 0.2
+    beta: Annotated[float, "Coefficient of the KL divergence to the reference"] = 0.0
+    kl_target: Annotated[float | None, "Adapt beta to this KL, in nats per completion"] = None
+    kl_horizon: Annotated[float, "Number of completions over which beta adapts"] = 10_000.0
+    max_kl: Annotated[float, "Stop if the KL exceeds this, in nats per completion"] = 100.0
     max_update_kl: Annotated[
-        float | None, "End a round where the policy has moved further, nats per token"
+        float | None, "End a round if the KL of its update exceeds this, in nats per token"
     ] = None
-    entropy_coef: Annotated[float, "Coefficient of the entropy that the loss subtracts"] = 0.0
+    entropy_coef: Annotated[float, "Coefficient of the entropy bonus"] = 0.0
     missing_eos_penalty: Annotated[
-        float | None, "Score of an answer that did not end; default: as any other"
+        float | None, "Score of a completion without an EOS token; default: scored like any other"
     ] = None
     mismatch_threshold: Annotated[
         float,
-        "Use importance_weights weights where sampling and training differ by more, nats per token",
+        "Use importance weights if sampling and training differ by more, in nats per token",
     ] = 0.05
-    val_prompts: Annotated[int, "Held-out prompts per validation, answered greedily"] = 64
+    val_prompts: Annotated[int, "Held-out prompts per validation, sampled greedily"] = 64
 
     def check_rollouts(self) -> None:
         """Check the values. InputError names the option."""
@@ -285,8 +299,8 @@ class RolloutOptions:
         if self.kl_target is not None:
             size = self.prompts_per_round * self.num_generations
             expect(self.beta, "kl_target", "a beta above 0 to adapt", 0)
-            least = f"at least the {size} answers of a round"
-            expect(self.kl_horizon >= size, "kl_horizon", least, f"{self.kl_horizon:g}")
+            expected = f"at least the {size} completions of a round"
+            expect(self.kl_horizon >= size, "kl_horizon", expected, f"{self.kl_horizon:g}")
         not_negative(self, "beta", "entropy_coef")
         finite = self.missing_eos_penalty is None or math.isfinite(self.missing_eos_penalty)
         expect(finite, "missing_eos_penalty", "a finite number", self.missing_eos_penalty)
@@ -294,27 +308,37 @@ class RolloutOptions:
 
 @dataclass(frozen=True)
 class PpoOptions(RolloutOptions):
-    """The options of PPO. docs/ppo.md lists its conventions."""
+    """The options of PPO. docs/ppo.md lists the conventions."""
 
     prompts_per_round: Annotated[int, "Prompts per round"] = 64
-    num_generations: Annotated[int, "Answers to each of them"] = 1
-    num_iterations: Annotated[int, "Passes over the answers of a round"] = 4
-    beta: Annotated[float, "Coefficient of the KL to the reference"] = 0.05
+    num_generations: Annotated[int, "Completions per prompt"] = 1
+    num_iterations: Annotated[int, "Epochs over the completions of a round"] = 4
+    beta: Annotated[float, "Coefficient of the KL divergence to the reference"] = 0.05
     value_model: Annotated[
         str,
-        "The value model begins as a copy of the policy, as the reward model, or is shared with "
-        "the policy",
+        "Value model: copy (of the policy), reward (a copy of the reward model) or shared (a head"
+        " on the policy)",
     ] = "copy"
     vf_coef: Annotated[float, "Coefficient of the value loss"] = 0.1
-    clip_range_value: Annotated[float, "Values count up to this from those of the round"] = 0.2
-    value_lr_factor: Annotated[float, "Factor of the learning rate for the value model"] = 10.0
-    critic_warmup: Annotated[int, "Rounds in which the value model alone learns"] = 0
+    clip_range_value: Annotated[
+        float, "Values are clipped to this distance from those of the round"
+    ] = 0.2
+    value_lr_factor: Annotated[
+        float, "Learning rate of the value model, as a multiple of the policy's"
+    ] = 10.0
+    critic_warmup: Annotated[int, "First rounds, in which only the value model learns"] = 0
     gamma: Annotated[float, "Discount per token"] = 1.0
     lam: Annotated[float, "GAE's lambda"] = 0.95
-    dual_clip: Annotated[float | None, "Bound of the loss of bad answers, above 1"] = None
-    kl_estimator: Annotated[str, "Estimate of the KL in the reward: k1, k2 or k3"] = "k1"
-    whiten_rewards: Annotated[bool, "Divide rewards by their deviation, in each round"] = False
-    whiten_advantages: Annotated[bool, "Mean 0 and deviation 1, in each round"] = True
+    dual_clip: Annotated[
+        float | None, "Dual-clip bound of the loss at negative advantages, above 1"
+    ] = None
+    kl_estimator: Annotated[str, "Estimator of the KL in the reward: k1, k2 or k3"] = "k1"
+    whiten_rewards: Annotated[bool, "Divide the rewards of a round by their standard deviation"] = (
+        False
+    )
+    whiten_advantages: Annotated[
+        bool, "Shift and scale the advantages of a round to mean 0 and deviation 1"
+    ] = True
 
     def check_rollouts(self) -> None:
         super().check_rollouts()
@@ -331,11 +355,11 @@ class PpoOptions(RolloutOptions):
 class GrpoOptions(RolloutOptions):
     """The options of GRPO and its relatives."""
 
-    num_generations: Annotated[int, "Answers to each of them, the group"] = 8
+    num_generations: Annotated[int, "Completions per prompt: the group"] = 8
     loss_type: Annotated[str, "dapo, grpo, dr_grpo or rloo; see docs/ppo.md"] = "dapo"
-    mask_truncated_completions: Annotated[bool, "Do not learn from answers that did not end"] = (
-        False
-    )
+    mask_truncated_completions: Annotated[
+        bool, "Do not train on completions without an EOS token"
+    ] = False
 
     def check_rollouts(self) -> None:
         super().check_rollouts()

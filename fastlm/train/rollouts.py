@@ -1,9 +1,8 @@
-"""Experience for PPO and its relatives: answers that the current policy samples, tokens in, tokens
-out.
+"""Sample completions from the current policy and pack them for training: tokens in, tokens out.
 
-An answer keeps the ids that were sampled and their log-probabilities; its text is never tokenised
-again. Which tokens are an answer's follows from lengths, never from token ids: a model whose pad
-token is its end token (SmolLM2-Instruct) learns its end token like any other.
+A completion stores the sampled ids and their log-probabilities; its text is never tokenized again.
+Lengths decide which tokens belong to a completion, never token ids: a model whose pad token is its
+end token (SmolLM2-Instruct) learns its end token like any other.
 """
 
 from collections.abc import Mapping, Sequence
@@ -32,51 +31,53 @@ def sample_completions(
     temperature: float = 1.0,
     seed: int = 0,
     stop_ids: frozenset[int] = frozenset(),
-    rows: int = 64,
+    max_num_seqs: int = 64,
 ) -> list[Completion]:
-    """Sample an answer to every prompt, at most ``rows`` at a time.
+    """Sample a completion of every prompt, at most ``max_num_seqs`` at a time.
 
-    Answer i draws from ``seed + i``. It ends with the first end token of the model or of
-    ``stop_ids``, which is kept, or after ``max_new_tokens``. There are no top-k, top-p and min-p:
-    they would sample from another policy than the one that is trained, whose KL estimates would
-    be wrong (even negative). Temperature 0 is greedy, for validation.
+    Completion i draws from ``seed + i``. It ends with the first end token of the model or of
+    ``stop_ids``, which is included, or after ``max_new_tokens``. There are no top-k, top-p and
+    min-p: they would sample from another policy than the trained one, and KL estimates would be
+    wrong (even negative). Temperature 0 is greedy, for validation.
 
-    Where rotary frequencies depend on the length of the context, those of the longest prompt with
-    its answer serve all.
+    If rotary frequencies depend on the length of the context, those of the longest prompt with its
+    completion serve all.
 
-    Raises InputError: a prompt that leaves no room. RuntimeError: the model fails.
+    Raises:
+        InputError: a prompt is too long.
+        RuntimeError: the model fails.
     """
     longest, limit = max(map(len, prompts), default=0), model.context_limit - max_new_tokens
     if longest > limit:
         raise InputError(
-            f"prompts: expected at most {limit} tokens, which leave room for max_new_tokens"
-            f" {max_new_tokens}, got {longest}"
+            f"prompts: expected at most {limit} tokens, so that max_new_tokens {max_new_tokens} fit"
+            f" into the context, got {longest}"
         )
     if not prompts:
         return []
     requests = batch_requests(
         prompts, max_new_tokens, Sampling(temperature), seed=seed, stop_ids=stop_ids, logprobs=0
     )
-    completions = engine_for(model, requests, max_num_seqs=rows).generate(requests)
-    if failed := [one.error for one in completions if one.error]:
-        raise RuntimeError(failed[0])
+    completions = engine_for(model, requests, max_num_seqs=max_num_seqs).generate(requests)
+    if errors := [completion.error for completion in completions if completion.error]:
+        raise RuntimeError(errors[0])
     return completions
 
 
-def completions_to_tensors(answers: Sequence[Completion]) -> dict[str, Tensor]:
-    """Answers for a checkpoint, or for another process: ``tokens``, one answer after the other, the
-    ``lengths``, and which ``ended``. Log-probabilities are left out.
+def completions_to_tensors(completions: Sequence[Completion]) -> dict[str, Tensor]:
+    """Convert completions for a checkpoint or another process: their joined ``tokens``, the
+    ``lengths``, and whether each ``ended``. Log-probabilities are dropped.
     """
-    joined = [token for answer in answers for token in answer.token_ids]
+    joined = [token for completion in completions for token in completion.token_ids]
     return {
         "tokens": torch.tensor(joined, dtype=torch.int32),
-        "lengths": torch.tensor([len(answer.token_ids) for answer in answers], dtype=torch.int32),
-        "ended": torch.tensor([answer.ended for answer in answers], dtype=torch.bool),
+        "lengths": torch.tensor([len(c.token_ids) for c in completions], dtype=torch.int32),
+        "ended": torch.tensor([c.ended for c in completions], dtype=torch.bool),
     }
 
 
 def completions_from_tensors(tensors: Mapping[str, Tensor]) -> list[Completion]:
-    """Undo `completions_to_tensors`."""
+    """Convert the result of `completions_to_tensors` back."""
     rows = tensors["tokens"].split(tensors["lengths"].tolist())
     return [
         Completion(row.tolist(), finish_reason="stop" if ended else "length")
@@ -86,11 +87,11 @@ def completions_from_tensors(tensors: Mapping[str, Tensor]) -> list[Completion]:
 
 @dataclass(frozen=True)
 class PackedRollouts:
-    """Prompts and answers joined without padding, for one forward.
+    """Prompts and completions, packed without padding for one forward.
 
-    ``ids`` and ``labels`` (1, total), the labels shifted and only those of answers; ``cu_seqlens``
-    (B + 1,) int32; ``keys``: see `fastlm.model.causal_lm.CausalLM.hidden`; ``mask`` (B, S) bool,
-    true on the tokens of an answer, S those of the longest.
+    ``ids`` and ``labels`` (1, total), the labels shifted and only those of completions;
+    ``cu_seqlens`` (B + 1,) int32; ``keys``: see `fastlm.model.causal_lm.CausalLM.hidden`; ``mask``
+    (B, S) bool, true on the tokens of a completion; S is the length of the longest.
     """
 
     ids: Tensor
@@ -100,36 +101,37 @@ class PackedRollouts:
     mask: Tensor
 
     def hidden(self, model: "CausalLM") -> Tensor:
-        """The model's hidden states, (1, total, E)."""
+        """Return the model's hidden states, (1, total, E)."""
         return model.hidden(self.ids, cu_seqlens=self.cu_seqlens, keys=self.keys)
 
     def rows(self, x: Tensor) -> Tensor:
-        """(1, total) -> (B, S): what belongs to each answer's tokens, 0 beyond its end."""
+        """Select the values of the completions' tokens: (1, total) -> (B, S), 0 beyond their
+        ends."""
         out = torch.zeros(self.mask.shape, dtype=x.dtype, device=x.device)
         return out.masked_scatter(self.mask, x[self.labels != IGNORE])
 
 
 def pack_rollouts(
     prompts: Sequence[Sequence[int]],
-    answers: Sequence[Sequence[int]],
+    completions: Sequence[Sequence[int]],
     device: torch.device,
     *,
     share_prompts: bool = True,
 ) -> PackedRollouts:
-    """Join each prompt with its answer. Neither may be empty.
+    """Pack each prompt with its completion. Neither may be empty.
 
-    The last token of an answer is predicted but not read. With ``share_prompts``, neighbours with
-    the same prompt have it once: of the later ones, only its last token is there, which predicts
-    the answer.
+    The last token of a completion is predicted but not read. With ``share_prompts``, neighbours
+    with the same prompt store it once: the later ones only keep its last token, which predicts the
+    completion.
     """
     groups: list[list[Example]] = []
-    for i, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
-        ids = np.array([*prompt, *answer], np.int32)
+    for i, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
+        ids = np.array([*prompt, *completion], np.int32)
         if not (share_prompts and i and prompt == prompts[i - 1]):
             groups.append([])
         groups[-1].append(Example(ids, np.arange(len(ids)) >= len(prompt)))
     (ids, labels, cu_seqlens), keys = pack_groups(groups, device)
     shares = len(keys[0]) > ids.shape[1]
-    lengths = torch.tensor([len(answer) for answer in answers])
+    lengths = torch.tensor([len(completion) for completion in completions])
     mask = (torch.arange(int(lengths.max())) < lengths[:, None]).to(device)
     return PackedRollouts(ids, labels, cu_seqlens, keys if shares else None, mask)

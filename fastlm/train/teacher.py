@@ -368,7 +368,7 @@ def write_completions(
             part = questions[start : start + BATCH]
             answers = sample_completions(
                 teacher, [ids for ids, _ in part], max_new_tokens=max_new_tokens,
-                temperature=temperature, seed=seed + start, rows=BATCH,
+                temperature=temperature, seed=seed + start, max_num_seqs=BATCH,
                 stop_ids=tokenizer.stop_ids,
             )  # fmt: skip
             rows = []

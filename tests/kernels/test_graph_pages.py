@@ -195,7 +195,9 @@ def test_rollouts_replay(recorder, case):
     """The tokens that full passes draw, with their log-probabilities."""
     model = model_of(case)
     prompts = [r.prompt for r in requests_of(6, 30)]
-    answers = sample_completions(model, prompts, max_new_tokens=7, temperature=0.8, seed=3, rows=4)
+    answers = sample_completions(
+        model, prompts, max_new_tokens=7, temperature=0.8, seed=3, max_num_seqs=4
+    )
     for i, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
         expected = complete_by_definition(
             model, Request(prompt, 7, Sampling(temperature=0.8), seed=3 + i)

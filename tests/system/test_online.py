@@ -26,7 +26,7 @@ from fastlm.train.distributed import SingleProcess
 from fastlm.train.loop import TrainingInterrupted, train
 from fastlm.train.metrics import correlation
 from fastlm.train.objective import DivergedError
-from fastlm.train.online import repetition
+from fastlm.train.online import repetition_rate
 from fastlm.train.online_objectives import GrpoObjective, PpoObjective, build_value_model
 from fastlm.train.online_stage import Grpo, Ppo
 from fastlm.train.options import LOSS_TYPES, GrpoOptions, PpoOptions, RolloutOptions, TrainOptions
@@ -119,16 +119,16 @@ def test_as_many_answers_run_as_there_are_rows(monkeypatch) -> None:
         return busy
 
     monkeypatch.setattr(Engine, "step", counted)
-    answers = sample_completions(model, [[5, 6, 7]] * 16, max_new_tokens=8, seed=1, rows=16)
+    answers = sample_completions(model, [[5, 6, 7]] * 16, max_new_tokens=8, seed=1, max_num_seqs=16)
     assert len(answers) == 16 and max(most) == 16
 
 
 def test_an_answer_does_not_depend_on_its_batch() -> None:
     model = model_of().eval()
     whole = sample_completions(model, PROMPTS, max_new_tokens=5, seed=9)
-    parts = sample_completions(model, PROMPTS, max_new_tokens=5, seed=9, rows=1)
+    parts = sample_completions(model, PROMPTS, max_new_tokens=5, seed=9, max_num_seqs=1)
     assert [a.token_ids for a in whole] == [a.token_ids for a in parts]
-    with pytest.raises(InputError, match="prompts: expected at most 2 tokens, which leave room"):
+    with pytest.raises(InputError, match="prompts: expected at most 2 tokens, so that"):
         sample_completions(model, PROMPTS, max_new_tokens=30)
 
 
@@ -306,14 +306,14 @@ def test_a_round_does_not_depend_on_the_number_of_processes(kind) -> None:
         game.next_batches(1)
         found[size] = game, game.validate()
     whole, validated = found.pop(1)
-    assert whole.made["said"] == pytest.approx(whole.made["length"])
+    assert whole.round_metrics["said"] == pytest.approx(whole.round_metrics["length"])
     for game, held in found.values():
-        assert [a.token_ids for a in game.answers] == [a.token_ids for a in whole.answers]
-        assert game.made == pytest.approx(whole.made, rel=1e-5, abs=1e-6)
+        assert [a.token_ids for a in game.completions] == [a.token_ids for a in whole.completions]
+        assert game.round_metrics == pytest.approx(whole.round_metrics, rel=1e-5, abs=1e-6)
         assert held == pytest.approx(validated, rel=1e-12)
-        assert game.kept.keys() == whole.kept.keys()
-        for name, column in whole.kept.items():
-            torch.testing.assert_close(game.kept[name], column, rtol=1e-4, atol=1e-5)
+        assert game.columns.keys() == whole.columns.keys()
+        for name, column in whole.columns.items():
+            torch.testing.assert_close(game.columns[name], column, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -363,7 +363,7 @@ def test_every_answer_is_learnt_once_per_pass_and_every_prompt_once_per_epoch() 
             (batch,) = game.next_batches(1)
             taken += batch.columns["advantages"][:, 0].tolist()
         assert sorted(taken[:12]) == sorted(taken[12:]) and taken[:12] != taken[12:]
-        rounds += game.chosen[:: RULES.answers]
+        rounds += game.prompt_indices[:: RULES.num_generations]
     assert [sorted(rounds[i : i + 4]) for i in range(0, 12, 4)] == [[0, 1, 2, 3]] * 3
 
 
@@ -385,7 +385,7 @@ def test_policy_and_value_model_are_clipped_by_one_norm(tmp_path, monkeypatch) -
     train(game, replace(OPTIONS, max_steps=1, max_grad_norm=1e-3), tmp_path)
     (line,) = [line for line in lines(tmp_path) if "loss" in line]
     assert line["grad_norm"] == pytest.approx(seen["norm"], rel=1e-5) and seen["norm"] > 1e-3
-    trained = {id(p) for m in (game.policy, game.value) for p in m.parameters()}
+    trained = {id(p) for m in (game.policy, game.value_model) for p in m.parameters()}
     assert seen["count"] == len(trained)
 
 
@@ -411,15 +411,15 @@ def test_ppo_estimates_by_plain_loops() -> None:
     with torch.no_grad():
         for parameter in game.policy.parameters():
             parameter.mul_(1.2)  # a KL to speak of
-        game.value.head.weight.fill_(0.1)
+        game.value_model.head.weight.fill_(0.1)
     game.next_batches(1)
-    answers = game.answers
+    answers = game.completions
     rewards, values = [], []
     for i, answer in enumerate(answers):
-        prompt = game.prompts[game.chosen[i]]
+        prompt = game.prompts[game.prompt_indices[i]]
         packed = pack_rollouts([prompt], [answer.token_ids], game.policy.device)
         with torch.no_grad():
-            logp, _, value = game.both(packed)
+            logp, _, value = game.forward(packed)
             ref = game.logprobs(game.reference, packed)[0]
         score = sevens([0], [answer])[0] if answer.ended else -1.0
         row = [-0.3 * float(a - b) for a, b in zip(logp[0], ref[0])]
@@ -442,9 +442,15 @@ def test_ppo_estimates_by_plain_loops() -> None:
     mean, variance = np.mean(every), np.var(every)
     for i, row in enumerate(advantages):
         expected = [(a - mean) / math.sqrt(variance + 1e-8) for a in row]
-        assert game.kept["advantages"][i, : len(row)].tolist() == pytest.approx(expected, abs=2e-5)
-        assert game.kept["returns"][i, : len(row)].tolist() == pytest.approx(returns[i], abs=2e-5)
-    assert game.made["kl"] == pytest.approx(np.mean([sum(r) for r in _gaps(game)]), abs=1e-5)
+        assert game.columns["advantages"][i, : len(row)].tolist() == pytest.approx(
+            expected, abs=2e-5
+        )
+        assert game.columns["returns"][i, : len(row)].tolist() == pytest.approx(
+            returns[i], abs=2e-5
+        )
+    assert game.round_metrics["kl"] == pytest.approx(
+        np.mean([sum(r) for r in _gaps(game)]), abs=1e-5
+    )
 
 
 def by_prompt(places, answers: list[Completion]) -> list[float]:
@@ -491,7 +497,7 @@ def test_a_value_model_that_explains_nothing_raises_an_alarm() -> None:
         game.stop = True
         game.next_batches(1)
     assert [line.partition(":")[0] for line in warned] == ["round 4", "round 9"]
-    assert "explained less of the returns than their mean for 5 rounds" in warned[0]
+    assert "for 5 rounds the value model has predicted the returns worse" in warned[0]
     again = objective("ppo", replace(RULES, num_iterations=1), score=drifting, ppo=ppo)
     again.load_state_dict(game.state_dict())
     assert (again.bad_rounds, again.offset) == (game.bad_rounds, game.offset)
@@ -516,9 +522,9 @@ def test_the_value_model_alone_learns_in_its_warmup(tmp_path) -> None:
 def _gaps(game) -> list[list[float]]:
     """logp - ref_logp of each answer of the round."""
     found = []
-    for i in range(len(game.answers)):
-        prompt = game.prompts[game.chosen[i]]
-        packed = pack_rollouts([prompt], [game.answers[i].token_ids], game.policy.device)
+    for i in range(len(game.completions)):
+        prompt = game.prompts[game.prompt_indices[i]]
+        packed = pack_rollouts([prompt], [game.completions[i].token_ids], game.policy.device)
         with torch.no_grad():
             logp = game.logprobs(game.policy, packed)[0]
             found.append((logp - game.logprobs(game.reference, packed)[0])[0].tolist())
@@ -537,8 +543,8 @@ def test_the_first_round_is_on_the_reference() -> None:
 
 
 def test_monitors() -> None:
-    assert repetition([1, 2, 3]) == 0
-    assert repetition([1, 2, 3, 4] * 3) == pytest.approx(5 / 9)  # 9 grams, 4 different
+    assert repetition_rate([1, 2, 3]) == 0
+    assert repetition_rate([1, 2, 3, 4] * 3) == pytest.approx(5 / 9)  # 9 grams, 4 different
     assert correlation([1.0, 2.0], [3.0, 3.0]) is None
     assert correlation(np.array([1.0, 2.0, 3.0]), np.array([2.0, 4.0, 6.0])) == pytest.approx(1)
 
@@ -577,19 +583,19 @@ def test_a_mismatch_of_sampling_and_training_is_corrected(kind, monkeypatch) -> 
     told: list[str] = []
     plain = objective(kind, warn=told.append)
     plain.next_batches(4)
-    assert not told and plain.made["mismatch"] < 1e-5
+    assert not told and plain.round_metrics["mismatch"] < 1e-5
     for off in (0.2, 5.0):
         other_sampler(monkeypatch, off)
         game = objective(kind, warn=told.append)
         game.next_batches(4)
-        assert game.made["mismatch"] == pytest.approx(off, abs=1e-5)
+        assert game.round_metrics["mismatch"] == pytest.approx(off, abs=1e-5)
         weight = min(math.exp(off), online.MAX_IMPORTANCE_WEIGHT)
-        lengths = torch.tensor([len(answer.token_ids) for answer in plain.answers])
+        lengths = torch.tensor([len(answer.token_ids) for answer in plain.completions])
         mask = torch.arange(int(lengths.max())) < lengths[:, None]
         if kind == "rloo":  # an answer is one action: the difference is that of its sum
             weight = (off * mask.sum(1).float()).exp().clamp(max=online.MAX_IMPORTANCE_WEIGHT)
             weight = weight[:, None].expand_as(mask)[mask]
-        expected, got = (g.kept["advantages"][mask] for g in (plain, game))
+        expected, got = (g.columns["advantages"][mask] for g in (plain, game))
         torch.testing.assert_close(got, weight * expected, rtol=1e-4, atol=1e-6)
     assert len(told) == 2 and "truncated importance weights" in told[0]
 
@@ -604,7 +610,7 @@ def test_a_negative_kl_estimate_raises_an_alarm(monkeypatch) -> None:
         game.policy.lm_head.weight.mul_(0.5)  # flatter than the reference
     other_sampler(monkeypatch, 0.0, 0.2)
     game.next_batches(1)
-    assert game.made["kl"] < 0 and "standard errors below 0" in told[0]
+    assert game.round_metrics["kl"] < 0 and "standard errors below 0" in told[0]
 
 
 def test_a_round_ends_early_where_the_update_moves_too_far() -> None:
@@ -626,10 +632,10 @@ def test_the_kl_coefficient_follows_its_target() -> None:
     for kl, factor in ((5.0, 1.2), (0.55, 1.1), (0.0, 0.8)):
         game.beta = 0.4
         mask = torch.ones(12, 1)
-        game.answers = [Completion([1])] * 12
+        game.completions = [Completion([1])] * 12
         logp = torch.full((12, 1), kl)
         kept = {"logp": logp, "ref_logp": torch.zeros(12, 1), "difference": torch.zeros(12, 1)}
-        game._watch(np.ones(12), kept, mask.bool())
+        game._check_round(np.ones(12), kept, mask.bool())
         assert game.next_beta == pytest.approx(0.4 * (1 + (factor - 1) * 12 / 120), rel=1e-5)
 
 
@@ -637,15 +643,17 @@ def test_missing_ends() -> None:
     for kind in ("ppo", "grpo"):
         game = objective(kind, replace(RULES, missing_eos_penalty=-7.0, num_generations=8))
         game.next_batches(1)
-        some = [a.ended for a in game.answers]
+        some = [a.ended for a in game.completions]
         assert True in some and False in some
-        scores = [s if e else -7.0 for s, e in zip(sevens(game.chosen, game.answers), some)]
-        assert game.made["score"] == pytest.approx(np.mean(scores))
+        scores = [
+            s if e else -7.0 for s, e in zip(sevens(game.prompt_indices, game.completions), some)
+        ]
+        assert game.round_metrics["score"] == pytest.approx(np.mean(scores))
     game = objective(
         "grpo", replace(RULES, num_generations=8), group={"mask_truncated_completions": True}
     )
     game.next_batches(1)
-    assert game.kept["learnt"].any(1).tolist() == [a.ended for a in game.answers]
+    assert game.columns["loss_mask"].any(1).tolist() == [a.ended for a in game.completions]
 
 
 def test_denominators() -> None:
@@ -654,7 +662,7 @@ def test_denominators() -> None:
     for kind in LOSS_TYPES:
         game = objective(kind)
         batches = game.next_batches(4)
-        tokens = sum(len(a.token_ids) for a in game.answers)
+        tokens = sum(len(a.token_ids) for a in game.completions)
         assert sum(map(game.num_items, batches)) == expected.get(kind, tokens)
         assert sum(map(game.tokens, batches)) == tokens < 12 * RULES.max_new_tokens
 

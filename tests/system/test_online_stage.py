@@ -69,7 +69,9 @@ def test_grpo_continues_to_the_same_bits_and_reports(base, data, tmp_path) -> No
     result = stage(tmp_path / "whole", model=base)
     assert (result["prompts"], result["heldout"], result["steps"]) == (len(WORDS) - 2, 2, 6)
     steps = [line for line in metrics_of(tmp_path / "whole") if "loss" in line]
-    assert steps[0]["kl"] == 0 and {"score", "length", "ended", "mismatch"} <= steps[0].keys()
+    assert (
+        steps[0]["kl"] == 0 and {"score", "length", "eos_fraction", "mismatch"} <= steps[0].keys()
+    )
     assert [s["round"] for s in steps] == [0, 0, 1, 1, 2, 2]
 
     def press(event):

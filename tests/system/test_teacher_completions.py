@@ -212,7 +212,7 @@ def test_answers_to_a_forgotten_prompt_are_removed(stage, teacher, student, tmp_
     going, talk = names[2], f"c{names[5][1:]}"
     report = forget([tmp_path / "out"], [going, talk], dry_run=True)
     (found,) = report.removed
-    assert found["what"] == "row" and found["count"] == 2 and rows_of(tmp_path / "out") == before
+    assert found["kind"] == "row" and found["count"] == 2 and rows_of(tmp_path / "out") == before
     forget([tmp_path / "out"], [going, talk])
     left = [row for i, row in enumerate(before) if i not in (2, 5)]
     assert rows_of(tmp_path / "out") == left

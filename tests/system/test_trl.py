@@ -266,9 +266,9 @@ def rollouts_of_fastlm(base, theirs, asked, end: int, **group) -> GrpoObjective:
 
 
 def same_advantages(made: GrpoObjective, batch, prompts) -> None:
-    order = [prompts.index(made.prompts[i]) for i in made.chosen[::GROUP]]
+    order = [prompts.index(made.prompts[i]) for i in made.prompt_indices[::GROUP]]
     expected = batch["advantages"].view(2, GROUP)[order].flatten()
-    torch.testing.assert_close(made.kept["advantages"][:, 0], expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(made.columns["advantages"][:, 0], expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("beta", [0.0, 0.2])
@@ -317,7 +317,7 @@ def test_the_kl_of_grpo_has_the_gradient_of_trls_default(base, tmp_path, monkeyp
     assert apart(made.policy, theirs) < 1e-4
     monkeypatch.setattr(online_objectives, "grpo_loss", partial(grpo_loss, kl_gradient="k3"))
     made.policy.zero_grad()
-    made.at = 0
+    made.next_index = 0
     step(made)
     assert apart(made.policy, theirs) > 3e-4
 

@@ -132,7 +132,7 @@ def test_an_answer_without_an_end(name) -> None:
     answers = [
         Completion([1], finish_reason="stop" if end else "length") for end in r.found["ended"]
     ]
-    ours = torch.tensor(made._scored(made.score, range(len(answers)), answers))
+    ours = torch.tensor(made._score(made.score, range(len(answers)), answers))
     close(ours, torch.where(ended, r["scores_of_model"], -0.5))
 
 
