@@ -20,19 +20,22 @@ if TYPE_CHECKING:
     from fastlm.serve.feedback_store import FeedbackStore
 
 app = typer.Typer(
-    help="What people said about answers of `fastlm serve`, as rows to train on.",
+    help="Inspect and delete feedback on answers of `fastlm serve`; build training rows from it.",
     no_args_is_help=True,
 )
 Database = Annotated[
-    str, typer.Argument(help="SQLite file, or postgresql://USER@HOST/NAME", show_default=False)
+    str,
+    typer.Argument(
+        help="Read this SQLite file, or postgresql://USER@HOST/NAME", show_default=False
+    ),
 ]
 
 
 def _serve(options: ServeOptions) -> None:
-    """Serve a model over HTTP as OpenAI's API, with a page to chat at /.
+    """Serve a model over HTTP with OpenAI's API, and a chat page at /.
 
-    Requests share the model and its key/value cache. Ctrl-C or SIGTERM ends the server when the
-    running answers have ended. docs/serving.md has the API and the limits.
+    Requests share the model and its key/value cache. Ctrl-C or SIGTERM stops the server after the
+    running answers. docs/serving.md describes the API and the limits.
     """
     keys = read_keys(options.api_key_file)
     admin_keys = read_keys(options.admin_key_file, "admin_key_file", ADMIN_KEYS_VARIABLE)
@@ -42,7 +45,7 @@ def _serve(options: ServeOptions) -> None:
         with imports():
             from fastlm.serve import process
         if options.feedback is not None:
-            import fastlm.serve.feedback_store  # noqa: F401  # names a missing package now
+            import fastlm.serve.feedback_store  # noqa: F401  # fails early if a package is missing
     process.run(options, keys, admin_keys)
 
 
@@ -52,12 +55,13 @@ serve = options_command(ServeOptions, _serve)
 def read_keys(
     file: Path | None, option: str = "api_key_file", variable: str = KEYS_VARIABLE
 ) -> list[str]:
-    """The keys of a file, else of the environment. InputError: one is short or repeated."""
+    """Read keys from a file, or else from the environment. InputError: a key is too short or has
+    other characters."""
     if file is None:
-        given = os.environ.get(variable, "").split(",")
+        lines = os.environ.get(variable, "").split(",")
     else:
-        given = read_text(file, 2**20).splitlines()
-    keys = [key.strip() for key in given if key.strip() and not key.strip().startswith("#")]
+        lines = read_text(file, 2**20).splitlines()
+    keys = [key.strip() for key in lines if key.strip() and not key.strip().startswith("#")]
     for number, key in enumerate(keys, 1):
         if len(key) < 16 or not key.isascii() or not key.isprintable() or " " in key:
             raise InputError(
@@ -68,14 +72,14 @@ def read_keys(
     return keys
 
 
-@app.command("show", short_help="How much feedback there is, and the newest comments.")
+@app.command("show", short_help="Show counts of feedback and the newest comments.")
 def show_command(
     database: Database,
-    comments: Annotated[int, typer.Option(min=0, help="Comments at most")] = 20,
-    as_json: Annotated[bool, typer.Option("--json", help="As JSON")] = False,
+    comments: Annotated[int, typer.Option(min=0, help="Show at most this many comments")] = 20,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON")] = False,
 ) -> None:
-    """Show how many answers are kept, how many thumbs, comments, corrections and picks there are,
-    and what the newest comments say.
+    """Show the numbers of stored answers, thumbs, comments, corrections and picks, and the newest
+    comments.
     """
     with open_store(database) as store:
         counts, newest = store.counts(), store.comments(comments)
@@ -83,31 +87,32 @@ def show_command(
         typer.echo(json.dumps({**counts, "comments": newest}))
         return
     typer.echo(", ".join(f"{name} {count:,}" for name, count in counts.items()))
-    for one in newest:
-        about = one["response_id"] or f"conversation {one['conversation_id']}"
-        rest = f", choice {one['choice']}" * (one["choice"] > 0)
-        who = f", {one['rater']}" * bool(one["rater"])
-        thumb = f", thumb {one['thumb']}" * bool(one["thumb"])
-        line = f"{one['created_at']} {about}{rest}{who}{thumb}: {' '.join(one['comment'].split())}"
-        # strangers' text must not steer a terminal
+    for row in newest:
+        target = row["response_id"] or f"conversation {row['conversation_id']}"
+        choice = f", choice {row['choice']}" * (row["choice"] > 0)
+        rater = f", {row['rater']}" * bool(row["rater"])
+        thumb = f", thumb {row['thumb']}" * bool(row["thumb"])
+        comment = " ".join(row["comment"].split())
+        line = f"{row['created_at']} {target}{choice}{rater}{thumb}: {comment}"
+        # a comment must not control the terminal
         typer.echo("".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in line))
 
 
 @app.command("forget", short_help="Delete a response or a conversation.")
 def forget_command(
     database: Database,
-    id: Annotated[str, typer.Argument(help="A response's id or a conversation's")],
+    id: Annotated[str, typer.Argument(help="Delete the response or conversation with this id")],
 ) -> None:
-    """Delete a response or a conversation: its text and what was said about it."""
+    """Delete a response or a conversation: its text and its feedback."""
     with open_store(database) as store:
-        gone = store.forget(id)
-    if not gone:
+        count = store.forget(id)
+    if not count:
         raise InputError(f"id: expected one of the database, got {id!r:.80}")
-    typer.echo(f"{id}: {gone:,} rows deleted")
+    typer.echo(f"{id}: {count:,} rows deleted")
 
 
 def open_store(database: str) -> "FeedbackStore":
-    """The database, which must exist."""
+    """Open an existing database."""
     with needs_serve():
         from fastlm.serve.feedback_store import FeedbackStore
     return FeedbackStore(database, create=False)
@@ -115,7 +120,7 @@ def open_store(database: str) -> "FeedbackStore":
 
 @contextmanager
 def needs_serve(command: str = "feedback") -> Iterator[None]:
-    """Context: of imports. InputError: a package is missing."""
+    """Convert an ImportError of the context into an InputError that names the missing package."""
     try:
         yield
     except ImportError as error:

@@ -1,5 +1,5 @@
-"""What the server counts and measures, for Prometheus. docs/serving.md lists the names;
-fastlm/serve/grafana.json shows them."""
+"""Prometheus metrics of the server. docs/serving.md lists the names; fastlm/serve/grafana.json is a
+dashboard for them."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -10,10 +10,10 @@ from prometheus_client.registry import Collector
 
 from fastlm.inference.requests import EngineStats
 
-# Of a request: to its first token, and to its end
+# Bucket bounds: times of a request in seconds
 SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
-# Between two tokens: 1 ms is 1,000 tokens/s
-BETWEEN = (0.001, 0.0025, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.2, 0.5, 1, 2.5)
+# Bucket bounds: seconds between two tokens
+TOKEN_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.2, 0.5, 1, 2.5)
 TOKENS = (8, 32, 128, 512, 2048, 8192, 32768, 131072)
 GAUGES = {
     "running": "Requests whose answers are being computed",
@@ -25,18 +25,18 @@ GAUGES = {
 }
 COUNTERS = {
     "steps": "Steps of the engine",
-    "prompt_tokens": "Prompt tokens that were computed",
-    "cached_tokens": "Prompt tokens that were found in the prefix cache",
+    "prompt_tokens": "Computed prompt tokens",
+    "cached_tokens": "Prompt tokens from the prefix cache",
     "new_tokens": "Tokens of answers",
-    "drafted_tokens": "Tokens of answers that were guessed and computed",
-    "accepted_tokens": "Guessed tokens that were what was drawn",
-    "draft_failures": "Answers for which the draft model failed, which run without guesses",
-    "preemptions": "Requests put back into the queue because pages ran short",
+    "drafted_tokens": "Draft tokens that were proposed and computed",
+    "accepted_tokens": "Draft tokens that were accepted",
+    "draft_failures": "Answers that run without draft tokens because the draft model failed",
+    "preemptions": "Requests returned to the queue because blocks ran short",
 }
 
 
 class Metrics:
-    """``stats``: asked at each scrape. One object per server, with a registry of its own."""
+    """The metrics of one server, in a registry of their own. ``stats`` is called at each scrape."""
 
     def __init__(self, stats: Callable[[], EngineStats]):
         self.registry = CollectorRegistry()
@@ -51,36 +51,38 @@ class Metrics:
 
         self.requests = counter("requests", "Requests by path and status", "path", "status")
         self.errors = counter("errors", "Requests refused or failed, by type", "type")
-        text = "Answers whose client went away or was too slow"
+        text = "Answers that ended because their client disconnected or was too slow"
         self.cancelled = counter("cancellations", text)
-        self.feedback = counter("feedback", "Feedback that was stored, by kind", "kind")
-        text = "Conversations that could not be stored, whose answers were delivered"
+        self.feedback = counter("feedback", "Stored feedback, by kind", "kind")
+        text = "Conversations that could not be stored (their answers were delivered)"
         self.store_failures = counter("store_failures", text)
         self.request_seconds = histogram("request_seconds", "Time of a request", SECONDS, "path")
-        text = "From submission until an answer is computed, told at its end"
+        text = "Time from submission to the first step, observed at the end of an answer"
         self.queue_seconds = histogram("queue_seconds", text, SECONDS)
-        text = "From submission to the first token"
+        text = "Time from submission to the first token"
         self.first_token = histogram("time_to_first_token_seconds", text, SECONDS)
-        text = "Between two tokens of an answer"
-        self.next_token = histogram("inter_token_seconds", text, BETWEEN)
+        text = "Time between two tokens of an answer"
+        self.next_token = histogram("inter_token_seconds", text, TOKEN_SECONDS)
         self.prompt_length = histogram("prompt_length_tokens", "Tokens of a prompt", TOKENS)
         self.add(lambda: _engine_metrics(stats()))
 
     def add(self, collect: Callable[[], Iterable[Metric]]) -> None:
-        """Scrape more."""
+        """Register another source of metrics."""
         self.registry.register(_Source(collect))
 
     def text(self) -> bytes:
-        """All of it in Prometheus' text format."""
+        """Return all metrics in Prometheus' text format."""
         return generate_latest(self.registry)
 
 
 class _Source(Collector):
-    def __init__(self, metrics: Callable[[], Iterable[Metric]]):
-        self.metrics = metrics
+    """Adapts a function to the interface of a registry."""
+
+    def __init__(self, function: Callable[[], Iterable[Metric]]):
+        self.function = function
 
     def collect(self) -> Iterable[Metric]:
-        return self.metrics()
+        return self.function()
 
 
 def _engine_metrics(stats: EngineStats) -> Iterator[Metric]:
@@ -89,14 +91,14 @@ def _engine_metrics(stats: EngineStats) -> Iterator[Metric]:
     for name, text in COUNTERS.items():
         yield CounterMetricFamily(f"fastlm_{name}", text, getattr(stats, name))
     finished = {(reason,): count for reason, count in stats.finished.items()}
-    text = "Answers by how they ended"
-    yield labelled(CounterMetricFamily, "answers", text, ["reason"], finished)
+    text = "Answers by finish reason"
+    yield metric_family(CounterMetricFamily, "answers", text, ["reason"], finished)
 
 
-def labelled(
+def metric_family(
     kind: Any, name: str, text: str, labels: Sequence[str], values: Mapping[Any, float]
 ) -> Metric:
-    """A metric of values by their labels."""
+    """Return a metric with a value for each tuple of labels."""
     family = kind(f"fastlm_{name}", text, labels=labels)
     for key, value in list(values.items()):
         family.add_metric(key, value)

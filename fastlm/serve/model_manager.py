@@ -17,7 +17,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from fastlm.errors import InputError
 from fastlm.serve import loading
 from fastlm.serve.api_error import ApiError
-from fastlm.serve.metrics import labelled
+from fastlm.serve.metrics import metric_family
 from fastlm.serve.middleware import log
 from fastlm.serve.models import ServedModel, ServedModels
 from fastlm.serve.state import ModelRef, ServerState, read_state
@@ -180,12 +180,14 @@ class ModelManager:
         roles[models.current.name, "current"] = 1
         if models.experiment is not None:
             roles[models.experiment.served_model.name, "canary"] = 1
-        yield labelled(GaugeMetricFamily, "model", "Models in memory", ["model", "role"], roles)
-        yield labelled(
+        yield metric_family(
+            GaugeMetricFamily, "model", "Models in memory", ["model", "role"], roles
+        )
+        yield metric_family(
             CounterMetricFamily, "model_answers", "Answers by model and outcome",
             ["model", "outcome"], models.answers,
         )  # fmt: skip
-        yield labelled(
+        yield metric_family(
             CounterMetricFamily, "model_decisions",
             "Promotions, rollbacks and canary trials without a decision", ["action"],
             {(action,): count for action, count in list(self.decisions.items())},

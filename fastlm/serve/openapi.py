@@ -1,4 +1,4 @@
-"""The API's description for /openapi.json, made from the models of requests and responses."""
+"""Generate the API's description for /openapi.json from the models of requests."""
 
 import importlib.metadata
 from typing import Any
@@ -14,54 +14,59 @@ from fastlm.serve.protocol.embedding import DetokenizeRequest, EmbeddingRequest,
 from fastlm.serve.protocol.feedback_request import FeedbackRequest
 from fastlm.serve.protocol.responses_api import ResponsesRequest
 
-# path: what it does, its request, and the keys of its response
-Described = tuple[str, type[RequestBody], str]
-ANSWER = "id object created model choices usage"
-POSTS: dict[str, Described] = {
-    "/v1/chat/completions": ("Answer a conversation", ChatCompletionRequest, ANSWER),
-    "/v1/completions": ("Continue a text", CompletionRequest, ANSWER),
+# summary, model of the request, and keys of the response
+Endpoint = tuple[str, type[RequestBody], str]
+COMPLETION_KEYS = "id object created model choices usage"
+POSTS: dict[str, Endpoint] = {
+    "/v1/chat/completions": ("Answer a conversation", ChatCompletionRequest, COMPLETION_KEYS),
+    "/v1/completions": ("Continue a text", CompletionRequest, COMPLETION_KEYS),
     "/v1/responses": (
         "Answer a conversation, in OpenAI's newer API", ResponsesRequest,
         "id object created_at status model output usage",
     ),
-    "/v1/embeddings": ("Texts as vectors", EmbeddingRequest, "object data model usage"),
+    "/v1/embeddings": ("Compute embeddings of texts", EmbeddingRequest, "object data model usage"),
     "/tokenize": (
-        "The tokens of a text or a conversation", TokenizeRequest,
+        "Encode a text or a conversation", TokenizeRequest,
         "count max_model_len tokens token_strs",
     ),
-    "/detokenize": ("The text of tokens", DetokenizeRequest, "prompt"),
-    "/v1/feedback": ("Say what an answer is worth", FeedbackRequest, "object id kept"),
+    "/detokenize": ("Decode tokens", DetokenizeRequest, "prompt"),
+    "/v1/feedback": ("Give feedback on an answer", FeedbackRequest, "object id kept"),
 }  # fmt: skip
-MODELS = "object status model decisions"
-ADMIN: dict[str, Described] = {
-    "/v1/admin/promote": ("Let another model answer, or the canary", PromoteRequest, MODELS),
-    "/v1/admin/rollback": ("End the canary, or go back to the model before", EmptyRequest, MODELS),
+MANAGER_KEYS = "object status model decisions"
+ADMIN: dict[str, Endpoint] = {
+    "/v1/admin/promote": ("Promote a model or the canary", PromoteRequest, MANAGER_KEYS),
+    "/v1/admin/rollback": (
+        "End the canary, or return to the previous model",
+        EmptyRequest,
+        MANAGER_KEYS,
+    ),
 }
 GETS = {
-    "/v1/models": ("The models that are served", "object data"),
-    "/health": ("Whether the process lives", "status"),
-    "/ready": ("Whether it takes requests", "status"),
-    "/metrics": ("Counters for Prometheus", None),
+    "/v1/models": ("List the models", "object data"),
+    "/health": ("Tell whether the process runs", "status"),
+    "/ready": ("Tell whether the server accepts requests", "status"),
+    "/metrics": ("Return metrics for Prometheus", None),
     "/dashboard/data": (
-        "What the dashboard shows", "now window since until edges groups drift alerts measures"
+        "Return the data of the dashboard",
+        "now window since until edges groups drift alerts measures"
     ),
 }  # fmt: skip
-ADMIN_GETS = {"/v1/canary": ("How the canary's trial stands, and what was decided", MODELS)}
+ADMIN_GETS = {"/v1/canary": ("Return the state of the canary and the decisions", MANAGER_KEYS)}
 JSON = "application/json"
 STREAMED = ("/v1/chat/completions", "/v1/completions", "/v1/responses")
 STATUSES = {
     "400": "a field is wrong; the error names it",
-    "401": "no key, or a wrong one",
-    "403": "called by another name than its own",
-    "404": "no such path or model",
-    "405": "another method",
-    "409": "another promotion is being made",
-    "408": "the body took too long",
+    "401": "the key is missing or wrong",
+    "403": "the host name is not allowed",
+    "404": "the path or the model is unknown",
+    "405": "the method is not allowed",
+    "409": "another promotion is in progress",
+    "408": "the body arrived too slowly",
     "413": "the body is too long",
-    "415": "the body is no JSON",
+    "415": "the body is not JSON",
     "429": "the queue is full; Retry-After says when to try again",
     "500": "the server failed",
-    "503": "the server is stopping, or the time was over before an answer began",
+    "503": "the server is stopping, or the time limit ended before an answer began",
 }
 
 
@@ -73,7 +78,8 @@ ERROR = _object("error", error=_object("message type param code"))
 
 
 class _JsonSchema(GenerateJsonSchema):
-    """``null`` stands for a default. No titles: they repeat the names of fields."""
+    """Generates schemas in which ``null`` means the default, without titles, which would repeat the
+    names of fields."""
 
     def default_schema(self, schema: Any) -> JsonSchemaValue:
         inner = self.generate_inner(schema["schema"])
@@ -86,7 +92,8 @@ class _JsonSchema(GenerateJsonSchema):
 
 
 def openapi(ranks: bool, admin: bool) -> dict[str, Any]:
-    """OpenAPI 3.1; ``ranks``: with the paths of /rank; ``admin``: with those that change models."""
+    """Return the description in OpenAPI 3.1. ``ranks``: include the paths of /rank. ``admin``:
+    include the paths that change models."""
     posts = POSTS | (rank_api.PATHS if ranks else {}) | (ADMIN if admin else {})
     requests = dict.fromkeys(request for _, request, _ in posts.values())
     refs, schemas = models_json_schema(
@@ -109,7 +116,7 @@ def openapi(ranks: bool, admin: bool) -> dict[str, Any]:
 
 
 def _operation(path: str, summary: str, keys: str | None) -> dict[str, Any]:
-    """``keys``: of the response; None: it is a text."""
+    """Describe an operation. ``keys``: those of the response; None: it is a text."""
     schema = {"type": "string"} if keys is None else _object(keys)
     content: dict[str, Any] = {"text/plain" if keys is None else JSON: {"schema": schema}}
     if path in STREAMED:

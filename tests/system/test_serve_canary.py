@@ -75,7 +75,7 @@ def status(url):
 
 
 def test_a_conversation_stays_with_its_model(models, tmp_path):
-    with trying(models, tmp_path, share=0.3, metric="stop", most=10**6) as (url, server):
+    with trying(models, tmp_path, share=0.3, metric="stop", max_outcomes=10**6) as (url, server):
         old, new = server.served_model.name, server.models.experiment.served_model.name
         listed = [m["id"] for m in HTTP.get(url + "/v1/models").json()["data"]]
         assert listed == ["tiny", old, new] and len(set(listed)) == 3
@@ -254,7 +254,7 @@ def test_a_declared_number_decides(models, tmp_path):
 
 
 def test_a_canary_that_fails_is_rolled_back(models, tmp_path):
-    with trying(models, tmp_path, most=10**6) as (url, server):
+    with trying(models, tmp_path, max_outcomes=10**6) as (url, server):
         canary = server.models.experiment.served_model
 
         def broken(*_):
@@ -326,7 +326,7 @@ def test_a_canary_that_is_slow_is_rolled_back_and_bursts_of_load_decide_nothing(
 
 
 def test_counts_survive_a_restart(models, tmp_path):
-    with trying(models, tmp_path, most=10**6) as (url, server):
+    with trying(models, tmp_path, max_outcomes=10**6) as (url, server):
         for i in range(25):
             answer = chat(url, f"Hi {i}")
             if i % 2:
@@ -335,7 +335,7 @@ def test_counts_survive_a_restart(models, tmp_path):
         assert sum(arm["outcomes"] for arm in before["arms"].values()) == 12
         first = {f"Hi {i}": chat(url, f"Hi {i}")["model"] for i in range(10)}
         before = status(url)
-    with trying(models, tmp_path, most=10**6) as (url, server):
+    with trying(models, tmp_path, max_outcomes=10**6) as (url, server):
         assert server.models.experiment.id == name
         after = status(url)
         assert after["arms"] == before["arms"] and after["tests"] == before["tests"]
@@ -345,7 +345,7 @@ def test_counts_survive_a_restart(models, tmp_path):
     shutil.copytree(tmp_path, place)
     with trying(models, place, metric="stop") as (url, server):  # other outcomes: another trial
         assert server.models.experiment.id != name
-    with trying(models, tmp_path, most=10**6) as (url, server):
+    with trying(models, tmp_path, max_outcomes=10**6) as (url, server):
         response = ask(url, {"model": str(models["a"])}, "/v1/admin/promote")
         assert response.status_code == 400 and "expected the canary" in response.text
         assert ask(url, {}, "/v1/admin/rollback").json()["status"] == "rolled back"
@@ -357,7 +357,7 @@ def test_counts_survive_a_restart(models, tmp_path):
 
 def test_a_database_that_hangs_holds_no_answer(models, tmp_path, monkeypatch):
     monkeypatch.setattr("fastlm.serve.canary.canary.WRITE_SECONDS", 0.05)
-    with trying(models, tmp_path, most=10**6) as (url, server):
+    with trying(models, tmp_path, max_outcomes=10**6) as (url, server):
         other = sqlite3.connect(tmp_path / "feedback.sqlite", isolation_level=None)
         other.execute("begin immediate")  # longer than the answers take
         voting = [
@@ -377,7 +377,7 @@ def test_a_database_that_hangs_holds_no_answer(models, tmp_path, monkeypatch):
 
 
 def test_what_is_forgotten_counts_without_its_ids(models, tmp_path):
-    with trying(models, tmp_path, most=10**6) as (url, server):
+    with trying(models, tmp_path, max_outcomes=10**6) as (url, server):
         talk = {"store": True, "conversation_id": "private-talk"}
         for text in ("Hi", "And?"):
             kept = chat(url, text, **talk)["id"]

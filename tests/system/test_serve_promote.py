@@ -21,13 +21,13 @@ def call(*arguments):
 
 def test_the_commands_and_a_kill(tmp_path):
     models = model_folders(tmp_path / "models", "abc")
-    keys, admins = tmp_path / "keys", tmp_path / "admins"
+    keys, admin_keys = tmp_path / "keys", tmp_path / "admin_keys"
     keys.write_text(KEY)
-    admins.write_text(ADMIN)
+    admin_keys.write_text(ADMIN)
     state = tmp_path / "state.json"
     options = (
         "--model", models["a"], "--name", "tiny", "--models-dir", tmp_path / "models", "--state",
-        state, "--api-key-file", keys, "--admin-key-file", admins,
+        state, "--api-key-file", keys, "--admin-key-file", admin_keys,
     )  # fmt: skip
 
     def answers(url):

@@ -179,7 +179,7 @@ def test_what_is_refused_leaves_the_old_model(models, tmp_path, monkeypatch):
     other = model_folders(place, ["xx", "yy", "other"])["other"]
     Tokenizer.train(["Some words of a very different text"] * 9, 320).save(other)
     state = tmp_path / "state.json"
-    keys = {"keys": ["k" * 16], "admins": ["a" * 16]}
+    keys = {"keys": ["k" * 16], "admin_keys": ["a" * 16]}
     admin = {"authorization": "Bearer " + "a" * 16}
     with canary_server(models["a"], state, models_dir=place, **keys) as (url, server):
 

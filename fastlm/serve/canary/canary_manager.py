@@ -15,7 +15,7 @@ from fastlm.serve import loading
 from fastlm.serve.api_error import ApiError
 from fastlm.serve.canary.canary import CanaryExperiment
 from fastlm.serve.canary.decision import CanaryConfig, CanaryVerdict, comparisons
-from fastlm.serve.metrics import labelled
+from fastlm.serve.metrics import metric_family
 from fastlm.serve.middleware import log
 from fastlm.serve.model_manager import AllowedModels, ModelManager, model_key, model_ref
 from fastlm.serve.state import CanaryState, ModelRef
@@ -155,7 +155,7 @@ class CanaryManager(ModelManager):
         }
         counts |= {(arm, "slower"): getattr(experiment.paces.counts, arm) for arm in ("old", "new")}
         text = "Counts of the canary's experiment, by model and kind"
-        yield labelled(GaugeMetricFamily, "canary", text, ["arm", "kind"], counts)
+        yield metric_family(GaugeMetricFamily, "canary", text, ["arm", "kind"], counts)
         share = 0.0 if experiment.canary is None else experiment.config.share
         yield GaugeMetricFamily(
             "fastlm_canary_share", "Share of conversations of the canary", share
@@ -166,7 +166,9 @@ class CanaryManager(ModelManager):
             for field, value in test._asdict().items()
         }
         text = "Canary minus old model, with its always-valid interval"
-        yield labelled(GaugeMetricFamily, "canary_difference", text, ["test", "statistic"], tests)
+        yield metric_family(
+            GaugeMetricFamily, "canary_difference", text, ["test", "statistic"], tests
+        )
 
 
 def _numbers(experiment: CanaryExperiment) -> dict[str, Any]:

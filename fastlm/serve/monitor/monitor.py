@@ -14,7 +14,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 
 from fastlm.errors import InputError
 from fastlm.serve.api_error import ApiError
-from fastlm.serve.metrics import labelled
+from fastlm.serve.metrics import metric_family
 from fastlm.serve.middleware import log
 from fastlm.serve.monitor import window
 from fastlm.serve.monitor.alerts import (
@@ -106,13 +106,13 @@ class Monitor:
     def collect(self) -> Iterator[Metric]:
         alerts = {(state.rule.name,): float(state.firing) for state in self.alerts.states}
         text = "1 while the alert fires"
-        yield labelled(GaugeMetricFamily, "alert", text, ["name"], alerts)
+        yield metric_family(GaugeMetricFamily, "alert", text, ["name"], alerts)
         counts = self.recorder.counts
         outcomes = {("written",): counts.written, ("dropped",): counts.dropped}
         text = (
             "Measurements of answers: written to the database, dropped because the queue was full"
         )
-        yield labelled(CounterMetricFamily, "measures", text, ["outcome"], outcomes)
+        yield metric_family(CounterMetricFamily, "measures", text, ["outcome"], outcomes)
         text = "Times that the monitor could not use the database"
         yield CounterMetricFamily("fastlm_measure_errors", text, counts.database_errors)
 
