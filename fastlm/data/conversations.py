@@ -25,7 +25,7 @@ from typing import Any, TypeVar
 
 from fastlm.errors import InputError, check_unicode
 from fastlm.sources.reasoning_gym import is_reasoning_gym, reasoning_gym_rows
-from fastlm.sources.rows import Row, good_rows, ignore, list_files, read_rows, row_unit
+from fastlm.sources.rows import Row, ignore_message, list_files, parse_rows, read_rows, row_unit
 
 FORMATS = ("jsonl", "json")
 # Who may speak after whom; None is the beginning
@@ -50,19 +50,21 @@ SHAPES = (
 Example = TypeVar("Example")
 T = TypeVar("T")
 Message = dict[str, Any]
-Placed = list[tuple[str, Message]]  # messages, each with the name of its place in the row
+LocatedMessages = list[
+    tuple[str, Message]
+]  # messages, each with the name of its location in the row
 
 
 @dataclass(slots=True)
 class Conversation:
     """``messages``: role, content and what else a chat template reads ("tool_calls", ...). The
-    last one is the assistant's. ``learnt``: per message, whether the model is to learn it.
-    ``place``: file and line, for error messages.
+    last one is the assistant's. ``loss_mask``: per message, whether the model is to learn it.
+    ``location``: file and line, for error messages.
     """
 
     messages: list[Message]
-    learnt: list[bool]
-    place: str
+    loss_mask: list[bool]
+    location: str
     tools: list[Any] | None = None
 
     def prompt(self) -> list[Message]:
@@ -70,10 +72,10 @@ class Conversation:
         return list(takewhile(lambda m: m["role"] != "assistant", self.messages))
 
     def row(self) -> dict[str, Any]:
-        """The row that `conversation_of` reads as this conversation, in OpenAI's form."""
+        """The row that `parse_conversation` reads as this conversation, in OpenAI's form."""
         messages = [
             m if learn or m["role"] != "assistant" else {**m, "weight": 0}
-            for m, learn in zip(self.messages, self.learnt, strict=True)
+            for m, learn in zip(self.messages, self.loss_mask, strict=True)
         ]
         return {"messages": messages, **({} if self.tools is None else {"tools": self.tools})}
 
@@ -82,35 +84,35 @@ class Conversation:
         return prompt_key(self.prompt())
 
 
-def said(messages: Sequence[Message]) -> list[list[Any]]:
+def message_contents(messages: Sequence[Message]) -> list[list[Any]]:
     """What the messages say, without their ids and other fields: equal for equal conversations."""
     return [[m["role"], m["content"], m.get("tool_calls")] for m in messages]
 
 
 def prompt_key(messages: Sequence[Message]) -> str:
     """A prompt as text: equal for equal prompts."""
-    return json.dumps(said(messages), ensure_ascii=False, sort_keys=True)
+    return json.dumps(message_contents(messages), ensure_ascii=False, sort_keys=True)
 
 
 @dataclass
-class Rows:
+class RowCounts:
     """How many rows were read; how many were left out or changed, by reason."""
 
-    read: int = 0
-    counts: Counter[str] = field(default_factory=Counter)
+    total: int = 0
+    by_reason: Counter[str] = field(default_factory=Counter)
 
 
 def read_examples(
     sources: Sequence[str],
-    example_of: Callable[[Any, str], Example],
+    parse: Callable[[Any, str], Example],
     *,
     cache: Path,
     skip_bad: bool = False,
-    rows: Rows | None = None,
-    on_skip: Callable[[str], None] = ignore,
+    rows: RowCounts | None = None,
+    on_skip: Callable[[str], None] = ignore_message,
 ) -> Iterator[Example]:
-    """Yield what ``example_of`` makes of each row of all sources, in order. It is called with the
-    row and its place, and raises InputError for a row that cannot be used.
+    """Yield what ``parse`` makes of each row of all sources, in order. It is called with the
+    row and its location, and raises InputError for a row that cannot be used.
 
     Such a row is an error that names its file and line. With ``skip_bad`` it is counted in ``rows``
     and left out, and the first ones of a file are told. A file of only bad rows, and one that
@@ -119,23 +121,23 @@ def read_examples(
 
     InputError: also a source that is missing or has no file of JSON rows.
     """
-    rows = Rows() if rows is None else rows
+    rows = RowCounts() if rows is None else rows
     for name, unit, named, numbered in _files(sources, cache, on_skip):
         try:
-            yield from good_rows(
-                _counted(numbered, rows), example_of, name, unit, counts=rows.counts,
+            yield from parse_rows(
+                _counted(numbered, rows), parse, name, unit, counts=rows.by_reason,
                 reason="malformed", on_skip=on_skip, skip_bad=skip_bad, required=named,
             )  # fmt: skip
         except InputError as error:
             if named or not skip_bad:
                 raise
-            rows.counts["unreadable files"] += 1
+            rows.by_reason["unreadable files"] += 1
             on_skip(str(error))
 
 
-def _counted(numbered: Iterable[Row], rows: Rows) -> Iterator[Row]:
+def _counted(numbered: Iterable[Row], rows: RowCounts) -> Iterator[Row]:
     for row in numbered:
-        rows.read += 1
+        rows.total += 1
         yield row
 
 
@@ -160,7 +162,7 @@ def _files(
             yield str(file.path), row_unit(file), file.named, read_rows(file)
 
 
-def conversation_of(row: Any, place: str = "") -> Conversation:
+def parse_conversation(row: Any, location: str = "") -> Conversation:
     """The conversation that a row holds. InputError: the row has none of the shapes, an empty
     message, a role that is unknown or out of order, a tool call that is none, or no answer at the
     end.
@@ -169,55 +171,55 @@ def conversation_of(row: Any, place: str = "") -> Conversation:
         raise InputError(f"expected an object with {SHAPES}, got {type(row).__name__}")
     answer = next((key for key in ("completion", "response") if key in row), None)
     if "messages" in row:
-        placed = messages_of(row["messages"], "messages")
+        messages = parse_messages(row["messages"], "messages")
     elif "conversations" in row:
-        placed = messages_of(row["conversations"], "conversations")
+        messages = parse_messages(row["conversations"], "conversations")
     elif "instruction" in row and "output" in row:
-        placed = [*alpaca_prompt(row), _placed("output", "assistant", row["output"])]
+        messages = [*parse_alpaca_prompt(row), _locate("output", "assistant", row["output"])]
     elif "prompt" in row and answer:
-        placed = text_or_messages(row["prompt"], "prompt", "user")
-        for _, message in placed if isinstance(row["prompt"], list) else ():
+        messages = parse_text_or_messages(row["prompt"], "prompt", "user")
+        for _, message in messages if isinstance(row["prompt"], list) else ():
             message.setdefault("weight", 0)  # answers in a prompt are examples
-        placed += text_or_messages(row[answer], answer, "assistant")
+        messages += parse_text_or_messages(row[answer], answer, "assistant")
     else:
-        raise InputError(f"expected an object with {SHAPES}, got {keys_of(row)}")
-    add_system(row, placed)
-    check_messages(placed)
-    learnt = []
-    for where, message in placed:
+        raise InputError(f"expected an object with {SHAPES}, got {describe_keys(row)}")
+    add_system(row, messages)
+    check_messages(messages)
+    loss_mask = []
+    for where, message in messages:
         weight = message.pop("weight", 1)
         if message["role"] == "assistant" and weight not in (0, 1):
             raise InputError(f"{where}: expected a weight of 0 or 1, got {weight!r:.40}")
-        learnt.append(message["role"] == "assistant" and weight == 1)
-    if not any(learnt):
+        loss_mask.append(message["role"] == "assistant" and weight == 1)
+    if not any(loss_mask):
         raise InputError("expected an assistant message to learn, all have weight 0")
-    return Conversation([message for _, message in placed], learnt, place, tools_of(row))
+    return Conversation([message for _, message in messages], loss_mask, location, parse_tools(row))
 
 
-def keys_of(row: Mapping[str, Any]) -> str:
+def describe_keys(row: Mapping[str, Any]) -> str:
     """The keys of a row, for an error message."""
     return ", ".join(map(repr, row))[:200] or "no keys"
 
 
-def add_system(row: Mapping[str, Any], placed: Placed) -> None:
+def add_system(row: Mapping[str, Any], messages: LocatedMessages) -> None:
     """Put the row's ``"system"`` text before its messages; leave out an empty system message."""
-    if placed and placed[0][1]["role"] == "system" and not placed[0][1]["content"].strip():
-        del placed[0]
-    system = _placed("system", "system", row.get("system"))
+    if messages and messages[0][1]["role"] == "system" and not messages[0][1]["content"].strip():
+        del messages[0]
+    system = _locate("system", "system", row.get("system"))
     if system[1]["content"].strip():
-        if placed and placed[0][1]["role"] == "system":
+        if messages and messages[0][1]["role"] == "system":
             raise InputError(
-                f"system: expected none beside {placed[0][0]}, got two system messages"
+                f"system: expected none beside {messages[0][0]}, got two system messages"
             )
-        placed.insert(0, system)
+        messages.insert(0, system)
 
 
-def check_messages(placed: Placed) -> None:
+def check_messages(messages: LocatedMessages) -> None:
     """InputError unless roles are in order, no message but a tool's is empty and the assistant has
     the last word.
     """
     before = None
-    for where, message in placed:
+    for where, message in messages:
         role = message["role"]
         if role not in NEXT[before]:
             after = f"after {before}" if before else "first"
@@ -229,20 +231,20 @@ def check_messages(placed: Placed) -> None:
         raise InputError(f"expected an answer at the end, got {before or 'no message'}")
 
 
-def text_or_messages(value: Any, name: str, role: str) -> Placed:
+def parse_text_or_messages(value: Any, name: str, role: str) -> LocatedMessages:
     """A list of messages, or one message of ``role`` with a text."""
     if isinstance(value, list):
-        return messages_of(value, name)
-    return [_placed(name, role, value)]
+        return parse_messages(value, name)
+    return [_locate(name, role, value)]
 
 
-def messages_of(messages: Any, name: str) -> Placed:
+def parse_messages(values: Any, name: str) -> LocatedMessages:
     """Messages under OpenAI's names or ShareGPT's, brought to one form. ``name``: the key that has
     them.
     """
     kind = "turns" if name == "conversations" else "messages"
-    placed: Placed = []
-    for i, value in enumerate(_typed(messages, list, name, f"a list of {kind}")):
+    messages: LocatedMessages = []
+    for i, value in enumerate(_typed(values, list, name, f"a list of {kind}")):
         where = f"{name}[{i}]"
         message = {
             k: v for k, v in _typed(value, Mapping, where, "an object").items() if v is not None
@@ -252,7 +254,7 @@ def messages_of(messages: Any, name: str) -> Placed:
         content = message.get("content", message.pop("value", None))
         if isinstance(content, list):  # parts, as in requests to an API
             content = "".join(_text_part(part, where) for part in content)
-        content = text_of(content, where)
+        content = check_text(content, where)
         calls, older = message.pop("tool_calls", None), message.pop("function_call", None)
         if older is not None:
             calls = calls or [{"function": older}]
@@ -261,8 +263,8 @@ def messages_of(messages: Any, name: str) -> Placed:
         message |= {"role": _role(message["role"], where), "content": content}
         if calls:
             message["tool_calls"] = _tool_calls(calls, f"{where}.tool_calls")
-        placed.append((where, message))
-    return placed
+        messages.append((where, message))
+    return messages
 
 
 def _tool_calls(calls: Any, where: str) -> list[Message]:
@@ -293,25 +295,25 @@ def _text_part(part: Any, where: str) -> str:
     if not isinstance(part, Mapping) or part.get("type") != "text":
         got = part.get("type") if isinstance(part, Mapping) else type(part).__name__
         raise InputError(f"{where}: expected parts of type 'text', got {got!r:.40}")
-    return text_of(part.get("text", part.get("value")), where)
+    return check_text(part.get("text", part.get("value")), where)
 
 
-def alpaca_prompt(row: Mapping[str, Any]) -> Placed:
+def parse_alpaca_prompt(row: Mapping[str, Any]) -> LocatedMessages:
     """``"history"``, and ``"instruction"`` with ``"input"``, as messages."""
-    placed: Placed = []
+    messages: LocatedMessages = []
     history = _typed(row.get("history") or [], list, "history", "a list of pairs")
     for i, pair in enumerate(history):
         where = f"history[{i}]"
         if not isinstance(pair, list) or len(pair) != 2:
             raise InputError(f"{where}: expected [question, answer], got {pair!r:.60}")
-        placed += [_placed(where, role, text) for role, text in zip(("user", "assistant"), pair)]
-    texts = [text_of(row[key], key) for key in ("instruction", "input") if row.get(key)]
+        messages += [_locate(where, role, text) for role, text in zip(("user", "assistant"), pair)]
+    texts = [check_text(row[key], key) for key in ("instruction", "input") if row.get(key)]
     question = "\n\n".join(text for text in texts if text.strip())
-    return [*placed, _placed("instruction", "user", question)]
+    return [*messages, _locate("instruction", "user", question)]
 
 
-def _placed(where: str, role: str, text: Any) -> tuple[str, Message]:
-    return where, {"role": role, "content": text_of(text, where)}
+def _locate(where: str, role: str, text: Any) -> tuple[str, Message]:
+    return where, {"role": role, "content": check_text(text, where)}
 
 
 def _role(role: Any, where: str) -> str:
@@ -320,7 +322,7 @@ def _role(role: Any, where: str) -> str:
     return ROLES[role]
 
 
-def text_of(text: Any, where: str) -> str:
+def check_text(text: Any, where: str) -> str:
     """The text, "" for None. InputError: another type, or text that UTF-8 cannot encode."""
     if text is None:
         return ""
@@ -341,7 +343,7 @@ def _json(text: str, what: str) -> Any:
         raise InputError(f"{what} as JSON, got {text!r:.60}") from None
 
 
-def tools_of(row: Mapping[str, Any]) -> list[Any] | None:
+def parse_tools(row: Mapping[str, Any]) -> list[Any] | None:
     """The row's ``"tools"``, a list or its JSON, or None."""
     tools = row.get("tools")
     if not tools and row.get("functions"):  # the older form
@@ -352,4 +354,4 @@ def tools_of(row: Mapping[str, Any]) -> list[Any] | None:
     return _typed(tools, list, "tools", "a list") if tools else None
 
 
-read_conversations = partial(read_examples, example_of=conversation_of)
+read_conversations = partial(read_examples, parse=parse_conversation)

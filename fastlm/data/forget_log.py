@@ -16,9 +16,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from fastlm.data.conversations import Message, conversation_of, said
+from fastlm.data.conversations import Message, message_contents, parse_conversation
 from fastlm.data.dedup import content_key
-from fastlm.data.preferences import Comparison, preference_of
+from fastlm.data.preferences import Comparison, parse_preference
 from fastlm.errors import InputError
 from fastlm.files import reason
 from fastlm.schema import parse
@@ -77,7 +77,7 @@ def conversation_key(id: str) -> str:
 
 def messages_key(messages: Sequence[Message]) -> str:
     """Return the key of a conversation by the text of its messages."""
-    return _hash("messages", said(messages))
+    return _hash("messages", message_contents(messages))
 
 
 def _hash(kind: str, value: Any) -> str:
@@ -95,11 +95,11 @@ def row_keys(row: Any) -> set[str]:
     if isinstance(provenance, Mapping):
         return provenance_keys(provenance.get("responses"), provenance.get("conversations"))
     try:
-        return {messages_key(conversation_of(row).messages)}
+        return {messages_key(parse_conversation(row).messages)}
     except InputError:
         pass
     try:
-        example = preference_of(row)
+        example = parse_preference(row)
     except InputError:
         return set()
     answers = example.answers if isinstance(example, Comparison) else (example.answer,)

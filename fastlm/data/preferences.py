@@ -30,18 +30,18 @@ from typing import Any
 
 from fastlm.data.conversations import (
     Conversation,
+    LocatedMessages,
     Message,
-    Placed,
     add_system,
     check_messages,
-    keys_of,
-    messages_of,
+    check_text,
+    describe_keys,
+    message_contents,
+    parse_messages,
+    parse_tools,
     read_examples,
-    said,
-    text_of,
-    tools_of,
 )
-from fastlm.data.prompts import dialogue, plain, prompt_messages
+from fastlm.data.prompts import parse_dialogue, parse_prompt_messages, strip_locations
 from fastlm.errors import InputError, show
 
 SHAPES = (
@@ -59,7 +59,7 @@ class Comparison:
     answers share one, no rank is skipped, and there are at least two. ``scores``: per answer,
     higher is better, where the row has them. ``margin``: of two answers, by how much the better
     one is better (>= 0). ``corrected``: the best answer is a person's correction of the other.
-    ``place``: file and line, for error messages.
+    ``location``: file and line, for error messages.
     """
 
     prompt: list[Message]
@@ -70,7 +70,7 @@ class Comparison:
     tools: list[Any] | None = None
     rater: str | None = None
     corrected: bool = False
-    place: str = ""
+    location: str = ""
 
     def pairs(self) -> "list[Comparison]":
         """Every pair of answers with different ranks, the better one first. The margin is the
@@ -90,27 +90,27 @@ class Comparison:
         answers = (self.answers[better], self.answers[worse])
         return replace(self, answers=answers, ranks=(0, 1), scores=scores, margin=margin)
 
-    def labels(self) -> "list[Label]":
+    def labels(self) -> "list[LabelledAnswer]":
         """The best answers as desirable, the worst ones as not. Those between are left out: that an
         answer is worse than one and better than another does not say whether it is good.
         """
         worst = max(self.ranks)
         return [
-            Label(self.prompt, answer, rank == 0, self.tools, self.rater, self.place)
+            LabelledAnswer(self.prompt, answer, rank == 0, self.tools, self.rater, self.location)
             for answer, rank in zip(self.answers, self.ranks)
             if rank in (0, worst)
         ]
 
     def conversation(self, answer: int) -> Conversation:
         """Prompt and answer, of which the answer is learnt."""
-        return _conversation(self.prompt, self.answers[answer], self.tools, self.place)
+        return _conversation(self.prompt, self.answers[answer], self.tools, self.location)
 
     def demonstration(self) -> Conversation:
         """Prompt and best answer (the first of equals), for supervised fine-tuning."""
         return self.conversation(self.ranks.index(0))
 
     def row(self) -> dict[str, Any]:
-        """The row that `preference_of` reads as this comparison: a pair in TRL's conversational
+        """The row that `parse_preference` reads as this comparison: a pair in TRL's conversational
         form, a ranked list, or a correction.
         """
         row: dict[str, Any] = {"prompt": self.prompt}
@@ -132,7 +132,7 @@ class Comparison:
 
 
 @dataclass(frozen=True, slots=True)
-class Label:
+class LabelledAnswer:
     """An answer to a prompt, and whether it is desirable (KTO). ``prompt`` and ``answer`` as in
     `Comparison`.
     """
@@ -142,29 +142,29 @@ class Label:
     desirable: bool
     tools: list[Any] | None = None
     rater: str | None = None
-    place: str = ""
+    location: str = ""
 
     def conversation(self) -> Conversation:
         """Prompt and answer, of which the answer is learnt."""
-        return _conversation(self.prompt, self.answer, self.tools, self.place)
+        return _conversation(self.prompt, self.answer, self.tools, self.location)
 
     def row(self) -> dict[str, Any]:
-        """The row that `preference_of` reads as this label, in TRL's conversational form."""
+        """The row that `parse_preference` reads as this label, in TRL's conversational form."""
         row = {"prompt": self.prompt, "completion": self.answer, "label": self.desirable}
         return {**row, **_others(self)}
 
 
 @dataclass(frozen=True, slots=True)
-class Unranked:
+class UnrankedAnswers:
     """A prompt and answers that nobody has ranked yet, as in `Comparison`."""
 
     prompt: list[Message]
     answers: tuple[list[Message], ...]
     tools: list[Any] | None = None
-    place: str = ""
+    location: str = ""
 
 
-def preference_of(row: Any, place: str = "") -> Comparison | Label:
+def parse_preference(row: Any, location: str = "") -> Comparison | LabelledAnswer:
     """The comparison or label that a row holds.
 
     InputError: the row has none of the shapes, an empty message, roles out of order, different
@@ -182,7 +182,7 @@ def preference_of(row: Any, place: str = "") -> Comparison | Label:
         prompt, answers = _candidates(row, {name: row[name] for name in pair})
         ranks, scores = (0, 1), _pair_scores(row) if "chosen" in pair else None
     elif "label" in row or "kto_tag" in row:
-        return _label_of(row, place)
+        return _label_of(row, location)
     elif _answers_key(row) and ("ranks" in row or "scores" in row):
         prompt, answers = _listed(row)
         ranks, scores = _ranks_and_scores(row, answers)
@@ -203,22 +203,30 @@ def preference_of(row: Any, place: str = "") -> Comparison | Label:
             margin = abs(scores[0] - scores[1])
     corrected = pair is not None and "corrected" in pair
     return Comparison(
-        prompt, tuple(answers), ranks, scores, margin, tools_of(row), _rater(row), corrected, place
+        prompt,
+        tuple(answers),
+        ranks,
+        scores,
+        margin,
+        parse_tools(row),
+        _rater(row),
+        corrected,
+        location,
     )
 
 
-def answers_of(row: Any, place: str = "") -> "Comparison | Label | Unranked":
-    """`preference_of`; also reads rows ``{"prompt", "answers"}`` without ranks. InputError: also
+def parse_answers(row: Any, location: str = "") -> "Comparison | LabelledAnswer | UnrankedAnswers":
+    """`parse_preference`; also reads rows ``{"prompt", "answers"}`` without ranks. InputError: also
     two equal answers of those.
     """
     values = _object(row)
     ranked = ("ranks", "scores", "chosen", "corrected", "label", "kto_tag")
     if not _answers_key(values) or any(key in values for key in ranked):
-        return preference_of(row, place)
+        return parse_preference(row, location)
     prompt, answers = _listed(values)
     for first, second in _equal(answers):
         raise InputError(f"expected different answers, answers {first} and {second} are equal")
-    return Unranked(prompt, tuple(answers), tools_of(values), place)
+    return UnrankedAnswers(prompt, tuple(answers), parse_tools(values), location)
 
 
 def _object(row: Any) -> dict[str, Any]:
@@ -228,7 +236,7 @@ def _object(row: Any) -> dict[str, Any]:
 
 
 def _unknown(row: Mapping[str, Any]) -> InputError:
-    return InputError(f"expected an object with {SHAPES}, got {keys_of(row)}")
+    return InputError(f"expected an object with {SHAPES}, got {describe_keys(row)}")
 
 
 def _from_openai(row: Mapping[str, Any]) -> dict[str, Any]:
@@ -299,7 +307,7 @@ def _number(value: Any, where: str) -> float:
     raise InputError(f"{where}: expected a finite number, got {show(value):.60}")
 
 
-def _label_of(row: Mapping[str, Any], place: str) -> Label:
+def _label_of(row: Mapping[str, Any], location: str) -> LabelledAnswer:
     key = "label" if "label" in row else "kto_tag"
     if not isinstance(row[key], bool):
         raise InputError(f"{key}: expected true or false, got {show(row[key]):.60}")
@@ -307,14 +315,14 @@ def _label_of(row: Mapping[str, Any], place: str) -> Label:
     if name is not None:
         prompt, (answer,) = _candidates(row, {name: row[name]})
     else:
-        placed = prompt_messages(row)
+        placed = parse_prompt_messages(row)
         if placed is None:
             raise _unknown(row)
         add_system(row, placed)
         check_messages(placed)
-        (*prompt, last) = plain(placed)
+        (*prompt, last) = strip_locations(placed)
         answer = [last]
-    return Label(prompt, answer, row[key], tools_of(row), _rater(row), place)
+    return LabelledAnswer(prompt, answer, row[key], parse_tools(row), _rater(row), location)
 
 
 def _answers_key(row: Mapping[str, Any]) -> str | None:
@@ -338,11 +346,11 @@ def _candidates(
     Answers that are whole conversations are cut after their common beginning, which must begin
     with the prompt if there is one.
     """
-    prompt = prompt_messages(row)
+    prompt = parse_prompt_messages(row)
     answers = {name: _answer(value, name, prompt is None) for name, value in given.items()}
     whole = [name for name, answer in answers.items() if answer[0][1]["role"] in ("system", "user")]
     if len(whole) == len(answers) and len(answers) > 1:
-        columns = zip(*map(_said, answers.values()))
+        columns = zip(*map(_contents, answers.values()))
         begin = len(list(takewhile(lambda column: column.count(column[0]) == len(column), columns)))
         common = next(iter(answers.values()))[:begin]
         if prompt is not None and not _begins(common, prompt):
@@ -353,7 +361,9 @@ def _candidates(
     elif whole:
         raise InputError(f"{whole[0]}: expected an answer by the assistant, got a conversation")
     elif prompt is None:
-        raise InputError(f"expected a prompt beside {' and '.join(answers)}, got {keys_of(row)}")
+        raise InputError(
+            f"expected a prompt beside {' and '.join(answers)}, got {describe_keys(row)}"
+        )
     add_system(row, prompt)
     for name, answer in answers.items():
         if not answer:
@@ -366,30 +376,30 @@ def _candidates(
                     "message"
                     " after they differ"
                 )
-    return plain(prompt), [plain(answer) for answer in answers.values()]
+    return strip_locations(prompt), [strip_locations(answer) for answer in answers.values()]
 
 
-def _answer(value: Any, name: str, whole: bool) -> Placed:
+def _answer(value: Any, name: str, whole: bool) -> LocatedMessages:
     """An answer, or a conversation. ``whole``: there is no prompt, so a text has to be one."""
     if isinstance(value, Mapping):
         value = [value]
     if isinstance(value, list):
         if not value:
             raise InputError(f"{name}: expected an answer, got no message")
-        return messages_of(value, name)
-    text = text_of(value, name)
-    if whole and (placed := dialogue(text, name)):
+        return parse_messages(value, name)
+    text = check_text(value, name)
+    if whole and (placed := parse_dialogue(text, name)):
         return placed
     return [(name, {"role": "assistant", "content": text})]
 
 
-def _said(placed: Placed) -> list[list[Any]]:
-    return said([message for _, message in placed])
+def _contents(placed: LocatedMessages) -> list[list[Any]]:
+    return message_contents([message for _, message in placed])
 
 
-def _begins(messages: Placed, beginning: Placed) -> bool:
+def _begins(messages: LocatedMessages, beginning: LocatedMessages) -> bool:
     """Whether messages begin with others; only one of the two may have a system message."""
-    a, b = _said(messages), _said(beginning)
+    a, b = _contents(messages), _contents(beginning)
     if a[:1] != b[:1]:
         a, b = ([m for m in x if m[0] != "system"] for x in (a, b))
     return a[: len(b)] == b
@@ -397,26 +407,26 @@ def _begins(messages: Placed, beginning: Placed) -> bool:
 
 def _equal(answers: Sequence[list[Message]]) -> Iterator[tuple[int, int]]:
     """Yield (i, j), i < j, of answers that say the same."""
-    heard = [said(answer) for answer in answers]
+    heard = [message_contents(answer) for answer in answers]
     for j, answer in enumerate(heard):
         if (i := heard.index(answer)) < j:
             yield i, j
 
 
 def _rater(row: Mapping[str, Any]) -> str | None:
-    return text_of(row.get("rater"), "rater") or None
+    return check_text(row.get("rater"), "rater") or None
 
 
-def _others(example: Comparison | Label) -> dict[str, Any]:
+def _others(example: Comparison | LabelledAnswer) -> dict[str, Any]:
     found = {"tools": example.tools, "rater": example.rater}
     return {key: value for key, value in found.items() if value is not None}
 
 
 def _conversation(
-    prompt: list[Message], answer: list[Message], tools: list[Any] | None, place: str
+    prompt: list[Message], answer: list[Message], tools: list[Any] | None, location: str
 ) -> Conversation:
-    learnt = [False] * len(prompt) + [m["role"] == "assistant" for m in answer]
-    return Conversation([*prompt, *answer], learnt, place, tools)
+    loss_mask = [False] * len(prompt) + [m["role"] == "assistant" for m in answer]
+    return Conversation([*prompt, *answer], loss_mask, location, tools)
 
 
-read_preferences = partial(read_examples, example_of=preference_of)
+read_preferences = partial(read_examples, parse=parse_preference)

@@ -12,17 +12,17 @@ from functools import partial
 from typing import Any
 
 from fastlm.data.conversations import (
+    LocatedMessages,
     Message,
-    Placed,
     add_system,
-    alpaca_prompt,
     check_messages,
-    keys_of,
-    messages_of,
+    check_text,
+    describe_keys,
+    parse_alpaca_prompt,
+    parse_messages,
+    parse_tools,
     prompt_key,
     read_examples,
-    text_of,
-    tools_of,
 )
 from fastlm.errors import InputError
 
@@ -32,54 +32,54 @@ SPEAKERS = {"Human": "user", "Assistant": "assistant"}
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """``messages``: the last one is a user's or a tool's. ``row``: as it was read. ``place``: file
-    and line, for error messages.
+    """``messages``: the last one is a user's or a tool's. ``row``: as it was read. ``location``:
+    file and line, for error messages.
     """
 
     messages: list[Message]
     row: Mapping[str, Any]
     tools: list[Any] | None = None
-    place: str = ""
+    location: str = ""
 
     def key(self) -> str:
         """The prompt as text: equal for equal prompts."""
         return prompt_key(self.messages)
 
 
-def prompt_of(row: Any, place: str = "") -> Prompt:
+def parse_prompt(row: Any, location: str = "") -> Prompt:
     """The prompt of a row, or the messages of a conversation before its last answer. InputError:
     none, roles out of order, an empty message.
     """
     values = {k: v for k, v in row.items() if v is not None} if isinstance(row, Mapping) else {}
-    placed = prompt_messages(values)
+    placed = parse_prompt_messages(values)
     if placed is None:
-        got = keys_of(values) if isinstance(row, Mapping) else type(row).__name__
+        got = describe_keys(values) if isinstance(row, Mapping) else type(row).__name__
         raise InputError(f"expected an object with a prompt or messages, got {got}")
     add_system(values, placed)
     if placed and placed[-1][1]["role"] == "assistant":
         placed.pop()
     check_messages([*placed, ("the answer", {"role": "assistant", "content": "any"})])
-    return Prompt(plain(placed), row, tools_of(values), place)
+    return Prompt(strip_locations(placed), row, parse_tools(values), location)
 
 
-def prompt_messages(row: Mapping[str, Any]) -> Placed | None:
+def parse_prompt_messages(row: Mapping[str, Any]) -> LocatedMessages | None:
     """The row's prompt, not checked yet; None if it has none."""
     for key in ("prompt", "question", "messages", "conversations"):
         if key in row:
             value = row[key]
             if isinstance(value, list) or key in ("messages", "conversations"):
-                return messages_of(value, key)
-            text = text_of(value, key)
-            if placed := dialogue(text, key):
+                return parse_messages(value, key)
+            text = check_text(value, key)
+            if placed := parse_dialogue(text, key):
                 return placed
             passage = row.get("passage") if key == "question" else None
-            if isinstance(passage, str) and (passage := text_of(passage, "passage").strip()):
+            if isinstance(passage, str) and (passage := check_text(passage, "passage").strip()):
                 text = f"{passage}\n\n{text}"
             return [(key, {"role": "user", "content": text})]
-    return alpaca_prompt(row) if "instruction" in row else None
+    return parse_alpaca_prompt(row) if "instruction" in row else None
 
 
-def dialogue(text: str, name: str) -> Placed | None:
+def parse_dialogue(text: str, name: str) -> LocatedMessages | None:
     """The turns of a text of HH-RLHF, None if it is no such text. A last turn that is empty asks
     for the answer.
     """
@@ -94,10 +94,10 @@ def dialogue(text: str, name: str) -> Placed | None:
     ]
 
 
-def plain(placed: Placed) -> list[Message]:
+def strip_locations(placed: LocatedMessages) -> list[Message]:
     """The messages without their places and weights: what is learnt is the answer."""
     dropped = ("weight", "loss_weight")
     return [{k: v for k, v in message.items() if k not in dropped} for _, message in placed]
 
 
-read_prompts = partial(read_examples, example_of=prompt_of)
+read_prompts = partial(read_examples, parse=parse_prompt)

@@ -11,7 +11,7 @@ from fastlm.data.prepare import HELDOUT, TRAIN, read_documents
 from fastlm.errors import InputError
 from fastlm.pipeline.funnel import FUNNEL
 from fastlm.sources.packages import default_cache
-from fastlm.sources.rows import ignore, read_source
+from fastlm.sources.rows import ignore_message, read_source
 
 if TYPE_CHECKING:
     from fastlm.data.shards import TokenDataset
@@ -35,7 +35,7 @@ def read_texts(
     *,
     part: str = "heldout",
     cache: Path | None = None,
-    on_skip: Callable[[str], None] = ignore,
+    on_skip: Callable[[str], None] = ignore_message,
 ) -> Iterator[str]:
     """Yield the texts of a source that ``fastlm data prepare`` accepts, or of what it prepared.
 
@@ -79,7 +79,7 @@ def token_dataset(
     *,
     part: str = "heldout",
     cache: Path | None = None,
-    on_skip: Callable[[str], None] = ignore,
+    on_skip: Callable[[str], None] = ignore_message,
     keep: list[tuple[str, str]] | None = None,
     name: str = "data",
 ) -> Iterator["TokenDataset"]:

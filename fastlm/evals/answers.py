@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import wraps
 from typing import Any
 
-from fastlm.data.verify import VERIFIERS, number
+from fastlm.data.verifiers import VERIFIERS, number
 from fastlm.evals.latex import final_answer, same
 from fastlm.evals.task import Judge
 

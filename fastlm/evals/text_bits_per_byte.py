@@ -15,7 +15,7 @@ from fastlm.data.texts import check_window, token_dataset
 from fastlm.model.bits_per_byte import IGNORE, compressed_bits_per_byte, evaluate
 from fastlm.ops import linear_logprobs
 from fastlm.progress import silent
-from fastlm.sources.rows import ignore
+from fastlm.sources.rows import ignore_message
 
 if TYPE_CHECKING:
     from fastlm.model.causal_lm import CausalLM
@@ -79,7 +79,7 @@ def text_bits_per_byte(
     compressors: bool = True,
     cache: Path | None = None,
     track=silent,
-    on_skip: Callable[[str], None] = ignore,
+    on_skip: Callable[[str], None] = ignore_message,
 ) -> dict[str, Any]:
     """Measure bits per byte of the text or shards at ``data``; for text also of xz -9e and zstd
     -19; and of each source, if its documents have several (``domains``).

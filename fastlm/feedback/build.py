@@ -20,11 +20,11 @@ from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-from fastlm.data.conversations import conversation_of
+from fastlm.data.conversations import parse_conversation
 from fastlm.data.dedup import DocumentDedup
 from fastlm.data.filter import check_rules, first_failed
 from fastlm.data.forget_log import PROVENANCE
-from fastlm.data.preferences import Comparison, Label, preference_of
+from fastlm.data.preferences import Comparison, LabelledAnswer, parse_preference
 from fastlm.errors import InputError
 from fastlm.feedback.feedback_items import (
     ANONYMOUS,
@@ -192,7 +192,7 @@ def _reject_without_consent(item: FeedbackItem, withdrawn: frozenset[str]) -> st
 def _reject_invalid(item: FeedbackItem) -> str | None:
     try:
         for row in chain(*_rows_by_form(item).values()):
-            (conversation_of if "messages" in row else preference_of)(row)
+            (parse_conversation if "messages" in row else parse_preference)(row)
     except InputError:
         equal = item.kind in ("pick", "correction") and item.better == item.worse
         return "equal answers" if equal else "messages that no training reads"
@@ -288,7 +288,7 @@ def _rows_by_form(item: FeedbackItem) -> dict[str, list[dict[str, Any]]]:
             rows["sft"] = [pair.demonstration().row()]
             rows["kto"] = [label.row() for label in pair.labels()]
     else:
-        label = Label(prompt, item.better or item.worse or [], item.kind == "up", tools)
+        label = LabelledAnswer(prompt, item.better or item.worse or [], item.kind == "up", tools)
         rows["kto"] = [label.row()]
         if item.kind == "up":
             rows["sft"] = [label.conversation().row()]

@@ -13,10 +13,10 @@ from itertools import combinations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fastlm.data.conversations import Message, conversation_of, read_examples, said
+from fastlm.data.conversations import Message, message_contents, parse_conversation, read_examples
 from fastlm.data.dedup import content_key
 from fastlm.data.forget_log import conversation_key, messages_key, response_key
-from fastlm.data.preferences import Label, preference_of
+from fastlm.data.preferences import LabelledAnswer, parse_preference
 from fastlm.errors import check_unicode
 from fastlm.schema import validate
 from fastlm.serve.commands import open_store
@@ -75,7 +75,7 @@ class FeedbackItem:
     def prompt_key(self) -> bytes:
         """A hash that is equal for prompts with the same text, whatever their case and white
         space."""
-        return _key([said(self.prompt or []), self.tools])
+        return _key([message_contents(self.prompt or []), self.tools])
 
     @property
     def opening_key(self) -> bytes:
@@ -83,12 +83,12 @@ class FeedbackItem:
         have the first message, too.
         """
         questions = [m for m in self.prompt or () if m.get("role") == "user"]
-        return _key(said((questions or self.prompt or [])[:1]))
+        return _key(message_contents((questions or self.prompt or [])[:1]))
 
     @property
     def key(self) -> bytes:
         """A hash that is equal for items that say the same about the same answers."""
-        answers = [said(self.better or []), said(self.worse or [])]
+        answers = [message_contents(self.better or []), message_contents(self.worse or [])]
         return self.prompt_key + _key([self.kind, *answers])
 
     def forget_keys(self) -> Iterator[str]:
@@ -105,7 +105,10 @@ class FeedbackItem:
         A pick votes on which of two answers is better, a thumb on whether one is good; a correction
         votes that the answer is not good.
         """
-        better, worse = _key(said(self.better or [])), _key(said(self.worse or []))
+        better, worse = (
+            _key(message_contents(self.better or [])),
+            _key(message_contents(self.worse or [])),
+        )
         if self.kind == "pick":
             first, second = sorted((better, worse))
             return b"pair" + self.prompt_key + first + second, self.rater, better == first
@@ -275,12 +278,12 @@ def _items_of_row(row: Any) -> Iterator[FeedbackItem]:
         )  # fmt: skip
 
     if "messages" in fields and "label" not in fields and "kto_tag" not in fields:
-        conversation = conversation_of(row)
+        conversation = parse_conversation(row)
         prompt, answer = conversation.messages[:-1], conversation.messages[-1:]
         yield item("up", prompt=prompt, better=answer, tools=conversation.tools)
         return
-    preference = preference_of(row)
-    if isinstance(preference, Label):
+    preference = parse_preference(row)
+    if isinstance(preference, LabelledAnswer):
         side, kind = ("better", "up") if preference.desirable else ("worse", "down")
         texts = {side: preference.answer}
         yield item(kind, prompt=preference.prompt, tools=preference.tools, **texts)

@@ -7,7 +7,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from fastlm.data.conversations import said
+from fastlm.data.conversations import message_contents
 from fastlm.data.preferences import Comparison, read_preferences
 from fastlm.data.prompts import Prompt
 from fastlm.errors import InputError
@@ -110,7 +110,7 @@ def judge_accuracy(
             means = [fmean(values) for values in zip(*in_context, strict=True)]
             pairs = zip(means[::2], means[1::2], strict=True)
             right.append(fmean(1.0 if a > b else 0.5 if a == b else 0.0 for a, b in pairs))
-            prompts.append(json.dumps(said(row.prompt)))
+            prompts.append(json.dumps(message_contents(row.prompt)))
     if skipped := len(rows) - len(right):
         warn(f"{skipped:,} of {len(rows):,} preferences that measure the judge exceed its context")
     if not right:

@@ -48,12 +48,12 @@ def import_command(
     Rows are {"prompt", "answers"}, or preferences: pairs, ranked lists, corrections. Their ranks
     are those of the row's "rater", or of a rater called "file".
     """
-    from fastlm.data.conversations import Rows
+    from fastlm.data.conversations import RowCounts
 
     with needs_serve():
         from fastlm.serve.ranking import RankingStore, read_ranking_examples
 
-    rows = Rows()
+    rows = RowCounts()
     examples = list(
         read_ranking_examples(
             sources, cache=cache or default_cache(), skip_bad=skip_bad, rows=rows, on_skip=_note
@@ -61,10 +61,10 @@ def import_command(
     )  # before the store: a bad row leaves no empty one behind
     with RankingStore(store) as found:
         added = found.add_items(examples)
-    rows.counts["alike without personal data"] = added.alike
-    left_out = "".join(f", {count:,} {why}" for why, count in (+rows.counts).items())
+    rows.by_reason["alike without personal data"] = added.alike
+    left_out = "".join(f", {count:,} {why}" for why, count in (+rows.by_reason).items())
     typer.echo(
-        f"{store}: {rows.read:,} rows read{left_out}, {added.known:,} known before;"
+        f"{store}: {rows.total:,} rows read{left_out}, {added.known:,} known before;"
         f" new prompts {added.items:,}, rankings {added.rankings:,},"
         f" corrections {added.corrections:,}"
     )
@@ -94,7 +94,7 @@ def sample_command(
     empty answers are left out.
     """
     with needs_serve():
-        from fastlm.data.preferences import Unranked
+        from fastlm.data.preferences import UnrankedAnswers
         from fastlm.data.prompts import read_prompts
         from fastlm.serve.ranking import Added, RankingStore
         from fastlm.serve.text_generator import TextGenerator
@@ -113,13 +113,13 @@ def sample_command(
                 ids = _prompt_ids(generator, row)
                 answers = generator.generate([ids] * k, seed=seed + number * k, **sampling)
             except InputError as error:
-                raise InputError(f"{row.place}: {error}") from None
+                raise InputError(f"{row.location}: {error}") from None
             texts = dict.fromkeys(answer.text for answer in answers if answer.text.strip())
             if len(texts) < 2:
                 added.alike += 1
                 continue
             messages = tuple([{"role": "assistant", "content": text}] for text in texts)
-            found.add_items([Unranked(row.messages, messages, row.tools)], model.name)
+            found.add_items([UnrankedAnswers(row.messages, messages, row.tools)], model.name)
             added.items += 1
     typer.echo(
         f"{store}: new prompts {added.items:,}, known before {added.known:,}, left out because"

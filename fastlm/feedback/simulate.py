@@ -253,10 +253,10 @@ def _error(reply: "HttpReply") -> str:
 
 def _reference(prompt: "Prompt") -> str | None:
     """Return the answer in the row of a prompt, None if it has none."""
-    from fastlm.data.conversations import conversation_of
+    from fastlm.data.conversations import parse_conversation
 
     try:
-        content = conversation_of(prompt.row).messages[-1].get("content")
+        content = parse_conversation(prompt.row).messages[-1].get("content")
     except InputError:
         return None
     return content if isinstance(content, str) and content.strip() else None

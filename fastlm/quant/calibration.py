@@ -18,7 +18,7 @@ from fastlm.data.shards import INDEX
 from fastlm.data.texts import has_parts, token_dataset
 from fastlm.errors import InputError
 from fastlm.sources.packages import default_cache
-from fastlm.sources.rows import ignore, list_files, read_rows
+from fastlm.sources.rows import ignore_message, list_files, read_rows
 
 if TYPE_CHECKING:
     from fastlm.model.causal_lm import CausalLM
@@ -43,7 +43,7 @@ def text_windows(
     length: int,
     seed: int,
     cache: Path | None = None,
-    on_skip: Callable[[str], None] = ignore,
+    on_skip: Callable[[str], None] = ignore_message,
 ) -> Tensor:
     """About `tokens` tokens of the text, shards or conversations at `data` (their training part) as
     windows (n, length), int64, at random places that do not overlap. Of several, equally many
@@ -98,7 +98,7 @@ def conversation_tokens(
     data: str | Path,
     *,
     cache: Path,
-    on_skip: Callable[[str], None] = ignore,
+    on_skip: Callable[[str], None] = ignore_message,
 ) -> np.ndarray:
     """The tokens of the conversations at `data`, int64, one after another as the chat template
     writes them.
@@ -109,5 +109,5 @@ def conversation_tokens(
         try:
             tokens += tokenizer.encode_chat(row.messages, add_generation_prompt=False, **variables)
         except InputError as error:
-            raise InputError(f"{row.place}: {error}") from None
+            raise InputError(f"{row.location}: {error}") from None
     return np.array(tokens, np.int64)

@@ -11,7 +11,7 @@ from starlette.requests import ClientDisconnect
 from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 
-from fastlm.data.conversations import messages_of
+from fastlm.data.conversations import parse_messages
 from fastlm.errors import InputError
 from fastlm.inference.output_format import OutputFormat
 from fastlm.inference.requests import EngineClosed, QueueFull, Request
@@ -327,7 +327,7 @@ def with_previous(
     start = int(bool(instructions))
     if start and earlier and earlier[0]["role"] == "system":
         earlier = earlier[1:]
-    earlier = [message for _, message in messages_of(earlier, param)]
+    earlier = [message for _, message in parse_messages(earlier, param)]
     # a continuation is stored under the conversation it continues: forgetting one forgets both
     conversation = request.conversation_id
     if request.store and conversation is None:

@@ -125,7 +125,7 @@ def _check_conversation(store: "FeedbackStore", feedback: Feedback) -> None:
     """ApiError: the answer is known, and of another conversation than the feedback says: whoever
     forgets that conversation would delete what was said in this one."""
     response, given = feedback.response_id, feedback.conversation_id
-    own = None if response is None or given is None else store.conversation_of(response)
+    own = None if response is None or given is None else store.parse_conversation(response)
     if own is not None and own != (given,):
         raise ApiError(
             "conversation_id: expected that of the answer, or none, got another",

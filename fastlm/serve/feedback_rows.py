@@ -10,7 +10,7 @@ from dataclasses import asdict, fields, replace
 from datetime import UTC, datetime
 from typing import Any
 
-from fastlm.data.conversations import Message, messages_of
+from fastlm.data.conversations import Message, parse_messages
 from fastlm.data.scrub_chat import scrub_chat
 from fastlm.errors import InputError, show
 from fastlm.schema import Finite, parse, validate
@@ -67,7 +67,7 @@ def read_response(row: Any, name: str) -> StoredResponse:
     where = f"{name}: {ANSWERS.name} {row.response_id!r:.140}: "
 
     def checked(messages: Any, column: str) -> list[Message]:
-        return [message for _, message in messages_of(messages, where + column)]
+        return [message for _, message in parse_messages(messages, where + column)]
 
     answer = _read(row, StoredResponse, where)
     choices = [checked(choice, f"choices[{i}]") for i, choice in enumerate(answer.choices)]

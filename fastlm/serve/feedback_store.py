@@ -183,7 +183,7 @@ class FeedbackStore:
         its = by_talk if response_id is None else a.response_id == response_id
         return self.first(sa.select(a.id).where(its)) is not None
 
-    def conversation_of(self, response_id: str) -> tuple[str | None] | None:
+    def parse_conversation(self, response_id: str) -> tuple[str | None] | None:
         """The conversation of a response, (None,) if it has none. None: nothing says."""
         with self.read() as connection:
             return _conversation(connection, response_id)

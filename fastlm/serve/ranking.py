@@ -18,9 +18,15 @@ from typing import Any
 
 import sqlalchemy as sa
 
-from fastlm.data.conversations import Conversation, Message, Rows, read_examples, said
+from fastlm.data.conversations import (
+    Conversation,
+    Message,
+    RowCounts,
+    message_contents,
+    read_examples,
+)
 from fastlm.data.forget_log import response_key
-from fastlm.data.preferences import Comparison, Label, Unranked, answers_of
+from fastlm.data.preferences import Comparison, LabelledAnswer, UnrankedAnswers, parse_answers
 from fastlm.errors import InputError, check_unicode, show
 from fastlm.files import atomic_file
 from fastlm.serve.feedback import Feedback, Ranking, StoredResponse
@@ -34,11 +40,11 @@ from fastlm.serve.feedback_rows import (
 )
 from fastlm.serve.feedback_store import FeedbackStore
 from fastlm.serve.tables import ANSWERS, FEEDBACK, WITHDRAWN
-from fastlm.sources.rows import ignore
+from fastlm.sources.rows import ignore_message
 from fastlm.stats.agreement import Agreement, agreement_of
 
 FILE_RATER = "file"  # the rater of rows that were ranked already and name nobody
-FORMS: dict[str, Callable[[Comparison], Sequence[Comparison | Label | Conversation]]] = {
+FORMS: dict[str, Callable[[Comparison], Sequence[Comparison | LabelledAnswer | Conversation]]] = {
     "pairs": lambda one: [replace(pair, corrected=False) for pair in one.pairs()],
     "ranked": lambda one: [] if one.corrected else [one],
     "labels": lambda one: [] if one.corrected else one.labels(),
@@ -89,17 +95,17 @@ def read_ranking_examples(
     *,
     cache: Path,
     skip_bad: bool = False,
-    rows: Rows | None = None,
-    on_skip: Callable[[str], None] = ignore,
-) -> Iterator[Comparison | Unranked]:
+    rows: RowCounts | None = None,
+    on_skip: Callable[[str], None] = ignore_message,
+) -> Iterator[Comparison | UnrankedAnswers]:
     """Yield what `RankingStore.add_items` takes from files or packages, as `read_preferences` does.
     Bad rows are also: one with a label, which has one answer; a correction that is not the answer
     with another text in its last message; a rater by an address or a number.
     """
 
-    def example_of(row: Any, place: str) -> Comparison | Unranked:
-        example = answers_of(row, place)
-        if isinstance(example, Label):
+    def parse(row: Any, location: str) -> Comparison | UnrankedAnswers:
+        example = parse_answers(row, location)
+        if isinstance(example, LabelledAnswer):
             raise InputError("expected two or more answers to rank, got one with a label")
         if isinstance(example, Comparison):
             check_rater(example.rater or FILE_RATER)
@@ -107,16 +113,16 @@ def read_ranking_examples(
                 _corrected_text(example)
         return example
 
-    return read_examples(
-        sources, example_of, cache=cache, skip_bad=skip_bad, rows=rows, on_skip=on_skip
-    )
+    return read_examples(sources, parse, cache=cache, skip_bad=skip_bad, rows=rows, on_skip=on_skip)
 
 
 def _corrected_text(correction: Comparison) -> str:
     (pair,) = correction.pairs()
     fixed, answer = pair.answers
     text = fixed[-1]["content"]
-    if said(fixed) != said([*answer[:-1], {"role": "assistant", "content": text}]):
+    if message_contents(fixed) != message_contents(
+        [*answer[:-1], {"role": "assistant", "content": text}]
+    ):
         raise InputError("corrected: expected the answer with another last text, got more changes")
     return text
 
@@ -132,7 +138,7 @@ class RankingStore(FeedbackStore):
 
     # ---- items
 
-    def add_items(self, examples: Iterable[Comparison | Unranked], model: str = "") -> Added:
+    def add_items(self, examples: Iterable[Comparison | UnrankedAnswers], model: str = "") -> Added:
         """Add prompts with answers (of ``model``), all or none. Ranks become feedback of the
         example's rater ("file" if it names none). What the store has already is counted and left
         unchanged; what was forgotten is not stored again.
@@ -145,7 +151,7 @@ class RankingStore(FeedbackStore):
         return added
 
     def _add(
-        self, connection: sa.Connection, example: Comparison | Unranked, model: str,
+        self, connection: sa.Connection, example: Comparison | UnrankedAnswers, model: str,
         gone: frozenset[str], added: Added,
     ) -> None:  # fmt: skip
         ranked = example if isinstance(example, Comparison) else None
@@ -154,13 +160,13 @@ class RankingStore(FeedbackStore):
             answers, corrected = [ranked.pairs()[0].answers[1]], True
         row = row_of(StoredResponse("", model, example.prompt, answers, example.tools))
         choices = json.loads(row["choices"])
-        texts = [as_json(said(choice)) for choice in choices]
+        texts = [as_json(message_contents(choice)) for choice in choices]
         order = sorted(range(len(texts)), key=texts.__getitem__)  # an item has its in any order
         ranks = range(len(texts)) if ranked is None or corrected else ranked.ranks
         if len(set(texts)) < len(set(zip(texts, ranks))):
             added.alike += 1
             return
-        content = [said(json.loads(row["prompt"])), sorted(texts), row["tools"]]
+        content = [message_contents(json.loads(row["prompt"])), sorted(texts), row["tools"]]
         id = f"rank-{_digest(content)[:32]}"
         row |= {"response_id": id, "choices": as_json([choices[i] for i in order])}
         new = response_key(id) not in gone

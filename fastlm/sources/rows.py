@@ -108,7 +108,7 @@ def printable(path: str | Path) -> str:
     return os.fsencode(path).decode("utf-8", "backslashreplace")
 
 
-def ignore(message: str) -> None:
+def ignore_message(message: str) -> None:
     """Do nothing: the default of ``on_skip``, by which skipped items are not reported."""
 
 
@@ -192,7 +192,7 @@ def read_file(
     *,
     field: str = "text",
     skipped: Counter[str] | None = None,
-    on_skip: Callable[[str], None] = ignore,
+    on_skip: Callable[[str], None] = ignore_message,
 ) -> Iterator[Document]:
     """Stream the documents of one file. ``skipped`` counts what is left out, by reason: WARC
     records that are not pages, JSON lines that are malformed or lack ``field``. ``on_skip``
@@ -206,7 +206,7 @@ def read_file(
     skipped = Counter() if skipped is None else skipped
     if file.format in ("jsonl", "json"):
         unit = row_unit(file)
-        yield from good_rows(
+        yield from parse_rows(
             read_rows(file), partial(_document, file=file, field=field), str(file.path), unit,
             counts=skipped, reason=f"{unit}: malformed", on_skip=on_skip,
         )  # fmt: skip
@@ -252,7 +252,7 @@ def read_files(
     *,
     field: str = "text",
     skipped: Counter[str] | None = None,
-    on_skip: Callable[[str], None] = ignore,
+    on_skip: Callable[[str], None] = ignore_message,
 ) -> Iterator[Document]:
     """Yield the documents of all files. A bad file that was not named is counted in ``skipped`` and
     reported; documents read before its fault are kept.
@@ -272,7 +272,7 @@ def read_files(
 
 
 def read_source(
-    spec: str, *, cache: Path, on_skip: Callable[[str], None] = ignore
+    spec: str, *, cache: Path, on_skip: Callable[[str], None] = ignore_message
 ) -> Iterator[Document]:
     """Yield all documents of one source; bad files in a folder or a package are reported and
     skipped.
@@ -401,19 +401,19 @@ def _parsed(data: bytes, encoding: str) -> Any:
         return InputError(f"expected one JSON object: {e}")
 
 
-def good_rows(
+def parse_rows(
     rows: Iterable[Row],
-    example_of: Callable[[Any, str], T],
+    parse: Callable[[Any, str], T],
     name: str,
     unit: str,
     *,
     counts: Counter[str],
     reason: str,
-    on_skip: Callable[[str], None] = ignore,
+    on_skip: Callable[[str], None] = ignore_message,
     skip_bad: bool = True,
     required: bool = True,
 ) -> Iterator[T]:
-    """Yield what ``example_of`` makes of each row. It gets the value and its place (``name``,
+    """Yield what ``parse`` makes of each row. It gets the value and its place (``name``,
     ``unit`` and number), and raises InputError for a row that cannot be used. Such rows are counted
     as ``reason`` and left out, and the first ones are told; without ``skip_bad`` the first one is
     raised, with its place. InputError: also if no row is good, where one is ``required``.
@@ -425,7 +425,7 @@ def good_rows(
             try:
                 if isinstance(row, InputError):
                     raise row
-                example = example_of(row, place)
+                example = parse(row, place)
             except InputError as error:
                 if not skip_bad:
                     raise InputError(f"{place}: {error}") from None

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     import numpy as np
     from torch import Tensor
 
-    from fastlm.data.conversations import Rows
+    from fastlm.data.conversations import RowCounts
     from fastlm.model.causal_lm import CausalLM
     from fastlm.tokenizer.tokenizer import Tokenizer
     from fastlm.train.objective import Example, PackedBatch
@@ -297,13 +297,13 @@ class Distill(DistillOptions, Sft):
         rows = self.answered(ctx)
         answers = replace(self, data=(str(ctx.out / COMPLETIONS),), data_weights=())
         texts = ConversationDataset(answers, tokenizer, self.example_length(context), context, ctx)
-        rows.counts.update(texts.rows.counts)
+        rows.by_reason.update(texts.rows.by_reason)
         texts.rows = rows
         return texts
 
-    def answered(self, ctx: StageContext) -> "Rows":
+    def answered(self, ctx: StageContext) -> "RowCounts":
         """Write the teacher's answers to the prompts of the data."""
-        from fastlm.data.conversations import Rows
+        from fastlm.data.conversations import RowCounts
         from fastlm.data.prompts import read_prompts
         from fastlm.train.teacher import write_completions
 
@@ -314,7 +314,7 @@ class Distill(DistillOptions, Sft):
         except InputError as error:
             told = str(error).removeprefix("chat_template: ")
             raise InputError(f"teacher: expected a chat template of its own; {told}") from None
-        rows = Rows()
+        rows = RowCounts()
         room = teacher.context_limit - self.max_new_tokens
         questions = []
         for prompt in read_prompts(
@@ -325,14 +325,14 @@ class Distill(DistillOptions, Sft):
             if len(ids) <= room:
                 questions.append((ids, prompt))
             else:
-                rows.counts["too long for the teacher"] += 1
+                rows.by_reason["too long for the teacher"] += 1
         found = write_completions(
             ctx.out / COMPLETIONS, teacher, tokenizer, questions,
             temperature=0.0 if self.teacher_completions == "greedy" else self.temperature,
             max_new_tokens=self.max_new_tokens, seed=self.seed, track=ctx.track,
         )  # fmt: skip
         if found < len(questions):
-            rows.counts["without an answer that ended"] += len(questions) - found
+            rows.by_reason["without an answer that ended"] += len(questions) - found
         return rows
 
     def objective(

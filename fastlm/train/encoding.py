@@ -100,11 +100,11 @@ class EncodedDataset:
         context: int,
         ctx: "StageContext",
     ):
-        from fastlm.data.conversations import Rows
+        from fastlm.data.conversations import RowCounts
 
         self.stage, self.tokenizer, self.ctx = stage, tokenizer, ctx
         self.max_length, self.context = max_length, context
-        self.rows, self.refused, self.heldout_rows = Rows(), 0, 0
+        self.rows, self.refused, self.heldout_rows = RowCounts(), 0, 0
         self.training: list[Any] = []
         self.prompts: list[tuple[float, list[dict[str, Any]], list[Any] | None]] = []
         heldout: list[tuple[float, Any]] = []
@@ -160,10 +160,10 @@ class EncodedDataset:
         import numpy as np
 
         variables = template_variables(conversation.tools)
-        location = conversation.place
+        location = conversation.location
         try:
             encoded = self.tokenizer.encode_conversation(
-                conversation.messages, conversation.learnt, date=self.stage.date, **variables
+                conversation.messages, conversation.loss_mask, date=self.stage.date, **variables
             )
         except InputError as error:
             self.refuse(error, location)
@@ -175,7 +175,7 @@ class EncodedDataset:
         refusal = InputError(f"{location}: {error}")
         if not self.stage.skip_bad:
             raise refusal from None
-        self.rows.counts["refused by the chat template"] += 1
+        self.rows.by_reason["refused by the chat template"] += 1
         self.refused += 1
         if self.refused <= NAMED:
             self.ctx.skipped(str(refusal))
@@ -202,8 +202,8 @@ class EncodedDataset:
     def summary(self) -> str:
         """Say how many rows were read, and why some are not trained on."""
         reasons = [f"{self.heldout_rows:,} held out"] if self.heldout_rows else []
-        reasons += [format_counts(self.rows.counts)] if self.rows.counts else []
-        rows = f"{self.rows.read:,} rows"
+        reasons += [format_counts(self.rows.by_reason)] if self.rows.by_reason else []
+        rows = f"{self.rows.total:,} rows"
         return f"{rows} ({', '.join(reasons)})" if reasons else rows
 
 

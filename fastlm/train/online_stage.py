@@ -8,7 +8,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, cast
 
-from fastlm.data.verify import CHECKS, checked, load_reward
+from fastlm.data.verifiers import CHECKS, check_reward, load_reward
 from fastlm.errors import InputError
 from fastlm.pipeline.stage import (
     Facts,
@@ -197,7 +197,7 @@ messages), or of conversations, whose last answer is cut off."""
             scorer.score_function(data.training), base=common["base"],
             scorer_identity=scorer.identity(), score_heldout=scorer.score_function(data.heldout),
             stop_ids=tokenizer.stop_ids,
-            prompt_locations=[prompt.place for _, prompt in data.training],
+            prompt_locations=[prompt.location for _, prompt in data.training],
             sample_prompt=common["prompt"], decode=partial(decode_text, tokenizer),
             sample_tokens=options.sample_tokens, score_metrics=scorer.metrics,
             warn=ctx.warning if is_main_process() else lambda message: None,
@@ -299,18 +299,18 @@ class PromptDataset(EncodedDataset):
             self.tokenizer.check_written(conversation, variables, self.stage.date)
             ids = self.tokenizer.encode_chat(row.messages, date=self.stage.date, **variables)
         except InputError as error:
-            self.refuse(error, row.place)
+            self.refuse(error, row.location)
             return []
         if len(ids) > self.max_length:
-            self.rows.counts["too long"] += 1
+            self.rows.by_reason["too long"] += 1
             return []
         if check := CHECKS.get(self.scorer.function_name):
             try:
                 check(row.row)
             except InputError as error:
                 if not self.stage.skip_bad:
-                    raise InputError(f"{row.place}: {error}") from None
-                self.rows.counts["without a right answer"] += 1
+                    raise InputError(f"{row.location}: {error}") from None
+                self.rows.by_reason["without a right answer"] += 1
                 return []
         return [(ids, row)]
 
@@ -419,7 +419,7 @@ class RewardScorer:
                 ]
                 model_scores, std = self.models.score(sequences)
                 for i, model_score in enumerate(model_scores.tolist()):
-                    scores[i] += checked(model_score, prompts[indices[i]][1].place)
+                    scores[i] += check_reward(model_score, prompts[indices[i]][1].location)
                 self.std = float(std.mean())
             return scores
 
@@ -432,11 +432,11 @@ class RewardScorer:
         try:
             value = self.function(decode_text(self.tokenizer, tokens), prompt.row)
         except InputError as error:
-            raise InputError(f"{prompt.place}: {error}") from None
+            raise InputError(f"{prompt.location}: {error}") from None
         except Exception as error:
             reason = f"{type(error).__name__}: {error}"
-            raise InputError(f"{prompt.place}: the reward function failed: {reason}") from None
-        return checked(value, prompt.place)
+            raise InputError(f"{prompt.location}: the reward function failed: {reason}") from None
+        return check_reward(value, prompt.location)
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from fastlm.data.conversations import Conversation
-    from fastlm.data.preferences import Comparison, Label
+    from fastlm.data.preferences import Comparison, LabelledAnswer
 
 # What happens to longer answers -> how their row is counted: where it is lost, else
 TRUNCATION_COUNTS = {
@@ -130,35 +130,35 @@ class PreferenceDataset(EncodedDataset):
             learnt = len(self.training)
             self.training, self.heldout = both[:learnt], both[learnt:]
 
-    def read(self) -> "Iterator[Comparison | Label]":
+    def read(self) -> "Iterator[Comparison | LabelledAnswer]":
         from fastlm.data.preferences import read_preferences
 
         return read_preferences(self.stage.data, **self.reader_options())
 
-    def prompt_of(self, row: "Comparison | Label") -> Any:
-        from fastlm.data.preferences import Label
+    def prompt_of(self, row: "Comparison | LabelledAnswer") -> Any:
+        from fastlm.data.preferences import LabelledAnswer
 
-        first = row.conversation() if isinstance(row, Label) else row.conversation(0)
+        first = row.conversation() if isinstance(row, LabelledAnswer) else row.conversation(0)
         return first, row.prompt, row.tools
 
-    def encode(self, row: "Comparison | Label") -> list[PreferenceExample]:
+    def encode(self, row: "Comparison | LabelledAnswer") -> list[PreferenceExample]:
         return list(self._judged(row))
 
-    def _judged(self, row: "Comparison | Label") -> Iterator[PreferenceExample]:
-        from fastlm.data.preferences import Label
+    def _judged(self, row: "Comparison | LabelledAnswer") -> Iterator[PreferenceExample]:
+        from fastlm.data.preferences import LabelledAnswer
 
-        if isinstance(row, Label) and self.kind != "labels":
+        if isinstance(row, LabelledAnswer) and self.kind != "labels":
             raise InputError(
-                f"{row.place}: expected a comparison of answers, got one answer with a label"
+                f"{row.location}: expected a comparison of answers, got one answer with a label"
                 " (for loss_type = 'kto' of the stage dpo)"
             )
         if self.kind == "labels":
-            labels = [row] if isinstance(row, Label) else row.labels()
+            labels = [row] if isinstance(row, LabelledAnswer) else row.labels()
             for label in labels:
                 for answer in self._encode([label.conversation()]):
                     yield PreferenceExample((answer,), desirable=label.desirable)
             return
-        assert not isinstance(row, Label)
+        assert not isinstance(row, LabelledAnswer)
         answers = self._encode([row.conversation(i) for i in range(len(row.answers))])
         if not answers:
             return
@@ -177,10 +177,10 @@ class PreferenceDataset(EncodedDataset):
             if len({answer.ids.tobytes() for answer in chosen}) == len(chosen):
                 yield PreferenceExample(chosen, margin)
             elif max(len(answer.ids) for answer in chosen) == self.max_length:
-                self.rows.counts["equal after truncation"] += 1
+                self.rows.by_reason["equal after truncation"] += 1
             else:
                 error = "expected different answers, got two that the chat template writes alike"
-                self.refuse(InputError(error), row.place)
+                self.refuse(InputError(error), row.location)
 
     def _encode(self, conversations: "Sequence[Conversation]") -> list[Example]:
         """One example per conversation; none at all if one of them is left out."""
@@ -192,7 +192,7 @@ class PreferenceDataset(EncodedDataset):
                     "chat_template: expected one that writes the messages of an answer as they"
                     f" stay, got one that changes them, in an answer of {len(found)} messages"
                 )
-                self.refuse(error, conversation.place)
+                self.refuse(error, conversation.location)
                 return []
             if not found:
                 return []
@@ -202,7 +202,9 @@ class PreferenceDataset(EncodedDataset):
             piece for e in whole for piece in truncate(e, self.max_length, self.stage.truncation)
         ]
         if any(len(e.ids) > self.max_length for e in whole):
-            self.rows.counts[TRUNCATION_COUNTS[self.stage.truncation][len(cut) == len(whole)]] += 1
+            self.rows.by_reason[
+                TRUNCATION_COUNTS[self.stage.truncation][len(cut) == len(whole)]
+            ] += 1
         return cut if len(cut) == len(whole) else []
 
 

@@ -181,7 +181,7 @@ class ConversationDataset(EncodedDataset):
         whole = self.encode_messages(row)
         examples = [piece for one in whole for piece in truncate(one, self.max_length, truncation)]
         if any(len(one.ids) > self.max_length for one in whole):
-            self.rows.counts[TRUNCATION_COUNTS[truncation][bool(examples)]] += 1
+            self.rows.by_reason[TRUNCATION_COUNTS[truncation][bool(examples)]] += 1
         return examples
 
     def add_training(self, examples: Sequence[Example]) -> None:

@@ -387,5 +387,5 @@ def _row(prompt: "Prompt", text: str) -> dict[str, Any]:
     """
     messages = [*prompt.messages, {"role": "assistant", "content": text}]
     learnt = [False] * len(prompt.messages) + [True]
-    row = Conversation(messages, learnt, prompt.place, prompt.tools).row()
+    row = Conversation(messages, learnt, prompt.location, prompt.tools).row()
     return row | {key: prompt.row[key] for key in (PROVENANCE,) if key in prompt.row}

@@ -357,8 +357,8 @@ class ChatStage(TrainingStage):
         facts = {
             "parameters": sum(map(math.prod, expected_shapes(config).values())),
             "trained_parameters": sum(p.numel() for p in module.parameters() if p.requires_grad),
-            "rows_read": data.rows.read,
-            "counts": dict(data.rows.counts),
+            "rows_read": data.rows.total,
+            "counts": dict(data.rows.by_reason),
             "prompt": text,
             **self.data_facts(data),
         }

@@ -19,7 +19,7 @@ from typer.testing import CliRunner
 
 from fastlm.cli import app
 from fastlm.data.conversations import read_conversations
-from fastlm.data.preferences import Comparison, Label, read_preferences
+from fastlm.data.preferences import Comparison, LabelledAnswer, read_preferences
 from fastlm.errors import InputError
 from fastlm.feedback.build import BuildOptions, build
 from fastlm.feedback.feedback_items import read_feedback_items
@@ -106,7 +106,7 @@ def test_rows_to_train_on(database_url, tmp_path):
         assert pairs[0].prompt == CLEAN
 
         labels = list(read_preferences([str(tmp_path / "train/kto.jsonl")], cache=tmp_path))
-        assert all(isinstance(label, Label) for label in labels)
+        assert all(isinstance(label, LabelledAnswer) for label in labels)
         assert [(x.answer[0]["content"], x.desirable) for x in labels] == [
             ("Better", True), ("Worse", False), ("Right, says <EMAIL>", True), ("Wrong", False),
         ]  # fmt: skip
@@ -160,9 +160,9 @@ def test_a_conversation_takes_no_answer_of_another_along(database_url):
         for response in ("victims", "alone", "mine", "unknown"):
             store.add(Feedback(response, "talk", thumb="down"))
             store.add(Feedback(response, thumb="up"))
-        assert store.conversation_of("victims") == ("theirs",)
-        assert store.conversation_of("alone") == (None,)
-        assert store.conversation_of("unknown") is None
+        assert store.parse_conversation("victims") == ("theirs",)
+        assert store.parse_conversation("alone") == (None,)
+        assert store.parse_conversation("unknown") is None
         # the attacker's four feedback rows; the answer of the conversation, and what is unknown
         assert store.forget("talk") == 4 + 2 + 1
         assert set(store.answers()) == {"victims", "alone"}

@@ -239,7 +239,7 @@ def talk(text):
     return [{"role": "user", "content": text}]
 
 
-def said(*answers):
+def message_contents(*answers):
     return [[{"role": "assistant", "content": answer}] for answer in answers]
 
 
@@ -247,10 +247,17 @@ def filled(where):
     store = FeedbackStore(where)
     store.keep(
         StoredResponse(
-            "r1", "m", talk("Secret one?"), said("Better one", "Worse one"), None, "talk"
+            "r1",
+            "m",
+            talk("Secret one?"),
+            message_contents("Better one", "Worse one"),
+            None,
+            "talk",
         )
     )
-    store.keep(StoredResponse("r2", "m", talk("Open two?"), said("Better two", "Worse two")))
+    store.keep(
+        StoredResponse("r2", "m", talk("Open two?"), message_contents("Better two", "Worse two"))
+    )
     for id in ("r1", "r2"):
         store.add(Feedback(id, preferred_over=((id, 1),), rater="ann"))
         store.add(Feedback(id, thumb="up", rater="ann"))
@@ -279,8 +286,10 @@ def test_withdrawn_consent_reaches_what_was_exported(tmp_path):
         kept = list(read_conversations([str(rows / "sft.jsonl")], cache=tmp_path))
         assert "provenance" not in kept[0].row()
         assert store.forget("talk") == 4
-        assert not store.keep(StoredResponse("r1", "m", talk("Secret one?"), said("x")))
-        assert not store.keep(StoredResponse("r9", "m", talk("Secret?"), said("x"), None, "talk"))
+        assert not store.keep(StoredResponse("r1", "m", talk("Secret one?"), message_contents("x")))
+        assert not store.keep(
+            StoredResponse("r9", "m", talk("Secret?"), message_contents("x"), None, "talk")
+        )
         built(base, tmp_path / "new")
         for form in FORMS:
             assert "one" not in (tmp_path / f"new/train/{form}.jsonl").read_text().lower()

@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 from fastlm.checkpoint.folder import load_tensors
 from fastlm.cli import app
 from fastlm.data.prompts import read_prompts
-from fastlm.data.verify import checked, contains, exact, last_number, load_reward, number
+from fastlm.data.verifiers import check_reward, contains, exact, last_number, load_reward, number
 from fastlm.errors import InputError
 from fastlm.model.causal_lm import CausalLM
 from fastlm.model.lora import add_lora
@@ -318,8 +318,8 @@ def test_verifiers() -> None:
         number("1", {"answer": "x"})
     for value in (math.nan, math.inf, None, "x"):
         with pytest.raises(InputError, match="row 3: expected a finite reward"):
-            checked(value, "row 3")
-    assert checked(True, "") == 1.0
+            check_reward(value, "row 3")
+    assert check_reward(True, "") == 1.0
 
 
 def test_a_reward_of_ones_own(base, data, tmp_path) -> None:

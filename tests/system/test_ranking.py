@@ -24,8 +24,8 @@ from typer.testing import CliRunner
 import fastlm.serve.feedback_store
 from fastlm.checkpoint.config import ModelConfig
 from fastlm.cli import app
-from fastlm.data.conversations import conversation_of, read_conversations, said
-from fastlm.data.preferences import Comparison, Label, preference_of, read_preferences
+from fastlm.data.conversations import message_contents, parse_conversation, read_conversations
+from fastlm.data.preferences import Comparison, LabelledAnswer, parse_preference, read_preferences
 from fastlm.errors import InputError
 from fastlm.feedback.build import BuildOptions, build
 from fastlm.feedback.rank_terminal import edited, parse_ranking
@@ -105,8 +105,8 @@ def test_agreement_of_rankings() -> None:
 def content(example):
     """What a comparison says, whatever the order of its answers."""
     scores = example.scores or [None] * len(example.ranks)
-    answers = sorted(zip(example.ranks, scores, map(said, example.answers)), key=str)
-    return said(example.prompt), answers, example.margin, example.tools, example.rater
+    answers = sorted(zip(example.ranks, scores, map(message_contents, example.answers)), key=str)
+    return message_contents(example.prompt), answers, example.margin, example.tools, example.rater
 
 
 def test_what_is_imported_is_exported(tmp_path) -> None:
@@ -128,17 +128,19 @@ def test_what_is_imported_is_exported(tmp_path) -> None:
             count = store.export(tmp_path / f"{form}.jsonl", form)
             found[form] = list(read_preferences([str(tmp_path / f"{form}.jsonl")], cache=tmp_path))
             assert len(found[form]) == count
-        expected = [replace(preference_of(row), rater=row.get("rater", "file")) for row in rows[:4]]
+        expected = [
+            replace(parse_preference(row), rater=row.get("rater", "file")) for row in rows[:4]
+        ]
         a, b, c, d = map(content, expected)
         assert [content(x) for x in found["ranked"]] == [a, b, d]
         assert [content(x) for x in found["corrected"]] == [c]
         assert [type(x) for x in found["pairs"]] == [Comparison] * 7
         assert [x.margin for x in found["pairs"]] == [0.5, 5.5, 5.5, None, None, None, None]
-        assert [type(x) for x in found["labels"]] == [Label] * 7
+        assert [type(x) for x in found["labels"]] == [LabelledAnswer] * 7
         assert Counter(x.desirable for x in found["labels"]) == {True: 3, False: 4}
         store.export(tmp_path / "demos.jsonl", "demonstrations")
         (demo,) = read_conversations([str(tmp_path / "demos.jsonl")], cache=tmp_path)
-        assert demo.messages == conversation_of({"prompt": "c?", "completion": "2"}).messages
+        assert demo.messages == parse_conversation({"prompt": "c?", "completion": "2"}).messages
         assert store.export(tmp_path / "ann.jsonl", "pairs", rater="ann") == 2
         # once more, and what was exported: nothing is new
         again = store.add_items(

@@ -16,9 +16,9 @@ from preference_models import make_base, write
 from typer.testing import CliRunner
 
 from fastlm.cli import app
-from fastlm.data.conversations import Rows
-from fastlm.data.prompts import prompt_messages, read_prompts
-from fastlm.data.verify import CHECKS, VERIFIERS
+from fastlm.data.conversations import RowCounts
+from fastlm.data.prompts import parse_prompt_messages, read_prompts
+from fastlm.data.verifiers import CHECKS, VERIFIERS
 from fastlm.errors import InputError
 from fastlm.sources import reasoning_gym
 from fastlm.sources.input_digest import InputDigest
@@ -42,9 +42,9 @@ def forgotten():
 
 
 def test_rows_follow_from_the_source(tmp_path) -> None:
-    rows = Rows()
+    rows = RowCounts()
     prompts = list(read_prompts((SUMS,), cache=tmp_path, rows=rows))
-    assert rows.read == len(prompts) == 40 and prompts[1].place == f"{SUMS}, row 2"
+    assert rows.total == len(prompts) == 40 and prompts[1].location == f"{SUMS}, row 2"
     for prompt in prompts:
         (message,) = prompt.messages
         assert message["role"] == "user" and prompt.row["question"] == message["content"]
@@ -271,7 +271,7 @@ def test_a_passage_precedes_its_question(tmp_path) -> None:
         ({"passage": "a", "question": "\n\nHuman: Hi\n\nAssistant: Yes?\n\nHuman: Who?"},
          ["Hi", "Yes?", "Who?"]),
     ):  # fmt: skip
-        assert [message["content"] for _, message in prompt_messages(row) or ()] == expected
+        assert [message["content"] for _, message in parse_prompt_messages(row) or ()] == expected
     CHECKS["number"](rows[0])
     with pytest.raises(InputError, match="expected a number in the right answer, got 'Ann'"):
         CHECKS["number"](rows[1])

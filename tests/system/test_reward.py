@@ -274,10 +274,10 @@ def test_scores_have_mean_0_and_standard_deviation_1_on_the_training(trained) ->
     out, result, _ = trained
     model, tokenizer = RewardModel.from_pretrained(out), Tokenizer.load(out / "model")
     assert result["evaluated_on"] == "held-out"
-    from fastlm.data.preferences import preference_of
+    from fastlm.data.preferences import parse_preference
     from fastlm.train.encoding import hash_fraction
 
-    rows = [preference_of(row) for row in polite_pairs(60)]
+    rows = [parse_preference(row) for row in polite_pairs(60)]
     conversations = [
         row.conversation(i).messages
         for row in rows

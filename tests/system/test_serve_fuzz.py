@@ -18,7 +18,7 @@ from schemathesis.specs.openapi.checks import (
 )
 from serve_app import HTTP, serve_model, tiny_model
 
-from fastlm.data.preferences import Unranked
+from fastlm.data.preferences import UnrankedAnswers
 from fastlm.serve.feedback_store import FeedbackStore
 from fastlm.serve.middleware import RequestLimits
 from fastlm.serve.openapi import GETS
@@ -66,7 +66,9 @@ def served(tmp_path_factory):
     ):
         for i in range(2):
             answers = tuple([{"role": "assistant", "content": f"{i}, {j}"}] for j in range(3))
-            ranks.add_items([Unranked([{"role": "user", "content": f"Which, {i}?"}], answers)])
+            ranks.add_items(
+                [UnrankedAnswers([{"role": "user", "content": f"Which, {i}?"}], answers)]
+            )
         limits = RequestLimits(max_new_tokens=NEW_TOKENS)
         options = {"feedback": store, "ranking": ranks}
         with serve_model(*tiny_model(), limits=limits, **options) as (url, _):

@@ -13,7 +13,7 @@ from feedback_measures import CODE, COOKING, MODELS, fill_measures
 from markdown_cases import AROUND, AS_HTML, EXAMPLES, GROWN, HARMLESS, LONG, SHOWN
 from serve_app import script, serve_model, tiny_model
 
-from fastlm.data.preferences import Unranked
+from fastlm.data.preferences import UnrankedAnswers
 from fastlm.serve.feedback import Feedback
 from fastlm.serve.feedback_store import FeedbackStore
 from fastlm.serve.monitor import monitor
@@ -562,7 +562,7 @@ def test_rank(opened, tiny, tmp_path):
             texts = ("first", "second", f"third {HOSTILE}")
             answers = tuple([{"role": "assistant", "content": text}] for text in texts)
             prompt = [{"role": "user", "content": f"Which, {i}? {HOSTILE}"}]
-            store.add_items([Unranked(prompt, answers)])
+            store.add_items([UnrankedAnswers(prompt, answers)])
     with RankingStore(base) as store, serve_model(*tiny, ranking=store) as (url, _):
         page, wrong = opened(url + "/rank")
 

@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 import fastlm
 from fastlm.checkpoint.config import ModelConfig
 from fastlm.cli import app
-from fastlm.data.conversations import conversation_of
+from fastlm.data.conversations import parse_conversation
 from fastlm.errors import InputError
 from fastlm.model.causal_lm import CausalLM
 from fastlm.tokenizer.tokenizer import Tokenizer
@@ -343,7 +343,7 @@ def test_held_out_conversations_are_not_learnt(base, tmp_path) -> None:
         sample_tokens=5,
     )  # fmt: skip
     result = stage(tmp_path / "sft", model=base, on_event=events.append)
-    learnt = [row for row in rows if hash_fraction(conversation_of(row)) >= 0.3]
+    learnt = [row for row in rows if hash_fraction(parse_conversation(row)) >= 0.3]
     assert result["conversations"] == len(learnt) == 120 - result["heldout"]
     assert 10 < result["heldout"] < 70
     assert len(learnt) == 2 * len({row["prompt"] for row in learnt})  # a prompt is on one side
@@ -358,10 +358,10 @@ def test_held_out_conversations_are_not_learnt(base, tmp_path) -> None:
 
 
 def test_the_part_of_a_row_depends_on_its_prompt_alone() -> None:
-    rows = [conversation_of({"prompt": str(i), "completion": "a"}) for i in range(200)]
+    rows = [parse_conversation({"prompt": str(i), "completion": "a"}) for i in range(200)]
     places = [hash_fraction(row) for row in rows]
     assert 20 < sum(place < 0.2 for place in places) < 60
-    copy = conversation_of({"id": 7, "messages": [
+    copy = parse_conversation({"id": 7, "messages": [
         {"role": "user", "content": "5"}, {"role": "assistant", "content": "b"},
     ]})  # fmt: skip
     assert hash_fraction(copy) == places[5]

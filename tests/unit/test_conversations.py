@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from fastlm.data.conversations import Rows, conversation_of, read_conversations
+from fastlm.data.conversations import RowCounts, parse_conversation, read_conversations
 from fastlm.errors import InputError
 from fastlm.tokenizer.chat_template import CHATML
 from fastlm.tokenizer.tokenizer import Tokenizer
@@ -204,31 +204,31 @@ REFUSED = {
 @pytest.mark.parametrize("shape", SHAPES)
 def test_shapes(shape) -> None:
     row, expected = SHAPES[shape]
-    found = conversation_of(row)
+    found = parse_conversation(row)
     assert found.messages == expected
-    assert found.learnt == [m["role"] == "assistant" for m in expected]
+    assert found.loss_mask == [m["role"] == "assistant" for m in expected]
     assert found.tools == ([CALL] if shape in ("openai tools", "openai's older calls") else None)
 
 
 @pytest.mark.parametrize("message", REFUSED)
 def test_refused(message) -> None:
     with pytest.raises(InputError) as refusal:
-        conversation_of(REFUSED[message])
+        parse_conversation(REFUSED[message])
     assert str(refusal.value) == message
 
 
 def test_an_unknown_role_is_named() -> None:
     with pytest.raises(InputError, match=r"messages\[0\]: expected a role, one of .*, got 'bard'"):
-        conversation_of({"messages": [{"role": "bard", "content": "x"}]})
+        parse_conversation({"messages": [{"role": "bard", "content": "x"}]})
 
 
 def test_a_weight_of_zero_is_context() -> None:
-    found = conversation_of({"messages": [USER, {**ANSWER, "weight": 0}, USER, ANSWER]})
-    assert found.learnt == [False, False, False, True]
+    found = parse_conversation({"messages": [USER, {**ANSWER, "weight": 0}, USER, ANSWER]})
+    assert found.loss_mask == [False, False, False, True]
     assert found.messages[1] == ANSWER
     # the answers in a prompt are examples
-    found = conversation_of({"prompt": [USER, ANSWER, USER], "completion": [ANSWER]})
-    assert found.learnt == [False, False, False, True]
+    found = parse_conversation({"prompt": [USER, ANSWER, USER], "completion": [ANSWER]})
+    assert found.loss_mask == [False, False, False, True]
 
 
 def write(path: Path, *rows) -> str:
@@ -247,12 +247,12 @@ def test_a_bad_row_is_an_error_with_its_line(tmp_path) -> None:
 def test_bad_rows_are_counted_and_told_on_request(tmp_path) -> None:
     good = {"messages": [USER, ANSWER]}
     file = write(tmp_path / "a.jsonl", good, "{", *[{"messages": [USER]}] * 4, good)
-    rows, told = Rows(), []
+    rows, told = RowCounts(), []
     found = list(
         read_conversations([file], cache=tmp_path, skip_bad=True, rows=rows, on_skip=told.append)
     )
-    assert [c.place for c in found] == [f"{file}, line 1", f"{file}, line 7"]
-    assert (rows.read, dict(rows.counts)) == (7, {"malformed": 5})
+    assert [c.location for c in found] == [f"{file}, line 1", f"{file}, line 7"]
+    assert (rows.total, dict(rows.by_reason)) == (7, {"malformed": 5})
     assert len(told) == 4 and "line 2" in told[0] and "2 more of its 7 lines" in told[3]
     bad = write(tmp_path / "b.jsonl", "{")
     with pytest.raises(InputError, match=r"b\.jsonl, line 1: expected one JSON object"):

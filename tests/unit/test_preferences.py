@@ -6,16 +6,16 @@ import json
 
 import pytest
 
-from fastlm.data.conversations import Rows
+from fastlm.data.conversations import RowCounts
 from fastlm.data.preferences import (
     Comparison,
-    Label,
-    Unranked,
-    answers_of,
-    preference_of,
+    LabelledAnswer,
+    UnrankedAnswers,
+    parse_answers,
+    parse_preference,
     read_preferences,
 )
-from fastlm.data.prompts import Prompt, prompt_of
+from fastlm.data.prompts import Prompt, parse_prompt
 from fastlm.errors import InputError
 
 
@@ -200,59 +200,59 @@ REFUSED = {
 @pytest.mark.parametrize("shape", PAIRS)
 def test_pairs(shape) -> None:
     row, prompt = PAIRS[shape]
-    found = preference_of(row, "here")
+    found = parse_preference(row, "here")
     assert isinstance(found, Comparison)
     (pair,) = found.pairs()
     assert (pair.prompt, pair.answers, pair.ranks) == (prompt, ([GOOD], [BAD]), (0, 1))
-    assert pair.place == "here" and found.corrected == (shape == "correction")
-    assert preference_of(found.row(), "here") == pair
+    assert pair.location == "here" and found.corrected == (shape == "correction")
+    assert parse_preference(found.row(), "here") == pair
 
 
 @pytest.mark.parametrize("shape", LABELS)
 @pytest.mark.parametrize("good", [True, False])
 def test_labels(shape, good) -> None:
     row, prompt = LABELS[shape]
-    found = preference_of({**row, "label": good})
-    assert found == Label(prompt, [GOOD], good)
-    assert preference_of(found.row()) == found
+    found = parse_preference({**row, "label": good})
+    assert found == LabelledAnswer(prompt, [GOOD], good)
+    assert parse_preference(found.row()) == found
 
 
 @pytest.mark.parametrize("message", REFUSED)
 def test_refused(message) -> None:
     with pytest.raises(InputError) as refusal:
-        preference_of(REFUSED[message])
+        parse_preference(REFUSED[message])
     assert str(refusal.value) == message
 
 
 def test_ranks_come_from_scores_and_skip_none() -> None:
     ranks = {}
     for scores in ([0.5, 2, -1], [3, 3, 1], [1, 1, 3]):
-        found = preference_of({**LIST, "scores": scores})
+        found = parse_preference({**LIST, "scores": scores})
         assert found.scores == tuple(map(float, scores))
         ranks[tuple(scores)] = found.ranks
     assert list(ranks.values()) == [(1, 0, 2), (0, 0, 1), (1, 1, 0)]
-    assert preference_of({**LIST, "ranks": [0, 0, 2]}).ranks == (0, 0, 1)  # as in sport
+    assert parse_preference({**LIST, "ranks": [0, 0, 2]}).ranks == (0, 0, 1)  # as in sport
 
 
 def test_a_list_becomes_pairs_and_labels() -> None:
     row = {**LIST, "answers": ["5", "4", "6", "four"], "scores": [1, 3, -1, 3], "rater": "ann"}
-    found = preference_of({**row, "tools": [CALL]}, "here")
+    found = parse_preference({**row, "tools": [CALL]}, "here")
     pairs = [(p.answers[0][0]["content"], p.answers[1][0]["content"]) for p in found.pairs()]
     assert pairs == [("4", "5"), ("4", "6"), ("four", "5"), ("four", "6"), ("5", "6")]
     assert [p.margin for p in found.pairs()] == [2, 4, 2, 4, 2]
-    assert {(p.rater, p.place, len(p.tools)) for p in found.pairs()} == {("ann", "here", 1)}
+    assert {(p.rater, p.location, len(p.tools)) for p in found.pairs()} == {("ann", "here", 1)}
     labels = [(label.answer[0]["content"], label.desirable) for label in found.labels()]
     assert labels == [("4", True), ("6", False), ("four", True)]
-    assert preference_of(found.row(), "here") == found
+    assert parse_preference(found.row(), "here") == found
 
 
 def test_margins() -> None:
-    assert preference_of(TEXTS).margin is None
-    assert preference_of({**TEXTS, "margin": 0}).margin == 0
+    assert parse_preference(TEXTS).margin is None
+    assert parse_preference({**TEXTS, "margin": 0}).margin == 0
     scored = {**TEXTS, "score_chosen": 8.5, "score_rejected": 6}
-    assert preference_of(scored).margin == 2.5
-    assert preference_of({**scored, "margin": 1}).margin == 1  # what is stated wins
-    turned = preference_of({"prompt": "2+2?", "answers": ["5", "4"], "scores": [1, 4]})
+    assert parse_preference(scored).margin == 2.5
+    assert parse_preference({**scored, "margin": 1}).margin == 1  # what is stated wins
+    turned = parse_preference({"prompt": "2+2?", "answers": ["5", "4"], "scores": [1, 4]})
     (pair,) = turned.pairs()
     assert (turned.margin, pair.margin, pair.scores) == (3, 3, (4, 1))
     assert pair.answers == ([GOOD], [BAD])
@@ -261,25 +261,27 @@ def test_margins() -> None:
 def test_conversations_learn_the_answer_alone() -> None:
     answer = [*CALLED, GOOD]
     row = {"prompt": [USER, POOR, USER], "chosen": answer, "rejected": [BAD], "tools": [CALL]}
-    found = preference_of(row, "here")
+    found = parse_preference(row, "here")
     best = found.demonstration()
     assert best == found.conversation(0) != found.conversation(1)
     assert best.messages == [USER, POOR, USER, *answer]
-    assert best.learnt == [False] * 3 + [True, False, True]
-    assert (best.tools, best.place) == ([CALL], "here")
-    label = preference_of({"messages": [USER, POOR, USER, GOOD], "label": True})
-    assert label.conversation().learnt == [False, False, False, True]
+    assert best.loss_mask == [False] * 3 + [True, False, True]
+    assert (best.tools, best.location) == ([CALL], "here")
+    label = parse_preference({"messages": [USER, POOR, USER, GOOD], "label": True})
+    assert label.conversation().loss_mask == [False, False, False, True]
 
 
 def test_unranked_answers() -> None:
-    assert answers_of(LIST, "here") == Unranked([USER], ([BAD], [GOOD], [POOR]), None, "here")
+    assert parse_answers(LIST, "here") == UnrankedAnswers(
+        [USER], ([BAD], [GOOD], [POOR]), None, "here"
+    )
     ranked = {**LIST, "ranks": [2, 0, 1]}
-    assert answers_of(ranked) == preference_of(ranked)
-    assert answers_of({**LIST, **TEXTS}) == preference_of(TEXTS)
+    assert parse_answers(ranked) == parse_preference(ranked)
+    assert parse_answers({**LIST, **TEXTS}) == parse_preference(TEXTS)
     with pytest.raises(InputError, match="answers 0 and 1 are equal"):
-        answers_of({"prompt": "2+2?", "answers": ["4", GOOD]})
+        parse_answers({"prompt": "2+2?", "answers": ["4", GOOD]})
     with pytest.raises(InputError, match=f"{WANTED}'prompt'"):
-        answers_of({"prompt": "2+2?"})
+        parse_answers({"prompt": "2+2?"})
 
 
 def test_prompts() -> None:
@@ -287,8 +289,8 @@ def test_prompts() -> None:
         {"prompt": "2+2?"}, {"messages": [USER]}, {"messages": [USER, GOOD]}, TEXTS,
         {"instruction": "2+2?", "output": "4"},
     ):  # fmt: skip
-        assert prompt_of(row, "here") == Prompt([USER], row, None, "here")
-    assert prompt_of({"messages": [USER, GOOD, USER, GOOD]}).messages == [USER, GOOD, USER]
+        assert parse_prompt(row, "here") == Prompt([USER], row, None, "here")
+    assert parse_prompt({"messages": [USER, GOOD, USER, GOOD]}).messages == [USER, GOOD, USER]
     for row, message in (
         ({"text": "2+2?"}, "expected an object with a prompt or messages, got 'text'"),
         ({"prompt": " "}, "prompt: expected text from the user, got an empty message"),
@@ -296,7 +298,7 @@ def test_prompts() -> None:
         ({"messages": [USER, USER]}, "messages[1]: expected assistant after user, got user"),
     ):
         with pytest.raises(InputError) as refusal:
-            prompt_of(row)
+            parse_prompt(row)
         assert str(refusal.value) == message
 
 
@@ -305,15 +307,15 @@ def test_rows_of_all_shapes_in_files(tmp_path) -> None:
     rows += [{**row, "label": True} for row, _ in LABELS.values()]
     (tmp_path / "a.json").write_text(json.dumps(rows))
     (tmp_path / "b.jsonl").write_text("\n".join(map(json.dumps, [*rows, {"prompt": "x"}, TEXTS])))
-    counts, told = Rows(), []
+    counts, told = RowCounts(), []
     found = list(
         read_preferences(
             [str(tmp_path)], cache=tmp_path, skip_bad=True, rows=counts, on_skip=told.append
         )
     )
     assert len(found) == 2 * len(rows) + 1
-    assert found[len(rows) - 1].place == f"{tmp_path / 'a.json'}, element {len(rows)}"
-    assert (counts.read, dict(counts.counts)) == (2 * len(rows) + 2, {"malformed": 1})
+    assert found[len(rows) - 1].location == f"{tmp_path / 'a.json'}, element {len(rows)}"
+    assert (counts.total, dict(counts.by_reason)) == (2 * len(rows) + 2, {"malformed": 1})
     line = f"{tmp_path / 'b.jsonl'}, line {len(rows) + 1}: {WANTED}'prompt'"
     assert told == [line]
     with pytest.raises(InputError) as refusal:

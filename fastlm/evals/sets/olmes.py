@@ -15,7 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-from fastlm.data.verify import gold_number
+from fastlm.data.verifiers import gold_number
 from fastlm.errors import InputError
 from fastlm.evals.answers import exact_match, f1, first_word, last_number, latex_answer
 from fastlm.evals.latex import boxed

@@ -15,7 +15,7 @@ from pydantic import (
 )
 from typing_extensions import TypedDict
 
-from fastlm.data.conversations import Message, messages_of
+from fastlm.data.conversations import Message, parse_messages
 from fastlm.errors import InputError
 from fastlm.inference.output_format import OutputFormat
 from fastlm.serve.api_error import field_error
@@ -111,7 +111,7 @@ def normalize_messages(messages: list[Any]) -> list[Message]:
         if message.get("content") is None and not message.get("tool_calls"):
             raise InputError(f"[{i}].content: expected a text or an array of parts, got nothing")
     try:
-        messages = [message for _, message in messages_of(messages, "")]
+        messages = [message for _, message in parse_messages(messages, "")]
         calls = [message["tool_calls"] for message in messages if "tool_calls" in message]
         json.dumps(calls, allow_nan=False, ensure_ascii=False).encode()  # they were JSON texts
     except InputError:

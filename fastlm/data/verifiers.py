@@ -18,28 +18,28 @@ from fastlm.sources.reasoning_gym import SCHEME, check_reasoning_gym_row, score_
 
 Reward = Callable[[str, Mapping[str, Any]], float]
 NUMBER = re.compile("(?:(?<!\\d)[-\N{MINUS SIGN}])?\\d[\\d,]*(?:\\.\\d+)?")
-GOLD = ("answer", "solution", "target", "completion", "output")
+GOLD_KEYS = ("answer", "solution", "target", "completion", "output")
 
 
-def gold(row: Mapping[str, Any]) -> str:
-    """What the row gives as the right answer: the first of `GOLD` that it has."""
-    for key in GOLD:
+def gold_answer(row: Mapping[str, Any]) -> str:
+    """What the row gives as the right answer: the first of `GOLD_KEYS` that it has."""
+    for key in GOLD_KEYS:
         value = row.get(key)
         if isinstance(value, str | int | float) and not isinstance(value, bool):
             if not str(value).strip():
                 raise InputError(f"{key}: expected the right answer, got an empty text")
             return str(value)
-    raise InputError(f"row: expected a right answer under one of {', '.join(GOLD)}, got none")
+    raise InputError(f"row: expected a right answer under one of {', '.join(GOLD_KEYS)}, got none")
 
 
 def exact(answer: str, row: Mapping[str, Any]) -> float:
     """1 if the answer is the right one, but for case and spaces around it."""
-    return float(answer.strip().casefold() == gold(row).strip().casefold())
+    return float(answer.strip().casefold() == gold_answer(row).strip().casefold())
 
 
 def contains(answer: str, row: Mapping[str, Any]) -> float:
     """1 if the right answer occurs in the answer, whatever its case."""
-    return float(gold(row).strip().casefold() in answer.casefold())
+    return float(gold_answer(row).strip().casefold() in answer.casefold())
 
 
 def number(answer: str, row: Mapping[str, Any]) -> float:
@@ -50,9 +50,11 @@ def number(answer: str, row: Mapping[str, Any]) -> float:
 
 def gold_number(row: Mapping[str, Any]) -> float:
     """The last number of the right answer."""
-    wanted = last_number(gold(row))
+    wanted = last_number(gold_answer(row))
     if wanted is None:
-        raise InputError(f"row: expected a number in the right answer, got {gold(row)!r:.60}")
+        raise InputError(
+            f"row: expected a number in the right answer, got {gold_answer(row)!r:.60}"
+        )
     return wanted
 
 
@@ -66,7 +68,8 @@ VERIFIERS: dict[str, Reward] = {
 }  # fmt: skip
 # What each reads of a row: InputError where the row has none
 CHECKS: dict[str, Callable[[Mapping[str, Any]], Any]] = {
-    "exact": gold, "contains": gold, "number": gold_number, SCHEME: check_reasoning_gym_row,
+    "exact": gold_answer, "contains": gold_answer, "number": gold_number,
+    SCHEME: check_reasoning_gym_row,
 }  # fmt: skip
 
 
@@ -112,7 +115,7 @@ def _from_file(where: str) -> Any:
     return module
 
 
-def checked(value: Any, place: str) -> float:
+def check_reward(value: Any, place: str) -> float:
     """The number that a reward function returned. InputError: not finite, with the row."""
     try:
         result = float(value)
