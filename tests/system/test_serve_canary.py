@@ -301,7 +301,7 @@ def test_a_canary_that_is_slow_is_rolled_back_and_bursts_of_load_decide_nothing(
             arm = "new" if trial.is_canary(f"{i}") else "old"
             pace = 0.01 * busy * (slower if arm == "new" else 1) * (1 + i % 5 / 10)
             for turn in range(2 if i % 10 == 0 else 1):  # a second answer counts no more
-                await trial.answered(
+                await trial.record_response(
                     f"{name}-{i}-{turn}", f"{i}", None, arm, arm, assigned=True, seconds=pace
                 )
         if slower > 2:

@@ -355,10 +355,10 @@ def test_a_prompt_is_encoded_until_the_context_is_full(tiny, monkeypatch):
         tokenizer_module, "_encode", lambda *given: (encoded.append(given[1]), encode(*given))[1]
     )
     text = "".join(chr(ord("a") + i % 25) for i in range(8 * part))
-    monkeypatch.setattr(prompts, "most_bytes", 2**20)  # as with a real vocabulary
+    monkeypatch.setattr(prompts, "max_bytes", 2**20)  # as with a real vocabulary
     chat = ChatCompletionRequest(model="tiny", messages=[{"role": "user", "content": text}])
-    for name, read in (("prompt", lambda: prompts.text(text)), ("input", lambda: prompts.text(
-        text, "input", 0)), ("messages", lambda: prompts.chat(chat))):  # fmt: skip
+    for name, read in (("prompt", lambda: prompts.encode_text(text)), ("input", lambda: prompts.encode_text(
+        text, "input", 0)), ("messages", lambda: prompts.encode_chat(chat))):  # fmt: skip
         encoded.clear()
         with pytest.raises(ApiError, match=f"{name}: expected at most the 4096 tokens") as refused:
             read()
