@@ -452,7 +452,7 @@ def test_what_the_counts_decide():
     assert judge(worse, lenient).rule.bound == -0.1 and judge(alike, plan).rule.after == 11_000
     for wrong in (
         {"share": 0}, {"share": 1.0}, {"metric": "fun"}, {"rule": "x"}, {"margin": 0},
-        {"alpha": float("nan")}, {"most": 0},
+        {"alpha": float("nan")}, {"max_outcomes": 0},
     ):  # fmt: skip
         with pytest.raises(InputError, match=next(iter(wrong))):
             replace(DEFAULTS, **wrong)

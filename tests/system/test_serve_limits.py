@@ -357,11 +357,14 @@ def test_a_prompt_is_encoded_until_the_context_is_full(tiny, monkeypatch):
     text = "".join(chr(ord("a") + i % 25) for i in range(8 * part))
     monkeypatch.setattr(prompts, "max_bytes", 2**20)  # as with a real vocabulary
     chat = ChatCompletionRequest(model="tiny", messages=[{"role": "user", "content": text}])
-    for name, read in (("prompt", lambda: prompts.encode_text(text)), ("input", lambda: prompts.encode_text(
-        text, "input", 0)), ("messages", lambda: prompts.encode_chat(chat))):  # fmt: skip
+    for name, encode_prompt in (
+        ("prompt", lambda: prompts.encode_text(text)),
+        ("input", lambda: prompts.encode_text(text, "input", 0)),
+        ("messages", lambda: prompts.encode_chat(chat)),
+    ):
         encoded.clear()
         with pytest.raises(ApiError, match=f"{name}: expected at most the 4096 tokens") as refused:
-            read()
+            encode_prompt()
         assert (refused.value.param, refused.value.code) == (name, "context_length_exceeded")
         assert sum(map(len, encoded)) < 2 * part
 
