@@ -1,5 +1,4 @@
-"""``fastlm rank``: answers into a feedback database, their ranks by people, and what was ranked
-out of it."""
+"""Define ``fastlm rank``: store answers in a feedback database, rank them, export the rankings."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -18,7 +17,7 @@ if TYPE_CHECKING:
     from fastlm.serve.ranking import RankingStore
     from fastlm.serve.text_generator import TextGenerator
 
-app = typer.Typer(help="Rank answers to prompts: preferences to train on.", no_args_is_help=True)
+app = typer.Typer(help="Rank answers to prompts, as preferences to train on.", no_args_is_help=True)
 Store = Annotated[str, typer.Argument(help="Feedback database: SQLite file or postgresql://...")]
 SkipBad = Annotated[bool, typer.Option("--skip-bad", help="Count bad rows and continue")]
 
@@ -27,8 +26,8 @@ def _note(text: str) -> None:
     typer.echo(text, err=True)
 
 
-def _opened(store: str, *, seed: int = 0) -> "RankingStore":
-    """The database, which must exist."""
+def _open_store(store: str, *, seed: int = 0) -> "RankingStore":
+    """Open the database, which must exist."""
     with needs_serve():
         from fastlm.serve.ranking import RankingStore
     return RankingStore(store, create=False, seed=seed)
@@ -59,12 +58,12 @@ def import_command(
             sources, cache=cache or default_cache(), skip_bad=skip_bad, rows=rows, on_skip=_note
         )
     )  # before the store: a bad row leaves no empty one behind
-    with RankingStore(store) as found:
-        added = found.add_items(examples)
-    rows.by_reason["alike without personal data"] = added.alike
-    left_out = "".join(f", {count:,} {why}" for why, count in (+rows.by_reason).items())
+    with RankingStore(store) as ranking_store:
+        added = ranking_store.add_items(examples)
+    rows.by_reason["with answers that differ only in personal data"] = added.indistinct
+    skipped = "".join(f", {count:,} {reason}" for reason, count in (+rows.by_reason).items())
     typer.echo(
-        f"{store}: {rows.total:,} rows read{left_out}, {added.known:,} known before;"
+        f"{store}: {rows.total:,} rows read{skipped}, {added.duplicates:,} duplicates;"
         f" new prompts {added.items:,}, rankings {added.rankings:,},"
         f" corrections {added.corrections:,}"
     )
@@ -96,18 +95,18 @@ def sample_command(
     with needs_serve():
         from fastlm.data.preferences import UnrankedAnswers
         from fastlm.data.prompts import read_prompts
-        from fastlm.serve.ranking import Added, RankingStore
+        from fastlm.serve.ranking import ImportCounts, RankingStore
         from fastlm.serve.text_generator import TextGenerator
 
     sources = read_prompts(
         prompts, cache=cache or default_cache(), skip_bad=skip_bad, on_skip=_note
     )
-    rows, generator, added = list(sources), TextGenerator(model), Added()
+    rows, generator, added = list(sources), TextGenerator(model), ImportCounts()
     sampling = {"temperature": temperature, "top_p": top_p, "max_new_tokens": max_new_tokens}
-    with RankingStore(store) as found:
+    with RankingStore(store) as ranking_store:
         for number, row in enumerate(bars(rows, "sampling", unit="prompts")):
-            if found.has_prompt(row.messages, row.tools):
-                added.known += 1
+            if ranking_store.has_prompt(row.messages, row.tools):
+                added.duplicates += 1
                 continue
             try:
                 ids = _prompt_ids(generator, row)
@@ -116,14 +115,16 @@ def sample_command(
                 raise InputError(f"{row.location}: {error}") from None
             texts = dict.fromkeys(answer.text for answer in answers if answer.text.strip())
             if len(texts) < 2:
-                added.alike += 1
+                added.indistinct += 1
                 continue
             messages = tuple([{"role": "assistant", "content": text}] for text in texts)
-            found.add_items([UnrankedAnswers(row.messages, messages, row.tools)], model.name)
+            ranking_store.add_items(
+                [UnrankedAnswers(row.messages, messages, row.tools)], model.name
+            )
             added.items += 1
     typer.echo(
-        f"{store}: new prompts {added.items:,}, known before {added.known:,}, left out because"
-        f" their answers are alike {added.alike:,}"
+        f"{store}: new prompts {added.items:,}, duplicates {added.duplicates:,}, left out because"
+        f" their answers are equal {added.indistinct:,}"
     )
 
 
@@ -155,8 +156,8 @@ def judge_command(
     with needs_serve():
         from fastlm.feedback import rank_terminal
 
-    with _opened(store, seed=seed) as found:
-        rank_terminal.run(found, rater, skipped=skipped)
+    with _open_store(store, seed=seed) as ranking_store:
+        rank_terminal.rank_items(ranking_store, rater, skipped=skipped)
 
 
 @app.command("agreement", short_help="What each rater did, and how far raters agree.")
@@ -170,33 +171,33 @@ def agreement_command(
     from rich.table import Column, Table
     from rich.text import Text
 
-    with _opened(store) as found:
-        have = found.figures()
+    with _open_store(store) as ranking_store:
+        report = ranking_store.agreement_report()
     if as_json:
-        typer.echo(json.dumps(have, indent=1))
+        typer.echo(json.dumps(report, indent=1))
         return
     console = Console(highlight=False)
     counts = Table(
         "rater", *(Column(c, justify="right") for c in ("ranked", "skipped", "corrected"))
     )
-    for name, n in have["raters"].items():
+    for name, n in report["raters"].items():
         counts.add_row(Text(name), *(f"{n[key]:,}" for key in ("ranked", "skipped", "corrected")))
     console.print(counts)
-    if have["pairs"]:
+    if report["pairs"]:
         table = Table(
             "raters", Column("prompts in common", justify="right"),
             Column("pairs of answers in the same order", justify="right"),
         )  # fmt: skip
-        for pair in have["pairs"]:
+        for pair in report["pairs"]:
             share = f"{pair['alike'] / pair['pairs']:.0%} of {pair['pairs']:,}"
             table.add_row(Text(", ".join(pair["raters"])), f"{pair['items']:,}", share)
         console.print(table)
-    if have["alpha"] is None:
+    if report["alpha"] is None:
         typer.echo("Krippendorff's alpha: none, no two raters ranked the same prompt")
     else:
         typer.echo(
-            f"Krippendorff's alpha (ordinal): {have['alpha']:.3f}; prompts with two raters or more:"
-            f" {have['items']:,}"
+            f"Krippendorff's alpha (ordinal): {report['alpha']:.3f}; prompts with two raters or"
+            f" more: {report['items']:,}"
         )
 
 
@@ -218,6 +219,6 @@ def export_command(
     """
     if path.suffix not in (".jsonl", ".ndjson"):
         raise InputError(f"path: expected a name that ends in .jsonl, got {path}")
-    with _opened(store) as found:
-        rows = found.export(path, form, rater=rater)
+    with _open_store(store) as ranking_store:
+        rows = ranking_store.export(path, form, rater=rater)
     typer.echo(f"{path}: {rows:,} rows")

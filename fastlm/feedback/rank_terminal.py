@@ -1,7 +1,7 @@
-"""The loop of ``fastlm rank judge``: shows an item, reads how the rater ranks it, stores that.
+"""Run the loop of ``fastlm rank judge``: print an item, read the rater's ranking, store it.
 
-On a terminal an answer is corrected in $VISUAL or $EDITOR. Elsewhere each line of stdin is an
-input, for scripts.
+On a terminal a correction opens $VISUAL or $EDITOR. Otherwise each line of stdin is an input, for
+scripts.
 """
 
 import json
@@ -17,7 +17,7 @@ from rich.text import Text
 
 from fastlm.data.conversations import Message
 from fastlm.errors import InputError
-from fastlm.serve.ranking import Item, RankingStore, check_rater
+from fastlm.serve.ranking import RankingItem, RankingStore, check_rater
 
 WIDTH = 100  # columns at most: longer lines are hard to read
 HELP = """\
@@ -27,15 +27,15 @@ s         skip this prompt
 c 2       correct answer 2 in your editor; c 2 TEXT replaces it by TEXT
 b         back to the prompt before
 q         quit; what you ranked is stored already"""
-# What a terminal would obey, and marks that turn the direction of writing
+# Control characters of terminals, and marks that change the direction of writing
 UNSAFE = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069]")
 
 
-def run(store: RankingStore, rater: str, *, skipped: bool = False) -> None:
-    """Ask the rater about every item that he or she has not ranked (or with ``skipped``, has
-    skipped), until there is none or the input ends.
+def rank_items(store: RankingStore, rater: str, *, skipped: bool = False) -> None:
+    """Ask the rater for a ranking of every item that the rater has not ranked (or with ``skipped``,
+    has skipped), until there is none or the input ends.
 
-    On a terminal an input that means nothing prints a line; elsewhere it raises InputError.
+    On a terminal an invalid input prints a line; otherwise it raises InputError.
     """
     check_rater(rater)
     session = _Session(store, rater, skipped)
@@ -43,15 +43,15 @@ def run(store: RankingStore, rater: str, *, skipped: bool = False) -> None:
         session.ask_all()
     finally:  # also after Ctrl-C
         counts, total = store.progress(rater)
-        rest = total - counts.ranked - counts.skipped
-        shown = f", {counts.skipped:,} skipped" if counts.skipped else ""
-        line = f"{rater}: {counts.ranked:,} of {total:,} ranked{shown}, {rest:,} to do"
+        remaining = total - counts.ranked - counts.skipped
+        skips = f", {counts.skipped:,} skipped" if counts.skipped else ""
+        line = f"{rater}: {counts.ranked:,} of {total:,} ranked{skips}, {remaining:,} to do"
         session.console.print(line, markup=False)
 
 
 def parse_ranking(text: str, count: int) -> list[int]:
-    """The ranks of ``count`` answers from an input such as "2 1=3", in the answers' order."""
-    wanted = f"expected {' '.join(map(str, range(1, count + 1)))} in your order, the best first"
+    """Return the ranks of ``count`` answers, in their order, from an input such as "2 1=3"."""
+    expected = f"expected {' '.join(map(str, range(1, count + 1)))} in your order, the best first"
     text = " ".join(text.split())
     spaced = re.sub(" ?= ?", "=", text)
     if count < 10:  # 21=3
@@ -61,14 +61,14 @@ def parse_ranking(text: str, count: int) -> list[int]:
     for rank, tied in enumerate(re.split("[ ,>]+", spaced)):
         for number in tied.split("="):
             if not re.fullmatch("[0-9]{1,9}", number):
-                raise InputError(f"{wanted} (? shows the commands), got {text!r:.60}")
+                raise InputError(f"{expected} (? shows the commands), got {text!r:.60}")
             answer = int(number)
             if not 1 <= answer <= count or answer in ranks:
-                raise InputError(f"{wanted}, each once; got {text!r:.60}")
+                raise InputError(f"{expected}, each once; got {text!r:.60}")
             ranks[answer] = rank
     missing = [answer for answer in range(1, count + 1) if answer not in ranks]
     if len(missing) > 1:
-        raise InputError(f"{wanted}; {', '.join(map(str, missing))} are missing")
+        raise InputError(f"{expected}; {', '.join(map(str, missing))} are missing")
     return [ranks.get(answer, rank + 1) for answer in range(1, count + 1)]
 
 
@@ -92,37 +92,37 @@ class _Session:
             back = action == "back"
             item = self.store.item(self.done.pop(), self.rater) if back else self.next()
 
-    def next(self) -> Item | None:
+    def next(self) -> RankingItem | None:
         after = max(self.done, default=0) if self.skipped else 0
         return self.store.next_item(self.rater, after=after, skipped=self.skipped)
 
-    def show(self, item: Item, back: bool) -> None:
+    def show(self, item: RankingItem, back: bool) -> None:
         counts, total = self.store.progress(self.rater)
         number = counts.ranked + counts.skipped + 1
         title = "back" if back else "skipped before" if self.skipped else f"{number:,} of {total:,}"
         parts: list[RenderableType] = [Rule(title, style="dim")]
         for message in item.prompt:
-            parts += [Text(message["role"], style="bold"), Text(_shown(message)), Text()]
+            parts += [Text(message["role"], style="bold"), Text(_printable_text(message)), Text()]
         for number, answer in enumerate(item.answers, 1):
-            text = Text("\n".join(map(_shown, answer)))
+            text = Text("\n".join(map(_printable_text, answer)))
             parts.append(Panel(text, title=f"[b]{number}[/b]", title_align="left"))
         self.console.print(Group(*parts), width=min(WIDTH, self.console.width))
 
-    def ask(self, item: Item) -> str:
-        """Read inputs until one of them is done with the item: "judged", "back" or "quit"."""
+    def ask(self, item: RankingItem) -> str:
+        """Read inputs until one ends the work on the item; return "ranked", "back" or "quit"."""
         while True:
             line = "q"
             with suppress(EOFError):
                 line = input("best first, ? for help: " if self.terminal else "")
             try:
-                if action := self.obey(line.strip(), item):
+                if action := self.run_command(line.strip(), item):
                     return action
             except InputError as error:
                 if not self.terminal:
                     raise
                 self.console.print(str(error), markup=False, style="yellow")
 
-    def obey(self, line: str, item: Item) -> str | None:
+    def run_command(self, line: str, item: RankingItem) -> str | None:
         word, _, rest = line.partition(" ")
         if not line:
             return None
@@ -147,9 +147,9 @@ class _Session:
             self.store.rank(self.rater, item, ranks)
             self.console.print(f"stored: {_order(ranks)}", style="dim")
         self.done.append(item.id)
-        return "judged"
+        return "ranked"
 
-    def correct(self, item: Item, rest: str) -> None:
+    def correct(self, item: RankingItem, rest: str) -> None:
         number, _, text = rest.strip().partition(" ")
         if not number.isdecimal() or not 1 <= int(number) <= len(item.answers):
             raise InputError(f"c: expected an answer from 1 to {len(item.answers)}, got {number!r}")
@@ -157,14 +157,14 @@ class _Session:
         if not text.strip():
             if not self.terminal:
                 raise InputError(f"c {number}: expected the corrected text after it, got none")
-            text = edited(item.answers[answer][-1]["content"])
+            text = edit_text(item.answers[answer][-1]["content"])
         if text is not None:
             self.store.correct(self.rater, item, answer, text)
             self.console.print(f"stored: a correction of {number}", style="dim")
 
 
-def edited(text: str, editor: str | None = None) -> str | None:
-    """The text after an editor, by default of $VISUAL or $EDITOR; None: it was not saved."""
+def edit_text(text: str, editor: str | None = None) -> str | None:
+    """Edit a text in an editor, by default $VISUAL or $EDITOR. Return None if it was not saved."""
     try:
         saved = click.edit(text, editor)
     except (click.ClickException, ValueError) as error:
@@ -180,8 +180,8 @@ def _order(ranks: list[int]) -> str:
     return " > ".join(groups)
 
 
-def _shown(message: Message) -> str:
-    """The text of a message without what a terminal would obey, and its tool calls."""
+def _printable_text(message: Message) -> str:
+    """Return the text of a message and its tool calls, without control characters."""
     calls = message.get("tool_calls")
     text = message["content"] + (json.dumps(calls, ensure_ascii=False) if calls else "")
     return UNSAFE.sub("\ufffd", text)

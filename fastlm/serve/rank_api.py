@@ -1,4 +1,4 @@
-"""The API of the page /rank: `fastlm rank judge` for a browser, on the same store."""
+"""Serve the API of the page /rank: `fastlm rank judge` for a browser, on the same store."""
 
 from collections.abc import Callable
 from dataclasses import asdict
@@ -57,33 +57,35 @@ PATHS: dict[str, tuple[str, type[RequestBody], str]] = {  # summary, request, ke
 
 
 def routes(server: "Server", store: "RankingStore") -> list[Route]:
-    """The routes, on a store in which raters of other processes may work at the same time."""
+    """Return the routes. Raters in other processes may use the store at the same time."""
 
-    def route(path: str, work: Callable[..., dict[str, Any]]) -> Route:
+    def route(path: str, handler: Callable[..., dict[str, Any]]) -> Route:
         async def answer(http: Request) -> Response:
             request = await server.parse_body(http, PATHS[path][1])
             try:
-                return JSONResponse(await run_sync(partial(work, store, request)))
+                return JSONResponse(await run_sync(partial(handler, store, request)))
             except InputError as error:
                 raise ApiError(str(error)) from None
 
         return Route(path, answer, methods=["POST"])
 
-    return [route(path, work) for path, work in zip(PATHS, (_next, _judge, _correct, _agreement))]
+    return [
+        route(path, handler) for path, handler in zip(PATHS, (_next, _judge, _correct, _agreement))
+    ]
 
 
 def _next(store: "RankingStore", request: NextRequest) -> dict[str, Any]:
-    """The next item for a rater, or the one that is asked for, with how far the rater is."""
+    """Return the next item for a rater, or the one of the request, and the rater's progress."""
     rater = request.rater
     if request.item is not None:
         item = store.item(request.item, rater)
     else:
         item = store.next_item(rater, after=request.after, skipped=request.skipped)
     counts, total = store.progress(rater)
-    shown = None
+    fields = None
     if item is not None:
-        shown = {key: getattr(item, key) for key in ("id", "prompt", "tools", "answers")}
-    return {"item": shown, "progress": {**asdict(counts), "total": total}}
+        fields = {key: getattr(item, key) for key in ("id", "prompt", "tools", "answers")}
+    return {"item": fields, "progress": {**asdict(counts), "total": total}}
 
 
 def _judge(store: "RankingStore", request: JudgeRequest) -> dict[str, Any]:
@@ -104,4 +106,4 @@ def _correct(store: "RankingStore", request: CorrectRequest) -> dict[str, Any]:
 
 
 def _agreement(store: "RankingStore", _: EmptyRequest) -> dict[str, Any]:
-    return store.figures()
+    return store.agreement_report()

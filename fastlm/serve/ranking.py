@@ -1,10 +1,10 @@
-"""Answers to prompts that people rank, in a feedback database (`fastlm.serve.feedback_store`).
+"""Store answers that people rank, in a feedback database (`fastlm.serve.feedback_store`).
 
-An item is a stored answer with several choices: of rows that somebody imported, of a model that
-sampled them, or of `fastlm serve` where a user let us keep more than one. A rater's order of them
-is feedback with a `Ranking`: the last one counts, ``fastlm feedback build`` reads it as picks.
+An item is a stored response with several choices: from imported rows, sampled from a model, or from
+`fastlm serve` if a user consented. A rater's order of the choices is feedback with a `Ranking`. The
+last ranking of a rater counts, and ``fastlm feedback build`` reads it as picks.
 
-`fastlm.feedback.rank_terminal` is the way to rank in a terminal.
+`fastlm.feedback.rank_terminal` ranks in a terminal.
 """
 
 import hashlib
@@ -43,42 +43,43 @@ from fastlm.serve.tables import ANSWERS, FEEDBACK, WITHDRAWN
 from fastlm.sources.rows import ignore_message
 from fastlm.stats.agreement import Agreement, agreement_of
 
-FILE_RATER = "file"  # the rater of rows that were ranked already and name nobody
+FILE_RATER = "file"  # the rater of imported rankings without a rater
 FORMS: dict[str, Callable[[Comparison], Sequence[Comparison | LabelledAnswer | Conversation]]] = {
-    "pairs": lambda one: [replace(pair, corrected=False) for pair in one.pairs()],
-    "ranked": lambda one: [] if one.corrected else [one],
-    "labels": lambda one: [] if one.corrected else one.labels(),
-    "corrected": lambda one: [one] if one.corrected else [],
-    "demonstrations": lambda one: [one.demonstration()] if one.corrected else [],
+    "pairs": lambda c: [replace(pair, corrected=False) for pair in c.pairs()],
+    "ranked": lambda c: [] if c.corrected else [c],
+    "labels": lambda c: [] if c.corrected else c.labels(),
+    "corrected": lambda c: [c] if c.corrected else [],
+    "demonstrations": lambda c: [c.demonstration()] if c.corrected else [],
 }
-SEVERAL = ANSWERS.c.num_choices > 1
+HAS_CHOICES = ANSWERS.c.num_choices > 1
 
 
 @dataclass(frozen=True, slots=True)
-class Item:
-    """A prompt and its answers, in the order in which the rater sees them. ``shown``: which choice
-    of the stored answer each is. An answer has the messages from the assistant's first to its last.
+class RankingItem:
+    """A prompt and its answers, in the order in which the rater sees them. ``display_order``: the
+    index of each in the choices of the stored response. An answer has the messages from the
+    assistant's first to its last.
     """
 
     id: int
     response_id: str
     prompt: list[Message]
     answers: tuple[list[Message], ...]
-    shown: tuple[int, ...]
+    display_order: tuple[int, ...]
     tools: list[Any] | None
 
 
 @dataclass
-class Added:
-    """How many items and rankings an import added, how many of its rows the store had already, and
-    how many were left out since only personal data tells their answers apart.
+class ImportCounts:
+    """The counts of an import: ``items`` and ``rankings`` that it added, ``duplicates`` that the
+    store had already, and ``indistinct`` rows, whose answers differ only in personal data.
     """
 
     items: int = 0
     rankings: int = 0
     corrections: int = 0
-    known: int = 0
-    alike: int = 0
+    duplicates: int = 0
+    indistinct: int = 0
 
 
 @dataclass
@@ -98,9 +99,9 @@ def read_ranking_examples(
     rows: RowCounts | None = None,
     on_skip: Callable[[str], None] = ignore_message,
 ) -> Iterator[Comparison | UnrankedAnswers]:
-    """Yield what `RankingStore.add_items` takes from files or packages, as `read_preferences` does.
-    Bad rows are also: one with a label, which has one answer; a correction that is not the answer
-    with another text in its last message; a rater by an address or a number.
+    """Yield rows for `RankingStore.add_items` from files or packages, as `read_preferences` does.
+    These rows are bad, too: a row with a label, which has one answer; a correction that changes
+    more than the text of the last message; a rater whose name is an address or a number.
     """
 
     def parse(row: Any, location: str) -> Comparison | UnrankedAnswers:
@@ -118,9 +119,9 @@ def read_ranking_examples(
 
 def _corrected_text(correction: Comparison) -> str:
     (pair,) = correction.pairs()
-    fixed, answer = pair.answers
-    text = fixed[-1]["content"]
-    if message_contents(fixed) != message_contents(
+    correction_messages, answer = pair.answers
+    text = correction_messages[-1]["content"]
+    if message_contents(correction_messages) != message_contents(
         [*answer[:-1], {"role": "assistant", "content": text}]
     ):
         raise InputError("corrected: expected the answer with another last text, got more changes")
@@ -128,8 +129,8 @@ def _corrected_text(correction: Comparison) -> str:
 
 
 class RankingStore(FeedbackStore):
-    """A feedback database whose answers people rank. ``seed`` draws the orders in which they are
-    shown. InputError, from every method: also what `FeedbackStore` says.
+    """A feedback database with answers that people rank. ``seed`` draws the display orders.
+    InputError, from every method: as `FeedbackStore`.
     """
 
     def __init__(self, where: str | Path, *, create: bool = True, seed: int = 0):
@@ -138,52 +139,56 @@ class RankingStore(FeedbackStore):
 
     # ---- items
 
-    def add_items(self, examples: Iterable[Comparison | UnrankedAnswers], model: str = "") -> Added:
+    def add_items(
+        self, examples: Iterable[Comparison | UnrankedAnswers], model: str = ""
+    ) -> ImportCounts:
         """Add prompts with answers (of ``model``), all or none. Ranks become feedback of the
-        example's rater ("file" if it names none). What the store has already is counted and left
-        unchanged; what was forgotten is not stored again.
+        example's rater, or of "file". Duplicates are counted and not changed. Forgotten items are
+        not stored again.
         """
-        added = Added()
+        counts = ImportCounts()
         with self.write() as connection:
-            gone = frozenset(connection.execute(sa.select(WITHDRAWN.c.key)).scalars())
+            withdrawn = frozenset(connection.execute(sa.select(WITHDRAWN.c.key)).scalars())
             for example in examples:
-                self._add(connection, example, model, gone, added)
-        return added
+                self._add(connection, example, model, withdrawn, counts)
+        return counts
 
     def _add(
         self, connection: sa.Connection, example: Comparison | UnrankedAnswers, model: str,
-        gone: frozenset[str], added: Added,
+        withdrawn: frozenset[str], counts: ImportCounts,
     ) -> None:  # fmt: skip
         ranked = example if isinstance(example, Comparison) else None
         answers, corrected = list(example.answers), False
-        if ranked is not None and ranked.corrected:  # the better one is no answer of a model
+        if ranked is not None and ranked.corrected:  # the correction is not an answer of a model
             answers, corrected = [ranked.pairs()[0].answers[1]], True
         row = row_of(StoredResponse("", model, example.prompt, answers, example.tools))
         choices = json.loads(row["choices"])
         texts = [as_json(message_contents(choice)) for choice in choices]
-        order = sorted(range(len(texts)), key=texts.__getitem__)  # an item has its in any order
+        order = sorted(
+            range(len(texts)), key=texts.__getitem__
+        )  # so that the order in the row does not matter
         ranks = range(len(texts)) if ranked is None or corrected else ranked.ranks
         if len(set(texts)) < len(set(zip(texts, ranks))):
-            added.alike += 1
+            counts.indistinct += 1
             return
         content = [message_contents(json.loads(row["prompt"])), sorted(texts), row["tools"]]
         id = f"rank-{_digest(content)[:32]}"
         row |= {"response_id": id, "choices": as_json([choices[i] for i in order])}
-        new = response_key(id) not in gone
+        new = response_key(id) not in withdrawn
         is_item = new and self.insert_new(connection, ANSWERS, row)
         if new and ranked is not None:
             new = self._add_feedback(connection, id, ranked, order)
-            added.corrections += new and corrected
-            added.rankings += new and not corrected
+            counts.corrections += new and corrected
+            counts.rankings += new and not corrected
         else:
             new = is_item
-        added.items += is_item and not corrected  # one choice: nothing to rank
-        added.known += not (new or is_item)
+        counts.items += is_item and not corrected  # one choice: nothing to rank
+        counts.duplicates += not (new or is_item)
 
     def _add_feedback(
         self, connection: sa.Connection, id: str, ranked: Comparison, order: list[int]
     ) -> bool:
-        """Store what a row says. False: its rater has said something of this kind."""
+        """Store the ranking or correction of a row. Return False if its rater has one already."""
         rater = ranked.rater or FILE_RATER
         if ranked.corrected:
             kind, feedback = "corrected", Feedback(id, corrected=_corrected_text(ranked))
@@ -201,51 +206,54 @@ class RankingStore(FeedbackStore):
         return True
 
     def has_prompt(self, prompt: list[Message], tools: list[Any] | None) -> bool:
-        """Whether the store has several answers to this prompt."""
-        own = ANSWERS.c.tools
-        same = own.is_(None) if tools is None else own == as_json(scrubbed(tools))
-        its = (SEVERAL, ANSWERS.c.prompt == as_json(scrubbed(prompt)), same)
-        return self.first(sa.select(ANSWERS.c.id).where(*its)) is not None
+        """Return whether the store has several answers to this prompt."""
+        column = ANSWERS.c.tools
+        same_tools = column.is_(None) if tools is None else column == as_json(scrubbed(tools))
+        same_prompt = ANSWERS.c.prompt == as_json(scrubbed(prompt))
+        query = sa.select(ANSWERS.c.id).where(HAS_CHOICES, same_prompt, same_tools)
+        return self.first(query) is not None
 
-    def item(self, id: int, rater: str) -> Item:
-        """The item with this id. The rater sees its answers in an order drawn from the store's
-        seed, the rater and the item.
+    def item(self, id: int, rater: str) -> RankingItem:
+        """Return the item with this id. The display order depends on the store's seed, the rater
+        and the item.
         """
-        row = self.first(ANSWERS.select().where(SEVERAL, ANSWERS.c.id == id))
+        row = self.first(ANSWERS.select().where(HAS_CHOICES, ANSWERS.c.id == id))
         if row is None:
             raise InputError(f"item: expected one of the store, got {id}")
-        answer = read_response(row, self.name)
-        shown = list(range(len(answer.choices)))
-        random.Random(_digest([self.seed, rater, answer.response_id])).shuffle(shown)
-        return Item(
-            id, answer.response_id, answer.prompt, tuple(answer.choices[i] for i in shown),
-            tuple(shown), answer.tools,
+        response = read_response(row, self.name)
+        order = list(range(len(response.choices)))
+        random.Random(_digest([self.seed, rater, response.response_id])).shuffle(order)
+        return RankingItem(
+            id, response.response_id, response.prompt,
+            tuple(response.choices[i] for i in order), tuple(order), response.tools,
         )  # fmt: skip
 
-    def next_item(self, rater: str, *, after: int = 0, skipped: bool = False) -> Item | None:
-        """The first item, of those with an id above ``after``, that the rater has not ranked or
+    def next_item(self, rater: str, *, after: int = 0, skipped: bool = False) -> RankingItem | None:
+        """Return the first item with an id above ``after`` that the rater has not ranked or
         skipped; or, with ``skipped``, that the rater skipped. None: there is none.
         """
-        its = FEEDBACK.c
-        own = its.response_id == ANSWERS.c.response_id, its.rater == rater, its.ranking.is_not(None)
-        # a look-up of each item: the last feedback of all items at once would be read for each call
-        last = sa.select(its.ranking).where(*own).order_by(its.id.desc()).limit(1).scalar_subquery()
+        f = FEEDBACK.c
+        by_rater = f.response_id == ANSWERS.c.response_id, f.rater == rater, f.ranking.is_not(None)
+        # one look-up per item, so that a call does not read the last feedback of all items
+        last = (
+            sa.select(f.ranking).where(*by_rater).order_by(f.id.desc()).limit(1).scalar_subquery()
+        )
         state = last == SKIPPED if skipped else last.is_(None)
-        query = sa.select(ANSWERS.c.id).where(SEVERAL, ANSWERS.c.id > after, state)
+        query = sa.select(ANSWERS.c.id).where(HAS_CHOICES, ANSWERS.c.id > after, state)
         row = self.first(query.order_by(ANSWERS.c.id))
         return None if row is None else self.item(row.id, rater)
 
     def progress(self, rater: str) -> tuple[RaterCounts, int]:
-        """(what the rater has done, how many items there are to rank)."""
+        """Return (the counts of the rater, the number of items)."""
         check_rater(rater)
-        (total,) = self.first(sa.select(sa.func.count(ANSWERS.c.id)).where(SEVERAL))
+        (total,) = self.first(sa.select(sa.func.count(ANSWERS.c.id)).where(HAS_CHOICES))
         return self.raters(rater).get(rater, RaterCounts()), total
 
     # ---- feedback
 
-    def rank(self, rater: str, item: Item, ranks: Sequence[int]) -> None:
-        """Store the rater's ranks of an item. ``ranks``: in the order of ``item.answers``, 0 is the
-        best, equal for ties.
+    def rank(self, rater: str, item: RankingItem, ranks: Sequence[int]) -> None:
+        """Store the rater's ranks of an item. ``ranks``: in the order of ``item.answers``; 0 is the
+        best, ties are equal.
         """
         if len(ranks) != len(item.answers):
             raise InputError(
@@ -257,121 +265,125 @@ class RankingStore(FeedbackStore):
                     f"ranks: expected whole numbers from 0 to {len(ranks) - 1}, got "
                     f"{show(rank):.60}"
                 )
-        places = sorted(set(ranks))
-        of_choice = dict(zip(item.shown, map(places.index, ranks)))
-        by_choice = tuple(of_choice[choice] for choice in range(len(ranks)))
-        self._say(rater, item, ranking=Ranking(by_choice, item.shown))
+        levels = sorted(set(ranks))
+        by_choice = dict(zip(item.display_order, map(levels.index, ranks)))
+        choice_ranks = tuple(by_choice[choice] for choice in range(len(ranks)))
+        self._add_for(rater, item, ranking=Ranking(choice_ranks, item.display_order))
 
-    def skip(self, rater: str, item: Item) -> None:
+    def skip(self, rater: str, item: RankingItem) -> None:
         """Store that the rater skipped the item."""
-        self._say(rater, item, ranking=Ranking())
+        self._add_for(rater, item, ranking=Ranking())
 
-    def correct(self, rater: str, item: Item, number: int, text: str) -> None:
-        """Store the text that the rater would have the last message of an answer say. ``number``:
-        in ``item.answers``.
+    def correct(self, rater: str, item: RankingItem, number: int, text: str) -> None:
+        """Store the rater's text for the last message of an answer. ``number``: its index in
+        ``item.answers``.
         """
         check_unicode(text, "correction")
         if not text.strip():
             raise InputError("correction: expected text, got an empty one")
         if text.strip() == item.answers[number][-1]["content"].strip():
             raise InputError("correction: expected another text than the answer, got the same")
-        self._say(rater, item, choice=item.shown[number], corrected=text)
+        self._add_for(rater, item, choice=item.display_order[number], corrected=text)
 
-    def _say(self, rater: str, item: Item, **what: Any) -> None:
+    def _add_for(self, rater: str, item: RankingItem, **fields: Any) -> None:
         check_rater(rater)
-        if self.add(Feedback(item.response_id, rater=rater, **what)) is None:
+        if self.add(Feedback(item.response_id, rater=rater, **fields)) is None:
             raise InputError(f"item: expected one of the store, got {item.id}, which was forgotten")
 
     # ---- results
 
     def raters(self, rater: str | None = None) -> dict[str, RaterCounts]:
-        """What each rater has done, by name; or only this one."""
-        found: dict[str, RaterCounts] = {}
+        """Return the counts of each rater, by name; or only of this one."""
+        by_rater: dict[str, RaterCounts] = {}
         for kind in ("ranking", "corrected"):
             for row in self.all(_last(kind, rater)):
-                counts = found.setdefault(row.rater or "", RaterCounts())
+                counts = by_rater.setdefault(row.rater or "", RaterCounts())
                 counts.corrected += kind == "corrected"
                 counts.skipped += kind == "ranking" and row.ranking == SKIPPED
                 counts.ranked += kind == "ranking" and row.ranking != SKIPPED
-        return dict(sorted(found.items()))
+        return dict(sorted(by_rater.items()))
 
     def agreement(self) -> Agreement:
-        """How far the raters agree, on all items that two or more ranked."""
+        """Return how far the raters agree on the items that two or more ranked."""
         rankings: dict[str, dict[str, Sequence[int]]] = {}
-        for answer, feedback in self._last_feedback("ranking", None):
+        for response, feedback in self._last_feedback("ranking", None):
             if feedback.ranking is not None and feedback.ranking.ranks:
-                its = rankings.setdefault(answer.response_id, {})
-                its[feedback.rater or ""] = feedback.ranking.ranks
+                by_rater = rankings.setdefault(response.response_id, {})
+                by_rater[feedback.rater or ""] = feedback.ranking.ranks
         return agreement_of(rankings.values())
 
-    def figures(self) -> dict[str, Any]:
-        """`agreement` and `raters` as JSON; alpha is None where it is undefined."""
-        have, raters = asdict(self.agreement()), self.raters()
-        alpha = None if math.isnan(have["alpha"]) else have["alpha"]
-        return {**have, "alpha": alpha, "raters": {name: asdict(n) for name, n in raters.items()}}
+    def agreement_report(self) -> dict[str, Any]:
+        """Return `agreement` and `raters` as JSON; alpha is None if it is undefined."""
+        report, raters = asdict(self.agreement()), self.raters()
+        alpha = None if math.isnan(report["alpha"]) else report["alpha"]
+        return {**report, "alpha": alpha, "raters": {name: asdict(n) for name, n in raters.items()}}
 
     def comparisons(
         self, rater: str | None = None, *, corrected: bool = False
     ) -> Iterator[Comparison]:
-        """The rankings (of one rater, if named), item by item; or with ``corrected`` the corrected
-        answers, each better than the one that it corrects. Rankings in which all answers are tied
-        are left out: nothing is learnt from them.
+        """Yield the rankings (of one rater, if given), item by item; or with ``corrected`` the
+        corrections, each better than the answer that it corrects. Rankings in which all answers are
+        tied are left out, since no training can learn from them.
         """
-        for answer, feedback in self._last_feedback("corrected" if corrected else "ranking", rater):
-            about: dict[str, Any] = {"tools": answer.tools, "rater": feedback.rater}
-            its = feedback.ranking
+        for response, feedback in self._last_feedback(
+            "corrected" if corrected else "ranking", rater
+        ):
+            metadata: dict[str, Any] = {"tools": response.tools, "rater": feedback.rater}
+            ranking = feedback.ranking
             if corrected:
-                fixed = answer.with_correction(feedback.choice, feedback.corrected or "")
-                answers = (fixed, answer.choices[feedback.choice])
-                yield Comparison(answer.prompt, answers, (0, 1), corrected=True, **about)
-            elif its is not None and len(set(its.ranks)) > 1:
+                correction = response.with_correction(feedback.choice, feedback.corrected or "")
+                answers = (correction, response.choices[feedback.choice])
+                yield Comparison(response.prompt, answers, (0, 1), corrected=True, **metadata)
+            elif ranking is not None and len(set(ranking.ranks)) > 1:
                 yield Comparison(
-                    answer.prompt, tuple(answer.choices), its.ranks, its.scores, its.margin,
-                    **about,
+                    response.prompt, tuple(response.choices), ranking.ranks, ranking.scores,
+                    ranking.margin, **metadata,
                 )  # fmt: skip
 
     def _last_feedback(
         self, kind: str, rater: str | None
     ) -> Iterator[tuple[StoredResponse, Feedback]]:
         """Yield the feedback that counts, with the stored answer, in the order of the answers."""
-        by_answer: dict[str, list[Feedback]] = {}
+        by_response: dict[str, list[Feedback]] = {}
         for row in self.all(_last(kind, rater)):
             feedback = read_feedback(row, self.name)
-            by_answer.setdefault(feedback.response_id or "", []).append(feedback)
-        for id, answer in self.answers().items():
-            size = len(answer.choices)
-            for feedback in sorted(by_answer.get(id, ()), key=lambda o: (o.rater or "", o.choice)):
+            by_response.setdefault(feedback.response_id or "", []).append(feedback)
+        for id, response in self.answers().items():
+            size = len(response.choices)
+            for feedback in sorted(
+                by_response.get(id, ()), key=lambda o: (o.rater or "", o.choice)
+            ):
                 ranks = () if feedback.ranking is None else feedback.ranking.ranks
                 if feedback.choice >= size or len(ranks) not in (0, size):
                     raise InputError(
                         f"{self.name}: expected feedback about {size} choices of {id}, got another"
                     )
-                yield answer, feedback
+                yield response, feedback
 
     def export(self, path: str | Path, form: str, *, rater: str | None = None) -> int:
-        """Write a .jsonl file, which `read_preferences` reads (`read_conversations`:
-        "demonstrations"). Returns how many rows it has.
+        """Write a .jsonl file for `read_preferences` (for `read_conversations` if ``form`` is
+        "demonstrations"). Return the number of rows.
 
         ``form``:
         - "pairs": the better and the worse one of every two answers that a rater did not tie, and
-          each correction with what it corrects;
+          each correction with the answer that it corrects;
         - "ranked": the rankings;
         - "labels": the best and the worst answers of each ranking (`Comparison.labels`);
         - "corrected": the corrections;
         - "demonstrations": conversations that end in a correction.
 
-        InputError: also nothing to export, a rater who did nothing.
+        InputError: also nothing to export, a rater without feedback.
         """
         if form not in FORMS:
             raise InputError(f"form: expected one of {', '.join(FORMS)}, got {form!r}")
-        if rater is not None and rater not in (known := self.raters()):
-            raise InputError(f"rater: expected one of {', '.join(known) or 'none'}, got {rater!r}")
+        if rater is not None and rater not in (raters := self.raters()):
+            raise InputError(f"rater: expected one of {', '.join(raters) or 'none'}, got {rater!r}")
         rows = 0
         with atomic_file(Path(path)) as file:
             for corrected in (False, True):
                 for comparison in self.comparisons(rater, corrected=corrected):
-                    for part in FORMS[form](comparison):
-                        file.write(as_json(part.row()).encode() + b"\n")
+                    for example in FORMS[form](comparison):
+                        file.write(as_json(example.row()).encode() + b"\n")
                         rows += 1
             if not rows:
                 raise InputError(
@@ -382,12 +394,12 @@ class RankingStore(FeedbackStore):
 
 def _last(kind: str, rater: str | None) -> sa.Select[Any]:
     """Select the last feedback of a kind of each rater, or of one, about each answer."""
-    its = FEEDBACK.c
-    ids = sa.select(sa.func.max(its.id)).where(its[kind].is_not(None))
+    f = FEEDBACK.c
+    ids = sa.select(sa.func.max(f.id)).where(f[kind].is_not(None))
     if rater is not None:
-        ids = ids.where(its.rater == rater)
-    ids = ids.group_by(its.rater, its.response_id, its.choice)
-    return FEEDBACK.select().where(its.id.in_(ids)).order_by(its.id)
+        ids = ids.where(f.rater == rater)
+    ids = ids.group_by(f.rater, f.response_id, f.choice)
+    return FEEDBACK.select().where(f.id.in_(ids)).order_by(f.id)
 
 
 def _digest(value: Any) -> str:
@@ -395,7 +407,7 @@ def _digest(value: Any) -> str:
 
 
 def check_rater(rater: str) -> None:
-    """InputError unless the name can be printed in a line and stored as it is."""
+    """Check that the name can be printed in one line and stored unchanged. InputError: not so."""
     if not rater.strip() or not rater.isprintable():
         raise InputError(f"rater: expected a name, got {rater!r:.60}")
     if scrubbed(rater) != rater:

@@ -28,7 +28,7 @@ from fastlm.data.conversations import message_contents, parse_conversation, read
 from fastlm.data.preferences import Comparison, LabelledAnswer, parse_preference, read_preferences
 from fastlm.errors import InputError
 from fastlm.feedback.build import BuildOptions, build
-from fastlm.feedback.rank_terminal import edited, parse_ranking
+from fastlm.feedback.rank_terminal import edit_text, parse_ranking
 from fastlm.model.causal_lm import CausalLM
 from fastlm.serve.feedback import Feedback, StoredResponse
 from fastlm.serve.ranking import RankingStore, RaterCounts, read_ranking_examples
@@ -149,7 +149,7 @@ def test_what_is_imported_is_exported(tmp_path) -> None:
         again2 = store.add_items(
             read_ranking_examples([str(tmp_path / "ranked.jsonl")], cache=tmp_path)
         )
-        assert [(x.items, x.rankings, x.corrections, x.known) for x in (again, again2)] == [
+        assert [(x.items, x.rankings, x.corrections, x.duplicates) for x in (again, again2)] == [
             (0, 0, 0, 5), (0, 0, 0, 3),
         ]  # fmt: skip
         turned = {**rows[3], "answers": rows[3]["answers"][::-1], "rater": "bob"}
@@ -177,7 +177,7 @@ def test_each_rater_sees_an_order_of_its_own(tmp_path) -> None:
         assert item == store.item(7, "ann")
         store.rank("ann", item, [2, 0, 1])
         (feedback,) = store.all_feedback()
-        assert feedback.ranking.display_order == item.shown
+        assert feedback.ranking.display_order == item.display_order
         (ranked,) = store.comparisons()
         ranks = {a[0]["content"]: rank for a, rank in zip(ranked.answers, ranked.ranks)}
         assert [ranks[a[0]["content"]] for a in item.answers] == [2, 0, 1]
@@ -331,7 +331,7 @@ def test_rankings_are_feedback(database_url, tmp_path) -> None:
         best = store.item(1, "ann").answers[0][0]["content"]
         assert store.forget(store.item(2, "ann").response_id) == 2  # nor imported again
         again = store.add_items(read_ranking_examples([file], cache=tmp_path))
-        assert (again.items, again.known) == (0, 2)
+        assert (again.items, again.duplicates) == (0, 2)
         assert store.has_prompt([{"role": "user", "content": "Question 0?"}], None)
         assert store.next_item("cid").response_id == "r1"
         assert store.next_item("cid", skipped=True).id == 1
@@ -402,7 +402,10 @@ def test_bad_rows_and_options(tmp_path) -> None:
         assert not store.exists()
     private = {"prompt": "b?", "answers": ["ann@mail.org", "bob@mail.org"]}
     told = call("import", store, rows, write(tmp_path / "b.jsonl", private), "--skip-bad")
-    assert "3 rows read, 1 malformed, 1 alike without personal data, 0 known" in told.stdout
+    assert (
+        "3 rows read, 1 malformed, 1 with answers that differ only in personal data, 0 duplicates"
+        in told.stdout
+    )
     assert "; new prompts 1," in told.stdout
     assert "line 2" in told.stderr
     out = tmp_path / "o.jsonl"
@@ -546,10 +549,10 @@ def test_on_a_terminal(tmp_path) -> None:
 
 
 def test_an_answer_is_corrected_in_an_editor() -> None:
-    assert edited("two\nlines", "sed -i s/lines/rows/") == "two\nrows"
+    assert edit_text("two\nlines", "sed -i s/lines/rows/") == "two\nrows"
     for editor in ("false", "no-such-editor"):
         with pytest.raises(InputError, match=f"a text, got: {editor}: Editing failed"):
-            edited("x", editor)
+            edit_text("x", editor)
 
 
 # ---- sampling
@@ -571,9 +574,9 @@ def test_answers_of_a_model(tmp_path, template) -> None:
     prompts = write(tmp_path / "p.jsonl", *asked)
     given = ["-m", tmp_path / "model", "--prompts", prompts, "--k", 3, "--max-new-tokens", 8]
     told = call("sample", tmp_path / "a.sqlite", *given).stdout
-    assert "new prompts 2, known before 0," in told and told.endswith("are alike 0\n")
+    assert "new prompts 2, duplicates 0," in told and told.endswith("are equal 0\n")
     told = call("sample", tmp_path / "a.sqlite", *given).stdout
-    assert "new prompts 0, known before 2," in told
+    assert "new prompts 0, duplicates 2," in told
     call("sample", tmp_path / "b.sqlite", *given)
     call("sample", tmp_path / "c.sqlite", *given, "--seed", 9)
     answers = []
