@@ -113,7 +113,7 @@ def fastlm_side(given: dict[str, Any], folder: Path, rows: list[dict]) -> dict[s
     from fastlm.train.lora_options import LoraOptions
     from fastlm.train.objective import Example
     from fastlm.train.options import TrainOptions
-    from fastlm.train.preferences import PreferenceExample, PreferenceLoss
+    from fastlm.train.preferences import DpoOptions, PreferenceExample
     from fastlm.train.sft import SftObjective
 
     imports = peak()
@@ -140,7 +140,7 @@ def fastlm_side(given: dict[str, Any], folder: Path, rows: list[dict]) -> dict[s
         made = SftObjective(model, [example(r, "chosen") for r in rows], [], options, **common)
     else:
         judged = [PreferenceExample((example(r, "chosen"), example(r, "rejected"))) for r in rows]
-        made = DpoObjective(model, judged, [], options, PreferenceLoss(beta=BETA), **common)
+        made = DpoObjective(model, judged, [], options, DpoOptions(beta=BETA), **common)
         made.measure_reference(getattr(torch, given["dtype"]))
     reference = time.process_time() - began
     found = Found(imports, reference)

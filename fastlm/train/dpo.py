@@ -1,5 +1,5 @@
-"""Direct preference optimisation (DPO, IPO, hinge) and KTO: a model comes to prefer the better
-answers, measured against itself before training.
+"""Direct preference optimisation (DPO, IPO, hinge) and KTO: train a model to prefer the better
+answers, relative to the model before training.
 """
 
 from collections.abc import Mapping
@@ -10,7 +10,7 @@ from fastlm.pipeline.stage import InputSpec, ReportSection, StageContext, select
 from fastlm.train.encoding import rows_summary
 from fastlm.train.lora_options import LoraOptions
 from fastlm.train.options import TrainOptions, check_unsharded, expect
-from fastlm.train.preferences import PreferenceDataset, PreferenceLoss, PreferenceStage
+from fastlm.train.preferences import DpoOptions, PreferenceDataset, PreferenceStage
 from fastlm.train.training_stage import FEEDBACK
 
 if TYPE_CHECKING:
@@ -19,48 +19,47 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Dpo(LoraOptions, PreferenceLoss, PreferenceStage):
-    """Train a model on preferences (DPO, IPO, KTO): it comes to prefer the better answers.
+class Dpo(LoraOptions, DpoOptions, PreferenceStage):
+    """Train a model on preferences (DPO, IPO, KTO), so that it prefers the better answers.
 
-    It is compared with itself before training, which keeps it close to that. The same command run
-    again resumes from the last checkpoint.
+    The loss compares the model with itself before training, which keeps it close. The same command
+    run again resumes from the last checkpoint.
     """
 
     kind = "dpo"
     version = 2
     command = ("dpo",)
     inputs = {
-        "model": InputSpec(("model",), "Model to train: a run, a Hugging Face folder"),
+        "model": InputSpec(("model",), "Model to train: a run or a Hugging Face folder"),
         "feedback": FEEDBACK,
     }
     result = {**PreferenceStage.result, "pairs": int}
-    notes = """Read are .jsonl and .json files of pairs (prompt, chosen, rejected), ranked lists
+    notes = """Data are .jsonl and .json files of pairs (prompt, chosen, rejected), ranked lists
 (prompt, answers, ranks or scores), corrections (prompt, answer, corrected) and, with loss_type =
 kto, labels (prompt, completion, label)."""
 
-    batch_size: Annotated[int, "Pairs (kto: labels) per micro-batch, joined without padding"] = 4
+    batch_size: Annotated[int, "Pairs (kto: labels) per micro-batch, packed without padding"] = 4
     lr: Annotated[float, "Peak learning rate"] = 1e-6
-    warmup_ratio: Annotated[float, "Share of the run in which the rate rises"] = 0.1
+    warmup_ratio: Annotated[float, "Share of the run in which the learning rate rises"] = 0.1
 
     def check(self) -> None:
         super().check()
         self.check_lora()
         self.check_loss()
         dropout, kto = self.lora_dropout, self.loss_type == "kto"
-        why = "0, as the reference is measured without dropout"
-        expect(not dropout, "lora_dropout", why, dropout)
+        expected = "0, as the reference is measured without dropout"
+        expect(not dropout, "lora_dropout", expected, dropout)
         if kto:
             check_unsharded("loss_type = 'kto'", self.parallel)
-        least = self.batch_size * (1 if self.batch_warmup else self.gradient_accumulation_steps)
-        expect(
-            not kto or least >= 2, "batch_size",
-            "a step of 2 labels or more with loss_type = 'kto', whose reference point is a mean "
-            "over the"
-            " step", f"1{' at the beginning of batch_warmup' if self.batch_warmup else ''}",
-        )  # fmt: skip
+        micro_batches = 1 if self.batch_warmup else self.gradient_accumulation_steps
+        expected = (
+            "2 labels or more per step with loss_type = 'kto', whose reference point is a mean"
+        )
+        got = f"1{' at the beginning of batch_warmup' if self.batch_warmup else ''}"
+        expect(not kto or self.batch_size * micro_batches >= 2, "batch_size", expected, got)
 
     def feedback_file(self) -> str:
-        """With `kto`, the thumbs of the feedback are its labels."""
+        """Return the file of the feedback; with `kto`, that of thumbs, which are its labels."""
         return "train/kto.jsonl" if self.loss_type == "kto" else super().feedback_file()
 
     def unit(self) -> str:
@@ -69,9 +68,9 @@ kto, labels (prompt, completion, label)."""
     def read_data(
         self, tokenizer: "Tokenizer", context: int, ctx: StageContext
     ) -> PreferenceDataset:
-        longest = self.example_length(context)
-        kind = "labels" if self.loss_type == "kto" else "pairs"
-        return PreferenceDataset(self, tokenizer, longest, context, ctx, kind=kind)
+        length = self.example_length(context)
+        form = "labels" if self.loss_type == "kto" else "pairs"
+        return PreferenceDataset(self, tokenizer, length, context, ctx, form=form)
 
     def data_facts(self, data: Any) -> dict[str, Any]:
         return {"pairs": len(data.training), "heldout": len(data.heldout)}
@@ -84,9 +83,9 @@ kto, labels (prompt, completion, label)."""
         from fastlm.train.checkpoints import list_checkpoints
         from fastlm.train.dpo_objective import DpoObjective
 
-        terms = select_options(self, PreferenceLoss)
-        objective = DpoObjective(model, data.training, data.heldout, options, terms, **common)
-        if not list_checkpoints(ctx.out):  # a checkpoint has the reference of its training
+        dpo_options = select_options(self, DpoOptions)
+        objective = DpoObjective(model, data.training, data.heldout, options, dpo_options, **common)
+        if not list_checkpoints(ctx.out):  # a checkpoint stores the reference
             objective.measure_reference(getattr(torch, self.dtype), track=ctx.track)
         return objective
 
@@ -106,9 +105,9 @@ kto, labels (prompt, completion, label)."""
         }
         return ReportSection(
             "Preference training",
-            "An answer's reward is β times how much likelier it has become, in nats, than by the"
-            " model before training. A falling reward of the chosen answers means that the model"
-            " unlearns them too.",
+            "The reward of an answer is β times the gain of its log-probability over the model"
+            " before training, in nats. A falling reward of the chosen answers means that the"
+            " model unlearns them too.",
             facts=facts,
             charts=[loss_chart(metrics, f"loss per {self.unit()[:-1]}")],
             cards=self.cards(result),

@@ -1,4 +1,4 @@
-"""DPO and KTO: pairs, or labelled answers, are compared with what the base thinks of them."""
+"""The objective of DPO and KTO, on pairs or labelled answers."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -20,11 +20,11 @@ from fastlm.train.objective import (
     without_dropout,
 )
 from fastlm.train.preferences import (
+    DpoOptions,
     PreferenceExample,
-    PreferenceLoss,
     accuracy_error,
+    margin_accuracy,
     pairwise_accuracy,
-    right,
 )
 
 if TYPE_CHECKING:
@@ -34,12 +34,12 @@ if TYPE_CHECKING:
 @dataclass(frozen=True)
 class PreferenceBatch:
     """A micro-batch of n pairs or labels. ``ids`` and ``labels`` (1, total) and ``cu_seqlens`` are
-    packed: chosen and rejected in turns, their prompt once (``keys``: see `CausalLM.hidden`), or
-    the n labelled answers.
+    packed: chosen and rejected alternate and share their prompt (``keys``: see
+    `CausalLM.hidden`), or there are n labelled answers.
 
-    ``lengths``: learnt tokens per sequence. ``reference`` (n, 2): the base's log-probabilities, of
-    chosen and rejected, or of the answer and the answer to another prompt. ``kl``: the reference
-    point of the whole step.
+    ``lengths``: loss tokens per sequence. ``reference`` (n, 2): log-probabilities of the base model
+    for chosen and rejected, or for the answer and the answer to another prompt. ``kl``: the
+    reference point of the whole step.
     """
 
     ids: Tensor
@@ -53,67 +53,67 @@ class PreferenceBatch:
 
 
 class DpoObjective(EpochObjective):
-    """The objective of `fastlm.train.dpo.Dpo`: a mean over the pairs (KTO: the labels) of a step,
-    however they are spread over its micro-batches.
+    """The objective of `fastlm.train.dpo.Dpo`. The loss is a mean over the pairs (KTO: the labels)
+    of a step, however they are spread over its micro-batches.
 
-    The reference is the base: its log-probabilities are measured once, before the first step
-    (`measure_reference`), and kept in the checkpoints, so that no second model is in memory and a
-    resumed training has the same ones. They are measured in the micro-batches and the dtype of the
-    first epoch: policy and reference are then equal to the last bit before the first update.
+    The reference is the base model. Its log-probabilities are measured once, before the first step
+    (`measure_reference`), and stored in the checkpoints. So there is no second model in memory, and
+    a resumed training has the same reference. They are measured in the micro-batches and the dtype
+    of the first epoch: before the first update, policy and reference are equal to the last bit.
 
-    ``judged`` and ``heldout``: pairs, or with loss_type "kto" labels. For the other arguments see
+    ``examples`` and ``heldout``: pairs, or with loss_type "kto" labels. For the other arguments see
     `EpochObjective`.
     """
 
     def __init__(
         self,
         model: nn.Module,
-        judged: Sequence[PreferenceExample],
+        examples: Sequence[PreferenceExample],
         heldout: Sequence[PreferenceExample],
         options: "TrainOptions",
-        terms: PreferenceLoss,
+        dpo_options: DpoOptions,
         **common: Any,
     ):
-        super().__init__(model, judged, heldout, options, **common)
+        super().__init__(model, examples, heldout, options, **common)
         without_dropout(model)  # the reference is measured without it
-        self.terms = terms
+        self.dpo_options = dpo_options
         self.reference: Tensor | None = None
         self.reference_heldout: Tensor | None = None
 
     def identity(self) -> dict[str, Any]:
         return {
             **super().identity(),
-            **asdict(self.terms),
-            "heldout": examples_digest(self.heldout),  # their reference is in the checkpoint
+            **asdict(self.dpo_options),
+            "heldout": examples_digest(self.heldout),  # the checkpoint stores their reference
         }
 
     # the reference
 
     def measure_reference(self, dtype: torch.dtype, *, track: Callable = silent) -> None:
-        """Measure the reference with the weights as they are, rounded to ``dtype``."""
-        order, rest = self.order.tolist(), list(range(len(self.heldout)))
+        """Measure the reference with the current weights, rounded to ``dtype``."""
+        training, heldout = self.order.tolist(), list(range(len(self.heldout)))
         self.reference = torch.zeros(len(self.examples), 2)
         self.reference_heldout = torch.zeros(len(self.heldout), 2)
         work = [
-            *((self.examples, rows, self.reference) for rows in self._parts(order)),
-            # all of them: a resumed training may validate on more
-            *((self.heldout, rows, self.reference_heldout) for rows in self._parts(rest)),
+            *((self.examples, rows, self.reference) for rows in self._split(training)),
+            # all of them, because a resumed training may validate on more
+            *((self.heldout, rows, self.reference_heldout) for rows in self._split(heldout)),
         ]
         with in_dtype(self.trained, dtype), torch.no_grad():
-            for source, rows, into in track(work, "reference", unit="batches"):
-                into[rows] = self.logps([source[i].answers for i in rows]).cpu()
+            for source, rows, target in track(work, "reference", unit="batches"):
+                target[rows] = self.logps([source[i].answers for i in rows]).cpu()
 
     def logps(self, answers: Sequence[tuple[Example, ...]]) -> Tensor:
         """Return the model's log-probabilities of both answers, (n, 2)."""
-        if self.terms.loss_type != "kto":
+        if self.dpo_options.loss_type != "kto":
             return self.sums(*self._pack(answers)).view(-1, 2)
-        sides = ([(both[side],) for both in answers] for side in (0, 1))
+        sides = ([(pair[side],) for pair in answers] for side in (0, 1))
         return torch.stack([self.sums(*self._pack(side)) for side in sides], 1)
 
     def _pack(self, answers: Sequence[tuple[Example, ...]]) -> tuple[Any, ...]:
         """Pack single answers, or pairs with their keys, for `sums`."""
         if len(answers[0]) == 1:
-            return *pack([one for (one,) in answers], self.device), None
+            return *pack([answer for (answer,) in answers], self.device), None
         packed, keys = pack_groups(answers, self.device)
         return *packed, keys
 
@@ -124,7 +124,7 @@ class DpoObjective(EpochObjective):
         cu_seqlens: Tensor,
         keys: tuple[Tensor, Tensor] | None = None,
     ) -> Tensor:
-        """Return the log-probability of each sequence's learnt tokens, (sequences,) float32."""
+        """Return the log-probability of each sequence's loss tokens, (sequences,) float32."""
         model = cast(Any, self.trained)
         logps = model.logprobs(ids, labels, cu_seqlens=cu_seqlens, keys=keys)[0]
         rows = torch.arange(len(cu_seqlens) - 1, device=ids.device)
@@ -134,44 +134,52 @@ class DpoObjective(EpochObjective):
     # steps
 
     def next_batches(self, count: int) -> list[PreferenceBatch]:
-        """Return ``count`` micro-batches, or what the epoch has left."""
+        """Return ``count`` micro-batches, or the rest of the epoch."""
         assert self.reference is not None  # by measure_reference or load_state_dict
         return self._batches(self.next_rows(count), self.examples, self.reference)
 
     def _batches(
-        self, taken: Sequence[list[int]], source: Sequence[PreferenceExample], reference: Tensor
+        self,
+        batch_rows: Sequence[list[int]],
+        source: Sequence[PreferenceExample],
+        reference: Tensor,
     ) -> list[PreferenceBatch]:
         batches, device = [], self.device
-        kto = self.terms.loss_type == "kto"
-        kl = self._reference_point(taken, source, reference) if kto else None
-        for rows in taken:
-            judged = [source[i] for i in rows]
-            answers = [one.answers[:1] if kto else one.answers for one in judged]
+        kto = self.dpo_options.loss_type == "kto"
+        kl = self._reference_point(batch_rows, source, reference) if kto else None
+        for rows in batch_rows:
+            examples = [source[i] for i in rows]
+            answers = [e.answers[:1] if kto else e.answers for e in examples]
             lengths = torch.tensor(
                 [e.num_loss_tokens for row in answers for e in row], device=device
             )
-            desirable = torch.tensor([one.desirable for one in judged], device=device)
-            known = reference[rows].to(device)
+            desirable = torch.tensor([e.desirable for e in examples], device=device)
+            row_reference = reference[rows].to(device)
             ids, labels, cu_seqlens, keys = self._pack(answers)
             batches.append(
-                PreferenceBatch(ids, labels, cu_seqlens, keys, lengths, known, desirable, kl)
+                PreferenceBatch(
+                    ids, labels, cu_seqlens, keys, lengths, row_reference, desirable, kl
+                )
             )
         return batches
 
     def _reference_point(
-        self, taken: Sequence[list[int]], source: Sequence[PreferenceExample], reference: Tensor
+        self,
+        batch_rows: Sequence[list[int]],
+        source: Sequence[PreferenceExample],
+        reference: Tensor,
     ) -> Tensor:
-        """KTO's: the mean log-ratio of answers to other prompts, at least 0. Each process measures
-        its share of the micro-batches.
+        """Return KTO's reference point: the mean log-ratio of answers to other prompts, at least 0.
+        Each process measures its shard of the micro-batches.
         """
-        mine, _ = self.world.split_batches(taken)
+        shard, _ = self.world.split_batches(batch_rows)
         ratios = [torch.zeros(0)]
         with torch.no_grad():
-            for rows in mine:
+            for rows in shard:
                 others = self.sums(*self._pack([source[i].answers[1:] for i in rows]))
                 ratios.append(others.cpu() - reference[rows, 1])
-        every = torch.cat(self.world.gather(torch.cat(ratios)))
-        return every.mean().clamp(min=0).to(self.device)
+        all_ratios = torch.cat(self.world.gather(torch.cat(ratios)))
+        return all_ratios.mean().clamp(min=0).to(self.device)
 
     def num_items(self, batch: PreferenceBatch) -> int:
         return len(batch.reference)
@@ -180,26 +188,26 @@ class DpoObjective(EpochObjective):
         return int((batch.labels != IGNORE).sum())
 
     def loss(self, batch: PreferenceBatch, num_items: int) -> Tensor:
-        losses, measured = self.compare(batch)
-        self.step_measurements.append({name: values.detach() for name, values in measured.items()})
+        losses, metrics = self.losses(batch)
+        self.step_measurements.append({name: values.detach() for name, values in metrics.items()})
         return losses.sum() / num_items
 
-    def compare(self, batch: PreferenceBatch) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return the losses (n,), and what is measured of the pairs or labels."""
-        o, good = self.terms, batch.desirable
+    def losses(self, batch: PreferenceBatch) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return the losses (n,) and the metrics of the pairs or labels."""
+        o, desirable = self.dpo_options, batch.desirable
         logps = self.sums(batch.ids, batch.labels, batch.cu_seqlens, batch.keys)
         if o.loss_type == "kto":
             assert batch.kl is not None
             losses = kto_loss(
-                logps, batch.reference[:, 0], good, batch.kl, beta=o.beta,
+                logps, batch.reference[:, 0], desirable, batch.kl, beta=o.beta,
                 desirable_weight=o.desirable_weight, undesirable_weight=o.undesirable_weight,
             )  # fmt: skip
             rewards = o.beta * (logps - batch.reference[:, 0])
             columns = {"reward": rewards, "logp": logps, "length": batch.lengths.float()}
             return losses, {
                 "kl": batch.kl.view(1),
-                **{f"{name}_chosen": values[good] for name, values in columns.items()},
-                **{f"{name}_rejected": values[~good] for name, values in columns.items()},
+                **{f"{name}_chosen": values[desirable] for name, values in columns.items()},
+                **{f"{name}_rejected": values[~desirable] for name, values in columns.items()},
             }
         logps, lengths, reference = logps.view(-1, 2), batch.lengths.view(-1, 2), batch.reference
         losses = dpo_loss(
@@ -216,16 +224,19 @@ class DpoObjective(EpochObjective):
         columns = {"reward": rewards, "logp": logps, "length": lengths.float()}
         return losses, {
             "margin": margins,
-            "accuracy": right(margins),
+            "accuracy": margin_accuracy(margins),
             **{f"{name}_chosen": values[:, 0] for name, values in columns.items()},
             **{f"{name}_rejected": values[:, 1] for name, values in columns.items()},
         }
 
     def measurements(self) -> dict[str, Tensor]:
-        return {name: values.cpu() for name, values in _joined(self.step_measurements).items()}
+        return {name: values.cpu() for name, values in _concatenate(self.step_measurements).items()}
 
     def scalars(self, measurements: Sequence[dict[str, Tensor]]) -> dict[str, float]:
-        return {**super().scalars(measurements), **_means(_joined([m for m in measurements if m]))}
+        return {
+            **super().scalars(measurements),
+            **_means(_concatenate([m for m in measurements if m])),
+        }
 
     def state_dict(self) -> dict[str, Any]:
         names = ("reference", "reference_heldout")
@@ -235,7 +246,7 @@ class DpoObjective(EpochObjective):
         super().load_state_dict(state)
         self.reference, self.reference_heldout = state["reference"], state["reference_heldout"]
 
-    def _parts(self, rows: list[int]) -> list[list[int]]:
+    def _split(self, rows: list[int]) -> list[list[int]]:
         return [rows[i : i + self.batch_size] for i in range(0, len(rows), self.batch_size)]
 
     def validate(self) -> dict[str, float]:
@@ -245,35 +256,35 @@ class DpoObjective(EpochObjective):
         if not self.heldout:
             return {}
         assert self.reference_heldout is not None
-        taken, tokens = [], 0
-        for rows in self._parts(list(range(len(self.heldout)))):
-            taken.append(rows)
+        batch_rows, tokens = [], 0
+        for rows in self._split(list(range(len(self.heldout)))):
+            batch_rows.append(rows)
             tokens += sum(e.num_loss_tokens for i in rows for e in self.heldout[i].answers)
             if tokens >= self.options.val_tokens:
                 break
-        batches = self._batches(taken, self.heldout, self.reference_heldout)
-        found = [self.compare(batch) for batch in batches]
-        joined = _joined([measured for _, measured in found])
+        batches = self._batches(batch_rows, self.heldout, self.reference_heldout)
+        results = [self.losses(batch) for batch in batches]
+        joined = _concatenate([metrics for _, metrics in results])
         means = _means(joined)
-        if self.terms.loss_type == "kto":
+        if self.dpo_options.loss_type == "kto":
             error = pairwise_accuracy(joined["reward_chosen"], joined["reward_rejected"])[1]
         else:
-            places = [self.heldout[i].location for rows in taken for i in rows]
-            error = accuracy_error(joined["accuracy"], places)
-        kept = ("accuracy", "margin", "reward_chosen", "reward_rejected")
+            locations = [self.heldout[i].location for rows in batch_rows for i in rows]
+            error = accuracy_error(joined["accuracy"], locations)
+        names = ("accuracy", "margin", "reward_chosen", "reward_rejected")
         return {
-            "val_loss": float(torch.cat([losses for losses, _ in found]).mean()),
-            **{f"val_{name}": means[name] for name in kept if name in means},
+            "val_loss": float(torch.cat([losses for losses, _ in results]).mean()),
+            **{f"val_{name}": means[name] for name in names if name in means},
             **({"val_accuracy_error": error} if "accuracy" in means else {}),
         }
 
 
-def _joined(measured: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
-    return {name: torch.cat([m[name] for m in measured]) for name in (measured or [{}])[0]}
+def _concatenate(metrics: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    return {name: torch.cat([m[name] for m in metrics]) for name in (metrics or [{}])[0]}
 
 
 def _means(joined: Mapping[str, Tensor]) -> dict[str, float]:
-    """The means; of nothing there is none. KTO's labels come in no pairs: its margin is a
+    """Return the means; an empty tensor has none. KTO's labels are not paired: its margin is a
     difference of means, its accuracy a share of all pairs of a desirable and an undesirable answer.
     """
     means = {name: float(values.mean()) for name, values in joined.items() if len(values)}

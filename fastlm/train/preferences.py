@@ -1,4 +1,4 @@
-"""Preferences as tokens, and the options of their loss: what `dpo` and `reward` share."""
+"""Encode preferences as tokens, for `dpo` and `reward`, and the options of their losses."""
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from fastlm.data.conversations import Conversation
     from fastlm.data.preferences import Comparison, LabelledAnswer
 
-# What happens to longer answers -> how their row is counted: where it is lost, else
+# truncation -> the count of a row with too long answers: if it is lost, if it is not
 TRUNCATION_COUNTS = {
     "skip": ("too long", "too long"),
     "truncate": ("nothing left to learn", "truncated"),
@@ -36,18 +36,23 @@ LOSS_OPTIONS = {
 
 
 @dataclass(frozen=True)
-class PreferenceLoss:
-    """The loss of `dpo`, see `fastlm.train.losses.dpo_loss` and `kto_loss`."""
+class DpoOptions:
+    """The options of `dpo`'s loss; see `fastlm.train.losses.dpo_loss` and `kto_loss`."""
 
-    loss_type: Annotated[str, "sigmoid (DPO), ipo, hinge or kto"] = "sigmoid"
-    beta: Annotated[float, "Scale of the log-ratios; larger stays closer to the base"] = 0.1
-    label_smoothing: Annotated[float, "Share of pairs taken to be wrong (cDPO), below 0.5"] = 0.0
+    loss_type: Annotated[str, "Loss: sigmoid (DPO), ipo, hinge or kto"] = "sigmoid"
+    beta: Annotated[
+        float, "Scale of the log-ratios; a larger one keeps the model closer to its base"
+    ] = 0.1
+    label_smoothing: Annotated[float, "Assumed share of wrong pairs (cDPO), below 0.5"] = 0.0
     length_normalise: Annotated[bool, "Divide the log-ratio of an answer by its length"] = False
-    sft_weight: Annotated[float, "Weight of the chosen answers' loss per token, beside"] = 0.0
+    sft_weight: Annotated[
+        float, "Weight of an additional cross-entropy loss of the chosen answers"
+    ] = 0.0
     desirable_weight: Annotated[float, "Weight of desirable answers (kto)"] = 1.0
     undesirable_weight: Annotated[float, "Weight of undesirable answers (kto)"] = 1.0
 
     def check_loss(self) -> None:
+        """Check the values. InputError names the option."""
         one_of(self, loss_type=("sigmoid", "ipo", "hinge", "kto"))
         positive(self, "beta")
         smoothing = self.label_smoothing
@@ -56,15 +61,15 @@ class PreferenceLoss:
         for name, losses in LOSS_OPTIONS.items():
             value = getattr(self, name)
             expect(
-                self.loss_type in losses or value == getattr(PreferenceLoss, name), name,
+                self.loss_type in losses or value == getattr(DpoOptions, name), name,
                 f"none with loss_type = {self.loss_type!r}",
-                f"{value} (it serves {', '.join(losses)})",
+                f"{value} (an option of {', '.join(losses)})",
             )  # fmt: skip
 
 
 @dataclass(frozen=True)
 class PreferenceStage(ChatStage):
-    """A stage that learns from preferences: what `dpo` and `reward` share."""
+    """The base class of stages that train on preferences: `dpo` and `reward`."""
 
     row_name = "preferences"
     feedback_format = "preferences"
@@ -73,7 +78,7 @@ class PreferenceStage(ChatStage):
     heldout: Annotated[float, "Share of the data that is held out"] = 0.1
 
     def figures(self, result: Mapping[str, Any]) -> list[str]:
-        """Return loss and accuracy, for the user."""
+        """Return loss and accuracy, for the summary."""
         metrics, figures = result["metrics"], [loss_text(result)]
         if "val_accuracy" in metrics:
             accuracy, error = metrics["val_accuracy"], metrics["val_accuracy_error"]
@@ -81,7 +86,7 @@ class PreferenceStage(ChatStage):
         return figures
 
     def cards(self, result: Mapping[str, Any]) -> list[tuple[str, str]]:
-        """Return the accuracy, for the top of the report."""
+        """Return the accuracy, as a card of the report."""
         metrics = result["metrics"]
         if "val_accuracy" not in metrics:
             return []
@@ -91,10 +96,11 @@ class PreferenceStage(ChatStage):
 
 @dataclass(frozen=True, slots=True)
 class PreferenceExample:
-    """Answers to one prompt, each with the prompt and up to the token that ends it.
+    """Ranked or labelled answers to one prompt, each with the prompt and up to its last token.
 
-    Of a pair: chosen and rejected. Of a ranked list: best first. Of a label: the answer, and the
-    same prompt with the answer to another prompt. ``margin`` of a pair, ``desirable`` of a label.
+    For a pair: chosen and rejected. For a ranked list: best first. For a label: the answer, and the
+    same prompt with the answer to another prompt. Pairs may have a ``margin``; labels are
+    ``desirable`` or not.
     """
 
     answers: tuple[Example, ...]
@@ -103,32 +109,34 @@ class PreferenceExample:
 
     @property
     def location(self) -> str:
+        """File and line of the row."""
         return self.answers[0].location
 
     def content(self) -> bytes:
+        """Return the bytes that identify the example."""
         return f"{examples_digest(self.answers)} {self.margin} {self.desirable}\n".encode()
 
 
 class PreferenceDataset(EncodedDataset):
     """The preferences of a stage as tokens.
 
-    ``kind`` says what is made of a row:
+    ``form``: the examples that a row yields.
 
     - "pairs": every pair of answers of which one is better;
-    - "lists": one entry per row, or every pair where answers of a longer row are tied;
-    - "labels": the answers with their labels. The best and the worst answer of a comparison are a
-      desirable and an undesirable one.
+    - "lists": one example per row, or every pair if answers of a longer row are tied;
+    - "labels": the answers with their labels. The best and the worst answer of a comparison become
+      a desirable and an undesirable one.
 
-    Labels are refused where pairs or lists are wanted.
+    InputError: a label in data for pairs or lists.
     """
 
-    def __init__(self, *args: Any, kind: Literal["pairs", "lists", "labels"]):
-        self.kind = kind
+    def __init__(self, *args: Any, form: Literal["pairs", "lists", "labels"]):
+        self.form = form
         super().__init__(*args)
-        if kind == "labels":
-            both = add_mismatched_answers([*self.training, *self.heldout], self.max_length)
-            learnt = len(self.training)
-            self.training, self.heldout = both[:learnt], both[learnt:]
+        if form == "labels":
+            examples = add_mismatched_answers([*self.training, *self.heldout], self.max_length)
+            count = len(self.training)
+            self.training, self.heldout = examples[:count], examples[count:]
 
     def read(self) -> "Iterator[Comparison | LabelledAnswer]":
         from fastlm.data.preferences import read_preferences
@@ -138,21 +146,23 @@ class PreferenceDataset(EncodedDataset):
     def prompt_of(self, row: "Comparison | LabelledAnswer") -> Any:
         from fastlm.data.preferences import LabelledAnswer
 
-        first = row.conversation() if isinstance(row, LabelledAnswer) else row.conversation(0)
-        return first, row.prompt, row.tools
+        conversation = (
+            row.conversation() if isinstance(row, LabelledAnswer) else row.conversation(0)
+        )
+        return conversation, row.prompt, row.tools
 
     def encode(self, row: "Comparison | LabelledAnswer") -> list[PreferenceExample]:
-        return list(self._judged(row))
+        return list(self._examples(row))
 
-    def _judged(self, row: "Comparison | LabelledAnswer") -> Iterator[PreferenceExample]:
+    def _examples(self, row: "Comparison | LabelledAnswer") -> Iterator[PreferenceExample]:
         from fastlm.data.preferences import LabelledAnswer
 
-        if isinstance(row, LabelledAnswer) and self.kind != "labels":
+        if isinstance(row, LabelledAnswer) and self.form != "labels":
             raise InputError(
                 f"{row.location}: expected a comparison of answers, got one answer with a label"
                 " (for loss_type = 'kto' of the stage dpo)"
             )
-        if self.kind == "labels":
+        if self.form == "labels":
             labels = [row] if isinstance(row, LabelledAnswer) else row.labels()
             for label in labels:
                 for answer in self._encode([label.conversation()]):
@@ -163,7 +173,7 @@ class PreferenceDataset(EncodedDataset):
         if not answers:
             return
         tied = len(set(row.ranks)) < len(row.ranks)
-        if self.kind == "lists" and not tied:
+        if self.form == "lists" and not tied:
             order = sorted(range(len(answers)), key=row.ranks.__getitem__)
             parts = [(tuple(answers[i] for i in order), row.margin)]
         else:
@@ -173,39 +183,36 @@ class PreferenceDataset(EncodedDataset):
                 for j in range(len(answers))
                 if row.ranks[i] < row.ranks[j]
             ]
-        for chosen, margin in parts:
-            if len({answer.ids.tobytes() for answer in chosen}) == len(chosen):
-                yield PreferenceExample(chosen, margin)
-            elif max(len(answer.ids) for answer in chosen) == self.max_length:
+        for ranked, margin in parts:
+            if len({answer.ids.tobytes() for answer in ranked}) == len(ranked):
+                yield PreferenceExample(ranked, margin)
+            elif max(len(answer.ids) for answer in ranked) == self.max_length:
                 self.rows.by_reason["equal after truncation"] += 1
             else:
-                error = "expected different answers, got two that the chat template writes alike"
+                error = "expected different answers, got two that the chat template renders alike"
                 self.refuse(InputError(error), row.location)
 
     def _encode(self, conversations: "Sequence[Conversation]") -> list[Example]:
-        """One example per conversation; none at all if one of them is left out."""
-        whole: list[Example] = []
+        """Return one example per conversation, or none if one of them is left out."""
+        examples: list[Example] = []
         for conversation in conversations:
-            found = self.encode_messages(conversation)
-            if len(found) > 1:
+            parts = self.encode_messages(conversation)
+            if len(parts) > 1:
                 error = InputError(
-                    "chat_template: expected one that writes the messages of an answer as they"
-                    f" stay, got one that changes them, in an answer of {len(found)} messages"
+                    "chat_template: expected one that does not change the messages of an answer"
+                    f" later, got one that does, in an answer of {len(parts)} messages"
                 )
                 self.refuse(error, conversation.location)
                 return []
-            if not found:
+            if not parts:
                 return []
             # without what the template writes after the answer's last token
-            whole.append(found[0][: int(found[0].loss_mask.nonzero()[0][-1]) + 1])
-        cut = [
-            piece for e in whole for piece in truncate(e, self.max_length, self.stage.truncation)
-        ]
-        if any(len(e.ids) > self.max_length for e in whole):
-            self.rows.by_reason[
-                TRUNCATION_COUNTS[self.stage.truncation][len(cut) == len(whole)]
-            ] += 1
-        return cut if len(cut) == len(whole) else []
+            examples.append(parts[0][: int(parts[0].loss_mask.nonzero()[0][-1]) + 1])
+        truncation = self.stage.truncation
+        cut = [piece for e in examples for piece in truncate(e, self.max_length, truncation)]
+        if any(len(e.ids) > self.max_length for e in examples):
+            self.rows.by_reason[TRUNCATION_COUNTS[truncation][len(cut) == len(examples)]] += 1
+        return cut if len(cut) == len(examples) else []
 
 
 def _margin(row: "Comparison", better: int, worse: int) -> float | None:
@@ -217,55 +224,56 @@ def _margin(row: "Comparison", better: int, worse: int) -> float | None:
 def add_mismatched_answers(
     labelled: Sequence[PreferenceExample], max_length: int
 ) -> list[PreferenceExample]:
-    """Give each labelled answer the same prompt with an answer to another prompt: the next one in
-    the order of ``labelled``, from its beginning again after the last. InputError: there is only
-    one prompt.
+    """Add to each labelled answer a mismatched one: the same prompt with the answer to another
+    prompt. That is the next one in the order of ``labelled``, which starts over after the last.
+    InputError: there is only one prompt.
 
-    KTO's reference point is a mean over such answers. They are fixed here, once, so that their
+    KTO's reference point is a mean over such answers. They are fixed here once, so that their
     reference log-probabilities are measured once too.
     """
     import numpy as np
 
-    starts = [int(one.answers[0].loss_mask.argmax()) for one in labelled]
-    prompts = [one.answers[0].ids[:n].tobytes() for one, n in zip(labelled, starts)]
+    starts = [int(e.answers[0].loss_mask.argmax()) for e in labelled]
+    prompts = [e.answers[0].ids[:n].tobytes() for e, n in zip(labelled, starts)]
     if labelled and len(set(prompts)) == 1:
         raise InputError("data: expected answers to two prompts or more for kto, got one prompt")
-    result, after = [], 1
-    for i, one in enumerate(labelled):
-        after = max(after, i + 1)
-        while prompts[after % len(labelled)] == prompts[i]:
-            after += 1
-        (own,), other = one.answers, after % len(labelled)
-        parts = (own[: starts[i]], labelled[other].answers[0][starts[other] :])
+    result, next_index = [], 1
+    for i, example in enumerate(labelled):
+        next_index = max(next_index, i + 1)
+        while prompts[next_index % len(labelled)] == prompts[i]:
+            next_index += 1
+        (answer,), other = example.answers, next_index % len(labelled)
+        parts = (answer[: starts[i]], labelled[other].answers[0][starts[other] :])
         ids, mask = (
             np.concatenate([getattr(e, key) for e in parts]) for key in ("ids", "loss_mask")
         )
-        swapped = truncate(Example(ids, mask, own.location), max_length, "truncate")
-        result.append(PreferenceExample((own, *swapped), desirable=one.desirable))
+        mismatched = truncate(Example(ids, mask, answer.location), max_length, "truncate")
+        result.append(PreferenceExample((answer, *mismatched), desirable=example.desirable))
     return result
 
 
-def right(margins: "Tensor") -> "Tensor":
-    """1 where a margin is positive, 0 where it is negative; a tie is half right."""
+def margin_accuracy(margins: "Tensor") -> "Tensor":
+    """Return 1 where a margin is positive, 0 where it is negative, and 0.5 for a tie."""
     return (margins.sign() + 1) / 2
 
 
-def accuracy_error(right: "Tensor", places: Sequence[str]) -> float:
-    """The standard error of the mean of ``right``, one per pair. Pairs of one row (``places``) are
-    not independent. 0 where it cannot be estimated, from the pairs of a single row.
+def accuracy_error(accuracy: "Tensor", locations: Sequence[str]) -> float:
+    """Return the standard error of the mean of ``accuracy``, one value per pair. Pairs of one row
+    (``locations``) are not independent. The error is 0 where it cannot be estimated, from the pairs
+    of a single row.
     """
     from fastlm.stats.intervals import mean_error  # numpy
 
-    if len({*places}) < 2:
+    if len({*locations}) < 2:
         return 0.0
-    return mean_error(right.cpu().numpy(), clusters=places).error
+    return mean_error(accuracy.cpu().numpy(), clusters=locations).error
 
 
 def pairwise_accuracy(better: "Tensor", worse: "Tensor") -> tuple[float, float]:
-    """The share of all pairs (one of each) in which the better one is higher, and its standard
-    error (DeLong et al. 1988; 0 where it cannot be estimated). (0.5, 0) without pairs.
+    """Return the share of all pairs (one of each side) in which the better one is higher, and its
+    standard error (DeLong et al. 1988; 0 if it cannot be estimated). Without pairs: (0.5, 0).
     """
-    wins = right(better[:, None] - worse[None])
+    wins = margin_accuracy(better[:, None] - worse[None])
     if not wins.numel():
         return 0.5, 0.0
     sides = [wins.mean(1 - side) for side in (0, 1)]

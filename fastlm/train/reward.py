@@ -1,4 +1,4 @@
-"""A reward model: scores answers as people would rank them."""
+"""Train a reward model, which scores answers as people would rank them."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -15,7 +15,7 @@ from fastlm.train.preferences import (
     PreferenceExample,
     PreferenceStage,
     accuracy_error,
-    right,
+    margin_accuracy,
 )
 from fastlm.train.training_stage import FEEDBACK, MODEL, TrainingSetup
 
@@ -27,15 +27,15 @@ if TYPE_CHECKING:
     from fastlm.tokenizer.tokenizer import Tokenizer
     from fastlm.train.options import TrainOptions
 
-BINS = 5  # of the predicted probability, from 0.5 to 1
-DRAWS = 2000  # of outcomes under perfect calibration: the mean is 0.6 % of itself off, or less
-EXACT = 2000  # pairs of a bin from which on how many are right is drawn from a normal distribution
+BINS = 5  # of the predicted probability, between 0.5 and 1
+DRAWS = 2000  # simulated outcomes under perfect calibration: at most 0.6 % error of the mean
+MAX_EXACT_PAIRS = 2000  # beyond them a bin's number of right pairs is drawn from a normal
 
 
 @dataclass(frozen=True)
 class RankingBatch:
-    """A micro-batch of rows. ``ids`` (1, total) and ``cu_seqlens``: all their answers, packed.
-    ``ranks`` (n, K): 0, 1, ... per row, -1 where it has fewer answers. ``margins`` (n,).
+    """A micro-batch of rows. ``ids`` (1, total) and ``cu_seqlens`` pack all their answers.
+    ``ranks`` (n, K): 0, 1, ... per row, -1 where a row has fewer answers. ``margins`` (n,).
     """
 
     ids: "Tensor"
@@ -45,12 +45,11 @@ class RankingBatch:
 
 
 class RewardObjective(EpochObjective):
-    """The objective of `Reward`: Bradley-Terry's loss of pairs, Plackett-Luce's of longer lists, a
-    mean over the comparisons of a step. A list of k answers counts as k - 1 comparisons, one for
-    each choice of the next best.
+    """The objective of `Reward`: the Bradley-Terry loss of pairs and the Plackett-Luce loss of
+    longer lists, a mean over the comparisons of a step. A list of k answers counts as k - 1
+    comparisons, one for each choice of the next best.
 
-    ``margins``: whether a pair's margin is subtracted. For the other arguments see
-    `EpochObjective`.
+    ``margins``: whether to subtract a pair's margin. For the other arguments see `EpochObjective`.
     """
 
     def __init__(self, *args: Any, margins: bool = False, **common: Any):
@@ -60,17 +59,17 @@ class RewardObjective(EpochObjective):
     def identity(self) -> dict[str, Any]:
         return {**super().identity(), "margins": self.margins}
 
-    def collate(self, judged: Sequence[PreferenceExample]) -> RankingBatch:
+    def collate(self, examples: Sequence[PreferenceExample]) -> RankingBatch:
         import numpy as np
         import torch
 
-        answers = [answer for one in judged for answer in one.answers]
+        answers = [answer for e in examples for answer in e.answers]
         ids = np.concatenate([answer.ids for answer in answers]).astype(np.int64)
         ends = np.cumsum([0, *(len(answer.ids) for answer in answers)], dtype=np.int32)
-        ranks = torch.full((len(judged), max(len(one.answers) for one in judged)), -1)
-        for row, one in enumerate(judged):
-            ranks[row, : len(one.answers)] = torch.arange(len(one.answers))
-        margins = torch.tensor([(one.margin or 0.0) * self.margins for one in judged])
+        ranks = torch.full((len(examples), max(len(e.answers) for e in examples)), -1)
+        for row, example in enumerate(examples):
+            ranks[row, : len(example.answers)] = torch.arange(len(example.answers))
+        margins = torch.tensor([(e.margin or 0.0) * self.margins for e in examples])
         return RankingBatch(
             torch.from_numpy(ids)[None].to(self.device), torch.from_numpy(ends).to(self.device),
             ranks.to(self.device), margins.to(self.device),
@@ -101,7 +100,7 @@ class RewardObjective(EpochObjective):
 
         if batch.ranks.shape[1] == 2:
             return bradley_terry_loss(scores[:, 0], scores[:, 1], margin=batch.margins)
-        # of a pair, Plackett-Luce's loss is Bradley-Terry's of a first score less the margin
+        # for a pair with the margin subtracted, Plackett-Luce equals Bradley-Terry
         first = scores[:, :1] - batch.margins.to(scores.dtype)[:, None]
         return plackett_luce_loss(torch.cat([first, scores[:, 1:]], 1), batch.ranks)
 
@@ -115,7 +114,7 @@ class RewardObjective(EpochObjective):
         return {
             **super().scalars(measurements),
             "margin": float(margins.mean()),
-            "accuracy": float(right(margins).mean()),
+            "accuracy": float(margin_accuracy(margins).mean()),
         }
 
     def validate(self) -> dict[str, float]:
@@ -124,45 +123,45 @@ class RewardObjective(EpochObjective):
         """
         import torch
 
-        total, items, margins, places = 0.0, 0, [], []
+        total, items, margins, locations = 0.0, 0, [], []
         for rows, batch in self.heldout_batches():
             scores = self.scores(batch)
             total += float(self.losses(scores, batch).sum())
             items += self.num_items(batch)
-            found, of = pair_margins(scores, batch.ranks)
-            margins.append(found)
-            places += [rows[i].location for i in of.tolist()]
+            batch_margins, pair_rows = pair_margins(scores, batch.ranks)
+            margins.append(batch_margins)
+            locations += [rows[i].location for i in pair_rows.tolist()]
         if not items:
             return {}
         joined = torch.cat(margins)
         return {
             "val_loss": total / items,
-            "val_accuracy": float(right(joined).mean()),
+            "val_accuracy": float(margin_accuracy(joined).mean()),
             "val_margin": float(joined.mean()),
-            "val_accuracy_error": accuracy_error(right(joined), places),
+            "val_accuracy_error": accuracy_error(margin_accuracy(joined), locations),
         }
 
 
 def pair_margins(scores: "Tensor", ranks: "Tensor") -> "tuple[Tensor, Tensor]":
-    """Return score of the better minus score of the worse of all pairs of a row, and the rows."""
+    """Return the score differences, better minus worse, of all pairs of a row, and their rows."""
     better = ranks[:, :, None] < ranks[:, None, :]
-    wanted = better & (ranks >= 0)[:, :, None]
+    pairs = better & (ranks >= 0)[:, :, None]
     margins = scores[:, :, None] - scores[:, None, :]
-    return margins[wanted], wanted.nonzero()[:, 0]
+    return margins[pairs], pairs.nonzero()[:, 0]
 
 
 @dataclass(frozen=True)
 class Reward(PreferenceStage):
     """Train a reward model on preferences: the model's layers with a head that scores an answer.
 
-    Its scores have mean 0 and standard deviation 1 over the answers of the training. The same
-    command run again resumes from the last checkpoint.
+    Its scores have mean 0 and standard deviation 1 over the training answers. The same command run
+    again resumes from the last checkpoint.
     """
 
     kind = "reward"
     command = ("reward",)
     inputs = {
-        "model": InputSpec(("model",), "Model to begin with: a run, a Hugging Face folder"),
+        "model": InputSpec(("model",), "Initial model: a run or a Hugging Face folder"),
         "feedback": FEEDBACK,
     }
     outputs = {"reward": MODEL}
@@ -170,15 +169,15 @@ class Reward(PreferenceStage):
         **PreferenceStage.result, "comparisons": int, "calibration": dict,
         "length_bias": dict, "evaluated_on": str,
     }  # fmt: skip
-    notes = """Read are .jsonl and .json files of pairs (prompt, chosen, rejected), ranked lists
+    notes = """Data are .jsonl and .json files of pairs (prompt, chosen, rejected), ranked lists
 (prompt, answers, ranks or scores) and corrections (prompt, answer, corrected)."""
     unused = ("sample_at", "sample_prompt", "sample_tokens")
 
-    judge: Annotated[
-        bool, "Learn from the part of the feedback that no other training sees, to judge those"
-    ] = False
-    use_margins: Annotated[bool, "Subtract the margins of the data from a pair's scores"] = False
-    batch_size: Annotated[int, "Rows per micro-batch, joined without padding"] = 4
+    judge: Annotated[bool, "Train on the part of the feedback that is reserved for judges"] = False
+    use_margins: Annotated[bool, "Subtract the margins of the data from the score differences"] = (
+        False
+    )
+    batch_size: Annotated[int, "Rows per micro-batch, packed without padding"] = 4
     lr: Annotated[float, "Peak learning rate"] = 1e-5
 
     def feedback_file(self) -> str:
@@ -191,7 +190,7 @@ class Reward(PreferenceStage):
         self, tokenizer: "Tokenizer", context: int, ctx: StageContext
     ) -> PreferenceDataset:
         return PreferenceDataset(
-            self, tokenizer, self.example_length(context), context, ctx, kind="lists"
+            self, tokenizer, self.example_length(context), context, ctx, form="lists"
         )
 
     def trained_module(self, model: "CausalLM") -> "RewardModel":
@@ -207,7 +206,7 @@ class Reward(PreferenceStage):
         )
 
     def data_facts(self, data: Any) -> dict[str, Any]:
-        comparisons = sum(len(one.answers) - 1 for one in data.training)
+        comparisons = sum(len(e.answers) - 1 for e in data.training)
         return {"comparisons": comparisons, "heldout": len(data.heldout)}
 
     def finish(self, training: TrainingSetup) -> dict[str, Any]:
@@ -216,7 +215,7 @@ class Reward(PreferenceStage):
         model.eval()
         model.normalise(model.score(answer_ids(objective.examples)))
         return {
-            **measure(model, objective.heldout or objective.examples),
+            **evaluate_reward_model(model, objective.heldout or objective.examples),
             "evaluated_on": "held-out" if objective.heldout else "training",
             "parameters": sum(p.numel() for p in model.parameters()),
         }
@@ -233,7 +232,7 @@ class Reward(PreferenceStage):
         bias, calibrated = result["length_bias"], result["calibration"]
         return ReportSection(
             "Reward model",
-            "Scores have mean 0 and standard deviation 1 over the answers of the training.",
+            "Scores have mean 0 and standard deviation 1 over the training answers.",
             facts={
                 "preferences": rows_summary(result, f"{result['comparisons']:,} comparisons"),
                 "batch": f"{self.step_size()} rows without padding",
@@ -243,25 +242,30 @@ class Reward(PreferenceStage):
             ],
             cards=self.cards(result),
             template="reward.html.jinja",
-            values={"c": calibrated, "b": bias, "on": result["evaluated_on"]},
+            values={
+                "calibration": calibrated, "bias": bias, "evaluated_on": result["evaluated_on"]
+            },
         )  # fmt: skip
 
 
-def answer_ids(judged: Sequence[PreferenceExample]) -> list[list[int]]:
-    return [answer.ids.tolist() for one in judged for answer in one.answers]
+def answer_ids(examples: Sequence[PreferenceExample]) -> list[list[int]]:
+    """Return the token ids of all answers."""
+    return [answer.ids.tolist() for e in examples for answer in e.answers]
 
 
-def measure(model: "RewardModel", judged: Sequence[PreferenceExample]) -> dict[str, Any]:
-    """Return how well the probabilities of a model fit, and how it treats length: "calibration"
-    and "length_bias".
+def evaluate_reward_model(
+    model: "RewardModel", examples: Sequence[PreferenceExample]
+) -> dict[str, Any]:
+    """Return how well the model's probabilities fit, "calibration", and how its scores depend on
+    length, "length_bias".
     """
-    scores = model.score(answer_ids(judged)).double().cpu().tolist()
-    lengths = [answer.num_loss_tokens for one in judged for answer in one.answers]
-    pairs, at = [], 0
-    for one in judged:
-        pairs += combinations(range(at, at + len(one.answers)), 2)
-        at += len(one.answers)
-    # the probability of a preference comes from the score before it was normalised
+    scores = model.score(answer_ids(examples)).double().cpu().tolist()
+    lengths = [answer.num_loss_tokens for e in examples for answer in e.answers]
+    pairs, start = [], 0
+    for example in examples:
+        pairs += combinations(range(start, start + len(example.answers)), 2)
+        start += len(example.answers)
+    # the probability of a preference is a function of the scores before normalisation
     margins = [(scores[i] - scores[j]) * model.std for i, j in pairs]
     return {
         "calibration": calibration(margins),
@@ -271,20 +275,21 @@ def measure(model: "RewardModel", judged: Sequence[PreferenceExample]) -> dict[s
 
 def calibration(margins: Sequence[float], bins: int = BINS) -> dict[str, Any]:
     """Compare the probabilities ``sigmoid(|margin|)``, with which a model predicts the better
-    answer, with how often it is right.
+    answer, with the share of its right predictions.
 
     Args:
         margins: score of the better answer minus score of the worse, before normalisation.
 
     Returns:
-        "bins" that are not empty: "predicted" (mean probability), "observed" (share that is right;
-        a tie is half right) and "count"; and "ece", the expected calibration error: the mean of
-        ``|predicted - observed|`` weighted by count (Guo et al. 2017, arXiv:1706.04599).
+        "bins" that are not empty: "predicted" (mean probability), "observed" (share of right
+        predictions; a tie is half right) and "count"; and "ece", the expected calibration error:
+        the mean of ``|predicted - observed|`` weighted by count (Guo et al. 2017,
+        arXiv:1706.04599).
 
-        It is above 0 for a perfectly calibrated model, too: 0.11 in the mean on 40 pairs. "null"
-        says what it would be if each pair were right with exactly the predicted probability,
-        independently: "mean", "p95" (in 19 of 20 cases it is less), and "p", the share of such
-        cases whose error is at least "ece". "excess" is "ece" minus that mean.
+        The error is above 0 even for a perfectly calibrated model: 0.11 on average for 40 pairs.
+        "null" is its distribution if each pair were right, independently, with exactly the
+        predicted probability: "mean", "p95" (the error is lower in 19 of 20 cases), and "p", the
+        share of cases with an error of at least "ece". "excess" is "ece" minus that mean.
     """
     import numpy as np
 
@@ -300,8 +305,8 @@ def calibration(margins: Sequence[float], bins: int = BINS) -> dict[str, Any]:
         row = {"predicted": float(p.mean()), "observed": float(right.mean()), "count": len(p)}
         rows.append(row)
         gap += len(p) * abs(row["predicted"] - row["observed"])
-        # how many of the pairs are right that are so with these probabilities
-        if len(p) > EXACT:
+        # draw the number of right pairs
+        if len(p) > MAX_EXACT_PAIRS:
             drawn = rng.normal(p.sum(), math.sqrt(float(p @ (1 - p))), DRAWS)
         else:
             drawn = (rng.random((DRAWS, len(p))) < p).sum(1)
@@ -321,18 +326,18 @@ def calibration(margins: Sequence[float], bins: int = BINS) -> dict[str, Any]:
 def length_bias(
     lengths: Sequence[int], scores: Sequence[float], pairs: Sequence[tuple[int, int]]
 ) -> dict[str, Any]:
-    """Return "correlation" (Pearson's, of score and length; None if either is constant), and
-    accuracy and number of the pairs whose better answer is "shorter" or "longer".
+    """Return "correlation" (Pearson's, of score and length; None if either is constant), and the
+    accuracy and number of pairs in which the better answer is "shorter" or "longer".
 
     Args:
         pairs: (better, worse) as indices of the answers.
     """
-    found: dict[str, Any] = {"correlation": correlation(lengths, scores)}
+    bias: dict[str, Any] = {"correlation": correlation(lengths, scores)}
     sides = {
         "shorter": [(i, j) for i, j in pairs if lengths[i] < lengths[j]],
         "longer": [(i, j) for i, j in pairs if lengths[i] > lengths[j]],
     }
     for name, side in sides.items():
         right = [0.5 if scores[i] == scores[j] else scores[i] > scores[j] for i, j in side]
-        found[name] = {"pairs": len(side), "accuracy": sum(right) / len(side) if side else None}
-    return found
+        bias[name] = {"pairs": len(side), "accuracy": sum(right) / len(side) if side else None}
+    return bias

@@ -44,7 +44,7 @@ from fastlm.train.online_objectives import GrpoObjective, PpoObjective, build_va
 from fastlm.train.online_stage import Grpo
 from fastlm.train.options import GrpoOptions, PpoOptions, RolloutOptions, TrainOptions
 from fastlm.train.parallel import process_group
-from fastlm.train.preferences import PreferenceExample, PreferenceLoss
+from fastlm.train.preferences import DpoOptions, PreferenceExample
 from fastlm.train.pretrain import PretrainObjective
 from fastlm.train.reward import RewardObjective
 from fastlm.train.sft import SftObjective
@@ -134,7 +134,7 @@ def train_preferences(run: Path, options: TrainOptions = OPTIONS, loss: str = "s
             )
         )
     objective = DpoObjective(
-        net, pairs, pairs[:3], options, PreferenceLoss(loss), batch_size=2, seed=1, base="",
+        net, pairs, pairs[:3], options, DpoOptions(loss), batch_size=2, seed=1, base="",
         tokenizer=None, prompt=(),
     )  # fmt: skip
     objective.measure_reference(torch.float32)
@@ -148,7 +148,7 @@ def train_distillation(run: Path, options: TrainOptions = OPTIONS, on_policy_fra
     objective = TeacherModelObjective(
         net, examples(14), examples(3), options, batch_size=2, seed=1, base="", tokenizer=None,
         prompt=(), teacher=teacher,
-        rules=DistillOptions(
+        distill_options=DistillOptions(
             "jsd", sft_weight=0.5, on_policy_fraction=on_policy_fraction, max_new_tokens=6
         ),
     )  # fmt: skip

@@ -48,7 +48,7 @@ def objective(rules: DistillOptions, **changes) -> TeacherModelObjective:
     teacher = CausalLM(config(64, hidden_size=48, initializer_range=0.3), seed=2).double()
     return TeacherModelObjective(
         student, EXAMPLES, [], TrainOptions(max_steps=1), batch_size=3, seed=0, base="",
-        tokenizer=None, prompt=(), teacher=teacher, rules=rules,
+        tokenizer=None, prompt=(), teacher=teacher, distill_options=rules,
     )  # fmt: skip
 
 

@@ -23,7 +23,7 @@ from fastlm.train.dpo_objective import DpoObjective
 from fastlm.train.loop import TrainingInterrupted
 from fastlm.train.objective import IGNORE, Example, pack_groups
 from fastlm.train.options import TrainOptions
-from fastlm.train.preferences import PreferenceExample, PreferenceLoss, add_mismatched_answers
+from fastlm.train.preferences import DpoOptions, PreferenceExample, add_mismatched_answers
 
 TINY = Dpo(
     data=("x.jsonl",), epochs=2, batch_size=3, gradient_accumulation_steps=2, lr=2e-3, heldout=0.25,
@@ -45,12 +45,12 @@ LABELS = add_mismatched_answers(
     64,
 )
 TERMS = {
-    "sigmoid": PreferenceLoss(beta=0.3),
-    "cdpo": PreferenceLoss(beta=0.3, label_smoothing=0.2),
-    "ipo": PreferenceLoss(loss_type="ipo", beta=0.3, length_normalise=True),
-    "hinge": PreferenceLoss(loss_type="hinge", beta=2.0),
-    "rpo": PreferenceLoss(beta=0.3, sft_weight=0.5, length_normalise=True),
-    "kto": PreferenceLoss(loss_type="kto", beta=0.3, desirable_weight=1.5, undesirable_weight=0.7),
+    "sigmoid": DpoOptions(beta=0.3),
+    "cdpo": DpoOptions(beta=0.3, label_smoothing=0.2),
+    "ipo": DpoOptions(loss_type="ipo", beta=0.3, length_normalise=True),
+    "hinge": DpoOptions(loss_type="hinge", beta=2.0),
+    "rpo": DpoOptions(beta=0.3, sft_weight=0.5, length_normalise=True),
+    "kto": DpoOptions(loss_type="kto", beta=0.3, desirable_weight=1.5, undesirable_weight=0.7),
 }
 
 
@@ -71,7 +71,7 @@ def options(**changes) -> Dpo:
     return replace(TINY, **changes)
 
 
-def objective(terms: PreferenceLoss, batch_size: int = 2, judged=None) -> DpoObjective:
+def objective(terms: DpoOptions, batch_size: int = 2, judged=None) -> DpoObjective:
     """On a model that is not its reference any more."""
     model = CausalLM(config(64), seed=3)
     judged = judged or (LABELS if terms.loss_type == "kto" else PAIRS)
@@ -95,7 +95,7 @@ def logp(model: CausalLM, one: Example) -> torch.Tensor:
     return logits[learnt - 1, ids[learnt]].sum()
 
 
-def naive(model, reference, terms: PreferenceLoss, judged) -> torch.Tensor:
+def naive(model, reference, terms: DpoOptions, judged) -> torch.Tensor:
     """The mean loss, written from the papers' formulas."""
     t, losses = terms, []
     if t.loss_type == "kto":
@@ -182,7 +182,7 @@ def test_every_reference_is_measured_once() -> None:
     """Also of held-out rows beyond val_tokens, which a resumed training may validate on."""
     model = CausalLM(config(64), seed=3)
     made = DpoObjective(
-        model, PAIRS, PAIRS, TrainOptions(max_steps=1, val_tokens=1), PreferenceLoss(),
+        model, PAIRS, PAIRS, TrainOptions(max_steps=1, val_tokens=1), DpoOptions(),
         batch_size=2, seed=4, base="", tokenizer=None, prompt=(),
     )  # fmt: skip
     made.measure_reference(torch.float32)
@@ -399,20 +399,20 @@ REFUSED = {
     "loss_type: expected one of sigmoid, ipo, hinge, kto, got 'simpo'": {"loss_type": "simpo"},
     "beta: expected a positive number, got 0": {"beta": 0},
     "label_smoothing: expected a number in [0, 0.5), got 0.5": {"label_smoothing": 0.5},
-    "label_smoothing: expected none with loss_type = 'ipo', got 0.1 (it serves sigmoid)": {
+    "label_smoothing: expected none with loss_type = 'ipo', got 0.1 (an option of sigmoid)": {
         "label_smoothing": 0.1, "loss_type": "ipo",
     },
-    "desirable_weight: expected none with loss_type = 'sigmoid', got 2.0 (it serves kto)": {
+    "desirable_weight: expected none with loss_type = 'sigmoid', got 2.0 (an option of kto)": {
         "desirable_weight": 2.0,
     },
     "sft_weight: expected 0 or more, got -1": {"sft_weight": -1},
     "truncation: expected one of skip, truncate, got 'split'": {"truncation": "split"},
-    "batch_size: expected a step of 2 labels or more with loss_type = 'kto', whose reference"
-    " point is a mean over the step, got 1": {
+    "batch_size: expected 2 labels or more per step with loss_type = 'kto', whose reference point"
+    " is a mean, got 1": {
         "loss_type": "kto", "batch_size": 1, "gradient_accumulation_steps": 1,
     },
-    "batch_size: expected a step of 2 labels or more with loss_type = 'kto', whose reference"
-    " point is a mean over the step, got 1 at the beginning of batch_warmup": {
+    "batch_size: expected 2 labels or more per step with loss_type = 'kto', whose reference point"
+    " is a mean, got 1 at the beginning of batch_warmup": {
         "loss_type": "kto", "batch_size": 1, "gradient_accumulation_steps": 4, "batch_warmup": 0.5,
         "max_steps": 3, "epochs": None,
     },
@@ -436,7 +436,7 @@ ROWS = {
     "line 1: expected a comparison of answers, got one answer with a label": (
         {"prompt": "a", "completion": "b", "label": True}, {},
     ),
-    "line 1: expected different answers, got two that the chat template writes alike": (
+    "line 1: expected different answers, got two that the chat template renders alike": (
         {"prompt": "a", "chosen": "b", "rejected": "b \n"},
         {"chat_template": "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content | trim }}"
          "<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n"
@@ -492,7 +492,7 @@ def test_loss_and_gradient_are_those_of_trl(base, tmp_path, name) -> None:
     import transformers
     import trl
 
-    terms = PreferenceLoss(loss_type=name, beta=0.3, length_normalise=name == "ipo")
+    terms = DpoOptions(loss_type=name, beta=0.3, length_normalise=name == "ipo")
     words = transformers.AutoTokenizer.from_pretrained(base)
     words.pad_token = words.pad_token or words.eos_token
     theirs = transformers.AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)

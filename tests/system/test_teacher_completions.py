@@ -88,7 +88,7 @@ def test_the_student_learns_what_the_teacher_says(stage, teacher, student, tmp_p
         right += answer["content"].startswith("please")
         assert [m.get("weight", 1) for m in prompt if m["role"] == "assistant"] in ([], [0])
     assert right >= 10  # the teacher's answers, not the data's
-    dropped = result["counts"].get("without an answer that ended", 0)
+    dropped = result["counts"].get("without a complete answer", 0)
     assert result["rows_read"] == len(WORDS) == len(rows) + dropped
     assert result["conversations"] + result["heldout"] == len(rows)
     lines = (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()

@@ -358,7 +358,7 @@ def test_refused(models, stage, tmp_path) -> None:
         (
             replace(stage, teacher_logits="x"),
             teacher,
-            "expected none beside teacher_logits, got bo",
+            "expected none with teacher_logits, got bo",
         ),
         (stage, None, "teacher: expected a teacher or teacher_logits, got neither"),
         (stored, teacher, "teacher: expected a teacher or teacher_logits, got both"),

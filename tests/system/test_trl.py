@@ -21,7 +21,7 @@ from fastlm.train.losses import grpo_loss
 from fastlm.train.objective import Example
 from fastlm.train.online_objectives import GrpoObjective
 from fastlm.train.options import GrpoOptions, TrainOptions
-from fastlm.train.preferences import PreferenceExample, PreferenceLoss
+from fastlm.train.preferences import DpoOptions, PreferenceExample
 from fastlm.train.sft import SftObjective
 
 pytestmark = [
@@ -137,7 +137,7 @@ def test_kto(base, tmp_path) -> None:
     import datasets
     import trl
 
-    terms = PreferenceLoss(loss_type="kto", beta=0.3, desirable_weight=1.5, undesirable_weight=0.7)
+    terms = DpoOptions(loss_type="kto", beta=0.3, desirable_weight=1.5, undesirable_weight=0.7)
     rows = [
         {"prompt": row["prompt"], "completion": row["chosen" if i % 3 else "rejected"] + " now" * i,
          "label": i % 3 > 0}
