@@ -41,7 +41,7 @@ from fastlm.inference.requests import Request
 from fastlm.inference.sampling import Sampling
 from fastlm.model import cuda_decode
 from fastlm.model.module_decode import ModuleDecodeRunner
-from fastlm.model.quantized_modules import put_quantized
+from fastlm.model.quantized_modules import set_quantized_weight
 from fastlm.ops.quantized_weight import QuantizedWeight
 
 BF16 = torch.bfloat16
@@ -315,7 +315,7 @@ def random_model(sizes: dict, format: str | None, *, filled: bool = True) -> fas
             codes.random_(low, low + 255)
         scales = torch.full((n, -(-k // 128)), 0.02 / 2**bits, dtype=BF16, device=DEVICE)
         weight = QuantizedWeight(codes, scales, None, bits, 128, (n, k))
-        put_quantized(model, name, weight, act_bits=int(format[3:]))
+        set_quantized_weight(model, name, weight, act_bits=int(format[3:]))
     for module in model.modules():
         for name, parameter in module.named_parameters(recurse=False):
             value = torch.empty(parameter.shape, dtype=BF16, device=DEVICE)

@@ -21,7 +21,7 @@ from typer.core import TyperGroup
 from fastlm.errors import InputError
 from fastlm.pipeline.commands import command_of, options_command
 from fastlm.pipeline.stage import Repeated, at_least_one
-from fastlm.startup import imports
+from fastlm.startup import fast_imports
 from fastlm.threads import Threads
 from fastlm.tokenizer import chat_template
 from fastlm.train.distributed import LostRankError, is_first_report
@@ -361,8 +361,8 @@ def _generate(options: GenerateOptions) -> None:
     Several prompts are one batch. Their texts follow in order, with an empty line between them.
     """
     if not options.raw:
-        chat_template.begin()
-    with imports():
+        chat_template.start_worker()
+    with fast_imports():
         from fastlm.serve.chat_terminal import echo
         from fastlm.serve.text_generator import TextGenerator
 
@@ -416,8 +416,8 @@ def _chat(options: ChatOptions) -> None:
 
     If stdin is not a terminal, each of its lines is a message.
     """
-    chat_template.begin()
-    with imports():
+    chat_template.start_worker()
+    with fast_imports():
         from fastlm.serve import chat_terminal
         from fastlm.serve.chat_session import ChatSession
         from fastlm.serve.text_generator import TextGenerator

@@ -1,11 +1,11 @@
 """FLOP formulas of the ops for ``torch.utils.flop_counter.FlopCounterMode``.
 
-FLOPs are counted as torch counts them: 2 m n k for a product, nothing subtracted for causality or
-windows, recomputation in a backward included, element-wise ops 0. Each op's formula is in the op's
-own file.
+FLOPs are counted as torch counts them: 2 m n k for a product, nothing is subtracted for causality
+or windows, recomputation in a backward counts, and element-wise ops count 0. The formula of an op
+is in the file of that op.
 
-torch.utils.flop_counter imports Triton's runtime, which takes 0.2 to 0.3 s. The formulas are
-therefore registered only when other code imports it.
+torch.utils.flop_counter imports Triton's runtime, which takes 0.2 to 0.3 s. So the formulas are
+registered only when other code imports it.
 """
 
 import importlib.util
@@ -20,9 +20,9 @@ _COUNTER = "torch.utils.flop_counter"
 _formulas: list[tuple[Any, Callable, bool]] = []
 
 
-def add(packet: Any, formula: Callable, *, raw: bool = False) -> None:
-    """Register `formula`, which receives the operator's arguments, tensors as shapes (with `raw`
-    the tensors themselves).
+def register(packet: Any, formula: Callable, *, raw: bool = False) -> None:
+    """Register `formula`. It receives the operator's arguments, with shapes in place of tensors;
+    with `raw`, the tensors themselves.
     """
     _formulas.append((packet, formula, raw))
     if _COUNTER in sys.modules and _hook not in sys.meta_path:
@@ -30,7 +30,8 @@ def add(packet: Any, formula: Callable, *, raw: bool = False) -> None:
 
 
 def has_values(t: Tensor) -> bool:
-    """Whether t has values that can be read: not a meta tensor, not under FakeTensorMode."""
+    """Return whether the values of t can be read: it is no meta tensor, nor under
+    FakeTensorMode."""
     from torch._subclasses import FakeTensor
 
     return not t.is_meta and not isinstance(t, FakeTensor)
@@ -42,8 +43,8 @@ def _register(counter: Any) -> None:
     _formulas.clear()
 
 
-class _WhenImported(MetaPathFinder):
-    """Finds torch.utils.flop_counter as usual, and registers the formulas once it is loaded."""
+class _RegisterOnImport(MetaPathFinder):
+    """Finds torch.utils.flop_counter as usual, and registers the formulas when it is loaded."""
 
     def find_spec(self, fullname: str, path: Any, target: Any = None) -> Any:
         if fullname != _COUNTER:
@@ -62,6 +63,6 @@ class _WhenImported(MetaPathFinder):
         return spec
 
 
-_hook = _WhenImported()
+_hook = _RegisterOnImport()
 if _COUNTER not in sys.modules:
     sys.meta_path.insert(0, _hook)

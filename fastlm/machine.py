@@ -1,4 +1,4 @@
-"""What a process runs on and which code it runs, told without importing torch."""
+"""The hardware and the code version of a process, without importing torch."""
 
 import hashlib
 import importlib.metadata
@@ -15,13 +15,14 @@ PACKAGE = Path(__file__).resolve().parent
 
 
 def cpu_name() -> str:
-    """The model's name, and its numbers: virtual machines report "AMD EPYC" for any generation."""
+    """Return the name of the CPU with its family and model numbers, since virtual machines report
+    "AMD EPYC" for every generation."""
     try:
         with open("/proc/cpuinfo") as f:
-            first = f.read().split("\n\n", 1)[0]
+            first_cpu = f.read().split("\n\n", 1)[0]
     except OSError:
         return platform.processor() or platform.machine()
-    fields = dict(re.findall(r"^(.+?)\s*: (.*)$", first, re.M))
+    fields = dict(re.findall(r"^(.+?)\s*: (.*)$", first_cpu, re.M))
     numbers = [
         f"{k.removeprefix('cpu ')} {fields[k]}" for k in ("cpu family", "model") if k in fields
     ]
@@ -30,8 +31,8 @@ def cpu_name() -> str:
 
 
 def hardware() -> dict[str, Any]:
-    """CPU, cores, threads, device and versions. What only torch knows is left out where it is not
-    loaded.
+    """Return CPU, cores, threads, device and versions. Without torch loaded, threads and device are
+    left out.
     """
     facts = {
         "cpu": cpu_name(), "cores": len(os.sched_getaffinity(0)), "python":
@@ -39,29 +40,29 @@ def hardware() -> dict[str, Any]:
         "system": platform.platform(),
     }  # fmt: skip
     if (torch := sys.modules.get("torch")) is not None:
-        on_gpu = torch.cuda.is_available()
+        has_gpu = torch.cuda.is_available()
         facts["threads"] = torch.get_num_threads()
-        facts["device"] = torch.cuda.get_device_name() if on_gpu else "cpu"
+        facts["device"] = torch.cuda.get_device_name() if has_gpu else "cpu"
     return facts
 
 
 @lru_cache
-def code() -> dict[str, str]:
-    """``{"version"}`` of fastlm, and ``"commit"`` of the clone it runs from ("-dirty": with changes
-    that are not committed); ``"files"``, a hash of its code, where no clean commit says it all.
+def code_version() -> dict[str, str]:
+    """Return the ``"version"`` of fastlm and the ``"commit"`` of its clone ("-dirty": with
+    uncommitted changes). Without a clean commit, ``"files"`` is a hash of the code.
     """
     from fastlm import __version__
 
-    found = {"version": __version__}
-    if here := commit():
-        found["commit"] = here
-    if not here or here.endswith("-dirty"):
-        found["files"] = _hash_of_files()
-    return found
+    version = {"version": __version__}
+    if commit := git_commit():
+        version["commit"] = commit
+    if not commit or commit.endswith("-dirty"):
+        version["files"] = _hash_files()
+    return version
 
 
-def commit() -> str:
-    """The commit of the clone this package runs from, "" if there is none or no git."""
+def git_commit() -> str:
+    """Return the commit of the clone that this package runs from, or "" without clone or git."""
     root = PACKAGE.parent
     if not (root / ".git").exists():
         return ""
@@ -72,10 +73,10 @@ def commit() -> str:
         return ""
 
 
-def _hash_of_files() -> str:
-    total = hashlib.sha256()
+def _hash_files() -> str:
+    digest = hashlib.sha256()
     for path in sorted(PACKAGE.rglob("*")):
         if path.suffix in (".py", ".so") and path.is_file():
-            total.update(str(path.relative_to(PACKAGE)).encode() + b"\0")
-            total.update(hashlib.sha256(path.read_bytes()).digest())
-    return total.hexdigest()
+            digest.update(str(path.relative_to(PACKAGE)).encode() + b"\0")
+            digest.update(hashlib.sha256(path.read_bytes()).digest())
+    return digest.hexdigest()

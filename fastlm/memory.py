@@ -1,8 +1,8 @@
-"""Memory of a training step: values that need not be kept, freed memory that need not be returned.
+"""Memory of a training step: recompute values instead of keeping them, and keep freed memory.
 
 Both exist because a step uses large tensors that live for milliseconds. On the machine of
-docs/log.md (42 M parameters, 4096 tokens), a step spent 12 % of its time asking the kernel for
-150,000 fresh pages, until the process kept the memory it freed.
+docs/log.md (42 M parameters, 4096 tokens), a step spent 12 % of its time on 150,000 fresh pages
+from the kernel, until the process kept the memory that it freed.
 """
 
 import ctypes
@@ -18,66 +18,66 @@ _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # glibc's <malloc.h>
 
 
 def keep_freed_memory() -> bool:
-    """Let the process keep the memory it frees, for the tensors of the next step.
+    """Let the process keep the memory that it frees, for the tensors of the next step.
 
-    glibc returns large blocks to the kernel at once and gets them back page by page, each zeroed.
-    This turns both off (``mallopt``: no mmap for blocks, no trimming), for the whole process and
-    until it ends: its size stays at its peak. `fastlm.train` calls it; call it once in a training
-    script of your own. It does not suit a process that needs much memory once and then little for
-    a long time.
+    By default, glibc returns large blocks to the kernel at once and gets them back page by page,
+    each zeroed. This call turns both off (``mallopt``: no mmap for blocks, no trimming), for the
+    whole process until it ends: its size stays at its peak. `fastlm.train` calls it; call it once
+    in a training script of your own. It does not suit a process that needs much memory once and
+    then little for a long time.
 
-    Returns whether it worked: False without glibc (macOS, musl), where nothing changes.
+    Return whether it worked: False without glibc (macOS, musl), where nothing changes.
     """
     try:
         mallopt = ctypes.CDLL(None).mallopt
     except (OSError, AttributeError):
         return False
-    kept = bool(mallopt(_M_MMAP_MAX, 0)) and bool(mallopt(_M_TRIM_THRESHOLD, -1))
-    if kept and unavailable_reason("cpu") is None:
+    is_set = bool(mallopt(_M_MMAP_MAX, 0)) and bool(mallopt(_M_TRIM_THRESHOLD, -1))
+    if is_set and unavailable_reason("cpu") is None:
         cpu_extension.want_huge_pages(False)  # csrc/cpu/base/huge_pages.h
-    return kept
+    return is_set
 
 
 class recompute(saved_tensors_hooks):
-    """Context: operations inside save a note of `value` for their backward instead of its memory.
+    """A context in which operations save a placeholder for `value` instead of its memory.
 
-    The first backward among them calls `make`, which returns `value` again, bit for bit, from
-    tensors that are kept anyway. The last one releases it. Use it for values that cost less to
-    compute than to keep: a norm before its projections, a GLU's product before down_proj. Rejected:
-    ``torch.utils.checkpoint``, which would also rerun the matrix products between them.
+    The first backward of these operations calls `function`, which recomputes `value`, bit for bit,
+    from tensors that are kept anyway. The last backward releases it. Use it for values that cost
+    less to compute than to keep: a norm before its projections, a GLU's product before down_proj.
+    Rejected: ``torch.utils.checkpoint``, which would also rerun the matrix products between them.
 
-    Inside other hooks (``torch.utils.checkpoint``, ``save_on_cpu``) it does nothing: they would see
-    none of the tensors saved in here, which would all stay in memory.
+    Inside other hooks (``torch.utils.checkpoint``, ``save_on_cpu``) it does nothing, because these
+    hooks would not see the tensors that are saved in here, and all of them would stay in memory.
     """
 
     @classmethod
     def can_enter(cls) -> bool:
-        """Whether no hooks are active now, or only those of this class."""
+        """Return whether no hooks are active now, or only those of this class."""
         autograd = torch._C._autograd  # type: ignore[attr-defined]
         top = autograd._top_saved_tensors_default_hooks(True)
         return top is None or getattr(top[0], "__module__", None) == __name__
 
-    def __init__(self, value: Tensor, make: Callable[[], Tensor]):
-        where, size = value.data_ptr(), value.numel()
-        made: Tensor | None = None
-        notes = left = 0
+    def __init__(self, value: Tensor, function: Callable[[], Tensor]):
+        address, size = value.data_ptr(), value.numel()
+        recomputed: Tensor | None = None
+        num_saved = num_pending = 0
 
         def pack(saved: Tensor) -> Tensor | tuple[torch.Size, tuple[int, ...]]:
-            nonlocal notes, left
-            if saved.data_ptr() != where or saved.numel() != size:
+            nonlocal num_saved, num_pending
+            if saved.data_ptr() != address or saved.numel() != size:
                 return saved
-            notes, left = notes + 1, left + 1
+            num_saved, num_pending = num_saved + 1, num_pending + 1
             return saved.shape, saved.stride()
 
-        def unpack(note: Tensor | tuple[torch.Size, tuple[int, ...]]) -> Tensor:
-            nonlocal made, left
-            if isinstance(note, Tensor):
-                return note
-            out = made if made is not None else make()
-            left -= 1
-            made = out if left else None
-            left = left or notes  # for a second backward through a retained graph
-            return out.as_strided(*note)
+        def unpack(packed: Tensor | tuple[torch.Size, tuple[int, ...]]) -> Tensor:
+            nonlocal recomputed, num_pending
+            if isinstance(packed, Tensor):
+                return packed
+            out = recomputed if recomputed is not None else function()
+            num_pending -= 1
+            recomputed = out if num_pending else None
+            num_pending = num_pending or num_saved  # for a second backward of a retained graph
+            return out.as_strided(*packed)
 
         super().__init__(pack, unpack)
         self.entered = False

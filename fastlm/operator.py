@@ -98,7 +98,7 @@ def declare(
         )
     operator = _operator(name, signature, dispatch_index, fake)
     if formula := flops or flops_by_values:
-        flop_formulas.add(getattr(torch.ops.fastlm, name), formula, raw=flops is None)
+        flop_formulas.register(getattr(torch.ops.fastlm, name), formula, raw=flops is None)
     if not mutates_args:  # torch differentiates no op that writes its arguments
         transforms.register_derivative(_library, operator, setup, backward_of_operator)
     flat = signature.flat

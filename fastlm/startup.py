@@ -1,4 +1,4 @@
-"""Imports of torch and what builds on it, as fast as they can be made."""
+"""Fast imports of torch and of the packages that build on it."""
 
 import gc
 from collections.abc import Iterator
@@ -6,17 +6,18 @@ from contextlib import contextmanager
 
 
 @contextmanager
-def imports() -> Iterator[None]:
-    """Import without the garbage collector, and keep it off what was imported from then on.
+def fast_imports() -> Iterator[None]:
+    """Return a context for imports in which the garbage collector is off. Afterwards it ignores
+    the imported objects.
 
-    Modules make half a million objects that stay. The collector looks at them again and again: a
-    seventh of the time of ``import torch``, and as much in each full collection later.
+    Modules create half a million objects that stay. The collector would visit them again and again:
+    that takes a seventh of the time of ``import torch``, and as much in each later full collection.
     """
-    was_on = gc.isenabled()
+    was_enabled = gc.isenabled()
     gc.disable()
     try:
         yield
     finally:
         gc.freeze()
-        if was_on:
+        if was_enabled:
             gc.enable()

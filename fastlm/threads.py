@@ -1,11 +1,11 @@
-"""The threads of a ``fastlm`` command: how many, and how they wait.
+"""The threads of a ``fastlm`` command: how many there are, and how they wait.
 
-OpenMP reads its environment when torch is loaded, so `settle` must run before that. A library must
-not change its process's environment, so only the command line calls it. docs/troubleshooting.md
-lists what to export.
+OpenMP reads its environment when torch is loaded, so `configure_threads` must run before that. A
+library must not change its process's environment, so only the command line calls it.
+docs/troubleshooting.md lists the variables to export.
 
-Rejected: loky's ``cpu_count(only_physical_cores=True)``, which counts all cores of the machine even
-where a process may use only some of them, and reads no quota but the outermost group's.
+Rejected: loky's ``cpu_count(only_physical_cores=True)``. It counts all cores of the machine, even
+where a process may use only some of them, and reads only the quota of the outermost group.
 """
 
 import os
@@ -14,17 +14,17 @@ from typing import Annotated
 
 import typer
 
-from fastlm.startup import imports
+from fastlm.startup import fast_imports
 
-# Rounds that a waiting thread spins before it sleeps, about 0.1 ms. libgomp's own 300,000 are 3 ms,
-# even if the thread waited for has lost its core to another process (bench/train/loaded.py).
+# Rounds that a waiting thread spins before it sleeps: about 0.1 ms. libgomp's default of 300,000 is
+# 3 ms, even if the other thread has lost its core to another process (bench/train/loaded.py).
 SPIN_ROUNDS = "10000"
 
 
-def settle(threads: int | None = None) -> int | None:
-    """Set up `threads` threads (default: `default_threads`) that sleep after a wait of 0.1 ms, and
-    return ``threads``. Call it before torch is loaded. Variables that the user has exported are
-    kept, but `threads` overrides OMP_NUM_THREADS. If torch is already loaded, only an explicit
+def configure_threads(threads: int | None = None) -> int | None:
+    """Configure `threads` threads (default: `default_threads`) that sleep after a wait of 0.1 ms,
+    and return ``threads``. Call it before torch is loaded. It keeps variables that the user has
+    exported, but `threads` overrides OMP_NUM_THREADS. If torch is already loaded, only an explicit
     `threads` has an effect.
     """
     if "OMP_WAIT_POLICY" not in os.environ:
@@ -35,7 +35,7 @@ def settle(threads: int | None = None) -> int | None:
         return None
     os.environ["OMP_NUM_THREADS"] = str(threads)
     os.environ["RAYON_NUM_THREADS"] = str(threads)  # for the tokenizers package
-    with imports():
+    with fast_imports():
         import torch
 
     torch.set_num_threads(threads)  # from the environment, torch uses at most the physical cores
@@ -46,14 +46,17 @@ def settle(threads: int | None = None) -> int | None:
 Threads = Annotated[
     int | None,
     typer.Option(
-        min=1, callback=settle, help="Threads that compute; default: the physical cores to be had"
+        min=1,
+        callback=configure_threads,
+        help="Use this many threads; default: the available physical cores",
     ),
 ]
 
 
 def default_threads(root: Path = Path("/")) -> int:
-    """The number of physical cores this process may run on, at most its cgroup's quota. One thread
-    more would share a core, or be kept off one, while the others wait for it.
+    """Return the number of physical cores that this process may use, at most its cgroup's quota.
+    With one thread more, that thread would share a core or wait for one, and the others would wait
+    for it.
     """
     cores = set()
     for cpu in os.sched_getaffinity(0):
@@ -63,9 +66,10 @@ def default_threads(root: Path = Path("/")) -> int:
 
 
 def quota(root: Path = Path("/")) -> float:
-    """CPUs that this process's cgroups (version 1 and 2) may use at a time; infinity: no limit."""
+    """Return the number of CPUs that this process's cgroups (version 1 and 2) may use at a time;
+    infinity: no limit."""
     groups = root / "proc/self/cgroup"
-    least = float("inf")
+    min_quota = float("inf")
     for line in groups.read_text().splitlines() if groups.exists() else []:
         _, controllers, path = line.split(":", 2)
         if controllers == "":
@@ -74,14 +78,14 @@ def quota(root: Path = Path("/")) -> float:
             folder = root / "sys/fs/cgroup/cpu"
         else:
             continue
-        # the process's group and all above; a container sees only the outermost, the mount's root
-        below = Path(path.lstrip("/"))
-        for group in (folder / part for part in (below, *below.parents)):
-            least = min(least, _quota_of(group))
-    return least
+        # the process's group and those above; a container sees only the outermost, the mount's root
+        relative = Path(path.lstrip("/"))
+        for group in (folder / part for part in (relative, *relative.parents)):
+            min_quota = min(min_quota, _group_quota(group))
+    return min_quota
 
 
-def _quota_of(group: Path) -> float:
+def _group_quota(group: Path) -> float:
     try:
         if (both := group / "cpu.max").exists():
             limit, period = both.read_text().split()

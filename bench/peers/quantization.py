@@ -35,7 +35,7 @@ from safetensors.torch import save_file
 import fastlm
 from fastlm.data.texts import check_window, has_parts, token_dataset
 from fastlm.model.causal_lm import CausalLM
-from fastlm.model.quantized_modules import QuantizedLinear, put_quantized
+from fastlm.model.quantized_modules import QuantizedLinear, set_quantized_weight
 from fastlm.ops.quantized_weight import QuantizedWeight, pack_rows
 from fastlm.quant.calibration import text_windows
 from fastlm.quant.distill import tokens_needed
@@ -73,7 +73,7 @@ def plain(model: CausalLM, group_size: int, symmetric: bool) -> CausalLM:
         weight = QuantizedWeight(
             pack_rows(q, 4), s[..., 0].bfloat16(), zeros, 4, group_size, (n, k)
         )
-        put_quantized(model, target.name, weight)
+        set_quantized_weight(model, target.name, weight)
     return model
 
 

@@ -64,7 +64,7 @@ class Export(Stage):
         (source,) = ctx.inputs["model"]
         check_output_folder(ctx.out, source.source)
         model, tokenizer = load_model(source.source)
-        state = model.stored()
+        state = model.weights()
         if self.format == "gguf":
             name = Path(source.source).stem.removeprefix("model:") or "model"
             told = save_gguf(ctx.out / GGUF_FILE, model.config, state, tokenizer, name)

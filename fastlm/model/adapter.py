@@ -35,12 +35,12 @@ from fastlm.model.lora import (
     ALL,
     MAX_ALPHA,
     LoraConfig,
-    check_plain,
-    digest_of,
-    linears_of,
-    lora_of,
+    attach_lora,
+    check_no_adapters,
+    linear_layers,
+    lora_layers,
     matches,
-    put_lora,
+    weights_digest,
 )
 from fastlm.schema import read_document
 
@@ -91,7 +91,7 @@ def save_adapter(model: "CausalLM", folder: str | Path, *, base: str | Path = ""
 
     Raises InputError: a model without adapters, a folder that cannot be written.
     """
-    adapters, lora, folder = lora_of(model), model.lora, Path(folder)
+    adapters, lora, folder = lora_layers(model), model.lora, Path(folder)
     if lora is None or not adapters:
         raise InputError("model: expected one with adapters (add_lora), got one without")
     tensors = {
@@ -138,7 +138,7 @@ def save_adapter(model: "CausalLM", folder: str | Path, *, base: str | Path = ""
 def _target_modules(model: "CausalLM", adapted: set[str]) -> list[str]:
     """The shortest names that stand for exactly these modules."""
     kinds = sorted({name.rpartition(".")[2] for name in adapted})
-    plain = {name.removesuffix(".base_layer") for name in linears_of(model)}
+    plain = {name.removesuffix(".base_layer") for name in linear_layers(model)}
     meant = {name for name in plain if name.rpartition(".")[2] in kinds}
     return kinds if meant == adapted else sorted(adapted)
 
@@ -151,10 +151,10 @@ def load_adapter(model: "CausalLM", folder: str | Path) -> "CausalLM":
     (DoRA, trained biases or modules, ranks per layer), an adapter of another base: the message
     names the module, shape or digest that differs.
     """
-    check_plain(model)
+    check_no_adapters(model)
     folder = Path(folder)
     config = _config(folder / ADAPTER_CONFIG)
-    here = digest_of(model)
+    here = weights_digest(model)
     pairs = _pairs(folder / ADAPTER)
     file = folder / ADAPTER_BASE
     digest = read_json(file).get(DIGEST) if file.is_file() else None
@@ -163,7 +163,7 @@ def load_adapter(model: "CausalLM", folder: str | Path) -> "CausalLM":
         ends = read_document(file, Generation).get("eos_token_id")
     dropout, use_rslora = config.get("lora_dropout") or 0.0, bool(config.get("use_rslora"))
     lora = LoraConfig(config["r"], config["lora_alpha"], dropout, use_rslora, digest or here)
-    linears = linears_of(model)
+    linears = linear_layers(model)
     adapters = {}
     for name, pair in pairs.items():
         if (base := linears.get(name)) is None:
@@ -191,7 +191,7 @@ def load_adapter(model: "CausalLM", folder: str | Path) -> "CausalLM":
         )
     if ends is not None:
         model.config.eos_token_id = ends
-    return put_lora(model, adapters, lora)
+    return attach_lora(model, adapters, lora)
 
 
 def _config(path: Path) -> PeftConfig:

@@ -24,13 +24,13 @@ from fastlm.checkpoint.folder import find_base_model, load_state, save_hf
 from fastlm.errors import InputError
 from fastlm.model.adapter import load_adapter
 from fastlm.model.layers import Decoder, ForwardContext, RMSNorm
-from fastlm.model.lora import LoraConfig, check_plain, merge_lora
+from fastlm.model.lora import LoraConfig, check_no_adapters, merge_lora
 from fastlm.model.quantized_modules import (
     QuantizedEmbedding,
     QuantizedLinear,
     check_act_bits,
-    put_quantized,
     quantization_config,
+    set_quantized_weight,
 )
 from fastlm.ops import linear_cross_entropy, linear_logprobs, quantized_linear
 from fastlm.ops.quantized_weight import QuantizedWeight
@@ -45,7 +45,7 @@ IGNORE = -100  # label of a token without loss
 
 
 @dataclass
-class Output:
+class CausalLMOutput:
     """With labels, loss: float32 scalar. Without, logits: (B, S, V) in the model's dtype."""
 
     loss: Tensor | None = None
@@ -181,14 +181,14 @@ class CausalLM(nn.Module):
         for name, weight in quantized.items():
             name = name.removesuffix(".weight")
             own = modules.get(name, {}).get("act_bits", 16 if quantization else 8)
-            put_quantized(model, name, weight, act_bits=act_bits or own, dtype=dtype)
+            set_quantized_weight(model, name, weight, act_bits=act_bits or own, dtype=dtype)
         return model.eval()
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write a Hugging Face folder that `from_pretrained` and (unless quantized) transformers
         load; see `save_hf`. A model with adapters is refused: `merge_lora` it, or `save_adapter`.
         """
-        check_plain(self)
+        check_no_adapters(self)
         config = self.config.to_dict()
         for key in ("dtype", "torch_dtype"):  # the new name and transformers 4's, always last
             config.pop(key, None)
@@ -200,9 +200,9 @@ class CausalLM(nn.Module):
             config["quantization_config"] = quantization_config(
                 self, format, group_size=first.group_size, method=method
             )
-        save_hf(folder, config, self.stored())
+        save_hf(folder, config, self.weights())
 
-    def stored(self) -> dict[str, Tensor | QuantizedWeight]:
+    def weights(self) -> dict[str, Tensor | QuantizedWeight]:
         """All weights under Hugging Face's names; a tied head is left out."""
         state: dict[str, Tensor | QuantizedWeight] = {}
         for name, module in self.named_modules():
@@ -222,7 +222,7 @@ class CausalLM(nn.Module):
         position_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         logits_to_keep: int = 0,
-    ) -> Output:
+    ) -> CausalLMOutput:
         """Return ``loss = F.cross_entropy(logits[:, :-1], labels[:, 1:])`` without logits in memory
         or, without labels, the logits.
 
@@ -246,7 +246,7 @@ class CausalLM(nn.Module):
         options: dict[str, Any] = {"position_ids": position_ids, "attention_mask": attention_mask}
         hidden = self.hidden(input_ids, cu_seqlens=cu_seqlens, **options)
         if labels is None and shift_labels is None:
-            return Output(logits=self.logits(hidden[:, -logits_to_keep:]))
+            return CausalLMOutput(logits=self.logits(hidden[:, -logits_to_keep:]))
         if labels is not None and shift_labels is not None:
             raise InputError("labels: expected labels or shift_labels, got both")
         if labels is None:
@@ -269,7 +269,7 @@ class CausalLM(nn.Module):
             ignore_index=IGNORE,
             num_items=num_items,
         )
-        return Output(loss=loss)
+        return CausalLMOutput(loss=loss)
 
     def hidden(
         self,
@@ -350,11 +350,11 @@ class CausalLM(nn.Module):
         hidden = self.hidden(
             input_ids, cu_seqlens=cu_seqlens, attention_mask=attention_mask, keys=keys
         )
-        return self.logprobs_of(
+        return self.logprobs_from_hidden(
             hidden, shift_labels, temperature=temperature, return_entropy=return_entropy
         )
 
-    def logprobs_of(
+    def logprobs_from_hidden(
         self,
         hidden: Tensor,
         shift_labels: Tensor,

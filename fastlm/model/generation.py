@@ -26,7 +26,7 @@ _DEFAULT = Sampling()
 _STEP_TOKENS = 4096  # of a step: nobody waits for the answers that run
 
 
-def engine_for(
+def make_engine(
     model: "CausalLM",
     requests: Sequence[Request],
     tokenizer: "Tokenizer | None" = None,
@@ -118,7 +118,7 @@ def generate(
             prompts, max_new_tokens, sampling, seed=seed, stop_ids=frozenset(stop_ids),
             ignore_eos=ignore_eos, logprobs=0 if return_logprobs else None,
         )  # fmt: skip
-        completions = engine_for(model, requests).generate(requests, on_piece=take)
+        completions = make_engine(model, requests).generate(requests, on_piece=take)
         _check_completions(completions)
     new = [completion.token_ids for completion in completions]
     if isinstance(input_ids, Tensor):
@@ -218,7 +218,7 @@ def generate_text(
         [ids], max_new_tokens, sampling, seed=seed, stop=stops, stop_ids=frozenset(stop_ids),
         ignore_eos=ignore_eos,
     )  # fmt: skip
-    engine, pieces = engine_for(model, requests, tokenizer, batch_invariant=True), deque[Piece]()
+    engine, pieces = make_engine(model, requests, tokenizer, batch_invariant=True), deque[Piece]()
     engine.submit(requests[0], pieces.append)
     return _texts(engine, pieces)
 

@@ -31,7 +31,7 @@ MAX_ALPHA = torch.finfo(torch.float32).max  # a larger factor is no number to th
 @dataclass(frozen=True)
 class LoraConfig:
     """How a model was adapted, under PEFT's names. ``base_digest`` identifies the frozen weights;
-    None where `digest_of` cannot.
+    None where `weights_digest` cannot.
     """
 
     r: int = 16
@@ -79,7 +79,7 @@ class LoraLinear(nn.Module):
         return y + linear(low, self.lora_B.to(x.dtype))
 
     @torch.no_grad()
-    def merged(self, dtype: torch.dtype) -> Linear:
+    def merge(self, dtype: torch.dtype) -> Linear:
         """One layer that computes the same up to rounding. The sum is rounded once, to the base's
         dtype, or to `dtype` where that is quantized.
         """
@@ -124,9 +124,9 @@ def add_lora(
     Raises InputError: a target that no linear layer has, the head or the embedding as a target, a
     model with adapters.
     """
-    check_plain(model)
-    config = LoraConfig(rank, alpha, dropout, use_rslora, digest_of(model))
-    found = targets_of(model, targets)
+    check_no_adapters(model)
+    config = LoraConfig(rank, alpha, dropout, use_rslora, weights_digest(model))
+    found = target_layers(model, targets)
     generator = None if seed is None else torch.Generator().manual_seed(seed)
     adapters = {}
     for name, base in found.items():
@@ -134,10 +134,10 @@ def add_lora(
         a = torch.empty(rank, base.in_features, device="cpu")
         a.uniform_(-bound, bound, generator=generator)
         adapters[name] = a, torch.zeros(base.out_features, rank, device="cpu")
-    return put_lora(model, adapters, config)
+    return attach_lora(model, adapters, config)
 
 
-def put_lora(
+def attach_lora(
     model: "CausalLM", adapters: dict[str, tuple[Tensor, Tensor]], config: LoraConfig
 ) -> "CausalLM":
     """Freeze the model and put a `LoraLinear` with these A and B in place of each linear layer
@@ -152,13 +152,13 @@ def put_lora(
     return model
 
 
-def check_plain(model: nn.Module) -> None:
+def check_no_adapters(model: nn.Module) -> None:
     """Raise InputError if the model has adapters."""
-    if lora_of(model):
+    if lora_layers(model):
         raise InputError("model: expected one without adapters, got one that has some")
 
 
-def linears_of(model: nn.Module) -> dict[str, Any]:
+def linear_layers(model: nn.Module) -> dict[str, Any]:
     """Module name -> linear layer, of all that an adapter may stand beside."""
     return {
         name: module
@@ -167,9 +167,9 @@ def linears_of(model: nn.Module) -> dict[str, Any]:
     }
 
 
-def targets_of(model: nn.Module, targets: str | Sequence[str]) -> dict[str, Any]:
+def target_layers(model: nn.Module, targets: str | Sequence[str]) -> dict[str, Any]:
     """Module name -> linear layer, of those that `targets` of `add_lora` names."""
-    linears = linears_of(model)
+    linears = linear_layers(model)
     wanted = (targets,) if isinstance(targets, str) else tuple(targets)
     if wanted == (ALL,):
         return linears
@@ -189,19 +189,19 @@ def matches(name: str, target: str) -> bool:
     return name == target or name.endswith(f".{target}")
 
 
-def lora_of(model: nn.Module) -> dict[str, LoraLinear]:
+def lora_layers(model: nn.Module) -> dict[str, LoraLinear]:
     """Module name -> adapted layer."""
     return {n: m for n, m in model.named_modules() if isinstance(m, LoraLinear)}
 
 
 def merge_lora(model: "CausalLM") -> "CausalLM":
-    """Add each adapter to its layer (`LoraLinear.merged`), in place; return the model, which is a
+    """Add each adapter to its layer (`LoraLinear.merge`), in place; return the model, which is a
     plain CausalLM with nothing frozen. What is quantized in a model with adapters is dequantized to
     the model's dtype. Without adapters, the model is returned as it is.
     """
-    adapters, dtype = lora_of(model), model.dtype
+    adapters, dtype = lora_layers(model), model.dtype
     for name, module in adapters.items():
-        replace_module(model, name, module.merged(dtype))
+        replace_module(model, name, module.merge(dtype))
     if adapters:
         for name, module in list(model.named_modules()):
             if isinstance(module, QuantizedLinear | QuantizedEmbedding):
@@ -229,7 +229,7 @@ def without_adapter(model: nn.Module) -> Iterator[None]:
     """Context in which the model computes what its frozen base computes: the reference of DPO or
     PPO, without a second model in memory.
     """
-    adapters = lora_of(model).values()
+    adapters = lora_layers(model).values()
     before = [module.enabled for module in adapters]
     for module in adapters:
         module.enabled = False
@@ -240,7 +240,7 @@ def without_adapter(model: nn.Module) -> Iterator[None]:
             module.enabled = enabled
 
 
-def digest_of(model: nn.Module) -> str | None:
+def weights_digest(model: nn.Module) -> str | None:
     """Identify weights of float32 or bfloat16 by their values in bfloat16, so that it does not
     matter in which of the two they were loaded; None with weights of other dtypes.
     """

@@ -117,7 +117,7 @@ class QuantizedEmbedding(_Quantized):
         return f"{sizes}, int{self.bits}, group_size={self.group_size}"
 
 
-def put_quantized(
+def set_quantized_weight(
     model: nn.Module,
     name: str,
     weight: QuantizedWeight,
@@ -220,7 +220,7 @@ def load_quantized(
         weight = weights.get(name) or shared.get(keys[name])
         if weight is None:
             raise InputError(f"state: {name}.qdata is missing")
-        model = put_quantized(model, name, weight, act_bits=entry.get("act_bits", 16))
+        model = set_quantized_weight(model, name, weight, act_bits=entry.get("act_bits", 16))
     missing, unexpected = model.load_state_dict(dict(state), strict=False)
     # names whose storage another name of the state has already filled
     filled = {t.data_ptr() for n, t in model.state_dict().items() if n in state}

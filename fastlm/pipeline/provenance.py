@@ -21,7 +21,7 @@ from typing import Any, NotRequired
 from typing_extensions import TypedDict
 
 from fastlm.errors import InputError
-from fastlm.machine import code, hardware
+from fastlm.machine import code_version, hardware
 from fastlm.pipeline.run_folder import locate_model
 from fastlm.pipeline.stage import Input, Stage, StageContext
 from fastlm.schema import Count, RelativePath
@@ -68,7 +68,7 @@ class SourceRecord(TypedDict):
 class Provenance:
     """The origin of an output.
 
-    finished_at: ISO 8601, UTC. code: as `fastlm.machine.code`. machine: as
+    finished_at: ISO 8601, UTC. code: as `fastlm.machine.code_version`. machine: as
     `fastlm.machine.hardware`. recipe: SHA-256 of the recipe. ids: type -> id of the output. hashes:
     SHA-256 of every file in ``file_sizes``. inputs: by name. earlier_ids: ids that ``ids`` replaced
     when rows were forgotten (`fastlm.feedback.forget`), oldest first.
@@ -114,7 +114,8 @@ def describe(
     hashes = {name: digest(ctx.out / name) for name in outputs}
     specs = [spec for name in stage.sources_in for spec in getattr(stage, name)]
     return Provenance(
-        datetime.now(UTC).isoformat(timespec="milliseconds"), code(), hardware(), recipe, command,
+        datetime.now(UTC).isoformat(timespec="milliseconds"), code_version(), hardware(),
+        recipe, command,
         ids_of(stage.outputs, hashes), hashes, inputs,
         [_source(spec, input_digest) for spec in specs],
     )  # fmt: skip

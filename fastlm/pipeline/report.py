@@ -18,7 +18,7 @@ from typing import Any
 
 from fastlm.errors import InputError
 from fastlm.files import write_json, write_text
-from fastlm.machine import commit
+from fastlm.machine import git_commit
 from fastlm.pipeline.recipe import Recipe, RecipeStep
 from fastlm.pipeline.stage import ReportSection, Stage, StageContext
 from fastlm.pipeline.text import seconds_text, size_text
@@ -146,5 +146,5 @@ def _machine() -> dict[str, Any]:
 
     have = info()
     keys = ("cpu", "cpu_isa", "threads", "device", "fastlm", "torch", "python")
-    lines = {"commit": commit() or "not a clone", "system": platform.platform()}
+    lines = {"commit": git_commit() or "not a clone", "system": platform.platform()}
     return {key: have.get(key) for key in keys} | lines

@@ -116,7 +116,7 @@ class LayerwiseQuantizer:
             name = f"model.layers.{index}"
             layer = copy.deepcopy(decoder.layers[index]).float().requires_grad_(False)
             assert isinstance(layer, DecoderLayer)
-            targets = targets_of(self.plan, index)
+            targets = target_layers(self.plan, index)
             wanted = None if plain is None else self._through(layer, plain)
             step = self._kept(
                 f"layer-{index:05d}", partial(self._layer, layer, targets, hidden, wanted, index)
@@ -241,7 +241,7 @@ class LayerwiseQuantizer:
         return total
 
 
-def targets_of(plan: Sequence[Target], index: int) -> dict[str, Target]:
+def target_layers(plan: Sequence[Target], index: int) -> dict[str, Target]:
     """The targets in a decoder layer, by their names in it."""
     start = f"model.layers.{index}."
     return {t.name.removeprefix(start): t for t in plan if t.name.startswith(start)}
@@ -251,7 +251,7 @@ def check_folds(model: "CausalLM", plan: Sequence[Target]) -> None:
     """Raise InputError if AWQ's scales could be folded into no layer of `model`."""
     for index, layer in enumerate(model.model.layers):
         assert isinstance(layer, DecoderLayer)
-        if folds(layer, targets_of(plan, index)):
+        if folds(layer, target_layers(plan, index)):
             return
     raise InputError(
         "awq: expected layers whose inputs come from a norm or a quantized layer (all of q_proj,"

@@ -19,8 +19,8 @@ from fastlm.errors import InputError
 from fastlm.model.quantized_modules import (
     QuantizedEmbedding,
     QuantizedLinear,
-    put_quantized,
     quantization_config,
+    set_quantized_weight,
 )
 from fastlm.ops.quantized_weight import QuantizedWeight
 from fastlm.progress import silent
@@ -159,7 +159,7 @@ def quantize(
             model.get_parameter(name).copy_(value)
     for target in plan:
         weight = done[id(target.module.weight)]
-        model = put_quantized(model, target.name, weight, act_bits=target.act_bits)
+        model = set_quantized_weight(model, target.name, weight, act_bits=target.act_bits)
     _describe_in_config(model, format, method)
     return model
 

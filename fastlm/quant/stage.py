@@ -168,7 +168,7 @@ class Quantize(QuantizeOptions, Stage):
         from fastlm.quant.step_result import StepResult
 
         source = ctx.inputs["model"][0].source
-        size = sum(weight.nbytes for weight in model.stored().values())
+        size = sum(weight.nbytes for weight in model.weights().values())
         if self.dequantize:
             model = CausalLM.from_pretrained(source, keep_quantized=False)
         check_unquantized(model)

@@ -180,7 +180,7 @@ def meta_state(
     model: "CausalLM", targets: Sequence[Target] = ()
 ) -> dict[str, Tensor | QuantizedWeight]:
     """What `CausalLM.stored` returns once `targets` are quantized, on the meta device."""
-    state = model.stored()
+    state = model.weights()
     for target in targets:
         (n, k), scheme = target.module.weight.shape, target.scheme
         groups = -(-k // check_group_size(scheme.group_size, k))

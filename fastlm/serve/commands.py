@@ -13,7 +13,7 @@ from fastlm.errors import InputError
 from fastlm.files import read_text
 from fastlm.pipeline.commands import options_command
 from fastlm.serve.options import ADMIN_KEYS_VARIABLE, KEYS_VARIABLE, ServeOptions
-from fastlm.startup import imports
+from fastlm.startup import fast_imports
 from fastlm.tokenizer import chat_template as templates
 
 if TYPE_CHECKING:
@@ -40,9 +40,9 @@ def _serve(options: ServeOptions) -> None:
     keys = read_keys(options.api_key_file)
     admin_keys = read_keys(options.admin_key_file, "admin_key_file", ADMIN_KEYS_VARIABLE)
     options.check(keys, admin_keys)
-    templates.begin()
+    templates.start_worker()
     with needs_serve("serve"):
-        with imports():
+        with fast_imports():
             from fastlm.serve import process
         if options.feedback is not None:
             import fastlm.serve.feedback_store  # noqa: F401  # fails early if a package is missing

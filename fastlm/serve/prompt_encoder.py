@@ -146,7 +146,7 @@ class PromptEncoder:
         messages, tools = PARTS[part]
         variables = {} if tools is None else {"tools": tools}
         try:
-            self.tokenizer.check_written(messages, variables, None)
+            self.tokenizer.check_template_is_complete(messages, variables, None)
         except InputError as error:
             return str(error)
         return None

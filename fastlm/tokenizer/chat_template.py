@@ -1,11 +1,11 @@
 """Chat templates: Jinja text from a checkpoint, rendered as transformers renders it, in a process
 with limits (`fastlm.tokenizer.template_worker`).
 
-Beyond Jinja's own functions, a template may call those that published templates rely on:
+Besides Jinja's own functions, a template may use what published templates rely on:
 ``raise_exception``, ``tojson`` without HTML escapes, ``strftime_now``, and the ``{% generation %}``
-block, which marks text for training and renders as is. Rejected: limits within this process by a
-counting sandbox (every Jinja filter and every str method would need a counter), and a new process
-for every rendering (0.1 s each).
+block, which marks text for training and renders as is. Rejected: limits in this process by a
+sandbox that counts (every Jinja filter and every str method would need a counter), and a new
+process for every rendering (0.1 s each).
 """
 
 import atexit
@@ -28,13 +28,13 @@ CHATML = (
     "{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
-SECONDS = 5.0  # of processor time for one rendering; a long conversation takes 0.01 s
+SECONDS = 5.0  # processor time of one rendering; a long conversation takes 0.01 s
 STRING = re.compile(r'"(?:[^"\\]|\\.)*"')  # in JSON
-Runs = list[tuple[int, int]]
+Ranges = list[tuple[int, int]]  # (start, end) in a text
 
 
 def _json(value: Any, where: str) -> str:
-    """Return ``value`` as JSON; what has other types than JSON's is refused."""
+    """Return ``value`` as JSON. InputError: it has values that JSON lacks."""
 
     def convert(item: Any) -> Any:
         if isinstance(item, Mapping):
@@ -62,12 +62,12 @@ def render(
     variables: Mapping[str, Any],
     tokens: Mapping[str, str],
     date: str | None = None,
-) -> tuple[str, Runs]:
+) -> tuple[str, Ranges]:
     """Render ``messages``, mappings with a text ``role`` (and ``content``), with ``template``.
-    ``date`` (YYYY-MM-DD) is what the template takes for today; by default it is today.
+    ``date`` (YYYY-MM-DD): the template's current date; default: today.
 
-    Return the prompt and the (start, end) ranges in it that the template wrote itself, including
-    ``tokens`` (name -> text). Text outside those ranges came from messages and variables.
+    Return the prompt and the (start, end) ranges in it that the template itself wrote, including
+    ``tokens`` (name -> text). The text outside of these ranges is from messages and variables.
     """
     if isinstance(messages, str | Mapping) or not isinstance(messages, Sequence):
         raise InputError(f"messages: expected a list of mappings, got {type(messages).__name__}")
@@ -86,39 +86,41 @@ def render(
         "seconds": SECONDS,
     }
     fields = ", ".join(f'"{name}": {_json(value, name)}' for name, value in request.items())
-    reply = _process.ask(f"{{{fields}}}\n".encode())
+    reply = _worker.request(f"{{{fields}}}\n".encode())
     if "error" in reply:
         raise InputError(f"chat_template: cannot render these messages: {reply['error']}")
-    return reply["text"], [(start, end) for start, end in reply["own"]]
+    return reply["text"], [(start, end) for start, end in reply["template_ranges"]]
 
 
-def begin() -> None:
-    """Start the process that renders, which takes 0.1 s, beside what else is to be done first."""
-    _process.begin()
+def start_worker() -> None:
+    """Start the process that renders, so that its start (0.1 s) overlaps with other work."""
+    _worker.start()
 
 
-class _Process:
+class _Worker:
     """The process that renders. It is started on first use, and again after it has died."""
 
     def __init__(self) -> None:
-        self.forget()
+        self.reset()
 
-    def forget(self) -> None:
+    def reset(self) -> None:
         """Reset after a fork: the process belongs to the parent, which may hold the lock."""
-        self.parents = getattr(self, "child", None)
+        self.process_of_parent = getattr(self, "child", None)
         self.child: subprocess.Popen[bytes] | None = None
         self.lock = threading.Lock()
 
-    def begin(self) -> None:
+    def start(self) -> None:
+        """Start the process, unless it runs."""
         with self.lock:
-            self.child = self.child or self._start()
+            self.child = self.child or self._spawn()
 
-    def ask(self, line: bytes) -> dict[str, Any]:
+    def request(self, line: bytes) -> dict[str, Any]:
+        """Send a request, and return the reply or {"error": ...}."""
         with self.lock:
             try:
                 if self.child is None or self.child.poll() is not None:
                     self.close()
-                    self.child = self._start()
+                    self.child = self._spawn()
                 assert self.child.stdin is not None and self.child.stdout is not None
                 self.child.stdin.write(line)
                 self.child.stdin.flush()
@@ -126,19 +128,20 @@ class _Process:
             except BrokenPipeError:
                 reply = b""
             except BaseException:
-                self.close()  # an unread answer would be taken for the next one
+                self.close()  # an unread reply would be read as the next one
                 raise
-            return json.loads(reply) if reply.endswith(b"\n") else {"error": self._why()}
+            return json.loads(reply) if reply.endswith(b"\n") else {"error": self._exit_reason()}
 
-    def _start(self) -> "subprocess.Popen[bytes]":
+    def _spawn(self) -> "subprocess.Popen[bytes]":
         command = [sys.executable, "-I", "-S", str(Path(__file__).with_name("template_worker.py"))]
-        pipe, silent = subprocess.PIPE, subprocess.DEVNULL
-        child = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=silent)
+        pipe = subprocess.PIPE
+        child = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL)
         assert child.stdin is not None
-        child.stdin.write(json.dumps([place for place in sys.path if place]).encode() + b"\n")
+        child.stdin.write(json.dumps([path for path in sys.path if path]).encode() + b"\n")
         return child
 
-    def _why(self) -> str:
+    def _exit_reason(self) -> str:
+        """Return why the process has ended."""
         if self.child is None:
             return "Python is ending"
         status = self.child.wait()
@@ -148,12 +151,13 @@ class _Process:
         return f"the process that renders ended with status {status}"
 
     def close(self) -> None:
+        """End the process."""
         if self.child is not None:
             self.child.kill()
             self.child.communicate()
             self.child = None
 
 
-_process = _Process()
-atexit.register(_process.close)
-os.register_at_fork(after_in_child=_process.forget)
+_worker = _Worker()
+atexit.register(_worker.close)
+os.register_at_fork(after_in_child=_worker.reset)

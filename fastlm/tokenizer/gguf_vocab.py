@@ -72,7 +72,7 @@ def byte_level(patterns: Sequence[str]) -> pre_tokenizers.PreTokenizer:
     )
 
 
-def build(file: "GGUFFile") -> tuple[Tokenizer, dict[str, str], str | None]:
+def build_tokenizer(file: "GGUFFile") -> tuple[Tokenizer, dict[str, str], str | None]:
     """Return the tokenizer of a GGUF file, its role tokens (``bos_token`` -> text ...) and its chat
     template.
     """
@@ -129,11 +129,13 @@ def build(file: "GGUFFile") -> tuple[Tokenizer, dict[str, str], str | None]:
         # no pair templates: they need type ids that language models do not have
         ids = [(token, tokenizer.token_to_id(token)) for token in dict.fromkeys([*bos, *eos])]
         single = [*bos, "$A", *eos]
-        tokenizer.post_processor = library(TemplateProcessing, single=single, special_tokens=ids)
+        tokenizer.post_processor = call_tokenizers(
+            TemplateProcessing, single=single, special_tokens=ids
+        )
     return tokenizer, roles, file.get("tokenizer.chat_template", str)
 
 
-def library(call: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
+def call_tokenizers(call: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
     """Call into ``tokenizers`` and turn its errors into InputError. The library raises bare
     Exception and, if Rust panics, something that is not even one.
     """
@@ -162,7 +164,7 @@ def _byte_level_bpe(tokens: list[str], merges: Sequence[str], pre: str, path: An
             )
     if not pairs:
         raise InputError(f"{path}: tokenizer.ggml.merges: expected a list of merges, got none")
-    tokenizer = Tokenizer(library(BPE, vocab, pairs, ignore_merges=pre in WHOLE_WORDS))
+    tokenizer = Tokenizer(call_tokenizers(BPE, vocab, pairs, ignore_merges=pre in WHOLE_WORDS))
     tokenizer.pre_tokenizer = byte_level(PRE_TOKENIZERS[pre])
     tokenizer.decoder = decoders.ByteLevel()
     return tokenizer
@@ -187,7 +189,7 @@ def _sentencepiece(
         unk = next((token for token, kind in zip(tokens, kinds) if kind == 2), None)
     merges = _merges(mergeable, vocab, rank)
     tokenizer = Tokenizer(
-        library(BPE, vocab, merges, byte_fallback=True, fuse_unk=True, unk_token=unk)
+        call_tokenizers(BPE, vocab, merges, byte_fallback=True, fuse_unk=True, unk_token=unk)
     )
     prefix = file.get("tokenizer.ggml.add_space_prefix", bool, not gemma)
     spell = normalizers.Replace(" ", "▁")

@@ -1,16 +1,16 @@
-"""The process that renders chat templates, and those of a user's own tasks.
+"""The process that renders chat templates, and the templates of a user's tasks.
 `fastlm.tokenizer.chat_template` starts it and sends it requests over a pipe, one JSON object per
 line.
 
-A template is untrusted code. It runs in jinja2's immutable sandbox, which keeps it from the
-machine. It runs in a process of its own with limits on memory and processor time, which keeps it
-from hanging its host: no list of the ways to loop, double or pad would be complete. This file is
-run by its path and imports nothing of fastlm, so that it starts in a tenth of a second.
+A template is untrusted code. It runs in jinja2's immutable sandbox, so it cannot reach the machine.
+It runs in a process of its own with limits on memory and processor time, so it cannot hang its
+host: no list of the ways to loop, double or pad would be complete. Python runs this file by its
+path, and it imports nothing of fastlm, so it starts in a tenth of a second.
 
-The text that a template writes itself is marked (`Own`); the tokenizer may read special tokens
-there and nowhere else. The template's text is marked rather than that of the messages, so that an
-operation that does not keep marks (``%``, ``format``, ``upper``) leaves text that cannot be a
-special token.
+The text that a template itself writes is marked (`MarkedText`). The tokenizer may read special
+tokens there and nowhere else. Marks are on the template's text and not on that of the messages, so
+an operation that loses marks (``%``, ``format``, ``upper``) leaves text that cannot be a special
+token.
 """
 
 import json
@@ -23,7 +23,7 @@ from datetime import datetime
 from functools import lru_cache
 from typing import Any
 
-MEMORY_BYTES = 2**30  # address space of this process; 16 M characters of output need half of it
+MEMORY_BYTES = 2**30  # address space of this process; 16 M characters of output take half of it
 MAX_CHARACTERS = 2**24  # of output: eight times the longest context that models have
 # values of `role` with which templates may complete a token, as in Phi-3's "<|" + role + "|>"
 ROLE_NAMES = frozenset(
@@ -31,8 +31,8 @@ ROLE_NAMES = frozenset(
 )
 
 
-def start(path: list[str]) -> Any:
-    """Return the environment that compiles templates; ``path`` is the sys.path to find jinja2."""
+def make_environment(path: list[str]) -> Any:
+    """Return the environment that compiles templates. ``path``: the sys.path on which jinja2 is."""
     sys.path[:] = path
     import jinja2
     from jinja2.compiler import CodeGenerator
@@ -41,10 +41,10 @@ def start(path: list[str]) -> Any:
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
     class Generator(CodeGenerator):
-        """Wrap the template's own text in `own`."""
+        """Wraps the template's own text in `mark`."""
 
         def visit_Const(self, node, frame):
-            self.write(f"environment.own({node.as_const(frame.eval_ctx)!r})")
+            self.write(f"environment.mark({node.as_const(frame.eval_ctx)!r})")
 
         def visit_Concat(self, node, frame):  # the operator ~
             self.write("environment.concat((")
@@ -54,7 +54,7 @@ def start(path: list[str]) -> Any:
             self.write("))")
 
         def _output_const_repr(self, group):
-            return f"environment.own({super()._output_const_repr(group)})"
+            return f"environment.mark({super()._output_const_repr(group)})"
 
     class Generation(Extension):
         """``{% generation %}...{% endgeneration %}`` renders its body."""
@@ -68,7 +68,7 @@ def start(path: list[str]) -> Any:
     class Environment(ImmutableSandboxedEnvironment):
         code_generator_class = Generator
         concat = staticmethod(join)
-        own = staticmethod(own)
+        mark = staticmethod(mark)
 
     def join_filter(value, d="", attribute=None):
         if attribute is not None:
@@ -88,20 +88,20 @@ def start(path: list[str]) -> Any:
 
 def _tojson(value, ensure_ascii=False, indent=None, separators=None, sort_keys=False):
     """Dump JSON without the HTML escapes of jinja2's filter."""
-    form = {"ensure_ascii": ensure_ascii, "indent": indent, "separators": separators}
-    return json.dumps(value, **form, sort_keys=sort_keys)
+    options = {"ensure_ascii": ensure_ascii, "indent": indent, "separators": separators}
+    return json.dumps(value, **options, sort_keys=sort_keys)
 
 
-class Own(str):
+class MarkedText(str):
     """Text with a mark per character: 1 if the template wrote it, 0 if it was passed in.
 
-    The operations below keep the marks. Every other operation returns a plain str, which has none,
-    or (``format`` in jinja2's sandbox) an `Own` whose marks are all 0.
+    The operations below keep the marks. Every other operation returns a plain str without marks, or
+    (``format`` in jinja2's sandbox) a `MarkedText` in which all marks are 0.
     """
 
     _marks: bytes
 
-    def __new__(cls, text: str, marks: bytes | None = None) -> "Own":
+    def __new__(cls, text: str, marks: bytes | None = None) -> "MarkedText":
         new = super().__new__(cls, text)
         new._marks = bytes(len(new)) if marks is None else marks
         return new
@@ -111,28 +111,30 @@ class Own(str):
 
     def __add__(self, other: Any) -> Any:
         # other subclasses of str (jinja2's Markup) define their own addition
-        return join((self, other)) if type(other) in (str, Own) else NotImplemented
+        return join((self, other)) if type(other) in (str, MarkedText) else NotImplemented
 
     def __radd__(self, other: Any) -> Any:
         return join((other, self)) if type(other) is str else NotImplemented
 
-    def __getitem__(self, key: Any) -> "Own":
+    def __getitem__(self, key: Any) -> "MarkedText":
         marks = self._marks[key]
-        return Own(str.__getitem__(self, key), bytes([marks]) if isinstance(key, int) else marks)
+        return MarkedText(
+            str.__getitem__(self, key), bytes([marks]) if isinstance(key, int) else marks
+        )
 
-    def lstrip(self, chars: str | None = None) -> "Own":
+    def lstrip(self, chars: str | None = None) -> "MarkedText":
         return self[len(self) - len(str.lstrip(self, chars)) :]
 
-    def rstrip(self, chars: str | None = None) -> "Own":
+    def rstrip(self, chars: str | None = None) -> "MarkedText":
         return self[: len(str.rstrip(self, chars))]
 
-    def strip(self, chars: str | None = None) -> "Own":
+    def strip(self, chars: str | None = None) -> "MarkedText":
         return self.lstrip(chars).rstrip(chars)
 
-    def removeprefix(self, prefix: str) -> "Own":
+    def removeprefix(self, prefix: str) -> "MarkedText":
         return self[len(prefix) :] if self.startswith(prefix) else self
 
-    def removesuffix(self, suffix: str) -> "Own":
+    def removesuffix(self, suffix: str) -> "MarkedText":
         return self[: len(self) - len(suffix)] if self.endswith(suffix) else self
 
     def split(self, sep: str | None = None, maxsplit: int = -1) -> Any:
@@ -144,14 +146,14 @@ class Own(str):
     def splitlines(self, keepends: bool = False) -> Any:
         return self._located(str.splitlines(self, keepends), 0)
 
-    def _located(self, parts: list[str], separator: int) -> list["Own"]:
+    def _located(self, parts: list[str], separator: int) -> list["MarkedText"]:
         """Return ``parts`` of this text, from left to right, with their marks."""
-        found, at = [], 0
+        marked, start = [], 0
         for part in parts:
-            at = at if separator else self.index(part, at)
-            found.append(self[at : at + len(part)])
-            at += len(part) + separator
-        return found
+            start = start if separator else self.index(part, start)
+            marked.append(self[start : start + len(part)])
+            start += len(part) + separator
+        return marked
 
     def replace(self, old: str, new: str, count: int = -1) -> str:
         return join(self.split(old, count), new) if old else str.replace(self, old, new, count)
@@ -160,47 +162,48 @@ class Own(str):
         return join(parts, self)
 
 
-def join(parts: Iterable[Any], separator: str = "") -> Own:
+def join(parts: Iterable[Any], separator: str = "") -> MarkedText:
     """Join ``parts`` into one text, with the marks of those that have them."""
     texts: list[str] = []
     for part in parts:
         if texts and separator:
             texts.append(separator)
         texts.append(str(part))
-    marks = [t._marks if type(t) is Own else bytes(len(t)) for t in texts]
-    return Own("".join(texts), b"".join(marks))
+    marks = [t._marks if type(t) is MarkedText else bytes(len(t)) for t in texts]
+    return MarkedText("".join(texts), b"".join(marks))
 
 
-def own(value: Any) -> Any:
+def mark(value: Any) -> Any:
     """Return a constant of the template, marked."""
     if type(value) is str:
-        return Own(value, b"\1" * len(value))
+        return MarkedText(value, b"\1" * len(value))
     if isinstance(value, list | tuple):
-        return type(value)(map(own, value))
+        return type(value)(map(mark, value))
     if isinstance(value, dict):
-        return {key: own(item) for key, item in value.items()}
+        return {key: mark(item) for key, item in value.items()}
     return value
 
 
-def answer(compiled: Any, request: dict[str, Any]) -> dict[str, Any]:
-    """Return ``{"text", "own": [[start, end], ...]}`` for a request, or ``{"error"}``."""
+def render(compiled: Any, request: dict[str, Any]) -> dict[str, Any]:
+    """Return ``{"text", "template_ranges": [[start, end], ...]}`` for a request, or
+    ``{"error"}``."""
     try:
         # as in transformers, an entry of None is dropped
         messages = [{k: v for k, v in m.items() if v is not None} for m in request["messages"]]
         for message in messages:
             if message["role"] in ROLE_NAMES:
-                message["role"] = own(message["role"])
+                message["role"] = mark(message["role"])
         date = request["date"]
         today = datetime.now() if date is None else datetime.fromisoformat(date)
         variables = {
-            **own(request["tokens"]), **request["variables"], "messages": messages,
+            **mark(request["tokens"]), **request["variables"], "messages": messages,
             "strftime_now": lambda pattern: today.strftime(pattern),
         }  # fmt: skip
         text = join([compiled(request["template"]).render(variables)])
         if len(text) > MAX_CHARACTERS:
             return {"error": f"expected at most {MAX_CHARACTERS:,} characters, got {len(text):,}"}
-        runs = [run.span() for run in re.finditer(b"\1+", text._marks)]
-        return {"text": str.__str__(text), "own": runs}
+        ranges = [match.span() for match in re.finditer(b"\1+", text._marks)]
+        return {"text": str.__str__(text), "template_ranges": ranges}
     except MemoryError:
         return {"error": f"it needs more than {MEMORY_BYTES >> 20} MiB of memory"}
     except Exception as error:
@@ -209,12 +212,13 @@ def answer(compiled: Any, request: dict[str, Any]) -> dict[str, Any]:
 
 
 def main() -> None:
+    """Limit this process, then render the requests on stdin."""
     hard = resource.getrlimit(resource.RLIMIT_AS)[1]
-    most = MEMORY_BYTES if hard == resource.RLIM_INFINITY else min(hard, MEMORY_BYTES)
-    resource.setrlimit(resource.RLIMIT_AS, (most, hard))
+    max_bytes = MEMORY_BYTES if hard == resource.RLIM_INFINITY else min(hard, MEMORY_BYTES)
+    resource.setrlimit(resource.RLIMIT_AS, (max_bytes, hard))
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the host
     lines, out = sys.stdin.buffer, sys.stdout.buffer
-    environment = start(json.loads(lines.readline()))
+    environment = make_environment(json.loads(lines.readline()))
 
     @lru_cache(maxsize=16)
     def compiled(template: str) -> Any:
@@ -223,7 +227,7 @@ def main() -> None:
     for line in lines:
         request = json.loads(line)
         signal.setitimer(signal.ITIMER_PROF, request["seconds"])  # SIGPROF ends the process
-        reply = json.dumps(answer(compiled, request)).encode()
+        reply = json.dumps(render(compiled, request)).encode()
         signal.setitimer(signal.ITIMER_PROF, 0)
         out.write(reply + b"\n")
         out.flush()

@@ -1,13 +1,14 @@
-"""Text to token ids and back: byte-level BPE trained here, or the tokenizer of an existing model.
+"""Tokenizer: text to token ids and back, by a byte-level BPE trained here or by the tokenizer of an
+existing model.
 
-The work is done by Hugging Face's ``tokenizers``. This class adds what a language model needs
-around it: role tokens, chat templates, exact bytes per token, streaming, files in three formats.
-The alternative was to train on pre-token counts of our own; it is reserved for corpora that do not
-fit the library's memory (one entry per distinct pre-token).
+Hugging Face's ``tokenizers`` does the work. This class adds what a language model needs: role
+tokens, chat templates, exact bytes per token, streaming, files in three formats. The alternative
+was to train on pre-token counts of our own. It is reserved for corpora that exceed the library's
+memory (one entry per distinct pre-token).
 
-Special tokens spelt out in a text are plain text: ``encode(text)`` never yields a special id, so no
-web page and no chat message can close a turn or end a document. ``special=True`` reads them as
-transformers does.
+Special tokens that are spelt out in a text are plain text: ``encode(text)`` never yields a special
+id, so no web page and no chat message can close a turn or end a document. ``special=True`` reads
+them as transformers does.
 """
 
 import codecs
@@ -28,23 +29,33 @@ from fastlm.files import read_json, read_text, write_text
 from fastlm.progress import Track, silent
 from fastlm.sources.packages import model_path
 from fastlm.tokenizer import chat_template, gguf_vocab
-from fastlm.tokenizer.gguf_vocab import library
+from fastlm.tokenizer.gguf_vocab import call_tokenizers
 from fastlm.tokenizer.growth import check_growth
 
 ROLES = ("bos_token", "eos_token", "pad_token", "unk_token")
 # tokens with which published chat and base models end their output
-STOPS = ("<|im_end|>", "<|eot_id|>", "<end_of_turn>", "<|endoftext|>", "<|end_of_text|>", "<|end|>")
+STOP_TOKENS = (
+    "<|im_end|>",
+    "<|eot_id|>",
+    "<end_of_turn>",
+    "<|endoftext|>",
+    "<|end_of_text|>",
+    "<|end|>",
+)
 SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")  # of a tokenizer trained here
-PIECE = 2**20  # characters passed to the trainer at a time: limits what it holds of a document
+TRAIN_CHARACTERS = 2**20  # of a document that the trainer gets at a time: bounds its memory
 MAX_JSON_BYTES = 2**28  # the largest published tokenizer.json is 33 MB
 MAX_IDS = 2**24  # the largest published vocabularies have 2**18
-LONG = 2**12  # characters; shorter texts take less than the interpreter's switch between threads
-PART = 2**15  # characters that `Tokenizer.is_longer` encodes at a time: 10 ms, 10 MB
-MAX_CUT_TOKENS = 8  # what a cut between two such parts may add: a word, and a space before it
+# Characters: shorter texts take less time than the interpreter's switch between threads
+MIN_BATCH_CHARACTERS = 2**12
+PART_CHARACTERS = 2**15  # that `Tokenizer.is_longer` encodes at a time: 10 ms, 10 MB
+MAX_CUT_TOKENS = 8  # that a cut between two such parts may add: a word, and a space before it
 
 
 class Tokenizer:
-    """``bos_id``, ``eos_id``, ``pad_id``: int or None. ``chat_template``: Jinja text or None.
+    """Turns text into token ids and back.
+
+    ``bos_id``, ``eos_id``, ``pad_id``: int or None. ``chat_template``: Jinja text or None.
     ``byte_level``: whether tokens are bytes in GPT-2's alphabet (otherwise SentencePiece's).
     """
 
@@ -55,7 +66,7 @@ class Tokenizer:
         template: str | None = None,
     ) -> None:
         self._backend = backend
-        self._written: set[Any] = set()  # what `check_written` has found to be right
+        self._complete_templates: set[Any] = set()  # that `check_template_is_complete` has accepted
         if self.vocab_size > MAX_IDS:  # the library lists the unused ids
             raise InputError(
                 f"tokenizer: expected ids below {MAX_IDS:,}, got one of {self.vocab_size - 1:,}"
@@ -69,7 +80,7 @@ class Tokenizer:
                 raise InputError(f"{name}: expected a token of the vocabulary, got {token!r}")
         self.bos_id, self.eos_id, self.pad_id = map(ids.get, ROLES[:3])
         added = {t.content: i for i, t in backend.get_added_tokens_decoder().items()}
-        stops = {added[token] for token in STOPS if token in added}
+        stops = {added[token] for token in STOP_TOKENS if token in added}
         self.stop_ids = frozenset(stops if self.eos_id is None else stops | {self.eos_id})
         decoder = json.loads(backend.decoder.__getstate__()) if backend.decoder else {}
         kinds = {decoder.get("type"), *(d["type"] for d in decoder.get("decoders", ()))}
@@ -87,27 +98,27 @@ class Tokenizer:
         return self._backend
 
     @cached_property
-    def _specials(self) -> dict[str, int]:
+    def _special_ids(self) -> dict[str, int]:
         added = self._backend.get_added_tokens_decoder()
         return {token.content: index for index, token in added.items() if token.special}
 
     @cached_property
-    def _reserved(self) -> frozenset[int]:
+    def _reserved_ids(self) -> frozenset[int]:
         """Ids of the special tokens, except the unknown token."""
         unknown = {self._roles.get("unk_token"), getattr(self._backend.model, "unk_token", None)}
-        return frozenset(i for token, i in self._specials.items() if token not in unknown)
+        return frozenset(i for token, i in self._special_ids.items() if token not in unknown)
 
     @cached_property
     def _text_backend(self) -> tokenizers.Tokenizer:
         """The same tokenizer, with special tokens as plain text (a flag on the whole object)."""
         # a file whose merges and vocabulary disagree gets this far
-        twin = library(tokenizers.Tokenizer.from_str, self._backend.to_str())
-        twin.encode_special_tokens = True
-        return twin
+        copy = call_tokenizers(tokenizers.Tokenizer.from_str, self._backend.to_str())
+        copy.encode_special_tokens = True
+        return copy
 
     def _may_spell_special(self, text: str) -> bool:
-        """Whether a special token may be in the text. Where none is, both backends give the same
-        ids, and `_text_backend` takes as long to make as the tokenizer took to load."""
+        """Return whether a special token may be in the text. Without one, both backends give the
+        same ids, and to create `_text_backend` takes as long as to load the tokenizer."""
         if "_text_backend" in vars(self):
             return True
         return any(normalized or content in text for content, normalized in self._spelled)
@@ -119,17 +130,17 @@ class Tokenizer:
 
     @cached_property
     def vocab_size(self) -> int:
-        """One more than the highest id: the size that an embedding needs (ids may have gaps)."""
+        """The highest id plus one: the size that an embedding needs (ids may have gaps)."""
         return max(self._backend.get_vocab(with_added_tokens=True).values(), default=-1) + 1
 
     def vocabulary_id(self, size: int) -> str:
-        """Return a hash of what the ids below ``size`` stand for: equal for copies of a tokenizer,
-        with another chat template, with more tokens behind these, or in a GGUF file, which fills
-        up unused ids.
+        """Return a hash of the tokens with ids below ``size``. It is equal for copies of a
+        tokenizer, for one with another chat template or with more tokens, and for one in a GGUF
+        file, which fills up unused ids.
         """
         vocab = self._backend.get_vocab(with_added_tokens=True)
-        named = sorted((i, t) for t, i in vocab.items() if i < size and t != f"[PAD{i}]")
-        return hashlib.sha256(json.dumps(named).encode()).hexdigest()
+        tokens = sorted((i, t) for t, i in vocab.items() if i < size and t != f"[PAD{i}]")
+        return hashlib.sha256(json.dumps(tokens).encode()).hexdigest()
 
     # training
 
@@ -142,7 +153,7 @@ class Tokenizer:
         special_tokens: Sequence[str] = SPECIAL_TOKENS,
         track: Track = silent,
     ) -> "Tokenizer":
-        """Train byte-level BPE with GPT-4's split pattern; the special tokens get the first ids.
+        """Train byte-level BPE with GPT-4's split pattern. The special tokens get the first ids.
 
         ``texts`` is read once, as a stream; memory grows with the number of distinct pre-tokens.
         All 256 bytes are tokens, so every text survives a round trip. The vocabulary is smaller
@@ -171,8 +182,8 @@ class Tokenizer:
             nonlocal characters
             for text in track(texts, "tokenizer: reading", unit="documents"):
                 characters += len(text)
-                for start in range(0, len(text), PIECE):
-                    yield _valid(text[start : start + PIECE])
+                for start in range(0, len(text), TRAIN_CHARACTERS):
+                    yield _valid(text[start : start + TRAIN_CHARACTERS])
 
         backend.train_from_iterator(pieces(), trainer)
         if not characters:
@@ -190,15 +201,15 @@ class Tokenizer:
         if path.suffix == ".gguf":
             from fastlm.checkpoint.gguf_file import open_gguf
 
-            return cls(*gguf_vocab.build(open_gguf(path)))
+            return cls(*gguf_vocab.build_tokenizer(open_gguf(path)))
         file = path / "tokenizer.json" if path.is_dir() else path
         text = read_text(file, MAX_JSON_BYTES)
         try:
             check_growth(text)
-            backend = library(tokenizers.Tokenizer.from_str, text)
+            backend = call_tokenizers(tokenizers.Tokenizer.from_str, text)
         except InputError as error:
             raise InputError(f"{file}: expected a tokenizer.json, got: {error}") from error
-        # settings of one call that transformers saves with the tokenizer and does not load
+        # settings of one call, which transformers saves with the tokenizer and does not load
         backend.no_truncation()
         backend.no_padding()
         config, legacy = (
@@ -210,14 +221,14 @@ class Tokenizer:
         template = config.get("chat_template")
         if (jinja := file.parent / "chat_template.jinja").exists():
             template = read_text(jinja)
-        if isinstance(template, list):  # several named ones; "default" is for chat
-            named = {t.get("name"): t.get("template") for t in template if isinstance(t, dict)}
-            template = named.get("default")
+        if isinstance(template, list):  # several with names; "default" is for chat
+            templates = {t.get("name"): t.get("template") for t in template if isinstance(t, dict)}
+            template = templates.get("default")
         return cls(backend, roles, template if isinstance(template, str) else None)
 
     def save(self, folder: str | Path) -> None:
         """Write tokenizer.json, tokenizer_config.json and special_tokens_map.json into ``folder``,
-        each whole or not at all. ``transformers.AutoTokenizer`` reads them.
+        each completely or not at all. ``transformers.AutoTokenizer`` reads them.
         """
         folder = Path(folder)
         config = {
@@ -239,7 +250,7 @@ class Tokenizer:
 
     def encode(self, text: str, *, special: bool = False) -> list[int]:
         """Return the ids of ``text``. ``special=True`` returns what transformers' ``encode`` does:
-        special tokens in the text become their ids, and BOS/EOS are added if the tokenizer says so.
+        special tokens in the text become their ids, and BOS/EOS are added if the tokenizer does so.
         """
         text = _valid(text)
         plain = special or not self._may_spell_special(text)
@@ -248,11 +259,11 @@ class Tokenizer:
         return ids if special else self._checked(ids)
 
     def is_longer(self, text: str, max_tokens: int) -> bool:
-        """Whether a text certainly has more than ``max_tokens`` tokens, whether special tokens in
-        it are text or not. No more of it is encoded than that takes."""
+        """Return whether a text certainly has more than ``max_tokens`` tokens, whether special
+        tokens in it are text or not. It encodes no more of the text than it needs."""
         count = 0
-        for start in range(0, len(text), PART):
-            part = _valid(text[start : start + PART])
+        for start in range(0, len(text), PART_CHARACTERS):
+            part = _valid(text[start : start + PART_CHARACTERS])
             count += len(_encode(self._backend, part, False)) - MAX_CUT_TOKENS
             if count > max_tokens:
                 return True
@@ -263,19 +274,18 @@ class Tokenizer:
         tokens in a text become their ids."""
         valid = [_valid(text) for text in texts]
         backend = self._backend if parse_special else self._text_backend
-        batch = library(backend.encode_batch_fast, valid, add_special_tokens=False)
+        batch = call_tokenizers(backend.encode_batch_fast, valid, add_special_tokens=False)
         return [e.ids if parse_special else self._checked(e.ids) for e in batch]
 
     def _checked(self, ids: list[int]) -> list[int]:
         """Return the ``ids`` of plain text; refuse special ones. If a special token is also a piece
         of ordinary text (one byte, a whole word), there is no other way to write that text.
         """
-        if not self._reserved.isdisjoint(ids):
-            index = next(i for i in ids if i in self._reserved)
+        if not self._reserved_ids.isdisjoint(ids):
+            index = next(i for i in ids if i in self._reserved_ids)
             raise InputError(
-                f"text: expected none with {self._backend.id_to_token(index)!r}, a special token "
-                "that"
-                " this tokenizer cannot write as text"
+                f"text: expected none with {self._backend.id_to_token(index)!r}, a special token"
+                " that this tokenizer cannot write as text"
             )
         return ids
 
@@ -335,12 +345,14 @@ class Tokenizer:
         add_generation_prompt: bool,
         variables: dict[str, Any],
         date: str | None = None,
-    ) -> tuple[str, chat_template.Runs]:
+    ) -> tuple[str, chat_template.Ranges]:
         if self.chat_template is None:
             raise InputError("chat_template: expected one for chat, this tokenizer has none")
         variables = {"add_generation_prompt": add_generation_prompt, **variables}
-        text, own = chat_template.render(self.chat_template, messages, variables, self._roles, date)
-        return _valid(text), own
+        text, ranges = chat_template.render(
+            self.chat_template, messages, variables, self._roles, date
+        )
+        return _valid(text), ranges
 
     def encode_chat(
         self,
@@ -351,15 +363,15 @@ class Tokenizer:
         check: Callable[[str], Any] = lambda text: None,
         **variables: Any,
     ) -> list[int]:
-        """Return the ids of ``render_chat``. Only what the template wrote itself, from the first to
-        the last character, is a special token. The template may join or cut constants for that;
-        what it writes by ``format``, or by a ``%`` that is not constant, is text. What messages,
-        tools and other variables hold stays text. ``check`` is called with the rendered text before
-        it is encoded, and may refuse it.
+        """Return the ids of ``render_chat``. A special token counts only where the template itself
+        wrote all its characters. The template may join or cut constants for that; what it writes by
+        ``format``, or by a ``%`` that is not constant, is text. The content of messages, tools and
+        other variables is text. ``check`` is called with the rendered text before it is encoded,
+        and may refuse it.
         """
-        text, own = self._render(messages, add_generation_prompt, variables, date)
+        text, ranges = self._render(messages, add_generation_prompt, variables, date)
         check(text)
-        return self._encode_rendered(text, own)
+        return self._encode_rendered(text, ranges)
 
     def encode_conversation(
         self,
@@ -369,45 +381,48 @@ class Tokenizer:
         date: str | None = None,
         **variables: Any,
     ) -> list[tuple[list[int], list[bool]]]:
-        """Return a conversation as (ids, mask): which ids a model is to learn, which are the
-        assistant's messages, each with the token that ends it. ``learnt`` leaves some of them out.
+        """Return a conversation as pairs (ids, mask). The mask marks the ids that a model is to
+        learn: the assistant's messages, each with the token that ends it. ``learnt``: one flag per
+        message; False leaves that message out of the mask.
 
-        There is one pair for a template that appends messages to a text. A template that writes a
-        message differently when others follow (Qwen3 drops earlier reasoning) gives one pair per
-        learnt answer, with what precedes it. An answer is encoded apart from the prompt before it,
-        as in generation: no token straddles the border. ``date``: see `chat_template.render`.
+        A template that appends messages to a text gives one pair. A template that writes a message
+        differently when others follow (Qwen3 drops earlier reasoning) gives one pair per learnt
+        answer, with the text before it. An answer is encoded apart from its prompt, as in
+        generation: no token straddles the border. ``date``: see `chat_template.render`.
 
-        InputError: a template that drops a message, its tool calls or the tools, whose generation
-        prompt is not how an answer begins, or that ends an answer without an end token.
+        InputError: a template that drops a message, its tool calls or the tools; a generation
+        prompt with which answers do not begin; an answer without an end token.
         """
-        self.check_learnable()
-        self.check_written(messages, variables, date)
-        text, own = self._render(messages, False, variables, date)
-        answers = []  # (begin, text up to the end of the answer, its marks, whether to learn it)
+        self.check_can_train_on_chats()
+        self.check_template_is_complete(messages, variables, date)
+        text, ranges = self._render(messages, False, variables, date)
+        # (begin, text up to the end of the answer, the template's ranges in it, whether to learn
+        # it)
+        answers = []
         for i, message in enumerate(messages):
             if message["role"] != "assistant":
                 continue
-            before = self._render(messages[:i], True, variables, date)[0]
-            upto, marks = self._render(messages[: i + 1], False, variables, date)
-            if not upto.startswith(before):
+            prompt = self._render(messages[:i], True, variables, date)[0]
+            part, part_ranges = self._render(messages[: i + 1], False, variables, date)
+            if not part.startswith(prompt):
                 raise InputError(
-                    "chat_template: expected a generation prompt that is how an answer begins,"
-                    f" got {before[-40:]!r} before message {i}"
+                    "chat_template: expected a generation prompt with which answers begin,"
+                    f" got {prompt[-40:]!r} before message {i}"
                 )
             learn = learnt is None or learnt[i]
             if learn:
-                _check_whole(upto[len(before) :], message, i)
-            answers.append((len(before), upto, marks, learn))
-        if all(text.startswith(upto) for _, upto, _, _ in answers):
-            borders = [(begin, len(upto), learn) for begin, upto, _, learn in answers]
-            return [self._masked(text, own, borders)]
+                _check_answer_is_complete(part[len(prompt) :], message, i)
+            answers.append((len(prompt), part, part_ranges, learn))
+        if all(text.startswith(part) for _, part, _, _ in answers):
+            borders = [(begin, len(part), learn) for begin, part, _, learn in answers]
+            return [self._masked(text, ranges, borders)]
         return [
-            self._masked(upto, marks, [(begin, len(upto), True)])
-            for begin, upto, marks, learn in answers
+            self._masked(part, part_ranges, [(begin, len(part), True)])
+            for begin, part, part_ranges, learn in answers
             if learn
         ]
 
-    def check_learnable(self) -> None:
+    def check_can_train_on_chats(self) -> None:
         """Raise InputError if `encode_conversation` cannot serve this tokenizer."""
         if self._strip_first:
             raise InputError(
@@ -416,16 +431,17 @@ class Tokenizer:
             )
 
     def _masked(
-        self, text: str, own: chat_template.Runs, answers: list[tuple[int, int, bool]]
+        self, text: str, ranges: chat_template.Ranges, answers: list[tuple[int, int, bool]]
     ) -> tuple[list[int], list[bool]]:
         """Encode a rendered text with the answers text[begin:end], and mask the learnt ones."""
         ids: list[int] = []
         mask: list[bool] = []
-        at = 0
+        start = 0
         for begin, end, learn in answers:
-            prompt = self._encode_rendered(*_cut(text, own, at, begin))
-            answer = self._encode_rendered(*_cut(text, own, begin, end))
-            # gpt-oss ends each channel with an end token: the answer ends where no text follows
+            prompt = self._encode_rendered(*_cut(text, ranges, start, begin))
+            answer = self._encode_rendered(*_cut(text, ranges, begin, end))
+            # gpt-oss ends each channel with an end token: the answer ends at the one without text
+            # after
             stops = [n for n, i in enumerate(answer, 1) if i in self.stop_ids]
             stop = next((n for n in stops if not self.decode(answer[n:]).strip()), None)
             if stop is None:
@@ -436,85 +452,92 @@ class Tokenizer:
                     f" got {text[begin:end][-40:]!r}"
                 )
             ids += prompt + answer
-            # what follows the end token, a line break, is not learnt
+            # the line break after the end token is not learnt
             mask += [False] * len(prompt) + [learn] * stop + [False] * (len(answer) - stop)
-            at = end
-        rest = self._encode_rendered(*_cut(text, own, at, len(text)))
+            start = end
+        rest = self._encode_rendered(*_cut(text, ranges, start, len(text)))
         return ids + rest, mask + [False] * len(rest)
 
-    def check_written(
+    def check_template_is_complete(
         self, messages: Sequence[Mapping[str, Any]], variables: dict[str, Any], date: str | None
     ) -> None:
-        """Refuse a template that drops a part of such messages: each part is replaced by a mark of
-        its own, which has to be in the rendered text. Once for each sequence of roles and parts.
+        """Refuse a template that drops a part of such messages. Each part is replaced by a
+        placeholder, which must be in the rendered text. Each sequence of roles and parts is checked
+        once.
         """
         has_tools = bool(variables.get("tools"))
         parts = tuple(
             (m["role"], bool((m.get("content") or "").strip()), len(m.get("tool_calls") or ()))
             for m in messages
         )
-        if (key := (self.chat_template, parts, has_tools)) in self._written:
+        if (key := (self.chat_template, parts, has_tools)) in self._complete_templates:
             return
-        marks: dict[str, str] = {}  # what the template has to write -> the part that it stands for
+        placeholders: dict[str, str] = {}  # text -> the part that it stands for
 
-        def mark(part: str) -> str:
-            name = f"mark{len(marks)}x"
-            marks[name] = part
+        def placeholder(part: str) -> str:
+            name = f"mark{len(placeholders)}x"
+            placeholders[name] = part
             return name
 
-        marked = []
+        copies = []
         for i, (message, (role, has_text, _)) in enumerate(zip(messages, parts)):
             copy = dict(message)
             if has_text:
-                copy["content"] = mark(f"the text of message {i} ({role})")
+                copy["content"] = placeholder(f"the text of message {i} ({role})")
             if calls := message.get("tool_calls"):
                 part = f"the tool calls of message {i} ({role})"
                 copy["tool_calls"] = [
-                    {**c, "function": {"name": mark(part), "arguments": {"argument": mark(part)}}}
+                    {
+                        **c,
+                        "function": {
+                            "name": placeholder(part),
+                            "arguments": {"argument": placeholder(part)},
+                        },
+                    }
                     for c in calls
                 ]
-            marked.append(copy)
+            copies.append(copy)
         if has_tools:
-            name = mark("the tools")
+            name = placeholder("the tools")
             variables = {**variables, "tools": [_renamed(t, name) for t in variables["tools"]]}
-        text = self._render(marked, False, variables, date)[0]
-        for name, part in marks.items():
+        text = self._render(copies, False, variables, date)[0]
+        for name, part in placeholders.items():
             if name not in text:
                 raise InputError(f"chat_template: expected one that writes {part}, got none of it")
-        self._written.add(key)
+        self._complete_templates.add(key)
 
     @property
     def special_tokens(self) -> frozenset[str]:
-        return frozenset(self._specials)
+        return frozenset(self._special_ids)
 
-    def _encode_rendered(self, text: str, own: chat_template.Runs) -> list[int]:
-        """The ids of a rendered text, of which the template wrote the ranges ``own``."""
-        names = "|".join(map(re.escape, sorted(self._specials, key=len, reverse=True)))
+    def _encode_rendered(self, text: str, ranges: chat_template.Ranges) -> list[int]:
+        """Return the ids of a rendered text. ``ranges``: those that the template itself wrote."""
+        names = "|".join(map(re.escape, sorted(self._special_ids, key=len, reverse=True)))
         written = [
             (start + match.start(), match[0])
-            for start, end in own
+            for start, end in ranges
             for match in (re.finditer(names, text[start:end]) if names else ())
         ]
         encoding = _encode(self._backend, text, False, offsets=True)
-        # the unknown token also stands for characters: it counts only where its name is written
-        found = [
+        # the unknown token also stands for characters: it counts only where its name is in the text
+        special = [
             (i, span)
             for i, span in zip(encoding.ids, encoding.offsets)
-            if i in self._reserved or text[slice(*span)].strip() in self._specials
+            if i in self._reserved_ids or text[slice(*span)].strip() in self._special_ids
         ]
         # an offset may include spaces that the token absorbs
-        if len(found) == len(written) and all(
-            i == self._specials[name] and start <= at and at + len(name) <= stop
-            for (i, (start, stop)), (at, name) in zip(found, written)
+        if len(special) == len(written) and all(
+            i == self._special_ids[name] and start <= position and position + len(name) <= stop
+            for (i, (start, stop)), (position, name) in zip(special, written)
         ):
             return encoding.ids
-        # some special token is text: encode what is between the template's own piece by piece
+        # some special token is text: encode the parts between the template's special tokens
         ids: list[int] = []
-        at = 0
+        end = 0
         for start, name in written:
-            ids += [*self.encode(text[at:start]), self._specials[name]]
-            at = start + len(name)
-        return ids + self.encode(text[at:])
+            ids += [*self.encode(text[end:start]), self._special_ids[name]]
+            end = start + len(name)
+        return ids + self.encode(text[end:])
 
 
 class TokenStream:
@@ -522,7 +545,7 @@ class TokenStream:
 
     def __init__(self, tokenizer: Tokenizer, special: bool, first: bool) -> None:
         self._tokenizer = tokenizer
-        self._hidden = frozenset() if special else frozenset(tokenizer._specials.values())
+        self._hidden = frozenset() if special else frozenset(tokenizer._special_ids.values())
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
         self._strip = first and tokenizer._strip_first
 
@@ -530,7 +553,7 @@ class TokenStream:
         data = self._tokenizer.token_bytes(token_id)
         if token_id in self._hidden:
             return ""
-        if self._strip:  # the space that encoding put before the text
+        if self._strip:  # the space that the encoder put before the text
             data, self._strip = data.removeprefix(b" "), False
         return self._utf8.decode(data)
 
@@ -542,37 +565,37 @@ REASONING = ("reasoning_content", "reasoning", "thinking")
 
 
 def _renamed(tool: Any, name: str) -> Any:
-    """The tool under another name."""
+    """Return the tool under another name."""
     if isinstance(tool, Mapping) and isinstance(tool.get("function"), Mapping):
         return {**tool, "function": {**tool["function"], "name": name}}
     return {**tool, "name": name} if isinstance(tool, Mapping) else tool
 
 
-def _check_whole(answer: str, message: Mapping[str, Any], index: int) -> None:
+def _check_answer_is_complete(answer: str, message: Mapping[str, Any], index: int) -> None:
     """Refuse a template that cuts an answer or drops its reasoning; spaces may differ."""
     written = "".join(answer.split())
     for name in ("content", *REASONING):
         if "".join(str(message.get(name) or "").split()) not in written:
             raise InputError(
-                f"chat_template: expected one that writes the whole {name} of message {index}"
+                f"chat_template: expected one that writes the complete {name} of message {index}"
                 f" ({message['role']}), got {answer[:60]!r}"
             )
 
 
 def _cut(
-    text: str, own: chat_template.Runs, start: int, stop: int
-) -> tuple[str, chat_template.Runs]:
-    """text[start:stop], and the ranges of ``own`` in it."""
-    inside = [(max(a, start) - start, min(b, stop) - start) for a, b in own]
+    text: str, ranges: chat_template.Ranges, start: int, stop: int
+) -> tuple[str, chat_template.Ranges]:
+    """Return text[start:stop], and the part of ``ranges`` in it."""
+    inside = [(max(a, start) - start, min(b, stop) - start) for a, b in ranges]
     return text[start:stop], [(a, b) for a, b in inside if a < b]
 
 
 def check_vocab_size(vocab_size: int, special_tokens: Sequence[str]) -> None:
     """Raise InputError unless all bytes and the special tokens fit."""
-    least = 256 + len(special_tokens)
-    if vocab_size < least:
+    min_size = 256 + len(special_tokens)
+    if vocab_size < min_size:
         raise InputError(
-            f"vocab_size: expected at least {least} (256 bytes and the special tokens), "
+            f"vocab_size: expected at least {min_size} (256 bytes and the special tokens), "
             f"got {vocab_size}"
         )
 
@@ -587,17 +610,17 @@ BYTE_OF |= {chr(256 + index): byte for index, byte in enumerate(_OTHERS)}
 def _with_special_turns(
     backend: tokenizers.Tokenizer, roles: Iterable[str]
 ) -> tokenizers.Tokenizer:
-    """Return the tokenizer with the tokens that end or begin a turn marked as special. Some files
-    do not flag them, and a message that spells one would then end its turn.
+    """Return the tokenizer with the tokens that begin or end a turn marked as special. Some files
+    do not mark them, and a message that spells one would then end its turn.
     """
-    turns = {*STOPS, "<|im_start|>", *roles}
+    turns = {*STOP_TOKENS, "<|im_start|>", *roles}
     added = backend.get_added_tokens_decoder().values()
     if all(token.special for token in added if token.content in turns):
         return backend
     state = json.loads(backend.to_str())
     for token in state["added_tokens"]:
         token["special"] |= token["content"] in turns
-    return library(tokenizers.Tokenizer.from_str, json.dumps(state))
+    return call_tokenizers(tokenizers.Tokenizer.from_str, json.dumps(state))
 
 
 def _encode(
@@ -605,12 +628,12 @@ def _encode(
 ) -> tokenizers.Encoding:
     """Encode a text; ``special``: with BOS and EOS, if the tokenizer adds them.
 
-    The library's `encode` holds the interpreter's lock, 1.4 s for 660 KB; its batches do not.
+    The library's `encode` holds the interpreter's lock (1.4 s for 660 KB); its batches do not.
     """
-    if len(text) < LONG:
-        return library(backend.encode, text, add_special_tokens=special)
+    if len(text) < MIN_BATCH_CHARACTERS:
+        return call_tokenizers(backend.encode, text, add_special_tokens=special)
     encode = backend.encode_batch if offsets else backend.encode_batch_fast
-    return library(encode, [text], add_special_tokens=special)[0]
+    return call_tokenizers(encode, [text], add_special_tokens=special)[0]
 
 
 def _valid(text: str) -> str:

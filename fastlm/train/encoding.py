@@ -50,7 +50,7 @@ def chat_tokenizer(tokenizer: "Tokenizer", chat_template: str) -> "Tokenizer":
                 " ChatML's tokens <|im_start|> and <|im_end|>, got none"
             )
         tokenizer.chat_template = CHATML
-    tokenizer.check_learnable()
+    tokenizer.check_can_train_on_chats()
     return tokenizer
 
 

@@ -225,13 +225,13 @@ def weights_digest(model: "nn.Module") -> str:
     """Return a hash of a model's weights and of how its adapters are applied."""
     import torch
 
-    from fastlm.model.lora import lora_of
+    from fastlm.model.lora import lora_layers
 
     digest = hashlib.sha256()
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         digest.update(name.encode())
         digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().data)
-    for module in lora_of(model).values():
+    for module in lora_layers(model).values():
         digest.update(module.extra_repr().encode())
     return digest.hexdigest()[:16]
 

@@ -31,7 +31,7 @@ from fastlm.checkpoint.folder import load_tensors
 from fastlm.errors import InputError
 from fastlm.inference.requests import Completion
 from fastlm.model.lora import without_adapter
-from fastlm.model.merged import merged
+from fastlm.model.lora_merge import merged_lora
 from fastlm.model.quantized_modules import QuantizedLinear
 from fastlm.train.distributed import weighted_means
 from fastlm.train.losses import Metrics, aggregate, kl_penalty, pool_metrics
@@ -165,7 +165,7 @@ class OnlineObjective(Objective):
         """Return log-probabilities of the completions' tokens and entropies, (B, S). ``hidden``:
         the model's hidden states (1, total, E), if they are already computed.
         """
-        logp, entropy = model.logprobs_of(
+        logp, entropy = model.logprobs_from_hidden(
             packed.hidden(model) if hidden is None else hidden, packed.labels,
             temperature=self.options.temperature, return_entropy=True,
         )  # fmt: skip
@@ -258,7 +258,7 @@ class OnlineObjective(Objective):
     ) -> list[Completion]:
         quantized = any(isinstance(m, QuantizedLinear) for m in self.policy.modules())
         # merged adapters cost nothing per token; but merging would dequantize a quantized base
-        with nullcontext() if quantized else merged(self.policy):
+        with nullcontext() if quantized else merged_lora(self.policy):
             return sample_completions(
                 self.policy, prompts, max_new_tokens=max_new_tokens, seed=seed,
                 temperature=temperature, stop_ids=self.stop_ids,

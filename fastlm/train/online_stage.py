@@ -296,7 +296,7 @@ class PromptDataset(EncodedDataset):
         try:
             # raises if the template would drop something
             conversation = [*row.messages, {"role": "assistant", "content": "."}]
-            self.tokenizer.check_written(conversation, variables, self.stage.date)
+            self.tokenizer.check_template_is_complete(conversation, variables, self.stage.date)
             ids = self.tokenizer.encode_chat(row.messages, date=self.stage.date, **variables)
         except InputError as error:
             self.refuse(error, row.location)

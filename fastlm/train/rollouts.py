@@ -16,7 +16,7 @@ from torch import Tensor
 from fastlm.errors import InputError
 from fastlm.inference.requests import Completion, batch_requests
 from fastlm.inference.sampling import Sampling
-from fastlm.model.generation import engine_for
+from fastlm.model.generation import make_engine
 from fastlm.train.objective import IGNORE, Example, pack_groups
 
 if TYPE_CHECKING:
@@ -58,7 +58,7 @@ def sample_completions(
     requests = batch_requests(
         prompts, max_new_tokens, Sampling(temperature), seed=seed, stop_ids=stop_ids, logprobs=0
     )
-    completions = engine_for(model, requests, max_num_seqs=max_num_seqs).generate(requests)
+    completions = make_engine(model, requests, max_num_seqs=max_num_seqs).generate(requests)
     if errors := [completion.error for completion in completions if completion.error]:
         raise RuntimeError(errors[0])
     return completions

@@ -54,9 +54,9 @@ def test_quota_of_cgroup_1(machine, limit, expected):
 
 @pytest.fixture
 def environment(monkeypatch):
-    """The environment that `settle` reads and changes."""
+    """The environment that `configure_threads` reads and changes."""
     for name in ("OMP_NUM_THREADS", "RAYON_NUM_THREADS", "OMP_WAIT_POLICY", "GOMP_SPINCOUNT"):
-        monkeypatch.setenv(name, "")  # so that the test removes what `settle` sets
+        monkeypatch.setenv(name, "")  # so that the test removes what `configure_threads` sets
         monkeypatch.delenv(name)
     before = torch.get_num_threads()
     yield os.environ
@@ -64,7 +64,7 @@ def environment(monkeypatch):
 
 
 def test_settle_bounds_the_wait_and_counts_cores(environment):
-    threads.settle()
+    threads.configure_threads()
     assert environment["GOMP_SPINCOUNT"] == threads.SPIN_ROUNDS
     assert environment["OMP_NUM_THREADS"] == str(threads.default_threads())
 
@@ -72,10 +72,10 @@ def test_settle_bounds_the_wait_and_counts_cores(environment):
 @pytest.mark.parametrize("name, value", [("OMP_WAIT_POLICY", "active"), ("GOMP_SPINCOUNT", "7")])
 def test_settle_leaves_what_the_user_exported(environment, name, value):
     environment |= {"OMP_NUM_THREADS": "3", name: value}
-    threads.settle()
+    threads.configure_threads()
     assert environment["OMP_NUM_THREADS"] == "3" and environment[name] == value
     assert "GOMP_SPINCOUNT" not in environment or name == "GOMP_SPINCOUNT"
-    threads.settle(2)
+    threads.configure_threads(2)
     assert environment["OMP_NUM_THREADS"] == "2" and torch.get_num_threads() == 2
 
 

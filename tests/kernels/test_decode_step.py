@@ -13,7 +13,7 @@ from fastlm import backend
 from fastlm.checkpoint.config import ModelConfig
 from fastlm.model import cpu_decode, layers
 from fastlm.model.causal_lm import CausalLM
-from fastlm.model.quantized_modules import put_quantized
+from fastlm.model.quantized_modules import set_quantized_weight
 from fastlm.ops import quantize_weight
 from fastlm.reference.quantized_linear import round_rows
 
@@ -130,7 +130,7 @@ def test_offsets(bits, act_bits, isa):
             own = 12 - bits if name.endswith("v_proj") else bits
             group = -1 if name.endswith("down_proj") else 24
             weight = quantize_weight(module.weight, own, group_size=group, symmetric=False)
-            put_quantized(model, name, weight, act_bits=act_bits)
+            set_quantized_weight(model, name, weight, act_bits=act_bits)
     assert_steps_equal_modules(model, rows=2, act_bits=act_bits)
 
 

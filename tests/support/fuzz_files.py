@@ -64,9 +64,9 @@ def undamaged(folder: Path) -> dict[str, Path]:
     model = quantize(CausalLM(ModelConfig.from_dict(config), seed=0), "w4a16", group_size=32)
     model.save_pretrained(folder / "own")
     files["own"] = folder / "own"
-    save_hf(folder / "sharded", model.config.to_dict(), model.stored(), max_shard_bytes=SHARD)
+    save_hf(folder / "sharded", model.config.to_dict(), model.weights(), max_shard_bytes=SHARD)
     files["sharded"] = folder / "sharded"
-    save_gguf(folder / "model.gguf", model.config, model.stored(), None, "m")
+    save_gguf(folder / "model.gguf", model.config, model.weights(), None, "m")
     files["gguf"] = folder / "model.gguf"
     draw = np.random.default_rng(0)
     import gguf

@@ -15,7 +15,7 @@ from fastlm import backend
 from fastlm.checkpoint import gguf_blocks
 from fastlm.checkpoint.gguf_file import open_gguf
 from fastlm.model.cpu_decode import scale_table
-from fastlm.startup import imports
+from fastlm.startup import fast_imports
 from fastlm.tokenizer.tokenizer import Tokenizer
 
 
@@ -102,7 +102,7 @@ def test_the_twin_for_spelt_out_tokens_is_made_when_it_is_needed():
 
 def test_imports_leave_the_collector_on():
     assert gc.isenabled()
-    with imports():
+    with fast_imports():
         assert not gc.isenabled()
     assert gc.isenabled()
     gc.unfreeze()

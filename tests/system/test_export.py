@@ -76,22 +76,22 @@ def same(came, want):
 @pytest.mark.parametrize("case", MODELS)
 def test_every_architecture_is_read_back(case, tmp_path):
     model = model_of(case)
-    told = save_gguf(tmp_path / "m.gguf", model.config, model.stored(), None, "m")
+    told = save_gguf(tmp_path / "m.gguf", model.config, model.weights(), None, "m")
     assert set(told["formats"]) == {"F32"} and not told["rounded_scales"]
     came = dict(load_state(tmp_path / "m.gguf")[1])
     if "gemma" in case:  # one is added to and taken from the norms
-        for name, weight in model.stored().items():
+        for name, weight in model.weights().items():
             torch.testing.assert_close(came[name], weight.detach(), rtol=0, atol=2**-22)
     else:
-        same(came, model.stored())
+        same(came, model.weights())
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_floats_keep_their_dtype_and_vectors_are_float32(dtype, tmp_path):
     model = model_of("llama-tied").to(dtype)
-    told = save_gguf(tmp_path / "m.gguf", model.config, model.stored(), None, "m")
+    told = save_gguf(tmp_path / "m.gguf", model.config, model.weights(), None, "m")
     assert set(told["formats"]) == {{torch.bfloat16: "BF16", torch.float16: "F16"}[dtype]}
-    same(dict(load_state(tmp_path / "m.gguf")[1]), model.stored())
+    same(dict(load_state(tmp_path / "m.gguf")[1]), model.weights())
     file = GGUFFile(tmp_path / "m.gguf")
     assert file.tensors["output_norm.weight"].kind.name == "F32"
 
@@ -144,7 +144,7 @@ def test_scales_that_float16_lacks_are_counted_or_refused():
 def test_models_that_gguf_cannot_say(changes, message, tmp_path):
     model = model_of("llama", **changes)
     with pytest.raises(InputError, match=message):
-        save_gguf(tmp_path / "m.gguf", model.config, model.stored(), None, "m")
+        save_gguf(tmp_path / "m.gguf", model.config, model.weights(), None, "m")
     assert not list(tmp_path.iterdir())
 
 
@@ -190,7 +190,7 @@ def test_compressed_tensors_are_read_back(bits, group, tokenizer, tmp_path):
     assert (arguments["num_bits"], arguments["group_size"]) == (bits, group if group > 0 else None)
     config, tensors = load_state(tmp_path / "c")
     assert f"pack-quantized {bits} bits" in config["quantization_config"]["description"]
-    came, want = dict(tensors), model.stored()
+    came, want = dict(tensors), model.weights()
     assert isinstance(came["model.layers.0.mlp.up_proj.weight"], QuantizedWeight)
     same(came, want)
 
@@ -205,7 +205,7 @@ def test_compressed_tensors_with_zero_points(tmp_path):
     from fastlm.export.compressed_tensors_write import save_compressed_tensors
 
     config = model.config.to_dict()
-    save_compressed_tensors(tmp_path / "b", config, model.stored(), torch.float16)
+    save_compressed_tensors(tmp_path / "b", config, model.weights(), torch.float16)
     before, after = (load_file(tmp_path / f / "model.safetensors") for f in "ab")
     assert before.keys() == after.keys()
     for name, tensor in before.items():
@@ -245,7 +245,7 @@ def exported(model: CausalLM, folder) -> dict:
     from fastlm.export.compressed_tensors_write import save_compressed_tensors
 
     config = model.config.to_dict() | {"quantization_config": None}
-    save_compressed_tensors(folder, config, model.stored(), model.dtype)
+    save_compressed_tensors(folder, config, model.weights(), model.dtype)
     return json.loads((folder / "config.json").read_text())["quantization_config"]
 
 
@@ -258,7 +258,7 @@ def test_layers_left_as_floats_are_named_for_compressed_tensors(tmp_path):
     assert entry["ignore"] == ["lm_head", *layers]
     assert len(entry["config_groups"]) == 2
     came = dict(load_state(tmp_path / "c")[1])
-    same(came, model.stored())
+    same(came, model.weights())
 
 
 @pytest.mark.parametrize(
@@ -283,7 +283,7 @@ def test_fused_layers_have_zero_points_together(tmp_path):
     names = load_file(tmp_path / "c/model.safetensors")
     found = sorted(n.split(".")[-2] for n in names if n.endswith("zero_point"))
     assert found == ["k_proj", "q_proj", "v_proj"]
-    same(dict(load_state(tmp_path / "c")[1]), model.stored())
+    same(dict(load_state(tmp_path / "c")[1]), model.weights())
 
 
 def test_dropped_rounding_of_activations_is_said(tokenizer, tmp_path):

@@ -22,11 +22,11 @@ from fastlm.model.adapter import load_adapter, save_adapter
 from fastlm.model.causal_lm import CausalLM
 from fastlm.model.lora import (
     add_lora,
-    lora_of,
+    lora_layers,
     merge_lora,
     without_adapter,
 )
-from fastlm.model.merged import merged
+from fastlm.model.lora_merge import merged_lora
 from fastlm.model.quantized_modules import QuantizedEmbedding, QuantizedLinear
 from fastlm.train.lora_options import LoraOptions
 
@@ -57,7 +57,7 @@ def trained(model: CausalLM, seed: int = 1) -> CausalLM:
     """The model with an update that is not zero."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        for module in lora_of(model).values():
+        for module in lora_layers(model).values():
             module.lora_B.normal_(0, 0.05, generator=generator)
     return model
 
@@ -102,7 +102,7 @@ def test_the_formula_and_its_gradients(model) -> None:
 
 def test_rank_stabilised_scaling(model) -> None:
     add_lora(model, 16, 8, use_rslora=True)
-    assert {m.scaling for m in lora_of(model).values()} == {8 / 4}
+    assert {m.scaling for m in lora_layers(model).values()} == {8 / 4}
 
 
 def test_dropout_is_only_of_training_and_of_the_adapter(model) -> None:
@@ -122,12 +122,12 @@ def test_merging_computes_the_same(model, dtype) -> None:
     exact = logits(merge_lora(trained(add_lora(model_of().double(), 4, 8, seed=0))).double())
     model = trained(add_lora(model.to(dtype), 4, 8, seed=0)).eval()
     apart = logits(model)
-    with merged(model):
+    with merged_lora(model):
         together = logits(model)
-        assert not lora_of(model)
-    assert lora_of(model) and torch.equal(logits(model), apart)
+        assert not lora_layers(model)
+    assert lora_layers(model) and torch.equal(logits(model), apart)
     assert merge_lora(model) is model and torch.equal(logits(model), together)
-    assert not lora_of(model) and all(p.requires_grad for p in model.parameters())
+    assert not lora_layers(model) and all(p.requires_grad for p in model.parameters())
     # as far from float64 as the unmerged model is, which rounds its products one by one
     error = [float((t.double() - exact).abs().max()) for t in (apart, together)]
     assert error[1] <= 3 * error[0] + 1e-6
@@ -163,7 +163,7 @@ def test_generation_equals_that_of_the_merged_model(family, bits) -> None:
     trained(add_lora(model, 4, 32, seed=0)).eval()
     assert cpu_decode.decode_plan(model) is None and not torch.allclose(logits(model), before)
     apart = model.generate(IDS, max_new_tokens=12, temperature=0.0)
-    with merged(model):
+    with merged_lora(model):
         assert torch.equal(model.generate(IDS, max_new_tokens=12, temperature=0.0), apart)
         assert model in cpu_decode._plans
     assert model not in cpu_decode._plans  # nor the merged weights in memory
@@ -204,7 +204,7 @@ def test_gradients_through_a_quantized_base(format, symmetric, first) -> None:
         add_lora(fastlm.quantize(model, format, **small), 4, 8, seed=0)
     trained(model)
     plain = model_of()
-    for name, module in lora_of(model).items():
+    for name, module in lora_layers(model).items():
         base = module.base_layer
         assert isinstance(base, QuantizedLinear) and f"w{base.bits}a{base.act_bits}" == format
         layer = plain.get_submodule(name)
@@ -213,10 +213,10 @@ def test_gradients_through_a_quantized_base(format, symmetric, first) -> None:
     floats = {} if format.endswith("a16") else gradients(plain)
     if floats:
         plain.zero_grad()
-        for module in lora_of(plain).values():
+        for module in lora_layers(plain).values():
             module.base_layer.__class__ = Straight
     got, expected = gradients(model), gradients(plain)
-    assert got.keys() == expected.keys() and len(got) == 2 * len(lora_of(model)) + 1
+    assert got.keys() == expected.keys() and len(got) == 2 * len(lora_layers(model)) + 1
     for name, grad in got.items():
         if not floats:
             torch.testing.assert_close(grad, expected[name], rtol=1e-4, atol=1e-6)
@@ -259,16 +259,17 @@ def test_peft_loads_our_adapter(model, saved, tmp_path, kind) -> None:
     trained(add_lora(model, seed=0, **ADAPTERS[kind])).eval()
     save_adapter(model, tmp_path / "adapter", base=saved)
     peft = PeftModel.from_pretrained(transformers_model(saved), tmp_path / "adapter").eval()
-    assert len([1 for n, _ in peft.named_parameters() if "lora_A" in n]) == len(lora_of(model))
+    assert len([1 for n, _ in peft.named_parameters() if "lora_A" in n]) == len(lora_layers(model))
     with torch.no_grad():
         theirs = peft(IDS).logits
     torch.testing.assert_close(theirs, logits(model), rtol=1e-4, atol=1e-5)
     again = load_adapter(CausalLM.from_pretrained(saved), tmp_path / "adapter")
     assert (
-        torch.equal(logits(again), logits(model)) and lora_of(again).keys() == lora_of(model).keys()
+        torch.equal(logits(again), logits(model))
+        and lora_layers(again).keys() == lora_layers(model).keys()
     )
     whole = CausalLM.from_pretrained(tmp_path / "adapter")  # finds its base
-    assert not lora_of(whole) and torch.equal(logits(whole), logits(merge_lora(model)))
+    assert not lora_layers(whole) and torch.equal(logits(whole), logits(merge_lora(model)))
 
 
 THEIRS = {
@@ -348,7 +349,7 @@ def test_an_adapter_of_another_base(adapter, message) -> None:
     other = model_of(**OTHER_BASES[message])
     with pytest.raises(InputError, match=re.escape(message)):
         load_adapter(other, adapter)
-    assert not lora_of(other) and all(p.requires_grad for p in other.parameters())
+    assert not lora_layers(other) and all(p.requires_grad for p in other.parameters())
 
 
 def test_the_base_is_recognised_in_either_dtype(adapter, saved) -> None:
@@ -475,7 +476,7 @@ def test_a_model_learns_to_answer_by_its_adapters(talker, data, tmp_path, kind) 
     assert result["trained_parameters"] < result["parameters"]
     assert (folder / "adapter_config.json").exists() == (kind == "adapter")
     model = CausalLM.from_pretrained(folder)
-    assert set(model.config.stop_ids) and not lora_of(model)
+    assert set(model.config.stop_ids) and not lora_layers(model)
     assert not any(isinstance(m, QuantizedLinear) for m in model.modules())
     if kind == "adapter":
         arguments = ["generate", "--model", str(folder), "--prompt", "two plus two?"]
@@ -530,7 +531,7 @@ def test_what_is_kept_of_a_quantized_base_is_said(base, tmp_path, format, bits, 
     given = LoraOptions(lora_rank=4, base_bits=bits, base_group_size=32)
     model = given.load_trained(source, dtype="float32", seed=0, warn=said.append)
     assert len(said) == len(lines) and all(map(str.startswith, said, lines))
-    layers = {m.base_layer for m in lora_of(model).values()}
+    layers = {m.base_layer for m in lora_layers(model).values()}
     found = {(m.bits, m.act_bits) for m in layers if isinstance(m, QuantizedLinear)}
     expected = int(format[1]) if format else bits
     assert found == (set() if bits == 16 else {(expected, 16)})

@@ -155,7 +155,7 @@ def test_answers_share_their_prompt(window) -> None:
     for share in (False, True):
         packed = pack_rollouts(prompts, answers, torch.device("cpu"), share_prompts=share)
         assert (packed.keys is not None) == share
-        logp = packed.rows(model.logprobs_of(packed.hidden(model), packed.labels))
+        logp = packed.rows(model.logprobs_from_hidden(packed.hidden(model), packed.labels))
         model.zero_grad()
         (logp * packed.mask * torch.linspace(1, 2, 4)).sum().backward()
         grads = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])

@@ -148,7 +148,7 @@ def test_a_quantized_model_wants_dequantize(base, tmp_path):
     result = Quantize(group_size=32, dequantize=True)(
         tmp_path / "r", model=tmp_path / "q", data=base / "text.txt"
     )
-    small = sum(w.nbytes for w in CausalLM.from_pretrained(tmp_path / "q").stored().values())
+    small = sum(w.nbytes for w in CausalLM.from_pretrained(tmp_path / "q").weights().values())
     assert result["bytes_before"] == small and 0 < result["kl"] < 0.5
 
 

@@ -60,8 +60,8 @@ def test_the_dtype_is_the_config_s_where_all_matrices_are_quantized(base, tmp_pa
     assert small(torch.arange(4)[None]).logits.dtype == torch.bfloat16
     floats = CausalLM.from_pretrained(tmp_path / "q", keep_quantized=False)
     assert {p.dtype for p in floats.parameters()} == {torch.bfloat16}
-    save_compressed_tensors(tmp_path / "c", small.config.to_dict(), small.stored(), small.dtype)
-    save_gguf(tmp_path / "m.gguf", small.config, small.stored(), None, "m")
+    save_compressed_tensors(tmp_path / "c", small.config.to_dict(), small.weights(), small.dtype)
+    save_gguf(tmp_path / "m.gguf", small.config, small.weights(), None, "m")
     original = size_of(base / "base")
     assert size_of(tmp_path / "c") < original
     assert (tmp_path / "m.gguf").stat().st_size < original

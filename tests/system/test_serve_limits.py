@@ -349,7 +349,7 @@ def test_texts_that_no_context_holds_are_not_encoded(tiny):
 def test_a_prompt_is_encoded_until_the_context_is_full(tiny, monkeypatch):
     _, tokenizer = tiny
     prompts = PromptEncoder(tokenizer, 4096)
-    encoded, part = [], tokenizer_module.PART
+    encoded, part = [], tokenizer_module.PART_CHARACTERS
     encode = tokenizer_module._encode
     monkeypatch.setattr(
         tokenizer_module, "_encode", lambda *given: (encoded.append(given[1]), encode(*given))[1]

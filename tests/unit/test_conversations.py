@@ -363,19 +363,20 @@ TEMPLATES = {
     "expected one that writes the tools, got none of it": (
         "{% if tools %}You have tools.{% endif %}" + CHAT, [USER, ANSWER], {"tools": [CALL]},
     ),
-    "expected one that writes the whole content of message 1 (assistant),"
+    "expected one that writes the complete content of message 1 (assistant),"
     " got 'four and no more<|im_end|>\\n'": (
         CHAT.replace("m.content", "m.content[:16]"),
         [USER, {"role": "assistant", "content": "four and no more and no less"}],
         {},
     ),
-    "expected one that writes the whole reasoning of message 1 (assistant), got '4<|im_end|>\\n'": (
+    "expected one that writes the complete reasoning of message 1 (assistant),"
+    " got '4<|im_end|>\\n'": (
         CHAT, [USER, {**ANSWER, "reasoning": "2 and 2"}], {},
     ),
     "expected one that ends an answer with <|endoftext|>, <|im_end|>, got '4\\n'": (
         CHAT.replace("<|im_end|>", ""), [USER, ANSWER], {},
     ),
-    "expected a generation prompt that is how an answer begins, got"
+    "expected a generation prompt with which answers begin, got"
     " '\\n2+2?<|im_end|>\\n<|im_start|>assistant\\n<|' before message 1": (
         CHAT.replace("assistant\n", "assistant\n<|"), [USER, ANSWER], {},
     ),

@@ -173,7 +173,7 @@ def test_the_outline_is_the_model_that_is_made(tied, symmetric):
         model, QuantizeOptions(group_size=32, symmetric=symmetric, overrides=overrides)
     )
     drawn = meta_state(model, targets)
-    real = fastlm.quantize(CausalLM(config), "w4a16", symmetric=symmetric, **options).stored()
+    real = fastlm.quantize(CausalLM(config), "w4a16", symmetric=symmetric, **options).weights()
     assert drawn.keys() == real.keys()
     for name, weight in real.items():
         assert type(weight) is type(drawn[name]) and weight.shape == drawn[name].shape

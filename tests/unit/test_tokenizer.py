@@ -428,7 +428,7 @@ def test_a_long_text_is_encoded_as_far_as_it_fits(trained, monkeypatch):
     )
     text = "The tree sees the river. " * 40_000  # a megabyte
     assert trained.is_longer(text, 2000)
-    assert sum(parts) <= 3 * tokenizer_module.PART
+    assert sum(parts) <= 3 * tokenizer_module.PART_CHARACTERS
     monkeypatch.undo()
     for few in (text[:100], text[:70_000], "é" * 40_000, "<|im_end|>" * 9000, " " * 70_000):
         count = len(trained.encode(few))
