@@ -137,13 +137,13 @@ def test_gguf(tmp_path):
     import numpy as np
 
     path = write_gguf(tmp_path / "m.gguf", {"token_embd.weight": np.ones((9, 8), "f4")}, "llama")
-    whole = path.read_bytes()
+    content = path.read_bytes()
     for data, text in (
-        (whole[:-10], "cut short"),
-        (whole[:30], "expected at most what the file can hold"),
+        (content[:-10], "cut short"),
+        (content[:30], "expected at most what the file can hold"),
         (b"", "cannot be read"),
-        (whole[:8] + struct.pack("<Q", 2**60) + whole[16:], "tensor count: expected at most"),
-        (b"GGML" + whole[4:], "expected a GGUF file"),
+        (content[:8] + struct.pack("<Q", 2**60) + content[16:], "tensor count: expected at most"),
+        (b"GGML" + content[4:], "expected a GGUF file"),
     ):
         path.write_bytes(data)
         refused("generate", "-m", path, "-p", "x", text=text)
@@ -188,17 +188,17 @@ def test_a_model_larger_than_the_memory(finished, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("text", "told"),
+    ("text", "message"),
     [
         ("", "expected"), ("[1]", "expected"), ("\xff", "expected a readable text"),
         ("[" * 100_000, "expected"),
     ],
 )  # fmt: skip
-def test_a_config_that_is_none(finished, tmp_path, text, told):
+def test_a_config_that_is_none(finished, tmp_path, text, message):
     (tmp_path / "c.json").write_text(text, "latin-1")
     refused(
         "pretrain", "--shards", finished / "run/shards", "--config", tmp_path / "c.json",
-        "-o", tmp_path / "out", "--max-steps", 1, text=f"c.json: {told}",
+        "-o", tmp_path / "out", "--max-steps", 1, text=f"c.json: {message}",
     )  # fmt: skip
 
 
@@ -232,14 +232,14 @@ def test_token_ids_out_of_range(finished, tmp_path):
     file, index = tmp_path / "shards/00000.bin", tmp_path / "shards/index.json"
     data = b"\xff\xff" + file.read_bytes()[2:]
     file.write_bytes(data)
-    said = json.loads(index.read_text())
-    said["shards"][0]["sha256"] = hashlib.sha256(data).hexdigest()
-    index.write_text(json.dumps(said))
+    info = json.loads(index.read_text())
+    info["shards"][0]["sha256"] = hashlib.sha256(data).hexdigest()
+    index.write_text(json.dumps(info))
     refused(
         "eval", "-m", finished / "run", "--data", tmp_path / "shards",
         text="expected ids in [0, ",
     )  # fmt: skip
-    index.write_text(json.dumps(said | {"vocab_size": 65536}))
+    index.write_text(json.dumps(info | {"vocab_size": 65536}))
     refused(
         "eval", "-m", finished / "run", "--data", tmp_path / "shards",
         text="expected tokens of a vocabulary of at most",
@@ -317,18 +317,18 @@ def test_records_of_another_kind(finished, tmp_path):
     run = tmp_path / "run"
     shutil.copytree(finished / "run", run)
     file = run / "stages.json"
-    whole = file.read_text()
+    content = file.read_text()
     draw = random.Random(0)
-    found = []
+    records = []
     for _ in range(60):
-        record = json.loads(whole)
+        record = json.loads(content)
         stages = record["stages"]
         name = draw.choice([n for n in stages if n != "report"])
         entry = {key: stages[name][key] for key in ("seconds", "result")}
         stages[name] |= change_json(entry, draw)
         file.write_text(json.dumps(record))
-        found.append(outcome(lambda: run_recipe(finished / "tiny.toml", run)))
-    assert found.count("refused") > 10
+        records.append(outcome(lambda: run_recipe(finished / "tiny.toml", run)))
+    assert records.count("refused") > 10
     bad = ('{"layout": 2, "stages": {"data": 3}}', '{"layout": 2, "stages": {"data": {"kind": 3}}}')
     for text in ("[" * 100_000, "[]", '{"data": 3}', *bad):
         file.write_text(text)
@@ -338,7 +338,7 @@ def test_records_of_another_kind(finished, tmp_path):
         os.mkfifo(run / name)
         refused("run", finished / "tiny.toml", "-o", run, text="expected a")
         (run / name).unlink()
-        file.write_text(whole)
+        file.write_text(content)
     (run / "report.html").unlink()
     lines = (run / "pretrain/metrics.jsonl").read_text().splitlines()
     for line in (
@@ -349,7 +349,7 @@ def test_records_of_another_kind(finished, tmp_path):
         '{"step": 99, "sample": ""}',
     ):
         (run / "pretrain/metrics.jsonl").write_text("\n".join([*lines, line]))
-        record = json.loads(whole)
+        record = json.loads(content)
         record["stages"]["pretrain"]["file_sizes"]["metrics.jsonl"] = (
             (run / "pretrain/metrics.jsonl").stat().st_size
         )

@@ -67,7 +67,7 @@ def refused(*arguments, text):
     assert line.startswith("fastlm: ") and text in line
 
 
-def test_help_lists_the_verbs_without_torch():
+def test_help_lists_the_commands_without_torch():
     code = (
         "import sys; from fastlm.cli import main; sys.argv = ['fastlm', *sys.argv[1:]]\n"
         "try: main()\nexcept SystemExit: pass\n"
@@ -79,8 +79,8 @@ def test_help_lists_the_verbs_without_torch():
         )
         assert done.returncode == 0, done.stderr
         assert "Usage: fastlm" in done.stdout
-    listed = call("--help").stdout
-    assert all(f"  {verb} " in listed for verb in VERBS)
+    output = call("--help").stdout
+    assert all(f"  {verb} " in output for verb in VERBS)
 
 
 def test_version():
@@ -95,8 +95,10 @@ def test_info(monkeypatch):
     assert "torch" in text and all(f" {op} " in text for op in have["ops"])  # untruncated
     monkeypatch.setenv("COLUMNS", "120")
     text = call("info").stdout
-    reasons = [why for why in have["backends"].values() if why]
-    assert all(text.count(why) <= reasons.count(why) for why in reasons)  # not repeated for each op
+    reasons = [reason for reason in have["backends"].values() if reason]
+    assert all(
+        text.count(reason) <= reasons.count(reason) for reason in reasons
+    )  # not repeated for each op
     assert "tensors" not in text and re.search(r"rms_norm  .*✓", text)
 
 
@@ -127,12 +129,12 @@ def test_generate_has_every_way_to_choose_a_token(finished):
 def test_generate_reads_prompts_from_options_stdin_and_files(finished, tmp_path):
     options = ["generate", "-m", finished, "--max-new-tokens", 5, "--temperature", 0]
     (tmp_path / "p").write_text("The river\n")
-    alone = [call(*options, "-p", p).stdout.rstrip("\n") for p in ("The tree", "A", "The river")]
+    separate = [call(*options, "-p", p).stdout.rstrip("\n") for p in ("The tree", "A", "The river")]
     prompts = ["-p", "The tree", "--prompt", "-", "--prompt-file", tmp_path / "p"]
     together = call(*options, *prompts, input="A\n").stdout
-    assert together == "\n\n".join(alone) + "\n"
+    assert together == "\n\n".join(separate) + "\n"
     have = json.loads(call(*options, *prompts, "--json", input="A").stdout)
-    assert [r["text"] for r in have["results"]] == alone
+    assert [r["text"] for r in have["results"]] == separate
     assert [r["prompt"] for r in have["results"]] == ["The tree", "A", "The river"]
     assert {r["finish_reason"] for r in have["results"]} <= {"length", "stop"}
     stats = have["stats"]
@@ -148,10 +150,10 @@ def test_generate_reads_prompts_from_options_stdin_and_files(finished, tmp_path)
 
 def test_generate_prints_its_speed_and_that_the_context_is_full(finished):
     options = ["generate", "-m", finished, "-p", "The tree", "--max-new-tokens"]
-    said = call(*options, 5, "--stats").stderr
+    output = call(*options, 5, "--stats").stderr
     assert re.fullmatch(
         r"prompt \d tokens, [\d.]+ s to the first token \([\d,]+ tokens/s\);"
-        r" 5 new, [\d,]+ tokens/s\n", said,
+        r" 5 new, [\d,]+ tokens/s\n", output,
     )  # fmt: skip
     assert call(*options, 5).stderr == ""  # no terminal
     full = call(*options, 99, "--temperature", 0).stderr
@@ -180,10 +182,10 @@ def test_chat_answers_with_a_chat_model(finished, tmp_path):
     tool.chat_template = "{% for m in messages %}{{ m.content }}|{% endfor %}"
     tool.save(tmp_path / "chat")
     options = ["--max-new-tokens", 4, "--seed", 1]
-    said = call(
+    output = call(
         "chat", "--model", tmp_path / "chat", *options, input="The tree\nThe river sees\n\n"
     ).stdout
-    assert said.count("\n") >= 2
+    assert output.count("\n") >= 2
 
 
 def test_a_conversation_forgets_its_oldest_turns(finished, tmp_path):
@@ -223,16 +225,16 @@ def test_eval_of_shards_and_of_text(finished, tmp_path):
         json.loads(call(*options, finished / data, "--json").stdout)
         for data in ("shards/heldout", "data/heldout.jsonl.zst")
     )
-    (one,), (other,) = shards["models"].values(), text["models"].values()
-    assert other["bits_per_byte"] == pytest.approx(one["bits_per_byte"], rel=1e-6)
+    (of_shards,), (of_text,) = shards["models"].values(), text["models"].values()
+    assert of_text["bits_per_byte"] == pytest.approx(of_shards["bits_per_byte"], rel=1e-6)
     assert text["bits_per_byte_xz"] > 0 and "bits_per_byte_xz" not in shards
     # in a run both folders contain the held-out part
     for data in ("shards", "data"):
         folder = json.loads(call(*options, finished / data, "--json").stdout)
         (same,) = folder["models"].values()
-        assert same["bits_per_byte"] == pytest.approx(one["bits_per_byte"], rel=1e-6)
-    said = call(*options, finished / "shards/heldout", "-o", tmp_path / "scores").stdout
-    assert re.search(r"^\S+ +\d\.\d{4} +\+0\.0 %", said, re.M)
+        assert same["bits_per_byte"] == pytest.approx(of_shards["bits_per_byte"], rel=1e-6)
+    output = call(*options, finished / "shards/heldout", "-o", tmp_path / "scores").stdout
+    assert re.search(r"^\S+ +\d\.\d{4} +\+0\.0 %", output, re.M)
     assert json.loads((tmp_path / "scores/scores.json").read_text())["models"]
     two = call(*options, finished / "data", "-m", finished / "quantize").stdout
     assert "bits per byte" in two and "xz -9e" in two
@@ -241,7 +243,7 @@ def test_eval_of_shards_and_of_text(finished, tmp_path):
 
 def test_quantize_prints_the_change(finished, tmp_path):
     data = ["--data", finished / "shards/heldout"]
-    said = call(
+    output = call(
         "quantize",
         "-m",
         finished,
@@ -253,7 +255,7 @@ def test_quantize_prints_the_change(finished, tmp_path):
         16,
         *data,
     ).stdout
-    assert "held-out bits per byte: " in said and "%)" in said
+    assert "held-out bits per byte: " in output and "%)" in output
     assert (tmp_path / "q/tokenizer.json").exists()
     call("generate", "-m", tmp_path / "q", "-p", "The", "--max-new-tokens", 2)
     refused(
@@ -299,17 +301,17 @@ def test_the_time_left_follows_the_pace_of_late(capsys):
 
 
 def test_pretrain_logs_at_steady_steps(finished, tmp_path):
-    said = call(
+    output = call(
         "pretrain", "--shards", finished / "shards", "--config",
         finished / "pretrain/model/config.json", "--out", tmp_path / "p", "--batch-size", 2,
         "--seq-len", 16, "--max-steps", 9, "--log-every", 4,
     ).stderr  # fmt: skip
     lines = re.findall(
         r"^step (\d+): training loss \d\.\d{1,3}, lr [\d.e-]{4,8}, [\d,]+ tokens/s, [\d.]+ s left$",
-        said, re.M,
+        output, re.M,
     )  # fmt: skip
     assert lines == ["4", "8"]
-    assert re.search(r"^step 9: held-out loss \d\.\d{4}, \d\.\d{4} bits per byte$", said, re.M)
+    assert re.search(r"^step 9: held-out loss \d\.\d{4}, \d\.\d{4} bits per byte$", output, re.M)
 
 
 def test_tokenizer_train_and_encode(finished, tmp_path):
@@ -332,13 +334,13 @@ def test_tokenizer_train_and_encode(finished, tmp_path):
     )  # fmt: skip
 
 
-def test_a_binary_file_in_a_folder_is_skipped_and_told(finished, tmp_path):
+def test_a_binary_file_in_a_folder_is_skipped_with_a_warning(finished, tmp_path):
     (tmp_path / "a.txt").write_text("The tree sees the river. " * 40)
     (tmp_path / "b.txt").write_bytes(b"\0\0\0")
-    told = f"warning: skipped: {tmp_path}/b.txt: expected text, it holds binary data"
+    warning = f"warning: skipped: {tmp_path}/b.txt: expected text, it holds binary data"
     train = ["tokenizer", "train", tmp_path, "-o", tmp_path / "t", "--vocab-size", 280]
-    assert told in call(*train).stderr
-    assert told in call("eval", "-m", finished, "--data", tmp_path, "--json").stderr
+    assert warning in call(*train).stderr
+    assert warning in call("eval", "-m", finished, "--data", tmp_path, "--json").stderr
 
 
 def test_from_text_to_a_model_in_four_commands(tmp_path):
@@ -352,15 +354,25 @@ def test_from_text_to_a_model_in_four_commands(tmp_path):
     train = ["pretrain", "--config", tmp_path / "config.json", "-o", tmp_path / "run"]
     train += ["--max-steps", 2, "--seq-len", 16, "--tokenizer", words]
     refused(*train, "--shards", prepared, text="'fastlm data shards' makes them")
-    made = call("data", "shards", prepared, "-t", words, "-o", shards).stdout
-    assert made.startswith(f"{shards}: ") and "for training" in made and "for evaluation" in made
-    said = call(*train, "--shards", shards).stderr
-    assert "held-out loss" in said and (tmp_path / "run/model/config.json").exists()
-    alone = [*train[:3], "-o", tmp_path / "alone", *train[5:]]
-    said = call(*alone, "--shards", shards / "train").stderr  # one folder: nothing is held out
-    assert "held-out loss" not in said
-    one = ["data", "shards", prepared / "heldout.jsonl.zst", "-t", words, "-o", tmp_path / "one"]
-    assert " tokens of " in call(*one).stdout and (tmp_path / "one/index.json").is_file()
+    output = call("data", "shards", prepared, "-t", words, "-o", shards).stdout
+    assert (
+        output.startswith(f"{shards}: ") and "for training" in output and "for evaluation" in output
+    )
+    log = call(*train, "--shards", shards).stderr
+    assert "held-out loss" in log and (tmp_path / "run/model/config.json").exists()
+    by_train = [*train[:3], "-o", tmp_path / "alone", *train[5:]]
+    log = call(*by_train, "--shards", shards / "train").stderr  # one folder: nothing is held out
+    assert "held-out loss" not in log
+    heldout = [
+        "data",
+        "shards",
+        prepared / "heldout.jsonl.zst",
+        "-t",
+        words,
+        "-o",
+        tmp_path / "one",
+    ]
+    assert " tokens of " in call(*heldout).stdout and (tmp_path / "one/index.json").is_file()
     refused("data", "shards", tmp_path / "docs", "-t", words, "-o", tmp_path / "x", text="funnel")
     none = ["--heldout-bytes", 0, "--rules", "none"]
     call("data", "prepare", tmp_path / "docs", "-o", prepared, *none)

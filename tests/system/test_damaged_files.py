@@ -34,7 +34,7 @@ ID = "0123456789abcdef" * 4
 def entry(kind: str, leaf: str, number: int, **result) -> dict:
     """A record of a stage; ``number`` tells it from others."""
     id = f"{number:08x}" * 8
-    made = {
+    provenance = {
         "finished_at": f"2026-11-{number:02}T00:00:00.000+00:00", "recipe": ID,
         "code": {"version": "1"}, "machine": {"cpu": "x", "threads": 2}, "ids": {leaf: id},
         "command": "fastlm run x", "hashes": {"a": id}, "earlier_ids": [{leaf: id[::-1]}],
@@ -46,7 +46,8 @@ def entry(kind: str, leaf: str, number: int, **result) -> dict:
         "kind": kind, "fingerprint": "f", "version": 1,
         "options": {"limit": number, "tasks": ["arc_easy"]},
         "inputs": {"model": ["pretrain"]}, "outputs": {leaf: leaf}, "seconds": 1.5,
-        "result": {"loss": 2.0 + number, **result}, "file_sizes": {"a": 3}, "provenance": made,
+        "result": {"loss": 2.0 + number, **result}, "file_sizes": {"a": 3},
+        "provenance": provenance,
     }  # fmt: skip
 
 
@@ -101,17 +102,17 @@ generation_kwargs: {until: ["\\n"], max_gen_toks: 9}
 
 def use_registry(path: Path) -> None:
     root = next(p for p in path.parents if p.name == "runs")
-    found = open_registry([root], update_index=False)
-    for record in found.records:
-        json.dumps(tree(found, record)), headline(record.entry), record.short_id
+    registry = open_registry([root], update_index=False)
+    for record in registry.records:
+        json.dumps(tree(registry, record)), headline(record.entry), record.short_id
         if record.model:
-            card(found, record, kinds=stages.KINDS)
-    if path.name == "stages.json" and len({r.run for r in found.records}) > 1:
-        rows = diff(found, "good", "bad", kinds=stages.KINDS)
+            card(registry, record, kinds=stages.KINDS)
+    if path.name == "stages.json" and len({r.run for r in registry.records}) > 1:
+        rows = diff(registry, "good", "bad", kinds=stages.KINDS)
         render(rows, "good", "bad"), json.dumps(rows, default=str)
     list(report_lines(forget([root], ["http://a"], dry_run=True), True))
-    if found.warnings:
-        raise InputError(found.warnings[0])
+    if registry.warnings:
+        raise InputError(registry.warnings[0])
 
 
 def use_scores(path: Path) -> None:
@@ -122,7 +123,7 @@ def task_of(kind: str) -> Task:
     pairs = (("q", " a"), ("q", " b"))
     if kind == "open":
         questions = [OpenQuestion(str(i), "q", {}, " a") for i in range(3)]
-        return Task("t", "facts", questions, "", "", "", judge=lambda asked: [1.0] * len(asked))
+        return Task("t", "facts", questions, "", "", "", judge=lambda items: [1.0] * len(items))
     questions = [MultipleChoice(str(i), pairs, 0, pairs, part="p") for i in range(3)]
     return Task("t", "facts", questions, "", "", "", normalisation="unconditional")
 
@@ -133,8 +134,8 @@ def use_records(path: Path) -> None:
         for number, (question, record) in enumerate(zip(task.questions, results.records), 2):
             runner.check_record(task, question, record, 1, f"{path}:{number}")
         if len(results.records) == 3:
-            found = values(task, results.records)
-            summary(task, found), json.dumps(parts(task, found))
+            figures = values(task, results.records)
+            summary(task, figures), json.dumps(parts(task, figures))
 
 
 def jsonl(*rows) -> bytes:
@@ -242,7 +243,7 @@ def test_a_record_with_a_field_of_another_kind_is_left_out(key, value, refusal, 
     table = run(4)
     table["stages"]["eval"]["provenance"][key] = value
     (folder / "runs/bad/stages.json").write_text(json.dumps(table))
-    found = open_registry([folder / "runs"], update_index=False)
-    assert {record.run for record in found.records} == {"good"}
-    (warning,) = found.warnings
+    registry = open_registry([folder / "runs"], update_index=False)
+    assert {record.run for record in registry.records} == {"good"}
+    (warning,) = registry.warnings
     assert f"bad/stages.json: stages.eval.provenance.{key}" in warning and refusal in warning

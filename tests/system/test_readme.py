@@ -88,13 +88,13 @@ def test_the_page_of_ops_has_every_signature():
     page = (ROOT / "docs/ops.md").read_text("utf-8")
     documented = dict(re.findall(r"^### (\w+)\n```\n\w+\((.*)\)\n```\n", page, re.M))
     classes = (quant.QuantizedWeight, quant.QuantizedLinear, quant.QuantizedEmbedding)
-    every = {name: getattr(ops, name) for name in ops.__all__} | {c.__name__: c for c in classes}
-    assert documented.keys() == every.keys()
-    for name, function in every.items():
+    public = {name: getattr(ops, name) for name in ops.__all__} | {c.__name__: c for c in classes}
+    assert documented.keys() == public.keys()
+    for name, function in public.items():
         signature = inspect.signature(function)
         bare = [p.replace(annotation=p.empty) for p in signature.parameters.values()]
-        found = str(signature.replace(parameters=bare, return_annotation=signature.empty))
-        assert documented[name] == found[1:-1], name
+        text = str(signature.replace(parameters=bare, return_annotation=signature.empty))
+        assert documented[name] == text[1:-1], name
     run(python_of("docs/ops.md")[1])
 
 
@@ -137,11 +137,11 @@ def test_what_runs_where_is_what_is_registered():
 
     text = (ROOT / "README.md").read_text("utf-8")
     table = text.split("| op | reference | cpu | triton | cuda |\n", 1)[1].split("\n\n", 1)[0]
-    seen = set()
+    ops_of_page = set()
     for line in table.splitlines()[1:]:
         names, *cells = (cell.strip() for cell in line.strip("|").split("|"))
         for op in re.findall(r"`(\w+)`", names):
-            seen.add(op)
+            ops_of_page.add(op)
             forward, backward = on(op.lower()), on(f"{op.lower()}_backward")
             for backend, cell in zip(("reference", "cpu", "triton", "cuda"), cells, strict=True):
                 assert (backend in forward) == cell.startswith(("forward", "step")), (op, backend)
@@ -149,5 +149,5 @@ def test_what_runs_where_is_what_is_registered():
     # of a weight's own method; several ops in one launch, which a decode step on a GPU calls
     inside = {"dequantize", "glu_round", "rms_norm_round", "rope_append", "rounded_linear"}
     rows = {op.removesuffix("_backward").removesuffix("_loss") for op in OPS} - inside
-    assert rows == {op.lower() for op in seen}
-    assert seen == {*fastlm.ops.__all__} - {"quantize_weight"} | {"AdamW"}
+    assert rows == {op.lower() for op in ops_of_page}
+    assert ops_of_page == {*fastlm.ops.__all__} - {"quantize_weight"} | {"AdamW"}

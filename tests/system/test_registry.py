@@ -26,7 +26,7 @@ SMALL = ["pretrain.max_steps=3", "pretrain.validations=1", "pretrain.sample_at=[
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory):
+def finished_runs(tmp_path_factory):
     """A folder with two runs of a small recipe, which differ in one option."""
     folder = tmp_path_factory.mktemp("registry")
     recipe = tiny_recipe.write(folder)
@@ -37,9 +37,9 @@ def made(tmp_path_factory):
 
 
 @pytest.fixture
-def runs(made, tmp_path):
+def runs(finished_runs, tmp_path):
     """A copy of them to change."""
-    shutil.copytree(made, tmp_path / "runs")
+    shutil.copytree(finished_runs, tmp_path / "runs")
     return tmp_path / "runs"
 
 
@@ -49,17 +49,17 @@ def call(*arguments, status=0):
     return result
 
 
-def test_lineage_from_the_model_to_the_sources(made):
-    registry = open_registry([made])
+def test_lineage_from_the_model_to_the_sources(finished_runs):
+    registry = open_registry([finished_runs])
     record = registry.find_one("one")
     assert record.name == "one/pretrain" and record.state == HERE
-    input_digest = InputDigest(made / "none", cache=made)
-    assert record.model == model_id(made / "one/pretrain/model", input_digest)
+    input_digest = InputDigest(finished_runs / "none", cache=finished_runs)
+    assert record.model == model_id(finished_runs / "one/pretrain/model", input_digest)
     hashes = record.entry.provenance.hashes
     weights = "model/model.safetensors"
-    assert hashes[weights] == digest(made / "one/pretrain" / weights)
-    found = tree(registry, record)
-    shards = next(i for i in found["inputs"] if i["input"] == "shards")
+    assert hashes[weights] == digest(finished_runs / "one/pretrain" / weights)
+    lineage = tree(registry, record)
+    shards = next(i for i in lineage["inputs"] if i["input"] == "shards")
     corpus = next(i for i in shards["inputs"] if i["input"] == "corpus")
     assert (shards["name"], corpus["name"]) == ("one/shards", "one/data")
     (source,) = corpus["sources"]
@@ -67,24 +67,24 @@ def test_lineage_from_the_model_to_the_sources(made):
     assert source["files"]["03.txt"] == digest(Path(source["spec"]) / "03.txt")
     entry = record.entry.provenance
     assert entry.code["version"] and entry.machine["threads"] >= 1 and len(entry.recipe) == 64
-    shown = call("show", "one", "--in", made).stdout
-    assert "one/shards" in shown and "licence: not recorded" in " ".join(shown.split())
+    output = call("show", "one", "--in", finished_runs).stdout
+    assert "one/shards" in output and "licence: not recorded" in " ".join(output.split())
 
 
 def test_names_paths_and_ids(runs, tmp_path):
     registry = open_registry([runs])
     model = registry.find_one("one").model
-    for what in ("one/pretrain", str(runs / "one"), str(runs / "one/pretrain/model"), model[:8]):
-        assert registry.find_one(what).name == "one/pretrain", what
+    for name in ("one/pretrain", str(runs / "one"), str(runs / "one/pretrain/model"), model[:8]):
+        assert registry.find_one(name).name == "one/pretrain", name
     shutil.copytree(runs / "one/pretrain/model", tmp_path / "copy")
     (tmp_path / "copy/README.md").write_text("a card is no content")
     assert registry.find_one(str(tmp_path / "copy")).name == "one/pretrain"
-    for what, told in (
+    for name, message in (
         ("quantize", "got 2: one/quantize"), ("on/pretrain", "near: one/pretrain"),
         ("zz", "12 are known"), (str(tmp_path), "expected a run"), ("", "expected a run"),
     ):  # fmt: skip
-        with pytest.raises(InputError, match=told):
-            registry.find(what)
+        with pytest.raises(InputError, match=message):
+            registry.find(name)
 
 
 def test_the_index_quotes_no_prompt(runs):
@@ -122,15 +122,15 @@ def test_moved_copied_deleted_and_changed_runs(runs):
 
 def test_interrupted_and_simultaneous_writes(runs):
     open_registry([runs])
-    whole = (runs / INDEX).read_bytes()
-    (runs / INDEX).write_bytes(whole[:-20])  # the last line was cut off
+    content = (runs / INDEX).read_bytes()
+    (runs / INDEX).write_bytes(content[:-20])  # the last line was cut off
     shutil.rmtree(runs / "one")
     registry = open_registry([runs])
     assert len(registry.records) == 12 and len(registry.warnings) == 1
     append_lines(runs / INDEX, [])
     rows = [[{"writer": n, "row": i, "fill": "x" * 9000} for i in range(20)] for n in range(4)]
     writers = [
-        threading.Thread(target=lambda r=r: [append_lines(runs / "log.jsonl", [one]) for one in r])
+        threading.Thread(target=lambda r=r: [append_lines(runs / "log.jsonl", [row]) for row in r])
         for r in rows
     ]
     for writer in writers:
@@ -143,8 +143,8 @@ def test_interrupted_and_simultaneous_writes(runs):
     assert any("two/stages.json" in warning for warning in open_registry([runs]).warnings)
 
 
-def test_differences(made):
-    registry = open_registry([made])
+def test_differences(finished_runs):
+    registry = open_registry([finished_runs])
     rows = {(row["stage"], row["what"]): row for row in diff(registry, "one", "two", kinds=KINDS)}
     rate = rows["one/pretrain | two/pretrain", "lr"]
     assert (rate["a"], rate["b"]) == (1e-2, 2e-2)
@@ -154,11 +154,11 @@ def test_differences(made):
     swapped = {(r["what"], r["a"], r["b"]) for r in diff(registry, "two", "one", kinds=KINDS)}
     assert swapped == {(r["what"], r["b"], r["a"]) for r in rows.values()}
     # a model alone, with what it comes from and what measured it
-    alone = [row["stage"] for row in diff(registry, "one/pretrain", "two/pretrain", kinds=KINDS)]
-    assert {"one/pretrain | two/pretrain", "one/eval | two/eval"} == set(alone)
+    stages = [row["stage"] for row in diff(registry, "one/pretrain", "two/pretrain", kinds=KINDS)]
+    assert {"one/pretrain | two/pretrain", "one/eval | two/eval"} == set(stages)
     with pytest.raises(InputError, match="got the same"):
         diff(registry, "one", "one", kinds=KINDS)
-    assert "lr" in call("diff", "one", "two", "--in", made).stdout
+    assert "lr" in call("diff", "one", "two", "--in", finished_runs).stdout
 
 
 def test_a_card_says_what_is_recorded(runs):
@@ -181,16 +181,16 @@ def test_a_card_says_what_is_recorded(runs):
     assert registry.find_one("one").state == HERE  # the card changed nothing
     call("card", "one/quantize", "--in", runs, "-o", runs / "cards/q.md", "--license", "mit")
     assert "license: mit" in (runs / "cards/q.md").read_text()
-    told = call("card", "one/data", "--in", runs, status=2).stderr
-    assert "expected a model, got data" in told
+    message = call("card", "one/data", "--in", runs, status=2).stderr
+    assert "expected a model, got data" in message
 
 
 def test_a_card_escapes_what_it_shows(runs):
     path = runs / "one/stages.json"
     table = json.loads(path.read_text())
     evil = "x | y\n# Title <script> [a](b) `c` \U0001f600"
-    made = table["stages"]["data"]["provenance"]
-    made["sources"][0] |= {"spec": evil, "licence": "```\n---"}
+    provenance = table["stages"]["data"]["provenance"]
+    provenance["sources"][0] |= {"spec": evil, "licence": "```\n---"}
     table["stages"]["pretrain"]["provenance"]["command"] = "fastlm\n```\n# no"
     path.write_text(json.dumps(table))
     text = card(open_registry([runs]), open_registry([runs]).find_one("one"), kinds=KINDS)
@@ -200,12 +200,12 @@ def test_a_card_escapes_what_it_shows(runs):
     assert escape("a|b*") == "a\\|b\\*" and code_span("a`b``c") == "``` a`b``c ```"
 
 
-def test_a_stage_alone_has_a_record(made, tmp_path, monkeypatch):
+def test_a_stage_alone_has_a_record(finished_runs, tmp_path, monkeypatch):
     out = tmp_path / "runs/int4"
-    arguments = ["quantize", "--model", made / "one", "-o", out, "--group-size", "16"]
+    arguments = ["quantize", "--model", finished_runs / "one", "-o", out, "--group-size", "16"]
     result = CliRunner().invoke(app, list(map(str, arguments)))
     assert result.exit_code == 0, result.output
-    registry = open_registry([tmp_path / "runs", made])
+    registry = open_registry([tmp_path / "runs", finished_runs])
     record = registry.find_one("int4")
     (parent,) = [maker for key, _, maker in registry.parents(record) if key == "model"]
     assert parent.name == "one/pretrain"
@@ -216,25 +216,25 @@ def test_a_stage_alone_has_a_record(made, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path / "here")
     elsewhere = shutil.copytree(out, tmp_path / "sm-int4")
     for path in (elsewhere, "../sm-int4", elsewhere / "config.json"):
-        shown = call("show", path).stdout
-        assert "sm-int4" in shown and "one/pretrain" in shown and "one/data" in shown
-    assert "sm-int4" in call("diff", elsewhere, made / "one").stdout
+        output = call("show", path).stdout
+        assert "sm-int4" in output and "one/pretrain" in output and "one/data" in output
+    assert "sm-int4" in call("diff", elsewhere, finished_runs / "one").stdout
     (out / "record.json").write_text('{"layout": 2, "stages": {".": 1}}')
     assert "record.json" in call("--in", tmp_path / "runs").stderr
     assert "expected a folder of runs" in call("--in", tmp_path / "none", status=2).stderr
 
 
-def test_a_stage_alone_records_its_own_files(made, tmp_path):
+def test_a_stage_alone_records_its_own_files(finished_runs, tmp_path):
     out = tmp_path / "mixed"
     (out / "photos").mkdir(parents=True)
     (out / "photos/large.bin").write_bytes(b"x" * 1000)
     (out / "letter.txt").write_text("private")
     os.utime(out / "letter.txt", (1, 1))
-    tokenizer = str(made / "one/tokenizer")
-    arguments = ["data", "shards", str(made / "one/data"), "-t", tokenizer, "-o", str(out)]
+    tokenizer = str(finished_runs / "one/tokenizer")
+    arguments = ["data", "shards", str(finished_runs / "one/data"), "-t", tokenizer, "-o", str(out)]
     result = CliRunner().invoke(app, arguments)
     assert result.exit_code == 0, result.output
     record = open_registry([tmp_path]).find_one("mixed")
     names = set(record.entry.file_sizes)
     assert "train/index.json" in names and not names & {"letter.txt", "photos/large.bin"}
-    assert record.ids == open_registry([made]).find_one("one/shards").ids
+    assert record.ids == open_registry([finished_runs]).find_one("one/shards").ids

@@ -195,13 +195,13 @@ def test_bars_are_the_difference_to_xz(html):
     """Starting from xz's line at 2.0, zstd's bar goes right and the model's left. No bar is long
     just because its value is far from zero.
     """
-    found = re.findall(r'class="bar" style="left:([\d.]+)%;width:([\d.]+)%', html)
-    bars = [(float(left), float(left) + float(width)) for left, width in found]
+    actual = re.findall(r'class="bar" style="left:([\d.]+)%;width:([\d.]+)%', html)
+    bars = [(float(left), float(left) + float(width)) for left, width in actual]
     line = float(re.findall(r'class="line" style="left:([\d.]+)%"', html)[0])
     assert line == pytest.approx(100 * 0.5 / 0.6, abs=0.1)
     expected = [(0, line), (line, line), (line, 100)]  # the model, xz, zstd
-    for bar, place in zip(bars, expected, strict=True):
-        assert bar == pytest.approx(place, abs=0.11)
+    for bar, position in zip(bars, expected, strict=True):
+        assert bar == pytest.approx(position, abs=0.11)
 
 
 @pytest.mark.parametrize(
@@ -272,8 +272,8 @@ def test_each_part_names_the_command_that_gives_it(html):
     text = " ".join(page.text)
     for name in ("data", "pretrain", "eval", "quantize"):
         assert f"--until {name}" in text
-    given = "fastlm run r.toml --until 'a b' --out runs/x"
-    assert command_until(given, "eval") == "fastlm run r.toml --out runs/x --until eval"
+    command = "fastlm run r.toml --until 'a b' --out runs/x"
+    assert command_until(command, "eval") == "fastlm run r.toml --out runs/x --until eval"
     assert command_until("fastlm run r.toml --until=x", "my eval").endswith(
         "r.toml --until 'my eval'"
     )

@@ -105,8 +105,8 @@ def test_heldout_text_is_not_trained_on(finished):
 
     _, run = finished
     train = {d.text for d in read_documents(run / "data/train.jsonl.zst")}
-    held = [d.text for d in read_documents(run / "data/heldout.jsonl.zst")]
-    assert held and not train.intersection(held)
+    heldout = [d.text for d in read_documents(run / "data/heldout.jsonl.zst")]
+    assert heldout and not train.intersection(heldout)
 
 
 def test_again_is_skipped_and_a_change_redoes_what_depends_on_it(finished):
@@ -153,8 +153,8 @@ def test_the_report_of_a_part_says_so_at_the_top(finished, tmp_path):
     assert f"Not run: {', '.join(names[2:])}." in top
     run_recipe(recipe, run, until="data")  # nothing runs, but the run stopped elsewhere
     assert "stopped after data " in (run / "report.html").read_text()
-    whole = (finished[1] / "report.html").read_text()
-    assert "Not run:" not in whole and "stages have run" not in whole
+    full_report = (finished[1] / "report.html").read_text()
+    assert "Not run:" not in full_report and "stages have run" not in full_report
 
 
 def test_a_file_whose_name_is_no_utf8(tmp_path):
@@ -166,11 +166,11 @@ def test_a_file_whose_name_is_no_utf8(tmp_path):
 
 def test_a_changed_file_with_a_number_sign_in_its_name_is_seen(tmp_path):
     recipe, run = tiny_recipe.write(tmp_path), tmp_path / "run"
-    named = tmp_path / "c#.txt"
-    (tmp_path / "docs/00.txt").rename(named)
-    sources = [f"data.sources=[{str(named)!r}, {str(tmp_path / 'docs')!r}]"]
+    path = tmp_path / "c#.txt"
+    (tmp_path / "docs/00.txt").rename(path)
+    sources = [f"data.sources=[{str(path)!r}, {str(tmp_path / 'docs')!r}]"]
     assert run_again(recipe, run, until="data", overrides=sources) == {"data": "done"}
-    with open(named, "a") as f:
+    with open(path, "a") as f:
         f.write("\nOne more line.\n")
     assert run_again(recipe, run, until="data", overrides=sources) == {"data": "done"}
 
@@ -196,8 +196,8 @@ WATCHING = ["pretrain.save_total_limit=3", "pretrain.save_steps=4", "pretrain.va
 
 def test_what_does_not_change_the_model_goes_on_with_the_training(tmp_path):
     """Other times for validation and checkpoints, and a source with only a new time stamp."""
-    recipe, whole, run = tiny_recipe.write(tmp_path), tmp_path / "whole", tmp_path / "run"
-    run_recipe(recipe, whole, until="pretrain")
+    recipe, uninterrupted, run = tiny_recipe.write(tmp_path), tmp_path / "whole", tmp_path / "run"
+    run_recipe(recipe, uninterrupted, until="pretrain")
     with pytest.raises(KeyboardInterrupt, match="step-00000006"):
         run_recipe(recipe, run, until="pretrain", on_event=press_at(6))
     for file in (tmp_path / "docs").iterdir():
@@ -210,7 +210,10 @@ def test_what_does_not_change_the_model_goes_on_with_the_training(tmp_path):
     assert steps == list(range(7, 13))
     assert not (run / "previous").exists()
     weights = files_of(run / "pretrain/model")
-    assert weights["model.safetensors"] == (whole / "pretrain/model/model.safetensors").read_bytes()
+    assert (
+        weights["model.safetensors"]
+        == (uninterrupted / "pretrain/model/model.safetensors").read_bytes()
+    )
     states = run_again(recipe, run, until="pretrain")
     assert set(states.values()) == {"skipped"} and files_of(run / "pretrain/model") == weights
 
@@ -242,9 +245,9 @@ def test_a_training_that_gives_way_is_set_aside_and_can_go_on(tmp_path):
     assert first.returncode == 0, first.stderr
     model, steps = files_of(run / "pretrain/model"), files_of(run / "pretrain/checkpoints")
     report, log = (run / "report.html").read_bytes(), (run / "pretrain/metrics.jsonl").read_bytes()
-    again = fastlm("run", recipe, "--out", run, "--until", "pretrain", "--set", "pretrain.lr=2e-2")
-    assert again.returncode == 0, again.stderr
-    (line,) = [line for line in again.stderr.splitlines() if "archived" in line]
+    rerun = fastlm("run", recipe, "--out", run, "--until", "pretrain", "--set", "pretrain.lr=2e-2")
+    assert rerun.returncode == 0, rerun.stderr
+    (line,) = [line for line in rerun.stderr.splitlines() if "archived" in line]
     assert line.startswith("pretrain: ") and line.endswith(str(run / "previous"))
     previous = run / "previous"
     assert (
@@ -279,7 +282,7 @@ def test_a_training_continues_with_options_that_its_command_takes(tmp_path):
     """`keep`, and before the end `on_spike`: nothing is archived, no step is trained again."""
     recipe, run, plans = tiny_recipe.write(tmp_path), tmp_path / "run", []
 
-    def again(*overrides: str) -> tuple[str, str]:
+    def rerun(*overrides: str) -> tuple[str, str]:
         sets = [f"pretrain.{word}" for word in overrides]
         run_recipe(recipe, run, overrides=sets, until="pretrain", on_plan=plans.append)
         planned = next(p for p in plans[-1] if p.step.name == "pretrain")
@@ -290,35 +293,35 @@ def test_a_training_continues_with_options_that_its_command_takes(tmp_path):
         del record["stages"]["pretrain"]["file_sizes"], record["stages"]["pretrain"]["result"]
         (run / "stages.json").write_text(json.dumps(record))
 
-    assert again("save_best=true", "spike_factor=3.0") == ("run", "new")
+    assert rerun("save_best=true", "spike_factor=3.0") == ("run", "new")
     log = (run / "pretrain/metrics.jsonl").read_bytes()
     last = (run / "pretrain/model/model.safetensors").read_bytes()
     lowest = next((run / "pretrain/checkpoints").glob("best-*"))
     # make the best weights differ from the last ones
-    tensors, told = load_tensors(lowest)
-    save_tensors(lowest, {name: t + 1 for name, t in tensors.items()}, told)
-    taken = "keep was 'last', now 'best'"
-    assert again("spike_factor=3.0", 'keep="best"') == ("continue", taken)
+    tensors, metadata = load_tensors(lowest)
+    save_tensors(lowest, {name: t + 1 for name, t in tensors.items()}, metadata)
+    reason = "keep was 'last', now 'best'"
+    assert rerun("spike_factor=3.0", 'keep="best"') == ("continue", reason)
     assert (run / "pretrain/model/model.safetensors").read_bytes() != last
-    assert again("spike_factor=3.0") == ("continue", "keep was 'best', now 'last'")
+    assert rerun("spike_factor=3.0") == ("continue", "keep was 'best', now 'last'")
     assert (run / "pretrain/model/model.safetensors").read_bytes() == last
-    assert again("spike_factor=3.0", 'on_spike="stop"') == ("skip", "done")
+    assert rerun("spike_factor=3.0", 'on_spike="stop"') == ("skip", "done")
     cut_off()
     skips = ("spike_factor=3.0", 'on_spike="skip"')
-    assert again(*skips) == ("continue", "on_spike is now 'skip'")  # from "stop" or "warn"
+    assert rerun(*skips) == ("continue", "on_spike is now 'skip'")  # from "stop" or "warn"
     cut_off()
     spikes = "on_spike was 'skip', now 'stop'"
-    assert again("spike_factor=3.0", 'on_spike="stop"') == ("continue", spikes)
+    assert rerun("spike_factor=3.0", 'on_spike="stop"') == ("continue", spikes)
     assert (run / "pretrain/metrics.jsonl").read_bytes() == log
     assert not list(run.glob("previous*"))
     # finished, it may have thrown away other gradients
-    assert again(*skips) == ("run", "on_spike is now 'skip'")
+    assert rerun(*skips) == ("run", "on_spike is now 'skip'")
     factor = "spike_factor was 3.0, now 100.0"
-    assert again("spike_factor=100.0", 'on_spike="skip"') == ("run", factor)
-    assert again() == ("run", "on_spike was 'skip', now 'warn'")
+    assert rerun("spike_factor=100.0", 'on_spike="skip"') == ("run", factor)
+    assert rerun() == ("run", "on_spike was 'skip', now 'warn'")
     assert len([*run.glob("previous*")]) == 3
     # what a checkpoint cannot continue with starts again
-    assert again('keep="best"', "max_steps=2", "lr=1e-3")[0] == "run"
+    assert rerun('keep="best"', "max_steps=2", "lr=1e-3")[0] == "run"
     assert len([*run.glob("previous*")]) == 4
 
 
@@ -333,17 +336,17 @@ def test_a_file_beside_the_model_does_not_train_it_again(finished):
     (run / "pretrain/model/model.safetensors").write_bytes(weights[:-1])
     states = run_again(recipe, run, until="pretrain")
     assert states["pretrain"] == "done"
-    kept = [p.read_bytes() for p in run.glob("previous*/pretrain/model/model.safetensors")]
-    assert weights[:-1] in kept
+    archived = [p.read_bytes() for p in run.glob("previous*/pretrain/model/model.safetensors")]
+    assert weights[:-1] in archived
     assert (run / "pretrain/model/model.safetensors").read_bytes() == weights
 
 
 def test_ctrl_c_in_the_last_step_ends_the_chain(tmp_path):
-    recipe, run, seen = tiny_recipe.write(tmp_path), tmp_path / "run", []
+    recipe, run, events = tiny_recipe.write(tmp_path), tmp_path / "run", []
     press = press_at(12)
     with pytest.raises(KeyboardInterrupt, match=r"after step 12; saved in .*step-00000012$"):
-        run_recipe(recipe, run, on_event=lambda e: (seen.append(e.get("stage")), press(e)))
-    assert "eval" not in seen and not (run / "pretrain/model").exists()
+        run_recipe(recipe, run, on_event=lambda e: (events.append(e.get("stage")), press(e)))
+    assert "eval" not in events and not (run / "pretrain/model").exists()
     assert run_again(recipe, run, until="pretrain")["pretrain"] == "done"
     assert [m["step"] for m in metrics(run) if "loss" in m] == list(range(1, 13))
 
@@ -351,9 +354,9 @@ def test_ctrl_c_in_the_last_step_ends_the_chain(tmp_path):
 def test_killed_in_training_and_started_again(finished, tmp_path):
     """SIGKILL from outside at any instruction: the same command continues to the same losses."""
     recipe, _ = finished
-    whole, run = tmp_path / "whole", tmp_path / "run"
+    undisturbed, run = tmp_path / "whole", tmp_path / "run"
     sets = ["--set", "pretrain.max_steps=60", "--set", "quantize.group_size=32"]
-    assert fastlm("run", recipe, "--out", whole, "--until", "pretrain", *sets).returncode == 0
+    assert fastlm("run", recipe, "--out", undisturbed, "--until", "pretrain", *sets).returncode == 0
     command = [
         sys.executable,
         "-P",
@@ -367,8 +370,8 @@ def test_killed_in_training_and_started_again(finished, tmp_path):
         "pretrain",
         *sets,
     ]
-    with open(tmp_path / "log", "wb") as said:
-        child = subprocess.Popen(command, stdout=said, stderr=said)
+    with open(tmp_path / "log", "wb") as log:
+        child = subprocess.Popen(command, stdout=log, stderr=log)
         deadline = time.monotonic() + 120
         while child.poll() is None and time.monotonic() < deadline:
             if (run / "pretrain/metrics.jsonl").exists() and (
@@ -379,12 +382,12 @@ def test_killed_in_training_and_started_again(finished, tmp_path):
         os.kill(child.pid, signal.SIGKILL)
         child.wait()
     assert child.returncode == -signal.SIGKILL
-    again = fastlm("run", recipe, "--out", run, "--until", "pretrain", *sets)
-    assert again.returncode == 0, again.stderr
-    assert "data: skipped" in again.stderr and "pretrain: started" in again.stderr
-    assert metrics(run) == metrics(whole)
+    rerun = fastlm("run", recipe, "--out", run, "--until", "pretrain", *sets)
+    assert rerun.returncode == 0, rerun.stderr
+    assert "data: skipped" in rerun.stderr and "pretrain: started" in rerun.stderr
+    assert metrics(run) == metrics(undisturbed)
     weights = "pretrain/model/model.safetensors"
-    assert (run / weights).read_bytes() == (whole / weights).read_bytes()
+    assert (run / weights).read_bytes() == (undisturbed / weights).read_bytes()
 
 
 def one_line(done, text):

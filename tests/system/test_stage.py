@@ -96,9 +96,9 @@ def test_the_example_of_contributing_runs_in_a_recipe(lengths, corpus, tmp_path)
 
 def test_the_example_of_contributing_is_a_command_and_a_call(lengths, corpus, tmp_path):
     _, run = corpus
-    said = call(command_of(lengths), "--corpus", run / "data").stdout
+    output = call(command_of(lengths), "--corpus", run / "data").stdout
     words = words_of(run)
-    assert said == f"{words[len(words) // 2]} words, the longest document {words[-1]}\n"
+    assert output == f"{words[len(words) // 2]} words, the longest document {words[-1]}\n"
     as_json = call(command_of(lengths), "--corpus", run / "data", "--skip", 200, "--json").stdout
     result = lengths(skip=200)(tmp_path, corpus=run / "data")
     assert json.loads(as_json) == result == json.loads((tmp_path / "scores.json").read_text())
@@ -126,8 +126,8 @@ def test_every_option_has_a_key_a_flag_and_a_help(kind):
         flag = option.name if positional else f"--{option.name.replace('_', '-')}"
         assert flag in text, f"{kind}: {flag}"
     # words that a recipe, a command or a call already uses
-    taken = {*cls.inputs, "name", "kind", "from", "of", "out", "cache", "threads", "log_every"}
-    assert not taken & {option.name for option in options_of(cls)}
+    reserved = {*cls.inputs, "name", "kind", "from", "of", "out", "cache", "threads", "log_every"}
+    assert not reserved & {option.name for option in options_of(cls)}
     offered = {o.name for o in options_of(cls)}
     assert {f.name for f in fields(cls)} == offered | set(cls.unused)
     assert cls.run is not Stage.run
@@ -148,9 +148,9 @@ of = ["pretrain", "wide"]
 
 
 def test_a_raised_version_is_told(corpus, monkeypatch, tmp_path):
-    recipe, made = corpus
+    recipe, out = corpus
     run, plans = tmp_path / "run", []
-    shutil.copytree(made, run)
+    shutil.copytree(out, run)
 
     def todo(*overrides):
         plans.clear()
@@ -161,21 +161,21 @@ def test_a_raised_version_is_told(corpus, monkeypatch, tmp_path):
     assert todo()["data"] == ("skip", "done")
     version = KINDS["data"].version
     monkeypatch.setattr(KINDS["data"], "version", version + 2)
-    told = ("run", f"its code has changed: version {version}, now {version + 2}")
-    assert todo()["data"] == told
+    action = ("run", f"its code has changed: version {version}, now {version + 2}")
+    assert todo()["data"] == action
     assert todo("data.heldout_bytes=7000")["data"][1] == "heldout_bytes was 6000, now 7000"
     # cut off: the record says which version had begun
     table = json.loads((run / "stages.json").read_text())
     for key in ("provenance", "file_sizes", "result"):
         del table["stages"]["data"][key]
     (run / "stages.json").write_text(json.dumps(table))
-    assert todo()["data"] == told
+    assert todo()["data"] == action
     monkeypatch.setattr(KINDS["data"], "version", version)
     docs = recipe.parent / "docs"
-    text = (one := sorted(docs.iterdir())[0]).read_text()
-    one.write_text(text + " and more")
+    text = (document := sorted(docs.iterdir())[0]).read_text()
+    document.write_text(text + " and more")
     assert todo()["data"] == ("run", "the content of an input has changed")
-    one.write_text(text)
+    document.write_text(text)
 
 
 def test_a_change_reaches_what_depends_on_it_and_nothing_else(tmp_path):
@@ -183,7 +183,7 @@ def test_a_change_reaches_what_depends_on_it_and_nothing_else(tmp_path):
     states: dict[str, str] = {}
     plans: list = []
 
-    def again(*overrides, **kwargs):
+    def rerun(*overrides, **kwargs):
         states.clear()
         plans.clear()
         return run_recipe(
@@ -194,27 +194,27 @@ def test_a_change_reaches_what_depends_on_it_and_nothing_else(tmp_path):
     def done():
         return [name for name, state in states.items() if state == "done" and name != "report"]
 
-    summary = again()
+    summary = rerun()
     assert set(summary["stages"]["both"]["models"]) == {"pretrain", "wide"}
     html = (run / "report.html").read_text()
     assert html.count('class="columns"') == 2  # two trainings, two evaluations
     trained = (run / "pretrain/model/model.safetensors").read_bytes()
     # the plan states what will be done and why; a dry run does nothing more
-    assert again("wide.lr=2e-3", dry_run=True) == {} and not states
+    assert rerun("wide.lr=2e-3", dry_run=True) == {} and not states
     todo = {p.step.name: (p.action, p.reason) for p in plans}
     assert todo["pretrain"] == todo["quantize"] == ("skip", "done")
     assert todo["wide"] == ("run", "lr was 0.001, now 0.002")
     assert todo["both"] == ("run", "the content of an input has changed")
-    again("wide.lr=2e-3")
+    rerun("wide.lr=2e-3")
     assert done() == ["wide", "both"]
     # the other branch was archived, this one was left unchanged
     assert (run / "previous/wide/model").is_dir() and not (run / "previous/pretrain").exists()
     assert (run / "pretrain/model/model.safetensors").read_bytes() == trained
-    again("wide.lr=2e-3", "both.of=['wide']")
+    rerun("wide.lr=2e-3", "both.of=['wide']")
     assert done() == ["both"] and plans[-1].reason == "its inputs are other stages"
     # a renamed stage gets a new folder; its input stages are skipped
     recipe.write_text(recipe.read_text().replace('name = "both"', 'name = "two"'))
-    again("wide.lr=2e-3")
+    rerun("wide.lr=2e-3")
     assert done() == ["two"] and plans[-1].reason == "new"
 
 
@@ -325,8 +325,8 @@ def test_somebodys_folder_with_the_name_of_a_new_stage_is_left_alone(tmp_path):
 
 def test_until_says_what_gives_way_and_reports_all_that_is_done(tmp_path):
     run = Runs(tmp_path)
-    whole = run()
-    assert run(until="data")["stages"].keys() == whole["stages"].keys()
+    complete = run()
+    assert run(until="data")["stages"].keys() == complete["stages"].keys()
     assert run("data.heldout_bytes=5000", until="data", dry_run=True) == {}
     todo = {p.step.name: (p.action, p.training) for p in run.plan}
     assert todo["data"] == ("run", False) and todo["pretrain"] == ("archive", True)

@@ -13,37 +13,37 @@ ROOT = Path(__file__).parents[2]
 
 def modules() -> dict[str, Path]:
     """Every module of the package by its name."""
-    found = {}
+    paths = {}
     for folder, prefix in ((ROOT / "fastlm", "fastlm"), (ROOT / "kernels", "fastlm.kernels")):
         for path in folder.rglob("*.py"):
             parts = path.relative_to(folder).with_suffix("").parts
-            found[".".join((prefix, *parts)).removesuffix(".__init__")] = path
-    return found
+            paths[".".join((prefix, *parts)).removesuffix(".__init__")] = path
+    return paths
 
 
-def imports(path: Path, known: dict[str, Path]) -> set[str]:
+def imports(path: Path, paths: dict[str, Path]) -> set[str]:
     """The package's modules that this file imports, also in functions, not for type checkers."""
-    found: set[str] = set()
+    names: set[str] = set()
 
     def visit(node: ast.AST) -> None:
         for child in ast.iter_child_nodes(node):
             if isinstance(child, ast.If) and ast.unparse(child.test) == "TYPE_CHECKING":
                 continue
             if isinstance(child, ast.Import):
-                found.update(alias.name for alias in child.names)
+                names.update(alias.name for alias in child.names)
             elif isinstance(child, ast.ImportFrom) and child.module:
                 for alias in child.names:
                     full = f"{child.module}.{alias.name}"
-                    found.add(full if full in known else child.module)
+                    names.add(full if full in paths else child.module)
             visit(child)
 
     visit(ast.parse(path.read_text("utf-8")))
-    return found & known.keys()
+    return names & paths.keys()
 
 
 def test_no_import_circle_not_even_inside_functions():
-    known = modules()
-    graph = {name: imports(path, known) - {name} for name, path in known.items()}
+    paths = modules()
+    graph = {name: imports(path, paths) - {name} for name, path in paths.items()}
     assert len(graph) > 100 and graph["fastlm.model.causal_lm"]
     try:
         order = list(graphlib.TopologicalSorter(graph).static_order())

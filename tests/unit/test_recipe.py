@@ -212,13 +212,13 @@ def test_what_comes_from_outside_has_one_name(tmp_path):
     path = tiny_recipe.write(tmp_path)
     path.write_text(path.read_text() + OUTSIDE)
 
-    def taken(*overrides):
+    def inputs(*overrides):
         recipe = load_recipe(path, overrides)
         steps = (recipe.step("pair"), recipe.step("smaller"))
         return [step.inputs["model"] for step in steps]
 
-    assert taken() == [("./served", "pretrain"), ("./served",)]
-    assert taken("inputs.old=/srv/m") == [("/srv/m", "pretrain"), ("/srv/m",)]
+    assert inputs() == [("./served", "pretrain"), ("./served",)]
+    assert inputs("inputs.old=/srv/m") == [("/srv/m", "pretrain"), ("/srv/m",)]
     assert load_recipe(path, ["inputs.old=model:smollm2"]).table["inputs"]["old"] == "model:smollm2"
     for override, text in (
         ("inputs.old=served", "inputs.old: expected a path with a /, got 'served'"),

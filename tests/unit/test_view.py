@@ -62,19 +62,19 @@ def test_a_terminal_has_one_line_for_the_steps(data, tmp_path, monkeypatch) -> N
     start(data, tmp_path, OPTIONS, track=view.track, on_event=view)
     live = [re.sub(r"[\d.,]+ s left", "T", line) for line in terminal.drawn]
     steps = {
-        int(found[1])
+        int(match[1])
         for line in live
-        if (found := re.fullmatch(
+        if (match := re.fullmatch(
             r"base: step (\d+) of 24 \(\d+%\), loss \d\.\d+, lr [\d.e-]+, [\d,]+ tokens/s, T", line
         ))
     }  # fmt: skip
     assert steps == set(range(1, 25))
-    kept = [re.sub(r" [\d.]+, .*|: '.*", "", line) for line in terminal.lines]
-    held = [f"step {n}: held-out loss" for n in (0, 6, 12, 18, 24)]
+    lines = [re.sub(r" [\d.]+, .*|: '.*", "", line) for line in terminal.lines]
+    validations = [f"step {n}: held-out loss" for n in (0, 6, 12, 18, 24)]
     wrote = [f"step {n} writes" for n in (0, 12, 24)]
-    assert kept == [
-        "base: started", held[0], wrote[0], held[1], held[2], wrote[1], held[3], held[4], wrote[2],
-        "",
+    assert lines == [
+        "base: started", validations[0], wrote[0], validations[1], validations[2], wrote[1],
+        validations[3], validations[4], wrote[2], "",
     ]  # fmt: skip
 
     # resumed: the steps are those of the whole training
@@ -127,7 +127,7 @@ def test_elsewhere_lines_come_at_intervals(monkeypatch, capsys) -> None:
     for i in range(1, 8):
         clock[0] += 11.0
         view(step(i, 11.0 * i, i / 10))
-    said = capsys.readouterr().err.splitlines()
-    assert [line.partition(":")[0] for line in said] == ["step 3", "step 6"]
-    assert said[0] == "step 3: training loss 4, lr 0.003, 900 tokens/s, 1 min 17 s left"
-    assert "\x1b" not in "".join(said) and os.linesep not in said[0]
+    lines = capsys.readouterr().err.splitlines()
+    assert [line.partition(":")[0] for line in lines] == ["step 3", "step 6"]
+    assert lines[0] == "step 3: training loss 4, lr 0.003, 900 tokens/s, 1 min 17 s left"
+    assert "\x1b" not in "".join(lines) and os.linesep not in lines[0]
