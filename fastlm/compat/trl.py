@@ -31,10 +31,10 @@ class SFTTrainer(sft_trainer.SFTTrainer):
             since been replaced by another layer; an option that selects another loss.
     """
 
-    def __init__(self, *given: Any, **named: Any) -> None:
-        super().__init__(*given, **named)
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
         model: Any = self.model
-        args: Any = self.args
+        options: Any = self.args
         if "linear_cross_entropy" not in patched_ops(model):
             raise InputError(
                 "model: expected one patched with linear_cross_entropy (fastlm.patch),"
@@ -42,14 +42,14 @@ class SFTTrainer(sft_trainer.SFTTrainer):
             )
         if type(head := model.get_output_embeddings()) is not nn.Linear:
             raise InputError(f"model: expected a head that is nn.Linear, got {type(head).__name__}")
-        for name, value, wanted in (
-            ("args.loss_type", args.loss_type, "nll"),
-            ("args.label_smoothing_factor", args.label_smoothing_factor, 0.0),
+        for name, value, expected in (
+            ("args.loss_type", options.loss_type, "nll"),
+            ("args.label_smoothing_factor", options.label_smoothing_factor, 0.0),
             ("compute_loss_func", self.compute_loss_func, None),
             ("model.config.output_router_logits", self.aux_loss_enabled, False),
         ):
-            if value != wanted:
-                raise InputError(f"{name}: expected {wanted} with the model's loss, got {value}")
+            if value != expected:
+                raise InputError(f"{name}: expected {expected} with the model's loss, got {value}")
 
     def compute_loss(
         self,
@@ -61,5 +61,5 @@ class SFTTrainer(sft_trainer.SFTTrainer):
         if return_outputs or not model.training:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         inputs["use_cache"] = False
-        above: Any = super(sft_trainer.SFTTrainer, self)  # what TRL's class overrides
-        return above.compute_loss(model, inputs, num_items_in_batch=num_items_in_batch)
+        base: Any = super(sft_trainer.SFTTrainer, self)  # the class that TRL's overrides
+        return base.compute_loss(model, inputs, num_items_in_batch=num_items_in_batch)

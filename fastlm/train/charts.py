@@ -1,4 +1,4 @@
-"""Charts of trainings, by what their metrics.jsonl holds, and of reward models."""
+"""Charts of trainings, from their metrics.jsonl, and of reward models."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -16,10 +16,10 @@ from fastlm.pipeline.charts import (
 )
 
 Metrics = list[dict[str, Any]]
-# label of the y axis, what is drawn, a level to compare with, the most that is shown
+# label of the y axis, metrics, reference level, limits of the y axis
 CHARTS: tuple[tuple[str, tuple[str, ...], float | None, tuple[float, float] | None], ...] = (
     ("reward, nats times β", ("reward_chosen", "reward_rejected"), 0.0, None),
-    ("share ranked right", ("accuracy",), 0.5, (-0.02, 1.02)),
+    ("accuracy of pairs", ("accuracy",), 0.5, (-0.02, 1.02)),
     ("score", ("score",), None, None),
     ("KL to the reference, nats per completion", ("kl", "kl3"), 0.0, None),
     ("tokens per completion", ("length",), None, None),
@@ -34,8 +34,8 @@ CHARTS: tuple[tuple[str, tuple[str, ...], float | None, tuple[float, float] | No
 
 
 def training_charts(metrics: Metrics) -> list[str]:
-    """Draw each of `CHARTS` that was measured: of steps or rounds the running mean, and alone each
-    value pale; of validations points, with their standard error.
+    """Draw each of `CHARTS` for which there are metrics: the running mean of steps or rounds (with
+    pale single values if there is one metric), and validations as points with standard errors.
     """
     charts = []
     for label, names, reference, limits in CHARTS:
@@ -50,11 +50,11 @@ def training_charts(metrics: Metrics) -> list[str]:
             if len(names) == 1:
                 axes.plot(x, y, color=PALE, linewidth=0.8)
             axes.plot(x, running_mean(y), color=color, linewidth=2, label=title)
-            held = _series(metrics, f"val_{name}")
-            if held[0]:
+            validations = _series(metrics, f"val_{name}")
+            if validations[0]:
                 axes.errorbar(
-                    *held, _series(metrics, f"val_{name}_error")[1] or None, fmt="o", elinewidth=1,
-                    color=ORANGE if len(names) == 1 else color, markersize=5,
+                    *validations, _series(metrics, f"val_{name}_error")[1] or None, fmt="o",
+                    elinewidth=1, color=ORANGE if len(names) == 1 else color, markersize=5,
                     markerfacecolor="white", label=f"{title}, held-out",
                 )  # fmt: skip
         if limits is not None:
@@ -66,18 +66,18 @@ def training_charts(metrics: Metrics) -> list[str]:
 
 
 def calibration_chart(bins: Sequence[Mapping[str, float]]) -> str:
-    """Draw how often the better answer is the one that the model predicts with a probability.
+    """Draw how often the model's prediction is right, over its predicted probability.
 
     Args:
-        bins: "predicted", "observed" and "count" of each.
+        bins: "predicted", "observed" and "count" of each bin.
     """
     figure, axes = new_axes("predicted probability", "observed share")
     axes.plot([0.5, 1], [0.5, 1], color=SOFT, linewidth=1, linestyle=(0, (4, 3)), label="ideal")
-    most = max((b["count"] for b in bins), default=1)
+    max_count = max((b["count"] for b in bins), default=1)
     x, y = [b["predicted"] for b in bins], [b["observed"] for b in bins]
     error = [(b["observed"] * (1 - b["observed"]) / b["count"]) ** 0.5 for b in bins]
     axes.errorbar(x, y, error, color=BLUE, linewidth=1.5, elinewidth=1, label="held-out")
-    areas = [20 + 100 * b["count"] / most for b in bins]
+    areas = [20 + 100 * b["count"] / max_count for b in bins]
     axes.scatter(x, y, areas, color=BLUE, zorder=3)
     axes.set_xlim(0.49, 1.01)
     axes.set_ylim(-0.02, 1.02)
@@ -86,8 +86,9 @@ def calibration_chart(bins: Sequence[Mapping[str, float]]) -> str:
 
 
 def frontier_chart(metrics: Metrics) -> str:
-    """Draw score over KL, a point per round, from pale to dark (Gao et al. 2022, arXiv:2210.10760:
-    score at first rises with the root of the KL; where it falls again, the reward is hacked).
+    """Draw score over KL, one point per round, from pale to dark. The score at first rises with the
+    root of the KL; if it falls again, the policy hacks the reward (Gao et al. 2022,
+    arXiv:2210.10760).
     """
     figure, axes = new_axes("√KL to the reference, √nats per completion", "score")
     _, kl = _series(metrics, "kl3")
@@ -99,7 +100,7 @@ def frontier_chart(metrics: Metrics) -> str:
 
 
 def _series(metrics: Metrics, name: str) -> tuple[list[int], list[float]]:
-    """The steps, or the first step of each round, and what they measured."""
+    """Return the steps, or the first step of each round, and their values."""
     lines = {m.get("round", m["step"]): m for m in reversed(metrics) if name in m}
     series = sorted((m["step"], m[name]) for m in lines.values())
     return [step for step, _ in series], [value for _, value in series]

@@ -1,4 +1,4 @@
-"""The options of stages that can train adapters (LoRA, QLoRA) in place of all weights. Nothing here
+"""The options of stages that can train adapters (LoRA, QLoRA) instead of all weights. Nothing here
 imports torch before a model is loaded.
 """
 
@@ -17,23 +17,25 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class LoraOptions:
-    """A stage with these options loads the model it trains by `load_trained` and writes it by
+    """The options of LoRA. A stage with them loads its model by `load_trained` and writes it by
     `save_trained`. With ``lora_rank`` 0 all weights are trained.
     """
 
-    lora_rank: Annotated[int, "Train adapters of this rank (LoRA); 0: all weights"] = 0
+    lora_rank: Annotated[int, "Train LoRA adapters of this rank; 0: train all weights"] = 0
     lora_alpha: Annotated[
-        float | None, "Adapters are scaled by alpha / rank; default: twice the rank"
+        float | None, "Scale adapters by alpha / rank; default: twice the rank"
     ] = None
     lora_targets: Annotated[
-        tuple[str, ...], "Layers with adapters: all-linear, or names: q_proj,v_proj"
+        tuple[str, ...], "Layers with adapters: all-linear, or names such as q_proj,v_proj"
     ] = ("all-linear",)
-    lora_dropout: Annotated[float, "Share of the adapters' inputs that is dropped"] = 0.0
+    lora_dropout: Annotated[float, "Dropout of the adapters' inputs"] = 0.0
     base_bits: Annotated[
-        int, "4 or 8: the frozen weights in int4 or int8 (QLoRA); 16: as floats"
+        int, "Bits of the frozen weights: 4 or 8 (int4 or int8, QLoRA), or 16 (floats)"
     ] = 16
-    base_group_size: Annotated[int, "Weights that share a scale, with base_bits 4 or 8"] = 64
-    merge: Annotated[bool, "Leave a merged model; otherwise an adapter in PEFT's format"] = True
+    base_group_size: Annotated[
+        int, "Number of weights that share a scale, with base_bits 4 or 8"
+    ] = 64
+    merge: Annotated[bool, "Write a merged model; otherwise an adapter in PEFT's format"] = True
 
     def check_lora(self) -> None:
         """Check the values. InputError names the option."""
@@ -63,9 +65,9 @@ class LoraOptions:
         seed: int,
         warn: Callable[[str], None] = lambda line: None,
     ) -> "CausalLM":
-        """Load the model at ``source`` to train it: float32, or with adapters and everything else
-        frozen in ``dtype`` ("bfloat16", "float32"), int4 or int8. ``seed`` is that of the adapters.
-        ``warn`` receives what of a quantized base is not kept.
+        """Load the model at ``source`` to train it: in float32, or with adapters and everything
+        else frozen in ``dtype`` ("bfloat16", "float32"), int4 or int8. ``seed`` is for the
+        adapters. ``warn`` receives a message if a part of a quantized base's format is lost.
         """
         import torch
 
@@ -79,9 +81,9 @@ class LoraOptions:
         if not self.merge and is_adapter(locate_model(Path(source))):
             raise InputError(f"merge: expected true on top of an adapter, {source}, got false")
         model = CausalLM.from_pretrained(source, dtype=getattr(torch, dtype))
-        bits = self._base_kept(model, warn)
+        bits = self._keep_quantized_base(model, warn)
         if bits and self.base_bits == 16:
-            del model  # two in memory otherwise
+            del model  # otherwise two are in memory
             model = CausalLM.from_pretrained(
                 source, dtype=getattr(torch, dtype), keep_quantized=False
             )
@@ -91,17 +93,16 @@ class LoraOptions:
             seed=seed,
         )  # fmt: skip
         if self.base_bits < 16 and not bits:
-            # the loss reads the head as a matrix: quantized, it would be dequantized in every step
+            # the loss needs the head as a matrix: a quantized one would be dequantized in every
+            # step
             quantize(
                 model, f"w{self.base_bits}a16", group_size=self.base_group_size, embeddings=16,
                 head=16,
             )  # fmt: skip
         return model
 
-    def _base_kept(self, model: "CausalLM", warn: Callable[[str], None]) -> list[int]:
-        """Return the bits of the quantized layers; the activations that they multiply are no longer
-        rounded.
-        """
+    def _keep_quantized_base(self, model: "CausalLM", warn: Callable[[str], None]) -> list[int]:
+        """Return the bits of the quantized layers, and stop the rounding of their activations."""
         from fastlm.model.quantized_modules import QuantizedEmbedding, QuantizedLinear
 
         layers = [m for m in model.modules() if isinstance(m, QuantizedLinear | QuantizedEmbedding)]
@@ -116,8 +117,8 @@ class LoraOptions:
             )
         if rounded := sum(m.act_bits == 8 for m in layers if isinstance(m, QuantizedLinear)):
             warn(
-                f"model: {rounded} layers of the base round activations to int8; the training does"
-                " not (act_bits 16), nor does a merged model"
+                f"model: {rounded} layers of the base round activations to int8; the training and a"
+                " merged model do not (act_bits 16)"
             )
         for module in model.modules():
             if isinstance(module, QuantizedLinear | QuantizedEmbedding):
@@ -137,8 +138,8 @@ class LoraOptions:
             merge_lora(model).save_pretrained(folder)
 
     def lora_facts(self, result: Mapping[str, Any]) -> dict[str, str]:
-        """Return what a report says of adapters: none where all weights are trained. ``result`` has
-        parameters and trained_parameters.
+        """Return the report's facts about adapters, or none if all weights are trained. ``result``
+        has "parameters" and "trained_parameters".
         """
         if not self.lora_rank:
             return {}

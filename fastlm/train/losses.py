@@ -1,18 +1,18 @@
 """Losses and advantages of fine-tuning and alignment: pure functions of log-probabilities, rewards
 and values.
 
-Shapes: logp, values, rewards and mask are (B, S) unless stated; mask is true (or 1) on response
-tokens. A masked position is never read: it may hold NaN or infinity, and its gradient is 0.
-Arithmetic is float32, or float64 where an argument is.
+Shapes: logp, values, rewards and mask are (B, S) unless stated otherwise; mask is true (or 1) on
+response tokens. Masked positions are never read: they may hold NaN or infinity, and their gradient
+is 0. Arithmetic is float32, or float64 if an argument is.
 
-`aggregate` owns every denominator. With `num_items` (the number of all tokens or sequences of an
-optimizer's step) losses of micro-batches and ranks add up to the loss of the whole batch, and so do
-their gradients. Functions that return (B,) leave the mean to the caller, with the same `num_items`.
-Metrics are means over the response tokens of one call, with their number in "tokens";
-`pool_metrics` joins those of several calls.
+`aggregate` defines every denominator. With `num_items` (the number of all tokens or sequences of an
+optimizer step) the losses of micro-batches and ranks add up to the loss of the whole batch, and so
+do their gradients. Functions that return (B,) leave the mean to the caller, with the same
+`num_items`. Metrics are means over the response tokens of one call, with their number in "tokens";
+`pool_metrics` combines those of several calls.
 
-Log-ratios are clamped to [-20, 20] before they are exponentiated: beyond it a ratio is far outside
-any clip range, and its exponential could overflow.
+Log-ratios are clamped to [-20, 20] before they are exponentiated: beyond that a ratio is far
+outside any clip range, and its exponential could overflow.
 """
 
 from collections.abc import Sequence
@@ -38,19 +38,19 @@ def aggregate(
     aggregation: Literal["token", "sequence", "constant"] = "token",
     num_items: Count | None = None,
 ) -> Tensor:
-    """The masked sum or mean of x (B, S), a row per sequence: a scalar.
+    """Return the masked sum or mean of x (B, S), one row per sequence, as a scalar.
 
     - "token": ``x[mask].sum() / (num_items or mask.sum())``;
     - "sequence": the mean over sequences of their token means, divided by `num_items` sequences
-      where given. A sequence without tokens does not count;
+      if given. A sequence without tokens does not count;
     - "constant": the same as "token", with `num_items` (Liu et al. 2025, arXiv:2503.20783).
 
-    A mean over nothing is 0. InputError: shapes do not fit.
+    An empty mean is 0. InputError: shapes do not fit.
     """
     _one_of(aggregation=(aggregation, "token", "sequence", "constant"))
     if aggregation == "constant" and num_items is None:
         raise InputError("num_items: expected a number with aggregation='constant', got None")
-    keep, x = _read(mask, x=x)
+    keep, x = _apply_mask(mask, x=x)
     if aggregation == "sequence":
         counts = keep.sum(1)
         means = x.sum(1) / counts.clamp(min=1)
@@ -59,8 +59,8 @@ def aggregate(
 
 
 def pool_metrics(metrics: Sequence[Metrics]) -> Metrics:
-    """The metrics of several calls (micro-batches, ranks) as those of one call on all their tokens:
-    means weighted by "tokens". A call without tokens does not count.
+    """Combine the metrics of several calls (micro-batches, ranks) into those of one call on all
+    their tokens: means weighted by "tokens". A call without tokens does not count.
     """
     tokens = torch.stack([m["tokens"] for m in metrics])
     total = tokens.sum()
@@ -78,21 +78,21 @@ def kl_penalty(
     *,
     mask: Tensor | None = None,
 ) -> Tensor:
-    """Estimates of KL(policy || reference) per token, from tokens that the policy sampled.
+    """Estimate KL(policy || reference) per token, from tokens that the policy sampled.
 
     - "k1": ``logp - ref_logp``, unbiased;
     - "k2": ``(logp - ref_logp) ** 2 / 2``, whose gradient is that of the KL;
     - "k3": ``exp(r) - 1 - r`` with ``r = ref_logp - logp``, unbiased and never negative.
 
-    (Schulman 2020, "Approximating KL divergence".) As a penalty in the reward, a constant, any of
-    them does. As a loss on tokens of the current policy, only k2 has the gradient of
+    (Schulman 2020, "Approximating KL divergence".) As a penalty in the reward, which is a constant,
+    all of them work. As a loss on tokens of the current policy, only k2 has the gradient of
     KL(policy || reference); k3 has that of KL(reference || policy), and k1 one of mean 0.
 
     Returns the shape of logp; 0 where `mask` is false.
     """
     _one_of(estimator=(estimator, "k1", "k2", "k3"))
     if mask is not None:
-        _, logp, ref_logp = _read(mask, logp=logp, ref_logp=ref_logp)
+        _, logp, ref_logp = _apply_mask(mask, logp=logp, ref_logp=ref_logp)
     else:
         logp, ref_logp = _floats(logp=logp, ref_logp=ref_logp)
     difference = logp - ref_logp
@@ -100,14 +100,16 @@ def kl_penalty(
         return difference
     if estimator == "k2":
         return difference.square() / 2
-    r = (-difference).clamp(max=MAX_LOG_RATIO)  # once for both terms: the gradient beyond it is 0
+    r = (-difference).clamp(
+        max=MAX_LOG_RATIO
+    )  # clamped once for both terms, so that the gradient is 0 beyond it
     return torch.expm1(r) - r
 
 
 def gae(
     rewards: Tensor, values: Tensor, mask: Tensor, *, gamma: float = 1.0, lam: float = 0.95
 ) -> tuple[Tensor, Tensor]:
-    """Generalised advantage estimation (Schulman et al. 2015, arXiv:1506.02438).
+    """Compute generalised advantage estimates (Schulman et al. 2015, arXiv:1506.02438).
 
     ``advantage[t] = delta[t] + gamma lam advantage[t + 1]`` with ``delta[t] = rewards[t] + gamma
     values[t + 1] - values[t]``, where t + 1 is the next response token of the row. The value after
@@ -117,25 +119,25 @@ def gae(
         (advantages, returns), each (B, S) and 0 where masked; returns = advantages + values. No
         gradient flows through either.
     """
-    keep, rewards, values = _read(mask, rewards=rewards.detach(), values=values.detach())
+    keep, rewards, values = _apply_mask(mask, rewards=rewards.detach(), values=values.detach())
     advantages = torch.zeros_like(rewards)
     next_value = next_advantage = rewards.new_zeros(rewards.shape[:1])
     for t in range(rewards.shape[1] - 1, -1, -1):
-        here, value = keep[:, t], values[:, t]
+        is_token, value = keep[:, t], values[:, t]
         advantage = rewards[:, t] + gamma * next_value - value + gamma * lam * next_advantage
-        next_advantage = torch.where(here, advantage, next_advantage)
-        next_value = torch.where(here, value, next_value)
-        advantages[:, t] = torch.where(here, advantage, 0.0)
+        next_advantage = torch.where(is_token, advantage, next_advantage)
+        next_value = torch.where(is_token, value, next_value)
+        advantages[:, t] = torch.where(is_token, advantage, 0.0)
     return advantages, advantages + values
 
 
 def whiten(x: Tensor, mask: Tensor, *, shift_mean: bool = True) -> Tensor:
-    """``(x - mean) / sqrt(variance + 1e-8)`` over response tokens; 0 where masked.
+    """Return ``(x - mean) / sqrt(variance + 1e-8)`` over response tokens, 0 where masked.
 
     With ``shift_mean=False`` the mean is added back, as for rewards. The variance is the biased one
-    (``unbiased=False``), as OpenAI's: a single token then has variance 0 and not 0 / 0.
+    (``unbiased=False``), as in OpenAI's code, so that a single token has variance 0 and not 0 / 0.
     """
-    keep, x = _read(mask, x=x)
+    keep, x = _apply_mask(mask, x=x)
     count = _at_least_one(keep.sum())
     mean = x.sum() / count
     centred = torch.where(keep, x - mean, 0.0)
@@ -153,7 +155,7 @@ def ppo_policy_loss(
     dual_clip: float | None = None,
     num_items: Count | None = None,
 ) -> tuple[Tensor, Metrics]:
-    """PPO's clipped objective (Schulman et al. 2017, arXiv:1707.06347), a mean over tokens.
+    """Compute PPO's clipped objective (Schulman et al. 2017, arXiv:1707.06347), a mean over tokens.
 
     ``max(-A ratio, -A clamp(ratio, 1 - clip_range, 1 + clip_range))`` with ``ratio = exp(logp -
     old_logp)``. With `dual_clip` c > 1 the loss of a token with A < 0 is at most ``-A c`` (Ye et
@@ -163,7 +165,7 @@ def ppo_policy_loss(
         (loss, metrics): "ratio", "clip_fraction" (tokens where the clip is active) and "approx_kl"
         (k3 of the update).
     """
-    keep, logp, old_logp, advantages = _read(
+    keep, logp, old_logp, advantages = _apply_mask(
         mask, logp=logp, old_logp=old_logp.detach(), advantages=advantages.detach()
     )
     loss, metrics = _clipped(logp, old_logp, advantages, clip_range, dual_clip)
@@ -179,7 +181,7 @@ def ppo_value_loss(
     clip_range: float = 0.2,
     num_items: Count | None = None,
 ) -> tuple[Tensor, Metrics]:
-    """PPO's clipped value loss, a mean over tokens.
+    """Compute PPO's clipped value loss, a mean over tokens.
 
     ``max((values - returns)^2, (clipped - returns)^2) / 2`` with ``clipped`` = values clamped to
     old_values +- clip_range.
@@ -188,11 +190,11 @@ def ppo_value_loss(
         (loss, metrics): "value", "return", "value_error" (the square without clipping) and
         "clip_fraction".
     """
-    keep, values, old_values, returns = _read(
+    keep, values, old_values, returns = _apply_mask(
         mask, values=values, old_values=old_values.detach(), returns=returns.detach()
     )
     plain = (values - returns).square()
-    # not old_values + (values - old_values).clamp(...), which rounds where nothing is clipped
+    # not old_values + (values - old_values).clamp(...), which rounds even without clipping
     clipped = (values.clamp(old_values - clip_range, old_values + clip_range) - returns).square()
     metrics = {
         "value": values,
@@ -205,10 +207,10 @@ def ppo_value_loss(
 
 
 def grpo_advantages(rewards: Tensor, group_size: int, *, scale: bool = True) -> Tensor:
-    """``(r - mean) / (std + 1e-4)`` within each group of answers to one prompt (Shao et al. 2024,
-    arXiv:2402.03300); std is the unbiased one.
+    """Return ``(r - mean) / (std + 1e-4)`` within each group of answers to one prompt (Shao et al.
+    2024, arXiv:2402.03300); std is the unbiased one.
 
-    ``scale=False`` leaves out the division, which weights easy and hard prompts more than others
+    ``scale=False`` omits the division, which gives easy and hard prompts more weight than others
     (Dr. GRPO, Liu et al. 2025, arXiv:2503.20783).
 
     Args:
@@ -237,7 +239,8 @@ def grpo_loss(
     num_items: Count | None = None,
     kl_gradient: Literal["k2", "k3"] = "k2",
 ) -> tuple[Tensor, Metrics]:
-    """`ppo_policy_loss` with one advantage per answer, plus `beta` times the KL to the reference.
+    """Compute `ppo_policy_loss` with one advantage per answer, plus `beta` times the KL to the
+    reference.
 
     The KL term has k3's value. Its gradient is k2's, which on tokens of the current policy is that
     of the KL (`kl_penalty`), or k3's, as in the paper (Shao et al. 2024, arXiv:2402.03300, equation
@@ -245,13 +248,13 @@ def grpo_loss(
 
     Args:
         ref_logp: (B, S); None only with beta = 0.
-        advantages: (B,), of `grpo_advantages` or `rloo_advantages`; (B, S) where tokens have
-            weights of their own.
+        advantages: (B,), of `grpo_advantages` or `rloo_advantages`; (B, S) if each token
+            has its own weight.
         aggregation: "sequence" is GRPO's mean over answers of token means; "token" is DAPO's (Yu et
             al. 2025, arXiv:2503.14476); "constant" with num_items = B * max length is Dr. GRPO's.
 
     Returns:
-        (loss, metrics): those of `ppo_policy_loss`, and "kl" (k3) where there is a reference.
+        (loss, metrics): those of `ppo_policy_loss`, and "kl" (k3) if there is a reference.
     """
     if advantages.shape not in (logp.shape[:1], logp.shape):
         raise InputError(
@@ -262,12 +265,12 @@ def grpo_loss(
         raise InputError(f"ref_logp: expected log-probabilities with beta={beta:g}, got None")
     if advantages.ndim == 1:
         advantages = advantages[:, None].expand_as(logp)
-    keep, logp, old_logp = _read(mask, logp=logp, old_logp=old_logp.detach())
-    _, advantages = _read(mask, advantages=advantages.detach().to(logp.dtype))
+    keep, logp, old_logp = _apply_mask(mask, logp=logp, old_logp=old_logp.detach())
+    _, advantages = _apply_mask(mask, advantages=advantages.detach().to(logp.dtype))
     loss, metrics = _clipped(logp, old_logp, advantages, clip_range, None)
     if ref_logp is not None:
         _one_of(kl_gradient=(kl_gradient, "k2", "k3"))
-        _, reference = _read(mask, ref_logp=ref_logp.detach())
+        _, reference = _apply_mask(mask, ref_logp=ref_logp.detach())
         estimate = kl_penalty(logp, reference, kl_gradient)
         metrics["kl"] = k3 = kl_penalty(logp.detach(), reference, "k3")
         loss = loss + beta * (k3 + estimate - estimate.detach())
@@ -277,7 +280,8 @@ def grpo_loss(
 
 
 def rloo_advantages(rewards: Tensor, group_size: int) -> Tensor:
-    """A reward minus the mean of the others of its group (Ahmadian et al. 2024, arXiv:2402.14740).
+    """Return each reward minus the mean of the others of its group (Ahmadian et al. 2024,
+    arXiv:2402.14740).
 
     rewards (n * group_size,), group after group, group_size at least 2 -> the same shape.
     """
@@ -297,7 +301,8 @@ def dpo_loss(
     loss_type: Literal["sigmoid", "ipo", "hinge"] = "sigmoid",
     lengths: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
-    """Losses of preference pairs, with ``h = (chosen - ref_chosen) - (rejected - ref_rejected)``.
+    """Compute the losses of preference pairs, with ``h = (chosen - ref_chosen) - (rejected -
+    ref_rejected)``.
 
     - "sigmoid": ``-logsigmoid(beta h)`` (Rafailov et al. 2023, arXiv:2305.18290). With
       `label_smoothing` e, ``-(1 - e) logsigmoid(beta h) - e logsigmoid(-beta h)``: conservative
@@ -345,7 +350,8 @@ def kto_loss(
     desirable_weight: float = 1.0,
     undesirable_weight: float = 1.0,
 ) -> Tensor:
-    """Losses of answers with a thumb up or down (Ethayarajh et al. 2024, arXiv:2402.01306).
+    """Compute the losses of answers with a thumb up or down (Ethayarajh et al. 2024,
+    arXiv:2402.01306).
 
     With ``r = logp - ref_logp``: ``desirable_weight * (1 - sigmoid(beta (r - kl)))`` of a desirable
     answer, ``undesirable_weight * (1 - sigmoid(beta (kl - r)))`` of another.
@@ -376,8 +382,8 @@ def kto_loss(
 def bradley_terry_loss(
     chosen: Tensor, rejected: Tensor, *, margin: Tensor | float | None = None
 ) -> Tensor:
-    """``-logsigmoid(chosen - rejected - margin)`` of rewards (B,) (Bradley and Terry 1952; the
-    margin: Touvron et al. 2023, arXiv:2307.09288) -> (B,).
+    """Return ``-logsigmoid(chosen - rejected - margin)`` of rewards (B,) (Bradley and Terry 1952;
+    the margin: Touvron et al. 2023, arXiv:2307.09288) -> (B,).
     """
     chosen, rejected = _floats(chosen=chosen, rejected=rejected)
     return -F.logsigmoid(
@@ -386,8 +392,8 @@ def bradley_terry_loss(
 
 
 def plackett_luce_loss(scores: Tensor, ranks: Tensor) -> Tensor:
-    """Minus the log-probability of a ranking: the best answer is drawn first with probability
-    ``softmax(scores)``, then the best of the rest, and so on (Plackett 1975).
+    """Return minus the log-probability of a ranking: the best answer is drawn first with
+    probability ``softmax(scores)``, then the best of the rest, and so on (Plackett 1975).
 
     Args:
         scores: (B, K) rewards.
@@ -406,8 +412,8 @@ def plackett_luce_loss(scores: Tensor, ranks: Tensor) -> Tensor:
     order = torch.where(missing, ranks.shape[1], ranks).argsort(dim=1, stable=True)
     ordered = ranks.gather(1, order)
     present = ~missing.gather(1, order)
-    places = torch.arange(ranks.shape[1], device=ranks.device).expand_as(ranks)
-    bad = (present & (ordered != places)).any(1)
+    expected = torch.arange(ranks.shape[1], device=ranks.device).expand_as(ranks)
+    bad = (present & (ordered != expected)).any(1)
     if bad.any():
         row = int(bad.nonzero()[0])
         raise InputError(
@@ -422,7 +428,7 @@ def plackett_luce_loss(scores: Tensor, ranks: Tensor) -> Tensor:
 def _clipped(
     logp: Tensor, old_logp: Tensor, advantages: Tensor, clip_range: float, dual_clip: float | None
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Loss and metrics of PPO per token; masked positions are 0 in all operands."""
+    """Return PPO's loss and metrics per token. Masked positions are 0 in all operands."""
     log_ratio = (logp - old_logp).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
     ratio = log_ratio.exp()
     plain = -advantages * ratio
@@ -443,9 +449,9 @@ def _means(metrics: dict[str, Tensor], keep: Tensor) -> Metrics:
     return {**means, "tokens": keep.sum()}
 
 
-def _read(mask: Tensor, **tensors: Tensor) -> Sequence[Any]:
-    """The mask as bool, and the tensors as floats, with 0 where it is false: also in a backward a
-    NaN there must not reach a product.
+def _apply_mask(mask: Tensor, **tensors: Tensor) -> Sequence[Any]:
+    """Return the mask as bool, and the tensors as floats with 0 where it is false. So a NaN there
+    does not reach a product, in the backward either.
     """
     floats = _floats(**tensors)
     if mask.shape != floats[0].shape:
@@ -458,7 +464,7 @@ def _read(mask: Tensor, **tensors: Tensor) -> Sequence[Any]:
 
 
 def _floats(**tensors: Tensor) -> list[Tensor]:
-    """All in float32, or in float64 where one is; refused unless all have the first one's shape."""
+    """Return the tensors in float32, or in float64 if one is. InputError: their shapes differ."""
     (first, shape), *_ = ((name, t.shape) for name, t in tensors.items())
     for name, t in tensors.items():
         if t.shape != shape:
@@ -470,9 +476,9 @@ def _floats(**tensors: Tensor) -> list[Tensor]:
 
 
 def _one_of(**choices: tuple[str, ...]) -> None:
-    ((name, (value, *known)),) = choices.items()
-    if value not in known:
-        raise InputError(f"{name}: expected {' or '.join(known)}, got {value!r}")
+    ((name, (value, *valid)),) = choices.items()
+    if value not in valid:
+        raise InputError(f"{name}: expected {' or '.join(valid)}, got {value!r}")
 
 
 def _at_least_one(count: Count) -> Count:
@@ -480,7 +486,8 @@ def _at_least_one(count: Count) -> Count:
 
 
 def _per_row(name: str, value: Tensor | float, rows: Tensor) -> Tensor:
-    """A number, or a tensor of the shape of ``rows``, in their dtype."""
+    """Return ``value``, a number or a tensor of the shape of ``rows``, as a tensor of their
+    dtype."""
     value = torch.as_tensor(value, dtype=rows.dtype, device=rows.device)
     if value.shape not in ((), rows.shape):
         raise InputError(
@@ -499,4 +506,4 @@ def _groups(rewards: Tensor, group_size: int) -> Tensor:
         row = int((~rewards.isfinite()).nonzero()[0])
         raise InputError(f"rewards[{row}]: expected a finite number, got {float(rewards[row])}")
     groups = rewards.view(-1, group_size)
-    return groups - groups[:, :1]  # so that equal rewards give 0, not the rounding of their mean
+    return groups - groups[:, :1]  # equal rewards then give exactly 0

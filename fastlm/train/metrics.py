@@ -1,5 +1,5 @@
-"""metrics.jsonl: what a training records of its steps, validations and samples, one line each; its
-mirrors in other programs (the option ``report_to``).
+"""metrics.jsonl, the record of a training's steps, validations and samples, one line each; and the
+trackers that mirror it (the option ``report_to``).
 """
 
 import importlib
@@ -20,14 +20,14 @@ from fastlm.schema import parse
 Line = dict[str, Any]
 METRICS = "metrics.jsonl"
 MAX_METRICS = 2**33  # bytes; a step's line takes 225
-# a line that has the key has these, too
-COMPLETE = {"loss": ("lr", "tokens", "seconds"), "sample": ("progress",)}
-# Where trackio would send the metrics to somebody's server
-REMOTE = ("TRACKIO_SPACE_ID", "TRACKIO_SERVER_URL")
+# key of a line -> the keys that the line must have, too
+REQUIRED_KEYS = {"loss": ("lr", "tokens", "seconds"), "sample": ("progress",)}
+# Environment variables that make trackio send the metrics to a server
+REMOTE_VARIABLES = ("TRACKIO_SPACE_ID", "TRACKIO_SERVER_URL")
 
 
 class MetricsLine(TypedDict):
-    """The keys that all trainings use. Numbers need not be finite."""
+    """The keys of metrics.jsonl that all trainings use. Numbers need not be finite."""
 
     step: int
     loss: NotRequired[float]
@@ -46,19 +46,19 @@ def read_metrics(path: Path) -> list[Line]:
     InputError names the line.
     """
     lines, steps = [], {0}
-    # not by splitlines: a sample may hold U+2028
+    # not splitlines: a sample may contain U+2028
     for number, text in enumerate(read_text(path, MAX_METRICS).split("\n"), 1):
         if not text:
             continue
-        where = f"{path}:{number}"
-        line = parse(text, MetricsLine, where, extra="allow")
-        for kind, others in COMPLETE.items():
-            for name in others if kind in line else ():
+        location = f"{path}:{number}"
+        line = parse(text, MetricsLine, location, extra="allow")
+        for key, required in REQUIRED_KEYS.items():
+            for name in required if key in line else ():
                 if name not in line:
-                    raise InputError(f"{where}: {name}: expected this field, got nothing")
+                    raise InputError(f"{location}: {name}: expected this field, got nothing")
         steps |= {line["step"]} if "loss" in line else set()
         if line["step"] not in steps:
-            raise InputError(f"{where}: expected a step that was trained, got {line['step']}")
+            raise InputError(f"{location}: expected a step that was trained, got {line['step']}")
         lines.append(line)
     return lines
 
@@ -71,7 +71,7 @@ def correlation(x: Sequence[float], y: Sequence[float]) -> float | None:
 
 
 class TensorBoard:
-    """Event files in ``run_dir``/tensorboard, which a resumed training writes again."""
+    """Writes event files to ``run_dir``/tensorboard. A resumed training rewrites them."""
 
     def __init__(self, run_dir: Path):
         from torch.utils.tensorboard import SummaryWriter
@@ -79,7 +79,7 @@ class TensorBoard:
         folder = run_dir / "tensorboard"
         for file in folder.glob("events.out.tfevents.*"):
             file.unlink()
-        self.writer = SummaryWriter(str(folder), purge_step=0)  # hides what a viewer has read
+        self.writer = SummaryWriter(str(folder), purge_step=0)  # hides earlier events
 
     def log(self, numbers: dict[str, float], line: Line) -> None:
         for name, value in numbers.items():
@@ -93,15 +93,15 @@ class TensorBoard:
 
 
 class Trackio:
-    """A run of trackio's local store, named as ``run_dir``, in the project that the folder above
-    names. A resumed training replaces its run.
+    """Logs to a run in trackio's local store, named after ``run_dir``, in a project named after its
+    parent folder. A resumed training replaces its run.
     """
 
     def __init__(self, run_dir: Path):
         self.trackio: Any = importlib.import_module("trackio")
         folder = run_dir.resolve()
         project, config = folder.parent.name or "fastlm", {"folder": str(folder)}
-        with suppress(ValueError):  # there is no such project yet
+        with suppress(ValueError):  # the project does not exist yet
             for run in [*self.trackio.Api().runs(project)]:
                 if config.items() <= (run.config or {}).items():
                     run.delete()
@@ -123,7 +123,7 @@ TRACKERS: dict[str, Any] = {"tensorboard": TensorBoard, "trackio": Trackio}
 
 
 def check_report_to(names: Sequence[str]) -> None:
-    """Refuse trackers that are not known, not installed, or not local. InputError says why."""
+    """Raise InputError for trackers that are unknown, not installed, or not local."""
     for name in names:
         if name not in TRACKERS:
             raise InputError(f"report_to: expected {' or '.join(TRACKERS)}, got {name!r}")
@@ -131,11 +131,11 @@ def check_report_to(names: Sequence[str]) -> None:
             raise InputError(
                 f"report_to: expected the package {name}, got none: pip install {name}"
             )
-        for variable in REMOTE if name == "trackio" else ():
+        for variable in REMOTE_VARIABLES if name == "trackio" else ():
             if os.environ.get(variable):
                 raise InputError(
-                    f"report_to: expected {variable} unset, as metrics stay on this machine, got"
-                    f" {os.environ[variable]!r:.80}"
+                    f"report_to: expected {variable} unset, because metrics stay on this machine,"
+                    f" got {os.environ[variable]!r:.80}"
                 )
 
 
@@ -143,20 +143,20 @@ def check_report_to(names: Sequence[str]) -> None:
 def trackers(
     names: Sequence[str], run_dir: Path, on_event: Callable[[Line], None] | None
 ) -> Iterator[Callable[[Line], None]]:
-    """Context: an ``on_event`` that passes events on, and each line of metrics to the trackers. One
-    that fails is given up with one warning.
+    """Yield an ``on_event`` that forwards events, and logs the lines of metrics to the trackers. A
+    tracker that fails is disabled with one warning.
     """
     running: dict[str, Any] = {}
     failed: set[str] = set()
 
-    def give_up(name: str, error: Exception) -> None:
+    def disable(name: str, error: Exception) -> None:
         running.pop(name, None)
         failed.add(name)
         if on_event is not None:
             reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
-            on_event({"warning": f"report_to: {name} failed and is off: {reason}"})
+            on_event({"warning": f"report_to: {name} failed and is disabled: {reason}"})
 
-    def tell(event: Line) -> None:
+    def forward(event: Line) -> None:
         if on_event is not None:
             on_event(event)
         if "step" not in event:
@@ -166,21 +166,20 @@ def trackers(
                 lines = [event]
                 if name not in running:
                     running[name] = TRACKERS[name](run_dir)
-                    lines = read_metrics(run_dir / METRICS)  # those before this one, too
+                    lines = read_metrics(run_dir / METRICS)  # with the earlier lines
                 for line in lines:
-                    kinds = int | float
                     numbers = {
-                        k: v for k, v in line.items() if k != "step" and isinstance(v, kinds)
+                        k: v for k, v in line.items() if k != "step" and isinstance(v, int | float)
                     }
                     running[name].log(numbers, line)
             except Exception as error:
-                give_up(name, error)
+                disable(name, error)
 
     try:
-        yield tell
+        yield forward
     finally:
         for name, tracker in [*running.items()]:
             try:
                 tracker.close()
             except Exception as error:
-                give_up(name, error)
+                disable(name, error)

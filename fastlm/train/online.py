@@ -358,7 +358,7 @@ class OnlineObjective(Objective):
             self.warn(
                 f"round {self.round}: log-probabilities in sampling and in training differ by"
                 f" {mismatch:.3g} nats per token, more than mismatch_threshold"
-                f" {options.mismatch_threshold:g}: the update has truncated importance_weights "
+                f" {options.mismatch_threshold:g}: the update has truncated importance "
                 "weights"
             )
         if options.kl_target is not None:  # Ziegler et al. 2019, arXiv:1909.08593

@@ -1,4 +1,4 @@
-"""Pretraining: next-token prediction on packed shards, which produces a base model."""
+"""Pretrain a base model by next-token prediction on packed shards."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 class PretrainObjective(Objective):
-    """The objective of `Pretrain`: cross-entropy of the next token of packed windows; validation is
+    """The objective of `Pretrain`: cross-entropy of the next token in packed windows. Validation is
     in bits per byte.
 
     With ``document_mask``, attention stays inside documents and positions restart with each
@@ -45,8 +45,8 @@ class PretrainObjective(Objective):
         vocab_size = model.get_parameter("model.embed_tokens.weight").shape[0]
         for name, part in (("train", sampler.dataset), ("val", val), ("tokenizer", tokenizer)):
             size = vocab_size if part is None else part.vocab_size
-            most = f"a vocabulary of at most the model's {vocab_size}"
-            expect(size <= vocab_size, name, most, size)
+            expected = f"a vocabulary of at most the model's {vocab_size}"
+            expect(size <= vocab_size, name, expected, size)
         self.trained = model
         self.sampler, self.val, self.options = sampler, val, options
         self.tokenizer, self.document_mask = tokenizer, document_mask
@@ -59,8 +59,8 @@ class PretrainObjective(Objective):
         return {**fixed, "batch_size": self.sampler.batch_size}
 
     def next_batches(self, count: int) -> "list[np.ndarray]":
-        """Return the windows of ``count`` micro-batches. They are read in `loss`: of several
-        processes, each reads its own.
+        """Return the windows of ``count`` micro-batches. `loss` reads their tokens, so each process
+        reads only its own.
         """
         return [self.sampler.next_windows() for _ in range(count)]
 
@@ -69,7 +69,7 @@ class PretrainObjective(Objective):
         from fastlm.data.shards import document_offsets
 
         input_ids, labels = self.sampler.read(windows)
-        offsets = None  # also where no document ends inside
+        offsets = None  # also if no document ends inside a window
         if self.document_mask:
             offsets = document_offsets(input_ids, self.sampler.dataset.eos_id)
         if offsets is not None:
@@ -81,8 +81,8 @@ class PretrainObjective(Objective):
 
     def loss(self, batch: "np.ndarray", num_items: int) -> "Tensor":
         input_ids, labels, offsets = self.read(batch)
-        inside = {} if offsets is None else {"cu_seqlens": offsets}
-        return self.trained(input_ids, shift_labels=labels, num_items=num_items, **inside).loss
+        kwargs = {} if offsets is None else {"cu_seqlens": offsets}
+        return self.trained(input_ids, shift_labels=labels, num_items=num_items, **kwargs).loss
 
     def position(self) -> str:
         state = self.sampler.state_dict()
@@ -102,9 +102,9 @@ class PretrainObjective(Objective):
 
         if self.val is None:
             return {}
-        seq_len, most = self.sampler.seq_len, self.options.val_tokens
         result = evaluate(
-            self.trained, self.val, seq_len, self.sampler.batch_size, max_tokens=most,
+            self.trained, self.val, self.sampler.seq_len, self.sampler.batch_size,
+            max_tokens=self.options.val_tokens,
             document_mask=self.document_mask,
         )  # fmt: skip
         return {"val_loss": result.loss, "bits_per_byte": result.bits_per_byte}
@@ -130,8 +130,8 @@ class PretrainObjective(Objective):
 class Pretrain(TrainingStage):
     """Train a model on token shards. The same command run again resumes from the last checkpoint.
 
-    With a larger budget training continues, at the learning rate that the schedule of the whole new
-    run has at that point.
+    With a larger budget the training continues, at the learning rate that the new schedule has at
+    that point.
     """
 
     kind = "pretrain"
@@ -148,10 +148,12 @@ class Pretrain(TrainingStage):
 
     batch_size: Annotated[int, "Sequences per micro-batch"] = 16
     seq_len: Annotated[int, "Tokens per sequence"] = 256
-    document_mask: Annotated[bool, "Attention stays inside documents, positions restart"] = False
-    seed: Annotated[int, "Seed of weights, data order and samples"] = 0
-    config: Annotated[str, "The model's config.json (Hugging Face's names)"] = ""
-    # The same in a recipe; the vocabulary is the tokenizer's and need not be stated
+    document_mask: Annotated[
+        bool, "Keep attention inside documents, and restart positions with each"
+    ] = False
+    seed: Annotated[int, "Seed of the initial weights, the data order and the samples"] = 0
+    config: Annotated[str, "config.json of the model, in Hugging Face's format"] = ""
+    # the same as a table of a recipe, where the vocabulary is the tokenizer's
     model: dict[str, Any] | None = None
 
     def check(self) -> None:
@@ -164,25 +166,26 @@ class Pretrain(TrainingStage):
             "the model as a config.json, or in a recipe as the table model",
             "both" if self.config else "neither",
         )  # fmt: skip
-        known = {f.name for f in fields(ModelConfig)} - {"extra"} | {"rope_theta", "rope_scaling"}
+        names = {f.name for f in fields(ModelConfig)} - {"extra"} | {"rope_theta", "rope_scaling"}
         for key in self.model or ():
-            if key not in known:
-                raise InputError(unknown_key(f"model.{key}", key, known))
+            if key not in names:
+                raise InputError(unknown_key(f"model.{key}", key, names))
 
     def plan(self, inputs: Mapping[str, Any]) -> Facts:
         (shards,) = inputs["shards"]
-        words = inputs["tokenizer"][0] if inputs["tokenizer"] else shards
-        made = shards.get("tokenizer", words["name"]) if inputs["tokenizer"] else words["name"]
-        same = made == words["name"]
-        expect(same, "tokenizer", f"the one that made the shards, {made!r}", repr(words["name"]))
-        vocab_size = words.get("vocab_size")
+        tokenizer = inputs["tokenizer"][0] if inputs["tokenizer"] else shards
+        name = tokenizer["name"]
+        shards_tokenizer = shards.get("tokenizer", name) if inputs["tokenizer"] else name
+        expected = f"the one that made the shards, {shards_tokenizer!r}"
+        expect(shards_tokenizer == name, "tokenizer", expected, repr(name))
+        vocab_size = tokenizer.get("vocab_size")
         if self.model is not None and vocab_size is None and "vocab_size" not in self.model:
-            return {}  # from outside the run: known only once it is read
+            return {}  # an input from outside the run is not read yet
         return {"config": self.model_config(vocab_size, 0)}
 
     def model_config(self, vocab_size: int | None, eos_id: int | None) -> "ModelConfig":
-        """Return the model's configuration. If it comes from a recipe, the context is the training
-        length unless the recipe says otherwise.
+        """Return the model's configuration. For a table of a recipe, the default context is
+        `seq_len`.
         """
         from fastlm.checkpoint.architectures import parse_config
         from fastlm.checkpoint.config import ModelConfig
@@ -190,7 +193,7 @@ class Pretrain(TrainingStage):
 
         if self.model is None:
             return parse_config(read_json(self.config), Path(self.config))
-        given = {
+        values = {
             "max_position_embeddings": self.seq_len,
             "tie_word_embeddings": True,
             "bos_token_id": eos_id,
@@ -199,7 +202,7 @@ class Pretrain(TrainingStage):
             **({"vocab_size": vocab_size} if vocab_size is not None else {}),
         }
         try:
-            return ModelConfig.from_dict(given)
+            return ModelConfig.from_dict(values)
         except InputError as error:
             raise InputError(f"model.{error}") from None
 
@@ -214,8 +217,8 @@ class Pretrain(TrainingStage):
         from fastlm.model.causal_lm import CausalLM
         from fastlm.tokenizer.tokenizer import Tokenizer
 
-        words = ctx.optional("tokenizer")
-        tokenizer = Tokenizer.load(words) if words else None
+        path = ctx.optional("tokenizer")
+        tokenizer = Tokenizer.load(path) if path else None
         config = self.model_config(
             tokenizer.vocab_size if tokenizer else None, tokenizer.eos_id if tokenizer else None
         )
@@ -223,9 +226,9 @@ class Pretrain(TrainingStage):
         heldout = shards / "heldout"
         train_data = TokenDataset(shards if (shards / INDEX).is_file() else shards / "train")
         val_data = TokenDataset(heldout) if (heldout / INDEX).is_file() else None
-        for part in (train_data, val_data):
-            if tokenizer and part:
-                part.check_tokenizer(tokenizer, "shards")
+        for dataset in (train_data, val_data):
+            if tokenizer and dataset:
+                dataset.check_tokenizer(tokenizer, "shards")
         sampler = BatchSampler(train_data, self.batch_size, self.seq_len, seed=self.seed)
         model = CausalLM(config, seed=self.seed)
         options = self.loop_options()
@@ -249,34 +252,34 @@ class Pretrain(TrainingStage):
         from fastlm.pipeline.text import count_text, seconds_text
 
         step = self.batch_size * self.seq_len * self.gradient_accumulation_steps
-        tokens, have = result["tokens"], result["train_tokens"]
-        if tokens < have:
-            seen = f"of which {100 * tokens / have:.0f} % were seen"
+        tokens, train_tokens = result["tokens"], result["train_tokens"]
+        if tokens < train_tokens:
+            usage = f"of which {100 * tokens / train_tokens:.0f} % were used"
         else:
-            seen = f"seen {tokens / have:.1f} times"
+            usage = f"used {tokens / train_tokens:.1f} times"
         batch = f"{self.batch_size} × {self.seq_len} tokens"  # noqa: RUF001 - for people
         if self.gradient_accumulation_steps > 1:
             batch += f", {self.gradient_accumulation_steps} accumulated"
         shape = self.config or ", ".join(f"{k} {v}" for k, v in (self.model or {}).items())
-        took = seconds_text(result["used_seconds"])
+        duration = seconds_text(result["used_seconds"])
         return ReportSection(
             "Training",
-            f"Training saw {count_text(tokens)} tokens: {result['steps']:,} steps of"
+            f"The training used {count_text(tokens)} tokens: {result['steps']:,} steps of"
             f" {'up to ' if self.batch_warmup else ''}{step:,}.",
             facts={
                 "model": shape,
                 "batch": batch,
-                "training text": f"{count_text(have)} tokens, {seen}",
-                "speed": f"{result['tokens_per_second']:,.0f} tokens per second, steps alone",
+                "training text": f"{count_text(train_tokens)} tokens, {usage}",
+                "speed": f"{result['tokens_per_second']:,.0f} tokens per second in steps",
             },
             charts=[loss_chart(metrics)],
             cards=[
                 (count_text(result["parameters"]), "parameters"),
-                (count_text(tokens), f"tokens of training in {took}"),
+                (count_text(tokens), f"tokens of training in {duration}"),
             ],
         )
 
     def samples_caption(self, result: Mapping[str, Any]) -> str:
         prompt = result["prompt"]
-        begin = f"the prompt “{prompt}”" if prompt else "the start of a document"
-        return f"Sampled with the same seed at each moment, from {begin}."
+        start = f"the prompt “{prompt}”" if prompt else "the start of a document"
+        return f"Sampled with the same seed each time, from {start}."

@@ -1,4 +1,4 @@
-"""Supervised fine-tuning: a model learns the assistant's messages of conversations."""
+"""Supervised fine-tuning: train a model on the assistant's messages of conversations."""
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -20,18 +20,18 @@ if TYPE_CHECKING:
     from fastlm.train.objective import PackedBatch
     from fastlm.train.options import TrainOptions
 
-# What happens to a longer conversation -> how it is counted: with nothing left to learn, else
+# truncation -> the count of a longer conversation: with nothing left to learn, otherwise
 TRUNCATION_COUNTS = {
-    "skip": ("too long", "too long in part"),  # in part: it gave an example per answer
+    "skip": ("too long", "too long in part"),  # in part: with an example per answer
     "truncate": ("nothing left to learn", "truncated"),
     "split": ("nothing left to learn", "split"),
 }
 
 
 class SftObjective(EpochObjective):
-    """The objective of `Sft`: cross-entropy of learnt tokens.
+    """The objective of `Sft`: cross-entropy of the tokens with a loss.
 
-    The loss is a mean over the learnt tokens of the whole step, however they are spread over its
+    The loss is a mean over those tokens of the whole step, however they are spread over its
     micro-batches. For the arguments see `EpochObjective`.
     """
 
@@ -48,7 +48,7 @@ class SftObjective(EpochObjective):
         ).loss
 
     def validate(self) -> dict[str, float]:
-        """Return the mean loss of the held-out tokens, of at most `val_tokens` of them."""
+        """Return the mean loss of at most `val_tokens` held-out tokens."""
         total, items = 0.0, 0
         for _, batch in self.heldout_batches():
             total += float(self.loss(batch, 1))
@@ -58,38 +58,38 @@ class SftObjective(EpochObjective):
 
 @dataclass(frozen=True)
 class Sft(LoraOptions, ChatStage):
-    """Fine-tune a model on conversations. It learns the assistant's messages, and to end them.
+    """Fine-tune a model on the assistant's messages of conversations, with their end tokens.
 
-    The model's own chat template writes the conversations; a model without one that has ChatML's
+    The model's own chat template renders the conversations; a model without one that has ChatML's
     tokens gets ChatML. The same command run again resumes from the last checkpoint.
     """
 
     kind = "sft"
     command = ("sft",)
     inputs = {
-        "model": InputSpec(("model",), "Model to fine-tune: a run, a Hugging Face folder"),
+        "model": InputSpec(("model",), "Model to fine-tune: a run or a Hugging Face folder"),
         "feedback": FEEDBACK,
     }
     result = {
         **ChatStage.result, "conversations": int, "loss_tokens": int, "all_tokens": int,
         "sources": list,
     }  # fmt: skip
-    notes = """Read are .jsonl and .json files of rows in the shapes of OpenAI (messages), ShareGPT
+    notes = """Data are .jsonl and .json files of rows in the shapes of OpenAI (messages), ShareGPT
 (conversations), Alpaca (instruction, input, output) and pairs (prompt, completion)."""
 
     truncations = tuple(TRUNCATION_COUNTS)
 
-    truncation: Annotated[str, "Longer examples: skip, truncate or split"] = "skip"
+    truncation: Annotated[str, "What to do with longer examples: skip, truncate or split"] = "skip"
     data_weights: Annotated[
-        tuple[float, ...], "How often an epoch takes each source of the data; default: once"
+        tuple[float, ...], "Weight of each data source: how often an epoch takes it; default: once"
     ] = ()
 
     def check(self) -> None:
         super().check()
         self.check_lora()
         weights, count = self.data_weights, len(self.data)
-        fits = len(weights) in (0, count)
-        expect(fits, "data_weights", f"one for each of {count} sources", len(weights))
+        valid = len(weights) in (0, count)
+        expect(valid, "data_weights", f"one for each of {count} sources", len(weights))
         for weight in weights:
             expect(0 < weight < math.inf, "data_weights", "positive numbers", weight)
 
@@ -117,12 +117,12 @@ class Sft(LoraOptions, ChatStage):
         return SftObjective(model, data.training, data.heldout, options, **common)
 
     def summary_parts(self, result: Mapping[str, Any], ctx: StageContext) -> tuple[str, list[str]]:
-        speed = f"{result['tokens_per_second']:,.0f} learnt tokens/s"
+        speed = f"{result['tokens_per_second']:,.0f} loss tokens/s"
         return f"{result['conversations']:,} conversations", [loss_text(result), speed]
 
     def headline(self) -> tuple[str, str]:
-        """Title and note of the part of the report."""
-        return "Fine-tuning", "The loss is of the assistant's tokens alone."
+        """Return title and note of the report section."""
+        return "Fine-tuning", "Only the assistant's tokens have a loss."
 
     def section(
         self, ctx: StageContext, result: Mapping[str, Any], metrics: list[dict[str, Any]]
@@ -130,7 +130,7 @@ class Sft(LoraOptions, ChatStage):
         from fastlm.pipeline.charts import loss_chart
         from fastlm.pipeline.text import count_text
 
-        learnt, whole = result["loss_tokens"], result["all_tokens"]
+        loss_tokens, all_tokens = result["loss_tokens"], result["all_tokens"]
         facts = {"conversations": rows_summary(result), **self.lora_facts(result)}
         if self.data_weights:
             facts["mixture"] = ", ".join(
@@ -143,28 +143,29 @@ class Sft(LoraOptions, ChatStage):
             note,
             facts={
                 **facts,
-                "learnt": f"{count_text(learnt)} of {count_text(whole)} tokens"
-                f" ({100 * learnt / whole:.0f} %)",
+                "loss": f"{count_text(loss_tokens)} of {count_text(all_tokens)} tokens"
+                f" ({100 * loss_tokens / all_tokens:.0f} %)",
                 "batch": f"{self.step_size()} conversations without padding",
-                "speed": f"{result['tokens_per_second']:,.0f} learnt tokens per second",
+                "speed": f"{result['tokens_per_second']:,.0f} loss tokens per second",
             },
             charts=[loss_chart(metrics)],
-            cards=[(f"{result['conversations']:,}", "conversations learnt from")],
+            cards=[(f"{result['conversations']:,}", "training conversations")],
         )
 
 
 class ConversationDataset(EncodedDataset):
-    """The conversations of a stage as tokens, ``conversations`` of them to learn from."""
+    """The conversations of a stage as tokens. ``conversations``: the number of training ones."""
 
     def __init__(self, stage: Sft, *args: Any):
-        self.source = 0  # the index of that of the row at hand
-        # per source: its conversations and examples
-        self.conversations_of, self.examples_of = [0] * len(stage.data), [0] * len(stage.data)
+        self.source = 0  # index of the current row's source
+        self.source_conversations = [0] * len(stage.data)
+        self.source_examples = [0] * len(stage.data)
         super().__init__(stage, *args)
 
     @property
     def conversations(self) -> int:
-        return sum(self.conversations_of)
+        """The number of training conversations."""
+        return sum(self.source_conversations)
 
     def read(self) -> Iterator["Conversation"]:
         from fastlm.data.conversations import read_conversations
@@ -178,24 +179,29 @@ class ConversationDataset(EncodedDataset):
 
     def encode(self, row: "Conversation") -> list[Example]:
         truncation = self.stage.truncation
-        whole = self.encode_messages(row)
-        examples = [piece for one in whole for piece in truncate(one, self.max_length, truncation)]
-        if any(len(one.ids) > self.max_length for one in whole):
+        encoded = self.encode_messages(row)
+        examples = [piece for e in encoded for piece in truncate(e, self.max_length, truncation)]
+        if any(len(e.ids) > self.max_length for e in encoded):
             self.rows.by_reason[TRUNCATION_COUNTS[truncation][bool(examples)]] += 1
         return examples
 
     def add_training(self, examples: Sequence[Example]) -> None:
         super().add_training(examples)
-        self.conversations_of[self.source] += 1
-        self.examples_of[self.source] += len(examples)
+        self.source_conversations[self.source] += 1
+        self.source_examples[self.source] += len(examples)
 
     def mixture(self) -> Mixture:
-        weights = self.stage.data_weights or (1.0,) * len(self.examples_of)  # type: ignore[attr-defined]
-        return Mixture(tuple(self.examples_of), weights)
+        weights = self.stage.data_weights or (1.0,) * len(self.source_examples)  # type: ignore[attr-defined]
+        return Mixture(tuple(self.source_examples), weights)
 
     def sources(self) -> list[dict[str, Any]]:
-        """What the result says of each source."""
+        """Return an entry of the result for each source."""
         mixture = self.mixture()
-        columns = (self.stage.data, mixture.weights, self.conversations_of, mixture.epoch_counts())
+        columns = (
+            self.stage.data,
+            mixture.weights,
+            self.source_conversations,
+            mixture.epoch_counts(),
+        )
         keys = ("source", "weight", "conversations", "examples_per_epoch")
         return [dict(zip(keys, row)) for row in zip(*columns)]

@@ -481,7 +481,7 @@ def test_the_command_and_a_recipe(base, data, tmp_path) -> None:
     assert done.exit_code == 0, done.output
     page = (tmp_path / "run" / "report.html").read_text()
     assert "Preference training" in page and "accuracy, held-out" in page
-    assert "share ranked right" in page
+    assert "accuracy of pairs" in page
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")

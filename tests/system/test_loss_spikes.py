@@ -60,7 +60,8 @@ def test_a_spike_is_far_above_a_full_window():
     spikes.losses = [1.0, 2.0, 1.0, 2.0]
     told = spikes.check(3.01)  # mean 1.5, deviation 0.5
     assert (
-        told == "the loss 3.01 is 3.0 standard deviations above the mean 1.5 of the 4 steps before"
+        told
+        == "the loss 3.01 is 3.0 standard deviations above the mean 1.5 of the previous 4 steps"
     )
     assert spikes.losses == [2.0, 1.0, 2.0, 3.01]
     constant = SpikeDetector(3.0, 2)

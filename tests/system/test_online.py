@@ -275,18 +275,18 @@ def test_cut_off_anywhere_it_continues_to_the_same_bits(kind, tmp_path) -> None:
     assert len({line["round"] for line in steps}) > 2
 
 
-class Turns(SingleProcess):
-    """Several processes in one, which take turns."""
+class SimulatedProcesses(SingleProcess):
+    """Simulates several processes in one: they run one after another."""
 
     def __init__(self, size: int):
         self.size = size
 
-    def each(self, do):
-        found = []
+    def gather_results(self, call):
+        results = []
         for rank in range(self.size):
             self.rank = rank
-            found.append(do())
-        return found
+            results.append(call())
+        return results
 
 
 @pytest.mark.parametrize("kind", ["ppo", "rloo"])
@@ -302,7 +302,7 @@ def test_a_round_does_not_depend_on_the_number_of_processes(kind) -> None:
     found = {}
     for size in (1, 2, 5, 16):
         game = objective(kind, rules, score=score, score_metrics=lambda: {"said": np.mean(seen)})
-        game.world = Turns(size)
+        game.world = SimulatedProcesses(size)
         game.next_batches(1)
         found[size] = game, game.validate()
     whole, validated = found.pop(1)

@@ -391,6 +391,6 @@ def test_a_reward_model_of_other_tokens_is_refused(base, data, tmp_path) -> None
     tokenizer.save(folder)
     with pytest.raises(
         InputError,
-        match=r"expected the vocabulary of the model that is trained, in which token \d+ is b",
+        match=r"expected the vocabulary of the trained model, in which token \d+ is b",
     ):
         replace(PPO, data=(data,))(tmp_path / "out", model=base, reward_model=folder)

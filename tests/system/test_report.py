@@ -165,7 +165,7 @@ def test_the_page_says_what_happened(html):
         "0.30×", "+2.00 %", "2.00×",  # noqa: RUF001 - the page prints the multiplication sign
         "4 e-mail addresses replaced", "1 min 05 s in all",
         "before training", "after step 3", "xz -9e", "zstd -19",
-        "Training saw 300 tokens: 3 steps of 4,096.", "1,000 tokens, of which 30 % were seen",
+        "The training used 300 tokens: 3 steps of 4,096.", "1,000 tokens, of which 30 % were used",
         "1 min 00 s, steps and checkpoints", "load 1.2 at the start",
         "1,000 tokens, 3 kB, 3.00 bytes per token",
     ):  # fmt: skip

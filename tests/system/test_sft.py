@@ -510,7 +510,7 @@ def test_a_recipe_fine_tunes_what_it_pretrained(tmp_path) -> None:
     assert done.exit_code == 0, done.output
     assert fastlm.CausalLM.from_pretrained(run / "sft").config.stop_ids
     page = (run / "report.html").read_text()
-    assert "Fine-tuning" in page and "conversations learnt from" in page
+    assert "Fine-tuning" in page and "training conversations" in page
     again = CliRunner().invoke(app, ["run", str(recipe), "--out", str(run)])
     assert again.exit_code == 0 and "sft" in again.output
     other = Path(data)

@@ -134,7 +134,7 @@ class FakeTrackio(ModuleType):
 
 @pytest.fixture
 def fake(monkeypatch) -> FakeTrackio:
-    for variable in module.REMOTE:
+    for variable in module.REMOTE_VARIABLES:
         monkeypatch.delenv(variable, raising=False)
     made = FakeTrackio()
     monkeypatch.setitem(sys.modules, "trackio", made)
@@ -144,7 +144,7 @@ def fake(monkeypatch) -> FakeTrackio:
 @pytest.fixture
 def real(monkeypatch, tmp_path_factory) -> Any:
     """The package, on a store of the test's own."""
-    for variable in module.REMOTE:
+    for variable in module.REMOTE_VARIABLES:
         monkeypatch.delenv(variable, raising=False)
     monkeypatch.setenv("TRACKIO_DIR", str(tmp_path_factory.mktemp("trackio")))
     for name in [name for name in sys.modules if name.partition(".")[0] == "trackio"]:
@@ -215,7 +215,7 @@ def test_a_tracker_that_fails_ends_nothing_and_warns_once(data, tmp_path, monkey
     assert start(data, tmp_path, BOARD, on_event=told.append).steps == 24
     (warning,) = [event["warning"] for event in told if "warning" in event]
     assert warning == (
-        "report_to: tensorboard failed and is off: OSError: [Errno 28] No space left on device"
+        "report_to: tensorboard failed and is disabled: OSError: [Errno 28] No space left on device"
     )
     # also one that cannot begin, without anybody who listens
     monkeypatch.setitem(module.TRACKERS, "tensorboard", lambda *a: 1 / 0)
@@ -238,7 +238,7 @@ def test_what_cannot_be_reported_to(monkeypatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
     monkeypatch.setenv("TRACKIO_SPACE_ID", "me/board")
     assert refused("tensorboard", "trackio") == (
-        "report_to: expected TRACKIO_SPACE_ID unset, as metrics stay on this machine,"
+        "report_to: expected TRACKIO_SPACE_ID unset, because metrics stay on this machine,"
         " got 'me/board'"
     )
     Sft(data=("x.jsonl",), report_to=("tensorboard",)).check()
