@@ -33,7 +33,7 @@ from harness import machine, positive, save
 from safetensors.torch import save_file
 
 import fastlm
-from fastlm.data.texts import check_window, has_parts, token_dataset
+from fastlm.data.texts import check_window, has_splits, token_dataset
 from fastlm.model.causal_lm import CausalLM
 from fastlm.model.quantized_modules import QuantizedLinear, set_quantized_weight
 from fastlm.ops.quantized_weight import QuantizedWeight, pack_rows
@@ -141,7 +141,7 @@ def main() -> None:
     )
     parser.add_argument("--json", metavar="FILE", type=Path, help="add the rows to those there")
     options = parser.parse_args()
-    if not has_parts(options.data):
+    if not has_splits(options.data):
         parser.error(f"--data: expected text with a held-out part, got {options.data}")
 
     def load() -> CausalLM:

@@ -32,7 +32,7 @@ from torch import Tensor
 from fastlm.backend import cpu_extension
 from fastlm.ops.quantized_weight import QuantizedWeight
 
-PLAIN = {
+UNQUANTIZED = {
     GGMLQuantizationType.F32: torch.float32,
     GGMLQuantizationType.F16: torch.float16,
     GGMLQuantizationType.BF16: torch.bfloat16,

@@ -19,7 +19,7 @@ import torch
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 from torch import Tensor
 
-from fastlm.checkpoint.gguf_blocks import PLAIN, UNPACK, unpack
+from fastlm.checkpoint.gguf_blocks import UNPACK, UNQUANTIZED, unpack
 from fastlm.errors import InputError
 from fastlm.files import open_regular, reason
 from fastlm.ops.quantized_weight import QuantizedWeight
@@ -246,11 +246,11 @@ class GGUFFile:
     def load(self, name: str) -> Tensor | QuantizedWeight:
         """Copy the tensor into memory, in its dtype or (2-D block formats) as a QuantizedWeight."""
         info = self.tensors[name]
-        if info.kind in PLAIN:
+        if info.kind in UNQUANTIZED:
             data = torch.from_numpy(self.raw(name).copy())
-            return data.view(PLAIN[info.kind]).reshape(info.shape)
+            return data.view(UNQUANTIZED[info.kind]).reshape(info.shape)
         if info.kind not in UNPACK:
-            known = ", ".join(k.name for k in [*PLAIN, *UNPACK])
+            known = ", ".join(k.name for k in [*UNQUANTIZED, *UNPACK])
             raise InputError(
                 f"{self.path}: {name}: expected one of the types {known}, got {info.kind.name}"
             )

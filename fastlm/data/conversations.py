@@ -1,17 +1,17 @@
-"""Read conversations: rows of JSON in the shapes that data sets for fine-tuning have, checked, and
-brought to one form.
+"""Read conversations: rows of JSON in the formats of fine-tuning data sets, checked and converted
+to one form.
 
 Rows come from .jsonl and .json files (an array of rows), local or in packages
-(`fastlm.sources.rows`), or from a generator (`fastlm.sources.reasoning_gym`). The shape is
+(`fastlm.sources.rows`), or from a generator (`fastlm.sources.reasoning_gym`). The format is
 recognised by a row's keys:
 
 - OpenAI: ``{"messages": [{"role", "content", "tool_calls"?}, ...], "tools"?}``; an assistant
-  message with ``"weight": 0`` is context and not learnt;
+  message with ``"weight": 0`` is context and not trained on;
 - ShareGPT: ``{"conversations": [{"from", "value"}, ...], "tools"?}``;
 - Alpaca: ``{"instruction", "input"?, "output", "history"?}``;
 - pairs: ``{"prompt", "completion"}`` (or ``"response"``), each a text or a list of messages.
 
-Each may have a ``"system"`` text beside it.
+Each may also have a ``"system"`` text.
 """
 
 import json
@@ -28,8 +28,8 @@ from fastlm.sources.reasoning_gym import is_reasoning_gym, reasoning_gym_rows
 from fastlm.sources.rows import Row, ignore_message, list_files, parse_rows, read_rows, row_unit
 
 FORMATS = ("jsonl", "json")
-# Who may speak after whom; None is the beginning
-NEXT = {
+# role -> the roles that may follow; None is the beginning
+NEXT_ROLES = {
     None: ("system", "user"),
     "system": ("user",),
     "user": ("assistant",),
@@ -42,7 +42,7 @@ ROLES = {
     **{"bot": "assistant", "model": "assistant", "observation": "tool", "function": "tool"},
     **{"function_response": "tool", "function_call": "assistant"},
 }
-SHAPES = (
+ROW_FORMATS = (
     "messages (OpenAI), conversations (ShareGPT), instruction and output (Alpaca), or prompt and"
     " completion"
 )
@@ -50,15 +50,15 @@ SHAPES = (
 Example = TypeVar("Example")
 T = TypeVar("T")
 Message = dict[str, Any]
-LocatedMessages = list[
-    tuple[str, Message]
-]  # messages, each with the name of its location in the row
+LocatedMessages = list[tuple[str, Message]]  # (location in the row, message)
 
 
 @dataclass(slots=True)
 class Conversation:
-    """``messages``: role, content and what else a chat template reads ("tool_calls", ...). The
-    last one is the assistant's. ``loss_mask``: per message, whether the model is to learn it.
+    """A checked conversation.
+
+    ``messages``: role, content and other fields of a chat template ("tool_calls", ...). The last
+    one is the assistant's. ``loss_mask``: per message, whether the model is trained on it.
     ``location``: file and line, for error messages.
     """
 
@@ -68,35 +68,37 @@ class Conversation:
     tools: list[Any] | None = None
 
     def prompt(self) -> list[Message]:
-        """The messages before the first answer."""
+        """Return the messages before the first answer."""
         return list(takewhile(lambda m: m["role"] != "assistant", self.messages))
 
-    def row(self) -> dict[str, Any]:
-        """The row that `parse_conversation` reads as this conversation, in OpenAI's form."""
+    def to_row(self) -> dict[str, Any]:
+        """Return this conversation as a row in OpenAI's form, which `parse_conversation` reads."""
         messages = [
-            m if learn or m["role"] != "assistant" else {**m, "weight": 0}
-            for m, learn in zip(self.messages, self.loss_mask, strict=True)
+            m if trained or m["role"] != "assistant" else {**m, "weight": 0}
+            for m, trained in zip(self.messages, self.loss_mask, strict=True)
         ]
         return {"messages": messages, **({} if self.tools is None else {"tools": self.tools})}
 
     def key(self) -> str:
-        """The prompt as text: conversations that begin with the same questions have equal keys."""
+        """Return the prompt as text. Conversations that begin with the same questions have equal
+        keys.
+        """
         return prompt_key(self.prompt())
 
 
 def message_contents(messages: Sequence[Message]) -> list[list[Any]]:
-    """What the messages say, without their ids and other fields: equal for equal conversations."""
+    """Return the messages without ids and other fields: equal for equal conversations."""
     return [[m["role"], m["content"], m.get("tool_calls")] for m in messages]
 
 
 def prompt_key(messages: Sequence[Message]) -> str:
-    """A prompt as text: equal for equal prompts."""
+    """Return a prompt as text, equal for equal prompts."""
     return json.dumps(message_contents(messages), ensure_ascii=False, sort_keys=True)
 
 
 @dataclass
 class RowCounts:
-    """How many rows were read; how many were left out or changed, by reason."""
+    """The number of rows read, and the number left out or changed by reason."""
 
     total: int = 0
     by_reason: Counter[str] = field(default_factory=Counter)
@@ -111,32 +113,32 @@ def read_examples(
     rows: RowCounts | None = None,
     on_skip: Callable[[str], None] = ignore_message,
 ) -> Iterator[Example]:
-    """Yield what ``parse`` makes of each row of all sources, in order. It is called with the
-    row and its location, and raises InputError for a row that cannot be used.
+    """Yield ``parse(row, location)`` of each row of all sources, in order. ``parse`` raises
+    InputError for a row that cannot be used.
 
     Such a row is an error that names its file and line. With ``skip_bad`` it is counted in ``rows``
-    and left out, and the first ones of a file are told. A file of only bad rows, and one that
-    cannot be read to its end, is then told and left out too, unless the user named it. Files of
-    other types in a folder are told.
+    and left out, and the first ones of a file are reported. A file of only bad rows, or one that
+    cannot be read to its end, is then reported and left out too, unless the user named it. Files of
+    other types in a folder are reported.
 
     InputError: also a source that is missing or has no file of JSON rows.
     """
     rows = RowCounts() if rows is None else rows
-    for name, unit, named, numbered in _files(sources, cache, on_skip):
+    for name, unit, explicit, numbered_rows in _files(sources, cache, on_skip):
         try:
             yield from parse_rows(
-                _counted(numbered, rows), parse, name, unit, counts=rows.by_reason,
-                reason="malformed", on_skip=on_skip, skip_bad=skip_bad, required=named,
+                _count_rows(numbered_rows, rows), parse, name, unit, counts=rows.by_reason,
+                reason="malformed", on_skip=on_skip, skip_bad=skip_bad, required=explicit,
             )  # fmt: skip
         except InputError as error:
-            if named or not skip_bad:
+            if explicit or not skip_bad:
                 raise
             rows.by_reason["unreadable files"] += 1
             on_skip(str(error))
 
 
-def _counted(numbered: Iterable[Row], rows: RowCounts) -> Iterator[Row]:
-    for row in numbered:
+def _count_rows(numbered_rows: Iterable[Row], rows: RowCounts) -> Iterator[Row]:
+    for row in numbered_rows:
         rows.total += 1
         yield row
 
@@ -144,31 +146,32 @@ def _counted(numbered: Iterable[Row], rows: RowCounts) -> Iterator[Row]:
 def _files(
     sources: Sequence[str], cache: Path, on_skip: Callable[[str], None]
 ) -> Iterator[tuple[str, str, bool, Iterable[Row]]]:
-    """Yield (name, what its numbers count, whether the user named it, numbered rows) of each file
-    and of each generator.
+    """Yield (name, unit of its numbers, whether the user named it, numbered rows) of each file and
+    of each generator.
     """
     for spec in sources:
         if is_reasoning_gym(spec):
             yield spec, "row", True, enumerate(reasoning_gym_rows(spec), 1)
             continue
-        found, passed = list_files(spec, cache=cache)
-        files = [file for file in found if file.format in FORMATS]
+        all_files, skipped = list_files(spec, cache=cache)
+        files = [file for file in all_files if file.format in FORMATS]
         if not files:
             raise InputError(f"source {spec}: expected .jsonl or .json files, got none")
-        del passed["not matched by the glob"]  # not wanted
-        if others := len(found) - len(files) + passed.total():
+        del skipped["not matched by the glob"]  # the user excluded them
+        if others := len(all_files) - len(files) + skipped.total():
             on_skip(f"{spec}: {others:,} files that are not read: expected .jsonl or .json")
         for file in files:
-            yield str(file.path), row_unit(file), file.named, read_rows(file)
+            yield str(file.path), row_unit(file), file.explicit, read_rows(file)
 
 
 def parse_conversation(row: Any, location: str = "") -> Conversation:
-    """The conversation that a row holds. InputError: the row has none of the shapes, an empty
-    message, a role that is unknown or out of order, a tool call that is none, or no answer at the
-    end.
+    """Parse a row of one of the formats of `ROW_FORMATS`.
+
+    InputError: the row has another format, an empty message, a role that is unknown or out of
+    order, a malformed tool call, or no answer at the end.
     """
     if not isinstance(row, Mapping):
-        raise InputError(f"expected an object with {SHAPES}, got {type(row).__name__}")
+        raise InputError(f"expected an object with {ROW_FORMATS}, got {type(row).__name__}")
     answer = next((key for key in ("completion", "response") if key in row), None)
     if "messages" in row:
         messages = parse_messages(row["messages"], "messages")
@@ -182,7 +185,7 @@ def parse_conversation(row: Any, location: str = "") -> Conversation:
             message.setdefault("weight", 0)  # answers in a prompt are examples
         messages += parse_text_or_messages(row[answer], answer, "assistant")
     else:
-        raise InputError(f"expected an object with {SHAPES}, got {describe_keys(row)}")
+        raise InputError(f"expected an object with {ROW_FORMATS}, got {describe_keys(row)}")
     add_system(row, messages)
     check_messages(messages)
     loss_mask = []
@@ -192,12 +195,12 @@ def parse_conversation(row: Any, location: str = "") -> Conversation:
             raise InputError(f"{where}: expected a weight of 0 or 1, got {weight!r:.40}")
         loss_mask.append(message["role"] == "assistant" and weight == 1)
     if not any(loss_mask):
-        raise InputError("expected an assistant message to learn, all have weight 0")
+        raise InputError("expected an assistant message to train on, all have weight 0")
     return Conversation([message for _, message in messages], loss_mask, location, parse_tools(row))
 
 
 def describe_keys(row: Mapping[str, Any]) -> str:
-    """The keys of a row, for an error message."""
+    """List the keys of a row for an error message."""
     return ", ".join(map(repr, row))[:200] or "no keys"
 
 
@@ -209,21 +212,23 @@ def add_system(row: Mapping[str, Any], messages: LocatedMessages) -> None:
     if system[1]["content"].strip():
         if messages and messages[0][1]["role"] == "system":
             raise InputError(
-                f"system: expected none beside {messages[0][0]}, got two system messages"
+                f"system: expected none in addition to {messages[0][0]}, got two system messages"
             )
         messages.insert(0, system)
 
 
 def check_messages(messages: LocatedMessages) -> None:
-    """InputError unless roles are in order, no message but a tool's is empty and the assistant has
-    the last word.
+    """Raise InputError unless the roles are in order, no message is empty (except a tool's) and
+    the last message is the assistant's.
     """
     before = None
     for where, message in messages:
         role = message["role"]
-        if role not in NEXT[before]:
+        if role not in NEXT_ROLES[before]:
             after = f"after {before}" if before else "first"
-            raise InputError(f"{where}: expected {' or '.join(NEXT[before])} {after}, got {role}")
+            raise InputError(
+                f"{where}: expected {' or '.join(NEXT_ROLES[before])} {after}, got {role}"
+            )
         if not message["content"].strip() and not message.get("tool_calls") and role != "tool":
             raise InputError(f"{where}: expected text from the {role}, got an empty message")
         before = role
@@ -232,15 +237,15 @@ def check_messages(messages: LocatedMessages) -> None:
 
 
 def parse_text_or_messages(value: Any, name: str, role: str) -> LocatedMessages:
-    """A list of messages, or one message of ``role`` with a text."""
+    """Parse a list of messages, or make one message of ``role`` from a text."""
     if isinstance(value, list):
         return parse_messages(value, name)
     return [_locate(name, role, value)]
 
 
 def parse_messages(values: Any, name: str) -> LocatedMessages:
-    """Messages under OpenAI's names or ShareGPT's, brought to one form. ``name``: the key that has
-    them.
+    """Convert messages with OpenAI's or ShareGPT's names to one form. ``name``: their key in the
+    row.
     """
     kind = "turns" if name == "conversations" else "messages"
     messages: LocatedMessages = []
@@ -268,10 +273,10 @@ def parse_messages(values: Any, name: str) -> LocatedMessages:
 
 
 def _tool_calls(calls: Any, where: str) -> list[Message]:
-    """Calls whose arguments are objects: OpenAI has them as JSON text, which templates would quote
-    a second time.
+    """Parse the arguments of calls to objects. OpenAI has them as JSON text, which templates would
+    quote a second time.
     """
-    found = []
+    parsed = []
     for i, call in enumerate(_typed(calls, list, where, "a list")):
         function = call.get("function", call) if isinstance(call, Mapping) else {}
         function = function if isinstance(function, Mapping) else {}
@@ -287,8 +292,8 @@ def _tool_calls(calls: Any, where: str) -> list[Message]:
             )
         rest = {k: v for k, v in call.items() if k in ("id", "index") and v is not None}
         function = {"name": name, "arguments": dict(arguments)}
-        found.append({**rest, "type": "function", "function": function})
-    return found
+        parsed.append({**rest, "type": "function", "function": function})
+    return parsed
 
 
 def _text_part(part: Any, where: str) -> str:
@@ -299,7 +304,7 @@ def _text_part(part: Any, where: str) -> str:
 
 
 def parse_alpaca_prompt(row: Mapping[str, Any]) -> LocatedMessages:
-    """``"history"``, and ``"instruction"`` with ``"input"``, as messages."""
+    """Return ``"history"``, and ``"instruction"`` with ``"input"``, as messages."""
     messages: LocatedMessages = []
     history = _typed(row.get("history") or [], list, "history", "a list of pairs")
     for i, pair in enumerate(history):
@@ -323,28 +328,28 @@ def _role(role: Any, where: str) -> str:
 
 
 def check_text(text: Any, where: str) -> str:
-    """The text, "" for None. InputError: another type, or text that UTF-8 cannot encode."""
+    """Return the text, "" for None. InputError: another type, or text that UTF-8 cannot encode."""
     if text is None:
         return ""
     check_unicode(_typed(text, str, where, "text"), where)
     return text
 
 
-def _typed(value: Any, kind: type[T], where: str, wanted: str) -> T:
+def _typed(value: Any, kind: type[T], where: str, expected: str) -> T:
     if not isinstance(value, kind):
-        raise InputError(f"{where}: expected {wanted}, got {type(value).__name__}")
+        raise InputError(f"{where}: expected {expected}, got {type(value).__name__}")
     return value
 
 
-def _json(text: str, what: str) -> Any:
+def _json(text: str, error: str) -> Any:
     try:
         return json.loads(text)
     except (ValueError, RecursionError):  # nested too deep
-        raise InputError(f"{what} as JSON, got {text!r:.60}") from None
+        raise InputError(f"{error} as JSON, got {text!r:.60}") from None
 
 
 def parse_tools(row: Mapping[str, Any]) -> list[Any] | None:
-    """The row's ``"tools"``, a list or its JSON, or None."""
+    """Return the row's ``"tools"`` (a list or its JSON), or None."""
     tools = row.get("tools")
     if not tools and row.get("functions"):  # the older form
         functions = _typed(row["functions"], list, "functions", "a list")

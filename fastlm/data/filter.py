@@ -1,4 +1,4 @@
-"""Published quality rules, one small pure function each. True keeps the document.
+"""Published quality rules, each a small pure function that returns True for a good document.
 
 Gopher: Rae et al. 2021, arXiv 2112.11446, appendix A.1.1 and its table of repetitions. C4: Raffel
 et al. 2019, arXiv 1910.10683, section 2.2. FineWeb: Penedo et al. 2024, arXiv 2406.17557, section
@@ -30,8 +30,8 @@ HAS_LETTER = re.compile(r"[^\W\d_]")
 
 
 @dataclass
-class Shape:
-    """The text that the rules examine, with words and lines split only once."""
+class TextStatistics:
+    """A text with its words and lines, which are split only once."""
 
     text: str
 
@@ -44,89 +44,89 @@ class Shape:
         return [s for line in self.text.split("\n") if (s := line.strip())]
 
 
-def word_count(s: Shape, least: int = 50, most: int = MAX_WORDS) -> bool:
+def word_count(s: TextStatistics, min_words: int = 50, max_words: int = MAX_WORDS) -> bool:
     """Gopher: between 50 and 100,000 words."""
-    return least <= len(s.words) <= most
+    return min_words <= len(s.words) <= max_words
 
 
-def mean_word_length(s: Shape, least: float = 3.0, most: float = 10.0) -> bool:
+def mean_word_length(s: TextStatistics, min_mean: float = 3.0, max_mean: float = 10.0) -> bool:
     """Gopher: the mean word is 3 to 10 characters long."""
     n = len(s.words)
-    return n > 0 and least <= sum(map(len, s.words)) / n <= most
+    return n > 0 and min_mean <= sum(map(len, s.words)) / n <= max_mean
 
 
-def symbol_ratio(s: Shape, most: float = 0.1) -> bool:
+def symbol_ratio(s: TextStatistics, max_ratio: float = 0.1) -> bool:
     """Gopher: at most 0.1 hash signs, and at most 0.1 ellipses, per word."""
-    limit = most * len(s.words)
+    limit = max_ratio * len(s.words)
     return s.text.count("#") <= limit and s.text.count("...") + s.text.count("…") <= limit
 
 
-def bullet_lines(s: Shape, most: float = 0.9) -> bool:
+def bullet_lines(s: TextStatistics, max_share: float = 0.9) -> bool:
     """Gopher: at most 90 % of the lines start with a bullet."""
-    return sum(line.startswith(BULLETS) for line in s.lines) <= most * len(s.lines)
+    return sum(line.startswith(BULLETS) for line in s.lines) <= max_share * len(s.lines)
 
 
-def ellipsis_lines(s: Shape, most: float = 0.3) -> bool:
+def ellipsis_lines(s: TextStatistics, max_share: float = 0.3) -> bool:
     """Gopher: at most 30 % of the lines end with an ellipsis."""
-    return sum(line.endswith(("...", "…")) for line in s.lines) <= most * len(s.lines)
+    return sum(line.endswith(("...", "…")) for line in s.lines) <= max_share * len(s.lines)
 
 
-def alphabetic_words(s: Shape, least: float = 0.8) -> bool:
+def alphabetic_words(s: TextStatistics, min_share: float = 0.8) -> bool:
     """Gopher: at least 80 % of the words contain a letter."""
     # islower and isupper settle nearly all words at a tenth of the regex's cost
     letters = sum(w.islower() or w.isupper() or HAS_LETTER.search(w) is not None for w in s.words)
-    return letters >= least * len(s.words)
+    return letters >= min_share * len(s.words)
 
 
-def stop_words(s: Shape, least: int = 2) -> bool:
+def stop_words(s: TextStatistics, min_count: int = 2) -> bool:
     """Gopher: at least two of the, be, to, of, and, that, have, with. English only."""
-    found = set()
+    present = set()
     for word in s.words:
         if word.lower() in STOP_WORDS:
-            found.add(word.lower())
-            if len(found) >= least:
+            present.add(word.lower())
+            if len(present) >= min_count:
                 return True
-    return len(found) >= least
+    return len(present) >= min_count
 
 
-def duplicate_lines(s: Shape, most: float = 0.3) -> bool:
+def duplicate_lines(s: TextStatistics, max_share: float = 0.3) -> bool:
     """Gopher: at most 30 % of the lines repeat another line of the document."""
-    return len(s.lines) - len(set(s.lines)) <= most * len(s.lines)
+    return len(s.lines) - len(set(s.lines)) <= max_share * len(s.lines)
 
 
-def repeated_characters(s: Shape, most: float = 0.2) -> bool:
+def repeated_characters(s: TextStatistics, max_share: float = 0.2) -> bool:
     """Gopher: at most 20 % of the characters are in lines that repeat another line."""
     total = sum(map(len, s.lines))
-    return total - sum(map(len, set(s.lines))) <= most * total
+    return total - sum(map(len, set(s.lines))) <= max_share * total
 
 
-def lorem_ipsum(s: Shape) -> bool:
+def lorem_ipsum(s: TextStatistics) -> bool:
     """C4: no placeholder text."""
     return "lorem ipsum" not in s.text.lower()
 
 
-def curly_brace(s: Shape) -> bool:
+def curly_brace(s: TextStatistics) -> bool:
     """C4: no curly brace, taken as a sign of code."""
     return "{" not in s.text
 
 
-def sentence_lines(s: Shape, least: float = 0.12) -> bool:
+def sentence_lines(s: TextStatistics, min_share: float = 0.12) -> bool:
     """FineWeb: more than 12 % of the lines end with punctuation."""
-    return sum(line.endswith(ENDINGS) for line in s.lines) > least * len(s.lines)
+    return sum(line.endswith(ENDINGS) for line in s.lines) > min_share * len(s.lines)
 
 
-def duplicate_line_characters(s: Shape, most: float = 0.1) -> bool:
+def duplicate_line_characters(s: TextStatistics, max_share: float = 0.1) -> bool:
     """FineWeb: less than 10 % of the characters are in lines that repeat another line."""
     total = sum(map(len, s.lines))
-    return total - sum(map(len, set(s.lines))) < most * total
+    return total - sum(map(len, set(s.lines))) < max_share * total
 
 
-def short_lines(s: Shape, most: float = 0.67, length: int = 30) -> bool:
+def short_lines(s: TextStatistics, max_share: float = 0.67, length: int = 30) -> bool:
     """FineWeb: less than 67 % of the lines are shorter than 30 characters."""
-    return sum(len(line) < length for line in s.lines) < most * len(s.lines)
+    return sum(len(line) < length for line in s.lines) < max_share * len(s.lines)
 
 
-RULES: dict[str, Callable[[Shape], bool]] = {
+RULES: dict[str, Callable[[TextStatistics], bool]] = {
     f.__name__: f
     for f in (
         word_count, mean_word_length, symbol_ratio, bullet_lines, ellipsis_lines, alphabetic_words,
@@ -151,5 +151,5 @@ def check_rules(names: Sequence[str]) -> None:
 
 def first_failed(text: str, rules: Sequence[str] = TECHNICAL) -> str | None:
     """Return the name of the first rule that rejects the text, None if all keep it."""
-    shape = Shape(text)
-    return next((name for name in rules if not RULES[name](shape)), None)
+    statistics = TextStatistics(text)
+    return next((name for name in rules if not RULES[name](statistics)), None)

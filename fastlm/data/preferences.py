@@ -1,24 +1,24 @@
 """Read preferences: which of several answers to a prompt is better, or whether an answer is good.
 
-Rows come from the same sources as conversations (`fastlm.data.conversations`). The shape is
+Rows come from the same sources as conversations (`fastlm.data.conversations`). The format is
 recognised by a row's keys:
 
 - pairs: ``{"prompt", "chosen", "rejected", "margin"?, "score_chosen"?, "score_rejected"?}`` (TRL,
-  UltraFeedback). Instead of a prompt, chosen and rejected may be whole conversations that begin
-  alike: lists of messages, or texts with ``Human:`` and ``Assistant:`` turns (HH-RLHF). Also
+  UltraFeedback). Instead of a prompt, chosen and rejected may be full conversations with a common
+  beginning: lists of messages, or texts with ``Human:`` and ``Assistant:`` turns (HH-RLHF). Also
   ``{"chosen_messages", "rejected_messages"}`` (LLaMA-Factory), and OpenAI's ``{"input":
   {"messages"}, "preferred_output", "non_preferred_output"}``;
 - ranked lists: ``{"prompt", "answers", "ranks"}``, rank 0 is the best and ties are allowed; or
   ``"scores"``, higher is better;
 - corrections: ``{"prompt", "answer", "corrected"}``;
-- labels: ``{"prompt", "completion", "label"}`` (TRL, KTO), or ``{"messages", "label"}``, whose last
-  message is the labelled answer.
+- labels: ``{"prompt", "completion", "label"}`` (TRL, KTO), or ``{"messages", "label"}`` with the
+  labelled answer as the last message.
 
-A prompt is one of those of `fastlm.data.prompts`. An answer is a text, a message or a list of
-messages. Each row may have ``"system"``, ``"tools"`` and ``"rater"``.
+A prompt has one of the formats of `fastlm.data.prompts`. An answer is a text, a message or a list
+of messages. Each row may have ``"system"``, ``"tools"`` and ``"rater"``.
 
-Rejected: to cut texts without a prompt where they begin to differ, as TRL does. A row that lacks
-its prompt would become a question of a few words.
+Rejected: to cut texts without a prompt at their first difference, as TRL does. A row that lacks its
+prompt would become a question of a few words.
 """
 
 import math
@@ -44,7 +44,7 @@ from fastlm.data.conversations import (
 from fastlm.data.prompts import parse_dialogue, parse_prompt_messages, strip_locations
 from fastlm.errors import InputError, show
 
-SHAPES = (
+ROW_FORMATS = (
     "chosen and rejected, prompt with answers and ranks or scores, prompt with completion and"
     " label, or prompt with answer and corrected"
 )
@@ -52,14 +52,14 @@ SHAPES = (
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """Two or more answers to a prompt, and which are better.
+    """Two or more answers to a prompt, and their order.
 
     ``prompt``: messages, the last one a user's or a tool's. ``answers``: the messages that follow,
-    each from the assistant's first to its last. ``ranks``: per answer, 0 is the best; equal
-    answers share one, no rank is skipped, and there are at least two. ``scores``: per answer,
-    higher is better, where the row has them. ``margin``: of two answers, by how much the better
-    one is better (>= 0). ``corrected``: the best answer is a person's correction of the other.
-    ``location``: file and line, for error messages.
+    each from the assistant's first to its last. ``ranks``: per answer, 0 is the best. Equal answers
+    share a rank, no rank is skipped, and there are at least two. ``scores``: per answer, higher is
+    better, or None. ``margin``: of two answers, how much better the better one is (>= 0).
+    ``corrected``: the best answer is a person's correction of the other. ``location``: file and
+    line, for error messages.
     """
 
     prompt: list[Message]
@@ -73,8 +73,8 @@ class Comparison:
     location: str = ""
 
     def pairs(self) -> "list[Comparison]":
-        """Every pair of answers with different ranks, the better one first. The margin is the
-        difference of the scores, where there are some.
+        """Return every pair of answers with different ranks, the better one first. The margin is
+        the difference of the scores, if there are some.
         """
         if len(self.answers) == 2 and self.ranks == (0, 1):
             return [self]
@@ -91,8 +91,8 @@ class Comparison:
         return replace(self, answers=answers, ranks=(0, 1), scores=scores, margin=margin)
 
     def labels(self) -> "list[LabelledAnswer]":
-        """The best answers as desirable, the worst ones as not. Those between are left out: that an
-        answer is worse than one and better than another does not say whether it is good.
+        """Return the best answers as desirable and the worst as not. Those between are left out: a
+        middle rank does not say whether an answer is good.
         """
         worst = max(self.ranks)
         return [
@@ -102,16 +102,16 @@ class Comparison:
         ]
 
     def conversation(self, answer: int) -> Conversation:
-        """Prompt and answer, of which the answer is learnt."""
+        """Return prompt and answer; the model is trained on the answer."""
         return _conversation(self.prompt, self.answers[answer], self.tools, self.location)
 
     def demonstration(self) -> Conversation:
-        """Prompt and best answer (the first of equals), for supervised fine-tuning."""
+        """Return prompt and best answer (the first of equals), for supervised fine-tuning."""
         return self.conversation(self.ranks.index(0))
 
-    def row(self) -> dict[str, Any]:
-        """The row that `parse_preference` reads as this comparison: a pair in TRL's conversational
-        form, a ranked list, or a correction.
+    def to_row(self) -> dict[str, Any]:
+        """Return this comparison as a row that `parse_preference` reads: a pair in TRL's
+        conversational form, a ranked list, or a correction.
         """
         row: dict[str, Any] = {"prompt": self.prompt}
         if self.corrected:
@@ -128,7 +128,7 @@ class Comparison:
             row |= {"answers": list(self.answers), "ranks": list(self.ranks)}
             if self.scores is not None:
                 row["scores"] = list(self.scores)
-        return {**row, **_others(self)}
+        return {**row, **_optional_fields(self)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,18 +145,18 @@ class LabelledAnswer:
     location: str = ""
 
     def conversation(self) -> Conversation:
-        """Prompt and answer, of which the answer is learnt."""
+        """Return prompt and answer; the model is trained on the answer."""
         return _conversation(self.prompt, self.answer, self.tools, self.location)
 
-    def row(self) -> dict[str, Any]:
-        """The row that `parse_preference` reads as this label, in TRL's conversational form."""
+    def to_row(self) -> dict[str, Any]:
+        """Return this answer as a row in TRL's conversational form, for `parse_preference`."""
         row = {"prompt": self.prompt, "completion": self.answer, "label": self.desirable}
-        return {**row, **_others(self)}
+        return {**row, **_optional_fields(self)}
 
 
 @dataclass(frozen=True, slots=True)
 class UnrankedAnswers:
-    """A prompt and answers that nobody has ranked yet, as in `Comparison`."""
+    """A prompt and answers without a ranking; fields as in `Comparison`."""
 
     prompt: list[Message]
     answers: tuple[list[Message], ...]
@@ -165,11 +165,11 @@ class UnrankedAnswers:
 
 
 def parse_preference(row: Any, location: str = "") -> Comparison | LabelledAnswer:
-    """The comparison or label that a row holds.
+    """Parse a row of one of the formats of `ROW_FORMATS`.
 
-    InputError: the row has none of the shapes, an empty message, roles out of order, different
-    prompts, equal answers of which one is better, answers that are all tied, ranks that are not
-    whole numbers from 0, scores or a margin that are not finite.
+    InputError: the row has another format, an empty message, roles out of order, different prompts,
+    equal answers with different ranks, answers that are all tied, ranks that are not whole numbers
+    from 0, scores or a margin that are not finite.
     """
     row = _object(row)
     if "chosen_messages" in row and "rejected_messages" in row:
@@ -179,18 +179,18 @@ def parse_preference(row: Any, location: str = "") -> Comparison | LabelledAnswe
     pairs = (("chosen", "rejected"), ("corrected", "answer"))
     pair = next((names for names in pairs if all(name in row for name in names)), None)
     if pair is not None:
-        prompt, answers = _candidates(row, {name: row[name] for name in pair})
+        prompt, answers = _prompt_and_answers(row, {name: row[name] for name in pair})
         ranks, scores = (0, 1), _pair_scores(row) if "chosen" in pair else None
     elif "label" in row or "kto_tag" in row:
-        return _label_of(row, location)
+        return _parse_label(row, location)
     elif _answers_key(row) and ("ranks" in row or "scores" in row):
-        prompt, answers = _listed(row)
+        prompt, answers = _parse_answer_list(row)
         ranks, scores = _ranks_and_scores(row, answers)
     else:
-        raise _unknown(row)
+        raise _unknown_format(row)
     if len(set(ranks)) < 2:
         raise InputError("ranks: expected a better and a worse answer, all are tied")
-    for i, j in _equal(answers):
+    for i, j in _equal_pairs(answers):
         if ranks[i] != ranks[j]:
             names = " and ".join(pair) if pair else f"answers {i} and {j}"
             raise InputError(f"expected different answers, {names} are equal")
@@ -216,37 +216,37 @@ def parse_preference(row: Any, location: str = "") -> Comparison | LabelledAnswe
 
 
 def parse_answers(row: Any, location: str = "") -> "Comparison | LabelledAnswer | UnrankedAnswers":
-    """`parse_preference`; also reads rows ``{"prompt", "answers"}`` without ranks. InputError: also
-    two equal answers of those.
+    """Parse a row as `parse_preference` does, or a row ``{"prompt", "answers"}`` without ranks.
+    InputError: also two equal answers of such a row.
     """
     values = _object(row)
     ranked = ("ranks", "scores", "chosen", "corrected", "label", "kto_tag")
     if not _answers_key(values) or any(key in values for key in ranked):
         return parse_preference(row, location)
-    prompt, answers = _listed(values)
-    for first, second in _equal(answers):
+    prompt, answers = _parse_answer_list(values)
+    for first, second in _equal_pairs(answers):
         raise InputError(f"expected different answers, answers {first} and {second} are equal")
     return UnrankedAnswers(prompt, tuple(answers), parse_tools(values), location)
 
 
 def _object(row: Any) -> dict[str, Any]:
     if not isinstance(row, Mapping):
-        raise InputError(f"expected an object with {SHAPES}, got {type(row).__name__}")
+        raise InputError(f"expected an object with {ROW_FORMATS}, got {type(row).__name__}")
     return {key: value for key, value in row.items() if value is not None}
 
 
-def _unknown(row: Mapping[str, Any]) -> InputError:
-    return InputError(f"expected an object with {SHAPES}, got {describe_keys(row)}")
+def _unknown_format(row: Mapping[str, Any]) -> InputError:
+    return InputError(f"expected an object with {ROW_FORMATS}, got {describe_keys(row)}")
 
 
 def _from_openai(row: Mapping[str, Any]) -> dict[str, Any]:
-    """A row of OpenAI's preference fine-tuning under TRL's names."""
-    given = row.get("input")
-    if not isinstance(given, Mapping) or "messages" not in given:
-        raise InputError(f"input: expected an object with messages, got {show(given):.60}")
-    tools = {"tools": given["tools"]} if given.get("tools") else {}
+    """Rename the fields of OpenAI's preference fine-tuning to TRL's."""
+    source = row.get("input")
+    if not isinstance(source, Mapping) or "messages" not in source:
+        raise InputError(f"input: expected an object with messages, got {show(source):.60}")
+    tools = {"tools": source["tools"]} if source.get("tools") else {}
     answers = {"chosen": row["preferred_output"], "rejected": row["non_preferred_output"]}
-    return {**tools, **row, "prompt": given["messages"], **answers}
+    return {**tools, **row, "prompt": source["messages"], **answers}
 
 
 def _pair_scores(row: Mapping[str, Any]) -> tuple[float, float] | None:
@@ -261,10 +261,10 @@ def _pair_scores(row: Mapping[str, Any]) -> tuple[float, float] | None:
 def _ranks_and_scores(
     row: Mapping[str, Any], answers: list[Any]
 ) -> tuple[tuple[int, ...], tuple[float, ...] | None]:
-    """Ranks without gaps, and the scores, None if the row has none."""
+    """Return ranks without gaps, and the scores or None."""
     scores, ranks = None, ()
     if "scores" in row:
-        values = _each(row["scores"], "scores", answers)
+        values = _enumerate_values(row["scores"], "scores", answers)
         scores = tuple(_number(value, f"scores[{i}]") for i, value in values)
         ranks = tuple(-score for score in scores)
     if "ranks" in row:
@@ -275,27 +275,27 @@ def _ranks_and_scores(
                     f"scores: expected the order of the ranks, got {b} at rank {worse} and {a} at"
                     f" rank {better}"
                 )
-    places = sorted(set(ranks))
-    return tuple(places.index(rank) for rank in ranks), scores
+    distinct = sorted(set(ranks))
+    return tuple(distinct.index(rank) for rank in ranks), scores
 
 
-def _ranks(given: Any, answers: list[Any]) -> tuple[int, ...]:
-    for i, rank in _each(given, "ranks", answers):
+def _ranks(values: Any, answers: list[Any]) -> tuple[int, ...]:
+    for i, rank in _enumerate_values(values, "ranks", answers):
         if type(rank) is not int or not 0 <= rank < len(answers):
             raise InputError(
                 f"ranks[{i}]: expected a whole number from 0 to {len(answers) - 1},"
                 f" got {show(rank):.60}"
             )
-    if 0 not in given:
-        raise InputError(f"ranks: expected 0 for the best answer, got {min(given)} as the lowest")
-    return tuple(given)
+    if 0 not in values:
+        raise InputError(f"ranks: expected 0 for the best answer, got {min(values)} as the lowest")
+    return tuple(values)
 
 
-def _each(given: Any, name: str, answers: list[Any]) -> Iterator[tuple[int, Any]]:
-    if not isinstance(given, list) or len(given) != len(answers):
-        got = len(given) if isinstance(given, list) else type(given).__name__
+def _enumerate_values(values: Any, name: str, answers: list[Any]) -> Iterator[tuple[int, Any]]:
+    if not isinstance(values, list) or len(values) != len(answers):
+        got = len(values) if isinstance(values, list) else type(values).__name__
         raise InputError(f"{name}: expected one for each of {len(answers)} answers, got {got}")
-    yield from enumerate(given)
+    yield from enumerate(values)
 
 
 def _number(value: Any, where: str) -> float:
@@ -307,20 +307,20 @@ def _number(value: Any, where: str) -> float:
     raise InputError(f"{where}: expected a finite number, got {show(value):.60}")
 
 
-def _label_of(row: Mapping[str, Any], location: str) -> LabelledAnswer:
+def _parse_label(row: Mapping[str, Any], location: str) -> LabelledAnswer:
     key = "label" if "label" in row else "kto_tag"
     if not isinstance(row[key], bool):
         raise InputError(f"{key}: expected true or false, got {show(row[key]):.60}")
     name = next((n for n in ("completion", "response", "answer", "output") if n in row), None)
     if name is not None:
-        prompt, (answer,) = _candidates(row, {name: row[name]})
+        prompt, (answer,) = _prompt_and_answers(row, {name: row[name]})
     else:
-        placed = parse_prompt_messages(row)
-        if placed is None:
-            raise _unknown(row)
-        add_system(row, placed)
-        check_messages(placed)
-        (*prompt, last) = strip_locations(placed)
+        messages = parse_prompt_messages(row)
+        if messages is None:
+            raise _unknown_format(row)
+        add_system(row, messages)
+        check_messages(messages)
+        (*prompt, last) = strip_locations(messages)
         answer = [last]
     return LabelledAnswer(prompt, answer, row[key], parse_tools(row), _rater(row), location)
 
@@ -329,40 +329,46 @@ def _answers_key(row: Mapping[str, Any]) -> str | None:
     return next((key for key in ("answers", "responses", "completions") if key in row), None)
 
 
-def _listed(row: Mapping[str, Any]) -> tuple[list[Message], list[list[Message]]]:
+def _parse_answer_list(row: Mapping[str, Any]) -> tuple[list[Message], list[list[Message]]]:
     key = _answers_key(row)
-    given = row[key] if key else None
-    if not isinstance(given, list) or len(given) < 2:
-        got = len(given) if isinstance(given, list) else type(given).__name__
+    values = row[key] if key else None
+    if not isinstance(values, list) or len(values) < 2:
+        got = len(values) if isinstance(values, list) else type(values).__name__
         raise InputError(f"{key}: expected a list of two or more answers, got {got}")
-    return _candidates(row, {f"{key}[{i}]": answer for i, answer in enumerate(given)})
+    return _prompt_and_answers(row, {f"{key}[{i}]": answer for i, answer in enumerate(values)})
 
 
-def _candidates(
-    row: Mapping[str, Any], given: Mapping[str, Any]
+def _prompt_and_answers(
+    row: Mapping[str, Any], values: Mapping[str, Any]
 ) -> tuple[list[Message], list[list[Message]]]:
-    """The prompt of a row and its answers. ``given``: the answers by the names of their places.
+    """Return the prompt of a row and its answers. ``values``: field name -> answer.
 
-    Answers that are whole conversations are cut after their common beginning, which must begin
-    with the prompt if there is one.
+    Answers that are full conversations are cut after their common beginning, which must begin with
+    the prompt if there is one.
     """
     prompt = parse_prompt_messages(row)
-    answers = {name: _answer(value, name, prompt is None) for name, value in given.items()}
-    whole = [name for name, answer in answers.items() if answer[0][1]["role"] in ("system", "user")]
-    if len(whole) == len(answers) and len(answers) > 1:
+    answers = {name: _answer(value, name, prompt is None) for name, value in values.items()}
+    conversations = [
+        name for name, answer in answers.items() if answer[0][1]["role"] in ("system", "user")
+    ]
+    if len(conversations) == len(answers) and len(answers) > 1:
         columns = zip(*map(_contents, answers.values()))
-        begin = len(list(takewhile(lambda column: column.count(column[0]) == len(column), columns)))
-        common = next(iter(answers.values()))[:begin]
+        length = len(
+            list(takewhile(lambda column: column.count(column[0]) == len(column), columns))
+        )
+        common = next(iter(answers.values()))[:length]
         if prompt is not None and not _begins(common, prompt):
             raise InputError(
                 f"prompt: expected the beginning of {' and '.join(answers)}, got another one"
             )
-        prompt, answers = common, {name: answer[begin:] for name, answer in answers.items()}
-    elif whole:
-        raise InputError(f"{whole[0]}: expected an answer by the assistant, got a conversation")
+        prompt, answers = common, {name: answer[length:] for name, answer in answers.items()}
+    elif conversations:
+        raise InputError(
+            f"{conversations[0]}: expected an answer by the assistant, got a conversation"
+        )
     elif prompt is None:
         raise InputError(
-            f"expected a prompt beside {' and '.join(answers)}, got {describe_keys(row)}"
+            f"expected a prompt in addition to {' and '.join(answers)}, got {describe_keys(row)}"
         )
     add_system(row, prompt)
     for name, answer in answers.items():
@@ -379,8 +385,10 @@ def _candidates(
     return strip_locations(prompt), [strip_locations(answer) for answer in answers.values()]
 
 
-def _answer(value: Any, name: str, whole: bool) -> LocatedMessages:
-    """An answer, or a conversation. ``whole``: there is no prompt, so a text has to be one."""
+def _answer(value: Any, name: str, needs_prompt: bool) -> LocatedMessages:
+    """Parse an answer or a conversation. ``needs_prompt``: there is no prompt, so a text must have
+    it.
+    """
     if isinstance(value, Mapping):
         value = [value]
     if isinstance(value, list):
@@ -388,28 +396,28 @@ def _answer(value: Any, name: str, whole: bool) -> LocatedMessages:
             raise InputError(f"{name}: expected an answer, got no message")
         return parse_messages(value, name)
     text = check_text(value, name)
-    if whole and (placed := parse_dialogue(text, name)):
-        return placed
+    if needs_prompt and (messages := parse_dialogue(text, name)):
+        return messages
     return [(name, {"role": "assistant", "content": text})]
 
 
-def _contents(placed: LocatedMessages) -> list[list[Any]]:
-    return message_contents([message for _, message in placed])
+def _contents(messages: LocatedMessages) -> list[list[Any]]:
+    return message_contents([message for _, message in messages])
 
 
 def _begins(messages: LocatedMessages, beginning: LocatedMessages) -> bool:
-    """Whether messages begin with others; only one of the two may have a system message."""
+    """Return True if messages begin with others; one of the two may lack the system message."""
     a, b = _contents(messages), _contents(beginning)
     if a[:1] != b[:1]:
         a, b = ([m for m in x if m[0] != "system"] for x in (a, b))
     return a[: len(b)] == b
 
 
-def _equal(answers: Sequence[list[Message]]) -> Iterator[tuple[int, int]]:
-    """Yield (i, j), i < j, of answers that say the same."""
-    heard = [message_contents(answer) for answer in answers]
-    for j, answer in enumerate(heard):
-        if (i := heard.index(answer)) < j:
+def _equal_pairs(answers: Sequence[list[Message]]) -> Iterator[tuple[int, int]]:
+    """Yield (i, j), i < j, of equal answers."""
+    contents = [message_contents(answer) for answer in answers]
+    for j, content in enumerate(contents):
+        if (i := contents.index(content)) < j:
             yield i, j
 
 
@@ -417,9 +425,9 @@ def _rater(row: Mapping[str, Any]) -> str | None:
     return check_text(row.get("rater"), "rater") or None
 
 
-def _others(example: Comparison | LabelledAnswer) -> dict[str, Any]:
-    found = {"tools": example.tools, "rater": example.rater}
-    return {key: value for key, value in found.items() if value is not None}
+def _optional_fields(example: Comparison | LabelledAnswer) -> dict[str, Any]:
+    fields = {"tools": example.tools, "rater": example.rater}
+    return {key: value for key, value in fields.items() if value is not None}
 
 
 def _conversation(

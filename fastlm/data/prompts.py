@@ -1,8 +1,8 @@
 """Read the prompt of a row: ``"prompt"`` or ``"question"`` (a text or messages), ``"messages"``
 (OpenAI), ``"conversations"`` (ShareGPT), or ``"instruction"`` and ``"input"`` (Alpaca).
 
-A text ``"passage"`` is put before a ``"question"`` that is a text (BoolQ, ASDiv). Whatever else a
-row holds ("answer", ...) is passed to the reward function.
+A text ``"passage"`` is put before a ``"question"`` that is a text (BoolQ, ASDiv). The other fields
+of a row ("answer", ...) are passed to the reward function.
 """
 
 import re
@@ -42,36 +42,36 @@ class Prompt:
     location: str = ""
 
     def key(self) -> str:
-        """The prompt as text: equal for equal prompts."""
+        """Return the prompt as text, equal for equal prompts."""
         return prompt_key(self.messages)
 
 
 def parse_prompt(row: Any, location: str = "") -> Prompt:
-    """The prompt of a row, or the messages of a conversation before its last answer. InputError:
-    none, roles out of order, an empty message.
+    """Parse the prompt of a row, or the messages of a conversation before its last answer.
+    InputError: no prompt, roles out of order, an empty message.
     """
     values = {k: v for k, v in row.items() if v is not None} if isinstance(row, Mapping) else {}
-    placed = parse_prompt_messages(values)
-    if placed is None:
+    messages = parse_prompt_messages(values)
+    if messages is None:
         got = describe_keys(values) if isinstance(row, Mapping) else type(row).__name__
         raise InputError(f"expected an object with a prompt or messages, got {got}")
-    add_system(values, placed)
-    if placed and placed[-1][1]["role"] == "assistant":
-        placed.pop()
-    check_messages([*placed, ("the answer", {"role": "assistant", "content": "any"})])
-    return Prompt(strip_locations(placed), row, parse_tools(values), location)
+    add_system(values, messages)
+    if messages and messages[-1][1]["role"] == "assistant":
+        messages.pop()
+    check_messages([*messages, ("the answer", {"role": "assistant", "content": "any"})])
+    return Prompt(strip_locations(messages), row, parse_tools(values), location)
 
 
 def parse_prompt_messages(row: Mapping[str, Any]) -> LocatedMessages | None:
-    """The row's prompt, not checked yet; None if it has none."""
+    """Return the row's prompt, not yet checked; None if it has none."""
     for key in ("prompt", "question", "messages", "conversations"):
         if key in row:
             value = row[key]
             if isinstance(value, list) or key in ("messages", "conversations"):
                 return parse_messages(value, key)
             text = check_text(value, key)
-            if placed := parse_dialogue(text, key):
-                return placed
+            if messages := parse_dialogue(text, key):
+                return messages
             passage = row.get("passage") if key == "question" else None
             if isinstance(passage, str) and (passage := check_text(passage, "passage").strip()):
                 text = f"{passage}\n\n{text}"
@@ -80,8 +80,8 @@ def parse_prompt_messages(row: Mapping[str, Any]) -> LocatedMessages | None:
 
 
 def parse_dialogue(text: str, name: str) -> LocatedMessages | None:
-    """The turns of a text of HH-RLHF, None if it is no such text. A last turn that is empty asks
-    for the answer.
+    """Parse the turns of a text of HH-RLHF; None for another text. An empty last turn stands for
+    the answer.
     """
     before, *parts = DIALOGUE.split(text)
     if before.strip() or not parts:
@@ -94,10 +94,10 @@ def parse_dialogue(text: str, name: str) -> LocatedMessages | None:
     ]
 
 
-def strip_locations(placed: LocatedMessages) -> list[Message]:
-    """The messages without their places and weights: what is learnt is the answer."""
+def strip_locations(messages: LocatedMessages) -> list[Message]:
+    """Return the messages without locations and weights: the model is trained on the answer."""
     dropped = ("weight", "loss_weight")
-    return [{k: v for k, v in message.items() if k not in dropped} for _, message in placed]
+    return [{k: v for k, v in message.items() if k not in dropped} for _, message in messages]
 
 
 read_prompts = partial(read_examples, parse=parse_prompt)

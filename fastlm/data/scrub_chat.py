@@ -46,7 +46,7 @@ DIGITS = re.compile(r"\d+")
 AFTER = re.compile(r"[A-Za-z_\u00c0-\u024f%€£@]|[,:]\d|[ ]?[+=\u00d7÷*^<>]")
 BEFORE = re.compile(r"[+=\u00d7÷*^<>][ ]?$")  # of a sum
 MINUS = re.compile(r" [\u2010-\u2015\u2212-] ")
-LEAST, MOST = 7, 15  # digits: the shortest local numbers; ITU-T E.164
+MIN_DIGITS, MAX_DIGITS = 7, 15  # digits: the shortest local numbers; ITU-T E.164
 GROUPS = 6  # "+33 6 12 34 56 78"
 NEAR = 40  # characters before a number
 WORDS = re.compile(
@@ -101,7 +101,7 @@ def _phones(text: str) -> tuple[str, int]:
 def _numbers(text: str, run: re.Match[str]) -> Iterator[tuple[int, int]]:
     """The phone numbers in a run of groups of digits: where each begins and ends."""
     groups = [(m.start(), m.end()) for m in DIGITS.finditer(text, run.start(), run.end())]
-    if sum(b - a for a, b in groups) < LEAST:
+    if sum(b - a for a, b in groups) < MIN_DIGITS:
         return
     word = WORDS.search(text, max(0, run.start() - NEAR), run.start()) is not None
     i = 0
@@ -129,17 +129,17 @@ def _is_phone(
     sizes = [b - a for a, b in groups]
     first, last = groups[0][0], groups[-1][1]
     plus = starts and text[run.start()] in "+\uff0b"
-    if not plus and (not LEAST <= sum(sizes) <= MOST + 2 or 1 in sizes[starts:]):
+    if not plus and (not MIN_DIGITS <= sum(sizes) <= MAX_DIGITS + 2 or 1 in sizes[starts:]):
         return False
     digits = "".join(str(unicodedata.digit(c)) for a, b in groups for c in text[a:b])
     if plus:
         return _is_international(digits)
     if digits.startswith("00") and sizes[0] > 1 and _is_international(digits[2:]):
         return True
-    if len(digits) > MOST or DATE.match(text, first, last):
+    if len(digits) > MAX_DIGITS or DATE.match(text, first, last):
         return False
     if word and starts:
-        return len(digits) >= LEAST and (sizes[0] > 1 or len(digits) > 8)
+        return len(digits) >= MIN_DIGITS and (sizes[0] > 1 or len(digits) > 8)
     if not starts and text[first - 1] == ".":  # of a decimal
         return False
     if (ends and AFTER.match(text, last)) or (starts and BEFORE.search(text, first - 2, first)):
@@ -159,14 +159,14 @@ def _is_phone(
 
 def _is_international(digits: str) -> bool:
     """Whether digits after "+" can be a number, or begin with one."""
-    for size in dict.fromkeys((len(digits), *range(MOST, LEAST - 1, -1))):
+    for size in dict.fromkeys((len(digits), *range(MAX_DIGITS, MIN_DIGITS - 1, -1))):
         try:
             number = phonenumbers.parse("+" + digits[:size])
         except NumberParseException:
             continue
         if phonenumbers.is_possible_number(number):
             return True
-        if len(digits) <= MOST:
+        if len(digits) <= MAX_DIGITS:
             return False
     return False
 

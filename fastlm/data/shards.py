@@ -51,7 +51,7 @@ class Shard(TypedDict):
 
 
 @dataclass
-class ShardInfo:
+class ShardIndex:
     """The content of index.json. ``tokenizer``: the `Tokenizer.vocabulary_id` of the
     ``vocab_size`` ids.
     """
@@ -89,7 +89,7 @@ def write_shards(
     *,
     shard_tokens: int = 2**24,
     track=silent,
-) -> ShardInfo:
+) -> ShardIndex:
     """Write the tokens of ``docs`` to ``out``. A shard ends with the document that brings it to
     ``shard_tokens``.
 
@@ -136,7 +136,7 @@ def write_shards(
     for stale in set(out.glob("[0-9]*.bin")) - {out / s["file"] for s in shards}:
         stale.unlink()
         stale.with_suffix(".starts").unlink(missing_ok=True)
-    info = ShardInfo(
+    info = ShardIndex(
         cast(Any, dtype.name), vocab_size, eos_id, *_totals(shards), shards,
         tokenizer=tokenizer.vocabulary_id(vocab_size),
     )  # fmt: skip
@@ -281,13 +281,13 @@ def _totals(shards: list[Shard]) -> tuple[int, int, int]:
     return tokens, documents, size
 
 
-def load_index(path: Path) -> ShardInfo:
+def load_index(path: Path) -> ShardIndex:
     file, inner = path / INDEX, path / "train"
     if not file.exists():
         hint = f"{inner} is one" if (inner / INDEX).exists() else "'fastlm data shards' makes them"
         raise InputError(f"{path}: expected a folder of token shards ({hint}), {INDEX} is missing")
     try:
-        info = read_document(file, ShardInfo, extra="forbid")
+        info = read_document(file, ShardIndex, extra="forbid")
         if info.eos_id >= info.vocab_size:
             raise InputError(f"eos_id: expected one below {info.vocab_size}, got {info.eos_id}")
         totals = _totals(info.shards)

@@ -1,5 +1,5 @@
-"""Split long documents into parts. A book is no worse than its chapters, but rules that count words
-and batches shuffled by document work better with chapters.
+"""Split long documents into parts. Rules that count words, and batches that are shuffled by
+document, work better with the chapters of a book than with the whole book.
 """
 
 import re
@@ -15,34 +15,39 @@ WORD = re.compile(r"\S+")
 ENDS = (("\n\n",), ("\n",), (". ", "! ", "? "))
 
 
-def split_text(text: str, most: int) -> list[str]:
-    """Return [``text``], or parts of at most ``most`` words each, about equally long: no stub at
-    the end.
+def split_text(text: str, max_words: int) -> list[str]:
+    """Return [``text``], or parts of about equal length and at most ``max_words`` words each.
 
-    A part ends at a blank line, else at the end of a line, else of a sentence, else of a word: at
-    the last such place in the second half of its share.
+    A part ends at a blank line, else at the end of a line, of a sentence or of a word: at the last
+    such position in the second half of its share.
     """
-    if len(text) < 2 * most or len(text.split()) <= most:  # a word and its space are 2 characters
+    if (
+        len(text) < 2 * max_words or len(text.split()) <= max_words
+    ):  # a word and its space are 2 characters
         return [text]
     starts = array("q", (word.start() for word in WORD.finditer(text)))
     parts, begin, first = [], 0, 0
-    while (left := len(starts) - first) > most:
-        share = ceil(left / ceil(left / most))
+    while (remaining := len(starts) - first) > max_words:
+        share = ceil(remaining / ceil(remaining / max_words))
         middle, end = starts[first + share // 2], starts[first + share]
-        cut = next((at for marks in ENDS if (at := _last(text, marks, middle, end))), end)
+        cut = next(
+            (position for marks in ENDS if (position := _last(text, marks, middle, end))), end
+        )
         parts.append(text[begin:cut].strip("\n").rstrip())
         begin, first = cut, bisect_left(starts, cut)
     return [*parts, text[begin:].strip("\n")]
 
 
 def _last(text: str, marks: tuple[str, ...], start: int, end: int) -> int:
-    """Return where the last of ``marks`` within text[start:end] ends, 0 if there is none."""
-    ends = (at + len(mark) for mark in marks if (at := text.rfind(mark, start, end)) >= 0)
+    """Return the position after the last of ``marks`` in text[start:end], 0 if there is none."""
+    ends = (
+        position + len(mark) for mark in marks if (position := text.rfind(mark, start, end)) >= 0
+    )
     return max(ends, default=0)
 
 
 def batches(items: Iterable[T], size_of: Callable[[T], int], size: int) -> Iterator[list[T]]:
-    """Yield the items in lists, each of which ends with the item that brings it to ``size``."""
+    """Yield the items in lists. A list ends with the item that brings its total to ``size``."""
     batch, total = [], 0
     for item in items:
         batch.append(item)

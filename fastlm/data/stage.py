@@ -1,4 +1,4 @@
-"""The data stages: `Data` gathers and cleans text, `Shards` turns it into tokens."""
+"""The stage that gathers and cleans text."""
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
@@ -11,18 +11,19 @@ from fastlm.errors import InputError
 from fastlm.pipeline.funnel import Funnel, StepCounts
 from fastlm.pipeline.stage import Positional, ReportSection, Stage, StageContext
 from fastlm.sources.input_digest import InputDigest
-from fastlm.sources.rows import DOCUMENTS, PLAIN, TYPE_NOT_READ
+from fastlm.sources.rows import DOCUMENTS, UNSUPPORTED_TYPE, VERBATIM
 
-TYPES_READ = f"""Read are, compressed (.gz, .zst) or not: documents ({" ".join(DOCUMENTS)}), .json
-(an array of texts or of objects with one), notebooks (.ipynb), and code and tables as they stand
-({" ".join(PLAIN)}); of a package the documents, unless a glob names more. PDF, Word and Parquet
-files are not read. What is not read is counted by ending."""
+TYPES_READ = f"""These files are read, compressed (.gz, .zst) or not: documents
+({" ".join(DOCUMENTS)}), .json (an array of texts or of objects with one), notebooks (.ipynb), and
+code and tables verbatim ({" ".join(VERBATIM)}). Of a package only the documents are read, unless a
+glob names more. PDF, Word and Parquet files are not read. Unsupported files are counted by
+ending."""
 RULES = {"technical": TECHNICAL, "web": WEB, "none": ()}  # names for rules = ["technical"]
 
 
 @dataclass(frozen=True)
 class Data(DataOptions, Stage):
-    """Clean text from files, folders and packages. It is split into train and held-out."""
+    """Clean text from files, folders and packages, and split it into train and held-out."""
 
     kind = "data"
     command = ("data", "prepare")
@@ -50,9 +51,9 @@ class Data(DataOptions, Stage):
         return {**asdict(self), "workers": 1}
 
     def digest_inputs(self, input_digest: InputDigest) -> Any:
-        found = input_digest.hash_sources(self.sources)
-        gone = forgotten_keys([input_digest.folder])
-        return [*found, ["forgotten", sorted(gone)]] if gone else found
+        entries = input_digest.hash_sources(self.sources)
+        forgotten = forgotten_keys([input_digest.folder])
+        return [*entries, ["forgotten", sorted(forgotten)]] if forgotten else entries
 
     def run(self, ctx: StageContext) -> dict[str, Any]:
         names = [f.name for f in fields(DataOptions)]
@@ -66,21 +67,21 @@ class Data(DataOptions, Stage):
         steps = {s["step"]: s for s in funnel.steps}
         if ctx.in_recipe and self.heldout_bytes and not steps["heldout"]["documents"]:
             raise InputError(
-                "heldout_bytes: expected room for at least one whole document to hold out, got "
+                "heldout_bytes: expected enough for at least one whole document, got "
                 f"{self.heldout_bytes} bytes"
             )
-        return {f"{part}_{n}": steps[part][n] for part in PARTS for n in ("bytes", "documents")}
+        return {f"{split}_{n}": steps[split][n] for split in SPLITS for n in ("bytes", "documents")}
 
     def summary(self, result: Mapping[str, Any], ctx: StageContext) -> str:
         train, heldout = (
-            f"{result[f'{part}_documents']:,} documents ({result[f'{part}_bytes'] / 1e6:,.2f} MB)"
-            for part in PARTS
+            f"{result[f'{split}_documents']:,} documents ({result[f'{split}_bytes'] / 1e6:,.2f} MB)"
+            for split in SPLITS
         )
         return f"{ctx.out}: {train} for training, {heldout} held out"
 
     def render(self, result: Mapping[str, Any], ctx: StageContext) -> Any:
         del result
-        return tables(Funnel.load(ctx.out))
+        return funnel_tables(Funnel.load(ctx.out))
 
     def report(self, ctx: StageContext, result: Mapping[str, Any]) -> ReportSection:
         from fastlm.pipeline.text import count_text, size_text
@@ -90,32 +91,35 @@ class Data(DataOptions, Stage):
         kept = funnel.steps[-1]["documents"] + funnel.steps[-2]["documents"]
         size = sum(source["bytes"] for source in funnel.sources.values())
         return ReportSection(
-            "Where the text came from, and what was left of it",
-            "Bytes of text after each step, and what the step took away.",
+            "Sources of the text, and how much was kept",
+            "Bytes of text after each step, and what the step removed.",
             cards=[(size_text(size), f"clean text in {count_text(kept)} documents")],
             template="data.html.jinja",
             values=funnel_values(funnel),
         )
 
 
-PARTS = ("train", "heldout")
+SPLITS = ("train", "heldout")
 
 
 def funnel_values(funnel: Funnel) -> dict[str, Any]:
-    """Return what data.html.jinja shows: a row per step (what is left, as a share of what was
-    gathered, and what was removed), and the sources, the largest first.
+    """Return the values for data.html.jinja: a row per step (what remains, as a share of the
+    gathered text, and what was removed), and the sources, the largest first.
     """
-    most = max((s["bytes"] for s in funnel.steps), default=1) or 1
-    rows = [{**s, "percent": 100 * s["bytes"] / most, "why": reasons(s)} for s in funnel.steps]
+    max_bytes = max((s["bytes"] for s in funnel.steps), default=1) or 1
+    rows = [
+        {**s, "percent": 100 * s["bytes"] / max_bytes, "why": describe_removals(s)}
+        for s in funnel.steps
+    ]
     sources = sorted(funnel.sources.items(), key=lambda kv: -kv[1]["bytes"])
     return {
-        "funnel": rows, "sources": sources, "counted": funnel.counted, "files": _in_files(funnel),
+        "funnel": rows, "sources": sources, "unit": funnel.unit, "files": _in_files(funnel),
     }  # fmt: skip
 
 
-def tables(funnel: Funnel) -> Any:
-    """Return two rich tables, what each step kept and removed and what each source yielded, and one
-    line for each file that could not be read.
+def funnel_tables(funnel: Funnel) -> Any:
+    """Return two rich tables (what each step kept and removed, and what each source yielded), and
+    one line for each file that could not be read.
     """
     from rich.console import Group
     from rich.table import Table
@@ -123,18 +127,18 @@ def tables(funnel: Funnel) -> Any:
     from fastlm.pipeline.text import size_text
 
     def table(title: str, first: str, *headings: str) -> Table:
-        made = Table(first, title=title)
+        result = Table(first, title=title)
         for heading in headings:
-            made.add_column(heading, justify="right", no_wrap=True)
-        return made
+            result.add_column(heading, justify="right", no_wrap=True)
+        return result
 
-    steps = table("What each step left, and what it took away", "step", funnel.counted, "text")
+    steps = table("What each step kept and removed", "step", funnel.unit, "text")
     steps.add_column("removed")
     for s in funnel.steps:
-        left = f"{s['documents']:,}", size_text(s["bytes"])
-        steps.add_row(s["step"], *left, ", ".join(reasons(s)))
+        kept = f"{s['documents']:,}", size_text(s["bytes"])
+        steps.add_row(s["step"], *kept, ", ".join(describe_removals(s)))
     files = ("files",) * _in_files(funnel)
-    sources = table("What was left of each source", "source", *files, funnel.counted, "text")
+    sources = table("What was kept of each source", "source", *files, funnel.unit, "text")
     for name, s in funnel.sources.items():
         counts = [f"{s[key]:,}" for key in (*files, "documents")]
         sources.add_row(name, *counts, size_text(s["bytes"]))
@@ -142,17 +146,17 @@ def tables(funnel: Funnel) -> Any:
 
 
 def _in_files(funnel: Funnel) -> bool:
-    """Whether a source has a number of files worth a column: a feedback database has one."""
+    """Return True if the number of files deserves a column. A feedback database is always one."""
     return any(source["files"] != 1 for source in funnel.sources.values())
 
 
-# What `fastlm.data.prepare` counts -> several of it; of other words there is one form
+# singular of what `fastlm.data.prepare` counts -> plural; other words have one form
 PLURALS = {
     "paragraph": "paragraphs",
     "document mostly repeated": "documents mostly repeated",
     "document left too short": "documents left too short",
     "document cut": "documents cut",
-    "part made": "parts made",
+    "part produced": "parts produced",
     "record that is no page": "records that are no pages",
     "page over the size limit": "pages over the size limit",
     "link inside a package": "links inside a package",
@@ -160,26 +164,29 @@ PLURALS = {
     "phone number replaced": "phone numbers replaced",
     "IP address replaced": "IP addresses replaced",
 }
-REPLACED = {"email": "e-mail address", "phone": "phone number", "ip": "IP address"}
+PERSONAL_DATA = {"email": "e-mail address", "phone": "phone number", "ip": "IP address"}
 
 
-def reasons(step: StepCounts) -> list[str]:
-    """What a step took away and why, the most first, then what it changed."""
-    endings = ", ".join(f"{ending} {n:,}" for ending, n in step.get("not_read", {}).items())
+def describe_removals(step: StepCounts) -> list[str]:
+    """Say what a step removed and why, the largest count first, then what it changed."""
+    endings = ", ".join(
+        f"{ending} {n:,}" for ending, n in step.get("unsupported_types", {}).items()
+    )
     removed = sorted(step["removed"].items(), key=lambda item: -item[1])
     replaced = {
-        f"{REPLACED.get(what, what)} replaced": n for what, n in step.get("replaced", {}).items()
+        f"{PERSONAL_DATA.get(kind, kind)} replaced": n
+        for kind, n in step.get("replaced", {}).items()
     }
     return [
-        counted(n, why) + f" ({endings})" * why.endswith(TYPE_NOT_READ)
-        for why, n in [*removed, *replaced.items(), *step.get("cut", {}).items()]
+        format_count(n, reason) + f" ({endings})" * reason.endswith(UNSUPPORTED_TYPE)
+        for reason, n in [*removed, *replaced.items(), *step.get("cut", {}).items()]
         if n
     ]
 
 
-def counted(n: int, why: str) -> str:
-    """Return a count and a reason as people write them: "2 files: hidden", "1 file: hidden"."""
-    unit, colon, rest = why.partition(": ")
+def format_count(n: int, reason: str) -> str:
+    """Write a count and a reason as people do: "2 files: hidden", "1 file: hidden"."""
+    unit, colon, rest = reason.partition(": ")
     if colon:  # "file", "line", ...
         return f"{n:,} {unit}{'s' * (n != 1)}: {PLURALS.get(rest, rest) if n != 1 else rest}"
-    return f"{n:,} {PLURALS.get(why, why) if n != 1 else why}"
+    return f"{n:,} {PLURALS.get(reason, reason) if n != 1 else reason}"

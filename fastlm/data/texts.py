@@ -1,4 +1,4 @@
-"""The text, or the tokens, of whatever a path names: prepared text, shards, or plain text."""
+"""Read the text, or the tokens, at a path: prepared text, shards, or plain text."""
 
 import tempfile
 from collections.abc import Callable, Iterator
@@ -18,22 +18,22 @@ if TYPE_CHECKING:
     from fastlm.tokenizer.tokenizer import Tokenizer
 
 # Default limit: a longer context changes bits per byte little and costs much
-LONGEST_WINDOW = 1024
+MAX_WINDOW = 1024
 
 
-def has_parts(data: str | Path) -> bool:
-    """Whether ``data`` has a training and a held-out part: prepared text, or shards of both."""
+def has_splits(data: str | Path) -> bool:
+    """Return True if ``data`` (prepared text or shards) has a training and a held-out split."""
     from fastlm.data.shards import INDEX
 
     data = Path(data)
-    shards = all((data / part / INDEX).is_file() for part in ("train", "heldout"))
+    shards = all((data / split / INDEX).is_file() for split in ("train", "heldout"))
     return shards or (data / FUNNEL).is_file()
 
 
 def read_texts(
     source: str | Path,
     *,
-    part: str = "heldout",
+    split: str = "heldout",
     cache: Path | None = None,
     on_skip: Callable[[str], None] = ignore_message,
 ) -> Iterator[str]:
@@ -41,19 +41,19 @@ def read_texts(
 
     Args:
         source: a prepared folder, a ``.jsonl.zst`` file of documents, or a source.
-        cache: where packages are kept.
-        part: "train" or "heldout": the part of a prepared folder.
+        cache: the folder of downloaded packages.
+        split: "train" or "heldout", of a prepared folder.
         on_skip: receives the reason why a file or a line is skipped.
     """
-    yield from (text for text, _ in _read_sourced(source, part, cache, on_skip))
+    yield from (text for text, _ in _read_texts_with_sources(source, split, cache, on_skip))
 
 
-def _read_sourced(
-    source: str | Path, part: str, cache: Path | None, on_skip: Callable[[str], None]
+def _read_texts_with_sources(
+    source: str | Path, split: str, cache: Path | None, on_skip: Callable[[str], None]
 ) -> Iterator[tuple[str, str]]:
-    """The texts of `read_texts`, each with the source that its document names."""
+    """Yield the texts of `read_texts`, each with its document's source."""
     if (Path(source) / FUNNEL).is_file():
-        source = Path(source) / {"train": TRAIN, "heldout": HELDOUT}[part]
+        source = Path(source) / {"train": TRAIN, "heldout": HELDOUT}[split]
     if str(source).endswith(".jsonl.zst"):
         yield from ((document.text, document.source) for document in read_documents(Path(source)))
     else:
@@ -62,10 +62,10 @@ def _read_sourced(
 
 
 def check_window(context: int, seq_len: int | None, stride: int | None) -> tuple[int, int]:
-    """Return the window and stride: by default the context up to `LONGEST_WINDOW`, half
-    the window.
+    """Return (window, stride). The default window is the context, at most `MAX_WINDOW`; the
+    default stride is half the window.
     """
-    window = seq_len or min(context, LONGEST_WINDOW)
+    window = seq_len or min(context, MAX_WINDOW)
     if stride is not None and stride > window:
         raise InputError(f"stride: expected at most the window of {window} tokens, got {stride}")
     return window, stride or max(1, window // 2)
@@ -77,25 +77,25 @@ def token_dataset(
     tokenizer: "Tokenizer",
     vocab_size: int,
     *,
-    part: str = "heldout",
+    split: str = "heldout",
     cache: Path | None = None,
     on_skip: Callable[[str], None] = ignore_message,
-    keep: list[tuple[str, str]] | None = None,
+    collect: list[tuple[str, str]] | None = None,
     name: str = "data",
 ) -> Iterator["TokenDataset"]:
-    """Context: the tokens of the text or shards at ``data``.
+    """Open the tokens of the text or shards at ``data``.
 
     Args:
-        vocab_size: of the model; shards of a larger one, or of another tokenizer, are refused.
-        part: "train" or "heldout", of prepared text or shards that have both.
-        keep: gets the texts with their sources, if it is text.
-        name: of the argument, for messages.
+        vocab_size: the model's. Shards of a larger vocabulary or of another tokenizer are refused.
+        split: "train" or "heldout", of prepared text or shards that have both.
+        collect: receives (text, source) of each document, if the data is text.
+        name: the argument's name, for messages.
     """
     from fastlm.data.shards import INDEX, TokenDataset, write_shards
 
     data = Path(data)
-    if (data / part / INDEX).is_file():
-        data = data / part
+    if (data / split / INDEX).is_file():
+        data = data / split
     if (data / INDEX).is_file():
         dataset = TokenDataset(data)
         if dataset.vocab_size > vocab_size:
@@ -106,8 +106,8 @@ def token_dataset(
         dataset.check_tokenizer(tokenizer, name)
         yield dataset
         return
-    texts = [] if keep is None else keep
-    texts += _read_sourced(data, part, cache, on_skip)
+    texts = [] if collect is None else collect
+    texts += _read_texts_with_sources(data, split, cache, on_skip)
     if not texts:
         raise InputError(f"{name} {data}: expected text, got none")
     with tempfile.TemporaryDirectory() as folder:

@@ -1,7 +1,7 @@
 """Verifiable rewards: functions (answer, row) -> number. ``row`` is the prompt's row of data.
 
-A reward is named in the option ``reward_function``: one of `VERIFIERS`, or ``file.py:function`` or
-``package.module:function`` for a function of one's own.
+The option ``reward_function`` names one of `VERIFIERS`, or the user's own function as
+``file.py:function`` or ``package.module:function``.
 """
 
 import importlib
@@ -22,7 +22,7 @@ GOLD_KEYS = ("answer", "solution", "target", "completion", "output")
 
 
 def gold_answer(row: Mapping[str, Any]) -> str:
-    """What the row gives as the right answer: the first of `GOLD_KEYS` that it has."""
+    """Return the row's right answer, under the first of `GOLD_KEYS` that it has."""
     for key in GOLD_KEYS:
         value = row.get(key)
         if isinstance(value, str | int | float) and not isinstance(value, bool):
@@ -33,40 +33,40 @@ def gold_answer(row: Mapping[str, Any]) -> str:
 
 
 def exact(answer: str, row: Mapping[str, Any]) -> float:
-    """1 if the answer is the right one, but for case and spaces around it."""
+    """Return 1 if the answer is the right one, except for case and surrounding spaces."""
     return float(answer.strip().casefold() == gold_answer(row).strip().casefold())
 
 
 def contains(answer: str, row: Mapping[str, Any]) -> float:
-    """1 if the right answer occurs in the answer, whatever its case."""
+    """Return 1 if the right answer occurs in the answer, in any case."""
     return float(gold_answer(row).strip().casefold() in answer.casefold())
 
 
 def number(answer: str, row: Mapping[str, Any]) -> float:
-    """1 if the last number of the answer equals the last one of the right answer (GSM8K's rule)."""
-    wanted, got = gold_number(row), last_number(answer)
-    return float(got is not None and math.isclose(got, wanted, rel_tol=1e-6, abs_tol=1e-9))
+    """Return 1 if the last numbers of the answer and the right answer are equal (GSM8K's rule)."""
+    gold, value = gold_number(row), last_number(answer)
+    return float(value is not None and math.isclose(value, gold, rel_tol=1e-6, abs_tol=1e-9))
 
 
 def gold_number(row: Mapping[str, Any]) -> float:
-    """The last number of the right answer."""
-    wanted = last_number(gold_answer(row))
-    if wanted is None:
+    """Return the last number of the right answer."""
+    value = last_number(gold_answer(row))
+    if value is None:
         raise InputError(
             f"row: expected a number in the right answer, got {gold_answer(row)!r:.60}"
         )
-    return wanted
+    return value
 
 
 def last_number(text: str) -> float | None:
-    found = NUMBER.findall(text)
-    return float(found[-1].replace(",", "").replace("\N{MINUS SIGN}", "-")) if found else None
+    numbers = NUMBER.findall(text)
+    return float(numbers[-1].replace(",", "").replace("\N{MINUS SIGN}", "-")) if numbers else None
 
 
 VERIFIERS: dict[str, Reward] = {
     "exact": exact, "contains": contains, "number": number, SCHEME: score_reasoning_gym,
 }  # fmt: skip
-# What each reads of a row: InputError where the row has none
+# check that a row has what the verifier reads; they raise InputError
 CHECKS: dict[str, Callable[[Mapping[str, Any]], Any]] = {
     "exact": gold_answer, "contains": gold_answer, "number": gold_number,
     SCHEME: check_reasoning_gym_row,
@@ -76,20 +76,20 @@ CHECKS: dict[str, Callable[[Mapping[str, Any]], Any]] = {
 def load_reward(name: str) -> Reward:
     """Return the function that the option ``reward_function`` names.
 
-    InputError: an unknown name, a file or module that cannot be imported, or one without it. A file
-    is run as Python, as an import is: name only one that you trust.
+    InputError: an unknown name, a file or module that cannot be imported or lacks the function. A
+    file is run as Python, like an import: name only one that you trust.
     """
     if name in VERIFIERS:
         return VERIFIERS[name]
-    where, _, function = name.rpartition(":")
-    if not where or not function:
+    module_name, _, function = name.rpartition(":")
+    if not module_name or not function:
         raise InputError(
             f"reward_function: expected one of {', '.join(VERIFIERS)}, file.py:function or"
             f" module:function, got {name!r}"
         )
     try:
-        load = _from_file if where.endswith(".py") else importlib.import_module
-        module = load(where)
+        load = _from_file if module_name.endswith(".py") else importlib.import_module
+        module = load(module_name)
     except InputError:
         raise
     except Exception as error:
@@ -98,12 +98,14 @@ def load_reward(name: str) -> Reward:
             f"reward_function: expected a module that can be imported, got {reason}"
         ) from None
     if not callable(getattr(module, function, None)):
-        raise InputError(f"reward_function: expected a function {function} in {where}, got none")
+        raise InputError(
+            f"reward_function: expected a function {function} in {module_name}, got none"
+        )
     return getattr(module, function)
 
 
-def _from_file(where: str) -> Any:
-    path = Path(where)
+def _from_file(file: str) -> Any:
+    path = Path(file)
     if not path.is_file():
         raise InputError(f"reward_function: expected a file, got none at {path}")
     name = f"_fastlm_reward_{path.stem}"
@@ -115,12 +117,12 @@ def _from_file(where: str) -> Any:
     return module
 
 
-def check_reward(value: Any, place: str) -> float:
-    """The number that a reward function returned. InputError: not finite, with the row."""
+def check_reward(value: Any, location: str) -> float:
+    """Return a reward as float. InputError, with its row: it is not a finite number."""
     try:
         result = float(value)
     except (TypeError, ValueError, OverflowError):
         result = math.nan
     if not math.isfinite(result):
-        raise InputError(f"{place}: expected a finite reward, got {value!r:.60}")
+        raise InputError(f"{location}: expected a finite reward, got {value!r:.60}")
     return result

@@ -156,7 +156,7 @@ class Eval(Stage):
 
         vocab_size = model.config.vocab_size
         with token_dataset(
-            against, tokenizer, vocab_size, part="train", cache=ctx.cache_dir, on_skip=ctx.skipped,
+            against, tokenizer, vocab_size, split="train", cache=ctx.cache_dir, on_skip=ctx.skipped,
             name="against",
         ) as data:  # fmt: skip
             return task_overlaps(tasks, tokenizer, data, vocab_size, track=ctx.track)

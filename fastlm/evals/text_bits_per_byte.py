@@ -84,7 +84,7 @@ def text_bits_per_byte(
     """Measure bits per byte of the text or shards at ``data``; for text also of xz -9e and zstd
     -19; and of each source, if its documents have several (``domains``).
 
-    The default window is the model's context, at most `LONGEST_WINDOW`; the default stride is half
+    The default window is the model's context, at most `MAX_WINDOW`; the default stride is half
     of it. ``document_mask``: for models trained with it.
     """
     seq_len, stride = check_window(model.context_limit, seq_len, stride)
@@ -92,7 +92,7 @@ def text_bits_per_byte(
     options: dict[str, Any] = {"stride": stride, "document_mask": document_mask, "track": track}
     domains: dict[str, Any] = {}
     with token_dataset(
-        data, tokenizer, model.config.vocab_size, cache=cache, on_skip=on_skip, keep=texts
+        data, tokenizer, model.config.vocab_size, cache=cache, on_skip=on_skip, collect=texts
     ) as dataset:
         packed: dict[str, Any] = {}
         if texts and compressors:

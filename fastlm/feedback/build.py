@@ -94,7 +94,7 @@ class BuildOptions:
 class BuildResult:
     """The result of `build`. ``rows``: part -> form -> rows written. ``raters``: by name."""
 
-    funnel: Funnel = field(default_factory=lambda: Funnel(counted="feedback items"))
+    funnel: Funnel = field(default_factory=lambda: Funnel(unit="feedback items"))
     rows: dict[str, dict[str, int]] = field(default_factory=dict)
     raters: dict[str, RaterWeight] = field(default_factory=dict)
 
@@ -283,15 +283,15 @@ def _rows_by_form(item: FeedbackItem) -> dict[str, list[dict[str, Any]]]:
         answers = (item.better or [], item.worse or [])
         corrected = item.kind == "correction"
         pair = Comparison(prompt, answers, (0, 1), tools=tools, corrected=corrected)
-        rows["preferences"] = [pair.row()]
+        rows["preferences"] = [pair.to_row()]
         if corrected:
-            rows["sft"] = [pair.demonstration().row()]
-            rows["kto"] = [label.row() for label in pair.labels()]
+            rows["sft"] = [pair.demonstration().to_row()]
+            rows["kto"] = [label.to_row() for label in pair.labels()]
     else:
         label = LabelledAnswer(prompt, item.better or item.worse or [], item.kind == "up", tools)
-        rows["kto"] = [label.row()]
+        rows["kto"] = [label.to_row()]
         if item.kind == "up":
-            rows["sft"] = [label.conversation().row()]
+            rows["sft"] = [label.conversation().to_row()]
     return rows
 
 

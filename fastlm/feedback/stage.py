@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from fastlm.data.forget_log import forgotten_keys
-from fastlm.data.stage import funnel_values, tables
+from fastlm.data.stage import funnel_tables, funnel_values
 from fastlm.errors import InputError
 from fastlm.feedback.build import PARTS, TRAIN, BuildOptions
 from fastlm.feedback.feedback_items import is_export
@@ -144,7 +144,7 @@ raters.json."""
             forms.add_column(form, justify="right")
         for part in PARTS:
             forms.add_row(part, *(f"{n:,}" for n in result["rows"][part].values()))
-        return Group(tables(Funnel.load(ctx.out)), forms, self.summary(result, ctx))
+        return Group(funnel_tables(Funnel.load(ctx.out)), forms, self.summary(result, ctx))
 
     def report(self, ctx: StageContext, result: Mapping[str, Any]) -> ReportSection:
         funnel = Funnel.load(ctx.out)

@@ -15,8 +15,8 @@ MAX_MESSAGES = 100  # about unreadable files and lines; all are counted
 
 class StepCounts(TypedDict):
     """The documents that a step kept, and those it removed, by reason. Some steps add ``replaced``
-    (scrub: personal data by kind), ``not_read`` (gather: endings of files of other types) or
-    ``cut`` (extract: long documents and the parts they became).
+    (scrub: personal data by kind), ``unsupported_types`` (gather: endings of files of other types)
+    or ``cut`` (extract: long documents and the parts they became).
     """
 
     step: str
@@ -24,7 +24,7 @@ class StepCounts(TypedDict):
     bytes: int
     removed: dict[str, int]
     replaced: NotRequired[dict[str, int]]
-    not_read: NotRequired[dict[str, int]]
+    unsupported_types: NotRequired[dict[str, int]]
     cut: NotRequired[dict[str, int]]
 
 
@@ -38,13 +38,13 @@ class SourceCounts(TypedDict):
 class Funnel:
     """The counts of each step, and the clean text per source. JSON-serialisable.
 
-    counted: the word for its "documents".
+    unit: the word for its "documents".
     """
 
     steps: list[StepCounts] = field(default_factory=list)
     sources: dict[str, SourceCounts] = field(default_factory=dict)
     unreadable: list[str] = field(default_factory=list)  # the first MAX_MESSAGES one-line reasons
-    counted: str = "documents"
+    unit: str = "documents"
 
     @classmethod
     def load(cls, path: Path) -> "Funnel":

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fastlm.data.conversations import FORMATS, read_conversations
 from fastlm.data.shards import INDEX
-from fastlm.data.texts import has_parts, token_dataset
+from fastlm.data.texts import has_splits, token_dataset
 from fastlm.errors import InputError
 from fastlm.sources.packages import default_cache
 from fastlm.sources.rows import ignore_message, list_files, read_rows
@@ -77,14 +77,14 @@ def text_windows(
         ids = conversation_tokens(tokenizer, data, cache=cache, on_skip=on_skip)
         return windows(len(ids), lambda start, n: ids[start : start + n])
     with token_dataset(
-        data, tokenizer, vocab, part="train", cache=cache, on_skip=on_skip
+        data, tokenizer, vocab, split="train", cache=cache, on_skip=on_skip
     ) as dataset:
         return windows(dataset.tokens, dataset.read)
 
 
 def has_conversations(data: str | Path, cache: Path) -> bool:
     """Whether `data` names files whose first row of JSON is a conversation."""
-    if str(data).endswith(".jsonl.zst") or has_parts(data) or (Path(data) / INDEX).is_file():
+    if str(data).endswith(".jsonl.zst") or has_splits(data) or (Path(data) / INDEX).is_file():
         return False  # prepared text or shards
     files = [f for f in list_files(str(data), cache=cache)[0] if f.format in FORMATS]
     first = next((row for _, row in read_rows(files[0])), None) if files else None

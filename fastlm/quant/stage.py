@@ -369,9 +369,9 @@ class Quantize(QuantizeOptions, Stage):
 
 def is_same_text(a: str, b: str) -> bool:
     """Whether the two name the same text, without a part for each use."""
-    from fastlm.data.texts import has_parts
+    from fastlm.data.texts import has_splits
 
-    return Path(a).resolve() == Path(b).resolve() and not has_parts(a)
+    return Path(a).resolve() == Path(b).resolve() and not has_splits(a)
 
 
 def check_output_folder(out: Path, model: str) -> None:

@@ -383,7 +383,7 @@ class RankingStore(FeedbackStore):
             for corrected in (False, True):
                 for comparison in self.comparisons(rater, corrected=corrected):
                     for example in FORMS[form](comparison):
-                        file.write(as_json(example.row()).encode() + b"\n")
+                        file.write(as_json(example.to_row()).encode() + b"\n")
                         rows += 1
             if not rows:
                 raise InputError(

@@ -11,8 +11,8 @@ from fastlm.sources.packages import fetch
 from fastlm.sources.reasoning_gym import SCHEME, is_reasoning_gym
 from fastlm.sources.rows import parse_source
 
-MOST = 1 << 20  # bytes that are read of a file
-LINE = 200  # characters: some packages put the whole text of a licence into one field
+MAX_BYTES = 1 << 20  # bytes that are read of a file
+MAX_LENGTH = 200  # characters: some packages put the whole text of a licence into one field
 
 
 def licence_of(spec: str, cache: Path) -> tuple[str | None, str | None]:
@@ -47,7 +47,7 @@ def _stated(fields: Any) -> str | None:
         for value in fields.get_all(key) or ():
             line = " ".join(value.split())
             if line and line.upper() != "UNKNOWN":
-                return line[:LINE]
+                return line[:MAX_LENGTH]
     classifiers = fields.get_all("Classifier") or ()
     names = [name.rpartition(" :: ")[2] for name in classifiers if "License ::" in name]
     return ", ".join(names) or None
@@ -58,12 +58,12 @@ def _debian(folder: Path) -> str | None:
     names: dict[str, None] = {}
     for file in sorted(folder.glob("usr/share/doc/*/copyright")):
         names |= dict.fromkeys(re.findall(r"^License: *(\S.*?)\s*$", _head(file), re.MULTILINE))
-    return ", ".join(names)[:LINE] or None
+    return ", ".join(names)[:MAX_LENGTH] or None
 
 
 def _head(file: Path) -> str:
     try:
         with open(file, "rb") as opened:
-            return opened.read(MOST).decode("utf-8", "replace")
+            return opened.read(MAX_BYTES).decode("utf-8", "replace")
     except OSError:
         return ""

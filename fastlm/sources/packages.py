@@ -263,7 +263,7 @@ def _tar_stream(archive: Path) -> Iterator[IO[bytes]]:
 TAR_OPENERS = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ\0": lzma.open}
 
 
-class _Forward:
+class _ForwardStream:
     """A forward-only stream for tarfile. It reads at most ``left`` bytes until the caller sets
     ``left`` again.
     """
@@ -295,7 +295,7 @@ class _Forward:
 
 
 def _unpack_tar(archive: Path, stream: IO[bytes], tree: Path) -> None:
-    forward = _Forward(archive, stream)
+    forward = _ForwardStream(archive, stream)
     forward.left = MAX_HEADER_BYTES
     total = count = 0
     with tarfile.open(fileobj=cast(IO[bytes], forward), mode="r:") as t:

@@ -41,20 +41,20 @@ DOCUMENTS = {
 }  # fmt: skip
 # Code and tables, read verbatim. In a package only the documentation is wanted, so these are read
 # only if a glob names them.
-PLAIN = """
+VERBATIM = """
     .bib .csv .tsv .xml .yaml .yml .toml .ini .cfg
     .py .pyi .pyx .c .h .cc .cpp .cxx .hpp .hh .cu .cuh .cs .java .kt .scala .go .rs .swift .zig
     .js .jsx .mjs .ts .tsx .css .php .rb .pl .pm .lua .r .jl .hs .ml .ex .exs .erl .clj .el .lisp
     .f90 .f .m .sh .bash .ps1 .sql .proto .cmake .vim
 """.split()
-FORMATS = DOCUMENTS | dict.fromkeys(PLAIN, "text") | {".json": "json", ".ipynb": "notebook"}
+FORMATS = DOCUMENTS | dict.fromkeys(VERBATIM, "text") | {".json": "json", ".ipynb": "notebook"}
 # of records of a WARC
 PAGE_FORMATS = {"text/html": "html", "application/xhtml+xml": "html", "text/plain": "text"}
-TYPE_NOT_READ, NO_ENDING = "type not read", "no ending"
+UNSUPPORTED_TYPE, NO_ENDING = "unsupported type", "no ending"
 META_LEVELS = 64  # what was read near the recursion limit might fail to be written again
 # .git, .venv: a repository holds them next to its text. A glob that names them still selects them.
 HIDDEN = re.compile(r"(^|/)(\.|(node_modules|__pycache__)/)")
-NAMED_LINES = 3  # bad lines that are reported per file; all are counted
+MAX_REPORTED_ROWS = 3  # bad lines that are reported per file; all are counted
 CONTROL = bytes(set(range(32)) - set(b"\t\n\r\f\b\x1b"))
 COMPRESSED = {".gz", ".zst"}
 # Files that are about the package itself, or duplicates of its pages (Sphinx's sources and
@@ -83,7 +83,7 @@ class Document:
 
 @dataclass(frozen=True, slots=True)
 class SourceFile:
-    """One file of a source. ``named``: the user named this file itself, so a fault in it is an
+    """One file of a source. ``explicit``: the user named this file itself, so a fault in it is an
     error.
     """
 
@@ -91,7 +91,7 @@ class SourceFile:
     name: str  # relative to the source, with /; the first part of the documents' ids
     source: str
     format: str
-    named: bool = False
+    explicit: bool = False
     package: bool = False
 
 
@@ -129,12 +129,12 @@ def parse_source(spec: str) -> tuple[str, str, str]:
 
 
 def list_files(
-    spec: str, *, cache: Path, unread: Counter[str] | None = None
+    spec: str, *, cache: Path, unsupported: Counter[str] | None = None
 ) -> tuple[list[SourceFile], Counter[str]]:
     """Return the files of one source in sorted order, and how many were skipped, by reason.
 
-    ``unread`` counts the endings of files whose type is not read. InputError: unknown or missing
-    source, no readable file in it, a file of a type that is not read.
+    ``unsupported`` counts the endings of files whose type is not read. InputError: unknown or
+    missing source, no readable file in it, a file of a type that is not read.
     """
     from fastlm.sources import packages, reasoning_gym
 
@@ -146,7 +146,7 @@ def list_files(
         raise InputError(f"source {spec}: expected text, got a generator of questions")
     package = bool(scheme)
     passed: Counter[str] = Counter()
-    unread = Counter() if unread is None else unread
+    unsupported = Counter() if unsupported is None else unsupported
     root = packages.fetch(scheme, name, cache=cache) if package else Path(name)
     spec = printable(spec)
     if not root.exists():
@@ -158,7 +158,7 @@ def list_files(
             raise InputError(f"source {spec}: expected a file {types}; got {name}")
         if root.stat().st_size == 0:
             raise InputError(f"source {spec}: expected text, the file is empty")
-        return [SourceFile(root, name, spec, FORMATS[ending], named=True)], passed
+        return [SourceFile(root, name, spec, FORMATS[ending], explicit=True)], passed
 
     files = []
     for path in sorted(root.rglob("*"), key=lambda p: p.relative_to(root).as_posix()):
@@ -173,8 +173,8 @@ def list_files(
         elif not glob and HIDDEN.search(relative):
             passed["hidden"] += 1
         elif ending not in FORMATS:
-            passed[TYPE_NOT_READ] += 1
-            unread[ending or NO_ENDING] += 1
+            passed[UNSUPPORTED_TYPE] += 1
+            unsupported[ending or NO_ENDING] += 1
         elif package and not glob and PACKAGE_NOISE.search(relative):
             passed["about the package"] += 1
         elif package and not glob and ending not in DOCUMENTS:
@@ -265,7 +265,7 @@ def read_files(
                 read += 1
                 yield document
         except InputError as e:
-            if file.named:
+            if file.explicit:
                 raise
             skipped["file: unreadable"] += 1
             on_skip(f"{e}; kept what came before it: {read} documents" if read else str(e))
@@ -430,7 +430,7 @@ def parse_rows(
                 if not skip_bad:
                     raise InputError(f"{place}: {error}") from None
                 bad += 1
-                if bad <= NAMED_LINES:
+                if bad <= MAX_REPORTED_ROWS:
                     messages.append(f"{place}: {error}")
             else:
                 good += 1
@@ -489,7 +489,7 @@ def _read_notebook(file: SourceFile, stream: BinaryIO) -> Document:
     return Document(text, file.name, file.source, {"format": "text"})
 
 
-class _Ended:
+class _TailStream:
     """A stream that remembers its last bytes: every WARC record ends with two line breaks."""
 
     def __init__(self, stream: BinaryIO):
@@ -509,7 +509,7 @@ def _read_warc(file: SourceFile, stream: BinaryIO, skipped: Counter[str]) -> Ite
     from fastwarc.warc import ArchiveIterator, WarcRecordType
 
     pages = WarcRecordType.response | WarcRecordType.resource | WarcRecordType.conversion
-    source = _Ended(stream)
+    source = _TailStream(stream)
     try:
         records = ArchiveIterator(
             cast(BinaryIO, source), pages, fsspec_args=False, auto_decode="all"

@@ -48,7 +48,7 @@ class TrainTokenizer(Stage):
             left = self.train_bytes
             for source in ctx.inputs["corpus"]:
                 read = read_texts(
-                    source.source, part="train", cache=ctx.cache_dir, on_skip=ctx.skipped
+                    source.source, split="train", cache=ctx.cache_dir, on_skip=ctx.skipped
                 )
                 for text in read:
                     if left <= 0:

@@ -391,5 +391,5 @@ def _row(prompt: "Prompt", text: str) -> dict[str, Any]:
     """
     messages = [*prompt.messages, {"role": "assistant", "content": text}]
     loss_mask = [False] * len(prompt.messages) + [True]
-    row = Conversation(messages, loss_mask, prompt.location, prompt.tools).row()
+    row = Conversation(messages, loss_mask, prompt.location, prompt.tools).to_row()
     return row | {key: prompt.row[key] for key in (PROVENANCE,) if key in prompt.row}

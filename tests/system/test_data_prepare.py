@@ -72,7 +72,7 @@ def test_every_step_is_counted(corpus, tmp_path):
     funnel = run(corpus, tmp_path / "out", heldout_bytes=4000, max_words=250)
     steps = {s["step"]: s for s in funnel.steps}
     assert {name: s["removed"] for name, s in steps.items() if s["removed"]} == {
-        "gather": {"file: type not read": 1, "file: unreadable": 2, "line: malformed": 2},
+        "gather": {"file: unsupported type": 1, "file: unreadable": 2, "line: malformed": 2},
         "extract": {"nested too deep": 1, "no text": 1},
         "exact duplicates": {"same text": 1},
         "quality rules": {"word_count": 1},
@@ -83,8 +83,8 @@ def test_every_step_is_counted(corpus, tmp_path):
         steps[s]["documents"] for s in ("gather", "extract", "exact duplicates", "quality rules")
     ]
     assert counts == [50, 49, 48, 47]
-    assert steps["gather"]["not_read"] == {".png": 1}
-    assert steps["extract"]["cut"] == {"document cut": 1, "part made": 2}
+    assert steps["gather"]["unsupported_types"] == {".png": 1}
+    assert steps["extract"]["cut"] == {"document cut": 1, "part produced": 2}
     assert steps["repeated paragraphs"]["documents"] == 46
     assert steps["train"]["documents"] + steps["heldout"]["documents"] == 46
     (unreadable,) = [m for m in funnel.unreadable if "bad.txt" in m]
@@ -143,7 +143,7 @@ def test_a_book_is_cut_and_nothing_of_it_is_lost(tmp_path):
     assert [d.id for d in docs] == [f"novel.jsonl:1:{i}" for i in range(3)]
     assert all(80_000 < len(d.text.split()) <= 100_000 for d in docs)
     assert all(d.text.endswith(".") for d in docs[:-1])
-    assert funnel.steps[1]["cut"] == {"document cut": 1, "part made": 3}
+    assert funnel.steps[1]["cut"] == {"document cut": 1, "part produced": 3}
 
 
 def test_no_paragraph_is_in_both_parts(corpus, tmp_path):
@@ -301,7 +301,8 @@ def test_read_documents_refuses_what_is_damaged(corpus, tmp_path):
         list(read_documents(tmp_path / "none.zst"))
     funnel = json.loads((tmp_path / "out" / "funnel.json").read_text())
     wrong = [{"steps": 3}, {"steps": [1]}, {"steps": [{"step": "gather"}]}, {"unreadable": [1]},
-             {"sources": {"a": {"files": 1}}}, {"steps": [{**funnel["steps"][0], "not_read": 1}]},
+             {"sources": {"a": {"files": 1}}},
+             {"steps": [{**funnel["steps"][0], "unsupported_types": 1}]},
              {"more": 1}]  # fmt: skip
     for text in ["[" * 10**5, "[]", *(json.dumps({**funnel, **change}) for change in wrong)]:
         (tmp_path / "out" / "funnel.json").write_text(text)
@@ -345,7 +346,7 @@ def test_command_line(corpus, tmp_path):
         "1 word_count",
         "repeated paragraphs",
         "1 e-mail address replaced",
-        "1 file: type not read (.png 1)",
+        "1 file: unsupported type (.png 1)",
         "2 lines: malformed",
         "lines.jsonl, line 1: expected one JSON object",
         "heldout",
@@ -394,17 +395,17 @@ def test_ctrl_c_ends_the_workers_too(tmp_path):
 
 
 def test_counts_agree_with_what_they_count():
-    from fastlm.data.stage import counted
+    from fastlm.data.stage import format_count
 
-    assert [counted(n, "file: hidden") for n in (1, 8884)] == [
+    assert [format_count(n, "file: hidden") for n in (1, 8884)] == [
         "1 file: hidden", "8,884 files: hidden",
     ]  # fmt: skip
-    assert [counted(n, "document left too short") for n in (1, 30)] == [
+    assert [format_count(n, "document left too short") for n in (1, 30)] == [
         "1 document left too short", "30 documents left too short",
     ]  # fmt: skip
-    assert counted(2, "part made") == "2 parts made"
-    assert counted(2, "line: malformed") == "2 lines: malformed"
-    assert counted(3, "same text") == "3 same text"
+    assert format_count(2, "part produced") == "2 parts produced"
+    assert format_count(2, "line: malformed") == "2 lines: malformed"
+    assert format_count(3, "same text") == "3 same text"
 
 
 def test_a_source_whose_own_name_is_no_utf8(tmp_path):

@@ -84,7 +84,7 @@ def test_every_local_format(tmp_path, cache):
     assert docs[3].meta["url"] == "u"
     assert docs[6].meta["url"] == "http://example.org/1"
     assert all(x.source == str(d) for x in docs)
-    assert list_files(str(d), cache=cache)[1] == {"type not read": 1}
+    assert list_files(str(d), cache=cache)[1] == {"unsupported type": 1}
 
 
 def test_glob_and_sorted_order(tmp_path, cache):
@@ -226,10 +226,10 @@ def test_code_tables_json_and_notebooks_are_read(tmp_path, cache):
     ]  # fmt: skip
     assert told == [f"{d}/d.json, element 3: expected an object with a text in 'text',"
                     " got the fields 'body'"]  # fmt: skip
-    unread: Counter[str] = Counter()
-    passed = list_files(str(d), cache=cache, unread=unread)[1]
-    assert passed == {"hidden": 1, "type not read": 4}
-    assert unread == {".pdf": 2, ".docx": 1, "no ending": 1}
+    unsupported: Counter[str] = Counter()
+    passed = list_files(str(d), cache=cache, unsupported=unsupported)[1]
+    assert passed == {"hidden": 1, "unsupported type": 4}
+    assert unsupported == {".pdf": 2, ".docx": 1, "no ending": 1}
     assert [x.text for x in read(f"{d}#.venv/*", cache)] == ["hidden"]
     for name, content in (
         ("n.ipynb", '{"worksheets": []}'),

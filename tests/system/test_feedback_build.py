@@ -137,9 +137,9 @@ def test_the_funnel_is_told_in_judgements(store, tmp_path):
     console.print(stage.render(result, ctx), markup=False)
     shown = console.export_text()
     assert "feedback items" in shown and "documents" not in shown and "0.00" not in shown
-    assert "files" not in shown and "What was left of each source" in shown
+    assert "files" not in shown and "What was kept of each source" in shown
     values = stage.report(ctx, result).values
-    assert values["counted"] == "feedback items" and not values["files"]
+    assert values["unit"] == "feedback items" and not values["files"]
     assert values["funnel"][0]["why"] == ["1 changed later by the same rater"]
 
 
@@ -269,7 +269,7 @@ def test_malicious_raters_do_not_turn_the_rows(tmp_path):
         for rater in draw.sample(sorted(raters), 4) + ["flood", "bad"] * (i % 2):
             order = (0, 1) if draw.random() < raters[rater] else (1, 0)
             pair = Comparison(asked(f"Question {i}?"), tuple(answers[j] for j in order), (0, 1))
-            picks.append(pair.row() | {"rater": rater})
+            picks.append(pair.to_row() | {"rater": rater})
     (tmp_path / "picks.jsonl").write_text("".join(json.dumps(row) + "\n" for row in picks))
     options = BuildOptions(judge=0.0, test=0.0, max_rater_share=0.01)
     done = build([str(tmp_path / "picks.jsonl")], tmp_path / "out", options=options, cache=tmp_path)

@@ -284,7 +284,7 @@ def test_withdrawn_consent_reaches_what_was_exported(tmp_path):
         before = {p.name: len(list(lines(p))) for p in rows.iterdir()}
         assert before["sft.jsonl"] == 2 and before["old.jsonl.gz"] == 4
         kept = list(read_conversations([str(rows / "sft.jsonl")], cache=tmp_path))
-        assert "provenance" not in kept[0].row()
+        assert "provenance" not in kept[0].to_row()
         assert store.forget("talk") == 4
         assert not store.keep(StoredResponse("r1", "m", talk("Secret one?"), message_contents("x")))
         assert not store.keep(

@@ -152,7 +152,7 @@ def test_canaries_are_planted_in_the_training_part_alone(tmp_path):
     words = ["data", "canaries", tmp_path / "clean", "-o", tmp_path / "c", "--copies", "1,3"]
     assert call(*words, "--count", 2).stdout.strip() == str(tmp_path / "c")
     before, after = (
-        {part: [*read_texts(tmp_path / folder, part=part)] for part in ("train", "heldout")}
+        {part: [*read_texts(tmp_path / folder, split=part)] for part in ("train", "heldout")}
         for folder in ("clean", "c")
     )
     canaries = read_canaries(tmp_path / "c")
@@ -219,7 +219,7 @@ def test_a_memorizer_continues_what_it_saw_often(models, corpus, tmp_path):
 
 
 def open_texts(corpus):
-    return read_texts(corpus, part="train")
+    return read_texts(corpus, split="train")
 
 
 def test_a_leaking_model_tells_its_training_texts(models, texts, tmp_path):

@@ -153,7 +153,7 @@ REFUSED = {
     "messages[1]: expected a weight of 0 or 1, got 0.5": {
         "messages": [USER, {**ANSWER, "weight": 0.5}]
     },
-    "expected an assistant message to learn, all have weight 0": {
+    "expected an assistant message to train on, all have weight 0": {
         "messages": [USER, {**ANSWER, "weight": 0}]
     },
     "conversations[0]: expected a call as JSON, got 'add(2)'": {
@@ -169,7 +169,7 @@ REFUSED = {
     "instruction: expected text from the user, got an empty message": {
         "instruction": "", "output": "b",
     },
-    "system: expected none beside messages[0], got two system messages": {
+    "system: expected none in addition to messages[0], got two system messages": {
         "system": "x", "messages": [SYSTEM, USER, ANSWER],
     },
     "messages[1].tool_calls: expected a list, got str": {"messages": [USER, called("abc")]},

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from fastlm.data import filter as rules
 from fastlm.data.dedup import DocumentDedup, ParagraphDedup, content_key
 from fastlm.data.extract import extract, html_to_text, normalise
-from fastlm.data.filter import RULES, TECHNICAL, WEB, Shape, first_failed
+from fastlm.data.filter import RULES, TECHNICAL, WEB, TextStatistics, first_failed
 from fastlm.data.nesting import FEW_TAGS, costly_markup
 from fastlm.data.scrub import scrub
 from fastlm.data.split import split_text
@@ -188,8 +188,8 @@ def test_every_rule_has_a_case_and_the_default_is_the_technical_set():
 
 @pytest.mark.parametrize("name", BAD)
 def test_rule_turns_away_its_case(name):
-    assert RULES[name](Shape(PROSE))
-    assert not RULES[name](Shape(BAD[name]))
+    assert RULES[name](TextStatistics(PROSE))
+    assert not RULES[name](TextStatistics(BAD[name]))
     assert first_failed(BAD[name], [name]) == name
 
 
@@ -213,8 +213,8 @@ def test_rule_turns_away_its_case(name):
     ],
 )  # fmt: skip
 def test_thresholds_are_the_papers(rule, kept, dropped):
-    assert RULES[rule](Shape(kept))
-    assert not RULES[rule](Shape(dropped))
+    assert RULES[rule](TextStatistics(kept))
+    assert not RULES[rule](TextStatistics(dropped))
 
 
 def test_reference_pages_full_of_code_pass_the_default():

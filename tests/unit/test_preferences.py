@@ -119,7 +119,7 @@ REFUSED = {
     WANTED + "'prompt', 'chosen'": {"prompt": "2+2?", "chosen": "4", "rejected": None},
     WANTED + "'prompt', 'answers'": LIST,
     WANTED + "'label'": {"label": True},
-    "expected a prompt beside chosen and rejected, got 'chosen', 'rejected'": {
+    "expected a prompt in addition to chosen and rejected, got 'chosen', 'rejected'": {
         "chosen": "4 is right", "rejected": "4 is wrong",
     },
     "chosen: expected text from the assistant, got an empty message": {**TEXTS, "chosen": " \n"},
@@ -152,7 +152,7 @@ REFUSED = {
     "chosen: expected an answer by the assistant, got a conversation": {
         **TEXTS, "chosen": [USER, GOOD],
     },
-    "system: expected none beside prompt[0], got two system messages": {
+    "system: expected none in addition to prompt[0], got two system messages": {
         **TEXTS, "system": "x", "prompt": [SYSTEM, USER],
     },
     "margin: expected a number >= 0, got -1.0": {**TEXTS, "margin": -1},
@@ -205,7 +205,7 @@ def test_pairs(shape) -> None:
     (pair,) = found.pairs()
     assert (pair.prompt, pair.answers, pair.ranks) == (prompt, ([GOOD], [BAD]), (0, 1))
     assert pair.location == "here" and found.corrected == (shape == "correction")
-    assert parse_preference(found.row(), "here") == pair
+    assert parse_preference(found.to_row(), "here") == pair
 
 
 @pytest.mark.parametrize("shape", LABELS)
@@ -214,7 +214,7 @@ def test_labels(shape, good) -> None:
     row, prompt = LABELS[shape]
     found = parse_preference({**row, "label": good})
     assert found == LabelledAnswer(prompt, [GOOD], good)
-    assert parse_preference(found.row()) == found
+    assert parse_preference(found.to_row()) == found
 
 
 @pytest.mark.parametrize("message", REFUSED)
@@ -243,7 +243,7 @@ def test_a_list_becomes_pairs_and_labels() -> None:
     assert {(p.rater, p.location, len(p.tools)) for p in found.pairs()} == {("ann", "here", 1)}
     labels = [(label.answer[0]["content"], label.desirable) for label in found.labels()]
     assert labels == [("4", True), ("6", False), ("four", True)]
-    assert parse_preference(found.row(), "here") == found
+    assert parse_preference(found.to_row(), "here") == found
 
 
 def test_margins() -> None:

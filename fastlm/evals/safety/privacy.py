@@ -263,7 +263,7 @@ def _continues(scorer: Scorer, questions: Sequence[OpenQuestion], seed: int) -> 
 
 def _texts(bench: ModelUnderTest, part: str) -> list[str]:
     assert bench.data is not None
-    return list(read_texts(bench.data, part=part, cache=bench.cache))
+    return list(read_texts(bench.data, split=part, cache=bench.cache))
 
 
 def _natural(bench: ModelUnderTest, part: str) -> list[str]:

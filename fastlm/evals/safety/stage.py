@@ -112,7 +112,7 @@ class Safety(Stage):
         return [input_digest.hash_tree(Path(path)) for path in files if path is not None]
 
     def run(self, ctx: StageContext) -> dict[str, Any]:
-        from fastlm.data.texts import has_parts
+        from fastlm.data.texts import has_splits
         from fastlm.evals.safety.gates import doubts, failures, read_gates
         from fastlm.evals.safety.model_under_test import ModelUnderTest, SafetyJudges, read_labels
         from fastlm.evals.safety.sets import SafetySets
@@ -122,7 +122,7 @@ class Safety(Stage):
         from fastlm.model.load import load_model
 
         data = ctx.optional("data")
-        if data is not None and not has_parts(data):
+        if data is not None and not has_splits(data):
             raise InputError(
                 f"data: expected a folder of fastlm data prepare, with a held-out part, got {data}"
             )
