@@ -17,7 +17,7 @@ import pytest
 import serve
 import serve_tables
 import servers
-import soaking
+import soak_clients
 from serve_app import serve_model, tiny_model
 from traffic import (
     CONTEXT,
@@ -25,11 +25,11 @@ from traffic import (
     PROMPT_WORDS,
     Load,
     arrivals,
-    body_of,
     closed_loop,
-    event_of,
     open_loop,
+    parse_event,
     percentile,
+    random_body,
 )
 
 from fastlm.serve.feedback_store import FeedbackStore
@@ -56,7 +56,7 @@ def test_no_prompt_is_sent_twice():
     seeds = serve.Seeds()
     draws = chain.from_iterable((random.Random(start + i) for i in range(3)) for start in
                                 (seeds(), seeds()))  # fmt: skip
-    bodies = [body_of(draw, "m") for draw in draws for _ in range(50)]
+    bodies = [random_body(draw, "m") for draw in draws for _ in range(50)]
     prompts = [body["messages"][0]["content"] for body in bodies]
     assert len(set(prompts)) == len({body["seed"] for body in bodies}) == len(bodies)
     words = [len(prompt.split()) for prompt in prompts]
@@ -65,35 +65,35 @@ def test_no_prompt_is_sent_twice():
 
 
 def test_a_line_of_a_stream():
-    assert event_of('data: {"choices": []}') == {"choices": []}
-    assert event_of("data: [DONE]") is event_of("") is event_of(": ping") is None
+    assert parse_event('data: {"choices": []}') == {"choices": []}
+    assert parse_event("data: [DONE]") is parse_event("") is parse_event(": ping") is None
 
 
 def test_commands(monkeypatch):
     monkeypatch.setattr(servers, "llama_cpp", lambda program: f"/bin/{program}")
-    words = servers.command_of("llama-server", "m.gguf", 81, 2, slots=4)
+    words = servers.server_command("llama-server", "m.gguf", 81, 2, slots=4)
     assert words[0] == "/bin/llama-server"
     options = dict(zip(words[-10::2], words[-9::2]))
     expected = {"--model": "m.gguf", "--port": "81", "-t": "2", "-np": "4", "-c": str(4 * CONTEXT)}
     assert options == expected
-    ours = " ".join(servers.command_of("fastlm", "m.gguf", 81, 2, slots=4))
+    ours = " ".join(servers.server_command("fastlm", "m.gguf", 81, 2, slots=4))
     assert ours.endswith("--name model --model m.gguf --port 81 --threads 2 --max-num-seqs 4")
-    assert "-np" not in servers.command_of("llama-server", "m.gguf", 81, 2)
+    assert "-np" not in servers.server_command("llama-server", "m.gguf", 81, 2)
 
 
 def test_the_peer_is_named_where_it_is_missing(monkeypatch, capsys):
     monkeypatch.setattr(serve, "llama_cpp", lambda program: None)
-    assert serve.peers_of("none", "m.gguf") == [] and not capsys.readouterr().out
-    assert serve.peers_of(None, "m.gguf") == []
-    assert "llama-server is left out: sh bench/peers/llama_cpp.sh" in capsys.readouterr().out
+    assert serve.peer_servers("none", "m.gguf") == [] and not capsys.readouterr().out
+    assert serve.peer_servers(None, "m.gguf") == []
+    assert "llama-server is skipped: sh bench/peers/llama_cpp.sh" in capsys.readouterr().out
     with pytest.raises(
         SystemExit, match=r"--peer llama-server: sh bench/peers/llama_cpp.sh builds it"
     ):
-        serve.peers_of("llama-server", "m.gguf")
+        serve.peer_servers("llama-server", "m.gguf")
     monkeypatch.setattr(serve, "llama_cpp", lambda program: program)
-    assert serve.peers_of(None, "m.gguf") == ["llama-server"]
+    assert serve.peer_servers(None, "m.gguf") == ["llama-server"]
     with pytest.raises(SystemExit, match="it reads GGUF, not folder"):
-        serve.peers_of("llama-server", "folder")
+        serve.peer_servers("llama-server", "folder")
 
 
 @contextmanager
@@ -165,8 +165,8 @@ def test_an_answer_that_is_wrong_is_a_fault(answer, fault):
 
 def test_other_work_is_a_fault():
     ours, theirs = Load(prompts={1: 40, 2: 50}), Load(prompts={2: 51, 3: 60}, faults=["slow"])
-    assert serve.faults_of({"a": [ours], "b": [ours]}) == []
-    assert serve.faults_of({"a": [ours], "b": [theirs]}) == [
+    assert serve.all_faults({"a": [ours], "b": [ours]}) == []
+    assert serve.all_faults({"a": [ours], "b": [theirs]}) == [
         "b: slow", "b: a prompt of 51 tokens, 50 before",
     ]  # fmt: skip
 
@@ -184,11 +184,11 @@ def test_load_and_arrivals_on_a_tiny_model(tiny, monkeypatch, tmp_path):
     monkeypatch.setattr(serve, "CAPACITY_CLIENTS", 3)
     sides = {"fastlm": lambda slots: nullcontext(tiny), "other": lambda slots: nullcontext(tiny)}
     seeds = serve.Seeds()
-    rows, faults = serve.under_load(sides, [1, 2], 0.2, 1, seeds)
+    rows, faults = serve.measure_load(sides, [1, 2], 0.2, 1, seeds)
     assert not faults and all(rows[name]["2"]["requests"] >= 2 for name in sides)
     row = rows["fastlm"]["1"]
     assert row["first_token_p50"] + row["between_tokens_p50"] < row["latency_p99"]
-    poisson, faults = serve.arriving({"fastlm": sides["fastlm"]}, 0.5, 0.3, seeds)
+    poisson, faults = serve.poisson_load({"fastlm": sides["fastlm"]}, 0.5, 0.3, seeds)
     assert not faults
     found = poisson["fastlm"]
     assert found["rate"] == 0.5 * found["capacity"]["requests_per_second"]
@@ -203,45 +203,51 @@ def test_load_and_arrivals_on_a_tiny_model(tiny, monkeypatch, tmp_path):
 
 def test_unkind_clients_on_a_tiny_model(tiny, monkeypatch):
     here = servers.Server(tiny.url, os.getpid(), tiny.model)
-    assert not serve.used_up(here.url)  # its cache is large
-    monkeypatch.setattr(serve, "used_up", lambda url: True)
+    assert not serve.cache_is_used(here.url)  # its cache is large
+    monkeypatch.setattr(serve, "cache_is_used", lambda url: True)
     found = serve.soak(here, 2, 0.2, serve.Seeds())
     assert found["faults"] == 0, found["first_faults"]
-    assert sum(found["ended"].values()) >= 20 and found["ended"]["whole"] <= found["requests"]
-    assert any(kind.startswith("malformed, 4") for kind in found["ended"])
+    assert (
+        sum(found["outcomes"].values()) >= 20 and found["outcomes"]["complete"] <= found["requests"]
+    )
+    assert any(kind.startswith("malformed, 4") for kind in found["outcomes"])
     assert found["cached_share"] > 0.1  # the text that half of the prompts begin with
     assert len(found["memory_mib"]) == 10 and min(found["memory_mib"]) > 0
 
 
 def test_what_a_soak_sends():
     draw = random.Random(5)
-    turns = [soaking.request_of(draw, "m", f"m{i}x") for i in range(400)]
+    turns = [soak_clients.random_request(draw, "m", f"m{i}x") for i in range(400)]
 
     def share(expected):
         return sum(map(expected, turns)) / len(turns)
 
     text = [json.dumps(turn.body.get("prompt") or turn.body["messages"]) for turn in turns]
-    assert all(f"m{i}x" in said and f"m{i}x" in turns[i].begins for i, said in enumerate(text))
-    assert share(lambda t: soaking.SYSTEM in json.dumps(t.body)) == pytest.approx(0.5, abs=0.08)
+    assert all(f"m{i}x" in said and f"m{i}x" in turns[i].prefix for i, said in enumerate(text))
+    assert share(lambda t: soak_clients.SYSTEM in json.dumps(t.body)) == pytest.approx(
+        0.5, abs=0.08
+    )
     assert share(lambda t: not t.body.get("stream")) == pytest.approx(0.2, abs=0.07)
     assert share(lambda t: t.path == "completions") == pytest.approx(0.2, abs=0.07)
     assert share(lambda t: t.body.get("n") == 2) == pytest.approx(0.125, abs=0.06)
     assert share(lambda t: "tools" in t.body) == pytest.approx(0.1, abs=0.05)
     longest = max(len(said.split()) for said in text)
-    assert longest + soaking.TOOL_TOKENS < serve.SOAK_PAGES * 64 / 2
+    assert longest + soak_clients.TOOL_TOKENS < serve.SOAK_BLOCKS * 64 / 2
 
 
 def test_an_answer_to_another_is_a_fault(tiny, monkeypatch):
-    right = soaking.request_of
+    right = soak_clients.random_request
 
     def wrong(draw, model, marker):
         turn = right(draw, model, marker)
-        return replace(turn, begins=turn.begins.replace(marker, marker + "7"))
+        return replace(turn, prefix=turn.prefix.replace(marker, marker + "7"))
 
-    monkeypatch.setattr(soaking, "request_of", wrong)
-    load = asyncio.run(closed_loop(tiny.url, tiny.model, 8, 0, seed=11_000, turn=soaking.take_turn))
-    kinds = load.ended["whole"] + load.ended["left"]
-    assert kinds >= 4 and load.ended["whole"] <= len(load.faults) <= kinds
+    monkeypatch.setattr(soak_clients, "random_request", wrong)
+    load = asyncio.run(
+        closed_loop(tiny.url, tiny.model, 8, 0, seed=11_000, turn=soak_clients.take_turn)
+    )
+    kinds = load.outcomes["complete"] + load.outcomes["disconnected"]
+    assert kinds >= 4 and load.outcomes["complete"] <= len(load.faults) <= kinds
     assert all(fault.startswith("crossed") for fault in load.faults), load.faults
 
 
@@ -260,14 +266,14 @@ def test_cold_starts_take_turns(monkeypatch, tmp_path):
     (tmp_path / "m.gguf").write_bytes(b"x")
     times = iter([1.0, 5.0, 3.0, 4.0, 2.0, 9.0])
     monkeypatch.setattr(servers, "cold_chat", lambda name, model, threads: next(times))
-    found = servers.cold({"chat": ["a", "b"]}, str(tmp_path / "m.gguf"), 1, 3)
+    found = servers.measure_cold_starts({"chat": ["a", "b"]}, str(tmp_path / "m.gguf"), 1, 3)
     assert found["chat"]["a"] == {"seconds": 2.0, "all": [1.0, 3.0, 2.0]}
     assert found["chat"]["b"]["seconds"] == 5.0
 
 
 def test_a_server_that_does_not_start(monkeypatch):
     command = [sys.executable, "-c", "import sys; sys.exit('first\\nno such model')"]
-    monkeypatch.setattr(servers, "command_of", lambda *_: command)
+    monkeypatch.setattr(servers, "server_command", lambda *_: command)
     with pytest.raises(SystemExit, match=r"fastlm: expected it ready .*, exit 1: no such model"):
-        with servers.started("fastlm", "m.gguf", 1, 1):
+        with servers.running_server("fastlm", "m.gguf", 1, 1):
             pass

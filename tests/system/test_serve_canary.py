@@ -315,7 +315,7 @@ def test_a_canary_that_is_slow_is_rolled_back_and_bursts_of_load_decide_nothing(
         trial, (verdict,) = asyncio.run(run("three times", 3, 140))
         pairs = trial.paces.counts
         assert verdict.action == "roll back" and verdict.rule.name == "as fast"
-        assert verdict.reason.startswith("slow answers: the new model slower in ")
+        assert verdict.reason.startswith("slow answers: the new model was slower in ")
         assert verdict.reason.endswith("above the bound 0.25 of the rule 'as fast' at alpha 0.05")
         assert 10 < verdict.rule.after <= pairs.total < 60 and pairs.new > 0.9 * pairs.total
         trial, decided = asyncio.run(run("a little", 1.3, 140))
