@@ -10,10 +10,10 @@ For a matrix W (n, m) with gradient G, momentum b and weight decay d:
 The factor gives an update the root mean square of AdamW's, about 0.2, so that AdamW's learning rate
 and weight decay carry over (Moonlight, arXiv:2502.16982).
 
-`orthogonalize` runs in float32 on a CPU that does not multiply bfloat16: on AVX2, torch's float32
+`orthogonalize` runs in float32 on a CPU without bfloat16 multiplication: on AVX2, torch's float32
 product took 0.5 to 0.8 of the time of `fastlm.ops.linear` in bfloat16, and torch's bfloat16 product
-40 to 60 times as long. Elsewhere it runs in bfloat16, as published. Rejected: one batched product
-for the layers' matrices of one shape, 0.8 to 1.4 times as long on that CPU.
+40 to 60 times as long. On other devices it runs in bfloat16, as published. Rejected: one batched
+product for all matrices of the same shape, which took 0.8 to 1.4 times as long on that CPU.
 """
 
 import math
@@ -34,18 +34,18 @@ ADJUST = ("match_rms_adamw", "original")
 
 
 class Muon(AdamW):
-    """``torch.optim.Muon`` and ``AdamW`` in one; `fastlm.muon.muon_groups` makes the groups::
+    """``torch.optim.Muon`` and ``AdamW`` in one; `fastlm.muon.muon_groups` splits the groups::
 
         optimizer = fastlm.Muon(muon_groups(decay_matrices(model, 0.1), model), lr=1e-3)
 
     Args:
-        params: parameters or groups. A group with ``use_muon=False`` is AdamW's; all others hold
-            matrices (n, m).
-        lr, weight_decay: of both parts, or per group.
+        params: parameters or groups. AdamW updates a group with ``use_muon=False``; all others
+            contain matrices (n, m).
+        lr, weight_decay: for both parts, or per group.
         momentum, nesterov, ns_steps: Muon's momentum and the steps of `orthogonalize`.
         adjust_lr_fn: the factor on an update. "match_rms_adamw": 0.2 sqrt(max(n, m)); "original":
             sqrt(max(1, n / m)).
-        betas, eps: of AdamW.
+        betas, eps: for AdamW.
         master_weights, max_grad_norm: as in `AdamW`, for both parts; the norm is that of all
             gradients together.
 
@@ -70,7 +70,7 @@ class Muon(AdamW):
         master_weights: bool = False,
         max_grad_norm: float | None = None,
     ) -> None:
-        self._own = {
+        self._muon_defaults = {
             "use_muon": True,
             "momentum": momentum,
             "nesterov": nesterov,
@@ -83,7 +83,7 @@ class Muon(AdamW):
         )  # fmt: skip
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        super().add_param_group({**self._own, **param_group})
+        super().add_param_group({**self._muon_defaults, **param_group})
         try:
             _check(self.param_groups[-1])
         except InputError:
@@ -91,7 +91,7 @@ class Muon(AdamW):
             raise
 
     def __getstate__(self) -> dict[str, Any]:
-        return super().__getstate__() | {"_own": self._own}
+        return super().__getstate__() | {"_muon_defaults": self._muon_defaults}
 
     def _moments(self, group: dict[str, Any]) -> tuple[str, ...]:
         return ("momentum_buffer",) if group["use_muon"] else super()._moments(group)
@@ -116,11 +116,11 @@ class Muon(AdamW):
         for group in self.param_groups:
             for param in group["params"] if group["use_muon"] else ():
                 if param.grad is not None:
-                    self._turn(param, group, clip)
+                    self._step_matrix(param, group, clip)
         self._update([group for group in self.param_groups if not group["use_muon"]], norm)
         return loss
 
-    def _turn(self, param: Tensor, group: dict[str, Any], clip: Tensor | float) -> None:
+    def _step_matrix(self, param: Tensor, group: dict[str, Any], clip: Tensor | float) -> None:
         """Update one matrix."""
         state = self.state[param]
         if not state:
@@ -149,11 +149,11 @@ class Muon(AdamW):
 
 
 def orthogonalize(matrix: Tensor, steps: int = 5) -> Tensor:
-    """Return about U V^T of the matrix's U S V^T, (n, m), float32 (float64 from float64).
+    """Approximate U V^T of the matrix U S V^T, (n, m). Returns float32 (float64 for float64).
 
     Newton-Schulz iterations ``X = a X + b (X X^T) X + c (X X^T)^2 X`` from X = matrix / its
     Frobenius norm. After five, singular values that were not near zero are in [0.68, 1.14]; the
-    coefficients trade the exact 1 for fewer steps.
+    coefficients give up the exact 1 for fewer steps.
     """
     wide = torch.float64 if matrix.dtype == torch.float64 else torch.float32
     narrow = wide == torch.float32 and (not matrix.is_cpu or multiplies_bf16())
@@ -170,22 +170,23 @@ def orthogonalize(matrix: Tensor, steps: int = 5) -> Tensor:
 
 def muon_groups(groups: Iterable[dict[str, Any]], model: nn.Module) -> list[dict[str, Any]]:
     """Split parameter groups of ``model`` into Muon's and AdamW's. Muon's are the weights of
-    ``nn.Linear`` inside a ``nn.ModuleList``: those of the layers, not embeddings, heads and norms.
+    ``nn.Linear`` inside a ``nn.ModuleList``: those of the layers, but not embeddings, heads and
+    norms.
     """
     layers = [m for m in model.modules() if isinstance(m, nn.ModuleList)]
     linears = [m for layer in layers for m in layer.modules() if isinstance(m, nn.Linear)]
     hidden = {id(m.weight) for m in linears}
-    found = []
+    split = []
     for group in groups:
-        for use in (True, False):
-            params = [p for p in group["params"] if (id(p) in hidden) == use]
-            found += [{**group, "params": params, "use_muon": use}] if params else []
-    if not any(group["use_muon"] for group in found):
+        for use_muon in (True, False):
+            params = [p for p in group["params"] if (id(p) in hidden) == use_muon]
+            split += [{**group, "params": params, "use_muon": use_muon}] if params else []
+    if not any(group["use_muon"] for group in split):
         raise InputError(
             "optimizer: expected a model with trained nn.Linear weights inside a nn.ModuleList for"
             f" muon, got none in {type(model).__name__}"
         )
-    return found
+    return split
 
 
 def _factor(rows: int, columns: int, name: str) -> float:
@@ -205,9 +206,9 @@ def _check(group: dict[str, Any]) -> None:
         raise InputError(
             f"adjust_lr_fn: expected one of {', '.join(ADJUST)}, got {group['adjust_lr_fn']!r}"
         )
-    for name, only in (("state_bits", 32), ("stochastic_rounding", False)):
-        if group[name] != only:
-            raise InputError(f"{name}: expected {only} with use_muon, got {group[name]!r}")
+    for name, required in (("state_bits", 32), ("stochastic_rounding", False)):
+        if group[name] != required:
+            raise InputError(f"{name}: expected {required} with use_muon, got {group[name]!r}")
     for param in group["params"]:
         if param.ndim != 2:
             raise InputError(
@@ -215,4 +216,4 @@ def _check(group: dict[str, Any]) -> None:
                 f"{tuple(param.shape)}"
             )
         if _is_sharded(param):
-            raise InputError("params: expected whole matrices with use_muon, got a DTensor")
+            raise InputError("params: expected unsharded matrices with use_muon, got a DTensor")

@@ -132,12 +132,12 @@ class AdamW(torch.optim.Optimizer):
             raise
 
     def __getstate__(self) -> dict[str, Any]:
-        own = {name: getattr(self, name) for name in ("max_grad_norm", "seed", "grad_norm")}
-        return super().__getstate__() | own
+        attributes = {name: getattr(self, name) for name in ("max_grad_norm", "seed", "grad_norm")}
+        return super().__getstate__() | attributes
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        for group in self.param_groups:  # a group that torch.optim.AdamW saved lacks our options
+        for group in self.param_groups:  # a group that torch.optim.AdamW saved lacks some options
             for name, value in self.defaults.items():
                 group.setdefault(name, value)
             _check_group(group)
@@ -152,7 +152,7 @@ class AdamW(torch.optim.Optimizer):
         return loss
 
     def _update(self, groups: list[dict[str, Any]], norm: Tensor | None = None) -> None:
-        """Step these groups; ``norm``: that of all gradients, where it is known."""
+        """Step these groups. ``norm``: that of all gradients, if it is already computed."""
         tensors: list[AdamWTensor] = []
         copies: list[tuple[Tensor, Tensor]] = []
         grads: list[Tensor] = []
@@ -167,10 +167,10 @@ class AdamW(torch.optim.Optimizer):
                     continue
                 grads.append(grad)
                 options = of_bfloat16 if param.dtype == torch.bfloat16 else exact
-                here, tensor = self._tensor(param, grad, group, options, ordinal)
+                local_param, tensor = self._tensor(param, grad, group, options, ordinal)
                 tensors.append(tensor)
-                if tensor.param is not here:
-                    copies.append((here, tensor.param))
+                if tensor.param is not local_param:
+                    copies.append((local_param, tensor.param))
         if not tensors:
             return
         have_norm = norm is not None
@@ -181,8 +181,8 @@ class AdamW(torch.optim.Optimizer):
                     norm = _norm_of_shards(grads, norm)
             self.grad_norm = norm
         adamw(tensors, self.max_grad_norm or 0.0, norm, have_norm)
-        for here, target in copies:
-            here.copy_(target)
+        for local_param, target in copies:
+            local_param.copy_(target)
         # The kernel's writes must count as new versions: autograd checks them for saved tensors,
         # and the decoder for its packed copies.
         torch.autograd.graph.increment_version([t.param for t in tensors])
@@ -195,7 +195,8 @@ class AdamW(torch.optim.Optimizer):
         options: AdamWOptions,
         ordinal: int,
     ) -> tuple[Tensor, AdamWTensor]:
-        """This rank's part of the parameter, and what the op updates: itself or a dense copy."""
+        """Return this rank's part of the parameter, and what the op updates: itself or a dense
+        copy."""
         if grad.layout != torch.strided:
             raise InputError(f"grad: expected a dense gradient, got layout {grad.layout}")
         state = self.state[param]
@@ -204,8 +205,8 @@ class AdamW(torch.optim.Optimizer):
         if group["master_weights"]:
             _keep_master(param, state)
         sharded = _is_sharded(param)
-        here, grad = (_local(param), _local(grad)) if sharded else (param, grad)
-        target, grad = _dense(here, grad)
+        local_param, grad = (_local(param), _local(grad)) if sharded else (param, grad)
+        target, grad = _dense(local_param, grad)
         moments = _PACKED if "exp_avg_scale" in state else _PLAIN
         moment = state[moments[0]]
         if (_local(moment) if sharded else moment).stride() != target.stride():
@@ -213,9 +214,9 @@ class AdamW(torch.optim.Optimizer):
             portable = _portable(state, param)
             state = self.state[param] = _laid_out(param, group, portable, _PLAIN)
         master = state.get("master_low" if param.dtype == torch.bfloat16 else "master")
-        whole = state[moments[0]], state[moments[1]], master
-        exp_avg, exp_avg_sq, master = map(_local, whole) if sharded else whole
-        return here, AdamWTensor(
+        states = state[moments[0]], state[moments[1]], master
+        exp_avg, exp_avg_sq, master = map(_local, states) if sharded else states
+        return local_param, AdamWTensor(
             target, grad, state["step"], exp_avg, exp_avg_sq, state.get("exp_avg_scale"),
             state.get("exp_avg_sq_scale"), master, options, self.seed & 0xFFFFFFFF, ordinal,
         )  # fmt: skip
@@ -253,7 +254,7 @@ class AdamW(torch.optim.Optimizer):
         _pack(param, group, state)
 
     def _moments(self, group: dict[str, Any]) -> tuple[str, ...]:
-        """The names of the states like the parameters of this group."""
+        """Return the names of the states that have the shape of the parameters."""
         del group
         return _PLAIN
 
@@ -278,15 +279,15 @@ class AdamW(torch.optim.Optimizer):
         saved = [key for group in state_dict["param_groups"] for key in group["params"]]
         groups = [(param, group) for group in self.param_groups for param in group["params"]]
         for key, (param, group) in zip(saved, groups):
-            given = state_dict["state"].get(key)
-            if not given:
+            saved_state = state_dict["state"].get(key)
+            if not saved_state:
                 continue
-            self.state[param] = _laid_out(param, group, given, self._moments(group))
+            self.state[param] = _laid_out(param, group, saved_state, self._moments(group))
 
 
 def _check_group(group: dict[str, Any]) -> None:
-    def refuse(name: str, wanted: str) -> None:
-        raise InputError(f"{name}: expected {wanted}, got {group[name]!r}")
+    def refuse(name: str, expected: str) -> None:
+        raise InputError(f"{name}: expected {expected}, got {group[name]!r}")
 
     lr = group["lr"]
     if isinstance(lr, Tensor) and lr.numel() != 1:
@@ -312,8 +313,8 @@ def _check_group(group: dict[str, Any]) -> None:
             )
         if _may_overlap(param):
             raise InputError(
-                "params: expected elements that share no memory,"
-                f" got strides {param.stride()} for {tuple(param.shape)}"
+                f"params: expected elements that share no memory, got strides {param.stride()} for"
+                f" {tuple(param.shape)}"
             )
         if group["stochastic_rounding"] and param.dtype == torch.float16:
             raise InputError(
@@ -323,7 +324,7 @@ def _check_group(group: dict[str, Any]) -> None:
 
 def _options(group: dict[str, Any]) -> AdamWOptions:
     lr, (beta1, beta2) = group["lr"], group["betas"]
-    if not isinstance(lr, Tensor) or lr.is_cpu:  # reading it from a GPU would wait
+    if not isinstance(lr, Tensor) or lr.is_cpu:  # reading it from a GPU would synchronize
         lr = float(lr)
     return AdamWOptions(
         lr, beta1, beta2, group["eps"], group["weight_decay"], group["maximize"], stochastic=False
@@ -331,7 +332,7 @@ def _options(group: dict[str, Any]) -> AdamWOptions:
 
 
 def _is_number(value: Any) -> bool:
-    """Whether value is a number, and not the string that YAML reads 1e-3 as."""
+    """Return whether the value is a number. YAML reads 1e-3 as a string."""
     return isinstance(value, Real | Tensor)
 
 
@@ -349,39 +350,42 @@ def _may_overlap(t: Tensor) -> bool:
 
 
 def _is_sharded(tensor: Any) -> bool:
-    """Whether this is a DTensor, as FSDP2's parameters are; importing the class takes 0.5 s."""
+    """Return whether this is a DTensor (FSDP2), without its import, which takes 0.5 s."""
     return hasattr(tensor, "to_local")
 
 
 def _local(tensor: Any) -> Any:
-    """This rank's shard of a DTensor; anything else unchanged."""
+    """Return this rank's shard of a DTensor, and anything else unchanged."""
     return tensor.to_local() if _is_sharded(tensor) else tensor
 
 
 def _sharded_as(param: Tensor, shard: Tensor) -> Tensor:
-    """The inverse of `_local` for a shard whose elements correspond to those of `param`."""
+    """Invert `_local`, for a shard whose elements correspond to those of `param`."""
     if not _is_sharded(param):
         return shard
     from torch.distributed.tensor import DTensor
 
-    whole: Any = param
+    sharded: Any = param
     return DTensor.from_local(
-        shard, whole.device_mesh, whole.placements, shape=param.shape, stride=param.stride()
+        shard, sharded.device_mesh, sharded.placements, shape=param.shape, stride=param.stride()
     )
 
 
 def _norm_of_shards(grads: list[Tensor], norm: Tensor) -> Tensor:
-    """The norm of all ranks' gradients, like `norm`. Squares are summed over the mesh dimensions
-    along which a gradient is sharded. Nothing waits for the device."""
+    """Return the norm of all ranks' gradients, as a tensor like `norm`. Squares are summed over the
+    mesh dimensions along which a gradient is sharded. This does not synchronize with the device.
+    """
     parts: dict[tuple, list[Tensor]] = {}
     for grad in grads:
         along: tuple = ()
         if _is_sharded(grad):
-            whole: Any = grad
-            if any(p.is_partial() for p in whole.placements):
-                raise InputError(f"grad: expected shards or replicas, got {whole.placements}")
-            sharded = enumerate(whole.placements)
-            along = tuple((whole.device_mesh, i) for i, p in sharded if not p.is_replicate())
+            dtensor: Any = grad
+            placements = dtensor.placements
+            if any(p.is_partial() for p in placements):
+                raise InputError(f"grad: expected shards or replicas, got {placements}")
+            along = tuple(
+                (dtensor.device_mesh, i) for i, p in enumerate(placements) if not p.is_replicate()
+            )
         parts.setdefault(along, []).append(_local(grad))
     total = torch.zeros_like(norm, dtype=torch.float64)
     for along, shards in parts.items():
@@ -397,7 +401,7 @@ def _norm_of_shards(grads: list[Tensor], norm: Tensor) -> Tensor:
 
 
 def _dense(param: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
-    """Both without gaps and in the memory order of the states; copied where they are not."""
+    """Return both without gaps and in the memory order of the states, copied if necessary."""
     if param.is_contiguous() and grad.is_contiguous():
         return param, grad
     like = torch.empty_like(param)
@@ -408,24 +412,24 @@ def _dense(param: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _laid_out(
-    param: Tensor, group: dict[str, Any], given: dict[str, Any], moments: tuple[str, ...]
+    param: Tensor, group: dict[str, Any], saved: dict[str, Any], moments: tuple[str, ...]
 ) -> dict[str, Any]:
-    """A copy of a portable state in the memory order of its parameter."""
-    for name in (*moments, *(["master"] if "master" in given else [])):
-        came = given.get(name)
-        if not isinstance(came, Tensor) or came.shape != param.shape:
-            got = tuple(came.shape) if isinstance(came, Tensor) else type(came).__name__
+    """Copy a portable state to the memory order of its parameter."""
+    for name in (*moments, *(["master"] if "master" in saved else [])):
+        tensor = saved.get(name)
+        if not isinstance(tensor, Tensor) or tensor.shape != param.shape:
+            got = tuple(tensor.shape) if isinstance(tensor, Tensor) else type(tensor).__name__
             raise InputError(f"state_dict: {name}: expected shape {tuple(param.shape)}, got {got}")
-    count = given.get("step")
-    number = count.numel() == 1 if isinstance(count, Tensor) else isinstance(count, int | float)
-    if not number:
-        raise InputError(f"state_dict: step: expected one number, got {type(count).__name__}")
+    value = saved.get("step")
+    valid = value.numel() == 1 if isinstance(value, Tensor) else isinstance(value, int | float)
+    if not valid:
+        raise InputError(f"state_dict: step: expected one number, got {type(value).__name__}")
     wide = torch.float64 if param.dtype == torch.float64 else torch.float32
-    step = torch.as_tensor(given["step"], dtype=torch.float32, device=param.device)
+    step = torch.as_tensor(saved["step"], dtype=torch.float32, device=param.device)
     state = {"step": step.reshape(()).clone()}
     for name in (*moments, "master"):
-        if name in given:
-            state[name] = torch.empty_like(param, dtype=wide).copy_(given[name])
+        if name in saved:
+            state[name] = torch.empty_like(param, dtype=wide).copy_(saved[name])
     if "master" in state and param.dtype == torch.bfloat16:
         high, low = reference.split_master(_local(state.pop("master")))
         state["master_low"] = _sharded_as(param, low)
@@ -436,9 +440,8 @@ def _laid_out(
 
 
 def _keep_master(param: Tensor, state: dict[str, Any]) -> None:
-    """Add a master where the parameter's dtype needs one and it has none, even when the model was
-    cast after its first steps. Drop a master of `keep_masters` where the parameter is still
-    float32.
+    """Add a master if the parameter's dtype needs one and it has none, even if the model was cast
+    after its first steps. Drop a master of `keep_masters` if the parameter is still float32.
     """
     if param.dtype == torch.bfloat16:
         if "master_low" not in state:
@@ -450,15 +453,15 @@ def _keep_master(param: Tensor, state: dict[str, Any]) -> None:
 
 
 def _low_half(param: Tensor) -> Tensor:
-    """The bits that a float32 parameter loses in ``.bfloat16()``, as int16
+    """Return the bits that a float32 parameter loses in ``.bfloat16()``, as int16
     (`reference.split_master`).
 
     ``.bfloat16()`` rounds ties to even. Where it rounds a tie down, the lost half is one too large
     for an int16, and the master becomes the neighbouring value.
     """
-    here = _local(param.detach())
-    _, low = reference.split_master(here)
-    even = (here.view(torch.int32) >> 16) & 1 == 0
+    local_param = _local(param.detach())
+    _, low = reference.split_master(local_param)
+    even = (local_param.view(torch.int32) >> 16) & 1 == 0
     return _sharded_as(param, torch.where((low == -0x8000) & even, 0x7FFF, low))
 
 
@@ -472,7 +475,7 @@ def _pack(param: Tensor, group: dict[str, Any], state: dict[str, Any]) -> None:
 
 def _portable(state: dict[str, Any], param: Tensor) -> dict[str, Any]:
     state = dict(state)
-    state["step"] = state["step"].cpu()  # torch's own keeps it there, and reads its value
+    state["step"] = state["step"].cpu()  # torch keeps it on the CPU, and reads its value
     low = state.pop("master_low", None)
     if low is not None and param.dtype == torch.bfloat16:
         master = reference.join_master(_local(param.detach()), _local(low))

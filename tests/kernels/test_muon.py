@@ -184,7 +184,7 @@ def test_states_go_round(dtype):
     again.load_state_dict(model.state_dict())
     loaded.load_state_dict(copy.deepcopy(optimizer.state_dict()))
     revived = pickle.loads(pickle.dumps(optimizer))
-    assert revived._own == optimizer._own and revived.max_grad_norm == 1.0
+    assert revived._muon_defaults == optimizer._muon_defaults and revived.max_grad_norm == 1.0
     for net, opt in ((model, optimizer), (again, loaded)):
         learn(net, opt, 3, 5)
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters()))
