@@ -1,20 +1,20 @@
-"""The build: which folders are which packages, and the pybind11 extensions, which ninja builds.
+"""The build: the packages and their folders, and the pybind11 extensions, which ninja compiles.
 
     fastlm._cpu    always
     fastlm._cuda   where nvcc is found: on PATH, in CUDA_HOME, or in pip's nvidia-cuda-nvcc
     fastlm._simt   the .cu files on the CPU emulator, for tests; where the CUDA headers are found
 
-`build_ext` writes build/<variant>/build.ninja and runs ninja, which compiles what changed, headers
-included. The variants are release, debug and sanitize-<sanitizers>.
+`build_ext` writes build/<variant>/build.ninja and runs ninja, which compiles the changed files and
+the files that include a changed header. The variants are release, debug and sanitize-<sanitizers>.
 
 Metadata is in pyproject.toml. Environment:
 
-    FASTLM_CUDA_ARCHS   default "80;90a;100a", the first one also as PTX
-    FASTLM_CUDA=0       leaves _cuda out; FASTLM_CPU=0 likewise
+    FASTLM_CUDA_ARCHS   default "80;90a;100a"; the first one is also compiled to PTX
+    FASTLM_CUDA=0       does not build _cuda; FASTLM_CPU=0 does not build _cpu
     FASTLM_SIMT=1       builds _simt
-    FASTLM_BUILD_JOBS   compilers at a time, default all cores
-    FASTLM_SANITIZE     address,undefined for all; thread for the kernels of _simt
-    FASTLM_DEBUG=1      _simt with all that gdb wants
+    FASTLM_BUILD_JOBS   number of parallel compilers, default the number of cores
+    FASTLM_SANITIZE     "address,undefined" for all code, "thread" for the kernels of _simt
+    FASTLM_DEBUG=1      builds _simt with all debug information for gdb
 """
 
 import filecmp
@@ -34,20 +34,20 @@ SANITIZE = os.environ.get("FASTLM_SANITIZE", "")
 DEBUG = os.environ.get("FASTLM_DEBUG") == "1"
 VARIANT = "sanitize-" + SANITIZE.replace(",", "-") if SANITIZE else "debug" if DEBUG else "release"
 FOLDER = Path("build", VARIANT)
-# Beside Python, where pip installs it, or on PATH
+# In the folder of Python's scripts, where pip installs it, or on PATH
 NINJA = shutil.which("ninja", path=f"{sysconfig.get_path('scripts')}:{os.environ['PATH']}")
 
 COMPILE = "-O2 -fopenmp -ffp-contract=fast -fno-math-errno -Wall -Wextra -Wno-psabi".split()
-LINK = ["-fopenmp"]  # with torch imported first this resolves to torch's libgomp: one thread pool
+LINK = ["-fopenmp"]  # torch, imported first, has loaded its libgomp: there is one thread pool
 LINK += [f"-fsanitize={SANITIZE}"] if SANITIZE else []
-TSAN: list[str] = []  # of the .cu files alone: the emulator tells ThreadSanitizer what it does
+TSAN: list[str] = []  # only for the .cu files: the emulator itself informs ThreadSanitizer
 if SANITIZE == "thread":
     TSAN = ["-fsanitize=thread"]
     COMPILE += ["-DSIMT_TSAN"]
 elif SANITIZE:
     COMPILE += [f"-fsanitize={SANITIZE}", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer"]
-    COMPILE += ["-fno-wrapv"]  # Python builds with -fwrapv, under which overflow is no finding
-    COMPILE += ["-O1", "-g1"]  # half the compile time of -O2; line numbers in the reports
+    COMPILE += ["-fno-wrapv"]  # Python compiles with -fwrapv, which hides overflow from UBSan
+    COMPILE += ["-O1", "-g1"]  # half the compile time of -O2; line numbers for the reports
 
 
 def cuda_home() -> Path | None:
@@ -75,7 +75,7 @@ def extension(name: str, patterns: str, cxx_std: int, options: list[str], link: 
     )
 
 
-# What can be built here. build.ninja has all of it; the environment says what of it is wanted
+# What can be built on this machine. build.ninja has all of it; ENABLED selects what is built
 EXTENSIONS = [extension("fastlm._cpu", "bindings.cpp cpu/*.cpp cpu/*/*.cpp", 17, [], [])]
 KERNELS = {}  # the compiler of an extension's .cu files
 CUDA_HOME = cuda_home()
@@ -85,7 +85,7 @@ if CUDA_HOME and (CUDA_HOME / "bin/nvcc").exists():
     EXTENSIONS += [extension("fastlm._cuda", "cuda/*.cpp cuda/*.cu", 20, [], static)]
     first, *others = os.environ.get("FASTLM_CUDA_ARCHS", "80;90a;100a").split(";")
     codes = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in [first, *others]]
-    if first.isdigit():  # PTX for cards that are not listed; 90a's would run nowhere else
+    if first.isdigit():  # PTX for other cards; PTX of 90a would run on no other card
         codes[0] = f"-gencode=arch=compute_{first},code=[sm_{first},compute_{first}]"
     KERNELS["fastlm._cuda"] = [
         *[f"{CUDA_HOME}/bin/nvcc", "-std=c++20", "-O3", "-Xcompiler=-fPIC,-Wall", "-Icsrc"],
@@ -93,18 +93,19 @@ if CUDA_HOME and (CUDA_HOME / "bin/nvcc").exists():
     ]
 if CUDA_HOME:
     emulator = ["-DFASTLM_SIMT", "-fno-strict-aliasing", f"-isystem{CUDA_HOME}/include"]
-    emulator += ["-g" if DEBUG else "-g1"]  # all that gdb wants, three times the size; or lines
+    # all debug information (three times the size), or only line numbers
+    emulator += ["-g" if DEBUG else "-g1"]
     files = "cuda/*.cpp simt/*.cpp cuda/*.cu"
     EXTENSIONS += [extension("fastlm._simt", files, 20, emulator, [])]
     KERNELS["fastlm._simt"] = [
         *["g++", "-x", "c++", "-std=c++20", "-fPIC", "-Icsrc", *emulator, *COMPILE, *TSAN],
         "-Wno-unknown-pragmas",
-        "-ffp-contract=off",  # of __fmul_rn and what adds to it
-        "-Wno-maybe-uninitialized",  # of lanes that a mask keeps out
+        "-ffp-contract=off",  # __fmul_rn must not be contracted with a sum
+        "-Wno-maybe-uninitialized",  # values of lanes that a mask excludes
         *os.environ.get("CFLAGS", "").split(),
     ]
-DATA = ["fastlm.pipeline.parts", "fastlm.serve.page"]  # folders without Python
-WANTED = {
+DATA = ["fastlm.pipeline.parts", "fastlm.serve.page"]  # folders without Python files
+ENABLED = {
     "fastlm._cpu": os.environ.get("FASTLM_CPU") != "0",
     "fastlm._cuda": os.environ.get("FASTLM_CUDA") != "0",
     "fastlm._simt": os.environ.get("FASTLM_SIMT") == "1",
@@ -112,9 +113,9 @@ WANTED = {
 
 
 def check_machine(compiler) -> None:
-    """One line on what is missing, before the minutes of compiling or fetching."""
+    """Exits with one line if a tool is missing, before minutes of compilation or download."""
     if not shutil.which(cxx := compiler.compiler_cxx[0]):
-        sys.exit(f"setup.py: expected a C++17 compiler (Debian: g++), got no {cxx}; or say CXX=...")
+        sys.exit(f"setup.py: expected a C++17 compiler (Debian: g++, or set CXX), got no {cxx}")
     if not (header := Path(sysconfig.get_path("include"), "Python.h")).exists():
         sys.exit(f"setup.py: expected the headers of Python (Debian: python3-dev), got no {header}")
     if not NINJA:
@@ -122,14 +123,15 @@ def check_machine(compiler) -> None:
 
 
 def shell(words: list[str]) -> str:
-    """A command as ninja wants it written."""
+    """A command, quoted for the shell and for ninja."""
     return shlex.join(words).replace("$", "$$")
 
 
 def build_ninja(compiler) -> str:
-    """Each extension has rules and objects of its own: _cuda and _simt compile the same files.
+    """The text of build.ninja. Each extension has its own rules and objects, because _cuda and
+    _simt compile the same files.
 
-    `compiler` is setuptools': Python's own options, CXX, CXXFLAGS, CPPFLAGS and LDFLAGS.
+    `compiler`: setuptools' object, with Python's options, CXX, CXXFLAGS, CPPFLAGS and LDFLAGS.
     """
     lines = ["# written by setup.py", f"builddir = {FOLDER}"]
     for ext in EXTENSIONS:
@@ -153,11 +155,11 @@ def build_ninja(compiler) -> str:
 
 
 class Build(build_ext):
-    """Lets ninja build what changed, and copies it to where setuptools wants it."""
+    """Runs ninja and copies the libraries to the paths that setuptools expects."""
 
     def finalize_options(self):
         super().finalize_options()
-        if self.inplace:  # setuptools copies from there; from build/lib it would go into a wheel
+        if self.inplace:  # setuptools copies from here; the next wheel would contain build/lib
             self.build_lib = str(FOLDER / "lib")
 
     def build_extensions(self):
@@ -173,18 +175,18 @@ class Build(build_ext):
         jobs = str(int(os.environ.get("FASTLM_BUILD_JOBS") or 0) or os.cpu_count())
         libraries = {ext.name: f"{FOLDER}/{ext.name}.so" for ext in self.extensions}
         if failed := subprocess.run([*ninja, "-j", jobs, *libraries.values()]).returncode:
-            sys.exit(failed)  # ninja has said why
+            sys.exit(failed)  # ninja has printed the error
         for name, library in libraries.items():
             self.mkpath(os.path.dirname(self.get_ext_fullpath(name)))
             self.copy_file(library, self.get_ext_fullpath(name))
 
     def copy_file(self, infile, outfile, **options):
-        """Leaves alone what is the same already: a test that runs beside this may load it."""
+        """Does not touch an equal file: a test that runs at the same time may load it."""
         if not (os.path.exists(outfile) and filecmp.cmp(infile, outfile)):
             super().copy_file(infile, outfile, **options)
 
 
-if __name__ == "__main__":  # tests/support/kernel_build.py asks for CUDA_HOME
+if __name__ == "__main__":  # tests/support/kernel_build.py imports this file
     setup(
         packages=[*find_packages(include=["fastlm*"]), "fastlm.kernels", *DATA],
         package_dir={"fastlm.kernels": "kernels"},  # ./kernels installs as fastlm.kernels
@@ -195,6 +197,6 @@ if __name__ == "__main__":  # tests/support/kernel_build.py asks for CUDA_HOME
             "fastlm.serve": ["*.json"],
             "fastlm.serve.page": ["*"],
         },
-        ext_modules=[ext for ext in EXTENSIONS if WANTED[ext.name]],
+        ext_modules=[ext for ext in EXTENSIONS if ENABLED[ext.name]],
         cmdclass={"build_ext": Build},
     )

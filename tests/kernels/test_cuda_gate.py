@@ -1,4 +1,4 @@
-"""The machine code of the CUDA kernels against the table, and a test that the gate can fail."""
+"""The machine code of the CUDA kernels compared with the table; the gate finds planted faults."""
 
 import json
 
@@ -12,8 +12,8 @@ ALL = (80, 90, 100)
     scope="module", params=[(90,), pytest.param(ALL, marks=pytest.mark.exhaustive)], ids=str
 )
 def kernels(request):
-    """Figures of all architectures; `make gate` and `make test-all` read all instructions, too."""
-    path = cuda_gate.library()
+    """Figures of all architectures; `make gate` and `make test-all` also read all instructions."""
+    path = cuda_gate.library_path()
     if path is None:
         pytest.skip("fastlm._cuda is not built: no nvcc here")
     return cuda_gate.read(path, request.param)
@@ -25,12 +25,12 @@ def table():
 
 
 def test_every_kernel_is_as_recorded(kernels, table):
-    same = cuda_gate.nvcc_version(cuda_gate.library()) == table["nvcc"]
-    assert cuda_gate.faults(kernels, table if same else None) == []
-    assert cuda_gate.unmatched(kernels) == []
+    same_nvcc = cuda_gate.nvcc_version(cuda_gate.library_path()) == table["nvcc"]
+    assert cuda_gate.find_faults(kernels, table if same_nvcc else None) == []
+    assert cuda_gate.unmatched_patterns(kernels) == []
 
 
-def test_all_architectures_are_there(kernels):
+def test_the_library_has_all_architectures(kernels):
     assert kernels.keys() == {80, 90, 100}
     assert kernels[80].keys() == kernels[90].keys() == kernels[100].keys()
     assert all(len(k.opcodes) > 5 for k in kernels[90].values())
@@ -44,7 +44,7 @@ def test_occupancy():
 
 
 @pytest.mark.parametrize(
-    "change, says",
+    "change, fault",
     [
         ({"stack": 8}, "8 bytes of stack"),
         ({"opcodes": {"LDL.64": 1}}, "bytes of stack"),
@@ -55,9 +55,9 @@ def test_occupancy():
     ],
     ids=str,
 )
-def test_what_is_worse_is_a_fault(kernels, table, change, says):
+def test_a_worse_figure_is_a_fault(kernels, table, change, fault):
     name = "rms_norm_kernel<8, 1, __nv_bfloat16, float>"
     good = kernels[90][name]
-    assert cuda_gate.faults({90: {name: good}}, table) == []
-    found = cuda_gate.faults({90: {name: good._replace(**change)}}, table)
-    assert any(says in fault for fault in found), found
+    assert cuda_gate.find_faults({90: {name: good}}, table) == []
+    faults = cuda_gate.find_faults({90: {name: good._replace(**change)}}, table)
+    assert any(fault in line for line in faults), faults

@@ -23,7 +23,7 @@ def gate(*arguments: str) -> subprocess.CompletedProcess:
 def test_machine_code():
     done = gate("--capability", "90", "--sample", str(SAMPLE))
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "0 of them at fault" in done.stdout
+    assert "0 of them with faults" in done.stdout
 
 
 ANY_LENGTH = """
@@ -41,14 +41,14 @@ with compile_for(80) as compiled:
         attention.attention_backward(
             out, None, q, k, k, out, lse, *[None] * 4, numbers, False
         )
-for made in compiled:
-    variants[made.name].add(id(made.kernel))
-print({name: len(made) for name, made in variants.items()})
+for launch in compiled:
+    variants[launch.name].add(id(launch.kernel))
+print({name: len(kernels) for name, kernels in variants.items()})
 """
 
 
 def test_a_new_length_compiles_nothing():
-    """Head strides are multiples of the length: odd, even, one more than a multiple of 8."""
+    """Head strides are multiples of the length, which is odd, even and 1 above a multiple of 8."""
     done = python("-c", ANY_LENGTH)
     kernels = "_forward", "_delta", "_dq", "_dkdv"
     assert done.stdout.strip() == str(dict.fromkeys(kernels, 1)), done.stdout + done.stderr

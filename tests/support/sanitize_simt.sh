@@ -1,7 +1,7 @@
 #!/bin/sh
-# Runs the CUDA kernels on the emulator under sanitizers, next to a copy of fastlm/ (build/simt-<sanitizer>/site):
+# Runs the CUDA kernels on the emulator with sanitizers, from a copy of fastlm/ (build/simt-<sanitizer>/site):
 #     sh tests/support/sanitize_simt.sh address|thread [test file ...]        default: all tests of CUDA kernels
-# AddressSanitizer and UndefinedBehaviorSanitizer see what a kernel does outside load and store; ThreadSanitizer sees two
+# AddressSanitizer and UndefinedBehaviorSanitizer check what a kernel does outside load and store. ThreadSanitizer finds two
 # CUDA threads that access global memory without synchronization. The exit status is non-zero after any finding.
 set -eu
 sanitizer=$1
@@ -13,7 +13,7 @@ test $# -gt 0 || set -- --ignore tests/kernels/test_cuda_gate.py tests/kernels
 rm -rf "$site"
 mkdir -p "$site"
 cp -a fastlm "$site"
-rm -f "$site"/fastlm/_simt*.so "$site"/fastlm/_cuda*.so # _cpu stays: it is compiled without the sanitizer
+rm -f "$site"/fastlm/_simt*.so "$site"/fastlm/_cuda*.so # _cpu stays: it is not compiled with the sanitizer
 export FASTLM_CUDA=0 FASTLM_SIMT=1 FASTLM_CPU=0
 case $sanitizer in
 address)
@@ -32,7 +32,7 @@ esac
 "$python" setup.py -q build_ext --build-lib "$site"
 export ASAN_OPTIONS=detect_leaks=0:alloc_dealloc_mismatch=0:detect_stack_use_after_return=0:halt_on_error=1
 export UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1
-# fibers that hold locks of libraries, and torch itself, are not examined
+# ThreadSanitizer does not check fibers that hold locks of libraries, and not torch
 export TSAN_OPTIONS=halt_on_error=1:report_signal_unsafe=0:ignore_noninstrumented_modules=1
 export OMP_NUM_THREADS=1
 export PYTHONPATH="$site"

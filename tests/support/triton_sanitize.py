@@ -1,12 +1,12 @@
 """`make triton-sanitize`: Triton's glu on ragged shapes under triton-viz's sanitizer.
 
 It tracks addresses as formulas and reports, with the line of the kernel, any access outside the
-tensors of the launch, in any program of the grid. triton-viz 3.0 runs on Triton 3.6.0. It mistakes
-strided tensors for faults, so all tensors are contiguous here. It computes no values: only
-addresses are checked. It does not detect races. It cannot follow the other ops' kernels: constants
-that are dtypes, divided integers and `tl.join` stop it with an error of its own. It does not check
-tensors in tuples (an address 1,000,000 elements off was "clean" in paged_attention). The guards
-around every allocation in the tests catch writes of these kernels outside an output.
+tensors of the launch, in any program of the grid. triton-viz 3.0 runs on Triton 3.6.0. It reports
+accesses to strided tensors as faults, so all tensors here are contiguous. It computes no values:
+only addresses are checked. It does not detect races. It cannot interpret the other ops' kernels: it
+raises an error for constants that are dtypes, divided integers and `tl.join`. It does not check
+tensors in tuples (an address 1,000,000 elements off was "clean" in paged_attention). For these
+kernels, the guards around every allocation in the tests detect writes outside an output.
 
     python tests/support/triton_sanitize.py [op ...]
     python tests/support/triton_sanitize.py planted   a kernel with a fault: must end with status 1
@@ -26,14 +26,14 @@ from triton_viz.clients import Sanitizer
 _jit = triton.jit
 
 
-def _watched(function=None, **options):
+def _traced_jit(function=None, **options):
     if function is None:
-        return lambda f: _watched(f, **options)
+        return lambda f: _traced_jit(f, **options)
     kernel = _jit(**options)(function) if options else _jit(function)
     return triton_viz.trace(client=Sanitizer(abort_on_error=True))(kernel)
 
 
-triton.jit = _watched  # before the kernels are decorated
+triton.jit = _traced_jit  # before the kernels are decorated
 
 from fastlm import backend, ops  # noqa: E402
 
@@ -66,9 +66,9 @@ OPS = {f.__name__: f for f in (glu,)}
 
 
 def main() -> None:
-    expected = sys.argv[1:] or list(OPS)
+    names = sys.argv[1:] or list(OPS)
     with backend.use_backend("triton"):
-        for name in expected:
+        for name in names:
             {**OPS, "planted": planted}[name]()
             print(f"triton-sanitize: {name} clean", flush=True)
 

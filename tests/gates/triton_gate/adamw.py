@@ -1,4 +1,4 @@
-"""What the gate compiles of AdamW; see tests/gates/triton_gate/__main__.py."""
+"""Cases of the Triton gate for AdamW; see tests/gates/triton_gate/__main__.py."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""What the gate compiles of attention; see tests/gates/triton_gate/__main__.py."""
+"""Cases of the Triton gate for attention; see tests/gates/triton_gate/__main__.py."""
 
 import torch
 
@@ -48,7 +48,7 @@ def _decoding(width: int) -> Case:
     return Case(f"decoding {width}", run, expected, BFLOAT16)
 
 
-# float32 products do not use the matrix instructions, which would round to tf32
+# float32 products do not use the matrix instructions, which would round to tf32.
 CASES = [
     _training("causal 64", 64, BFLOAT16, PRODUCTS),
     _training("causal 128", 128, BFLOAT16, PRODUCTS),

@@ -1,4 +1,4 @@
-"""What the gate compiles of cross_entropy; see tests/gates/triton_gate/__main__.py."""
+"""Cases of the Triton gate for cross_entropy; see tests/gates/triton_gate/__main__.py."""
 
 import torch
 
@@ -27,15 +27,14 @@ def _case(
             on_p, on_p, on_all, logits, target, weight, shift, log_sum, *options
         )
 
-    names = [
-        n for n, on in (("smooth", smooth), ("weighted", weighted), ("softcap", softcap)) if on
-    ]
+    flags = {"smooth": smooth, "weighted": weighted, "softcap": softcap}
+    names = [name for name, value in flags.items() if value]
     expected = {"_forward": ("LDG.E.128",), "_backward": LOADS} if vectors else {}
     return Case(f"{rows} x {classes} {' '.join(names)}".strip(), run, expected, dtypes)
 
 
-# The second case has softcap and weights. Few rows are split. An odd number of classes cannot be
-# loaded by 128 bits, few classes result in a small block.
+# The second case has a softcap and weights. With few rows each row is split. An odd number of
+# classes cannot be loaded by 128 bits. Few classes result in a small block.
 CASES = [
     _case(4096, 32768, dtypes=FLOATS),
     _case(4096, 128256, smooth=True, weighted=True, softcap=30.0, dtypes=HALVES),

@@ -1,4 +1,4 @@
-"""What the gate compiles of glu; see tests/gates/triton_gate/__main__.py."""
+"""Cases of the Triton gate for glu; see tests/gates/triton_gate/__main__.py."""
 
 import torch
 
@@ -6,7 +6,7 @@ from fastlm.kernels import glu
 from triton_gate import LOADS, Case, meta
 
 
-def _cases(act: str, shape: tuple[int, ...], vectors: bool) -> Case:
+def _case(act: str, shape: tuple[int, ...], vectors: bool) -> Case:
     def run(dtype: torch.dtype) -> None:
         gate, up, dy = (meta(*shape, dtype=dtype) for _ in range(3))
         glu.glu_forward(gate, up, act)
@@ -16,8 +16,8 @@ def _cases(act: str, shape: tuple[int, ...], vectors: bool) -> Case:
     return Case(f"{act} {shape}", run, expected)
 
 
-# an odd number of elements cannot be loaded by 128 bits
+# An odd number of elements cannot be loaded by 128 bits.
 CASES = [
-    *(_cases(act, (4096, 2816), True) for act in glu.ACTS),
-    _cases("silu", (1, 509), False),
+    *(_case(act, (4096, 2816), True) for act in glu.ACTS),
+    _case("silu", (1, 509), False),
 ]

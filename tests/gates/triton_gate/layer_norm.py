@@ -1,4 +1,4 @@
-"""What the gate compiles of layer_norm; see tests/gates/triton_gate/__main__.py."""
+"""Cases of the Triton gate for layer_norm; see tests/gates/triton_gate/__main__.py."""
 
 import torch
 
@@ -13,19 +13,19 @@ def _case(
 ) -> Case:
     def run(dtype: torch.dtype) -> None:
         x, dy = (meta(rows, width, dtype=dtype) for _ in range(2))
-        beside = meta(rows, width, dtype=dtype) if residual else None
+        other = meta(rows, width, dtype=dtype) if residual else None
         weight, bias = (meta(width, dtype=dtype) for _ in range(2))
         mean, rstd = (meta(rows) for _ in range(2))
-        layer_norm.layer_norm_forward(x, beside, weight, bias, 1e-5)
-        layer_norm.layer_norm_backward(dy, beside, x, weight, mean, rstd, True, True)
+        layer_norm.layer_norm_forward(x, other, weight, bias, 1e-5)
+        layer_norm.layer_norm_backward(dy, other, x, weight, mean, rstd, True, True)
 
     kernels = ("_forward", "_backward", "_forward_wide", "_backward_wide")
     expected = dict.fromkeys(kernels, LOADS) if vectors else {}
     return Case(f"{rows} x {width} {'residual' if residual else ''}", run, expected, dtypes)
 
 
-# a power of two and other widths, GPT-2's, one row, rows in blocks; an odd width cannot be loaded
-# by 128 bits
+# Widths that are powers of two and others, GPT-2's width, one row, rows that take several blocks.
+# An odd width cannot be loaded by 128 bits.
 CASES = [
     _case(4096, 4096, True, True, BOTH),
     _case(4096, 8192, True, True, BOTH),

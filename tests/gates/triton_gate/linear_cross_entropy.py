@@ -1,7 +1,7 @@
-"""What the gate compiles of linear_cross_entropy; see tests/gates/triton_gate/__main__.py.
+"""Cases of the Triton gate for linear_cross_entropy; see tests/gates/triton_gate/__main__.py.
 
 The kernels are cross_entropy's with a bias, float32 logits and a 16-bit gradient. The host
-functions run on tensors without memory, which shows that none of them waits for a GPU.
+functions run on tensors without memory: this shows that none of them waits for a GPU.
 """
 
 import torch
@@ -15,18 +15,18 @@ def _case(rows: int, *, bias: bool, every_option: bool, dtypes: tuple) -> Case:
         width, classes = 1024, 32000
         x, w = meta(rows, width, dtype=dtype), meta(classes, width, dtype=dtype)
         b, target = meta(classes, dtype=dtype) if bias else None, meta(rows, dtype=torch.int64)
-        weight, on = (meta(classes), meta(rows)) if every_option else (None, None)
+        weight, on_all = (meta(classes), meta(rows)) if every_option else (None, None)
         options = (-100, 30.0 if every_option else None, 1.0)
-        made = linear_cross_entropy.linear_cross_entropy_loss(
-            x, w, b, target, weight, meta(rows), on, on, *options, True, True
+        saved = linear_cross_entropy.linear_cross_entropy_loss(
+            x, w, b, target, weight, meta(rows), on_all, on_all, *options, True, True
         )
-        linear_cross_entropy.linear_cross_entropy_loss_backward(*made, dtype, dtype)
+        linear_cross_entropy.linear_cross_entropy_loss_backward(*saved, dtype, dtype)
         linear_cross_entropy.linear_cross_entropy_forward(
             x, w, b, target, weight, every_option, *options
         )
         linear_cross_entropy.linear_cross_entropy_backward(
-            meta(rows), meta(rows), on, x, w, b, target, weight, meta(rows), meta(rows), *options,
-            True, True,
+            meta(rows), meta(rows), on_all, x, w, b, target, weight, meta(rows), meta(rows),
+            *options, True, True,
         )  # fmt: skip
 
     name = f"{rows} rows{', bias' if bias else ''}{', every option' if every_option else ''}"

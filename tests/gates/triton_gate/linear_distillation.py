@@ -1,6 +1,6 @@
-"""What the gate compiles of linear_distillation; see tests/gates/triton_gate/__main__.py.
+"""Cases of the Triton gate for linear_distillation; see tests/gates/triton_gate/__main__.py.
 
-The host functions run on tensors without memory, which shows that none of them waits for a GPU.
+The host functions run on tensors without memory: this shows that none of them waits for a GPU.
 """
 
 import torch
@@ -15,10 +15,12 @@ def _case(kind: str, *, every_option: bool, dtypes: tuple) -> Case:
         x, w = meta(rows, 1024, dtype=dtype), meta(classes, 1024, dtype=dtype)
         teacher = meta(rows, 2048, dtype=dtype), meta(classes, 2048, dtype=dtype)
         keep = meta(rows, dtype=torch.bool) if every_option else None
-        cap = 30.0 if every_option else None
-        options = (keep, kind, 0.3, 0.5, cap, cap, 1.0)
-        made = linear_distillation.linear_distillation_forward(x, w, *teacher, *options, True, True)
-        linear_distillation.linear_distillation_backward(*made, dtype)
+        softcap = 30.0 if every_option else None
+        options = (keep, kind, 0.3, 0.5, softcap, softcap, 1.0)
+        saved = linear_distillation.linear_distillation_forward(
+            x, w, *teacher, *options, True, True
+        )
+        linear_distillation.linear_distillation_backward(*saved, dtype)
         linear_distillation.linear_distillation_forward(x, w, *teacher, *options, False, False)
 
     name = f"{kind}{', every option' if every_option else ''}"

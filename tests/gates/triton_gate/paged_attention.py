@@ -1,4 +1,4 @@
-"""What the gate compiles of paged_attention; see tests/gates/triton_gate/__main__.py."""
+"""Cases of the Triton gate for paged_attention; see tests/gates/triton_gate/__main__.py."""
 
 import torch
 

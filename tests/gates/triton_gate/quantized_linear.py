@@ -1,4 +1,4 @@
-"""What the gate compiles of quantized_linear; see tests/gates/triton_gate/__main__.py."""
+"""Cases of the Triton gate for quantized_linear; see tests/gates/triton_gate/__main__.py."""
 
 import torch
 
@@ -32,8 +32,8 @@ def _forward(
     return Case(name, run, expected, dtypes)
 
 
-def _of_one(rows: int, n: int, k: int, act_bits: int) -> Case:
-    """Sizes of 1, which are constants to Triton: arithmetic on them must still compile."""
+def _with_size_one(rows: int, n: int, k: int, act_bits: int) -> Case:
+    """Sizes of 1 are constants for Triton. Arithmetic on them must compile, too."""
 
     def run(dtype: torch.dtype) -> None:
         weight = _weight(4, 128, True, n, k)
@@ -60,9 +60,9 @@ CASES = [
     *(_forward(rows, 4, 8) for rows in (1, 16)),
     *(_forward(rows, 8, 8) for rows in (16, 512)),
     _forward(512, 4, 8, group_size=32, zeros=True),
-    *(_of_one(rows, 1, 4096, act_bits) for rows in (1, 16) for act_bits in (16, 8)),
-    *(_of_one(rows, 4096, 1, act_bits) for rows in (1, 16) for act_bits in (16, 8)),
-    _of_one(1, 1, 1, 16),
+    *(_with_size_one(rows, 1, 4096, act_bits) for rows in (1, 16) for act_bits in (16, 8)),
+    *(_with_size_one(rows, 4096, 1, act_bits) for rows in (1, 16) for act_bits in (16, 8)),
+    _with_size_one(1, 1, 1, 16),
     _backward(4),
     _backward(8),
 ]

@@ -1,4 +1,4 @@
-"""What the gate compiles of rms_norm; see tests/gates/triton_gate/__main__.py."""
+"""Cases of the Triton gate for rms_norm; see tests/gates/triton_gate/__main__.py."""
 
 import torch
 
@@ -11,18 +11,18 @@ def _case(
 ) -> Case:
     def run(dtype: torch.dtype) -> None:
         x, dy = (meta(rows, width, dtype=dtype) for _ in range(2))
-        beside = meta(rows, width, dtype=dtype) if residual else None
+        other = meta(rows, width, dtype=dtype) if residual else None
         weight, rstd = meta(width, dtype=dtype), meta(rows)
-        rms_norm.rms_norm_forward(x, beside, weight, 1e-6, 0.0)
-        rms_norm.rms_norm_backward(dy, beside, x, weight, rstd, 0.0)
+        rms_norm.rms_norm_forward(x, other, weight, 1e-6, 0.0)
+        rms_norm.rms_norm_backward(dy, other, x, weight, rstd, 0.0)
 
     kernels = ("_forward", "_backward", "_forward_wide", "_backward_wide")
     expected = dict.fromkeys(kernels, LOADS) if vectors else {}
     return Case(f"{rows} x {width} {'residual' if residual else ''}", run, expected, dtypes)
 
 
-# a power of two and other widths, a query's head (narrow), one row, rows in blocks; an odd width
-# cannot be loaded by 128 bits
+# Widths that are powers of two and others, a query's head (narrow), one row, rows that take several
+# blocks. An odd width cannot be loaded by 128 bits.
 CASES = [
     _case(4096, 4096, True, True, FLOATS),
     _case(4096, 8192, True, True, FLOATS),

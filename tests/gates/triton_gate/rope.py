@@ -1,4 +1,4 @@
-"""What the gate compiles of rope; see tests/gates/triton_gate/__main__.py."""
+"""Cases of the Triton gate for rope; see tests/gates/triton_gate/__main__.py."""
 
 import torch
 
@@ -10,7 +10,7 @@ def _case(
     batch: int,
     length: int,
     width: int,
-    turned: int,
+    rotary_dim: int,
     interleaved: bool = False,
     inverse: bool = False,
     vectors: bool = True,
@@ -19,16 +19,16 @@ def _case(
     def run(dtype: torch.dtype) -> None:
         q = meta(batch, length, 32, width, dtype=dtype).transpose(1, 2)
         k = meta(batch, length, 8, width, dtype=dtype).transpose(1, 2)
-        cos, sin = (meta(length, turned) for _ in range(2))
+        cos, sin = (meta(length, rotary_dim) for _ in range(2))
         rope.rope(q, k, cos, sin, interleaved, inverse)
 
-    words = f"{'interleaved' if interleaved else ''}{' inverse' if inverse else ''}"
-    name = f"{batch} x {length}, {turned} of {width} {words}".strip()
+    flags = f"{'interleaved' if interleaved else ''}{' inverse' if inverse else ''}"
+    name = f"{batch} x {length}, {rotary_dim} of {width} {flags}".strip()
     return Case(name, run, {"_rope": LOADS} if vectors else {}, dtypes)
 
 
-# training, its backward, decoding (one position), a part of the width, both layouts; 40 pairs are
-# not a power of two; 11 pairs and single positions cannot be loaded by 128 bits
+# Training, its backward, decoding (one position), a part of the width, both layouts. 40 pairs are
+# not a power of two. 11 pairs and single positions cannot be loaded by 128 bits.
 CASES = [
     _case(4, 2048, 128, 128, dtypes=FLOATS),
     _case(4, 2048, 128, 128, inverse=True),

@@ -1,6 +1,7 @@
-"""What the gate compiles of varlen_attention; see tests/gates/triton_gate/__main__.py.
+"""Cases of the Triton gate for varlen_attention; see tests/gates/triton_gate/__main__.py.
 
-The kernels are attention's: one width is enough to show that finding a sequence costs no spill.
+The kernels are attention's. One width is enough to show that the search for a sequence causes no
+spill.
 """
 
 import torch
