@@ -1,10 +1,10 @@
 """Exact streaming de-duplication of whole documents, and of paragraphs that recur in other
 documents.
 
-Both compare normalised text: case and white space do not count, and for paragraphs neither does
-punctuation. Both keep the first occurrence and store a key of 16 bytes per document and 8 bytes per
-paragraph. That takes about 100 bytes of memory per document and 60 per paragraph. Near duplicates
-(MinHash) are left to the full data stage.
+Both compare normalised text: case and white space are ignored, and in paragraphs punctuation, too.
+Both keep the first occurrence and store a key of 16 bytes per document and 8 bytes per paragraph.
+That takes about 100 bytes of memory per document and 60 per paragraph. Near duplicates (MinHash)
+are not detected.
 """
 
 import re
@@ -31,7 +31,7 @@ def paragraph_key(paragraph: str) -> int:
 
 
 class DocumentDedup:
-    """``is_new(key)`` returns whether this content has not been seen before."""
+    """``is_new(key)`` returns True for a content that has not been seen before."""
 
     def __init__(self) -> None:
         self._seen: set[bytes] = set()
@@ -55,14 +55,14 @@ class ParagraphDedup:
 
     def strip(self, text: str) -> tuple[str, int]:
         """Return (text without repeated paragraphs, number of paragraphs removed)."""
-        kept, mine, removed = [], set(), 0
+        kept, new_keys, removed = [], set(), 0
         for paragraph in PARAGRAPHS.split(text):
             if len(paragraph) >= self.min_length:
                 key = paragraph_key(paragraph)
                 if key in self._seen:
                     removed += 1
                     continue
-                mine.add(key)
+                new_keys.add(key)
             kept.append(paragraph)
-        self._seen |= mine
+        self._seen |= new_keys
         return ("\n\n".join(kept) if removed else text), removed

@@ -1,8 +1,8 @@
 """Convert HTML to text, and text to one clean form.
 
-resiliparse finds the main content. DCLM chose it: it is about 8 times as fast as trafilatura, at
-the same quality for language models. It cannot recognise what documentation tools add: permalink
-signs, page navigation, indexes. These are removed here.
+resiliparse finds the main content. DCLM uses it: it is about 8 times as fast as trafilatura, at the
+same quality for language models. It does not recognise what documentation tools add (permalink
+signs, page navigation, indexes), which is removed here.
 """
 
 import re
@@ -27,7 +27,7 @@ SKIP_ELEMENTS = [
 CONTROL = re.compile(r"[\x00-\x08\x0b\x0e-\x1f\x7f-\x9f]|[\ud800-\udfff]")
 # Soft hyphens, zero-width characters, byte-order marks.
 INVISIBLE = re.compile("[\u00ad\u200b\u200c\u2060\ufeff]")
-PERMALINKS = ("\u00b6", "\uf0c1")  # left over at the end of a line
+PERMALINKS = ("\u00b6", "\uf0c1")  # signs that remain at the end of a line
 OVERSTRIKE = re.compile(r".\x08")  # nroff's bold and underline: glyph, backspace, glyph again
 BLANKS = re.compile(r"\n{4,}")
 SPACES = re.compile("[\xa0\u2000-\u200a\u202f\u3000]")
@@ -63,7 +63,7 @@ def normalise(text: str) -> str:
     text = CONTROL.sub("", text)
     if not text.isascii():
         text = SPACES.sub(" ", INVISIBLE.sub("", text))
-        # last: the characters just removed may have separated marks
+        # last, because the removed characters may have separated marks
         text = unicodedata.normalize("NFC", text)
     text = "\n".join(map(_without_trailing, text.split("\n")))
     return BLANKS.sub("\n\n\n", text).strip("\n")

@@ -22,7 +22,7 @@ _TAG = re.compile(
      )*+""",
     re.DOTALL | re.IGNORECASE | re.VERBOSE,
 )
-# Elements whose content is text up to their own end tag, whatever it looks like
+# Elements with raw text as content, up to their own end tag
 _RAW = {
     name: re.compile(rf"</{name}(?=[ \t\n\f\r/>])|\Z", re.IGNORECASE)
     for name in ("script", "style", "textarea", "title", "xmp", "iframe", "noembed", "noframes")
@@ -51,9 +51,9 @@ def costly_markup(html: str) -> str:
     if html.count("<") <= FEW_TAGS:
         return ""
     open_tags: Counter[str] = Counter()
-    depth = formatting = levels = elements = at = 0
-    while match := _TAG.search(html, at):
-        at = match.end()
+    depth = formatting = levels = elements = position = 0
+    while match := _TAG.search(html, position):
+        position = match.end()
         end, name = match[1], match[2]
         if name is None:
             continue
@@ -70,9 +70,11 @@ def costly_markup(html: str) -> str:
             return "nested too deep"
         if elements > MAX_ELEMENTS:
             return "too many elements"
-        if name in _RAW and not (open_tags["svg"] or open_tags["math"]):  # ordinary there
-            found = _RAW[name].search(html, at)
-            at = found.start() if found else len(html)
+        if name in _RAW and not (
+            open_tags["svg"] or open_tags["math"]
+        ):  # ordinary tags inside those
+            raw_end = _RAW[name].search(html, position)
+            position = raw_end.start() if raw_end else len(html)
         elif name not in _FLAT:
             open_tags[name] += 1
             depth += 1

@@ -3,19 +3,19 @@ placeholders.
 
 Policy. E-mail: every address is replaced, except those under the names reserved for examples (RFC
 2606). IP: public addresses are replaced, but not networks (128.1.0.0/16). Private, loopback,
-link-local and documentation ranges (RFC 1918, 5737, 3849) belong to nobody and stay. Dotted numbers
+link-local and documentation ranges (RFC 1918, 5737, 3849) identify nobody and stay. Dotted numbers
 that look like a version ("version 2.6.32.5", "openssl-1.0.2.1", four single digits without a word
 like "host" before them) or like a section number stay. Phone: international (+CC ...) and North
 American numbers, and numbers after "phone", "tel", "fax", are replaced; a bare run of digits never
 is.
 
 Every pattern starts with a literal or a character class, which Python's matcher skips to quickly. A
-leading look-behind would be tried at each character and take five times as long. Where a match
-starts with nothing distinctive (the name before @, the area code), the tail is found first and the
-head is searched for just before it.
+leading look-behind would be tried at each character and take five times as long. Where a match has
+no distinctive start (the name before @, the area code), the tail is found first and the head is
+searched just before it.
 
 Rejected: Presidio and similar tools, which run a spaCy model on each document. Validated national
-identifiers are left to the full data stage.
+identifiers are not detected.
 """
 
 import ipaddress
@@ -39,7 +39,7 @@ NOT_DOMAINS = frozenset(
 
 # Octets over 255 and leading zeros are left to ipaddress.
 IPV4 = re.compile(r"[0-9](?<![\w.+~-].)[0-9]{0,2}(?:\.[0-9]{1,3}){3}(?![\w~+]|[.-]\w|/\d)")
-# 2000::/3, all addresses that are handed out: "std::", "a::b" and "12:30:45" do not match
+# 2000::/3, all assigned addresses: "std::", "a::b" and "12:30:45" do not match
 IPV6 = re.compile(r"[23](?<![\w:.].)[0-9a-fA-F]{3}:[0-9a-fA-F:]{2,34}(?![\w:]|/\d)")
 VERSION_BEFORE = re.compile(
     r"(?:versions?|release[sd]?|ver|kernel|linux|section|chapter|clause|rfc|oid|since|before|until"
@@ -51,7 +51,7 @@ ADDRESS_NEAR = re.compile(
     re.IGNORECASE,
 )
 HEADING_AFTER = re.compile(r"\.?[ \t]+\w")
-NEAR = 40  # characters examined before a number, about six words
+CONTEXT = 40  # characters examined before a number, about six words
 
 GAP = "[ .\u2011\u2013-]"
 # +44 20 7946 0958, +1 (212) 555-1234, +33-1-42-68-53-00, +442079460958
@@ -64,7 +64,7 @@ AMERICAN = re.compile(r"[2-9]\d{2}-\d{4}(?![\w/-])")
 AREA = re.compile(rf"(?<![\w.+/-])(?:1{GAP})?(?:\([2-9]\d{{2}}\) ?|[2-9]\d{{2}}-)$")
 # "Tel.: 030 1234567", "phone 0171/2345678", "fax (030) 123 45-67"
 NAMES = ("phone", "tel.", "tel:", "tel ", "fax", "mobile")
-NAMED = re.compile(
+LABELLED = re.compile(
     r"(?i:\b(?:phone|telephone|tel|fax|mobile)\b)[.:]*(?: ?(?:number|no\.?|is))?[:#]? {0,2}"
     rf"(\+?\(?\d[\d()]{{1,6}}(?:{GAP}|/)\(?\d[\d ()/.-]{{3,14}}\d)(?![\w-])"
 )
@@ -93,7 +93,7 @@ def scrub(text: str) -> tuple[str, dict[str, int]]:
     text, american = _replace(text, AREA, AMERICAN, "<PHONE>", lambda m: True)
     lower = text.lower()
     if any(name in lower for name in NAMES):
-        text = NAMED.sub(phone, text)
+        text = LABELLED.sub(phone, text)
     counts["phone"] += american
     return text, counts
 
@@ -125,7 +125,7 @@ def _is_public(address: str) -> bool:
 
 def _is_version(m: re.Match[str]) -> bool:
     """Return whether a dotted number is a version or a section number ("17.7.4.2. Debugging")."""
-    before = m.string[max(0, m.start() - NEAR) : m.start()]
+    before = m.string[max(0, m.start() - CONTEXT) : m.start()]
     if VERSION_BEFORE.search(before):
         return True
     starts_line = not before.rpartition("\n")[2].strip()

@@ -1,17 +1,18 @@
-"""Remove personal data from what people write in a chat, where a miss costs more than a placeholder
-too many: `fastlm.data.scrub`, which is made for web text, and before it
+"""Remove personal data from chat messages, where a miss costs more than a false placeholder. The
+rules of `fastlm.data.scrub`, which is made for web text, run after these:
 
 - e-mail addresses in any script (``ann@müller.de``, ``иван@почта.рф``);
-- phone numbers as people of most countries write them at home: with a leading 0, in the groups of
-  North America and of countries whose numbers have no 0, or in any form after a word such as
-  "phone", "call me at" or "my number".
+- phone numbers in the national formats of most countries: with a leading 0, in the groups of North
+  America and of countries that use no 0, or in any form after a word such as "phone", "call me at"
+  or "my number".
 
 A number's digits must be valid in a region (`phonenumbers`, Google's tables of numbering plans).
 A run of digits without a leading 0, without "+" and without such a word stays: it may be an order,
-an id or a sum. Spelled out ("ann at mail dot org", "oh one seven oh") is not found.
+an id or a sum. Addresses and numbers in words ("ann at mail dot org", "oh one seven oh") are not
+found.
 
-Rejected: `phonenumbers.PhoneNumberMatcher`. It needs one region for a text; one pass for each of
-245 regions takes 13 ms a number and finds numbers in half of all dates.
+Rejected: `phonenumbers.PhoneNumberMatcher`. It needs one region per text. One pass for each of 245
+regions takes 13 ms a number and finds numbers in half of all dates.
 """
 
 import re
@@ -24,7 +25,7 @@ from phonenumbers import NumberParseException, PhoneMetadata
 
 from fastlm.data.scrub import NOT_DOMAINS, RESERVED, scrub
 
-# Letters of scripts without spaces between words: what stands before an address is no part of it
+# Letters of scripts without spaces between words: the text before an address is no part of it
 WIDE = (
     r"\u0e00-\u0eff\u1780-\u17ff\u3005-\u3007\u3031-\u30ff\u3400-\u9fff\uac00-\ud7af\uff10-\uff19"
     r"\uff21-\uff3a\uff41-\uff5a\uff66-\uff9f"
@@ -48,7 +49,7 @@ BEFORE = re.compile(r"[+=\u00d7÷*^<>][ ]?$")  # of a sum
 MINUS = re.compile(r" [\u2010-\u2015\u2212-] ")
 MIN_DIGITS, MAX_DIGITS = 7, 15  # digits: the shortest local numbers; ITU-T E.164
 GROUPS = 6  # "+33 6 12 34 56 78"
-NEAR = 40  # characters before a number
+CONTEXT = 40  # characters examined before a number
 WORDS = re.compile(
     r"(?:\b(?:(?:tele)?phone|tel|fax|mobile|cell|whats ?app|signal|telegram|sms"
     r"|(?:call|text|ring|dial|reach|contact|message)(?: (?:me|us|him|her|them))?"
@@ -61,7 +62,7 @@ WORDS = re.compile(
 DATE = re.compile(r"(?:\d{1,2}\D\d{1,2}\D(?:19|20)\d\d|(?:19|20)\d\d\D\d{1,2}\D\d{1,2})(?!\d)")
 YEAR = re.compile(r"(?:1[0-9]|20)\d\d")
 NANP = re.compile(r"1?[2-9]\d{2}[2-9]\d{6}")
-# Where people write numbers in groups and without a leading 0
+# regions where people write numbers in groups and without a leading 0
 GROUPED = ("ES", "PT", "PL", "CZ", "DK", "NO", "GR", "IT", "SG", "HK", "IN", "CN", "BR", "MX", "CO",
            "CL", "RU")  # fmt: skip
 
@@ -99,11 +100,11 @@ def _phones(text: str) -> tuple[str, int]:
 
 
 def _numbers(text: str, run: re.Match[str]) -> Iterator[tuple[int, int]]:
-    """The phone numbers in a run of groups of digits: where each begins and ends."""
+    """Yield the begin and end of each phone number in a run of groups of digits."""
     groups = [(m.start(), m.end()) for m in DIGITS.finditer(text, run.start(), run.end())]
     if sum(b - a for a, b in groups) < MIN_DIGITS:
         return
-    word = WORDS.search(text, max(0, run.start() - NEAR), run.start()) is not None
+    word = WORDS.search(text, max(0, run.start() - CONTEXT), run.start()) is not None
     i = 0
     while i < len(groups):
         for j in range(min(len(groups), i + GROUPS), i, -1):
@@ -125,7 +126,9 @@ def _is_phone(
     ends: bool,
     word: bool,
 ) -> bool:
-    """``starts``, ``ends``: the groups are the first, the last of the run."""
+    """Return True for a phone number. ``starts``, ``ends``: the groups are the first, the last of
+    the run.
+    """
     sizes = [b - a for a, b in groups]
     first, last = groups[0][0], groups[-1][1]
     plus = starts and text[run.start()] in "+\uff0b"
@@ -146,7 +149,7 @@ def _is_phone(
         return False
     if digits[0] == "0":
         zero = sizes[0] > 1 or text[groups[0][1] : groups[0][1] + 1] == ")"  # (0)30
-        return zero and len(digits) > 8 and _home().fullmatch(digits) is not None
+        return zero and len(digits) > 8 and _national_numbers().fullmatch(digits) is not None
     if MINUS.search(text, first, last):
         return False
     separators = {c for c in text[first:last] if not c.isdigit()}
@@ -158,7 +161,7 @@ def _is_phone(
 
 
 def _is_international(digits: str) -> bool:
-    """Whether digits after "+" can be a number, or begin with one."""
+    """Return True if digits after "+" can be a number, or begin with one."""
     for size in dict.fromkeys((len(digits), *range(MAX_DIGITS, MIN_DIGITS - 1, -1))):
         try:
             number = phonenumbers.parse("+" + digits[:size])
@@ -172,29 +175,29 @@ def _is_international(digits: str) -> bool:
 
 
 def _numbers_of(region: str) -> str:
-    """The numbers of people in a region, as a pattern."""
+    """Return a pattern of the personal numbers of a region."""
     plan = PhoneMetadata.metadata_for_region(region)
     kinds = () if plan is None else (plan.fixed_line, plan.mobile, plan.personal_number, plan.voip)
-    found = [k.national_number_pattern for k in kinds if k is not None]
-    return "|".join(f"(?:{pattern})" for pattern in found if pattern)
+    patterns = [k.national_number_pattern for k in kinds if k is not None]
+    return "|".join(f"(?:{pattern})" for pattern in patterns if pattern)
 
 
 @cache
-def _home() -> re.Pattern[str]:
-    """Numbers with the 0 that is written within a country."""
-    found = []
+def _national_numbers() -> re.Pattern[str]:
+    """Return a pattern of numbers with the 0 that is written within a country."""
+    patterns = []
     for region in sorted(phonenumbers.SUPPORTED_REGIONS):
         plan = PhoneMetadata.metadata_for_region(region)
         if plan is not None and (numbers := _numbers_of(region)):
             zero = plan.national_prefix or ""
-            found.append(f"(?:{zero if zero.startswith('0') else ''})(?:{numbers})")
-    return re.compile("|".join(found))
+            patterns.append(f"(?:{zero if zero.startswith('0') else ''})(?:{numbers})")
+    return re.compile("|".join(patterns))
 
 
 @cache
 def _grouped() -> list[tuple[re.Pattern[str], re.Pattern[str], re.Pattern[str]]]:
-    """Per format of a region: its numbers, how they begin, and its groups."""
-    found = []
+    """Return patterns per format of a region: its numbers, their leading digits, its groups."""
+    formats = []
     for region in GROUPED:
         plan = PhoneMetadata.metadata_for_region(region)
         if plan is None:
@@ -202,12 +205,12 @@ def _grouped() -> list[tuple[re.Pattern[str], re.Pattern[str], re.Pattern[str]]]
         numbers = re.compile(_numbers_of(region))
         for form in plan.number_format:
             leads = "|".join(form.leading_digits_pattern[-1:])
-            found.append((numbers, re.compile(leads), re.compile(form.pattern or "")))
-    return found
+            formats.append((numbers, re.compile(leads), re.compile(form.pattern or "")))
+    return formats
 
 
 def _is_grouped(digits: str, sizes: Sequence[int]) -> bool:
-    """Whether digits are a number in the groups in which it is written in its region."""
+    """Return True if digits are a number in the usual groups of its region."""
     if digits[0] == "8" and sizes[0] == 1:  # Russia's 0
         digits, sizes = digits[1:], sizes[1:]
     for numbers, leads, form in _grouped():

@@ -1,11 +1,11 @@
-"""Token shards: packed tokens on disk, memory-mapped, and the sampler that turns them into batches.
+"""Token shards: packed tokens on disk, memory-mapped, and the sampler that makes batches of them.
 
 ``NNNNN.bin``: tokens of whole documents, each followed by end-of-text, little-endian uint16 (or
 uint32 if the vocabulary needs it). ``NNNNN.starts``: int64 offset of each document in its shard.
 ``index.json``, written last, holds the sizes and SHA-256 sums; without it there is no data set.
 
-Rejected: Arrow and .npy containers. A raw array is mapped in one line, and a checksum finds what a
-container would not.
+Rejected: Arrow and .npy containers. A raw array is mapped in one line, and a checksum finds damage
+that a container would not.
 """
 
 import hashlib
@@ -37,7 +37,7 @@ Positive = Annotated[int, Interval(ge=1, le=2**63 - 1)]
 
 
 def is_shard_name(name: str) -> bool:
-    """Whether `write_shards` names a shard so."""
+    """Return True if `write_shards` gives shards such names."""
     return re.fullmatch(r"\d{5,9}\.bin", name, re.ASCII) is not None
 
 
@@ -68,7 +68,7 @@ class ShardIndex:
 
     @property
     def fingerprint(self) -> str:
-        """The hash of the tokens."""
+        """Return the hash of the tokens."""
         return hashlib.sha256("".join(s["sha256"] for s in self.shards).encode()).hexdigest()
 
 
@@ -108,23 +108,23 @@ def write_shards(
     dtype = np.dtype("<u2" if vocab_size <= 1 << 16 else "<u4")
     encoded = _encode(track(docs, "tokenizing", unit="documents"), tokenizer, dtype)
     shards: list[Shard] = []
-    following = next(encoded, None)
-    if following is None:
+    document = next(encoded, None)
+    if document is None:
         raise InputError("docs: expected at least one document, got none")
-    # the old set is invalid from here on; the new one is valid once its index is written
+    # without its index the old set is invalid; the new one is valid once its index is written
     (out / INDEX).unlink(missing_ok=True)
-    while following is not None:
+    while document is not None:
         name, starts, tokens, size = f"{len(shards):05d}", [], 0, 0
         digest = hashlib.sha256()
         with atomic_file(out / f"{name}.bin") as f:
-            while following is not None and tokens < shard_tokens:
-                ids, text_bytes = following
+            while document is not None and tokens < shard_tokens:
+                ids, text_bytes = document
                 starts.append(tokens)
                 tokens += len(ids)
                 size += text_bytes
                 digest.update(ids.data)
                 f.write(ids.data)
-                following = next(encoded, None)
+                document = next(encoded, None)
         offsets = np.asarray(starts, "<i8").tobytes()
         with atomic_file(out / f"{name}.starts") as f:
             f.write(offsets)
@@ -145,8 +145,8 @@ def write_shards(
 
 
 def remove_shards(folder: Path) -> None:
-    """Delete the token shards in ``folder``, the index last: the next call ends the work of one
-    that was killed.
+    """Delete the token shards in ``folder``, the index last: the next call completes one that was
+    killed.
     """
     patterns = ("[0-9]*.bin", "[0-9]*.starts", ".[0-9]*.part", INDEX)
     for path in [path for pattern in patterns for path in folder.glob(pattern)]:
@@ -172,9 +172,9 @@ def _encode(
 class TokenDataset:
     """The tokens of a shard folder as one long sequence, read on demand.
 
-    ``verify`` compares every shard with its checksum (about 1.5 GB/s). ``vocab_size`` is that of
-    the tokenizer or model for which the tokens are meant. InputError: no such data set, a shard
-    missing, cut short or changed, another vocabulary.
+    ``verify`` compares every shard with its checksum (about 1.5 GB/s). ``vocab_size``: the
+    vocabulary of the tokenizer or model that will use the tokens. InputError: no such data set, a
+    shard missing, cut short or changed, another vocabulary.
     """
 
     def __init__(self, path: str | Path, *, verify: bool = True, vocab_size: int | None = None):
@@ -199,25 +199,25 @@ class TokenDataset:
         self.fingerprint = info.fingerprint
 
     def check_tokenizer(self, tokenizer: "Tokenizer", name: str) -> None:
-        """InputError, about the argument ``name``: the tokens are of another tokenizer."""
-        wanted = tokenizer.vocabulary_id(self.vocab_size)
-        if self.info.tokenizer != wanted:
+        """Raise InputError, about the argument ``name``, if the tokens are another tokenizer's."""
+        expected = tokenizer.vocabulary_id(self.vocab_size)
+        if self.info.tokenizer != expected:
             raise InputError(
-                f"{name}: expected tokens of the tokenizer {wanted[:12]}, got {self.path} of"
+                f"{name}: expected tokens of the tokenizer {expected[:12]}, got {self.path} of"
                 f" {self.info.tokenizer[:12]}: make the shards again with this one (fastlm data"
                 " shards)"
             )
 
     def check_unchanged(self) -> None:
-        """InputError: these shards are gone since they were opened, as when documents were
-        forgotten, or others have taken their place. What is mapped is still the old ones.
+        """Raise InputError if these shards were deleted (documents were forgotten) or replaced
+        since they were opened. The mapped tokens are still the old ones.
         """
         stamp = _stamp(self.path / INDEX)
         if stamp == self._stamp:
             return
         if stamp is None or load_index(self.path).fingerprint != self.fingerprint:
             raise InputError(
-                f"{self.path}: expected the shards that were there at the start, they have changed"
+                f"{self.path}: expected the same shards as at the start, they have changed"
                 " (fastlm data forget, or data shards): start the training again"
             )
         self._stamp = stamp
@@ -230,9 +230,9 @@ class TokenDataset:
                 raise InputError(f"{file}: expected {count * dtype.itemsize:,} bytes, got {size:,}")
             if sha256 is not None:
                 with open(file, "rb") as f:
-                    found = hashlib.file_digest(f, "sha256").hexdigest()
-                if found != sha256:
-                    raise InputError(f"{file}: expected sha256 {sha256}, found {found}")
+                    actual = hashlib.file_digest(f, "sha256").hexdigest()
+                if actual != sha256:
+                    raise InputError(f"{file}: expected sha256 {sha256}, got {actual}")
             return np.memmap(file, dtype, mode="r", shape=(count,))
         except OSError as e:
             raise InputError(f"{file}: cannot be read: {e.strerror}") from None
@@ -247,10 +247,10 @@ class TokenDataset:
         shard = int(np.searchsorted(self._ends, start, side="right"))
         while filled < n:
             tokens = self._shards[shard]
-            at = start + filled - (int(self._ends[shard]) - len(tokens))
-            take = min(n - filled, len(tokens) - at)
-            out[filled : filled + take] = tokens[at : at + take]
-            filled, shard = filled + take, shard + 1
+            position = start + filled - (int(self._ends[shard]) - len(tokens))
+            count = min(n - filled, len(tokens) - position)
+            out[filled : filled + count] = tokens[position : position + count]
+            filled, shard = filled + count, shard + 1
         return out
 
     def document_starts(self) -> np.ndarray:
@@ -266,7 +266,7 @@ class TokenDataset:
 
 
 def _stamp(path: Path) -> tuple[int, int, int] | None:
-    """What changes with a file; None if it is not there."""
+    """Return what changes with a file; None if there is no file."""
     try:
         stat = path.stat()
     except OSError:
@@ -291,8 +291,8 @@ def load_index(path: Path) -> ShardIndex:
         if info.eos_id >= info.vocab_size:
             raise InputError(f"eos_id: expected one below {info.vocab_size}, got {info.eos_id}")
         totals = _totals(info.shards)
-        if (found := (info.tokens, info.documents, info.bytes_of_text)) != totals:
-            raise InputError(f"expected the totals of the shards, {totals}, got {found}")
+        if (stated := (info.tokens, info.documents, info.bytes_of_text)) != totals:
+            raise InputError(f"expected the totals of the shards, {totals}, got {stated}")
         return info
     except InputError as e:
         raise InputError(f"{file}: expected the index of token shards: {e}") from None
@@ -306,9 +306,9 @@ def document_offsets(input_ids: torch.Tensor, eos_id: int) -> torch.Tensor | Non
     token alone. Every token is thus predicted once, and generation can begin with end-of-text. A
     window begins a document of its own.
     """
-    begins = input_ids == eos_id
-    begins[:, 0] = True
-    offsets = begins.flatten().nonzero()[:, 0]
+    is_start = input_ids == eos_id
+    is_start[:, 0] = True
+    offsets = is_start.flatten().nonzero()[:, 0]
     if len(offsets) == len(input_ids):
         return None
     end = offsets.new_tensor([input_ids.numel()])
@@ -320,9 +320,9 @@ class BatchSampler:
     seq_len).
 
     ``labels[b, i]`` is the token after ``input_ids[b, i]``. An epoch cuts the data into consecutive
-    windows, starting at a random offset below ``seq_len`` (so the windows differ in every epoch).
-    It yields each window once, in an order that depends only on ``seed`` and epoch. A batch that an
-    epoch cannot fill continues with the next epoch. ``shuffle=False``: in order, offset 0. The
+    windows that start at a random offset below ``seq_len``, so the windows differ in every epoch.
+    It yields each window once, in an order that depends only on ``seed`` and epoch. The last batch
+    of an epoch is filled with windows of the next one. ``shuffle=False``: in order, offset 0. The
     state is the position: with the same data, seed and seq_len the sampler resumes exactly, at any
     batch size.
 
@@ -333,11 +333,11 @@ class BatchSampler:
         self, dataset: TokenDataset, batch_size: int, seq_len: int, *, seed: int,
         shuffle: bool = True,
     ):  # fmt: skip
-        for name, value, least in (
+        for name, value, minimum in (
             ("batch_size", batch_size, 1), ("seq_len", seq_len, 1), ("seed", seed, 0),
         ):  # fmt: skip
-            if value < least:
-                raise InputError(f"{name}: expected {least} or more, got {value}")
+            if value < minimum:
+                raise InputError(f"{name}: expected {minimum} or more, got {value}")
         if dataset.tokens < seq_len + 1:
             raise InputError(
                 f"dataset: expected at least seq_len + 1 = {seq_len + 1} tokens, got "
@@ -360,7 +360,7 @@ class BatchSampler:
         return self.read(self.next_windows())
 
     def next_windows(self) -> np.ndarray:
-        """Return where the windows of the next batch begin, without reading them."""
+        """Return the start positions of the windows of the next batch, without reading them."""
         starts = np.empty(self.batch_size, np.int64)
         for row in range(self.batch_size):
             if self.position == len(self._order):
@@ -380,20 +380,20 @@ class BatchSampler:
         return {**self._identity(), "epoch": self.epoch, "position": self.position}
 
     def _identity(self) -> dict[str, Any]:
-        own = {"seed": self.seed, "seq_len": self.seq_len, "shuffle": self.shuffle}
-        return {"data": self.dataset.fingerprint, **own}
+        options = {"seed": self.seed, "seq_len": self.seq_len, "shuffle": self.shuffle}
+        return {"data": self.dataset.fingerprint, **options}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        found = validate(state, _SamplerState, "sampler state", extra="forbid")
-        for key, wanted in self._identity().items():
-            if state[key] != wanted:
+        restored = validate(state, _SamplerState, "sampler state", extra="forbid")
+        for key, expected in self._identity().items():
+            if state[key] != expected:
                 raise InputError(
-                    f"sampler state: expected {key} {wanted!r}, got {state[key]!r:.80}"
+                    f"sampler state: expected {key} {expected!r}, got {state[key]!r:.80}"
                 )
-        self._begin(found.epoch)
-        if found.position > len(self._order):
+        self._begin(restored.epoch)
+        if restored.position > len(self._order):
             raise InputError(
                 f"sampler state: expected a position within 0..{len(self._order)}, "
-                f"got {found.position}"
+                f"got {restored.position}"
             )
-        self.position = found.position
+        self.position = restored.position

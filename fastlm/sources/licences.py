@@ -1,4 +1,4 @@
-"""The licence that a source of text states of itself, read from what is already in the cache."""
+"""Read the licence that a source of text states, from its package in the cache."""
 
 import re
 from email.parser import HeaderParser
@@ -11,17 +11,17 @@ from fastlm.sources.packages import fetch
 from fastlm.sources.reasoning_gym import SCHEME, is_reasoning_gym
 from fastlm.sources.rows import parse_source
 
-MAX_BYTES = 1 << 20  # bytes that are read of a file
-MAX_LENGTH = 200  # characters: some packages put the whole text of a licence into one field
+MAX_BYTES = 1 << 20  # read of a file
+MAX_LENGTH = 200  # characters: some packages put the full text of a licence into one field
 
 
 def licence_of(spec: str, cache: Path) -> tuple[str | None, str | None]:
-    """Return (package with its version, licence) of a source; None for what nothing states, and of
+    """Return (package with its version, licence) of a source; None for unstated values and for
     local files. A package that is not in the cache is fetched.
     """
     if is_reasoning_gym(spec):
         try:
-            return SCHEME, _stated(metadata(SCHEME))
+            return SCHEME, _stated_licence(metadata(SCHEME))
         except PackageNotFoundError:
             return SCHEME, None
     scheme, name, *_ = parse_source(spec)
@@ -38,11 +38,11 @@ def _python(folder: Path) -> str | None:
     """Return the licence that a wheel's METADATA or a source archive's PKG-INFO states."""
     patterns = ("*.dist-info/METADATA", "PKG-INFO", "*/PKG-INFO")
     files = [file for pattern in patterns for file in sorted(folder.glob(pattern))]
-    found = (_stated(HeaderParser().parsestr(_head(file))) for file in files)
-    return next((licence for licence in found if licence), None)
+    licences = (_stated_licence(HeaderParser().parsestr(_head(file))) for file in files)
+    return next((licence for licence in licences if licence), None)
 
 
-def _stated(fields: Any) -> str | None:
+def _stated_licence(fields: Any) -> str | None:
     for key in ("License-Expression", "License"):
         for value in fields.get_all(key) or ():
             line = " ".join(value.split())
@@ -54,7 +54,7 @@ def _stated(fields: Any) -> str | None:
 
 
 def _debian(folder: Path) -> str | None:
-    """The names in the machine-readable form of debian/copyright."""
+    """Return the names in the machine-readable form of debian/copyright."""
     names: dict[str, None] = {}
     for file in sorted(folder.glob("usr/share/doc/*/copyright")):
         names |= dict.fromkeys(re.findall(r"^License: *(\S.*?)\s*$", _head(file), re.MULTILINE))
@@ -63,7 +63,7 @@ def _debian(folder: Path) -> str | None:
 
 def _head(file: Path) -> str:
     try:
-        with open(file, "rb") as opened:
-            return opened.read(MAX_BYTES).decode("utf-8", "replace")
+        with open(file, "rb") as stream:
+            return stream.read(MAX_BYTES).decode("utf-8", "replace")
     except OSError:
         return ""

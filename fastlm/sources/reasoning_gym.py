@@ -70,12 +70,12 @@ word_sequence_reversal word_sorting zebra_puzzles
 
 
 def is_reasoning_gym(spec: str) -> bool:
-    """Whether a source names a generator."""
+    """Return True if a source names a generator."""
     return spec.startswith(f"{SCHEME}:")
 
 
 def package_version() -> str:
-    """The version of reasoning-gym, on which rows depend. InputError: it is not installed."""
+    """Return the version of reasoning-gym: its rows depend on it. InputError: not installed."""
     try:
         return metadata.version(SCHEME)
     except metadata.PackageNotFoundError:
@@ -86,7 +86,7 @@ def reasoning_gym_rows(spec: str) -> Iterator[dict[str, Any]]:
     """Yield the rows of a generator. InputError: an unknown generator or option, a value that the
     generator refuses, the package is missing.
     """
-    name, options = _parsed(spec)
+    name, options = _parse_spec(spec)
     _create_generator(spec)  # refuses what is wrong before a process starts
     request = {"path": sys.path, "name": name, "options": options}
     command = [sys.executable, "-P", str(Path(__file__).with_name("reasoning_gym_worker.py"))]
@@ -98,7 +98,7 @@ def reasoning_gym_rows(spec: str) -> Iterator[dict[str, Any]]:
         child.stdin.flush()
         while (entry := pickle.load(child.stdout)) is not None:  # our own process wrote it
             if isinstance(entry, str):
-                raise _refused(spec, entry)
+                raise _options_error(spec, entry)
             yield {**entry, SOURCE: spec}
     except (EOFError, BrokenPipeError, pickle.UnpicklingError):
         raise InputError(
@@ -110,8 +110,8 @@ def reasoning_gym_rows(spec: str) -> Iterator[dict[str, Any]]:
 
 
 def check_scorable(spec: str) -> None:
-    """InputError unless the answers to a source's questions can be scored without running them:
-    another generator than `SCORABLE`, another version than `REVIEWED_VERSION`.
+    """Raise InputError unless the answers of a source can be scored without running them: its
+    generator is not in `SCORABLE`, or the version is not `REVIEWED_VERSION`.
     """
     name = spec.removeprefix(f"{SCHEME}:").partition("?")[0]
     if (got := package_version()) != REVIEWED_VERSION:
@@ -128,42 +128,42 @@ def check_scorable(spec: str) -> None:
 
 
 def check_reasoning_gym_row(row: Mapping[str, Any]) -> None:
-    """InputError unless the row is one of reasoning-gym's that its generator can score."""
+    """Raise InputError unless the row is one of reasoning-gym's that its generator can score."""
     spec = _spec_of(row)
-    made = _load_scorer(spec)
+    scorer = _load_scorer(spec)
     try:
-        made.score_answer(str(row["answer"]), _entry(row))
+        scorer.score_answer(str(row["answer"]), _entry(row))
     except Exception as error:
         raise InputError(
-            f"row: expected one that {spec:.80} can score, got {_told(error)}"
+            f"row: expected one that {spec:.80} can score, got {_error_text(error)}"
         ) from None
 
 
 def score_reasoning_gym(answer: str, row: Mapping[str, Any]) -> float:
-    """What the row's generator gives for an answer, mostly 0 to 1; 0 where the answer breaks it. An
-    answer is what stands in its last ``<answer>`` tag; without one, the whole text.
+    """Return the generator's score of an answer, mostly 0 to 1; 0 if the answer breaks the scorer.
+    The text of the last ``<answer>`` tag counts, or without one the full text.
 
     InputError: see `check_scorable`.
     """
     tagged = TAGGED.findall(answer)
-    given = (tagged[-1] if tagged else answer).strip()
-    made = _load_scorer(_spec_of(row))
+    text = (tagged[-1] if tagged else answer).strip()
+    scorer = _load_scorer(_spec_of(row))
     try:
-        return float(made.score_answer(given, _entry(row)))
+        return float(scorer.score_answer(text, _entry(row)))
     except Exception:  # such as "x" as the factor of a number
         return 0.0
 
 
 def _entry(row: Mapping[str, Any]) -> dict[str, Any]:
-    """A copy, since knight_swap writes into it."""
+    """Return a copy of the entry, since knight_swap writes into it."""
     return copy.deepcopy({key: value for key, value in row.items() if key != SOURCE})
 
 
 def _spec_of(row: Mapping[str, Any]) -> str:
     if is_reasoning_gym(str(row.get(SOURCE))):
         return row[SOURCE]
-    about = row.get("metadata")  # an entry that was written to a file: the default configuration
-    name = about.get("source_dataset") if isinstance(about, Mapping) else None
+    entry = row.get("metadata")  # of an entry from a file: the default configuration
+    name = entry.get("source_dataset") if isinstance(entry, Mapping) else None
     if not isinstance(name, str):
         raise InputError(f"row: expected one of a {SCHEME}: source, got one without its generator")
     return f"{SCHEME}:{name}"
@@ -177,18 +177,18 @@ def _load_scorer(spec: str) -> Any:
 
 @lru_cache(maxsize=64)
 def _create_generator(spec: str) -> Any:
-    """The data set of a spec: it has a length, rows by their index, and ``score_answer``."""
-    name, options = _parsed(spec)
+    """Create the data set of a spec: it has a length, rows by index, and ``score_answer``."""
+    name, options = _parse_spec(spec)
     from reasoning_gym.factory import create_dataset
 
     try:
         return create_dataset(name, **options)
     except Exception as error:
-        raise _refused(spec, _told(error)) from None
+        raise _options_error(spec, _error_text(error)) from None
 
 
-def _parsed(spec: str) -> tuple[str, dict[str, Any]]:
-    """The name of a generator, and its options."""
+def _parse_spec(spec: str) -> tuple[str, dict[str, Any]]:
+    """Parse a spec to the name of a generator and its options."""
     try:
         from reasoning_gym.factory import DATASETS
     except ModuleNotFoundError as error:
@@ -200,14 +200,14 @@ def _parsed(spec: str) -> tuple[str, dict[str, Any]]:
     if name not in DATASETS:
         near = difflib.get_close_matches(name[:80], DATASETS, n=1, cutoff=0.0)[0]
         raise InputError(f"source {spec}: expected a generator such as {near}, got {name!r:.80}")
-    known = {f.name for f in dataclasses.fields(DATASETS[name][1])}
-    options: dict[str, Any] = {"seed": 0} if "seed" in known else {}
+    field_names = {f.name for f in dataclasses.fields(DATASETS[name][1])}
+    options: dict[str, Any] = {"seed": 0} if "seed" in field_names else {}
     for part in query.split("&") if query else ():
         key, equals, text = part.partition("=")
         if not equals:
             raise InputError(f"source {spec}: expected {FORM}, got {part!r:.60}")
-        if key not in known:
-            raise InputError(unknown_key(f"source {spec}: {key}", key, known))
+        if key not in field_names:
+            raise InputError(unknown_key(f"source {spec}: {key}", key, field_names))
         try:
             options[key] = json.loads(text)
         except ValueError:
@@ -217,12 +217,12 @@ def _parsed(spec: str) -> tuple[str, dict[str, Any]]:
     return name, options
 
 
-def _told(error: Exception) -> str:
+def _error_text(error: Exception) -> str:
     return f"{type(error).__name__}: {error}"
 
 
-def _refused(spec: str, told: str) -> InputError:
-    """The package asserts, and a value of another type fails anyhow."""
+def _options_error(spec: str, message: str) -> InputError:
+    """Return the error for options that the package refuses by any exception."""
     return InputError(
-        f"source {spec}: expected options that the generator accepts, got {told:.200}"
+        f"source {spec}: expected options that the generator accepts, got {message:.200}"
     )

@@ -1,12 +1,12 @@
 """The process that draws the rows of a generator. `fastlm.sources.reasoning_gym` starts it with
 ``PYTHONHASHSEED=0``.
 
-Some generators (ransom_note, word_ladder) go through sets of texts, whose order depends on the
-hashes, and Python draws those anew for each process that is not told otherwise. An interrupted
-training would find other prompts. This file is run by its path and imports nothing of fastlm.
+Some generators (ransom_note, word_ladder) iterate over sets of texts. Their order depends on the
+hashes, which Python draws anew for each process by default, so a resumed training would get other
+prompts. This file is run by its path and imports nothing of fastlm.
 
-A request is a line of JSON. The answer is a pickle per row, then None: rows hold tuples, which the
-scores need. A text in place of a row is an error.
+A request is a line of JSON. The response is a pickle per row, then None: rows hold tuples, which
+the scores need. A text instead of a row is an error.
 """
 
 import json
@@ -20,13 +20,13 @@ def main() -> None:
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # the host has ended
     request = json.loads(sys.stdin.readline())
     sys.path[:] = request["path"]
-    out, sys.stdout = sys.stdout.buffer, sys.stderr  # for what a generator prints
+    out, sys.stdout = sys.stdout.buffer, sys.stderr  # a generator may print
     from reasoning_gym.factory import create_dataset
 
     try:
-        made = create_dataset(request["name"], **request["options"])
-        for i in range(len(made)):
-            pickle.dump(made[i], out)
+        dataset = create_dataset(request["name"], **request["options"])
+        for i in range(len(dataset)):
+            pickle.dump(dataset[i], out)
             out.flush()
         pickle.dump(None, out)
     except Exception as error:

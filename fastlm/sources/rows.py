@@ -1,4 +1,4 @@
-"""Sources of text: packages from registries that the user already has, and local files.
+"""Sources of text: packages from the user's registries, and local files.
 
 ``pypi:NAME[==VERSION]``, ``sdist:NAME[==VERSION]`` (PyPI's source archive, for packages whose wheel
 contains no text) and ``deb:NAME[=VERSION]`` name a package; anything else is a path. ``#GLOB``
@@ -8,7 +8,7 @@ after any of them keeps the files whose path inside it matches. A source is firs
 skipped. Text from outside is treated as data: sizes are bounded, packages are unpacked without
 their links, and names are never joined to a path outside the cache.
 
-Rejected: fetching web pages here. Crawls come as WARC from tools made for that.
+Rejected: fetching web pages. Crawlers deliver them as WARC.
 """
 
 import fnmatch
@@ -25,8 +25,8 @@ from typing import Any, BinaryIO, TypeVar, cast
 from fastlm.errors import InputError
 from fastlm.sources.streams import open_stream
 
-# One page, one JSON line, one WARC record, one line of text. The longest book is 6 MB; anything
-# larger is a dump or an attack.
+# Of one page, JSON line, WARC record or line of text. The longest book is 6 MB; anything larger is
+# a dump or an attack.
 MAX_DOCUMENT_BYTES = 16 << 20
 # Long text files become documents of about this size, cut at blank lines.
 PIECE_BYTES = 1 << 19
@@ -39,8 +39,8 @@ DOCUMENTS = {
     ".html": "html", ".htm": "html", ".xhtml": "html",
     ".jsonl": "jsonl", ".ndjson": "jsonl", ".warc": "warc",
 }  # fmt: skip
-# Code and tables, read verbatim. In a package only the documentation is wanted, so these are read
-# only if a glob names them.
+# Code and tables, read verbatim. Of a package only the documentation is read, unless a glob names
+# these.
 VERBATIM = """
     .bib .csv .tsv .xml .yaml .yml .toml .ini .cfg
     .py .pyi .pyx .c .h .cc .cpp .cxx .hpp .hh .cu .cuh .cs .java .kt .scala .go .rs .swift .zig
@@ -51,14 +51,14 @@ FORMATS = DOCUMENTS | dict.fromkeys(VERBATIM, "text") | {".json": "json", ".ipyn
 # of records of a WARC
 PAGE_FORMATS = {"text/html": "html", "application/xhtml+xml": "html", "text/plain": "text"}
 UNSUPPORTED_TYPE, NO_ENDING = "unsupported type", "no ending"
-META_LEVELS = 64  # what was read near the recursion limit might fail to be written again
-# .git, .venv: a repository holds them next to its text. A glob that names them still selects them.
+MAX_META_LEVELS = 64  # deeper values, near the recursion limit, might fail to be written
+# such as .git and .venv in a repository. A glob that names them still selects them.
 HIDDEN = re.compile(r"(^|/)(\.|(node_modules|__pycache__)/)")
 MAX_REPORTED_ROWS = 3  # bad lines that are reported per file; all are counted
 CONTROL = bytes(set(range(32)) - set(b"\t\n\r\f\b\x1b"))
 COMPRESSED = {".gz", ".zst"}
-# Files that are about the package itself, or duplicates of its pages (Sphinx's sources and
-# listings): not text to learn from. A glob that names them still selects them.
+# Files about the package itself, and duplicates of its pages (Sphinx's sources and listings): no
+# text to train on. A glob that names them still selects them.
 PACKAGE_NOISE = re.compile(
     r"(^|/)(copyright|licen[cs]e|copying|notice|authors|contributors|changelog|changes|news|history"
     r"|requirements|robots|sources|top_level|entry_points|dependency_links|not-zip-safe|cmakelists"
@@ -68,12 +68,12 @@ PACKAGE_NOISE = re.compile(
 
 
 T = TypeVar("T")
-Row = tuple[int, Any]  # its number from 1, and its value or an InputError with the reason
+Row = tuple[int, Any]  # (number from 1, value or an InputError with the reason)
 
 
 @dataclass(slots=True)
 class Document:
-    """One text. ``meta["format"]`` is "html" while the text is still markup, else "text"."""
+    """A text. ``meta["format"]`` is "html" while the text is still markup, else "text"."""
 
     text: str
     id: str
@@ -83,7 +83,7 @@ class Document:
 
 @dataclass(frozen=True, slots=True)
 class SourceFile:
-    """One file of a source. ``explicit``: the user named this file itself, so a fault in it is an
+    """A file of a source. ``explicit``: the user named this file itself, so a fault in it is an
     error.
     """
 
@@ -96,7 +96,7 @@ class SourceFile:
 
 
 def file_ending(name: str) -> str:
-    """The ending of a name: ".md" for "a.md" and "a.MD.gz", "" if there is none."""
+    """Return the ending of a name: ".md" for "a.md" and "a.MD.gz", "" if there is none."""
     suffixes = Path(name.lower()).suffixes
     if suffixes and suffixes[-1] in COMPRESSED:
         suffixes.pop()
@@ -104,18 +104,18 @@ def file_ending(name: str) -> str:
 
 
 def printable(path: str | Path) -> str:
-    """A name in UTF-8, in which bytes that are not UTF-8 become \\xNN."""
+    """Return a name in UTF-8; bytes that are not UTF-8 become \\xNN."""
     return os.fsencode(path).decode("utf-8", "backslashreplace")
 
 
 def ignore_message(message: str) -> None:
-    """Do nothing: the default of ``on_skip``, by which skipped items are not reported."""
+    """Do nothing: the default of ``on_skip`` does not report skipped items."""
 
 
 def parse_source(spec: str) -> tuple[str, str, str]:
     """Return (scheme, package, glob), or ("", path, glob) for a local source. A "#" in the name of
-    a path that exists belongs to the name. The package of a reasoning-gym source is all that
-    follows its scheme.
+    a path that exists belongs to the name. The package of a reasoning-gym source is the text after
+    its scheme.
     """
     from fastlm.sources import packages, reasoning_gym
 
@@ -145,7 +145,7 @@ def list_files(
     if scheme == reasoning_gym.SCHEME:
         raise InputError(f"source {spec}: expected text, got a generator of questions")
     package = bool(scheme)
-    passed: Counter[str] = Counter()
+    skipped: Counter[str] = Counter()
     unsupported = Counter() if unsupported is None else unsupported
     root = packages.fetch(scheme, name, cache=cache) if package else Path(name)
     spec = printable(spec)
@@ -158,7 +158,7 @@ def list_files(
             raise InputError(f"source {spec}: expected a file {types}; got {name}")
         if root.stat().st_size == 0:
             raise InputError(f"source {spec}: expected text, the file is empty")
-        return [SourceFile(root, name, spec, FORMATS[ending], explicit=True)], passed
+        return [SourceFile(root, name, spec, FORMATS[ending], explicit=True)], skipped
 
     files = []
     for path in sorted(root.rglob("*"), key=lambda p: p.relative_to(root).as_posix()):
@@ -166,25 +166,25 @@ def list_files(
             continue
         relative = printable(path.relative_to(root).as_posix())
         ending = file_ending(relative)
-        if package and path.is_symlink():  # from a cache written before links were left out
-            passed["link inside a package"] += 1
+        if package and path.is_symlink():  # in a cache of an older version
+            skipped["link inside a package"] += 1
         elif glob and not fnmatch.fnmatch(relative, glob):
-            passed["not matched by the glob"] += 1
+            skipped["not matched by the glob"] += 1
         elif not glob and HIDDEN.search(relative):
-            passed["hidden"] += 1
+            skipped["hidden"] += 1
         elif ending not in FORMATS:
-            passed[UNSUPPORTED_TYPE] += 1
+            skipped[UNSUPPORTED_TYPE] += 1
             unsupported[ending or NO_ENDING] += 1
         elif package and not glob and PACKAGE_NOISE.search(relative):
-            passed["about the package"] += 1
+            skipped["about the package"] += 1
         elif package and not glob and ending not in DOCUMENTS:
-            passed["code or data of a package"] += 1
+            skipped["code or data of a package"] += 1
         else:
             files.append(SourceFile(path, relative, spec, FORMATS[ending], package=package))
     if not files:
-        found = f" ({', '.join(f'{n} {why}' for why, n in passed.items())})" if passed else ""
-        raise InputError(f"source {spec}: expected files {types}; found none{found}")
-    return files, passed
+        reasons = f" ({', '.join(f'{n} {why}' for why, n in skipped.items())})" if skipped else ""
+        raise InputError(f"source {spec}: expected files {types}; found none{reasons}")
+    return files, skipped
 
 
 def read_file(
@@ -238,12 +238,12 @@ def read_rows(file: SourceFile) -> Iterator[Row]:
         if file.format == "jsonl":
             yield from _json_lines(stream)
         else:
-            value = _whole(file, stream)
+            value = _read_json(file, stream)
             yield from enumerate(value if isinstance(value, list) else [value], 1)
 
 
 def row_unit(file: SourceFile) -> str:
-    """What the numbers of `read_rows` count."""
+    """Return the unit of the numbers of `read_rows`."""
     return "line" if file.format == "jsonl" else "element"
 
 
@@ -259,16 +259,16 @@ def read_files(
     """
     skipped = Counter() if skipped is None else skipped
     for file in files:
-        read = 0
+        count = 0
         try:
             for document in read_file(file, field=field, skipped=skipped, on_skip=on_skip):
-                read += 1
+                count += 1
                 yield document
         except InputError as e:
             if file.explicit:
                 raise
             skipped["file: unreadable"] += 1
-            on_skip(f"{e}; kept what came before it: {read} documents" if read else str(e))
+            on_skip(f"{e}; kept the {count} documents before it" if count else str(e))
 
 
 def read_source(
@@ -282,10 +282,10 @@ def read_source(
 
 
 def decode_web(data: bytes, *, html: bool) -> str:
-    """Decode bytes of unknown encoding: as UTF-8 if valid, else by the page's own declaration or a
+    """Decode bytes of unknown encoding: as UTF-8 if valid, else by the page's declaration or a
     guess from the bytes.
 
-    Never raises; what fits no encoding becomes U+FFFD.
+    Never raises: bytes that fit no encoding become U+FFFD.
     """
     from resiliparse.parse.encoding import bytes_to_str, detect_encoding
 
@@ -310,9 +310,7 @@ def _refuse_binary(file: SourceFile, head: bytes) -> None:
 
 
 def _text(file: SourceFile, data: bytes, line: int) -> str:
-    """Decode the user's own files as strict UTF-8, so that a wrong byte is found before
-    training.
-    """
+    """Decode local files as strict UTF-8, so that a wrong byte is found before training."""
     try:
         return data.decode("utf-8-sig" if line == 1 else "utf-8")
     except UnicodeDecodeError as e:
@@ -372,23 +370,23 @@ def _json_lines(stream: BinaryIO) -> Iterator[Row]:
             limit = f"expected lines of at most {MAX_DOCUMENT_BYTES:,} bytes, this one is longer"
             yield line, InputError(limit)
         elif data.strip():
-            yield line, _parsed(data, "utf-8-sig" if line == 1 else "utf-8")
+            yield line, _parse_json(data, "utf-8-sig" if line == 1 else "utf-8")
 
 
-def _whole(file: SourceFile, stream: BinaryIO) -> Any:
+def _read_json(file: SourceFile, stream: BinaryIO) -> Any:
     data = stream.read(MAX_JSON_BYTES + 1)
     if len(data) > MAX_JSON_BYTES:
         raise InputError(
             f"{file.path}: expected at most {MAX_JSON_BYTES:,} bytes of JSON, or JSON lines "
             "(.jsonl)"
         )
-    value = _parsed(data, "utf-8-sig")
+    value = _parse_json(data, "utf-8-sig")
     if isinstance(value, InputError):
         raise InputError(f"{file.path}: {value}")
     return value
 
 
-def _parsed(data: bytes, encoding: str) -> Any:
+def _parse_json(data: bytes, encoding: str) -> Any:
     """Return the JSON value, or an InputError with the reason why it is not one."""
     try:
         return json.loads(data.decode(encoding))
@@ -413,25 +411,26 @@ def parse_rows(
     skip_bad: bool = True,
     required: bool = True,
 ) -> Iterator[T]:
-    """Yield what ``parse`` makes of each row. It gets the value and its place (``name``,
-    ``unit`` and number), and raises InputError for a row that cannot be used. Such rows are counted
-    as ``reason`` and left out, and the first ones are told; without ``skip_bad`` the first one is
-    raised, with its place. InputError: also if no row is good, where one is ``required``.
+    """Yield ``parse(value, location)`` of each row; the location is ``name``, ``unit`` and number.
+
+    ``parse`` raises InputError for a row that cannot be used. Such rows are counted as ``reason``
+    and left out, and the first ones are reported. Without ``skip_bad`` the first one is raised,
+    with its location. InputError: also if no row is good although one is ``required``.
     """
     good, bad, messages = 0, 0, []
     try:
         for number, row in rows:
-            place = f"{name}, {unit} {number}"
+            location = f"{name}, {unit} {number}"
             try:
                 if isinstance(row, InputError):
                     raise row
-                example = parse(row, place)
+                example = parse(row, location)
             except InputError as error:
                 if not skip_bad:
-                    raise InputError(f"{place}: {error}") from None
+                    raise InputError(f"{location}: {error}") from None
                 bad += 1
                 if bad <= MAX_REPORTED_ROWS:
-                    messages.append(f"{place}: {error}")
+                    messages.append(f"{location}: {error}")
             else:
                 good += 1
                 yield example
@@ -446,7 +445,7 @@ def parse_rows(
                 on_skip(f"{name}: {bad - len(messages):,} more of its {good + bad:,} {unit}s")
 
 
-def _document(row: Any, place: str, file: SourceFile, field: str) -> Document:
+def _document(row: Any, location: str, file: SourceFile, field: str) -> Document:
     if isinstance(row, str) and file.format == "json":
         row = {field: row}
     if not isinstance(row, dict) or not isinstance(row.get(field), str):
@@ -457,24 +456,25 @@ def _document(row: Any, place: str, file: SourceFile, field: str) -> Document:
                 got = f"{type(row[field]).__name__} there"
         raise InputError(f"expected an object with a text in {field!r}, got {got}")
     meta = row["meta"] if isinstance(row.get("meta"), dict) else {}
-    if _deeper(meta, META_LEVELS):
-        raise InputError(f"expected a meta of at most {META_LEVELS} levels, got more")
+    if _deeper(meta, MAX_META_LEVELS):
+        raise InputError(f"expected a meta of at most {MAX_META_LEVELS} levels, got more")
     if isinstance(row.get("url"), str):
         meta = {"url": row["url"], **meta}
     # A lone surrogate is legal JSON but not legal text: it could not be written again.
     text = row[field].encode("utf-8", "replace").decode()
-    id = f"{file.name}:{place.rpartition(' ')[2]}"
+    id = f"{file.name}:{location.rpartition(' ')[2]}"
     return Document(text, id, file.source, {"format": "text", **meta})
 
 
 def _deeper(value: Any, levels: int) -> bool:
+    """Return True if a JSON value has more than ``levels`` levels."""
     inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
     return any(levels == 0 or _deeper(v, levels - 1) for v in inner)
 
 
 def _read_notebook(file: SourceFile, stream: BinaryIO) -> Document:
     """Return the text and the code of a Jupyter notebook, without outputs."""
-    book = _whole(file, stream)
+    book = _read_json(file, stream)
     cells = book.get("cells") if isinstance(book, dict) else None
     if not isinstance(cells, list):
         raise InputError(f"{file.path}: expected a notebook with cells (nbformat 4)")

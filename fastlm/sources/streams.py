@@ -2,7 +2,7 @@
 
 Compression is detected by magic bytes rather than by name, so a mislabelled file is read correctly.
 gzip and zstd are both decompressed as a stream of bounded pieces. A truncated file raises an error
-instead of looking like a shorter file: ``zstandard``'s reader ends silently there, so the frames
+instead of looking like a shorter file. ``zstandard``'s reader ends silently there, so the frames
 are checked first. (Its ``decompressobj`` would report the truncation, but returns gigabytes for 256
 KiB of a decompression bomb.)
 """
@@ -25,7 +25,7 @@ ZSTD_LEVEL = 3  # level 6 takes twice the time and saves 5 %
 READ_BYTES = 1 << 18  # read size for decompression; a larger one gains nothing measurable
 
 
-def _check_zstd_is_whole(raw: BinaryIO) -> None:
+def _check_zstd_is_complete(raw: BinaryIO) -> None:
     """Raise EOFError if the last frame is cut short. Seeks from block to block, about 128 KiB of
     text each.
 
@@ -33,29 +33,29 @@ def _check_zstd_is_whole(raw: BinaryIO) -> None:
     marks the last block, bits 1-2 are the type, the rest is the size.
     """
     end = raw.seek(0, os.SEEK_END)
-    at = 0
-    while at < end:
-        raw.seek(at)
+    position = 0
+    while position < end:
+        raw.seek(position)
         head = raw.read(18)  # the longest frame header
         if len(head) < 8:
             raise EOFError
         if head[1:4] == ZSTD_MAGIC[1:] and head[0] == ZSTD_MAGIC[0]:
-            at += zstandard.frame_header_size(head)
+            position += zstandard.frame_header_size(head)
             checksum = 4 if zstandard.get_frame_parameters(head).has_checksum else 0
             last = False
             while not last:
-                raw.seek(at)
+                raw.seek(position)
                 if len(header := raw.read(3)) < 3:
                     raise EOFError
                 block = int.from_bytes(header, "little")
                 last, run_length = bool(block & 1), (block >> 1) & 3 == 1
-                at += 3 + (1 if run_length else block >> 3)
-            at += checksum
+                position += 3 + (1 if run_length else block >> 3)
+            position += checksum
         elif head[1:4] == b"\x2a\x4d\x18":  # skippable frame: its size follows
-            at += 8 + int.from_bytes(head[4:8], "little")
+            position += 8 + int.from_bytes(head[4:8], "little")
         else:
             raise zstandard.ZstdError("not a zstd frame")
-    if at > end:
+    if position > end:
         raise EOFError
     raw.seek(0)
 
@@ -76,14 +76,16 @@ def open_stream(path: Path) -> Iterator[BinaryIO]:
             if magic.startswith(GZIP_MAGIC):
                 stream = cast(BinaryIO, gzip.GzipFile(fileobj=raw))
             elif magic == ZSTD_MAGIC:
-                _check_zstd_is_whole(raw)
+                _check_zstd_is_complete(raw)
                 reader = zstandard.ZstdDecompressor().stream_reader(raw, read_across_frames=True)
                 stream = cast(BinaryIO, io.BufferedReader(cast(io.RawIOBase, reader), READ_BYTES))
             else:
                 stream = raw
             yield stream
         except EOFError:
-            raise InputError(f"{path}: expected whole compressed data, it is cut short") from None
+            raise InputError(
+                f"{path}: expected complete compressed data, it is cut short"
+            ) from None
         except (gzip.BadGzipFile, zlib.error, zstandard.ZstdError) as e:
             raise InputError(f"{path}: expected intact compressed data: {e}") from None
         except OSError as e:
@@ -92,7 +94,7 @@ def open_stream(path: Path) -> Iterator[BinaryIO]:
 
 @contextmanager
 def compressed(file: IO[bytes], magic: bytes) -> Iterator[IO[bytes]]:
-    """Context: a stream that writes to ``file`` in the compression that begins with ``magic``."""
+    """Open a stream that writes to ``file`` in the compression that begins with ``magic``."""
     if magic.startswith(GZIP_MAGIC):
         with gzip.GzipFile(fileobj=file, mode="wb") as out:
             yield cast(IO[bytes], out)

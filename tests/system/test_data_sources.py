@@ -155,7 +155,7 @@ def test_truncated_or_corrupt_compression(tmp_path, cache, pack, suffix):
     assert len(read(p, cache)) == 1
     for cut in (len(data) - 1, len(data) // 2, 12):
         p.write_bytes(data[:cut])
-        assert f"{p}: expected whole compressed data" in refusal(p, cache)
+        assert f"{p}: expected complete compressed data" in refusal(p, cache)
     p.write_bytes(data[:100] + bytes(x ^ 255 for x in data[100:140]) + data[140:])
     assert str(p) in refusal(p, cache)
 

@@ -125,7 +125,7 @@ def test_corrupt_shard_names_both_sums(shards):
     with pytest.raises(InputError) as e:
         TokenDataset(shards)
     assert (
-        str(e.value) == f"{p}: expected sha256 {expected}, found {hashlib.sha256(data).hexdigest()}"
+        str(e.value) == f"{p}: expected sha256 {expected}, got {hashlib.sha256(data).hexdigest()}"
     )
     TokenDataset(shards, verify=False)
 
