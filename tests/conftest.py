@@ -1,6 +1,6 @@
 """Fixtures of all tests (poisoned memory, seeds) and the selection of tests.
 
-`make test` runs each test on so many combinations of its parameters that every two values meet
+`make test` runs each test on enough combinations of its parameters that every pair of values occurs
 (pairs.py); `make test-all` runs all combinations.
 
 Without a GPU, Triton kernels are interpreted: `TRITON_INTERPRET` is read when they are decorated.

@@ -137,7 +137,7 @@ class ReportSection:
 
     ``template`` names a file in pipeline/parts/ that draws ``values``. Without one, the page lists
     ``facts`` and shows ``charts`` (SVG). ``cards``, (number, what it is), are shown at the top of
-    the page. ``wide``: a section of its own, not beside others of its kind.
+    the page. ``wide``: a section of its own, not next to others of its kind.
     """
 
     title: str
@@ -153,7 +153,7 @@ class ReportSection:
 @dataclass(frozen=True)
 class Option:
     """A field of a stage, in the form the command line needs. The type of ``help`` says how it is
-    passed (`Positional`, `Repeated`). ``short``: flags beside ``--name``."""
+    passed (`Positional`, `Repeated`). ``short``: flags in addition to ``--name``."""
 
     name: str
     hint: Any
