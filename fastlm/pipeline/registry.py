@@ -267,7 +267,7 @@ def _add_elsewhere(
 
 
 def index_run(out: Path) -> None:
-    """Add the stages of one run to the index in its parent folder, if there is one or that folder is runs/."""
+    """Add the stages of a run to the index of its parent folder, if that has one or is runs/."""
     root = out.absolute().parent
     if root.name == "runs" or (root / INDEX).is_file():
         _note(root, _scan(root, out.absolute(), []), _read_index(root / INDEX, []))
