@@ -53,7 +53,7 @@ SDPA = {
 }
 
 
-def timed_on_gpu(variants: dict[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
+def time_on_gpu(variants: dict[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
     """Seconds per call, per variant and round; variants take turns inside each round."""
     flush = torch.empty(256 << 20, dtype=torch.uint8, device=DEVICE)  # larger than any L2
     for call in variants.values():
@@ -78,10 +78,10 @@ def ceilings(small: bool) -> dict[str, float]:
     side, size = (1024, 1 << 20) if small else (8192, 1 << 30)
     a, b = torch.randn(2, side, side, dtype=BF16, device=DEVICE)
     source = torch.empty(size, dtype=torch.uint8, device=DEVICE)
-    to = torch.empty_like(source)
-    work = {"bf16": lambda: a @ b, "read": lambda: to.copy_(source)}
+    target = torch.empty_like(source)
+    work = {"bf16": lambda: a @ b, "read": lambda: target.copy_(source)}
     amount = {"bf16": 2 * side**3, "read": 2 * size}
-    best = {n: min(t) for n, t in timed_on_gpu(work, 10).items()}
+    best = {n: min(t) for n, t in time_on_gpu(work, 10).items()}
     return {n: amount[n] / best[n] for n in work}
 
 
@@ -366,13 +366,13 @@ def transformers_call(model: Any, users: int, keys: int) -> Callable[[], object]
 
     config = model.config
     prompt = torch.randint(0, config.vocab_size, (users, keys), device=DEVICE)
-    place, token = torch.tensor([keys], device=DEVICE), prompt[:, :1]
+    cache_position, token = torch.tensor([keys], device=DEVICE), prompt[:, :1]
     cache = StaticCache(config=config, max_cache_len=keys + 64)  # it counts calls
     takes = inspect.signature(model.forward).parameters  # the names changed between versions
     held = {"cache" if "cache" in takes else "past_key_values": cache}
-    at = {"position_ids": place.expand(users, 1)}
+    at = {"position_ids": cache_position.expand(users, 1)}
     if "cache_position" in takes:
-        at["cache_position"] = place
+        at["cache_position"] = cache_position
     with torch.inference_mode():
         model(prompt, **held, logits_to_keep=1)
 
@@ -497,13 +497,13 @@ def context_is_lost() -> bool:
 def measure_op(name: str, limits: dict[str, float], options: argparse.Namespace) -> list[Row]:
     """Print and return the rows of one op. A failing case is printed, and raised if the rest of
     this process would fail as well."""
-    rounds, measured = 2 if options.smoke else options.rounds, []
+    rounds, rows = 2 if options.smoke else options.rounds, []
     for case in OPS[name](options.smoke):
         if time.monotonic() > options.end:
             print(json.dumps({"out of time": name, "before": f"{case.name} {case.shape}"}))
             break
         try:
-            row = run_case(without_broken_peers(case), limits, rounds, timed_on_gpu)
+            row = run_case(without_broken_peers(case), limits, rounds, time_on_gpu)
             calls = {
                 variant: {"peak_mib": peak_bytes(call) / 2**20, "host_us": host_microseconds(call)}
                 for variant, call in case.variants.items()
@@ -514,9 +514,9 @@ def measure_op(name: str, limits: dict[str, float], options: argparse.Namespace)
             if context_is_lost():
                 raise
             continue
-        measured.append(row)
+        rows.append(row)
         print(json.dumps({"row": vars(row), "calls": calls}), flush=True)
-    return measured
+    return rows
 
 
 def main() -> None:
@@ -535,29 +535,34 @@ def main() -> None:
     if not torch.cuda.is_available():
         sys.exit(f"bench: expected a GPU, got none: {backend.unavailable_reason('triton')}")
     torch.manual_seed(0)
-    about = machine() | {"gpu": torch.cuda.get_device_name(), "cuda": torch.version.cuda}
+    summary = machine() | {"gpu": torch.cuda.get_device_name(), "cuda": torch.version.cuda}
     limits = ceilings(options.smoke)
-    print(json.dumps({"machine": about, "ceilings": limits}), flush=True)
-    measured, left = [], list(options.ops or OPS)
-    while left and time.monotonic() < options.end:
-        name = left.pop(0)
+    print(json.dumps({"machine": summary, "ceilings": limits}), flush=True)
+    rows, remaining = [], list(options.ops or OPS)
+    while remaining and time.monotonic() < options.end:
+        name = remaining.pop(0)
         try:
-            measured += measure_op(name, limits, options)
+            rows += measure_op(name, limits, options)
         except Exception as error:
             print(json.dumps({"failed": name, "why": first_line(error)}), flush=True)
             options.failed = True
-            if context_is_lost() and left:
-                print(table(measured), flush=True)
-                again = ["--rounds", str(options.rounds), "--failed", *["--smoke"] * options.smoke]
-                again += ["--seconds", str(options.end - time.monotonic()), *left]
-                os.execv(sys.executable, [sys.executable, __file__, *again])
+            if context_is_lost() and remaining:
+                print(table(rows), flush=True)
+                arguments = [
+                    "--rounds",
+                    str(options.rounds),
+                    "--failed",
+                    *["--smoke"] * options.smoke,
+                ]
+                arguments += ["--seconds", str(options.end - time.monotonic()), *remaining]
+                os.execv(sys.executable, [sys.executable, __file__, *arguments])
         torch.cuda.empty_cache()
-    if left:
-        print(json.dumps({"out of time": left}))
+    if remaining:
+        print(json.dumps({"out of time": remaining}))
     print(
         f"ceilings: {limits['bf16'] / 1e12:.0f} TFLOP/s bf16, copy {limits['read'] / 1e9:.0f} GB/s"
     )
-    print(table(measured))
+    print(table(rows))
     sys.exit(options.failed)
 
 

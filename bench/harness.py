@@ -1,17 +1,17 @@
-"""The harness that every benchmark runs on.
+"""The harness of all benchmarks: measures cases and prints and saves their rows.
 
 A `Case` is one op at one shape with named variants that do the same work. `measure` runs them in
-turn, round after round, so that a slow second of the machine affects all of them, and takes the
+turns, round after round, so that a slow second of the machine affects all of them. It takes the
 median and the spread (interquartile range over median). The speed of a variant is compared with the
 ceilings of this machine (bench/ceilings.py), measured before and after the rows. A row is measured
-again if its spread is large or other processes used the cores, and marked if that did not help.
-Nothing is timed while the op's tests fail.
+again if its spread is large or other processes used the cores, and marked as unsteady if that did
+not help. Nothing is timed while the op's tests fail.
 
     python bench/ops/attention.py                 all cases of the file; --list names them
-    python bench/ops/attention.py causal          cases whose name or shape contains "causal"
+    python bench/ops/attention.py causal          cases with "causal" in their name or shape
     python bench/ops/rope.py --shape 8,8,512,64   a shape of your own
     python bench/ops/rope.py --json new.json      then python bench/compare.py old.json new.json
-    python bench/run.py --isa avx2 attention  both sides held to AVX2
+    python bench/run.py --isa avx2 attention  both sides limited to AVX2
 """
 
 import argparse
@@ -31,7 +31,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from ceilings import BUSY, Others, ceilings_before, combined, highest, wait_until_quiet
+from ceilings import (
+    BUSY,
+    OtherProcesses,
+    ceilings_before,
+    confirm_ceilings,
+    fastest_instruction,
+    wait_until_quiet,
+)
 
 from fastlm import inventory
 
@@ -49,10 +56,12 @@ LARGE_SPREAD = 0.2  # relative to the median: a row above it is measured again
 
 @dataclass
 class Case:
-    """One op at one shape. `data()` creates the operands; a variant accepts them and returns the
-    call that is timed. Without `data` the variants are the calls. `flops` and `bytes` are the least
-    that the work needs, for the share of the ceiling. A variant named "floor ..." does less than
-    the work: it is shown but not compared. A variant's name has no comma, which separates names.
+    """One op at one shape.
+
+    `data()` creates the operands. A variant accepts them and returns the call that is timed.
+    Without `data` the variants are the calls. `flops` and `bytes` are the minimum that the work
+    needs, for the share of the ceiling. A variant named "floor ..." does only a part of the work:
+    it is shown but not compared. A variant's name has no comma, which separates names.
     """
 
     name: str
@@ -77,7 +86,7 @@ class Case:
 
 
 def forward(f: Callable, mode: Callable = torch.no_grad) -> Callable:
-    """A variant that calls f on the operands without autograd."""
+    """Return a variant that calls f on the operands without autograd."""
 
     def variant(*operands):
         def call():
@@ -90,13 +99,14 @@ def forward(f: Callable, mode: Callable = torch.no_grad) -> Callable:
 
 
 def inference(f: Callable) -> Callable:
-    """`forward` in inference mode, as in a decode step."""
+    """Return `forward` in inference mode, as in a decode step."""
     return forward(f, torch.inference_mode)
 
 
 def gradients(f: Callable) -> Callable:
-    """A variant that calls f on all operands but the last, and computes the gradients of those that
-    require one. The last operand is the gradient of the output, or None for a loss.
+    """Return a variant that calls f on all operands but the last and computes their gradients.
+
+    The last operand is the gradient of the output, or None for a loss.
     """
 
     def variant(*operands):
@@ -107,8 +117,8 @@ def gradients(f: Callable) -> Callable:
     return variant
 
 
-def widened(variant: Callable) -> Callable:
-    """The variant on the same values in float32."""
+def in_float32(variant: Callable) -> Callable:
+    """Return the variant on the same values in float32."""
 
     def wide(t):
         if not torch.is_tensor(t) or not t.is_floating_point():
@@ -118,7 +128,7 @@ def widened(variant: Callable) -> Callable:
     return lambda *operands: variant(*map(wide, operands))
 
 
-def under_autocast(f: Callable) -> Callable:
+def with_autocast(f: Callable) -> Callable:
     def run(*operands):
         with torch.autocast("cpu", torch.bfloat16):
             return f(*operands)
@@ -139,8 +149,8 @@ def torch_variants(
             continue
         variants[name] = run(call)
         if dtype == torch.bfloat16:
-            variants[f"{name} fp32"] = widened(run(call))
-            variants[f"{name} autocast"] = widened(run(under_autocast(call)))
+            variants[f"{name} fp32"] = in_float32(run(call))
+            variants[f"{name} autocast"] = in_float32(run(with_autocast(call)))
     return variants
 
 
@@ -150,6 +160,8 @@ def short(dtype: torch.dtype) -> str:
 
 @dataclass
 class Row:
+    """The times of one case, as stored in bench/results."""
+
     name: str
     shape: str
     milliseconds: dict[str, float]
@@ -159,7 +171,7 @@ class Row:
     of_ceiling: float | None
     ceiling: str
     missing: dict[str, str]
-    unsteady: str = ""  # why the row is not to be trusted; empty if it is
+    unsteady: str = ""  # why the row is not reliable; empty if it is
 
 
 def _seconds(call: Callable[[], object], repeats: int) -> float:
@@ -169,8 +181,8 @@ def _seconds(call: Callable[[], object], repeats: int) -> float:
     return (time.perf_counter() - start) / repeats
 
 
-def repeats_of(call: Callable[[], object]) -> tuple[int, float]:
-    """How often a round repeats the call, and the seconds of one call, which is warm then."""
+def calibrate_repeats(call: Callable[[], object]) -> tuple[int, float]:
+    """Return how often a round repeats the call, and the seconds of one call, after a warm-up."""
     call()  # compile, fault pages in, fill caches
     once = max(_seconds(call, 1), 1e-7)
     return max(1, int(MIN_ROUND_SECONDS / once)), once
@@ -179,16 +191,16 @@ def repeats_of(call: Callable[[], object]) -> tuple[int, float]:
 def measure(
     variants: dict[str, Callable[[], object]], rounds: int = ROUNDS
 ) -> dict[str, list[float]]:
-    """Seconds per call, per variant and round; variants take turns inside each round."""
+    """Return the seconds per call, per variant and round. Variants take turns in each round."""
     repeats, seconds = {}, {}
     for name, call in variants.items():
-        repeats[name], seconds[name] = repeats_of(call)
+        repeats[name], seconds[name] = calibrate_repeats(call)
     fastest = min(seconds.values())
     turns = {
         name: min(rounds, 3)
-        if once > FAR_BEHIND * fastest and once > MIN_ROUND_SECONDS
-        else max(min(rounds, 3), min(rounds, int(MAX_SECONDS / once)))
-        for name, once in seconds.items()
+        if seconds_per_call > FAR_BEHIND * fastest and seconds_per_call > MIN_ROUND_SECONDS
+        else max(min(rounds, 3), min(rounds, int(MAX_SECONDS / seconds_per_call)))
+        for name, seconds_per_call in seconds.items()
     }
     times: dict[str, list[float]] = {name: [] for name in variants}
     for i in range(rounds):
@@ -198,38 +210,38 @@ def measure(
     return times
 
 
-def spread_of(times: Sequence[float]) -> float:
-    """(Upper - lower quartile) / median; 0 for a single round, whose spread is unknown."""
+def relative_spread(times: Sequence[float]) -> float:
+    """Return (upper - lower quartile) / median, or 0 for a single round, where it is unknown."""
     if len(times) < 2:
         return 0.0
     low, middle, high = statistics.quantiles(times, n=4, method="inclusive")
     return (high - low) / middle
 
 
-def steadiest(
+def measure_until_steady(
     calls: dict[str, Callable[[], object]], rounds: int, timed: Callable
 ) -> tuple[dict[str, list[float]], str]:
-    """The times, and why they are not to be trusted. In that case they are measured again, once."""
+    """Measure the calls, and once more if the times are not reliable. Return times and reasons."""
     attempts = []
     for _ in range(2):
-        others = Others()
+        others = OtherProcesses()
         times = timed(calls, rounds)
         busy = others.share()
         compared = [n for n in times if not n.startswith("floor")]
-        spread = max((spread_of(times[n]) for n in compared), default=0.0)
-        why = [f"others had {busy:.0%} of the cores"] if busy > BUSY else []
-        why += [f"spread {spread:.0%}"] if spread > LARGE_SPREAD else []
-        attempts.append((max(busy, spread), times, ", ".join(why)))
-        if not why:
+        spread = max((relative_spread(times[n]) for n in compared), default=0.0)
+        reasons = [f"others had {busy:.0%} of the cores"] if busy > BUSY else []
+        reasons += [f"spread {spread:.0%}"] if spread > LARGE_SPREAD else []
+        attempts.append((max(busy, spread), times, ", ".join(reasons)))
+        if not reasons:
             break
-    _, times, why = min(attempts, key=lambda attempt: attempt[0])
-    return times, why
+    _, times, reasons = min(attempts, key=lambda attempt: attempt[0])
+    return times, reasons
 
 
 def run_case(
     case: Case, limits: dict[str, float], rounds: int = ROUNDS, timed: Callable = measure
 ) -> Row:
-    times, unsteady = steadiest(case.calls(), rounds, timed)
+    times, unsteady = measure_until_steady(case.calls(), rounds, timed)
     median = {name: statistics.median(t) for name, t in times.items()}
     peers = {n: s for n, s in median.items() if not n.startswith(("fastlm", "floor"))}
     best_peer = min(peers, key=peers.__getitem__, default="")
@@ -238,7 +250,7 @@ def run_case(
         case.name,
         case.shape,
         {n: s * 1e3 for n, s in median.items()},
-        {n: spread_of(t) for n, t in times.items()},
+        {n: relative_spread(t) for n, t in times.items()},
         peers[best_peer] / mine if best_peer and mine else None,
         best_peer or None,
         None,
@@ -251,15 +263,15 @@ def run_case(
 
 
 def share_of_ceiling(row: Row, case: Case, limits: dict[str, float]) -> None:
-    """The work needs both products and memory: whichever takes longer is the ceiling."""
+    """Set the row's share of the ceiling: that of products or of memory, whichever takes longer."""
     # some work is left to torch: the row shows torch's share then
-    took = row.milliseconds.get("fastlm") or row.milliseconds.get(row.best_peer or "")
-    if not limits or not took or not (case.flops or case.bytes):
+    milliseconds = row.milliseconds.get("fastlm") or row.milliseconds.get(row.best_peer or "")
+    if not limits or not milliseconds or not (case.flops or case.bytes):
         return
-    instruction = highest(limits, case.dtype)
+    instruction = fastest_instruction(limits, case.dtype)
     compute = (case.flops or 0) / limits[instruction]
     memory = (case.bytes or 0) / limits["read"]
-    row.of_ceiling = max(compute, memory) / (took / 1e3)
+    row.of_ceiling = max(compute, memory) / (milliseconds / 1e3)
     row.ceiling = instruction if compute >= memory else "memory read"
 
 
@@ -275,13 +287,13 @@ def gate(op: str) -> None:
     if done.returncode:
         print("\n".join(done.stdout.splitlines()[-15:]), file=sys.stderr)
         sys.exit(
-            f"bench: tests/kernels/test_{op}.py is red: no speedup is reported on a red gate "
+            f"bench: tests/kernels/test_{op}.py fails: no speedup is reported while tests fail "
             "(--no-gate to profile)"
         )
 
 
 def machine() -> dict[str, object]:
-    """What belongs next to a figure: machine, versions, commit."""
+    """Return the context of a figure: machine, versions, commit."""
     info = inventory.info()
     try:
         commit = subprocess.run(
@@ -300,13 +312,13 @@ def machine() -> dict[str, object]:
 
 
 def llama_cpp(program: str) -> str | None:
-    """A program of llama.cpp: from PATH, or from where bench/peers/llama_cpp.sh builds it."""
-    built = ROOT / "bench" / ".venv" / "llama.cpp" / "bin" / program
-    return shutil.which(program) or (str(built) if built.exists() else None)
+    """Return the path of a llama.cpp program: from PATH, or built by bench/peers/llama_cpp.sh."""
+    local_build = ROOT / "bench" / ".venv" / "llama.cpp" / "bin" / program
+    return shutil.which(program) or (str(local_build) if local_build.exists() else None)
 
 
 def table(rows: Sequence[Row]) -> str:
-    """A Markdown table: one line per case, the times of all peers, the ratio to the best one."""
+    """Return a Markdown table: a line per case, the times of all peers, the ratio to the best."""
     lines = [
         "| op | shape | fastlm ms | peers, ms | ratio to the best | share of ceiling | spread |",
         "|---|---|---|---|---|---|---|",
@@ -315,15 +327,15 @@ def table(rows: Sequence[Row]) -> str:
         mine = r.milliseconds.get("fastlm")
         peers = sorted((ms, n) for n, ms in r.milliseconds.items() if n != "fastlm")
         cells = [f"{n} {ms:.3g}" for ms, n in peers] + [
-            f"({n}: {why})" for n, why in r.missing.items()
+            f"({n}: {reason})" for n, reason in r.missing.items()
         ]
         ratio = "-" if r.ratio is None else f"{r.ratio:.2f}x"
         share = "-" if r.of_ceiling is None else f"{r.of_ceiling:.0%} {r.ceiling}"
-        own = "-" if mine is None else f"{mine:.3g}"
+        mine_text = "-" if mine is None else f"{mine:.3g}"
         spread = f"{max(r.spread.values(), default=0):.0%}"
         if r.unsteady:
             spread += f" (unsteady: {r.unsteady})"
-        columns = (r.name, r.shape, own, ", ".join(cells) or "-", ratio, share, spread)
+        columns = (r.name, r.shape, mine_text, ", ".join(cells) or "-", ratio, share, spread)
         lines.append("| " + " | ".join(columns) + " |")
     return "\n".join(lines)
 
@@ -335,12 +347,14 @@ def positive(text: str) -> int:
 
 
 def common_options(parser: argparse.ArgumentParser) -> None:
-    """The options that every benchmark accepts."""
-    parser.add_argument("--json", metavar="FILE", type=Path, help="write the results there too")
+    """Add the options that every benchmark accepts."""
+    parser.add_argument(
+        "--json", metavar="FILE", type=Path, help="Write the results to this file too."
+    )
     parser.add_argument(
         "--busy",
         action="store_true",
-        help="beside other processes too, then without ceilings (for a look, not for claims)",
+        help="Run while other processes run, then without ceilings (not for claims).",
     )
 
 
@@ -350,8 +364,9 @@ def save(path: Path | None, results: dict) -> None:
 
 
 def row_per_line(value: object, indent: str = "") -> str:
-    """Write JSON with a line for each object or text of a list. An object that holds rows, or other
-    objects and is long, has a line for each of its values.
+    """Return JSON with a line for each object or text of a list.
+
+    An object with rows, or a long one with other objects, has a line for each of its values.
     """
     line = json.dumps(value, default=str)
     inner = indent + " "
@@ -366,79 +381,86 @@ def row_per_line(value: object, indent: str = "") -> str:
     return f"{line[0]}\n{inner}" + f",\n{inner}".join(parts) + f"\n{indent}{line[-1]}"
 
 
-def own_cases(own: Callable, text: str, parser: argparse.ArgumentParser) -> list[Case]:
-    """The cases of `own(*numbers)` for "8,8,512,64" or "8x8x512x64"."""
-    names = inspect.signature(own).parameters
-    least = sum(p.default is p.empty for p in names.values())
+def cases_of_shape(shape_cases: Callable, text: str, parser: argparse.ArgumentParser) -> list[Case]:
+    """Return the cases of `shape_cases(*numbers)` for "8,8,512,64" or "8x8x512x64"."""
+    names = inspect.signature(shape_cases).parameters
+    required = sum(p.default is p.empty for p in names.values())
     numbers = re.split("[,x]", text.replace(" ", ""))
     are_numbers = all(n.isdecimal() and int(n) for n in numbers)
-    if not are_numbers or not least <= len(numbers) <= len(names):
-        expected = ",".join(n if i < least else f"[{n}]" for i, n in enumerate(names))
+    if not are_numbers or not required <= len(numbers) <= len(names):
+        expected = ",".join(n if i < required else f"[{n}]" for i, n in enumerate(names))
         parser.error(f"--shape: expected {expected}, whole numbers from 1, got {text!r}")
     try:
-        made = own(*map(int, numbers))
-        for case in made:  # before the machine is waited for
+        cases = shape_cases(*map(int, numbers))
+        for case in cases:  # fail before waiting for a quiet machine
             case.calls().get("fastlm", lambda: None)()
     except (ValueError, RuntimeError) as error:
         parser.error(f"--shape: {text}: {str(error).splitlines()[0]}")
-    return made
+    return cases
 
 
-def chosen(cases: Sequence[Case], word: str, parser: argparse.ArgumentParser) -> list[Case]:
-    """Cases whose name or shape contains the word; an unknown one is an error with near names."""
+def select_cases(cases: Sequence[Case], word: str, parser: argparse.ArgumentParser) -> list[Case]:
+    """Return the cases with the word in their name or shape. An unknown word is an error with
+    similar names."""
     labels = [f"{c.name} {c.shape}" for c in cases]
-    found = [c for c, label in zip(cases, labels) if word.lower() in label.lower()]
-    if not found:
-        known = list(dict.fromkeys([*(c.name for c in cases), *" ".join(labels).split()]))
-        near = difflib.get_close_matches(word, known, n=4, cutoff=0.4) or known[:4]
+    matches = [c for c, label in zip(cases, labels) if word.lower() in label.lower()]
+    if not matches:
+        words = list(dict.fromkeys([*(c.name for c in cases), *" ".join(labels).split()]))
+        near = difflib.get_close_matches(word, words, n=4, cutoff=0.4) or words[:4]
         parser.error(f"filter: no case has {word!r}; near: {', '.join(near)} (--list names all)")
-    return found
+    return matches
 
 
-def main(op: str, cases: Callable[[], list[Case]], own: Callable | None = None) -> None:
-    """The command line of one op's file; `own` creates the cases of a shape given by --shape."""
+def main(op: str, cases: Callable[[], list[Case]], shape_cases: Callable | None = None) -> None:
+    """Run the command line of one op's file. `shape_cases` creates the cases for --shape."""
     parser = argparse.ArgumentParser(description=f"Time fastlm's {op} against its peers.")
     parser.add_argument(
-        "filter", nargs="?", default="", help="only cases whose name or shape contains this"
+        "filter", nargs="?", default="", help="Run only cases with this in their name or shape."
     )
-    parser.add_argument("--list", action="store_true", help="name the cases and end")
-    if own is not None:
-        names = ",".join(inspect.signature(own).parameters)
-        parser.add_argument("--shape", action="append", help=f"a shape of your own: {names}")
+    parser.add_argument("--list", action="store_true", help="List the cases and exit.")
+    if shape_cases is not None:
+        names = ",".join(inspect.signature(shape_cases).parameters)
+        parser.add_argument("--shape", action="append", help=f"Run a shape of your own: {names}.")
     parser.add_argument(
         "--rounds",
         type=positive,
         default=ROUNDS,
-        help="turns of every variant, of which the median counts (default: %(default)s)",
+        help="Take the median of this number of rounds (default: %(default)s).",
     )
     parser.add_argument(
-        "--no-gate", action="store_true", help="skip the op's tests (for profiling, not for claims)"
+        "--no-gate",
+        action="store_true",
+        help="Skip the op's tests (for profiling, not for claims).",
     )
     common_options(parser)
     options = parser.parse_args()
-    shapes = options.shape or [] if own is not None else []
-    made = [c for s in shapes for c in own_cases(own, s, parser)] if own and shapes else cases()
-    made = chosen(made, options.filter, parser)
+    shapes = options.shape or [] if shape_cases is not None else []
+    selected = (
+        [c for s in shapes for c in cases_of_shape(shape_cases, s, parser)]
+        if shape_cases and shapes
+        else cases()
+    )
+    selected = select_cases(selected, options.filter, parser)
     if options.list:
-        print("\n".join(f"{c.name}: {c.shape}: {', '.join(c.variants)}" for c in made))
+        print("\n".join(f"{c.name}: {c.shape}: {', '.join(c.variants)}" for c in selected))
         return
     wait_until_quiet(options.busy)  # before the tests, which take minutes
     if not options.no_gate:
         gate(op)
     before = ceilings_before(options.busy)
-    rows = [run_case(c, before, options.rounds) for c in made]
-    limits = combined(before)
-    for row, case in zip(rows, made):
+    rows = [run_case(c, before, options.rounds) for c in selected]
+    limits = confirm_ceilings(before)
+    for row, case in zip(rows, selected):
         row.of_ceiling, row.ceiling = None, ""
         share_of_ceiling(row, case, limits)
     print(machine())
-    print(described(limits))
+    print(describe_ceilings(limits))
     print(table(rows))
-    about = {"op": op, "machine": machine(), "ceilings": limits}
-    save(options.json, about | {"rows": [vars(r) for r in rows]})
+    summary = {"op": op, "machine": machine(), "ceilings": limits}
+    save(options.json, summary | {"rows": [vars(r) for r in rows]})
 
 
-def described(limits: dict[str, float]) -> str:
+def describe_ceilings(limits: dict[str, float]) -> str:
     if not limits:
         return "ceilings: not steady, left out"
     parts = [f"{k} {v / 1e9:.0f} GFLOP/s" for k, v in limits.items() if k != "read"]

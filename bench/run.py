@@ -1,9 +1,10 @@
-"""``make bench``: every op file and the end-to-end runs; results, docs/benchmarks.md, the README.
+"""Run all benchmarks (``make bench``) and write results, docs/benchmarks.md and the README.
 
-Write bench/results/<machine>.json, docs/benchmarks.md with every row, the ten rows of `HEADLINE`
-between the two marker lines of README.md, and the same rows as bars in docs/peers.png.
+It runs every op file and the end-to-end runs. It writes bench/results/<machine>.json,
+docs/benchmarks.md with every row, the ten rows of `HEADLINE` between the two marker lines of
+README.md, and the same rows as bars in docs/peers.png.
 
-``--isa avx2`` holds both sides to one instruction set (`FORCED`), runs the ops and writes
+``--isa avx2`` limits both sides to one instruction set (`ISA_SETTINGS`), runs the ops and writes
 docs/benchmarks-avx2.md and a separate results file; the README stays unchanged. ``--page zen4``
 writes every row to docs/benchmarks-zen4.md instead, for a machine other than the README's.
 """
@@ -70,9 +71,9 @@ HEADLINE = {
     ("linear", "fwd+bwd bf16", "4096 x 512 -> 512"): "linear layer",
     ("quantized_linear", "w8a16", "4 x 576 -> 1536"): "int8 weights, four rows",
 }  # fmt: skip
-# --isa -> settings that hold fastlm, ATen, oneDNN, MKL and torch.compile's code to it. The limits
+# --isa -> settings that limit fastlm, ATen, oneDNN, MKL and torch.compile's code to it. The limits
 # of oneDNN and MKL are needed too: without them torch's matrix products ignore ATEN_CPU_CAPABILITY.
-FORCED = {
+ISA_SETTINGS = {
     "avx512": {
         "FASTLM_CPU_ISA": "avx512",
         "ATEN_CPU_CAPABILITY": "avx512",
@@ -114,12 +115,12 @@ def run(command: str, *arguments: str) -> dict:
         print(done.stdout, end="", flush=True)
         if done.returncode:
             return {"error": f"{script} ended with status {done.returncode}"}
-        shown = [s for s in done.stdout.splitlines() if s.startswith(("|", "unsteady:"))]
-        return {**json.loads(path.read_text()), "table": shown}
+        lines = [s for s in done.stdout.splitlines() if s.startswith(("|", "unsteady:"))]
+        return {**json.loads(path.read_text()), "table": lines}
 
 
 def rows_of(results: dict) -> list[Row]:
-    """The rows of all ops, with the op in their names."""
+    """Return the rows of all ops, with the op in their names."""
     rows = []
     for op in OPS:
         for row in (Row(**r) for r in results.get(op, {}).get("rows", [])):
@@ -130,16 +131,15 @@ def rows_of(results: dict) -> list[Row]:
 
 
 def headline(results: dict) -> list[tuple[str, str, str, str, float]]:
-    """(description, shape, fastlm, the best peer, ratio) of the available rows of `HEADLINE` and of
-    the training step.
-    """
-    found = []
+    """Return (description, shape, fastlm, the best peer, ratio) for the available rows of
+    `HEADLINE` and for the training step."""
+    rows = []
     for (op, name, shape), words in HEADLINE.items():
         for row in (Row(**r) for r in results.get(op, {}).get("rows", [])):
             if (row.name, row.shape) == (name, shape) and row.ratio and row.best_peer:
                 ours, theirs = row.milliseconds["fastlm"], row.milliseconds[row.best_peer]
                 peer = f"{row.best_peer} {theirs:.3g} ms"
-                found.append((words, shape, f"{ours:.3g} ms", peer, row.ratio))
+                rows.append((words, shape, f"{ours:.3g} ms", peer, row.ratio))
     steps = results.get("train_step", {}).get("rows", [])
     if len(steps) > 1:
         ours, *peers = sorted(steps, key=lambda r: r["variant"] != "fastlm")
@@ -147,34 +147,35 @@ def headline(results: dict) -> list[tuple[str, str, str, str, float]]:
         rates = [r["tokens_per_second"] for r in (ours, best)]
         peer = f"{best['variant'].partition(',')[0]} {rates[1]:,.0f} tokens/s"
         words = "a training step", "Llama, 42 M, 8 x 512 tokens"
-        found.insert(0, (*words, f"{rates[0]:,.0f} tokens/s", peer, rates[0] / rates[1]))
-    return found
+        rows.insert(0, (*words, f"{rates[0]:,.0f} tokens/s", peer, rates[0] / rates[1]))
+    return rows
 
 
 def commits_of(results: dict) -> str:
-    """The commits at which the rows were measured."""
+    """Return the commits at which the rows were measured."""
     measured = (results[n] for n in (*OPS, *END_TO_END) if "machine" in results.get(n, {}))
     commits = dict.fromkeys(str(r["machine"]["commit"]) for r in measured)
     return " and ".join(commits) or results["machine"]["commit"]
 
 
-def short_section(results: dict) -> str:
-    """The README's rows as Markdown."""
-    about = results["machine"]
+def readme_section(results: dict) -> str:
+    """Return the README's rows as Markdown."""
+    host = results["machine"]
     lines = ["| | shape | fastlm | the best of torch | |", "|---|---|---|---|---|"]
     lines += [
-        f"| {what} | {shape} | {ours} | {peer} | **{ratio:.2f}x** |"
-        for what, shape, ours, peer, ratio in headline(results)
+        f"| {description} | {shape} | {ours} | {peer} | **{ratio:.2f}x** |"
+        for description, shape, ours, peer, ratio in headline(results)
     ]
     return (
-        f"{about['cpu']}, {about['threads']} threads, {about['cpu_isa']}, torch {about['torch']},"
-        f" {about['date']}, commit {commits_of(results)} (`make bench`); bf16, medians of rounds in"
+        f"{host['cpu']}, {host['threads']} threads, {host['cpu_isa']}, torch {host['torch']},"
+        f" {host['date']}, commit {commits_of(results)} (`make bench`); bf16, medians of rounds in"
         " turn.\n\n" + "\n".join(lines)
     )
 
 
-def picture(results: dict, path: Path) -> None:
-    """The README's rows as bars of the ratio to the best peer; a row that the peer wins is red."""
+def plot_headline(results: dict, path: Path) -> None:
+    """Draw the README's rows as bars of the ratio to the best peer. A row that the peer wins is
+    red."""
     from matplotlib.figure import Figure
 
     rows = sorted(headline(results), key=lambda row: row[-1])
@@ -196,28 +197,30 @@ def picture(results: dict, path: Path) -> None:
 
 
 def section(results: dict, isa: str | None = None, flag: str = "") -> str:
-    """Markdown: machine, table of the ops, tables of the end-to-end runs, failures. `flag` is the
-    option of bench/run.py, if the run was not `make bench`."""
-    about = results["machine"]
+    """Return Markdown: machine, table of the ops, tables of the end-to-end runs, failures.
+
+    `flag` is the option of bench/run.py, if the run was not `make bench`.
+    """
+    host = results["machine"]
     rows = rows_of(results)
     command = f"python bench/run.py {flag}" if flag else "make bench"
     parts = [
-        f"Measured by `{command}` on {about['date']}: {about['cpu']}, {about['threads']} threads, "
-        f"instruction set {about['cpu_isa']}, torch {about['torch']}, "
+        f"Measured by `{command}` on {host['date']}: {host['cpu']}, {host['threads']} threads, "
+        f"instruction set {host['cpu_isa']}, torch {host['torch']}, "
         f"commit {commits_of(results)}.",
-        "Medians of rounds in which both sides take turns; ratios below 1 are where the peer wins. "
+        "Medians of rounds in which both sides take turns; below a ratio of 1 the peer wins. "
         "The share is of the best instruction for the work's accuracy, on registers, measured in "
-        "the same run, or of reading memory: above 100 % the data lay in a cache. Of whole runs "
-        "the best peer is bold. A row that others disturbed twice says unsteady.",
+        "the same run, or of reading memory: above 100 % the data was in a cache. In end-to-end "
+        "runs the best peer is bold. A row is unsteady if other processes disturbed it twice.",
         "How to read a row. Attention: (batch, query heads/key heads, length, head size); "
         "`M x K -> N`: M rows of K inputs, N outputs; w4a16: weights of 4 bits, activations of 16; "
         "spread: (upper - lower quartile) / median of the least steady variant. "
-        "Other variants of fastlm stand among the peers and do not count for the ratio.",
+        "Other variants of fastlm are listed with the peers and do not count for the ratio.",
         table(rows),
     ]
     if isa:
-        limits = " ".join(f"{k}={v}" for k, v in FORCED[isa].items())
-        parts.insert(1, f"Both sides are held to {isa}: `{limits}`.")
+        limits = " ".join(f"{k}={v}" for k, v in ISA_SETTINGS[isa].items())
+        parts.insert(1, f"Both sides are limited to {isa}: `{limits}`.")
     compared = [r.ratio for r in rows if r.ratio is not None]
     lost = sum(ratio < 1 for ratio in compared)
     parts.insert(-1, f"{len(compared)} rows with a peer, {lost} of them under 1.00x.")
@@ -233,31 +236,39 @@ def section(results: dict, isa: str | None = None, flag: str = "") -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
-    parser.add_argument("--write-only", action="store_true", help="tables of the results there are")
-    parser.add_argument("--of", metavar="FILE", type=Path, help="results of another machine")
-    parser.add_argument("--no-gate", action="store_true", help="skip the tests (not for claims)")
-    parser.add_argument("--busy", action="store_true", help="beside other work (not for claims)")
-    parser.add_argument("--isa", choices=FORCED, help="hold both sides to one instruction set")
-    parser.add_argument("--page", metavar="NAME", help="docs/benchmarks-NAME.md, not the README")
-    known = [*OPS, *END_TO_END]
-    parser.add_argument("only", nargs="*", help=f"of {', '.join(known)}; default: all")
+    parser.add_argument(
+        "--write-only", action="store_true", help="Write the pages from existing results."
+    )
+    parser.add_argument("--of", metavar="FILE", type=Path, help="Use another machine's results.")
+    parser.add_argument("--no-gate", action="store_true", help="Skip the tests (not for claims).")
+    parser.add_argument(
+        "--busy", action="store_true", help="Run while other processes run (not for claims)."
+    )
+    parser.add_argument(
+        "--isa", choices=ISA_SETTINGS, help="Limit both sides to one instruction set."
+    )
+    parser.add_argument(
+        "--page", metavar="NAME", help="Write docs/benchmarks-NAME.md, not the README."
+    )
+    names = [*OPS, *END_TO_END]
+    parser.add_argument("only", nargs="*", help=f"Run only these: {', '.join(names)}.")
     options = parser.parse_args()
-    if unknown := set(options.only) - set(known):
-        parser.error(f"only: expected some of {', '.join(known)}, got {', '.join(sorted(unknown))}")
+    if unknown := set(options.only) - set(names):
+        parser.error(f"only: expected some of {', '.join(names)}, got {', '.join(sorted(unknown))}")
     isa = options.isa
-    if isa and any(os.environ.get(name) != value for name, value in FORCED[isa].items()):
+    if isa and any(os.environ.get(name) != value for name, value in ISA_SETTINGS[isa].items()):
         # torch reads them at import, so restart
-        os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **FORCED[isa]})
-    about = machine()
-    kind = f"forced-{isa}" if isa else about["cpu_isa"]
-    name = re.sub(r"[^a-z0-9]+", "-", f"{about['cpu']}-{kind}-{about['threads']}t".lower())
+        os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **ISA_SETTINGS[isa]})
+    host = machine()
+    kind = f"forced-{isa}" if isa else host["cpu_isa"]
+    name = re.sub(r"[^a-z0-9]+", "-", f"{host['cpu']}-{kind}-{host['threads']}t".lower())
     path = options.of or ROOT / "bench" / "results" / f"{name}.json"
     path.parent.mkdir(exist_ok=True)
     results = json.loads(path.read_text()) if path.exists() else {}
     if not options.write_only:
-        results["machine"] = about
+        results["machine"] = host
         # the boundary has no peer in torch; the end-to-end runs use the machine without such limits
-        scripts = [op for op in OPS if op != "boundary"] if isa else known
+        scripts = [op for op in OPS if op != "boundary"] if isa else names
         for script in options.only or scripts:
             flags = ["--no-gate"] if options.no_gate and script in OPS else []
             flags += ["--busy"] if options.busy else []
@@ -275,9 +286,9 @@ def main() -> None:
     if BEGIN in text and END in text:
         head, rest = text.split(BEGIN, 1)
         tail = rest.split(END, 1)[1]
-        readme.write_text(f"{head}{BEGIN}\n{short_section(results)}\n{END}{tail}")
-    picture(results, ROOT / "docs" / "peers.png")
-    pages = [isa for isa in FORCED if (ROOT / "docs" / f"benchmarks-{isa}.md").exists()]
+        readme.write_text(f"{head}{BEGIN}\n{readme_section(results)}\n{END}{tail}")
+    plot_headline(results, ROOT / "docs" / "peers.png")
+    pages = [isa for isa in ISA_SETTINGS if (ROOT / "docs" / f"benchmarks-{isa}.md").exists()]
     links = ", ".join(f"[{isa}](benchmarks-{isa}.md)" for isa in pages)
     (ROOT / "docs" / "benchmarks.md").write_text(
         "# Every row of `make bench`\n\n"

@@ -8,7 +8,7 @@ import importlib
 from functools import lru_cache
 
 import pytest
-from harness import repeats_of
+from harness import calibrate_repeats
 from run import OPS
 
 CASES = [(op, case) for op in OPS for case in importlib.import_module(op).cases()]
@@ -30,5 +30,5 @@ def calls_of(index: int):
 def test_case(benchmark, op, index, variant):
     call = calls_of(index)[variant]
     benchmark.group = f"{op} {CASES[index][1].name} {CASES[index][1].shape}"
-    iterations, seconds = repeats_of(call)
+    iterations, seconds = calibrate_repeats(call)
     benchmark.pedantic(call, rounds=9 if seconds < 1 else 3, iterations=iterations)

@@ -1,8 +1,8 @@
-"""Variants that take turns, each in its own process, which is idle while another runs.
+"""Time variants in turns, each in its own process, which is idle while another one runs.
 
-Each has its own process because its threads and its peak memory should be its own: two thread pools
-in one process compete for the cores. They take one turn each on otherwise idle cores, so that a
-slow second of the machine affects all.
+Each variant has its own process, so that its threads and its peak memory are separate: two thread
+pools in one process compete for the cores. The variants take one turn each on otherwise idle cores,
+so that a slow second of the machine affects all.
 """
 
 import argparse
@@ -14,16 +14,16 @@ import time
 from collections.abc import Callable, Collection, Sequence
 
 import torch
-from ceilings import BUSY, Others
+from ceilings import BUSY, OtherProcesses
 from harness import common_options, positive
 
 WARM_UP = 2  # steps before the timed ones: compilation, pages, the optimizer's states
 
 
-def options_of_steps(
+def add_step_options(
     parser: argparse.ArgumentParser, sizes: Collection[str], variants: Sequence[str]
 ) -> None:
-    """The options of a benchmark of training steps."""
+    """Add the options of a benchmark of training steps."""
     parser.add_argument("--size", choices=sizes, default="42m")
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--length", type=int, default=512)
@@ -50,17 +50,17 @@ def _worker(pipe, make: Callable, arguments: tuple, threads: int) -> None:
 
 
 class Worker:
-    """A process that holds `make(*arguments)` and calls it when asked."""
+    """A process that creates `make(*arguments)` and calls it for each message."""
 
     def __init__(self, name: str, make: Callable, arguments: tuple, threads: int):
         self.name = name
         spawn = multiprocessing.get_context("spawn")
-        self.pipe, theirs = spawn.Pipe()
+        self.pipe, worker_pipe = spawn.Pipe()
         self.process = spawn.Process(
-            target=_worker, args=(theirs, make, arguments, threads), daemon=True
+            target=_worker, args=(worker_pipe, make, arguments, threads), daemon=True
         )
         self.process.start()
-        theirs.close()  # so that recv fails when the process ends
+        worker_pipe.close()  # so that recv fails when the process ends
         self._answer()
 
     def _answer(self):
@@ -109,7 +109,7 @@ def measure(
     """
     workers = [Worker(v, _step, (make, v, arguments), threads) for v in variants]
     seconds: dict[str, list[float]] = {v: [] for v in variants}
-    others = Others([w.process.pid for w in workers])
+    others = OtherProcesses([w.process.pid for w in workers])
     for i in range(WARM_UP + steps):
         for worker in workers:
             elapsed, loss = worker()
@@ -117,7 +117,7 @@ def measure(
                 seconds[worker.name].append(elapsed)
             if not loss == loss:
                 raise SystemExit(f"bench: {worker.name}: loss is NaN at step {i}")
-    tell_if_busy(others)
+    warn_if_busy(others)
     rows = []
     for worker in workers:
         times = seconds[worker.name]
@@ -134,14 +134,14 @@ def measure(
     return rows
 
 
-def tell_if_busy(others: Others) -> None:
+def warn_if_busy(others: OtherProcesses) -> None:
     if (share := others.share()) > BUSY:
         print(f"unsteady: others had {share:.0%} of the cores meanwhile")
 
 
 def table(rows: Sequence[dict], mine: str) -> str:
-    """A Markdown table: every variant, the fastest peer in bold, a comparison with `mine`."""
-    own = next((r for r in rows if r["variant"] == mine), None)
+    """Return a Markdown table of all variants, the fastest peer in bold, compared with `mine`."""
+    reference = next((r for r in rows if r["variant"] == mine), None)
     peers = [r for r in rows if r["variant"].startswith(("torch", "eager"))]
     best = max(peers, key=lambda r: r["tokens_per_second"], default=None)
     lines = [
@@ -150,9 +150,9 @@ def table(rows: Sequence[dict], mine: str) -> str:
     ]
     for r in rows:
         faster = memory = "-"
-        if own is not None:
-            faster = f"{own['tokens_per_second'] / r['tokens_per_second']:.2f}x"
-            memory = f"{own['peak_mib'] / r['peak_mib']:.2f}x"
+        if reference is not None:
+            faster = f"{reference['tokens_per_second'] / r['tokens_per_second']:.2f}x"
+            memory = f"{reference['peak_mib'] / r['peak_mib']:.2f}x"
         name = f"**{r['variant']}**" if r is best else r["variant"]
         rate, mib = f"{r['tokens_per_second']:.0f}", f"{r['peak_mib']:.0f}"
         cells = (name, rate, faster, mib, memory, f"{r['spread']:.0%}")

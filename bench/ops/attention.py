@@ -8,7 +8,7 @@ for the backward. Decoding is measured in bytes of keys and values read once.
 import bench_path  # noqa: F401
 import torch
 import torch.nn.functional as F
-from harness import Case, forward, gradients, inference, main, short, widened
+from harness import Case, forward, gradients, in_float32, inference, main, short
 
 from fastlm import ops
 
@@ -52,8 +52,8 @@ def sdpa(q, k, v):
 
 
 def variants(run, mine, peer, dtype: torch.dtype) -> dict:
-    made = {"fastlm": run(mine), "torch": run(peer)}
-    return made | {"torch fp32": widened(run(peer))} if dtype == BF16 else made
+    calls = {"fastlm": run(mine), "torch": run(peer)}
+    return calls | {"torch fp32": in_float32(run(peer))} if dtype == BF16 else calls
 
 
 def cases() -> list[Case]:
@@ -67,7 +67,7 @@ def cases() -> list[Case]:
     ]
 
 
-def own(b: int, h: int, s: int, d: int, hkv: int | None = None) -> list[Case]:
+def shape_cases(b: int, h: int, s: int, d: int, hkv: int | None = None) -> list[Case]:
     shape = (b, h, hkv or h, s, d)
     return [
         *(c for dtype in (BF16, FP32) for c in training(*shape, dtype)),
@@ -165,7 +165,7 @@ def paged(b: int, h: int, hkv: int, t: int, d: int) -> Case:
             "fastlm": inference(attend),
             "fastlm int8": as_int8,
             "torch gather": inference(gather),
-            "torch gather fp32": widened(inference(gather)),
+            "torch gather fp32": in_float32(inference(gather)),
         },
         bytes=4 * pages * 16 * hkv * d,
         data=data,
@@ -194,11 +194,15 @@ def varlen(lengths: list[int], h: int, d: int) -> Case:
     return Case(
         "varlen causal bf16 forward+backward",
         f"{len(lengths)} in {sum(lengths)}, {h} heads of {d}",
-        {"fastlm": gradients(mine), "torch padded": padded, "torch padded fp32": widened(padded)},
+        {
+            "fastlm": gradients(mine),
+            "torch padded": padded,
+            "torch padded fp32": in_float32(padded),
+        },
         flops=3.5 * sum(4 * h * n * n * d / 2 for n in lengths),
         data=data,
     )
 
 
 if __name__ == "__main__":
-    main("attention", cases, own)
+    main("attention", cases, shape_cases)

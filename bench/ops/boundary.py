@@ -37,7 +37,7 @@ def cases() -> list[Case]:
         "four numpy arrays": lambda: [t.numpy() for t in tensors()],
     }
     variants = {"fastlm": carried, "floor: four data_ptr()": four_pointers}
-    whole = {
+    op_variants = {
         "fastlm": lambda x, weight: lambda: ops.rms_norm(x, weight),
         "torch": lambda x, weight: lambda: torch.nn.functional.rms_norm(x, (16,), weight),
     }
@@ -46,7 +46,7 @@ def cases() -> list[Case]:
         Case(
             "whole op (rms_norm of one row)",
             "(1, 16)",
-            whole,
+            op_variants,
             data=lambda: (torch.randn(1, 16), torch.ones(16)),
         ),
     ]

@@ -30,7 +30,7 @@ def of_shape(rows: int, classes: int, dtype: torch.dtype, odd: bool = False) -> 
     def with_gradient():
         return *operands(), None  # a loss has no upstream gradient here
 
-    made = []
+    case_list = []
     # the forward reads the logits; the backward reads them again and writes as many bytes
     for label, run, passes, data in (
         ("fwd", forward, 1, operands),
@@ -41,8 +41,10 @@ def of_shape(rows: int, classes: int, dtype: torch.dtype, odd: bool = False) -> 
             variants["torch.compile"] = run(compiled)
         name = f"cross_entropy {label} {str(dtype).removeprefix('torch.')}"
         size = rows * classes * dtype.itemsize
-        made.append(Case(name, f"{rows} x {classes}", variants, bytes=passes * size, data=data))
-    return made
+        case_list.append(
+            Case(name, f"{rows} x {classes}", variants, bytes=passes * size, data=data)
+        )
+    return case_list
 
 
 def soft(rows: int, classes: int, dtype: torch.dtype) -> Case:
@@ -68,7 +70,7 @@ SOFT = [
 ]
 
 
-def own(rows: int, classes: int) -> list[Case]:
+def shape_cases(rows: int, classes: int) -> list[Case]:
     return [c for d in (torch.bfloat16, torch.float32) for c in of_shape(rows, classes, d)]
 
 
@@ -78,4 +80,4 @@ def cases() -> list[Case]:
 
 
 if __name__ == "__main__":
-    main("cross_entropy", cases, own)
+    main("cross_entropy", cases, shape_cases)

@@ -53,7 +53,7 @@ def of_shape(
     def with_gradient():
         return *operands(grad=True), torch.randn(rows, columns).to(dtype)
 
-    made = []
+    case_list = []
     for label, run, passes, data in (
         ("fwd", forward, 3, operands),
         ("fwd+bwd", gradients, 8, with_gradient),
@@ -61,7 +61,7 @@ def of_shape(
         if rows == 1 and not odd and label != "fwd":
             continue
         peers = {"fastlm": ops.glu, "torch": eager} | ({} if odd else {"torch.compile": compiled})
-        made.append(
+        case_list.append(
             Case(
                 f"{act} {label}" + ("" if dtype == BF16 else " fp32"),
                 f"{rows} x {columns}" + (" halves" if halves else ""),
@@ -70,21 +70,21 @@ def of_shape(
                 data=data,
             )
         )
-    return made
+    return case_list
 
 
-def own(rows: int, columns: int) -> list[Case]:
+def shape_cases(rows: int, columns: int) -> list[Case]:
     return of_shape(rows, columns)
 
 
 def cases() -> list[Case]:
-    made = [c for shape in SHAPES for c in of_shape(*shape)]
+    case_list = [c for shape in SHAPES for c in of_shape(*shape)]
     for dtype in (BF16, FP32):
         for rows, columns in ODD:
             if (rows, columns, "silu", False) not in SHAPES or dtype != BF16:
-                made += of_shape(rows, columns, dtype=dtype, odd=True)
-    return made
+                case_list += of_shape(rows, columns, dtype=dtype, odd=True)
+    return case_list
 
 
 if __name__ == "__main__":
-    main("glu", cases, own)
+    main("glu", cases, shape_cases)

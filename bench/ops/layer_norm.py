@@ -42,8 +42,8 @@ def of_shape(rows: int, width: int, odd: bool = False, kind: str = "bf16") -> li
         return *operands(grad=True), torch.randn(rows, width).to(dtype)
 
     def variants(run):
-        made = {"fastlm": run(ops.layer_norm), "torch": run(plain)}
-        return made if odd else made | {"torch.compile": run(compiled)}
+        calls = {"fastlm": run(ops.layer_norm), "torch": run(plain)}
+        return calls if odd else calls | {"torch.compile": run(compiled)}
 
     shape, bytes_ = f"{rows} x {width}", rows * width * dtype.itemsize
     residual = {"fastlm": inference(fused_residual), "torch": inference(plain_residual)}
@@ -54,14 +54,14 @@ def of_shape(rows: int, width: int, odd: bool = False, kind: str = "bf16") -> li
     ]
 
 
-def own(rows: int, width: int) -> list[Case]:
+def shape_cases(rows: int, width: int) -> list[Case]:
     return [case for kind in KINDS for case in of_shape(rows, width, kind=kind)]
 
 
 def cases() -> list[Case]:
     odd = [case for shape in ODD for case in of_shape(*shape, odd=True)]
-    return [case for shape in SHAPES for case in own(*shape)] + odd
+    return [case for shape in SHAPES for case in shape_cases(*shape)] + odd
 
 
 if __name__ == "__main__":
-    main("layer_norm", cases, own)
+    main("layer_norm", cases, shape_cases)

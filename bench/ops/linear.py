@@ -11,7 +11,7 @@ import itertools
 import bench_path  # noqa: F401
 import torch
 import torch.nn.functional as F
-from harness import Case, main, under_autocast
+from harness import Case, main, with_autocast
 
 from fastlm import ops
 
@@ -57,7 +57,7 @@ def of_shape(rows: int, k: int, n: int) -> Case:
         "fastlm": both(ops.linear),
         "torch": both(F.linear),
         "torch fp32": both(F.linear, torch.float32),
-        "torch autocast": both(under_autocast(F.linear), torch.float32),
+        "torch autocast": both(with_autocast(F.linear), torch.float32),
     }
     flops = 3 * 2 * rows * k * n
     return Case("fwd+bwd bf16", f"{rows} x {k} -> {n}", variants, flops=flops, data=data)
@@ -72,12 +72,12 @@ def activated(rows: int, k: int, n: int, dtype: torch.dtype, learns: bool) -> Ca
         return *tensors, torch.randn(rows, n).to(dtype)
 
     def variant(f):
-        def made(x, weight, bias, dy):
+        def variant_call(x, weight, bias, dy):
             if not learns:
                 return lambda: f(x, weight, bias)
             return lambda: torch.autograd.grad(f(x, weight, bias), (x, weight, bias), dy)
 
-        return made
+        return variant_call
 
     variants = {
         "fastlm": variant(lambda *a: ops.linear(*a, act="gelu_tanh")),
@@ -96,7 +96,7 @@ ACTIVATED = [
 ]
 
 
-def own(rows: int, k: int, n: int) -> list[Case]:
+def shape_cases(rows: int, k: int, n: int) -> list[Case]:
     return [of_shape(rows, k, n)]
 
 
@@ -105,4 +105,4 @@ def cases() -> list[Case]:
 
 
 if __name__ == "__main__":
-    main("linear", cases, own)
+    main("linear", cases, shape_cases)

@@ -64,9 +64,9 @@ def four_products(x, w, target):
 def shapes() -> list[tuple]:
     """The shapes to run. Without bf16 dot products torch takes half a minute for one large bf16
     call, so those shapes are left out."""
-    held = os.environ.get("ATEN_CPU_CAPABILITY") in ("avx2", "default")
-    most = 1e10 if held else math.inf
-    return [s for s in SHAPES + ODD if s[3] != BF16 or math.prod(s[:3]) * (1 - s[4]) <= most]
+    has_limited_isa = os.environ.get("ATEN_CPU_CAPABILITY") in ("avx2", "default")
+    max_size = 1e10 if has_limited_isa else math.inf
+    return [s for s in SHAPES + ODD if s[3] != BF16 or math.prod(s[:3]) * (1 - s[4]) <= max_size]
 
 
 def operands(rows: int, width: int, classes: int, dtype: torch.dtype, ignored: float = 0.0):
@@ -111,7 +111,7 @@ def of_shape(
     )
 
 
-def own(rows: int, width: int, classes: int) -> list[Case]:
+def shape_cases(rows: int, width: int, classes: int) -> list[Case]:
     return [of_shape(rows, width, classes, dtype) for dtype in (BF16, FP32)]
 
 
@@ -120,4 +120,4 @@ def cases() -> list[Case]:
 
 
 if __name__ == "__main__":
-    main("linear_cross_entropy", cases, own)
+    main("linear_cross_entropy", cases, shape_cases)

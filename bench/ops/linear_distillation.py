@@ -61,42 +61,42 @@ def operands(rows: int, width: int, classes: int, dtype: torch.dtype):
 
 
 def of_shape(
-    kind: str, rows: int, width: int, classes: int, dtype: torch.dtype, alone: bool
+    kind: str, rows: int, width: int, classes: int, dtype: torch.dtype, loss_only: bool
 ) -> Case:
-    run, plain = forward if alone else gradients, naive(kind)
+    run, plain = forward if loss_only else gradients, naive(kind)
 
-    def own(student, student_weight, teacher, teacher_weight):
+    def kernel_loss(student, student_weight, teacher, teacher_weight):
         return ops.linear_distillation(
             student, student_weight, teacher, teacher_weight, kind=kind, beta=BETA
         )
 
-    variants = {"fastlm": run(own), "fastlm (linear_cross_entropy)": run(yardstick)}
+    variants = {"fastlm": run(kernel_loss), "fastlm (linear_cross_entropy)": run(yardstick)}
     variants |= torch_variants(run, plain, dtype, torch.compile(plain, dynamic=False))
     return Case(
-        f"linear_distillation {kind} {'fwd' if alone else 'fwd+bwd'}"
+        f"linear_distillation {kind} {'fwd' if loss_only else 'fwd+bwd'}"
         f" {str(dtype).removeprefix('torch.')}",
         f"{rows} x {width} -> {classes}",
         variants,
-        flops=(2 if alone else 4) * 2 * rows * width * classes,
+        flops=(2 if loss_only else 4) * 2 * rows * width * classes,
         dtype=short(dtype),
         data=lambda: (
             *operands(rows, width, classes, dtype),
-            *([] if alone else [None]),
+            *([] if loss_only else [None]),
         ),
     )
 
 
-def own(rows: int, width: int, classes: int) -> list[Case]:
+def shape_cases(rows: int, width: int, classes: int) -> list[Case]:
     return [
-        of_shape(kind, rows, width, classes, FP32, alone)
+        of_shape(kind, rows, width, classes, FP32, loss_only)
         for kind in ("forward", "jsd")
-        for alone in (True, False)
+        for loss_only in (True, False)
     ]
 
 
 def cases() -> list[Case]:
-    return [of_shape(*shape, alone) for shape in SHAPES for alone in (True, False)]
+    return [of_shape(*shape, loss_only) for shape in SHAPES for loss_only in (True, False)]
 
 
 if __name__ == "__main__":
-    main("linear_distillation", cases, own)
+    main("linear_distillation", cases, shape_cases)

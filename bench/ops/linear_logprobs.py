@@ -67,7 +67,7 @@ def of_shape(
 
     peers, missing = ({}, {}) if entropy else of_trl()
     plain, fast = (eager_with_entropy, compiled_with_entropy) if entropy else (eager, compiled)
-    made = []
+    case_list = []
     for label, run, products, data in (
         ("fwd", forward, 1, operands),
         ("fwd+bwd", gradients, 3, with_gradient),
@@ -77,10 +77,10 @@ def of_shape(
         variants |= {name: run(peer) for name, peer in peers.items()}
         if not entropy:
             variants["fastlm linear_cross_entropy"] = run(cross_entropy_rows)
-        what = f"{label}{' with entropy' if entropy else ''}"
-        made.append(
+        description = f"{label}{' with entropy' if entropy else ''}"
+        case_list.append(
             Case(
-                f"linear_logprobs {what} {str(dtype).removeprefix('torch.')}",
+                f"linear_logprobs {description} {str(dtype).removeprefix('torch.')}",
                 f"{rows} x {width} -> {classes}",
                 variants,
                 flops=products * 2 * rows * width * classes,
@@ -89,10 +89,10 @@ def of_shape(
                 data=data,
             )
         )
-    return made
+    return case_list
 
 
-def own(rows: int, width: int, classes: int) -> list[Case]:
+def shape_cases(rows: int, width: int, classes: int) -> list[Case]:
     return [
         case
         for dtype in (BF16, FP32)
@@ -106,4 +106,4 @@ def cases() -> list[Case]:
 
 
 if __name__ == "__main__":
-    main("linear_logprobs", cases, own)
+    main("linear_logprobs", cases, shape_cases)

@@ -189,7 +189,7 @@ def of_shape(bits: int, act: int, m: int, n: int, k: int, group: int = GROUP) ->
     )
 
 
-def own(m: int, k: int, n: int) -> list[Case]:
+def shape_cases(m: int, k: int, n: int) -> list[Case]:
     return [of_shape(bits, act, m, n, k) for bits in (4, 8) for act in (16, 8)]
 
 
@@ -198,4 +198,4 @@ def cases() -> list[Case]:
 
 
 if __name__ == "__main__":
-    main("quantized_linear", cases, own)
+    main("quantized_linear", cases, shape_cases)

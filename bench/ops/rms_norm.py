@@ -39,22 +39,22 @@ def of_shape(rows: int, width: int, odd: bool = False) -> list[Case]:
         return *operands(grad=True), torch.randn(rows, width).bfloat16()
 
     def variants(run):
-        made = {"fastlm": run(ops.rms_norm), "torch": run(plain)}
-        return made if odd else made | {"torch.compile": run(compiled)}
+        calls = {"fastlm": run(ops.rms_norm), "torch": run(plain)}
+        return calls if odd else calls | {"torch.compile": run(compiled)}
 
     shape, n = f"{rows} x {width}", rows * width
     residual = {"fastlm": inference(fused_residual), "torch": inference(plain_residual)}
-    made = [
+    case_list = [
         Case("fwd", shape, variants(inference), bytes=4 * n, data=operands),
         Case("residual fwd", shape, residual, bytes=8 * n, data=with_residual),
     ]
     if rows > 8 or odd:
         both = variants(gradients)
-        made.append(Case("fwd+bwd", shape, both, bytes=10 * n, data=with_gradient))
-    return made
+        case_list.append(Case("fwd+bwd", shape, both, bytes=10 * n, data=with_gradient))
+    return case_list
 
 
-def own(rows: int, width: int) -> list[Case]:
+def shape_cases(rows: int, width: int) -> list[Case]:
     return of_shape(rows, width)
 
 
@@ -63,4 +63,4 @@ def cases() -> list[Case]:
 
 
 if __name__ == "__main__":
-    main("rms_norm", cases, own)
+    main("rms_norm", cases, shape_cases)

@@ -56,7 +56,7 @@ def of_shape(
         q, k, cos, sin = operands(grad=True)
         return q, k, cos, sin, (q.detach(), k.detach())
 
-    made = []
+    case_list = []
     for label, run, passes, data in (
         ("fwd", forward, 1, operands),
         ("fwd+bwd", gradients, 2, with_gradient),
@@ -68,15 +68,17 @@ def of_shape(
             variants["torch.compile"] = run(compiled)
         moved = 4 * b * s * d * (h + hkv)  # bf16: everything is read once and written once
         shape = f"B {b} H {h}/{hkv} S {s} D {d} R {r}"
-        made.append(Case(f"{name} {label}", shape, variants, bytes=passes * moved, data=data))
-    return made
+        case_list.append(Case(f"{name} {label}", shape, variants, bytes=passes * moved, data=data))
+    return case_list
 
 
-def own(b: int, h: int, s: int, d: int, hkv: int | None = None, r: int | None = None) -> list[Case]:
+def shape_cases(
+    b: int, h: int, s: int, d: int, hkv: int | None = None, r: int | None = None
+) -> list[Case]:
     hkv, r = hkv or h, r or d
     if r % 2 or r > d:
         raise ValueError(f"r (default: d): expected an even width of at most {d}, got {r}")
-    return of_shape("own", b, h, hkv, s, d, r)
+    return of_shape("custom", b, h, hkv, s, d, r)
 
 
 def cases() -> list[Case]:
@@ -84,4 +86,4 @@ def cases() -> list[Case]:
 
 
 if __name__ == "__main__":
-    main("rope", cases, own)
+    main("rope", cases, shape_cases)

@@ -29,9 +29,9 @@ from pathlib import Path
 
 import bench_path  # noqa: F401
 import torch
-from ceilings import Others, best_of_several, wait_until_quiet
+from ceilings import OtherProcesses, measure_ceilings, wait_until_quiet
 from harness import common_options, llama_cpp, machine, positive, save
-from turns import Worker, tell_if_busy
+from turns import Worker, warn_if_busy
 
 PROMPT_TOKENS = 512
 NEW_TOKENS = 64
@@ -313,8 +313,8 @@ def main() -> None:
         for name, (_, missing) in versions.items()
         if not missing
     ]
-    others = Others([w.process.pid for w in workers])
-    rows, read = [], best_of_several()["read"]
+    others = OtherProcesses([w.process.pid for w in workers])
+    rows, read = [], measure_ceilings()["read"]
     for users in options.users:
         measured = {
             row["engine"]: row for row in measure(workers, users, options.rounds, options.prompt)
@@ -322,8 +322,8 @@ def main() -> None:
         for name, (version, missing) in versions.items():
             row = measured.get(name, {"users": users, "engine": name})
             rows.append(row | {"version": version, "missing": missing})
-    read = max(read, best_of_several()["read"])
-    tell_if_busy(others)
+    read = max(read, measure_ceilings()["read"])
+    warn_if_busy(others)
     for worker in workers:
         worker.stop()
     print(machine())

@@ -27,9 +27,9 @@ from typing import Any
 
 import bench_path  # noqa: F401
 import torch
-from ceilings import Others, wait_until_quiet
+from ceilings import OtherProcesses, wait_until_quiet
 from harness import common_options, machine, positive, save
-from turns import Worker, tell_if_busy
+from turns import Worker, warn_if_busy
 
 from fastlm.evals.task import MultipleChoice, Task
 
@@ -326,7 +326,7 @@ def run(options: argparse.Namespace, folder: Path, keep: Callable) -> list[dict[
         }
         for side, worker in sides.items():  # warm up
             worker(*(("arc_easy", 0) if side == "fastlm eval" else (asked[0][2], "1")))
-        others = Others([w.process.pid for w in sides.values()])
+        others = OtherProcesses([w.process.pid for w in sides.values()])
         for name, shots, task in asked:
             batch, tried[f"{dtype}, {task}"] = best_batch(sides["hf"], task, options.batch)
             found = {"hf": sides["hf"](task, batch), "fastlm": sides["fastlm"](task, "1")}
@@ -341,7 +341,7 @@ def run(options: argparse.Namespace, folder: Path, keep: Callable) -> list[dict[
             rows.append(row)
             keep(rows, tried)
             print(table([row]).splitlines()[-1], flush=True)
-        tell_if_busy(others)
+        warn_if_busy(others)
         for worker in sides.values():
             worker.stop()
     return rows

@@ -44,11 +44,11 @@ import bench_path  # noqa: F401
 import httpx
 import serve_tables
 import soak_clients
-from ceilings import Others, wait_until_quiet
+from ceilings import OtherProcesses, wait_until_quiet
 from harness import common_options, llama_cpp, machine, positive, save
 from servers import Server, measure_cold_starts, resident_mib, running_server
 from traffic import Load, closed_loop, open_loop
-from turns import tell_if_busy
+from turns import warn_if_busy
 
 GROWTH_MIB = 64  # of resident memory in the second half of a soak
 SOAK_BLOCKS = 192  # 12,288 tokens, 30 of the longest requests: all used after 1 to 2 minutes
@@ -251,7 +251,7 @@ def main() -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the servers end too
     model = model_file(a.model)
     wait_until_quiet(a.busy)
-    others, seeds, faults = Others(), Seeds(), []
+    others, seeds, faults = OtherProcesses(), Seeds(), []
     results: dict[str, Any] = {"machine": {**machine(), "threads": a.threads}}
     if a.soak:
         with (
@@ -284,7 +284,7 @@ def main() -> None:
         results["cold"] = measure_cold_starts(
             {"chat": names, "command": commands}, model, a.threads, a.cold
         )
-    tell_if_busy(others)
+    warn_if_busy(others)
     print(results["machine"])
     print(serve_tables.tables(results))
     results["faults"] = faults

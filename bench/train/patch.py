@@ -98,7 +98,7 @@ def make(variant: str, size: tuple[int, ...], batch: int, length: int):
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n", 1)[0])
-    turns.options_of_steps(parser, SIZES, VARIANTS)
+    turns.add_step_options(parser, SIZES, VARIANTS)
     options = parser.parse_args()
     wait_until_quiet(options.busy)
     rows = turns.measure(

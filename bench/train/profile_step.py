@@ -26,8 +26,8 @@ from pathlib import Path
 
 import bench_path  # noqa: F401
 import torch
-from ceilings import ceilings_before, combined, highest
-from harness import common_options, described, machine, positive, save
+from ceilings import ceilings_before, confirm_ceilings, fastest_instruction
+from harness import common_options, describe_ceilings, machine, positive, save
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 from train_step import SIZES, fastlm_step
@@ -182,10 +182,10 @@ def main() -> None:
         if options.model is not None and part not in PARTS:
             part = event.key
         seconds[part] += event.self_cpu_time_total / 1e6 / STEPS
-    limits = combined(before)
-    ceiling = limits[highest(limits, "bf16")] if limits else math.nan
+    limits = confirm_ceilings(before)
+    ceiling = limits[fastest_instruction(limits, "bf16")] if limits else math.nan
     print(machine())
-    print(described(limits))
+    print(describe_ceilings(limits))
     rate = "" if options.model else f"{tokens / plain:.0f} tokens/s; "
     print(f"{name}: {plain * 1e3:.0f} ms a step, {rate}{profiled * 1e3:.0f} ms under the profiler")
     print("| part | ms | share of the step | share of the bf16 ceiling |\n|---|---|---|---|")

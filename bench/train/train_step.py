@@ -169,7 +169,7 @@ def scaling() -> list[dict]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
-    turns.options_of_steps(parser, SIZES, VARIANTS)
+    turns.add_step_options(parser, SIZES, VARIANTS)
     parser.add_argument("--scaling", action="store_true", help="every line of SCALING instead")
     options = parser.parse_args()
     wait_until_quiet(options.busy)

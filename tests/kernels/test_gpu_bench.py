@@ -54,7 +54,7 @@ def no_card(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "none")
     monkeypatch.setattr(gpu, "ceilings", lambda small: {"bf16": 1e12, "read": 1e9})
-    monkeypatch.setattr(gpu, "timed_on_gpu", lambda v, rounds: {n: [1.0] * rounds for n in v})
+    monkeypatch.setattr(gpu, "time_on_gpu", lambda v, rounds: {n: [1.0] * rounds for n in v})
     monkeypatch.setattr(gpu, "peak_bytes", lambda call: 0)
     monkeypatch.setattr(gpu, "host_microseconds", lambda call: 0.0)
     monkeypatch.setattr(gpu, "machine", lambda: {"cpu": "some"})

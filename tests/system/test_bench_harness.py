@@ -51,13 +51,13 @@ OWN = {
 }
 
 
-def run_main(monkeypatch, cases, *arguments, own=None):
+def run_main(monkeypatch, cases, *arguments, make_cases=None):
     monkeypatch.setattr(sys, "argv", ["op.py", *arguments])
     if harness.wait_until_quiet is ceilings.wait_until_quiet:
         monkeypatch.setattr(harness, "wait_until_quiet", lambda busy: None)
     monkeypatch.setattr(harness, "ceilings_before", lambda busy: {})
-    monkeypatch.setattr(harness, "combined", lambda before: {})
-    harness.main("op", lambda: cases, own)
+    monkeypatch.setattr(harness, "confirm_ceilings", lambda before: {})
+    harness.main("op", lambda: cases, make_cases)
 
 
 def one_case(name="fwd", shape="4 x 8", **more):
@@ -74,20 +74,20 @@ def one_case(name="fwd", shape="4 x 8", **more):
     ],
 )
 def test_refused_in_one_line(monkeypatch, capsys, arguments, message):
-    def own(b: int, h: int, s: int, d: int = 0):
+    def make_cases(b: int, h: int, s: int, d: int = 0):
         return [one_case()]
 
     with pytest.raises(SystemExit) as ended:
-        run_main(monkeypatch, [one_case("backward"), one_case()], *arguments, own=own)
+        run_main(monkeypatch, [one_case("backward"), one_case()], *arguments, make_cases=make_cases)
     assert ended.value.code == 2 and message in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("text", ["8,9,10", "8x9x10", "8, 9, 10"])
 def test_own_shape(monkeypatch, capsys, text):
-    def own(b: int, h: int, s: int, d: int = 11):
+    def make_cases(b: int, h: int, s: int, d: int = 11):
         return [one_case(shape=f"{b} {h} {s} {d}")]
 
-    run_main(monkeypatch, [], "--shape", text, "--list", own=own)
+    run_main(monkeypatch, [], "--shape", text, "--list", make_cases=make_cases)
     assert capsys.readouterr().out == "fwd: 8 9 10 11: fastlm, torch\n"
 
 
@@ -124,7 +124,7 @@ def test_collected_without_operands(monkeypatch, op):
 def test_variants_do_the_same_work(op):
     """On a custom small shape every variant runs and returns the same number of elements."""
     module = importlib.import_module(op)
-    for case in module.own(*OWN[op]):
+    for case in module.shape_cases(*OWN[op]):
         made = {}
         for name, call in case.calls().items():
             if "compile" in name:
@@ -160,7 +160,7 @@ def test_bytes_of_a_quantized_weight():
 def test_share_is_of_the_best_instruction_for_the_dtype():
     limits = {"fp32 FMA": 200.0, "bf16 dot": 100.0, "int8 dot": 800.0, "fp16 FMA": 400.0}
     limits["read"] = 1e9
-    of = {d: ceilings.highest(limits, d) for d in ("bf16", "fp32", "fp16", "int8")}
+    of = {d: ceilings.fastest_instruction(limits, d) for d in ("bf16", "fp32", "fp16", "int8")}
     assert of == {"bf16": "fp32 FMA", "fp32": "fp32 FMA", "fp16": "fp32 FMA", "int8": "int8 dot"}
     row = harness.run_case(
         one_case(flops=50.0), limits, 2, lambda calls, rounds: {n: [1.0, 1.0] for n in calls}
@@ -249,26 +249,26 @@ def test_ceilings_that_differ_are_measured_again_or_left_out(monkeypatch, later,
     monkeypatch.setattr(
         ceilings, "ceilings", lambda: {"fp32 FMA": v} if (v := next(values)) else {}
     )
-    assert ceilings.combined({"fp32 FMA": 100.0}) == expected
+    assert ceilings.confirm_ceilings({"fp32 FMA": 100.0}) == expected
 
 
 def test_other_processes_are_seen(monkeypatch):
     used = iter([100.0, 101.5])
-    monkeypatch.setattr(ceilings, "seconds_in_use", lambda: next(used))
-    own = {os.getpid(): iter([10.0, 10.2]), 7: iter([5.0, 5.3])}
-    monkeypatch.setattr(ceilings, "seconds_of", lambda process: next(own[process]))
+    monkeypatch.setattr(ceilings, "total_cpu_seconds", lambda: next(used))
+    process_seconds = {os.getpid(): iter([10.0, 10.2]), 7: iter([5.0, 5.3])}
+    monkeypatch.setattr(ceilings, "cpu_seconds", lambda process: next(process_seconds[process]))
     clock = iter([0.0, 1.0])
     monkeypatch.setattr(ceilings, "time", SimpleNamespace(monotonic=lambda: next(clock)))
     monkeypatch.setattr(ceilings.os, "cpu_count", lambda: 2)
-    share = ceilings.Others([7]).share()
+    share = ceilings.OtherProcesses([7]).share()
     assert share == pytest.approx((1.5 - 0.5 - 4 / ceilings.TICK) / 2)
 
 
 def test_nothing_is_timed_on_a_busy_machine(monkeypatch):
-    monkeypatch.setattr(ceilings, "PATIENCE", 0)
+    monkeypatch.setattr(ceilings, "MAX_WAIT", 0)
     clock = SimpleNamespace(monotonic=time.monotonic, sleep=lambda seconds: None)
     monkeypatch.setattr(ceilings, "time", clock)
-    monkeypatch.setattr(ceilings.Others, "share", lambda self: 0.6)
+    monkeypatch.setattr(ceilings.OtherProcesses, "share", lambda self: 0.6)
     with pytest.raises(SystemExit, match="other processes have 60% of the cores"):
         ceilings.wait_until_quiet(busy=False)
     ceilings.wait_until_quiet(busy=True)
@@ -276,7 +276,7 @@ def test_nothing_is_timed_on_a_busy_machine(monkeypatch):
 
 def test_the_processes_that_use_the_cores_are_named(monkeypatch):
     used = iter([{os.getpid(): 1.0, os.getppid(): 2.0, 0: 1.0}] * 2)
-    monkeypatch.setattr(ceilings, "used_by_process", lambda: next(used))
+    monkeypatch.setattr(ceilings, "cpu_seconds_by_process", lambda: next(used))
     assert ceilings.busiest({os.getpid(): 0.0, os.getppid(): 1.5, 0: 1.0}, 0.5).endswith(
         f"(process {os.getppid()}) 100% of a core"
     )
@@ -294,7 +294,7 @@ def test_what_is_wrong_is_said_before_the_wait(monkeypatch, capsys, tmp_path):
         ("1,2,5,16,2,18", "expected an even width of at most 16, got 18"),
     ):
         with pytest.raises(SystemExit):
-            run_main(monkeypatch, [], "--shape", shape, "--busy", own=rope.own)
+            run_main(monkeypatch, [], "--shape", shape, "--busy", make_cases=rope.shape_cases)
         assert message in capsys.readouterr().err
     monkeypatch.setattr(sys, "argv", ["profile_step.py", "--model", str(tmp_path)])
     with pytest.raises(SystemExit, match="--model: expected FILE"):
@@ -307,7 +307,7 @@ def test_a_variant_has_no_comma_in_its_name():
 
 
 def test_an_unsteady_row_is_measured_again(monkeypatch):
-    monkeypatch.setattr(harness.Others, "share", lambda self: 0.0)
+    monkeypatch.setattr(harness.OtherProcesses, "share", lambda self: 0.0)
     noisy, calm = [1.0, 2.0, 3.0, 4.0], [1.0, 1.0, 1.01, 1.02]
 
     def row(*attempts):
@@ -412,7 +412,7 @@ def test_profile_of_ones_own_model(monkeypatch, tmp_path, capsys):
     file.write_text(MODEL)
     limits = {"fp32 FMA": 1e9, "read": 1e9}
     monkeypatch.setattr(profile_step, "ceilings_before", lambda busy: limits)
-    monkeypatch.setattr(profile_step, "combined", lambda before: limits)
+    monkeypatch.setattr(profile_step, "confirm_ceilings", lambda before: limits)
     monkeypatch.setattr(sys, "argv", ["profile_step.py", "--model", f"{file}:make"])
     profile_step.main()
     out = capsys.readouterr().out
@@ -423,7 +423,7 @@ def test_profile_of_ones_own_model(monkeypatch, tmp_path, capsys):
 
 
 def test_profile_finds_own_linears(monkeypatch):
-    least_rows = sys.modules["fastlm.ops.linear"]._LEAST_ROWS
+    least_rows = sys.modules["fastlm.ops.linear"]._MIN_ROWS
     monkeypatch.setitem(least_rows, backend.cpu_isa(), (1, 1))  # fastlm's own product runs
     x, weight = (torch.randn(2048, 64).bfloat16().requires_grad_() for _ in range(2))
     with torch.profiler.profile() as profiled:

@@ -25,7 +25,7 @@ def fastlm_products(min_rows: tuple[float, float] = (1, 1)) -> Iterator[None]:
     instruction set.
     """
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(ops.linear.__globals__, "_LEAST_ROWS", dict.fromkeys(ISAS, min_rows))
+        patch.setitem(ops.linear.__globals__, "_MIN_ROWS", dict.fromkeys(ISAS, min_rows))
         yield
 
 
