@@ -1,4 +1,4 @@
-"""How long the CUDA kernels should take on cards that are not available, and how long they took.
+"""Model the times of the CUDA kernels on cards that are not available, next to measured times.
 
     python bench/cuda_model.py [quantized_linear ...]
 
@@ -7,14 +7,14 @@ launches: blocks, threads, shared memory. The time of a launch is the largest of
 
 - bytes / bandwidth and operations / peak, at the fractions of the public figures that good kernels
   reach (BANDWIDTH, PEAK), in whole waves of blocks: the last wave takes as long as a full one;
-- bytes by latency: the resident warps have IN_FLIGHT bytes each under way per memory latency;
+- bytes by latency: each resident warp has IN_FLIGHT bytes in flight per memory latency;
 - LATENCY for every wave;
 
-plus LAUNCH for each launch in a stream. A whole decode step, as a CUDA graph, takes its bytes over
-the bandwidth, plus GRAPH_LAUNCH for each of our launches (torch's few are left out), plus LATENCY
+plus LAUNCH for each launch in a stream. A decode step, as a CUDA graph, takes its bytes over the
+bandwidth, plus GRAPH_LAUNCH for each of fastlm's launches (torch's few are left out), plus LATENCY
 for each launch that reads no weights and no cache. Registers and threads come from
-tests/gates/cuda_gate.json. "Measured" is the time that bench/results/gpu.jsonl holds for the card;
-without one it is "not measured".
+tests/gates/cuda_gate.json. "Measured" is the time in bench/results/gpu.jsonl for the card; without
+it, "not measured".
 """
 
 import argparse
@@ -35,7 +35,7 @@ BF16 = torch.bfloat16
 
 
 class Card(NamedTuple):
-    """Public figures: GB/s, dense bf16 and int8 TFLOP/s, multiprocessors, architecture."""
+    """A card's public figures: GB/s, dense bf16 and int8 TFLOP/s, multiprocessors, architecture."""
 
     bandwidth: float
     bf16: float
@@ -52,7 +52,7 @@ CARDS = {
 }
 BANDWIDTH, PEAK = 0.9, 0.7
 LATENCY = 1e-6  # per wave: the start of a block, one trip to memory, its end
-IN_FLIGHT = 2048  # bytes that a warp has under way: four 16-byte loads per lane
+IN_FLIGHT = 2048  # bytes that a warp has in flight: four 16-byte loads per lane
 MEMORY_LATENCY = 0.7e-6
 LAUNCH = 2.5e-6
 GRAPH_LAUNCH = 1.2e-6  # from the end of a kernel to the start of the next, which waits for it
@@ -235,8 +235,8 @@ CASES = {
 }
 
 
-def measured() -> tuple[str, dict[tuple[str, str], float]]:
-    """The card of bench/results/gpu.jsonl and fastlm's milliseconds on it by op and shape."""
+def read_measured() -> tuple[str, dict[tuple[str, str], float]]:
+    """Return the card of bench/results/gpu.jsonl and fastlm's milliseconds by op and shape."""
     path = ROOT / "bench/results/gpu.jsonl"
     lines = map(json.loads, path.read_text().splitlines()) if path.exists() else ()
     card, times = "", {}
@@ -249,11 +249,11 @@ def measured() -> tuple[str, dict[tuple[str, str], float]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
-    parser.add_argument("ops", nargs="*", help=f"of {', '.join(CASES)}; default: all")
+    parser.add_argument("ops", nargs="*", help=f"Model only these: {', '.join(CASES)}.")
     names = parser.parse_args().ops
     if unknown := set(names) - set(CASES):
         parser.error(f"ops: expected some of {', '.join(CASES)}, got {', '.join(sorted(unknown))}")
-    card_of, times = measured()
+    card_of, times = read_measured()
     rows = []
     for name in names or CASES:
         for case in CASES[name]():
@@ -275,8 +275,8 @@ def main() -> None:
                 f"{seconds(case, kernels, card) * 1e6:.1f}"
                 for kernels, card in zip(per_card, CARDS.values())
             ]
-            took = times.get((case.op, case.shape))
-            row.append(f"{took * 1e3:.1f} ({card_of})" if took else "not measured")
+            milliseconds = times.get((case.op, case.shape))
+            row.append(f"{milliseconds * 1e3:.1f} ({card_of})" if milliseconds else "not measured")
             rows.append(row)
     heads = [
         "op",

@@ -1,4 +1,4 @@
-"""Every kernel on the present GPU against torch's there, decode steps of whole models, the engine.
+"""Time every kernel on this GPU against torch's, decode steps of whole models, and the engine.
 
 Each case is printed as a line of JSON as soon as it is measured, and a table at the end.
 
@@ -7,7 +7,7 @@ Each case is printed as a line of JSON as soon as it is measured, and a table at
     python bench/gpu.py --smoke               every case once, small, only to see that it runs
     python bench/gpu.py --seconds 180         stops before the first case past that time
 
-Minutes on a card are scarce. A peer that fails is left out. A case of ours that fails is reported,
+Time on a card is scarce. A peer that fails is left out. A case of fastlm's that fails is reported,
 and the next one is measured, in a new process if the fault destroyed the CUDA context (as an
 illegal address does).
 
@@ -54,7 +54,7 @@ SDPA = {
 
 
 def time_on_gpu(variants: dict[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
-    """Seconds per call, per variant and round; variants take turns inside each round."""
+    """Return the seconds per call, per variant and round. Variants take turns in each round."""
     flush = torch.empty(256 << 20, dtype=torch.uint8, device=DEVICE)  # larger than any L2
     for call in variants.values():
         for _ in range(3):
@@ -74,7 +74,7 @@ def time_on_gpu(variants: dict[str, Callable[[], object]], rounds: int) -> dict[
 
 
 def ceilings(small: bool) -> dict[str, float]:
-    """FLOP/s of a bf16 product and bytes/s of a copy; best of several."""
+    """Return the FLOP/s of a bf16 product and the bytes/s of a copy, the best of several."""
     side, size = (1024, 1 << 20) if small else (8192, 1 << 30)
     a, b = torch.randn(2, side, side, dtype=BF16, device=DEVICE)
     source = torch.empty(size, dtype=torch.uint8, device=DEVICE)
@@ -86,7 +86,7 @@ def ceilings(small: bool) -> dict[str, float]:
 
 
 def grads(function: Callable, *inputs: torch.Tensor) -> Callable[[], object]:
-    """A call that computes output and gradients. The upstream gradient is created beforehand."""
+    """Return a call that computes output and gradients. It creates the upstream gradient first."""
     leaves = [t.detach().requires_grad_() for t in inputs]
     with torch.no_grad():
         upstream = torch.randn_like(function(*leaves))
@@ -326,7 +326,7 @@ def random_model(sizes: dict, format: str | None, *, filled: bool = True) -> fas
 
 
 def step_call(model: fastlm.CausalLM, users: int, keys: int, graph: bool) -> Callable[[], object]:
-    """A decode step with `keys` keys per user in the cache, the same step at each call."""
+    """Return a decode step with `keys` keys per user in the cache, the same step at each call."""
     width = keys // BLOCK_SIZE + 1
     pages = BlockManager(model.config, users * width, dtype=BF16, device=DEVICE)
     pages.data.normal_()
@@ -341,7 +341,7 @@ def step_call(model: fastlm.CausalLM, users: int, keys: int, graph: bool) -> Cal
 
 
 def step_bytes(model: fastlm.CausalLM, users: int, keys: int) -> int:
-    """Bytes that a step reads: the weights once, every key and value."""
+    """Return the bytes that a step reads: the weights once, every key and value."""
     head = [model.model.embed_tokens.weight] if model.config.tie_word_embeddings else []
     layers = model.config.num_hidden_layers
     cache = 2 * layers * users * keys * model.model.layers[0].self_attn.kv_width * BF16.itemsize
@@ -361,7 +361,7 @@ def transformers_model(sizes: dict) -> torch.nn.Module:
 
 
 def transformers_call(model: Any, users: int, keys: int) -> Callable[[], object]:
-    """What a user of transformers runs: bfloat16, SDPA, a static cache, one call per step."""
+    """Return transformers' decode step: bfloat16, SDPA, a static cache, one call per step."""
     from transformers import StaticCache
 
     config = model.config
@@ -410,7 +410,8 @@ def decode(small: bool) -> Iterator[Case]:
 
 
 def engine_call(model: fastlm.CausalLM, users: int, tokens: int, graph: bool) -> Callable:
-    """Answers of so many tokens to as many short prompts. Prompts are computed each time."""
+    """Return a call that generates `tokens` tokens for each of `users` short prompts, including the
+    prefill."""
     prompts = torch.randint(0, model.config.vocab_size, (users, 32)).tolist()
     requests = [Request(prompt, tokens, Sampling(temperature=0), ignore_eos=True)
                 for prompt in prompts]  # fmt: skip
@@ -423,7 +424,7 @@ def engine_call(model: fastlm.CausalLM, users: int, tokens: int, graph: bool) ->
 
 
 def engine(small: bool) -> Iterator[Case]:
-    """Tokens per second: the tokens in the shape over the time."""
+    """Measure the engine. Tokens per second are the tokens in the shape over the time."""
     tokens = 3 if small else 17  # the first comes with the prompt
     model = random_model(SHAPES["SmolLM2-135M"] | (TINY if small else {}), "w4a16")
     for users in (1, 2) if small else (1, 8, 64):
@@ -444,7 +445,7 @@ OPS = {
 
 
 def peak_bytes(call: Callable[[], object]) -> int:
-    """Memory that a call takes in addition to what was allocated before."""
+    """Return the memory that a call takes in addition to what was allocated before."""
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
@@ -454,7 +455,7 @@ def peak_bytes(call: Callable[[], object]) -> int:
 
 
 def host_microseconds(call: Callable[[], object]) -> float:
-    """Time until a call returns while the GPU is still busy."""
+    """Return the time until a call returns while the GPU is still busy."""
     times = []
     for _ in range(10):
         torch.cuda._sleep(20_000_000)  # cycles: 10 ms

@@ -1,8 +1,8 @@
 #!/bin/sh
-# On a machine with a GPU: builds fastlm for its Python ($PYTHON, .venv or python3), runs the tests that need the GPU, then bench/gpu.py. Every step has a time
-# limit and prints what it has by then: `tests triton cuda` takes less than ten minutes, and so does `bench compare`. Not run on a GPU yet.
+# On a machine with a GPU: build fastlm for its Python ($PYTHON, .venv or python3), run the tests that need the GPU, then bench/gpu.py. Every step has a time
+# limit and prints its results so far: `tests triton cuda` takes less than ten minutes, and so does `bench compare`. Not run on a GPU yet.
 #     sh bench/gpu.sh [folder for results] [tests|triton|cuda|bench|compare ...]        default: bench/results, all but compare
-# compare: runs bench again with Triton where CUDA C++ is picked, two minutes; ORDER in fastlm/backend.py should follow its result.
+# compare: run bench again with Triton where CUDA C++ is selected, two minutes; the order of BACKENDS in fastlm/backend.py should follow its result.
 # Nothing is downloaded: bring packages that the machine lacks as wheels, on PYTHONPATH; ninja may be on PATH instead. Every step runs, even after a failure.
 set -u
 out=${1:-bench/results}
@@ -25,7 +25,7 @@ export FASTLM_CUDA_ARCHS="$capability"
 # Without the extensions everything still runs except the CUDA kernels and some tests' imports
 timeout 150 $python setup.py -q build_ext --inplace >"$out/gpu-build.log" 2>&1 || {
   status=1
-  echo "gpu.sh: the C++ extension does not build, going on without it: $out/gpu-build.log"
+  echo "gpu.sh: the C++ extension does not build, continuing without it: $out/gpu-build.log"
   tail -n 5 "$out/gpu-build.log"
 }
 ln -s "$here/fastlm" "$site/fastlm"

@@ -1,4 +1,4 @@
-"""The cases of bench/ under pytest-benchmark, to compare two commits:
+"""Run the cases of bench/ under pytest-benchmark, to compare two commits:
 
 pytest bench --benchmark-save=before
 pytest bench --benchmark-compare=0001 -k "rope and fastlm"

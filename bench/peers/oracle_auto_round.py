@@ -1,11 +1,13 @@
-"""auto-round (PyPI, Intel) on the base that `bench/peers/quantization.py --leave FOLDER` left, for
-its `--oracle`. Needs an environment of its own: torch, transformers and auto-round, no fastlm.
+"""Quantize the base of `bench/peers/quantization.py --leave FOLDER` by auto-round (PyPI, Intel).
+
+The result is for its `--oracle`. It needs a separate environment: torch, transformers and
+auto-round, no fastlm.
 
     python bench/peers/oracle_auto_round.py FOLDER OUT [--group-size 32] [--iterations 200]
 
-Quantizes the linear layers of the decoder to int4, symmetric, on the same calibration windows, and
-writes the model with dequantized layers and oracle.json. The embedding stays as it is: auto-round
-leaves a tied head alone.
+It quantizes the linear layers of the decoder to int4, symmetric, on the same calibration windows,
+and writes the model with dequantized layers and oracle.json. The embedding is unchanged: auto-round
+does not quantize a tied head.
 """
 
 import argparse
@@ -38,8 +40,12 @@ def main() -> None:
     tuned, _ = rounding.quantize()
     seconds = time.process_time() - began
     tuned.save_pretrained(options.out)
-    told = {"grid": f"g{options.group_size}", "seconds": seconds, "iterations": options.iterations}
-    (options.out / "oracle.json").write_text(json.dumps(told) + "\n")
+    summary = {
+        "grid": f"g{options.group_size}",
+        "seconds": seconds,
+        "iterations": options.iterations,
+    }
+    (options.out / "oracle.json").write_text(json.dumps(summary) + "\n")
 
 
 if __name__ == "__main__":

@@ -1,23 +1,24 @@
-"""What 4-bit weights cost: bits per byte, KL and greedy agreement of a model quantized by each
-method, against the model itself.
+"""Measure the cost of 4-bit weights, for each method: bits per byte, KL and greedy agreement.
+
+The quantized models are compared with the model itself.
 
     python bench/peers/quantization.py --model FOLDER --data SHARDS [--json FILE]
 
-`--data` with parts (prepared text, shards) calibrates on the training part and is compared on the
-held-out one. Other text would serve for both, which is refused. Each change has its standard error
-over the windows; so has the difference to `plain`, which is rounding to nearest with the scale of
-the largest weight: both models read the same windows. `--json` adds to the rows of that file.
+`--data` needs parts (prepared text, shards): models are calibrated on the training part and
+compared on the held-out part. Other text is refused. Each change has its standard error over the
+windows; so has the difference to `plain`, which is rounding to nearest with the scale of the
+largest weight: both models read the same windows. `--json` adds to the rows of that file.
 
-The base is computed in float32, whatever it is stored in. `--model model:smollm2` is a base of
-4-bit weights itself (Q4_1: groups of 32 with a scale and an offset; its embedding is Q8_0), which
-are dequantized, as `fastlm quantize --dequantize` does. Groups of 32 with offsets would find that
-grid again and lose nothing, so only other grids are measured there: symmetric ones, and groups of
-64.
+The base is computed in float32, whatever its stored dtype. `--model model:smollm2` has 4-bit
+weights (Q4_1: groups of 32 with a scale and an offset; its embedding is Q8_0), which are
+dequantized, as `fastlm quantize --dequantize` does. Groups of 32 with offsets would reproduce that
+grid without a loss, so only other grids are measured there: symmetric ones, and groups of 64.
 
 `--leave FOLDER` writes the base and the calibration windows for another program and ends.
-`--oracle NAME=PATH` then names what it made: a .gguf file (llama.cpp's `llama-quantize --pure`), or
-a Hugging Face folder with dequantized layers (`bench/peers/oracle_auto_round.py`), of which this
-quantizes the embedding as `gptq` and `autoround` do.
+`--oracle NAME=PATH` then names that program's result: a .gguf file (llama.cpp's
+`llama-quantize --pure`), or a Hugging Face folder with dequantized layers
+(`bench/peers/oracle_auto_round.py`). The embedding of the latter is quantized here, as by `gptq`
+and `autoround`.
 """
 
 import argparse
@@ -53,8 +54,8 @@ METHODS = (
 )  # fmt: skip
 
 
-def plain(model: CausalLM, group_size: int, symmetric: bool) -> CausalLM:
-    """Round to nearest: the largest weight of a group on 7, or the group's range on 15 steps."""
+def round_to_nearest(model: CausalLM, group_size: int, symmetric: bool) -> CausalLM:
+    """Round to nearest: put the largest weight of a group on 7, or its range on 15 steps."""
     plan = select_targets(model, QuantizeOptions(group_size=group_size, symmetric=symmetric))
     for target in plan:
         w = target.module.weight.detach().float()
@@ -77,22 +78,22 @@ def plain(model: CausalLM, group_size: int, symmetric: bool) -> CausalLM:
     return model
 
 
-def remembered(model: CausalLM) -> CausalLM:
-    """The base reads the same batches for every row: keep what it made of them."""
-    compute, kept = model.hidden, {}
+def cache_hidden(model: CausalLM) -> CausalLM:
+    """Cache the base's hidden states: it reads the same batches for every row."""
+    compute, cache = model.hidden, {}
 
     def hidden(ids: torch.Tensor) -> torch.Tensor:
         key = ids.numpy().tobytes()
-        if key not in kept:
-            kept[key] = compute(ids)
-        return kept[key]
+        if key not in cache:
+            cache[key] = compute(ids)
+        return cache[key]
 
     model.hidden = hidden
     return model
 
 
 def oracle(path: Path, windows: torch.Tensor) -> tuple[CausalLM, float, float, str]:
-    """Another program's model, its bits per weight, its seconds and its grid."""
+    """Return another program's model, its bits per weight, its seconds and its grid."""
     if path.suffix == ".gguf":
         tensors = gguf.GGUFReader(path).tensors
         bits = 8 * sum(int(t.n_bytes) for t in tensors) / sum(int(t.n_elements) for t in tensors)
@@ -102,9 +103,9 @@ def oracle(path: Path, windows: torch.Tensor) -> tuple[CausalLM, float, float, s
             0,
             "",
         )
-    told = json.loads((path / "oracle.json").read_text())
+    summary = json.loads((path / "oracle.json").read_text())
     model = CausalLM.from_pretrained(path, dtype=torch.float32)
-    group_size, symmetric = GRIDS[told["grid"]]
+    group_size, symmetric = GRIDS[summary["grid"]]
     options = {"group_size": group_size, "symmetric": symmetric}
     same = CausalLM(model.config)
     bits = effective_bits(fastlm.quantize(same, "w4a16", **options))["bits_per_weight"]
@@ -116,30 +117,36 @@ def oracle(path: Path, windows: torch.Tensor) -> tuple[CausalLM, float, float, s
         overrides={"model.layers.*": 16},
         **options,
     )
-    return model, bits, told["seconds"], told["grid"]
+    return model, bits, summary["seconds"], summary["grid"]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     parser.add_argument("--model", required=True)
-    parser.add_argument("--data", type=Path, required=True, help="prepared text, or shards")
-    parser.add_argument("--tokens", type=positive, default=32768, help="of calibration text")
-    parser.add_argument("--heldout", type=positive, default=65536, help="tokens to compare on")
-    parser.add_argument("--length", type=positive, default=512, help="of a window")
-    parser.add_argument("--iterations", type=positive, default=200, help="of autoround, per layer")
+    parser.add_argument("--data", type=Path, required=True, help="Prepared text, or shards.")
     parser.add_argument(
-        "--distill-steps", type=positive, default=100, help="steps of ', distilled'"
+        "--tokens", type=positive, default=32768, help="Tokens of calibration text."
+    )
+    parser.add_argument("--heldout", type=positive, default=65536, help="Tokens to compare on.")
+    parser.add_argument("--length", type=positive, default=512, help="Tokens of a window.")
+    parser.add_argument(
+        "--iterations", type=positive, default=200, help="Iterations of autoround per layer."
     )
     parser.add_argument(
-        "--progress", type=Path, help="keep finished layers in this folder, and continue from them"
+        "--distill-steps", type=positive, default=100, help="Steps of ', distilled'."
+    )
+    parser.add_argument(
+        "--progress",
+        type=Path,
+        help="Store finished layers in this folder, and continue from them.",
     )
     parser.add_argument("--methods", nargs="*", default=METHODS, choices=METHODS)
     parser.add_argument("--grids", nargs="+", default=list(GRIDS), choices=list(GRIDS))
     parser.add_argument("--oracle", action="append", default=[], metavar="NAME=PATH")
     parser.add_argument(
-        "--leave", metavar="FOLDER", type=Path, help="write the base there, and end"
+        "--leave", metavar="FOLDER", type=Path, help="Write the base to this folder and exit."
     )
-    parser.add_argument("--json", metavar="FILE", type=Path, help="add the rows to those there")
+    parser.add_argument("--json", metavar="FILE", type=Path, help="Add the rows to this file.")
     options = parser.parse_args()
     if not has_splits(options.data):
         parser.error(f"--data: expected text with a held-out part, got {options.data}")
@@ -147,7 +154,7 @@ def main() -> None:
     def load() -> CausalLM:
         return CausalLM.from_pretrained(options.model, dtype=torch.float32, keep_quantized=False)
 
-    before = remembered(load())
+    before = cache_hidden(load())
     tokenizer = load_tokenizer(options.model, before.config.to_dict())
     seq_len, _ = check_window(before.context_limit, options.length, None)
     distils = any(method.endswith("distilled") for method in options.methods)
@@ -161,7 +168,7 @@ def main() -> None:
         tokenizer.save(options.leave)
         save_file({"input_ids": windows}, options.leave / "calibration.safetensors")
         return
-    told = {
+    settings = {
         "model": Path(options.model).name, "data": options.data.name, "calibration": options.tokens,
         "length": seq_len, "heldout": options.heldout, "machine": machine(),
     }  # fmt: skip
@@ -172,24 +179,24 @@ def main() -> None:
     with token_dataset(options.data, tokenizer, vocab) as dataset:
 
         def measure(name: str, grid: str, after: CausalLM, bits: float, seconds: float) -> None:
-            found = compare_models(
+            comparison = compare_models(
                 before, after, dataset, seq_len=seq_len, stride=seq_len, max_tokens=options.heldout
             )
-            metrics = found.metrics()
+            metrics = comparison.metrics()
             spread = 100 * (metrics["bpb_increase_error"] or 0.0)
             row = {
                 "name": name, "grid": grid, "bits_per_weight": bits, "seconds": seconds,
-                "loss_percent": 100 * found.bpb_increase, **metrics, **told,
-                "windows": [round(after, 6) for _, after in found.windows],
+                "loss_percent": 100 * comparison.bpb_increase, **metrics, **settings,
+                "windows": [round(after, 6) for _, after in comparison.windows],
             }  # fmt: skip
             texts = ("model", "data", "length", "heldout")
             plain = next((r for r in rows if r["name"] == "plain" and r["grid"] == grid
-                          and all(r[key] == told[key] for key in texts)), None)  # fmt: skip
+                          and all(r[key] == settings[key] for key in texts)), None)  # fmt: skip
             gain = ""
             if plain is not None:
                 pairs = list(zip(plain["windows"], row["windows"]))
                 row["against_plain_percent"] = 100 * (
-                    found.bits_per_byte / plain["bits_per_byte"] - 1
+                    comparison.bits_per_byte / plain["bits_per_byte"] - 1
                 )
                 row["against_plain_error"] = 100 * (ratio_error(pairs) or 0.0)
                 gain = "{:+.2f} ± {:.2f} %".format(
@@ -198,9 +205,10 @@ def main() -> None:
             rows.append(row)
             label = f"{name}, {grid}" if grid else name
             print(
-                f"| {label} | {bits:.2f} | {found.bits_per_byte:.4f} |"
-                f" {100 * found.bpb_increase:+.2f} ± {spread:.2f} % | {gain} |"
-                f" {found.kl:.4f} | {100 * found.greedy_agreement:.1f} % | {seconds:.0f} |",
+                f"| {label} | {bits:.2f} | {comparison.bits_per_byte:.4f} |"
+                f" {100 * comparison.bpb_increase:+.2f} ± {spread:.2f} % | {gain} |"
+                f" {comparison.kl:.4f} | {100 * comparison.greedy_agreement:.1f} % |"
+                f" {seconds:.0f} |",
                 flush=True,
             )
             save(options.json, {"quantization": rows})
@@ -213,10 +221,10 @@ def main() -> None:
             for method in options.methods:
                 model, began = load(), time.process_time()
                 if method == "plain":
-                    plain(model, group_size, symmetric)
+                    round_to_nearest(model, group_size, symmetric)
                 else:
                     last, name = method.endswith("distilled"), method.partition(",")[0]
-                    kept = options.progress and options.progress / f"{grid}-{name}"
+                    checkpoint_dir = options.progress and options.progress / f"{grid}-{name}"
                     fastlm.quantize(
                         model, "w4a16", group_size=group_size, symmetric=symmetric,
                         method=name, iterations=options.iterations,
@@ -224,7 +232,7 @@ def main() -> None:
                         awq=method.endswith("awq"),
                         distill_steps=options.distill_steps if last else 0,
                         distill_data=learnt if last else None,
-                        checkpoint_dir=kept,
+                        checkpoint_dir=checkpoint_dir,
                         log=lambda line: print(line, file=sys.stderr, flush=True),
                     )  # fmt: skip
                 seconds = time.process_time() - began

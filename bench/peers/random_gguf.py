@@ -3,9 +3,9 @@
     python bench/peers/random_gguf.py FILE.gguf [--layers 22]
     python bench/peers/decode.py --model FILE.gguf --users 1 8 --rounds 2
 
-Matrices are Q4_1 and the head is Q8_0, as in SmolLM2's file, whose tokenizer is taken over: all
-engines read the same file. Codes are uniform and scales constant, which gives weights of standard
-deviation 0.02; tensors are written one by one, so that the largest is all the memory it takes.
+Matrices are Q4_1 and the head is Q8_0, as in SmolLM2's file, whose tokenizer is copied: all engines
+read the same file. Codes are uniform and scales constant, which gives weights of standard deviation
+0.02. Tensors are written one by one, so that memory for the largest is enough.
 """
 
 import argparse
@@ -27,7 +27,7 @@ SPREAD = {Kind.Q4_1: 4.61, Kind.Q8_0: 73.9}  # standard deviation of codes 0..15
 
 
 def blocks(draw: np.random.Generator, kind: Kind, rows: int, columns: int) -> np.ndarray:
-    """(rows, bytes of a row) uint8: codes at random, the same scale and offset everywhere."""
+    """Return (rows, bytes of a row) uint8: random codes, the same scale and offset everywhere."""
     data = draw.integers(0, 256, (rows * columns // 32, BLOCK[kind]), dtype=np.uint8)
     scale = STD / SPREAD[kind]
     head = [scale, -7.5 * scale] if kind is Kind.Q4_1 else [scale]
@@ -36,12 +36,12 @@ def blocks(draw: np.random.Generator, kind: Kind, rows: int, columns: int) -> np
 
 
 def tensors(vocab: int, layers: int) -> dict[str, tuple[int, int, Kind] | int]:
-    """(rows, columns, format) of each matrix, or the length of a norm, by name."""
+    """Return (rows, columns, format) of each matrix, or the length of a norm, by name."""
     kv = HIDDEN // HEADS * KV_HEADS
-    found: dict[str, tuple[int, int, Kind] | int] = {}
-    found["token_embd.weight"] = (vocab, HIDDEN, Kind.Q4_1)
-    found["output.weight"] = (vocab, HIDDEN, Kind.Q8_0)
-    found["output_norm.weight"] = HIDDEN
+    shapes_by_name: dict[str, tuple[int, int, Kind] | int] = {}
+    shapes_by_name["token_embd.weight"] = (vocab, HIDDEN, Kind.Q4_1)
+    shapes_by_name["output.weight"] = (vocab, HIDDEN, Kind.Q8_0)
+    shapes_by_name["output_norm.weight"] = HIDDEN
     shapes = {
         "attn_q": (HIDDEN, HIDDEN), "attn_k": (kv, HIDDEN), "attn_v": (kv, HIDDEN),
         "attn_output": (HIDDEN, HIDDEN), "ffn_gate": (INNER, HIDDEN), "ffn_up": (INNER, HIDDEN),
@@ -49,10 +49,10 @@ def tensors(vocab: int, layers: int) -> dict[str, tuple[int, int, Kind] | int]:
     }  # fmt: skip
     for layer in range(layers):
         for name, (rows, columns) in shapes.items():
-            found[f"blk.{layer}.{name}.weight"] = (rows, columns, Kind.Q4_1)
+            shapes_by_name[f"blk.{layer}.{name}.weight"] = (rows, columns, Kind.Q4_1)
         for name in ("attn_norm", "ffn_norm"):
-            found[f"blk.{layer}.{name}.weight"] = HIDDEN
-    return found
+            shapes_by_name[f"blk.{layer}.{name}.weight"] = HIDDEN
+    return shapes_by_name
 
 
 def write(path: Path, layers: int) -> None:

@@ -1,7 +1,7 @@
-"""Answers to a batch of prompts, as PPO and GRPO sample them, against transformers' `generate`.
+"""Compare sampling of answers, as in PPO and GRPO, with transformers' `generate`.
 
     python bench/peers/rollouts.py
-    python bench/peers/rollouts.py --prompt 24 --new 24 --answers 1     every prompt is another one
+    python bench/peers/rollouts.py --prompt 24 --new 24 --answers 1     all prompts differ
 
 SmolLM2-135M, prompts of random tokens, several answers to each, all of the same length, drawn at
 temperature 1 without filters. fastlm (`fastlm.train.rollouts`, which trainings use) also returns
@@ -26,10 +26,12 @@ DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rows", type=positive, default=32, help="answers that run side by side")
-    parser.add_argument("--answers", type=positive, default=4, help="to a prompt")
-    parser.add_argument("--prompt", type=positive, default=64, help="tokens")
-    parser.add_argument("--new", type=positive, default=64, help="tokens of an answer")
+    parser.add_argument(
+        "--rows", type=positive, default=32, help="Sample this number of answers at once."
+    )
+    parser.add_argument("--answers", type=positive, default=4, help="Answers to a prompt.")
+    parser.add_argument("--prompt", type=positive, default=64, help="Tokens of a prompt.")
+    parser.add_argument("--new", type=positive, default=64, help="Tokens of an answer.")
     parser.add_argument("--turns", type=positive, default=3)
     a = parser.parse_args()
     ours = {
