@@ -127,10 +127,10 @@ def answering(answer):
 
 def stream(body, *, short=0, prompt=40):
     pieces = ["", "a", "b"]  # the first has a role alone
-    told = [{"choices": [{"delta": {"content": piece}}]} for piece in pieces]
+    events = [{"choices": [{"delta": {"content": piece}}]} for piece in pieces]
     usage = {"completion_tokens": body["max_tokens"] - short, "prompt_tokens": prompt}
     usage["prompt_tokens_details"] = {"cached_tokens": 10}
-    return [*told, {"choices": [], "usage": usage}]
+    return [*events, {"choices": [], "usage": usage}]
 
 
 def test_what_clients_count():
@@ -142,9 +142,9 @@ def test_what_clients_count():
     assert load.tokens == sum(body["max_tokens"] for body in bodies) and not load.faults
     assert load.figures()["cached_share"] == 0.25
     assert load.figures()["tokens_per_piece"] == load.tokens / (2 * count)
-    whole = Load()
-    whole.add(load), whole.add(load)
-    assert (whole.done, whole.tokens) == (2 * count, 2 * load.tokens)
+    total = Load()
+    total.add(load), total.add(load)
+    assert (total.done, total.tokens) == (2 * count, 2 * load.tokens)
 
 
 @pytest.mark.parametrize(
@@ -160,7 +160,7 @@ def test_an_answer_that_is_wrong_is_a_fault(answer, fault):
     with answering(answer) as (server, bodies):
         load = asyncio.run(open_loop(server.url, "m", 100, 0.05, seed=3))
     assert len(load.faults) == len(bodies) > 1
-    assert all(re.search(fault, told) for told in load.faults)
+    assert all(re.search(fault, message) for message in load.faults)
 
 
 def test_other_work_is_a_fault():
@@ -190,29 +190,30 @@ def test_load_and_arrivals_on_a_tiny_model(tiny, monkeypatch, tmp_path):
     assert row["first_token_p50"] + row["between_tokens_p50"] < row["latency_p99"]
     poisson, faults = serve.poisson_load({"fastlm": sides["fastlm"]}, 0.5, 0.3, seeds)
     assert not faults
-    found = poisson["fastlm"]
-    assert found["rate"] == 0.5 * found["capacity"]["requests_per_second"]
+    result = poisson["fastlm"]
+    assert result["rate"] == 0.5 * result["capacity"]["requests_per_second"]
     serve_tables.plot(rows, tmp_path / "load.png")
     assert (tmp_path / "load.png").read_bytes()[:4] == b"\x89PNG"
     cold = {"chat": {"fastlm": {"seconds": 0.5, "all": [0.5]}, "x": {"seconds": 1.0, "all": [1.0]}}}
-    shown = serve_tables.tables({"serve": rows, "poisson": poisson, "cold": cold}).splitlines()
-    assert sum(line.startswith(("| 1 |", "| 2 |")) for line in shown) == 4
-    assert shown[-1] == "| chat | x | 1.00 s | 1.00 | 0.50x |"
-    assert len({line.count("|") for line in shown[:6]}) == 1
+    lines = serve_tables.tables({"serve": rows, "poisson": poisson, "cold": cold}).splitlines()
+    assert sum(line.startswith(("| 1 |", "| 2 |")) for line in lines) == 4
+    assert lines[-1] == "| chat | x | 1.00 s | 1.00 | 0.50x |"
+    assert len({line.count("|") for line in lines[:6]}) == 1
 
 
 def test_unkind_clients_on_a_tiny_model(tiny, monkeypatch):
-    here = servers.Server(tiny.url, os.getpid(), tiny.model)
-    assert not serve.cache_is_used(here.url)  # its cache is large
+    server = servers.Server(tiny.url, os.getpid(), tiny.model)
+    assert not serve.cache_is_used(server.url)  # its cache is large
     monkeypatch.setattr(serve, "cache_is_used", lambda url: True)
-    found = serve.soak(here, 2, 0.2, serve.Seeds())
-    assert found["faults"] == 0, found["first_faults"]
+    result = serve.soak(server, 2, 0.2, serve.Seeds())
+    assert result["faults"] == 0, result["first_faults"]
     assert (
-        sum(found["outcomes"].values()) >= 20 and found["outcomes"]["complete"] <= found["requests"]
+        sum(result["outcomes"].values()) >= 20
+        and result["outcomes"]["complete"] <= result["requests"]
     )
-    assert any(kind.startswith("malformed, 4") for kind in found["outcomes"])
-    assert found["cached_share"] > 0.1  # the text that half of the prompts begin with
-    assert len(found["memory_mib"]) == 10 and min(found["memory_mib"]) > 0
+    assert any(kind.startswith("malformed, 4") for kind in result["outcomes"])
+    assert result["cached_share"] > 0.1  # the text that half of the prompts begin with
+    assert len(result["memory_mib"]) == 10 and min(result["memory_mib"]) > 0
 
 
 def test_what_a_soak_sends():
@@ -223,7 +224,7 @@ def test_what_a_soak_sends():
         return sum(map(expected, turns)) / len(turns)
 
     text = [json.dumps(turn.body.get("prompt") or turn.body["messages"]) for turn in turns]
-    assert all(f"m{i}x" in said and f"m{i}x" in turns[i].prefix for i, said in enumerate(text))
+    assert all(f"m{i}x" in prompt and f"m{i}x" in turns[i].prefix for i, prompt in enumerate(text))
     assert share(lambda t: soak_clients.SYSTEM in json.dumps(t.body)) == pytest.approx(
         0.5, abs=0.08
     )
@@ -231,7 +232,7 @@ def test_what_a_soak_sends():
     assert share(lambda t: t.path == "completions") == pytest.approx(0.2, abs=0.07)
     assert share(lambda t: t.body.get("n") == 2) == pytest.approx(0.125, abs=0.06)
     assert share(lambda t: "tools" in t.body) == pytest.approx(0.1, abs=0.05)
-    longest = max(len(said.split()) for said in text)
+    longest = max(len(prompt.split()) for prompt in text)
     assert longest + soak_clients.TOOL_TOKENS < serve.SOAK_BLOCKS * 64 / 2
 
 
@@ -252,8 +253,8 @@ def test_an_answer_to_another_is_a_fault(tiny, monkeypatch):
 
 
 def test_a_cold_server_is_asked_until_it_answers(monkeypatch):
-    said = iter([503, 503, 200])
-    with answering(lambda body: (next(said), stream(body))) as (server, bodies):
+    statuses = iter([503, 503, 200])
+    with answering(lambda body: (next(statuses), stream(body))) as (server, bodies):
         port = int(server.url.split(":")[2].split("/")[0])
         process = SimpleNamespace(poll=lambda: None, terminate=lambda: None, wait=lambda s: 0)
         monkeypatch.setattr(servers, "free_port", lambda: port)
@@ -266,9 +267,9 @@ def test_cold_starts_take_turns(monkeypatch, tmp_path):
     (tmp_path / "m.gguf").write_bytes(b"x")
     times = iter([1.0, 5.0, 3.0, 4.0, 2.0, 9.0])
     monkeypatch.setattr(servers, "cold_chat", lambda name, model, threads: next(times))
-    found = servers.measure_cold_starts({"chat": ["a", "b"]}, str(tmp_path / "m.gguf"), 1, 3)
-    assert found["chat"]["a"] == {"seconds": 2.0, "all": [1.0, 3.0, 2.0]}
-    assert found["chat"]["b"]["seconds"] == 5.0
+    results = servers.measure_cold_starts({"chat": ["a", "b"]}, str(tmp_path / "m.gguf"), 1, 3)
+    assert results["chat"]["a"] == {"seconds": 2.0, "all": [1.0, 3.0, 2.0]}
+    assert results["chat"]["b"]["seconds"] == 5.0
 
 
 def test_a_server_that_does_not_start(monkeypatch):

@@ -47,18 +47,18 @@ class Terminal:
             env={**os.environ, "TERM": "xterm", "PROMPT_TOOLKIT_NO_CPR": "1"},
         )  # fmt: skip
         os.close(inside)
-        self.seen = ""
+        self.output = ""
 
     def type(self, text: str, *expected: str) -> None:
         """Type once everything before was read, and wait for each of `expected` in turn."""
         os.write(self.fd, text.encode())
         until = time.monotonic() + 60
         for part in expected:
-            while part not in self.seen:
-                assert time.monotonic() < until, f"{part!r} not in {self.seen!r}"
+            while part not in self.output:
+                assert time.monotonic() < until, f"{part!r} not in {self.output!r}"
                 if select.select([self.fd], [], [], 1)[0]:
-                    self.seen += os.read(self.fd, 4096).decode(errors="replace")
-            self.seen = self.seen.partition(part)[2]
+                    self.output += os.read(self.fd, 4096).decode(errors="replace")
+            self.output = self.output.partition(part)[2]
 
 
 PROMPT = "\x1b[?2004h"  # from here on a paste arrives in brackets, and keys one by one

@@ -38,12 +38,12 @@ def models(tmp_path_factory):
 
 
 @contextmanager
-def trying(models, place, **options):
+def trying(models, folder, **options):
     """Context: (URL, server) with a canary, half of the conversations by default."""
-    with FeedbackStore(place / "feedback.sqlite") as store:
+    with FeedbackStore(folder / "feedback.sqlite") as store:
         options = {"share": 0.5, **options}
         with canary_server(
-            models["a"], place / "state.json", canary=models["b"], store=store, **options
+            models["a"], folder / "state.json", canary=models["b"], store=store, **options
         ) as (url, server):
             yield url, server
 
@@ -59,8 +59,8 @@ def chat(url, text, model="tiny", path="/v1/chat/completions", **fields):
 
 
 def thumb(url, id, thumb, **fields):
-    said = {"response_id": id, "thumb": thumb, **fields}
-    assert ask(url, said, "/v1/feedback").status_code == 200
+    feedback = {"response_id": id, "thumb": thumb, **fields}
+    assert ask(url, feedback, "/v1/feedback").status_code == 200
 
 
 def until(condition):
@@ -77,8 +77,8 @@ def status(url):
 def test_a_conversation_stays_with_its_model(models, tmp_path):
     with trying(models, tmp_path, share=0.3, metric="stop", max_outcomes=10**6) as (url, server):
         old, new = server.served_model.name, server.models.experiment.served_model.name
-        listed = [m["id"] for m in HTTP.get(url + "/v1/models").json()["data"]]
-        assert listed == ["tiny", old, new] and len(set(listed)) == 3
+        names = [m["id"] for m in HTTP.get(url + "/v1/models").json()["data"]]
+        assert names == ["tiny", old, new] and len(set(names)) == 3
         first = {f"Hi {i}": chat(url, f"Hi {i}")["model"] for i in range(40)}
         assert 3 <= list(first.values()).count(new) <= 24 and set(first.values()) == {old, new}
         for text, model in first.items():  # the next turn
@@ -88,8 +88,8 @@ def test_a_conversation_stays_with_its_model(models, tmp_path):
                 {"role": "user", "content": "And?"},
             ]
             assert chat(url, "", messages=talk)["model"] == model
-        named = {"store": True, "conversation_id": "talk"}
-        assert len({chat(url, f"Hi {i}", **named)["model"] for i in range(6)}) == 1
+        options = {"store": True, "conversation_id": "talk"}
+        assert len({chat(url, f"Hi {i}", **options)["model"] for i in range(6)}) == 1
         mine = next(text for text, model in first.items() if model == new)
         for name in (old, new):  # asked for by name
             assert chat(url, mine, model=name)["model"] == name
@@ -139,24 +139,24 @@ def test_thumbs_promote_and_late_ones_count_for_who_answered(models, tmp_path, m
                 thumb(url, answer["id"], "down")  # the first counts
         thumb(url, "made-up", "down")
         until(lambda: server.served_model.name == new)
-        told = status(url)
-        assert (told["status"], told["model"], told["canary"]) == ("promoted", new, new)
-        assert told["arms"]["new"]["successes"] == told["arms"]["new"]["outcomes"] > 0
+        state = status(url)
+        assert (state["status"], state["model"], state["canary"]) == ("promoted", new, new)
+        assert state["arms"]["new"]["successes"] == state["arms"]["new"]["outcomes"] > 0
         # which rule decided, by which numbers: one may ask after a promotion so early
         rule = {"name": "superiority", "test": "outcome", "bound": 0.0, "alpha": 0.2}
-        after = told["rule"]["after"]  # an outcome or two may have come since
-        assert told["rule"] == {**rule, "metric": "thumb", "after": after}
-        assert told["tests"]["outcome"]["low"] > 0
+        after = state["rule"]["after"]  # an outcome or two may have come since
+        assert state["rule"] == {**rule, "metric": "thumb", "after": after}
+        assert state["tests"]["outcome"]["low"] > 0
         numbers = re.fullmatch(
             r"thumb: (\d+) of \1 new, 0 of (\d+) old;"
             r" difference \+1\.000 in \[\+0\.\d{3}, \+1\.000\],"
             r" above the bound 0 of the rule 'superiority' at alpha 0\.2",
-            told["reason"],
+            state["reason"],
         )
         assert numbers and int(numbers[1]) + int(numbers[2]) == after
-        assert told["arms"]["old"]["successes"] == 0
+        assert state["arms"]["old"]["successes"] == 0
         assert chat(url, "Hello 0")["model"] == new
-        before = told["arms"]["old"]["outcomes"]
+        before = state["arms"]["old"]["outcomes"]
         thumb(url, late["id"], "up")
         until(lambda: status(url)["arms"]["old"]["outcomes"] == before + 1)
         assert status(url)["arms"]["old"]["successes"] == 1
@@ -167,7 +167,7 @@ def test_thumbs_promote_and_late_ones_count_for_who_answered(models, tmp_path, m
         assert f'fastlm_model{{model="{new}",role="current"}} 1.0' in text
     decision = read_state(tmp_path / "state.json").decisions[-1]
     assert decision["action"] == "promote" and decision["tests"]["outcome"]["low"] > 0
-    assert (decision["rule"], decision["reason"]) == (told["rule"], told["reason"])
+    assert (decision["rule"], decision["reason"]) == (state["rule"], state["reason"])
     # the next start serves what was promoted; `fastlm rollback` goes back
     with trying(models, tmp_path) as (url, server):
         assert server.served_model.name == new and server.models.experiment is None
@@ -185,20 +185,20 @@ def test_thumbs_promote_and_late_ones_count_for_who_answered(models, tmp_path, m
 def test_feedback_sent_again_is_stored_and_counted_once(models, tmp_path, monkeypatch, fails):
     with trying(models, tmp_path) as (url, server):
         answer = chat(url, "Hello")
-        place, name = {
+        owner, name = {
             "experiment": (server.manager, "record_feedback"), "store": (server.feedback, "add"),
         }[fails]  # fmt: skip
-        works = getattr(place, name)
-        left = [InputError("no database")]
+        original = getattr(owner, name)
+        errors = [InputError("no database")]
 
         def broken(feedback):
-            if left:
-                raise left.pop()
-            return works(feedback)
+            if errors:
+                raise errors.pop()
+            return original(feedback)
 
-        monkeypatch.setattr(place, name, broken)
-        said = {"response_id": answer["id"], "thumb": "up"}
-        assert [ask(url, said, "/v1/feedback").status_code for _ in range(2)] == [503, 200]
+        monkeypatch.setattr(owner, name, broken)
+        body = {"response_id": answer["id"], "thumb": "up"}
+        assert [ask(url, body, "/v1/feedback").status_code for _ in range(2)] == [503, 200]
         assert len(server.feedback.all_feedback()) == 1
         arms = server.manager.store.counts(server.manager.experiment.id)
         assert sum(arm.outcomes for arm in arms.values()) == 1
@@ -211,12 +211,12 @@ def test_picks(models, tmp_path):
             20
         ):  # a hash assigns each to one of the two: 1 of 500,000 have one side only
             better, worse = (chat(url, f"Hi {i}", model=name)["id"] for name in (new, old))
-            said = {"response_id": better, "preferred_over": [{"response_id": worse}]}
+            body = {"response_id": better, "preferred_over": [{"response_id": worse}]}
             for _ in range(2):  # counts once
-                assert ask(url, said, "/v1/feedback").status_code == 200
+                assert ask(url, body, "/v1/feedback").status_code == 200
         both = [chat(url, "Hi", model=new)["id"] for _ in range(2)]  # says nothing
-        said = {"response_id": both[0], "preferred_over": [{"response_id": both[1]}]}
-        assert ask(url, said, "/v1/feedback").status_code == 200
+        body = {"response_id": both[0], "preferred_over": [{"response_id": both[1]}]}
+        assert ask(url, body, "/v1/feedback").status_code == 200
         arms = status(url)["arms"]
         assert arms["old"]["outcomes"] + arms["new"]["outcomes"] == 20
         assert arms["new"]["successes"] == arms["new"]["outcomes"] > 0
@@ -229,26 +229,26 @@ def test_a_declared_number_decides(models, tmp_path):
     with trying(models, tmp_path, alpha=0.2, **options) as (url, server):
         new = server.models.experiment.served_model.name
 
-        def say(answer, value):
-            said = {"response_id": answer["id"], "metrics": {"effort": value}}
-            assert ask(url, said, "/v1/feedback").status_code == 200
+        def rate(answer, value):
+            body = {"response_id": answer["id"], "metrics": {"effort": value}}
+            assert ask(url, body, "/v1/feedback").status_code == 200
 
-        say(chat(url, "Between"), 3)  # in the middle: says nothing
+        rate(chat(url, "Between"), 3)  # in the middle: says nothing
         thumb(url, chat(url, "Thumb")["id"], "up")
         assert [arm["outcomes"] for arm in status(url)["arms"].values()] == [0, 0]
         for i in range(60):
             if status(url)["status"] == "running":
                 answer = chat(url, f"Hello {i}")
-                say(answer, 2 if answer["model"] == new else 4)
+                rate(answer, 2 if answer["model"] == new else 4)
         until(lambda: server.served_model.name == new)
-        told = status(url)
-        assert told["reason"].startswith("effort: ") and "difference +1.000 in" in told["reason"]
-        assert told["arms"]["old"]["successes"] == 0 < told["arms"]["old"]["outcomes"]
+        state = status(url)
+        assert state["reason"].startswith("effort: ") and "difference +1.000 in" in state["reason"]
+        assert state["arms"]["old"]["successes"] == 0 < state["arms"]["old"]["outcomes"]
         text = HTTP.get(url + "/metrics").text
     board = json.loads(Path(ratings.__file__).with_name("grafana.json").read_text())
-    shown = "".join(target["expr"] for panel in board["panels"] for target in panel["targets"])
+    queries = "".join(target["expr"] for panel in board["panels"] for target in panel["targets"])
     for name in ("canary", "canary_difference", "model_answers_total", "model_decisions_total"):
-        assert re.search(rf"fastlm_{name}\b", shown) and f"fastlm_{name}{{" in text
+        assert re.search(rf"fastlm_{name}\b", queries) and f"fastlm_{name}{{" in text
     with pytest.raises(InputError, match="canary_metric: expected thumb, pick, stop, or a"):
         replace(DEFAULTS, metric="stars", rating=effort)
 
@@ -267,15 +267,15 @@ def test_a_canary_that_fails_is_rolled_back(models, tmp_path):
             if server.models.experiment is None:
                 break
         until(lambda: server.models.experiment is None)
-        told, gone = status(url), weakref.ref(canary.model)
+        state, reference = status(url), weakref.ref(canary.model)
         del canary, broken
-        until(lambda: gone() is None)  # its memory is returned
-        assert told["status"] == "rolled back" and told["reason"].startswith("errors: ")
+        until(lambda: reference() is None)  # its memory is returned
+        assert state["status"] == "rolled back" and state["reason"].startswith("errors: ")
         assert (
-            told["rule"]["name"] == "fewer errors"
-            and " of the rule 'fewer errors'" in told["reason"]
+            state["rule"]["name"] == "fewer errors"
+            and " of the rule 'fewer errors'" in state["reason"]
         )
-        assert told["arms"]["new"]["errors"] == told["arms"]["new"]["answers"] < 30
+        assert state["arms"]["new"]["errors"] == state["arms"]["new"]["answers"] < 30
         assert server.served_model.path == str(models["a"])
         assert all(chat(url, f"Hi {i}")["model"] == server.served_model.name for i in range(20))
 
@@ -288,10 +288,10 @@ def experiment(store, name, decide=None, **config):
 
 def test_a_canary_that_is_slow_is_rolled_back_and_bursts_of_load_decide_nothing(tmp_path):
     async def run(name, slower, count):
-        decided = []
+        verdicts = []
 
         async def decide(trial, verdict):
-            decided.append(verdict)
+            verdicts.append(verdict)
             trial.end(verdict)
 
         trial = experiment(store, name, share=0.5, decide=decide)
@@ -308,7 +308,7 @@ def test_a_canary_that_is_slow_is_rolled_back_and_bursts_of_load_decide_nothing(
             await watching
         else:
             watching.cancel()
-        return trial, decided
+        return trial, verdicts
 
     with FeedbackStore(tmp_path / "feedback.sqlite") as feedback:
         store = CanaryStore(feedback)
@@ -318,11 +318,11 @@ def test_a_canary_that_is_slow_is_rolled_back_and_bursts_of_load_decide_nothing(
         assert verdict.reason.startswith("slow answers: the new model was slower in ")
         assert verdict.reason.endswith("above the bound 0.25 of the rule 'as fast' at alpha 0.05")
         assert 10 < verdict.rule.after <= pairs.total < 60 and pairs.new > 0.9 * pairs.total
-        trial, decided = asyncio.run(run("a little", 1.3, 140))
+        trial, verdicts = asyncio.run(run("a little", 1.3, 140))
         pairs = trial.paces.counts
-        assert not decided and 20 < pairs.total < 60  # one pair of 4 conversations
-        again = experiment(store, "a little")
-        assert again.paces.counts == pairs  # after a restart
+        assert not verdicts and 20 < pairs.total < 60  # one pair of 4 conversations
+        restarted = experiment(store, "a little")
+        assert restarted.paces.counts == pairs  # after a restart
 
 
 def test_counts_survive_a_restart(models, tmp_path):
@@ -341,9 +341,9 @@ def test_counts_survive_a_restart(models, tmp_path):
         assert after["arms"] == before["arms"] and after["tests"] == before["tests"]
         assert {text: chat(url, text)["model"] for text in first} == first
         assert after["slower"] == before["slower"]
-    place = tmp_path / "other"
-    shutil.copytree(tmp_path, place)
-    with trying(models, place, metric="stop") as (url, server):  # other outcomes: another trial
+    folder = tmp_path / "other"
+    shutil.copytree(tmp_path, folder)
+    with trying(models, folder, metric="stop") as (url, server):  # other outcomes: another trial
         assert server.models.experiment.id != name
     with trying(models, tmp_path, max_outcomes=10**6) as (url, server):
         response = ask(url, {"model": str(models["a"])}, "/v1/admin/promote")
@@ -360,60 +360,60 @@ def test_a_database_that_hangs_holds_no_answer(models, tmp_path, monkeypatch):
     with trying(models, tmp_path, max_outcomes=10**6) as (url, server):
         other = sqlite3.connect(tmp_path / "feedback.sqlite", isolation_level=None)
         other.execute("begin immediate")  # longer than the answers take
-        voting = [
+        threads = [
             threading.Thread(target=thumb, args=(url, f"id-{i}", "up"), daemon=True)
             for i in range(50)  # more than the threads of answers
         ]
-        for one in voting:
-            one.start()
+        for thread in threads:
+            thread.start()
         for i in range(20):
             chat(url, f"Hi {i}")
         assert sum(arm.answers for arm in server.models.experiment.arms.values()) == 0
         other.execute("rollback")
         until(lambda: sum(arm.answers for arm in server.models.experiment.arms.values()) == 20)
         other.close()
-        for one in voting:
-            one.join()
+        for thread in threads:
+            thread.join()
 
 
 def test_what_is_forgotten_counts_without_its_ids(models, tmp_path):
     with trying(models, tmp_path, max_outcomes=10**6) as (url, server):
         talk = {"store": True, "conversation_id": "private-talk"}
         for text in ("Hi", "And?"):
-            kept = chat(url, text, **talk)["id"]
+            stored_id = chat(url, text, **talk)["id"]
         other = chat(url, "Hi")["id"]
-        thumb(url, kept, "up")
+        thumb(url, stored_id, "up")
         thumb(url, other, "down")
         store, name = server.feedback, server.models.experiment.id
         before = server.manager.store.counts(name)
         assert server.monitor.recorder.flush()
         unit = hashlib.sha256(b"id\0private-talk").hexdigest()
-        assert kept in all_rows(store)
+        assert stored_id in all_rows(store)
         assert unit not in all_rows(store)  # it cannot be tried without the state file's secret
         with store.read() as connection:
             (mine,) = connection.exec_driver_sql(
-                f"select unit from fastlm_canary_answers where response_id = '{kept}'"
+                f"select unit from fastlm_canary_answers where response_id = '{stored_id}'"
             ).one()
         assert store.forget("private-talk") == 2 + 1 + 2 + 2  # answers, thumb, measures, trial
-        told = all_rows(store)
-        assert not any(word in told for word in ("private-talk", kept, mine)) and other in told
+        rows = all_rows(store)
+        assert not any(word in rows for word in ("private-talk", stored_id, mine)) and other in rows
         assert server.manager.store.counts(name) == before
         # one that is asked for while it is being stored
         late = StoredResponse(
             "late", "tiny", [{"role": "user", "content": "secret"}], [[]], None, "talk-2"
         )
-        blocked, looked = store._blocked, []
+        blocked, blocked_results = store._blocked, []
 
         def look(answer):
-            looked.append(blocked(answer))
-            if len(looked) == 1:
+            blocked_results.append(blocked(answer))
+            if len(blocked_results) == 1:
                 store.forget("talk-2")
-            return looked[-1]
+            return blocked_results[-1]
 
         store.add(Feedback("late", "talk-2", thumb="up"))
         store._blocked = look
         assert not store.keep(late) and "secret" not in all_rows(store)
-        assert looked == [False, True]
+        assert blocked_results == [False, True]
 
 
 def all_rows(store):
@@ -428,28 +428,28 @@ def test_what_the_counts_decide():
     def arms(a, b, old=None, new=None):
         return {"old": Variant(*a, **(old or {})), "new": Variant(*b, **(new or {}))}
 
-    def judge(arms, plan, pairs=None):
-        return decisions.decide(arms, pairs or PairCounts(), plan)
+    def decide(arms, strict, pairs=None):
+        return decisions.decide(arms, pairs or PairCounts(), strict)
 
-    plan, lenient = DEFAULTS, replace(DEFAULTS, rule="non-inferiority", margin=0.1)
-    assert judge(arms((0, 0), (0, 0)), plan) is None
-    assert judge(arms((50, 25), (10, 5)), plan) is None
+    strict, lenient = DEFAULTS, replace(DEFAULTS, rule="non-inferiority", margin=0.1)
+    assert decide(arms((0, 0), (0, 0)), strict) is None
+    assert decide(arms((50, 25), (10, 5)), strict) is None
     better, worse = arms((900, 450), (300, 225)), arms((900, 450), (300, 75))
-    assert judge(better, plan).action == judge(better, lenient).action == "promote"
-    assert judge(worse, plan).action == judge(worse, lenient).action == "roll back"
+    assert decide(better, strict).action == decide(better, lenient).action == "promote"
+    assert decide(worse, strict).action == decide(worse, lenient).action == "roll back"
     alike = arms((9000, 4500), (2000, 1000))
-    assert judge(alike, lenient).action == "promote"
-    assert judge(alike, plan).action == "keep"  # 11,000 outcomes
-    test = decisions.comparisons(better, PairCounts(), plan)["outcome"]
+    assert decide(alike, lenient).action == "promote"
+    assert decide(alike, strict).action == "keep"  # 11,000 outcomes
+    test = decisions.comparisons(better, PairCounts(), strict)["outcome"]
     assert 0 < test.low < test.difference == 0.25 < test.high < 0.5 and test.p < 0.05
     # the guards come before the outcomes
     failing = arms((900, 450), (100, 75), new={"answers": 20, "errors": 9}, old={"answers": 180})
-    assert judge(failing, plan).action == "roll back"
-    assert judge(failing, plan).reason.startswith("errors: ")
-    slow = judge(arms((9, 4), (9, 4)), plan, PairCounts(new=27, old=0, neither=3))
+    assert decide(failing, strict).action == "roll back"
+    assert decide(failing, strict).reason.startswith("errors: ")
+    slow = decide(arms((9, 4), (9, 4)), strict, PairCounts(new=27, old=0, neither=3))
     assert slow.reason.startswith("slow answers: ") and slow.rule.test == "slow"
-    assert judge(arms((9, 4), (9, 4)), plan, PairCounts(new=60, old=30, neither=210)) is None
-    assert judge(worse, lenient).rule.bound == -0.1 and judge(alike, plan).rule.after == 11_000
+    assert decide(arms((9, 4), (9, 4)), strict, PairCounts(new=60, old=30, neither=210)) is None
+    assert decide(worse, lenient).rule.bound == -0.1 and decide(alike, strict).rule.after == 11_000
     for wrong in (
         {"share": 0}, {"share": 1.0}, {"metric": "fun"}, {"rule": "x"}, {"margin": 0},
         {"alpha": float("nan")}, {"max_outcomes": 0},
@@ -461,8 +461,8 @@ def test_what_the_counts_decide():
 def test_a_share_of_the_conversations(tmp_path):
     with FeedbackStore(tmp_path / "feedback.sqlite") as store:
         trial = experiment(CanaryStore(store), "x", share=0.1)
-        taken = sum(trial.is_canary(str(i)) for i in range(20_000))
-        assert 1_850 < taken < 2_150  # 3.5 standard deviations
+        count = sum(trial.is_canary(str(i)) for i in range(20_000))
+        assert 1_850 < count < 2_150  # 3.5 standard deviations
         other = experiment(CanaryStore(store), "y", share=0.1)
         both = sum(trial.is_canary(str(i)) and other.is_canary(str(i)) for i in range(20_000))
         assert 140 < both < 260  # each trial has a hash of its own

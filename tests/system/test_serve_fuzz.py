@@ -57,7 +57,7 @@ REQUIRED = {"/v1/feedback": ["response_id", "thumb"]}  # of several that would d
 
 
 @pytest.fixture(scope="module")
-def served(tmp_path_factory):
+def fuzz_server(tmp_path_factory):
     """(URL, the server's schema)."""
     folder = tmp_path_factory.mktemp("fuzz")
     with (
@@ -87,8 +87,8 @@ def served(tmp_path_factory):
 
 @pytest.mark.parametrize("mode", list(GenerationMode))
 @pytest.mark.parametrize("path", [*PATHS, *RANKS])
-def test_posts(served, path, mode):
-    url, schema = served
+def test_posts(fuzz_server, path, mode):
+    url, schema = fuzz_server
 
     @settings(
         max_examples=EXAMPLES, derandomize=True, database=None, deadline=None,
@@ -101,7 +101,7 @@ def test_posts(served, path, mode):
     check()
 
 
-def test_gets(served):
-    url, schema = served
+def test_gets(fuzz_server):
+    url, schema = fuzz_server
     for path in GETS:
         schema[path]["GET"].Case().call_and_validate(base_url=url, checks=CHECKS, timeout=SECONDS)

@@ -44,9 +44,9 @@ def body(**fields):
     return {"model": "tiny", "messages": messages, "max_tokens": 4, **fields}
 
 
-def wait_until(true, seconds=20):
+def wait_until(condition, seconds=20):
     until = time.monotonic() + seconds
-    while not true():
+    while not condition():
         assert time.monotonic() < until
         time.sleep(0.02)
 
@@ -95,8 +95,8 @@ def test_keys_hosts_paths_and_bodies(tiny):
         for path in ("/", "/health", "/ready"):
             assert HTTP.get(url + path).status_code == 200
         refused(403, host="evil.example")
-        told = refused(404, path="/v1/nothing").json()["error"]["message"]
-        assert told == "path: expected one that /openapi.json lists, got '/v1/nothing'"
+        message = refused(404, path="/v1/nothing").json()["error"]["message"]
+        assert message == "path: expected one that /openapi.json lists, got '/v1/nothing'"
         refused(404, path="/v1/feedback", sent='{"response_id": "x", "thumb": "up"}')
         assert refused(405, method="GET").headers["allow"] == "POST"
         refused(405, method="OPTIONS", origin="http://evil.example")  # no CORS
@@ -145,8 +145,11 @@ def test_a_large_body_is_read_beside_the_event_loop(tiny, monkeypatch):
     with serve_model(*tiny) as (url, _):
         for count, path in ((10, "completions"), (10**5, "completions"), (10**5, "embeddings")):
             field = "prompt" if path == "completions" else "input"
-            asked = {"model": "tiny", field: [1] * count if path == "completions" else "x" * count}
-            ask(url, asked, f"/v1/{path}")
+            request = {
+                "model": "tiny",
+                field: [1] * count if path == "completions" else "x" * count,
+            }
+            ask(url, request, f"/v1/{path}")
     assert [name.startswith("fastlm-encoder") for name in threads] == [False, True, True]
 
 
@@ -210,14 +213,14 @@ def test_connections_without_whole_headers_are_closed(tiny):
                 for byte in request[40:]:
                     time.sleep(0.05)
                     slow.sendall(bytes((byte,)))
-        with connect(url, b"GET /health HTTP/1.1\r\nhost: localhost\r\n\r\n") as kept:
-            assert _response(kept).startswith(b"HTTP/1.1 200")
+        with connect(url, b"GET /health HTTP/1.1\r\nhost: localhost\r\n\r\n") as idle_sock:
+            assert _response(idle_sock).startswith(b"HTTP/1.1 200")
             time.sleep(1.7)  # a connection between requests is not one that lacks headers
-            kept.sendall(request)
-            assert _response(kept).startswith(b"HTTP/1.1 400")
-            kept.sendall(request[:40])
+            idle_sock.sendall(request)
+            assert _response(idle_sock).startswith(b"HTTP/1.1 400")
+            idle_sock.sendall(request[:40])
             with contextlib.suppress(ConnectionResetError):
-                assert kept.recv(99) == b""
+                assert idle_sock.recv(99) == b""
 
 
 def test_a_body_that_nobody_reads_ends(tiny):
@@ -339,8 +342,10 @@ def test_texts_that_no_context_holds_are_not_encoded(tiny):
                 ("/v1/embeddings", {"input": ["x" * 600_000]}),
                 ("/v1/chat/completions", {"messages": [{"role": "user", "content": long}]}),
             ):
-                told = ask(url, {"model": "tiny", **fields}, path)
-                assert told.status_code == 400 and "bytes" in told.json()["error"]["message"]
+                response = ask(url, {"model": "tiny", **fields}, path)
+                assert (
+                    response.status_code == 400 and "bytes" in response.json()["error"]["message"]
+                )
         finally:
             server.served_model.tokenizer.__dict__["_text_backend"] = backend
             server.served_model.tokenizer._backend = backs
@@ -352,7 +357,7 @@ def test_a_prompt_is_encoded_until_the_context_is_full(tiny, monkeypatch):
     encoded, part = [], tokenizer_module.PART_CHARACTERS
     encode = tokenizer_module._encode
     monkeypatch.setattr(
-        tokenizer_module, "_encode", lambda *given: (encoded.append(given[1]), encode(*given))[1]
+        tokenizer_module, "_encode", lambda *args: (encoded.append(args[1]), encode(*args))[1]
     )
     text = "".join(chr(ord("a") + i % 25) for i in range(8 * part))
     monkeypatch.setattr(prompts, "max_bytes", 2**20)  # as with a real vocabulary
@@ -392,16 +397,16 @@ def test_embeddings_of_an_engine_that_is_full_or_stops(tiny):
             (ended, 503, "stopping"),
         ):
             server.served_model.engine.call = wrong
-            told = ask(url, sent, "/v1/embeddings")
-            assert (told.status_code, told.json()["error"]["code"]) == (status, code)
-            assert int(told.headers["retry-after"]) >= 1
+            response = ask(url, sent, "/v1/embeddings")
+            assert (response.status_code, response.json()["error"]["code"]) == (status, code)
+            assert int(response.headers["retry-after"]) >= 1
         server.served_model.engine.call = call
         submit, server.served_model.engine.submit = (
             server.served_model.engine.submit,
             refuse(EngineClosed()),
         )
-        told = ask(url, body())
-        assert (told.status_code, told.json()["error"]["code"]) == (503, "stopping")
+        response = ask(url, body())
+        assert (response.status_code, response.json()["error"]["code"]) == (503, "stopping")
         server.served_model.engine.submit = submit
 
 
@@ -417,16 +422,16 @@ def test_what_was_accepted_before_a_stop_is_answered_within_the_bound(tiny, path
             with serve_model(*tiny, drain=drain) as (url, server):
                 text = server.served_model.prompt_encoder.encode_text
 
-                def late(*given, server=server, text=text, began=began, **options):
+                def late(*args, server=server, text=text, began=began, **options):
                     began.set()
                     wait_until(lambda: server.stopping)
                     time.sleep(0.1)
-                    return text(*given, **options)
+                    return text(*args, **options)
 
                 server.served_model.prompt_encoder.encode_text = late
-                asked = pool.submit(ask, url, {"model": "tiny", **fields}, path)
+                future = pool.submit(ask, url, {"model": "tiny", **fields}, path)
                 assert began.wait(20)
-            assert asked.result().status_code == status, asked.result().text
+            assert future.result().status_code == status, future.result().text
 
 
 def test_one_key_takes_at_most_half_of_the_queue(tiny):
@@ -453,10 +458,10 @@ def test_embeddings_of_one_key_take_at_most_half_of_the_queue(tiny):
     began, go = threading.Event(), threading.Event()
     with serve_model(*tiny, engine={"max_queue_size": 2}, keys=keys) as (url, server):
         embedding = server.served_model.embedding
-        server.served_model.embedding = lambda *given: (
+        server.served_model.embedding = lambda *args: (
             began.set(),
             go.wait(20),
-            embedding(*given),
+            embedding(*args),
         )[2]
         mine, other = ({"authorization": f"Bearer {key}"} for key in keys)
         with ThreadPoolExecutor(2) as pool:
@@ -472,18 +477,18 @@ def test_embeddings_of_one_key_take_at_most_half_of_the_queue(tiny):
 
 def test_many_log_probabilities_are_refused():
     with serve_model(*tiny_model(4096)) as (url, _):
-        asked = body(logprobs=True, top_logprobs=20, n=16, max_tokens=4000)
-        told = ask(url, asked).json()["error"]
-        assert told["param"] == "logprobs" and "answers x max_tokens" in told["message"]
+        request = body(logprobs=True, top_logprobs=20, n=16, max_tokens=4000)
+        error = ask(url, request).json()["error"]
+        assert error["param"] == "logprobs" and "answers x max_tokens" in error["message"]
 
 
 def test_keys_learn_nothing_of_each_others_prompts(tiny):
-    keys, asked = [KEY, "another-key-of-it"], body(temperature=0)
-    asked["messages"][0]["content"] = "The tree sees the river. " * 12
+    keys, request = [KEY, "another-key-of-it"], body(temperature=0)
+    request["messages"][0]["content"] = "The tree sees the river. " * 12
 
     def cached(url, key):
-        told = ask(url, asked, **({"authorization": f"Bearer {key}"} if key else {})).json()
-        return told["usage"]["prompt_tokens_details"]["cached_tokens"]
+        response = ask(url, request, **({"authorization": f"Bearer {key}"} if key else {})).json()
+        return response["usage"]["prompt_tokens_details"]["cached_tokens"]
 
     with serve_model(*tiny, keys=keys) as (url, _):
         assert cached(url, keys[0]) == 0 and cached(url, keys[0]) > 0
@@ -498,10 +503,10 @@ def test_an_embedding_that_is_not_finite_is_an_error(tiny):
         broken.model.embed_tokens.weight[:] = torch.nan
     with serve_model(broken, tiny[1]) as (url, _):
         for form in ("float", "base64"):
-            asked = {"model": "tiny", "input": "a", "encoding_format": form}
-            told = ask(url, asked, "/v1/embeddings")
-            assert told.status_code == 500
-            assert told.json()["error"]["message"].startswith("model: expected finite numbers")
+            request = {"model": "tiny", "input": "a", "encoding_format": form}
+            response = ask(url, request, "/v1/embeddings")
+            assert response.status_code == 500
+            assert response.json()["error"]["message"].startswith("model: expected finite numbers")
 
 
 def test_ids_that_only_the_model_has(tiny):
@@ -517,10 +522,10 @@ def test_ids_that_only_the_model_has(tiny):
     with serve_model(model, tokenizer) as (url, _):
         refused = ask(url, body(logit_bias={str(vocab - 1): 1}))
         assert refused.status_code == 400 and refused.json()["error"]["param"] == "logit_bias"
-        asked = {"model": "tiny", "prompt": "The", "max_tokens": 8, "temperature": 0}
+        request = {"model": "tiny", "prompt": "The", "max_tokens": 8, "temperature": 0}
         for stream in (False, True):
-            told = ask(url, {**asked, "logprobs": 20, "stream": stream}, "/v1/completions")
-            assert told.status_code == 200 and '"error"' not in told.text
+            response = ask(url, {**request, "logprobs": 20, "stream": stream}, "/v1/completions")
+            assert response.status_code == 200 and '"error"' not in response.text
 
 
 def test_a_request_that_fails_does_not_end_the_server(tiny, capfd):
@@ -538,8 +543,8 @@ def test_a_request_that_fails_does_not_end_the_server(tiny, capfd):
         assert '"error"' in streamed.text and "[DONE]" not in streamed.text
         server.served_model.engine._compute = compute
         embedding, server.served_model.embedding = server.served_model.embedding, broken
-        told = ask(url, {"model": "tiny", "input": "x"}, "/v1/embeddings")
-        assert told.status_code == 500 and SECRET not in told.text
+        response = ask(url, {"model": "tiny", "input": "x"}, "/v1/embeddings")
+        assert response.status_code == 500 and SECRET not in response.text
         server.served_model.embedding = embedding
         assert ask(url, body()).status_code == 200
         assert ask(url, {"model": "tiny", "input": "x"}, "/v1/embeddings").status_code == 200
@@ -553,9 +558,9 @@ def test_a_request_that_fails_does_not_end_the_server(tiny, capfd):
 
 def test_an_answer_ends_after_its_time(tiny):
     with serve_model(*tiny, pause=0.05, limits=RequestLimits(answer_seconds=1.5)) as (url, _):
-        said = ask(url, body(max_tokens=400, ignore_eos=True)).json()
-        assert 0 < said["usage"]["completion_tokens"] < 100
-        assert said["choices"][0]["finish_reason"] == "length"
+        response = ask(url, body(max_tokens=400, ignore_eos=True)).json()
+        assert 0 < response["usage"]["completion_tokens"] < 100
+        assert response["choices"][0]["finish_reason"] == "length"
 
 
 def test_a_request_that_never_began(tiny):
@@ -595,7 +600,7 @@ def test_metrics_and_the_dashboard(tiny):
         text = HTTP.get(url + "/metrics").text
         metrics = [metric.name for metric in server.metrics.registry.collect()]
     ends = ("", "_total", "_bucket", "_sum", "_count")
-    known = {f"{name}{end}" for name in metrics for end in ends}
+    exported = {f"{name}{end}" for name in metrics for end in ends}
 
     def value(name):
         return float(re.search(rf"^{re.escape(name)} (.*)$", text, re.M)[1])
@@ -610,10 +615,10 @@ def test_metrics_and_the_dashboard(tiny):
     assert value('fastlm_answers_total{reason="length"}') == 1
     board = json.loads(Path(fastlm.serve.__file__).with_name("grafana.json").read_text())
     queries = [target["expr"] for panel in board["panels"] for target in panel["targets"]]
-    shown = {name for query in queries for name in re.findall(r"fastlm_\w+", query)}
+    used = {name for query in queries for name in re.findall(r"fastlm_\w+", query)}
     changing = {"model_answers_total", "model_decisions_total", "canary", "canary_difference"}
-    known |= {f"fastlm_{name}" for name in (*changing, "alert")}  # test_serve_canary.py
-    assert len(queries) > 8 and shown <= known, shown - known
+    exported |= {f"fastlm_{name}" for name in (*changing, "alert")}  # test_serve_canary.py
+    assert len(queries) > 8 and used <= exported, used - exported
     for expected in (
         "first_token",
         "inter_token",
@@ -625,7 +630,7 @@ def test_metrics_and_the_dashboard(tiny):
         "cached",
         "cancellations",
     ):
-        assert any(expected in name for name in shown), expected
+        assert any(expected in name for name in used), expected
 
 
 def test_few_threads_encode_prompts(tiny):
@@ -634,10 +639,10 @@ def test_few_threads_encode_prompts(tiny):
     with serve_model(*tiny) as (url, server):
         chat, threads = server.served_model.prompt_encoder.encode_chat, set()
 
-        def recorded(asked):
+        def recorded(request):
             threads.add(threading.get_ident())
             time.sleep(0.01)  # so that the clients meet
-            return chat(asked)
+            return chat(request)
 
         server.served_model.prompt_encoder.encode_chat = recorded
         with ThreadPoolExecutor(24) as clients:

@@ -38,13 +38,13 @@ def folder(tmp_path_factory):
 
 def serve(monkeypatch, folder, *options):
     """The `Server` that `fastlm serve` would run, or its error's text."""
-    made = []
+    servers = []
     monkeypatch.setattr(
-        process._UvicornServer, "run", lambda self, sockets: made.append(self.server)
+        process._UvicornServer, "run", lambda self, sockets: servers.append(self.server)
     )
     command = ["serve", "--model", str(folder / "base"), "--port", "0", *map(str, options)]
     result = CliRunner().invoke(app, command)
-    return made[0] if made else result.output
+    return servers[0] if servers else result.output
 
 
 @pytest.fixture(scope="module")
@@ -61,10 +61,10 @@ def server(folder):
 
 def test_tokens_of_a_text(server):
     ids = server.tokenizer.encode("The tree é")
-    told = ask(server.url, {"prompt": "The tree é"}, "/tokenize").json()
-    assert told == {"count": len(ids), "max_model_len": 512, "tokens": ids, "token_strs": None}
-    named = {"model": "base", "prompt": "The tree", "return_token_strs": True}
-    assert "".join(ask(server.url, named, "/tokenize").json()["token_strs"]) == "The tree"
+    response = ask(server.url, {"prompt": "The tree é"}, "/tokenize").json()
+    assert response == {"count": len(ids), "max_model_len": 512, "tokens": ids, "token_strs": None}
+    body = {"model": "base", "prompt": "The tree", "return_token_strs": True}
+    assert "".join(ask(server.url, body, "/tokenize").json()["token_strs"]) == "The tree"
     assert ask(server.url, {"prompt": ""}, "/tokenize").json()["count"] == 0
     text = ask(server.url, {"tokens": ids}, "/detokenize").json()
     assert text == {"prompt": "The tree é"}
@@ -74,14 +74,14 @@ def test_tokens_of_a_text(server):
 
 def test_tokens_of_a_conversation(server):
     body = {"model": "base", "messages": [USER]}
-    told = ask(server.url, body, "/tokenize").json()
-    assert server.tokenizer.decode(told["tokens"]) == "HEY Hi"
+    response = ask(server.url, body, "/tokenize").json()
+    assert server.tokenizer.decode(response["tokens"]) == "HEY Hi"
     answer = ask(server.url, {**body, "max_tokens": 1}).json()
-    assert answer["usage"]["prompt_tokens"] == told["count"]
+    assert answer["usage"]["prompt_tokens"] == response["count"]
     tool = {"type": "function", "function": {"name": "add"}}
     tools = ask(server.url, {**body, "tools": [tool], "max_tokens": 1})
     both = ask(server.url, {**body, "tools": [tool]}, "/tokenize").json()
-    assert both["count"] == tools.json()["usage"]["prompt_tokens"] > told["count"]
+    assert both["count"] == tools.json()["usage"]["prompt_tokens"] > response["count"]
 
 
 @pytest.mark.parametrize(
@@ -106,9 +106,9 @@ def test_pages_of_other_origins(server):
     asks = {"access-control-request-method": "POST", "access-control-request-headers":
             "authorization,content-type,x-stainless-os"}  # fmt: skip
     path = server.url + "/v1/chat/completions"
-    told = HTTP.options(path, headers={"origin": PAGE, **asks})
-    assert told.status_code == 200 and told.headers["access-control-allow-origin"] == PAGE
-    assert "x-stainless-os" in told.headers["access-control-allow-headers"]
+    response = HTTP.options(path, headers={"origin": PAGE, **asks})
+    assert response.status_code == 200 and response.headers["access-control-allow-origin"] == PAGE
+    assert "x-stainless-os" in response.headers["access-control-allow-headers"]
     assert HTTP.options(path, headers={"origin": "https://evil.org", **asks}).status_code == 400
     body = {"model": "base", "messages": [USER], "max_tokens": 1}
     assert ask(server.url, body, origin=PAGE).headers["access-control-allow-origin"] == PAGE
@@ -120,30 +120,30 @@ def test_pages_of_other_origins(server):
 
 
 def test_adapters_by_name(server):
-    def said(**fields):
+    def complete(**fields):
         body = {"messages": [USER], "max_tokens": 2, "temperature": 0, "logprobs": True, **fields}
         return ask(server.url, body).json()
 
-    base, poet = said(model="base"), said(model="poet")
+    base, poet = complete(model="base"), complete(model="poet")
     assert poet["model"] == "poet" and base["model"] == "base"
     assert base["choices"] != poet["choices"]
-    listed = [model["id"] for model in HTTP.get(server.url + "/v1/models").json()["data"]]
-    assert listed == ["base", "poet"]
-    assert said(model="other")["error"]["code"] == "model_not_found"
-    assert "expected 'base' or 'poet'" in said(model="other")["error"]["message"]
+    names = [model["id"] for model in HTTP.get(server.url + "/v1/models").json()["data"]]
+    assert names == ["base", "poet"]
+    assert complete(model="other")["error"]["code"] == "model_not_found"
+    assert "expected 'base' or 'poet'" in complete(model="other")["error"]["message"]
     vectors = [
         ask(server.url, {"model": name, "input": "Hi"}, "/v1/embeddings").json()["data"]
-        for name in listed
+        for name in names
     ]
     assert vectors[0] != vectors[1]
 
 
 def test_adapters_share_the_memory_of_the_cache(server, folder, monkeypatch):
     monkeypatch.setattr("fastlm.inference.block_manager._memory", lambda: 2**22)
-    alone = serve(monkeypatch, folder)
+    single = serve(monkeypatch, folder)
     both = serve(monkeypatch, folder, "--adapter", f"poet={folder / 'poet'}")
-    blocks = [served.engine.stats().num_blocks for served in both.models.live]
-    expected = alone.served_model.engine.stats().num_blocks // 2
+    blocks = [model.engine.stats().num_blocks for model in both.models.live]
+    expected = single.served_model.engine.stats().num_blocks // 2
     assert len(blocks) == 2 and blocks[0] == blocks[1] == expected
 
 
@@ -166,5 +166,5 @@ def test_options_that_are_refused(folder, monkeypatch, options, message):
 
 def test_a_template_that_cannot_be_rendered(folder, monkeypatch, tmp_path):
     (tmp_path / "bad.jinja").write_text("{{ raise_exception('no') }}")
-    told = serve(monkeypatch, folder, "--chat-template", tmp_path / "bad.jinja")
-    assert "chat_template: cannot render these messages" in told
+    output = serve(monkeypatch, folder, "--chat-template", tmp_path / "bad.jinja")
+    assert "chat_template: cannot render these messages" in output

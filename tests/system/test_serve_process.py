@@ -44,19 +44,19 @@ def body(**fields):
 
 def test_refusals(folder, tmp_path):
     def refused(*options, **environment):
-        done = subprocess.run(
+        completed = subprocess.run(
             [*COMMAND, *map(str, options)], capture_output=True, text=True,
             env={**os.environ, **environment},
         )  # fmt: skip
-        assert done.returncode == 2, done.stderr
-        return done.stderr.strip().splitlines()[-1]
+        assert completed.returncode == 2, completed.stderr
+        return completed.stderr.strip().splitlines()[-1]
 
     assert "host: expected API keys" in refused("-m", folder, "--host", "0.0.0.0")
     line = refused("-m", folder, "--kv-cache-dtype", "int4")
     assert line == "fastlm: kv_cache_dtype: expected float32, bfloat16, float16, int8, got 'int4'"
-    with socket.create_server(("127.0.0.1", 0)) as taken:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
         with pytest.raises(InputError, match=r"port: expected a free one on 127\.0\.0\.1"):
-            _listen("127.0.0.1", taken.getsockname()[1])
+            _listen("127.0.0.1", listener.getsockname()[1])
     serve = ["serve", "-m", str(folder), "--port", "0", "--num-blocks", "2000000000"]
     result = CliRunner().invoke(app, serve)
     assert (
@@ -124,61 +124,63 @@ def test_the_bound_ends_answers_and_tells_their_clients(folder):
         serve_process("--model", folder, "--drain", 0.2) as (process, url, _),
         ThreadPoolExecutor(2) as pool,
     ):
-        asked = body(max_tokens=4000, ignore_eos=True)
-        whole = pool.submit(ask, url, asked, "/v1/completions")
-        stream = pool.submit(ask, url, {**asked, "stream": True}, "/v1/completions")
+        request = body(max_tokens=4000, ignore_eos=True)
+        future = pool.submit(ask, url, request, "/v1/completions")
+        stream = pool.submit(ask, url, {**request, "stream": True}, "/v1/completions")
         while "fastlm_running 2.0" not in HTTP.get(url + "/metrics").text:
             pass
         process.send_signal(signal.SIGTERM)
-        assert whole.result().status_code == 503
+        assert future.result().status_code == 503
         assert json.loads(stream.result().text.split("\n\n")[-2][6:])["error"]["code"] == "stopping"
         assert process.wait(30) in (0, -signal.SIGTERM)
 
 
 def test_nothing_acknowledged_is_lost_by_a_kill(folder, database_url):
-    told, talks = [], {}
+    acknowledged, contents = [], {}
 
-    def give(client, url, thread, i):
+    def send_feedback(client, url, thread, i):
         feedback = {"response_id": f"{thread}-{i}", "comment": "x" * 500}
         if client.post(url + "/v1/feedback", json=feedback).status_code == 200:
-            told.append(feedback["response_id"])
+            acknowledged.append(feedback["response_id"])
 
-    def talk(client, url, thread, i):
-        asked = {
+    def chat(client, url, thread, i):
+        request = {
             "model": "tiny", "messages": [{"role": "user", "content": f"Hi {thread}"}],
             "structured_outputs": {"regex": "[a-z]{8}"},  # nothing that is scrubbed
             "store": True, "stream": thread == 4,
         }  # fmt: skip
-        response = client.post(url + "/v1/chat/completions", json=asked)
-        if not asked["stream"]:
-            made = response.json()
-            talks[made["id"]] = made["choices"][0]["message"]["content"]
+        response = client.post(url + "/v1/chat/completions", json=request)
+        if not request["stream"]:
+            completion = response.json()
+            contents[completion["id"]] = completion["choices"][0]["message"]["content"]
         elif response.text.endswith("data: [DONE]\n\n"):  # else it broke off
             events = [json.loads(line[6:]) for line in response.text.split("\n\n")[:-2]]
-            said = [event["choices"][0]["delta"].get("content", "") for event in events]
-            talks[events[0]["id"]] = "".join(said)
+            pieces = [event["choices"][0]["delta"].get("content", "") for event in events]
+            contents[events[0]["id"]] = "".join(pieces)
 
-    def repeat(act, *given):
+    def repeat(act, *args):
         with httpx.Client(timeout=60) as client, suppress(httpx.TransportError):
             for i in range(10_000):
-                act(client, *given, i)
+                act(client, *args, i)
 
     with (
         serve_process("--model", folder, "--feedback", database_url) as (process, url, _),
         ThreadPoolExecutor(5) as pool,
     ):
-        for thread, act in enumerate((give, give, give, talk, talk)):
+        for thread, act in enumerate((send_feedback, send_feedback, send_feedback, chat, chat)):
             pool.submit(repeat, act, url, thread)
         until = time.monotonic() + 300
-        while len(told) < 60 or len(talks) < 10:
+        while len(acknowledged) < 60 or len(contents) < 10:
             assert time.monotonic() < until
             time.sleep(0.01)
         process.kill()
     with FeedbackStore(database_url) as store:
         stored = {feedback.response_id for feedback in store.all_feedback()}
-        kept = {id: answer.choices[0][0]["content"] for id, answer in store.answers().items()}
-    assert set(told) <= stored
-    assert talks == {id: kept.get(id) for id in talks}
+        stored_contents = {
+            id: answer.choices[0][0]["content"] for id, answer in store.answers().items()
+        }
+    assert set(acknowledged) <= stored
+    assert contents == {id: stored_contents.get(id) for id in contents}
 
 
 @pytest.mark.skipif(not shutil.which("nginx"), reason="expected nginx (Debian: nginx), not found")
@@ -225,13 +227,13 @@ def test_replicas_behind_nginx(folder, tmp_path):
             feedback = {"response_id": f"r{i}", "thumb": "up"}
             assert ask(url, feedback, "/v1/feedback").status_code == 200
 
-        def seen():  # a line of the log follows its response
+        def counts():  # a line of the log follows its response
             return [sum(line.get("path") == "/v1/feedback" for line in log) for _, _, log in both]
 
-        while sum(seen()) < 6:
+        while sum(counts()) < 6:
             assert time.monotonic() < until + 60
             time.sleep(0.05)
-        assert min(seen()) > 0
+        assert min(counts()) > 0
         both[0][0].kill()  # the other takes over
         both[0][0].wait()
         answers = [ask(url, body(), "/v1/completions").status_code for _ in range(4)]
@@ -252,24 +254,24 @@ def test_files_of_metrics_and_alerts(folder, tmp_path):
     base = tmp_path / "f.sqlite"
     options = ("--feedback", base, "--metrics", metrics, "--alerts", alerts)
     with serve_process("--model", folder, *options) as (process, url, _):
-        told = HTTP.get(url + "/v1/models/tiny").json()["fastlm"]["metrics"]
-        assert [one["name"] for one in told] == ["stars", "solved"]
-        shown = HTTP.get(url + "/dashboard/data").json()
-        names = [one["name"] for one in shown["alerts"]]
+        ratings = HTTP.get(url + "/v1/models/tiny").json()["fastlm"]["metrics"]
+        assert [item["name"] for item in ratings] == ["stars", "solved"]
+        dashboard = HTTP.get(url + "/dashboard/data").json()
+        names = [item["name"] for item in dashboard["alerts"]]
         assert names == ["refuses too often", "slow", "unsolved"]
-        assert shown["drift"]["reference"] == "2026-11-01 to 2026-11-08"
-        made = ask(url, body(), "/v1/completions").json()
-        ask(url, {"response_id": made["id"], "metrics": {"stars": 5}}, "/v1/feedback")
+        assert dashboard["drift"]["reference"] == "2026-11-01 to 2026-11-08"
+        completion = ask(url, body(), "/v1/completions").json()
+        ask(url, {"response_id": completion["id"], "metrics": {"stars": 5}}, "/v1/feedback")
         process.send_signal(signal.SIGTERM)
         assert process.wait(30) in (0, -signal.SIGTERM)
     with FeedbackStore(base) as store:  # the last measures were written at the end
         (feedback,) = read_feedback_rows(store, 0, time.time() + 9)
         assert (feedback.model, feedback.kind, feedback.value) == ("tiny", "metrics.stars", 5.0)
     alerts.write_text("[[alert]]\nname = 1\n")
-    for given, message in (
+    for case_options, message in (
         (options, "alerts.toml line 2: name: expected a string, got 1"),
         (("--alerts", alerts), "alerts: expected with --feedback, got none"),
     ):
-        arguments = ["serve", "--model", str(folder), "--port", "0", *map(str, given)]
+        arguments = ["serve", "--model", str(folder), "--port", "0", *map(str, case_options)]
         done = CliRunner().invoke(app, arguments)
         assert done.exit_code == 2 and message in done.stderr, (done.stderr, done.exception)

@@ -54,8 +54,8 @@ def test_the_commands_and_a_kill(tmp_path):
         assert call("rollback", *to).exit_code == 0 and answers(url) == first
         result = call("rollback", *to)  # not forward again
         assert result.exit_code == 2 and "expected a promotion to undo" in result.stderr
-        told = json.loads(call("promote", "c", *to, "--json").stdout)  # below --models-dir
-        assert told["path"] == str(models["c"]) and told["previous"] == str(models["a"])
+        status = json.loads(call("promote", "c", *to, "--json").stdout)  # below --models-dir
+        assert status["path"] == str(models["c"]) and status["previous"] == str(models["a"])
         # killed while models change
         changing = threading.Thread(
             target=lambda: [call("promote", "abc"[i % 3], *to) for i in range(50)]
@@ -67,13 +67,13 @@ def test_the_commands_and_a_kill(tmp_path):
         process.kill()
         process.wait()
         changing.join()
-        decided = json.loads(state.read_text())["current"]
+        current = json.loads(state.read_text())["current"]
         result = call("promote", "a", *to)
         assert result.exit_code == 2 and f"expected `fastlm serve` at {url}" in result.stderr
     with serve_process(*options) as (_, url, _):
-        assert answers(url) == f"tiny@{decided['digest'][:8]}"
-        told = HTTP.get(url + "/v1/canary", headers={"authorization": f"Bearer {ADMIN}"}).json()
-        assert told["path"] == decided["path"]
+        assert answers(url) == f"tiny@{current['digest'][:8]}"
+        status = HTTP.get(url + "/v1/canary", headers={"authorization": f"Bearer {ADMIN}"}).json()
+        assert status["path"] == current["path"]
     result = call("promote", "x", "--server", "file:///etc/passwd")
     assert result.exit_code == 2 and "server: expected http://HOST:PORT" in result.stderr
 

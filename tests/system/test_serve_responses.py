@@ -27,13 +27,19 @@ def event_types(events):
 def _(api):
     chat = FieldClient(api.server, "chat")
     assert api.texts() == chat.texts()
-    made = api.client.responses.create(
+    response = api.client.responses.create(
         model="tiny", input="Hi", max_output_tokens=8, temperature=0, metadata={"team": "a"}
     )
-    assert [made.output_text] == chat.texts() and made.metadata == {"team": "a"}
-    assert made.status == "incomplete" and made.incomplete_details.reason == "max_output_tokens"
-    assert made.usage.output_tokens == 8 and made.usage.total_tokens == made.usage.input_tokens + 8
-    assert made.id.startswith("resp_") and made.store is False and made.model == "tiny"
+    assert [response.output_text] == chat.texts() and response.metadata == {"team": "a"}
+    assert (
+        response.status == "incomplete"
+        and response.incomplete_details.reason == "max_output_tokens"
+    )
+    assert (
+        response.usage.output_tokens == 8
+        and response.usage.total_tokens == response.usage.input_tokens + 8
+    )
+    assert response.id.startswith("resp_") and response.store is False and response.model == "tiny"
     ended = api.answer(logit_bias={str(api.server.tokenizer.eos_id): 100})
     assert ended["status"] == "completed" and ended["incomplete_details"] is None
     system = {"role": "system", "content": "Be kind"}
@@ -44,10 +50,10 @@ def _(api):
     assert api.texts(input=[{**system, "role": "developer"}, *items]) == expected
     call = {"type": "function_call", "call_id": "c1", "name": "add", "arguments": '{"a": 7}'}
     result = {"type": "function_call_output", "call_id": "c1", "output": "8"}
-    said = made.output[0].model_dump()  # as it came
-    api.answer(input=[*items, said, {**call, "id": "fc_1", "status": "completed"}, result])
+    message = response.output[0].model_dump()  # as it came
+    api.answer(input=[*items, message, {**call, "id": "fc_1", "status": "completed"}, result])
     text = api.server.tokenizer.decode(api.server.requests[-1].prompt)
-    assert made.output_text in text and '"arguments": {"a": 7}' in text and "tool\n8" in text
+    assert response.output_text in text and '"arguments": {"a": 7}' in text and "tool\n8" in text
     api.expect_error("model", model=None)
     assert api.send(model="x").status_code == 404
     api.expect_error("instructions", instructions=7)
@@ -77,14 +83,14 @@ def _(api):
     assert response.headers["x-fastlm-ignored"] == "reasoning_effort, verbosity"
     assert response.json()["reasoning"]["effort"] == "low"
     api.expect_error("reasoning.strength", reasoning={"strength": 1})
-    made = api.client.responses.parse(
+    parsed = api.client.responses.parse(
         model="tiny", input="Hi", max_output_tokens=300, text_format=Person
     )
-    assert isinstance(made.output_parsed, Person)
+    assert isinstance(parsed.output_parsed, Person)
     object_form = {"type": "json_object"}
     bias = {str(i): 50 for i in api.server.tokenizer.encode("}")}
-    (said,) = api.texts(text={"format": object_form}, logit_bias=bias, max_output_tokens=200)
-    assert isinstance(json.loads(said), dict)
+    (text,) = api.texts(text={"format": object_form}, logit_bias=bias, max_output_tokens=200)
+    assert isinstance(json.loads(text), dict)
     assert api.texts(text={"format": {"type": "text"}}) == api.texts()
     api.expect_error("text.format.schema", text={"format": {"type": "json_schema", "name": "x"}})
     lists = {"type": "json_schema", "name": "x", "schema": {"type": "array", "uniqueItems": True}}
@@ -94,11 +100,11 @@ def _(api):
 @case("tools", "tool_choice", kinds=("responses",))
 def _(api):
     tool = {"type": "function", **openai.pydantic_function_tool(Person)["function"]}
-    made = api.client.responses.create(
+    response = api.client.responses.create(
         model="tiny", input="Hi", max_output_tokens=300, tools=[tool], tool_choice="required"
     )
-    (call,) = made.output
-    assert call.type == "function_call" and call.name == "Person" and made.status == "completed"
+    (call,) = response.output
+    assert call.type == "function_call" and call.name == "Person" and response.status == "completed"
     Person.model_validate_json(call.arguments)
     events = list(
         api.client.responses.create(
@@ -136,12 +142,12 @@ def _(api):
             model="tiny", input="Hi", max_output_tokens=8, temperature=0, stream=True, **scored
         )
     )
-    told = [event.to_dict() for event in events if event.type.endswith("output_text.delta")]
-    deltas = [one for delta in told for one in delta["logprobs"]]
+    text_deltas = [event.to_dict() for event in events if event.type.endswith("output_text.delta")]
+    deltas = [entry for delta in text_deltas for entry in delta["logprobs"]]
     assert part["logprobs"][: len(deltas)] == deltas
     done, ended, item, last = (event.to_dict() for event in events[-4:])
-    for told in (done, ended["part"], item["item"]["content"][0]):
-        assert told["logprobs"] == part["logprobs"]
+    for event in (done, ended["part"], item["item"]["content"][0]):
+        assert event["logprobs"] == part["logprobs"]
     assert last["response"]["output"][0]["content"][0]["logprobs"] == part["logprobs"]
     api.expect_error("include", include="all")
     api.expect_error("include[0]", include=["file_search_call.results"])
@@ -150,7 +156,7 @@ def _(api):
 
 @case("stream", "stream_options", kinds=("responses",))
 def _(api):
-    whole = api.answer()
+    response = api.answer()
     fields = {"model": "tiny", "input": "Hi", "max_output_tokens": 8, "temperature": 0}
     options = {"include_obfuscation": False}
     events = list(api.client.responses.create(**fields, stream=True, stream_options=options))
@@ -160,7 +166,7 @@ def _(api):
     assert types[-4:] == ends and set(types[4:-4]) == {"output_text.delta"} and len(types) > 12
     assert [event.sequence_number for event in events] == list(range(len(events)))
     text = "".join(event.delta for event in events[4:-4])
-    assert text == whole["output"][0]["content"][0]["text"] == events[-4].text
+    assert text == response["output"][0]["content"][0]["text"] == events[-4].text
     assert events[0].response.status == "in_progress" and events[0].response.output == []
     last = events[-1].response
     assert last.output_text == text and last.usage.output_tokens == 8
@@ -179,23 +185,25 @@ def _(api):
         store=True, conversation_id="talk-2", instructions="Be kind", input="I am ann@mail.org"
     )
     assert first["store"] is True
-    kept = api.server.store.answer(first["id"])
-    assert kept.prompt[1]["content"] == "I am <EMAIL>" and kept.conversation_id == "talk-2"
-    said = first["output"][0]["content"][0]["text"]
-    made = api.answer(previous_response_id=first["id"], input="And I?")
-    assert made["previous_response_id"] == first["id"]
+    stored = api.server.store.answer(first["id"])
+    assert stored.prompt[1]["content"] == "I am <EMAIL>" and stored.conversation_id == "talk-2"
+    answer = first["output"][0]["content"][0]["text"]
+    continuation = api.answer(previous_response_id=first["id"], input="And I?")
+    assert continuation["previous_response_id"] == first["id"]
     text = api.server.tokenizer.decode(api.server.requests[-1].prompt)
-    assert "Be kind" in text and "I am <EMAIL>" in text and said in text and "And I?" in text
+    assert "Be kind" in text and "I am <EMAIL>" in text and answer in text and "And I?" in text
     api.answer(previous_response_id=first["id"], instructions="Be short")
     text = api.server.tokenizer.decode(api.server.requests[-1].prompt)
     assert "Be kind" not in text and text.startswith("system\nBe short")
-    error = api.expect_error("previous_response_id", previous_response_id=made["id"])  # not stored
+    error = api.expect_error(
+        "previous_response_id", previous_response_id=continuation["id"]
+    )  # not stored
     assert "send the whole conversation" in error
-    alone = api.answer(store=True, input="My secret")
-    second = api.answer(store=True, previous_response_id=alone["id"], input="And now?")
+    start = api.answer(store=True, input="My secret")
+    second = api.answer(store=True, previous_response_id=start["id"], input="And now?")
     third = api.answer(store=True, previous_response_id=second["id"], input="And then?")
-    assert api.server.store.answer(third["id"]).conversation_id == alone["id"]
-    api.server.store.forget(alone["id"])  # its continuations contain it
+    assert api.server.store.answer(third["id"]).conversation_id == start["id"]
+    api.server.store.forget(start["id"])  # its continuations contain it
     assert api.server.store.answer(second["id"]) is api.server.store.answer(third["id"]) is None
     api.expect_error("store", store="yes")
     api.expect_error("conversation_id", conversation_id="talk-2")

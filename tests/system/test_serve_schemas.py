@@ -123,14 +123,14 @@ def test_answers_keep_to_their_schemas(server):
 
     def answers(schema):
         form = {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}
-        asked = body(response_format=form, n=2, seed=1, logit_bias=bias)
-        response = HTTP.post(server.url + "/v1/chat/completions", json=asked, timeout=600)
+        request = body(response_format=form, n=2, seed=1, logit_bias=bias)
+        response = HTTP.post(server.url + "/v1/chat/completions", json=request, timeout=600)
         assert response.status_code == 200, response.text
         return [choice["message"]["content"] for choice in response.json()["choices"]]
 
     with ThreadPoolExecutor(len(KEPT)) as pool:  # one batch
-        found = dict(zip(KEPT, pool.map(answers, KEPT.values())))
-    for name, texts in found.items():
+        texts_by_name = dict(zip(KEPT, pool.map(answers, KEPT.values())))
+    for name, texts in texts_by_name.items():
         check = jsonschema.Draft202012Validator(
             KEPT[name], format_checker=jsonschema.FormatChecker()
         )
@@ -139,7 +139,9 @@ def test_answers_keep_to_their_schemas(server):
                 check.validate(json.loads(text))
             except (ValueError, jsonschema.ValidationError) as error:
                 raise AssertionError(f"{name}: {text!r}") from error
-    assert sum(len(set(texts)) > 1 for texts in found.values()) > len(KEPT) / 2  # seeds matter
+    assert (
+        sum(len(set(texts)) > 1 for texts in texts_by_name.values()) > len(KEPT) / 2
+    )  # seeds matter
 
 
 @pytest.mark.parametrize("name", REFUSED)

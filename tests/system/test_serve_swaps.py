@@ -41,15 +41,15 @@ def models(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def alone(models):
-    """{(digest's beginning, prompt, seed): the text of that model alone}."""
+def direct_texts(models):
+    """{(digest's beginning, prompt, seed): the text of that model without a server}."""
     texts = {}
     for folder in models.values():
         model, tokenizer = load_model(folder)
         engine = Engine(model, tokenizer, num_blocks=64)
         start = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
         keys = [(prompt, seed) for prompt in PROMPTS for seed in SEEDS]
-        asked = [
+        requests = [
             Request(
                 [*start, *tokenizer.encode(p)],
                 TOKENS,
@@ -60,7 +60,7 @@ def alone(models):
             for p, s in keys
         ]
         name = loading.model_digest(folder)[:8]
-        for key, result in zip(keys, engine.generate(asked)):
+        for key, result in zip(keys, engine.generate(requests)):
             texts[name, *key] = result.text
     return texts
 
@@ -70,8 +70,8 @@ def promote(url, path, **headers):
     return ask(url, body, "/v1/admin/promote", **headers)
 
 
-def streamed(url, prompt, seed):
-    """(status, model, text, whether it is whole)."""
+def stream_completion(url, prompt, seed):
+    """Return (status, model, text, is_complete)."""
     body = {
         "model": "tiny", "prompt": prompt, "seed": seed, "max_tokens": TOKENS, "ignore_eos": True,
         "stream": True,
@@ -80,65 +80,69 @@ def streamed(url, prompt, seed):
     if response.status_code != 200:
         return response.status_code, "", response.text, False
     events = [line[6:] for line in response.text.split("\n\n") if line]
-    told = [json.loads(event) for event in events if event != "[DONE]"]
-    if any("error" in one for one in told):
+    parsed = [json.loads(event) for event in events if event != "[DONE]"]
+    if any("error" in chunk for chunk in parsed):
         return 500, "", response.text, False
-    (model,) = {one["model"] for one in told}
-    text = "".join(one["choices"][0]["text"] for one in told)
-    whole = events[-1] == "[DONE]" and told[-1]["choices"][0]["finish_reason"] == "length"
-    return 200, model, text, whole
+    (model,) = {chunk["model"] for chunk in parsed}
+    text = "".join(chunk["choices"][0]["text"] for chunk in parsed)
+    is_complete = events[-1] == "[DONE]" and parsed[-1]["choices"][0]["finish_reason"] == "length"
+    return 200, model, text, is_complete
 
 
-def test_swaps_under_load_lose_no_request(models, alone, tmp_path):
+def test_swaps_under_load_lose_no_request(models, direct_texts, tmp_path):
     ends = threading.Event()
-    seen = []
+    results = []
 
     def client(number):
         for i in range(10_000):
             if ends.is_set():
                 return
             prompt, seed = PROMPTS[(number + i) % len(PROMPTS)], i % len(SEEDS)
-            seen.append((prompt, seed, *streamed(url, prompt, seed)))
+            results.append((prompt, seed, *stream_completion(url, prompt, seed)))
 
-    gone = []
+    references = []
     folder = next(iter(models.values())).parent
     with canary_server(models["a"], tmp_path / "state.json", models_dir=folder) as (url, server):
         with ThreadPoolExecutor(12) as clients:
             running = [clients.submit(client, number) for number in range(12)]
             try:
-                for what in ("b", "back", "c", "a", "back", "b"):
-                    gone.append(weakref.ref(server.served_model.model))
-                    before = len(seen)
+                for target in ("b", "back", "c", "a", "back", "b"):
+                    references.append(weakref.ref(server.served_model.model))
+                    before = len(results)
                     done = (
-                        ask(url, {}, "/v1/admin/rollback") if what == "back" else promote(url, what)
+                        ask(url, {}, "/v1/admin/rollback")
+                        if target == "back"
+                        else promote(url, target)
                     )
                     assert done.status_code == 200, done.text
                     until = time.monotonic() + 120
-                    while len(seen) < before + 24:  # each model answers for a while
+                    while len(results) < before + 24:  # each model answers for a while
                         assert time.monotonic() < until
                         time.sleep(0.01)
             finally:
                 ends.set()
-            for one in running:
-                one.result()
+            for future in running:
+                future.result()
         wait_until_freed(server)
-        assert [ref() for ref in gone] == [None] * 6  # while the server goes on
+        assert [ref() for ref in references] == [None] * 6  # while the server goes on
         counters = HTTP.get(url + "/metrics").text
         assert [d["action"] for d in read_state(tmp_path / "state.json").decisions] == [
             "promote", "roll back", "promote", "promote", "roll back", "promote",
         ]  # fmt: skip
         assert server.served_model.path == str(models["b"])
-    assert all(status == 200 and whole for _, _, status, _, _, whole in seen), seen
-    answered = {model for _, _, _, model, _, _ in seen}
+    assert all(status == 200 and is_complete for _, _, status, _, _, is_complete in results), (
+        results
+    )
+    answered = {model for _, _, _, model, _, _ in results}
     assert len(answered) == 3 and all(model.startswith("tiny@") for model in answered)
-    for prompt, seed, _, model, text, _ in seen:
-        assert text == alone[model.removeprefix("tiny@"), prompt, seed]
+    for prompt, seed, _, model, text, _ in results:
+        assert text == direct_texts[model.removeprefix("tiny@"), prompt, seed]
     # counters of freed models stay; each of the six that were loaded was tried with one answer
-    assert f'fastlm_answers_total{{reason="length"}} {float(len(seen) + 6)}' in counters
-    told = re.findall(
+    assert f'fastlm_answers_total{{reason="length"}} {float(len(results) + 6)}' in counters
+    counts = re.findall(
         r'^fastlm_model_answers_total{model=".*",outcome="complete"} (.*)$', counters, re.M
     )
-    assert len(told) == 3 and sum(map(float, told)) == len(seen)
+    assert len(counts) == 3 and sum(map(float, counts)) == len(results)
     assert 'fastlm_model_decisions_total{action="promote"} 4.0' in counters
 
 
@@ -164,24 +168,24 @@ def test_the_memory_of_a_replaced_model_returns(tmp_path):
 
 
 def test_what_is_refused_leaves_the_old_model(models, tmp_path, monkeypatch):
-    place = tmp_path / "models"
-    place.mkdir()
-    good = place / "good"
+    models_folder = tmp_path / "models"
+    models_folder.mkdir()
+    good = models_folder / "good"
     good.symlink_to(models["b"])  # leads out of the folder
-    (place / "empty").mkdir()
-    bad = model_folders(place, ["short"], context=128)["short"]
-    broken = model_folders(place, ["broken"])["broken"]
+    (models_folder / "empty").mkdir()
+    bad = model_folders(models_folder, ["short"], context=128)["short"]
+    broken = model_folders(models_folder, ["broken"])["broken"]
     model, _ = load_model(broken)
     with torch.no_grad():
         model.lm_head.weight.fill_(float("nan"))
     model.save_pretrained(broken)
-    ready = model_folders(place, ["xx", "ready"])["ready"]
-    other = model_folders(place, ["xx", "yy", "other"])["other"]
+    ready = model_folders(models_folder, ["xx", "ready"])["ready"]
+    other = model_folders(models_folder, ["xx", "yy", "other"])["other"]
     Tokenizer.train(["Some words of a very different text"] * 9, 320).save(other)
     state = tmp_path / "state.json"
     keys = {"keys": ["k" * 16], "admin_keys": ["a" * 16]}
     admin = {"authorization": "Bearer " + "a" * 16}
-    with canary_server(models["a"], state, models_dir=place, **keys) as (url, server):
+    with canary_server(models["a"], state, models_dir=models_folder, **keys) as (url, server):
 
         def refused(path, text, status=400, headers=admin):
             response = promote(url, path, **headers)
@@ -191,7 +195,7 @@ def test_what_is_refused_leaves_the_old_model(models, tmp_path, monkeypatch):
 
         refused(ready, "expected 'Bearer KEY'", 401, {})
         refused(ready, "expected an admin key", 403, {"authorization": "Bearer " + "k" * 16})
-        for outside in (models["b"], "../../etc", "/etc/passwd", good, "good", place):
+        for outside in (models["b"], "../../etc", "/etc/passwd", good, "good", models_folder):
             refused(outside, "expected", 400)
         for name in ("", "a\0b"):
             refused(name, "model: expected", 400)
@@ -219,8 +223,8 @@ def test_what_is_refused_leaves_the_old_model(models, tmp_path, monkeypatch):
             both = list(pool.map(lambda _: promote(url, ready, **admin).status_code, range(2)))
         assert sorted(both) in ([200, 409], [200, 400])  # 400: the second came after the first
         assert server.served_model.path == str(ready)
-        told = HTTP.get(url + "/v1/canary", headers=admin).json()
-        assert told["status"] == "none" and told["path"] == str(ready)
+        canary_status = HTTP.get(url + "/v1/canary", headers=admin).json()
+        assert canary_status["status"] == "none" and canary_status["path"] == str(ready)
         assert HTTP.get(url + "/v1/canary").status_code == 401
         described = HTTP.get(url + "/openapi.json", headers=admin).json()["paths"]
         assert {*PATHS} <= described.keys()
@@ -231,19 +235,22 @@ def test_what_is_refused_leaves_the_old_model(models, tmp_path, monkeypatch):
         assert promote(url, models["a"], **admin).status_code == 200
         assert promote(url, ready, **admin).status_code == 200
         assert read_state(state).previous.path == str(models["a"])
-    with canary_server(models["a"], state, models_dir=place) as (url, server):
+    with canary_server(models["a"], state, models_dir=models_folder) as (url, server):
         assert server.served_model.path == str(ready)  # as was decided last
         names = [m["id"] for m in HTTP.get(url + "/v1/models").json()["data"]]
         assert names == ["tiny", server.served_model.name]
     (ready / "config.json").write_text((ready / "config.json").read_text() + " ")
     with pytest.raises(InputError, match="its files have changed"):
-        with canary_server(models["a"], state, models_dir=place):
+        with canary_server(models["a"], state, models_dir=models_folder):
             pass
     shutil.rmtree(ready)
     with pytest.raises(InputError, match=rf"state\.json: expected .* {ready}, got: .*, or delete"):
-        with canary_server(models["a"], state, models_dir=place):
+        with canary_server(models["a"], state, models_dir=models_folder):
             pass
-    with canary_server(models["b"], state, models_dir=place) as (_, server):  # another --model
+    with canary_server(models["b"], state, models_dir=models_folder) as (
+        _,
+        server,
+    ):  # another --model
         assert server.served_model.path == str(models["b"])
 
 
@@ -257,8 +264,8 @@ def test_paths(tmp_path):
     for outside in ("..", ".", "x/../..", "/", str(tmp_path)):
         with pytest.raises(InputError, match="below --models-dir"):
             inside.resolve(outside)
-    named = AllowedModels([str(tmp_path / "a"), "model:smollm2"], None)
-    assert named.resolve("model:smollm2") == "model:smollm2"
-    assert named.resolve(str(tmp_path / "b/../a")) == str(tmp_path / "b/../a")
+    exact = AllowedModels([str(tmp_path / "a"), "model:smollm2"], None)
+    assert exact.resolve("model:smollm2") == "model:smollm2"
+    assert exact.resolve(str(tmp_path / "b/../a")) == str(tmp_path / "b/../a")
     with pytest.raises(InputError, match="expected one of the command line, got"):
-        named.resolve(str(tmp_path / "a/b"))
+        exact.resolve(str(tmp_path / "a/b"))

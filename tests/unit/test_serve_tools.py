@@ -21,13 +21,13 @@ TOOLS = [{"type": "function", "function": {"name": name}} for name in ("add", "n
 
 def read(text, size=3, names=("add", "now")):
     tools = ToolParser(names)
-    said = "".join(tools.push(text[i : i + size]) for i in range(0, len(text), size))
-    return said + tools.end(), tools.tool_calls
+    content = "".join(tools.push(text[i : i + size]) for i in range(0, len(text), size))
+    return content + tools.end(), tools.tool_calls
 
 
 @pytest.mark.parametrize("size", (1, 3, 1000))
 @pytest.mark.parametrize(
-    "text, said, names",
+    "text, expected, names",
     [
         ("Hello <b>", "Hello <b>", []),
         (f"<tool_call>\n{json.dumps(ADD)}\n</tool_call>", "", ["add"]),
@@ -50,9 +50,9 @@ def read(text, size=3, names=("add", "now")):
          []),
     ],
 )  # fmt: skip
-def test_calls_are_recognised(text, said, names, size):
-    have, calls = read(text, size)
-    assert (have, [call["function"]["name"] for call in calls]) == (said, names)
+def test_calls_are_recognised(text, expected, names, size):
+    content, calls = read(text, size)
+    assert (content, [call["function"]["name"] for call in calls]) == (expected, names)
     assert len({call["id"] for call in calls}) == len(calls)
     for call in calls:
         assert call["type"] == "function" and isinstance(
@@ -64,9 +64,9 @@ def test_calls_are_recognised(text, said, names, size):
 def test_arguments_stay_as_they_are(value):
     call = {"name": "add", "arguments": {"a": value}}
     for text in (json.dumps(call), f"<tool_call>{json.dumps(call)}</tool_call>"):
-        said, (found,) = read(text)
-        assert said == "" and json.loads(found["function"]["arguments"]) == {"a": value}
-        found["function"]["arguments"].encode()
+        content, (parsed_call,) = read(text)
+        assert content == "" and json.loads(parsed_call["function"]["arguments"]) == {"a": value}
+        parsed_call["function"]["arguments"].encode()
     bare = json.dumps({"name": "add", "arguments": "\ud800"})
     assert read(bare) == (bare, [])
 
@@ -124,7 +124,11 @@ def grammars():
 
 
 @pytest.mark.parametrize(
-    ("text", "several", "one"),  # whether it may be an answer, with several calls or one at most
+    (
+        "text",
+        "with_parallel",
+        "without_parallel",
+    ),  # whether it may be an answer, with several calls or one at most
     [
         ("", True, True),
         ("a < b <tool_cal {", True, True),
@@ -144,8 +148,8 @@ def grammars():
         ("Well <tool_call>", False, False),  # a call that has no end
     ],
 )
-def test_strict_calls_have_a_grammar(grammars, text, several, one):
-    for parallel, good in ((True, several), (False, one)):
+def test_strict_calls_have_a_grammar(grammars, text, with_parallel, without_parallel):
+    for parallel, good in ((True, with_parallel), (False, without_parallel)):
         state = grammars.constraint(OutputFormat("calls", (STRICT, parallel), "tools"))()
         for token in grammars.tokenizer.encode(text):
             if not state.mask()[token]:
@@ -155,9 +159,9 @@ def test_strict_calls_have_a_grammar(grammars, text, several, one):
         else:
             assert state.mask()[grammars.stop_ids].all() == good
             if good:  # what the grammar lets pass as a call is read as one
-                said, calls = read(text, names=("forecast", "now"))
+                content, calls = read(text, names=("forecast", "now"))
                 assert len(calls) == text.count('"name"')
-                assert not calls or "tool_call" not in said
+                assert not calls or "tool_call" not in content
 
 
 def accepts(grammars, form, text):
@@ -176,7 +180,7 @@ TOOL_CALL = f'<tool_call>\n{{"name": "now", "arguments": {ONE}}}\n</tool_call>'
 
 
 @pytest.mark.parametrize(
-    ("text", "several", "one"),
+    ("text", "with_parallel", "without_parallel"),
     [
         (ONE, True, True),
         (TOOL_CALL, True, True),
@@ -188,15 +192,15 @@ TOOL_CALL = f'<tool_call>\n{{"name": "now", "arguments": {ONE}}}\n</tool_call>'
         ('{"unit": "K", "days": 3}', False, False),
     ],
 )
-def test_calls_or_a_form(grammars, text, several, one):
-    for parallel, good in ((True, several), (False, one)):
+def test_calls_or_a_form(grammars, text, with_parallel, without_parallel):
+    for parallel, good in ((True, with_parallel), (False, without_parallel)):
         form = OutputFormat("calls_or", (STRICT, parallel, JSON), "response_format")
         assert accepts(grammars, form, text) == good
 
 
-def read_by(reader, text, size=3):
-    said = "".join(reader.push(text[i : i + size]) for i in range(0, len(text), size))
-    return said + reader.end(), [call["function"] for call in reader.tool_calls]
+def parse_with(parser, text, size=3):
+    content = "".join(parser.push(text[i : i + size]) for i in range(0, len(text), size))
+    return content + parser.end(), [call["function"] for call in parser.tool_calls]
 
 
 @pytest.mark.parametrize("size", (1, 5, 1000))
@@ -209,7 +213,7 @@ def test_an_answer_that_is_calls_or_text(size):
         ("<tool", ("<tool", [])),
         ("", ("", [])),
     ):
-        assert read_by(CallsOrTextParser(names), text, size) == expected
+        assert parse_with(CallsOrTextParser(names), text, size) == expected
 
 
 GENERIC_CALLS = '{"tool_calls": [{"name": "forecast", "arguments": {"unit": "C", "days": 3}}]}'
@@ -241,7 +245,7 @@ def test_generic_answers_have_a_grammar(grammars, text, free, required):
 
 @pytest.mark.parametrize("size", (1, 4, 1000))
 @pytest.mark.parametrize(
-    ("text", "said"),
+    ("text", "expected"),
     [
         (' { "response" : "Sun"}', "Sun"),
         ('{"response": "a\\n\\"b\\" \\\\ \\u00e9\\ud83d\\ude00 é"}', 'a\n"b" \\ é😀 é'),
@@ -254,16 +258,16 @@ def test_generic_answers_have_a_grammar(grammars, text, free, required):
         (GENERIC_CALLS, ""),
     ],
 )
-def test_generic_answers_are_read(text, said, size):
-    have, calls = read_by(GenericToolParser(("forecast", "now")), text, size)
-    assert have == said
+def test_generic_answers_are_read(text, expected, size):
+    content, calls = parse_with(GenericToolParser(("forecast", "now")), text, size)
+    assert content == expected
     assert calls == ([{"name": "forecast", "arguments": ONE}] if text == GENERIC_CALLS else [])
 
 
 def test_generic_responses_are_streamed():
-    reader = GenericToolParser(("now",))
+    parser = GenericToolParser(("now",))
     pieces = ('{"respon', 'se": "Su', "n ", "\\u00", 'e9"', "}")
-    assert list(map(reader.push, pieces)) == ["", "Su", "n ", "", "é", ""]
+    assert list(map(parser.push, pieces)) == ["", "Su", "n ", "", "é", ""]
 
 
 def test_tools_of_a_model_whose_template_has_none():
@@ -273,16 +277,16 @@ def test_tools_of_a_model_whose_template_has_none():
     user = {"role": "user", "content": "Hi"}
     body = {"model": "tiny", "messages": [user], "tools": STRICT, "max_tokens": 60}
     with serve_model(model, tokenizer) as (url, server):
-        taken, submit = [], server.served_model.engine.submit
-        server.served_model.engine.submit = lambda *a: (taken.append(a[0]), submit(*a))[1]
+        requests, submit = [], server.served_model.engine.submit
+        server.served_model.engine.submit = lambda *a: (requests.append(a[0]), submit(*a))[1]
 
         def prompt(**fields):
             response = ask(url, {**body, "max_tokens": 1, **fields})
             assert response.status_code == 200, response.text
-            return tokenizer.decode(taken[-1].prompt, special=True)
+            return tokenizer.decode(requests[-1].prompt, special=True)
 
         assert '"name": "forecast"' in (text := prompt()) and '"response"' in text
-        assert text.startswith("<|im_start|>system\n") and taken[-1].constraint is not None
+        assert text.startswith("<|im_start|>system\n") and requests[-1].constraint is not None
         talk = [
             {"role": "system", "content": "Be kind"}, user,
             {"role": "assistant", "content": None, "tool_calls": [
@@ -294,8 +298,8 @@ def test_tools_of_a_model_whose_template_has_none():
         assert '{"tool_calls": [{"name": "now", "arguments": {"unit": "C", "days": 3}}]}' in text
         assert '{"tool_response": {"tool_call_id": "c1", "content": "7"}}' in text
         assert '"7"' in prompt(messages=talk, tools=None)  # earlier calls, and no tools now
-        chosen = {"type": "function", "function": {"name": "now"}}
-        assert '"forecast"' not in prompt(tool_choice=chosen)
+        tool_choice = {"type": "function", "function": {"name": "now"}}
+        assert '"forecast"' not in prompt(tool_choice=tool_choice)
         form = {"type": "json_schema", "json_schema": {"name": "x", "schema": SCHEMA}}
         for seed in range(3):
             fields = {"tool_choice": "required", "seed": seed, "max_tokens": 200}
