@@ -1,1 +1,1 @@
-"""Talk with a model."""
+"""Serve models over HTTP, and generate text with them on the command line."""

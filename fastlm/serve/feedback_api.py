@@ -110,7 +110,7 @@ async def post_feedback(server: "Server", http: Request) -> Response:
         ) from None  # fmt: skip
     for kind in feedback.kinds() if number is not None else ():
         server.metrics.feedback.labels(kind).inc()
-    return JSONResponse({"object": "feedback", "id": number, "kept": keeps})
+    return JSONResponse({"object": "feedback", "id": number, "text_stored": keeps})
 
 
 def rater_of(client: str, name: str | None) -> str:

@@ -142,7 +142,9 @@ class ModelManager:
         previous = self.state.current if action == "promote" else None
         state = replace(self.state, current=current, previous=previous)
         try:
-            await self._save(state.with_decision(action, model=new.name, path=path, reason="asked"))
+            await self._save(
+                state.with_decision(action, model=new.name, path=path, reason="requested")
+            )
         except BaseException:
             new.engine.close()
             raise
@@ -156,8 +158,8 @@ class ModelManager:
         log("decision", **{key: value for key, value in decision.items() if key != "at"})
 
     def record_feedback(self, feedback: "Feedback") -> None:
-        """Count what somebody says for the model that answered. For any thread but the event
-        loop's. InputError: the database cannot be used."""
+        """Count feedback for the model that answered. Any thread but the event loop's may call it.
+        InputError: the database cannot be used."""
 
     def model_name(self, response_id: str) -> str | None:
         """Return the name of the model that gave a response; None: unknown."""

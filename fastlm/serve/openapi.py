@@ -30,7 +30,7 @@ POSTS: dict[str, Endpoint] = {
         "count max_model_len tokens token_strs",
     ),
     "/detokenize": ("Decode tokens", DetokenizeRequest, "prompt"),
-    "/v1/feedback": ("Give feedback on an answer", FeedbackRequest, "object id kept"),
+    "/v1/feedback": ("Give feedback on an answer", FeedbackRequest, "object id text_stored"),
 }  # fmt: skip
 MANAGER_KEYS = "object status model decisions"
 ADMIN: dict[str, Endpoint] = {

@@ -239,7 +239,7 @@ def test_an_opinion_is_stored_where_what_is_kept_cannot_be_read(tmp_path, monkey
 
         monkeypatch.setattr(store, "keeps", fails)
         response = ask(url, {"response_id": "r1", "thumb": "up"}, "/v1/feedback")
-        assert response.status_code == 200 and response.json()["kept"] is None
+        assert response.status_code == 200 and response.json()["text_stored"] is None
         (feedback,) = store.all_feedback()
         assert feedback.thumb == "up"
 
@@ -261,18 +261,21 @@ def test_over_http(database_url):
             return response.json()
 
         made = give(response_id=first["id"], thumb="up", comment="I am ann@mail.org", rater="ann")
-        assert made["kept"] is False and store.all_feedback()[0].comment == "I am <EMAIL>"
+        assert made["text_stored"] is False and store.all_feedback()[0].comment == "I am <EMAIL>"
         assert not store.answers()  # still nobody consented
         said = first["choices"][0]["message"]["content"]
         consent = {"consent": True, **talk, "choices": [said]}
         late = give(response_id=first["id"], corrected="Better", conversation=consent)
-        assert late["kept"] is True
+        assert late["text_stored"] is True
         again = give(response_id=first["id"], thumb="up")  # the text is there from before
-        assert again["kept"] is True and give(response_id=second["id"], thumb="up")["kept"] is False
+        assert (
+            again["text_stored"] is True
+            and give(response_id=second["id"], thumb="up")["text_stored"] is False
+        )
         asked_to = ask(url, {**asked, "store": True, "conversation_id": "talk"}).json()
-        assert give(response_id=asked_to["id"], thumb="up")["kept"] is True
-        assert give(conversation_id="talk", comment="Fine")["kept"] is True
-        assert give(conversation_id="other", comment="Fine")["kept"] is False
+        assert give(response_id=asked_to["id"], thumb="up")["text_stored"] is True
+        assert give(conversation_id="talk", comment="Fine")["text_stored"] is True
+        assert give(conversation_id="other", comment="Fine")["text_stored"] is False
         kept = store.answers()[first["id"]]
         assert kept.prompt[0]["content"] == "I am <EMAIL>" and kept.choices[0][0]["content"] == said
         over = [{"response_id": second["id"]}, {"choice": 1}]
@@ -317,7 +320,7 @@ def test_over_http(database_url):
         give(response_id=asked_to["id"], conversation_id="talk", thumb="up")
         store.forget("talk")
         gone = give(response_id=asked_to["id"], comment="I am back")
-        assert gone["id"] is None and gone["kept"] is False and not store.keeps(None, "talk")
+        assert gone["id"] is None and gone["text_stored"] is False and not store.keeps(None, "talk")
         assert (
             server.metrics.text().decode().count('fastlm_feedback_total{kind="comment"} 3.0') == 1
         )

@@ -89,7 +89,7 @@ class CanaryManager(ModelManager):
                 f"model: expected the canary, {canary}, or a rollback of it first, got"
                 f" {path!r:.200}"
             )
-        await self._end(self.experiment, CanaryVerdict(action, "asked"))
+        await self._end(self.experiment, CanaryVerdict(action, "requested"))
         return True
 
     async def _decide(self, experiment: CanaryExperiment, verdict: CanaryVerdict) -> None:

@@ -10,9 +10,9 @@ export async function sendFeedback(turn, conversation, what) {
     given.conversation = { consent: true, messages: turn.seen, choices: turn.texts };
   }
   try {
-    const { kept } = await (await ask("/v1/feedback", given)).json();
+    const { text_stored: isTextStored } = await (await ask("/v1/feedback", given)).json();
     turn.sent ||= sends;
-    say(kept ? "Thank you: stored, with the conversation."
+    say(isTextStored ? "Thank you: stored, with the conversation."
       : `Thank you: stored; the text of the answer is not kept, since ${turn.sent
         ? "its consent was withdrawn" : "nobody consented (Keep my conversations)"}.`);
     return true;
