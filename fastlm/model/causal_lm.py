@@ -46,7 +46,8 @@ IGNORE = -100  # label of a token without loss
 
 @dataclass
 class CausalLMOutput:
-    """With labels, loss: float32 scalar. Without, logits: (B, S, V) in the model's dtype."""
+    """The result of `CausalLM.forward`. With labels, loss: float32 scalar. Without, logits: (B, S,
+    V) in the model's dtype."""
 
     loss: Tensor | None = None
     logits: Tensor | None = None
@@ -104,6 +105,7 @@ class CausalLM(nn.Module):
 
     @property
     def device(self) -> torch.device:
+        """The device of the parameters."""
         return self.model.norm.weight.device
 
     @property
@@ -133,14 +135,14 @@ class CausalLM(nn.Module):
     ) -> "CausalLM":
         """Load a model in eval mode from a Hugging Face folder, a fastlm run folder, a .gguf file,
         or the package of ``model:smollm2``. A LoRA adapter (of fastlm or PEFT) is loaded with the
-        base model that it names, and merged: what is quantized in the base becomes floats.
+        base model that it names, and merged: quantized weights of the base become floats.
 
-        `dtype` is that of activations and unquantized weights; by default that of the file's float
-        matrices; where all of them are quantized, the one that config.json names, else float32 (a
-        .gguf file names none). 4- and 8-bit weights stay quantized unless
-        `keep_quantized` is False. `act_bits` 8 rounds the activations they multiply to int8, 16
-        does not (see `fastlm.ops.quantized_linear`). The default is that of the folder's
-        quantization_config, and 8 for .gguf files, as in llama.cpp (SmolLM2's perplexity: +0.2 %).
+        `dtype` is that of activations and unquantized weights. The default is that of the file's
+        float matrices; where all of them are quantized, the one in config.json, else float32 (a
+        .gguf file has none). 4- and 8-bit weights stay quantized unless `keep_quantized` is False.
+        `act_bits` 8 rounds the activations that they multiply to int8, 16 does not (see
+        `fastlm.ops.quantized_linear`). The default is that of the folder's quantization_config, and
+        8 for .gguf files, as in llama.cpp (SmolLM2's perplexity: +0.2 %).
 
         Raises InputError: see `fastlm.checkpoint.folder.load_state`; an unsupported config, or a
         tensor that the model does not have.
@@ -180,8 +182,8 @@ class CausalLM(nn.Module):
             raise InputError(f"{path}: expected a tensor {missing[0]}, got none of that name")
         for name, weight in quantized.items():
             name = name.removesuffix(".weight")
-            own = modules.get(name, {}).get("act_bits", 16 if quantization else 8)
-            set_quantized_weight(model, name, weight, act_bits=act_bits or own, dtype=dtype)
+            stored = modules.get(name, {}).get("act_bits", 16 if quantization else 8)
+            set_quantized_weight(model, name, weight, act_bits=act_bits or stored, dtype=dtype)
         return model.eval()
 
     def save_pretrained(self, folder: str | Path) -> None:
@@ -193,17 +195,17 @@ class CausalLM(nn.Module):
         for key in ("dtype", "torch_dtype"):  # the new name and transformers 4's, always last
             config.pop(key, None)
             config[key] = str(self.dtype).removeprefix("torch.")
-        before = config.pop("quantization_config", None) or {}
+        quantization = config.pop("quantization_config", None) or {}
         first = next((m for m in self.modules() if isinstance(m, QuantizedLinear)), None)
         if first is not None:
-            format, method = f"w{first.bits}a{first.act_bits}", before.get("method", "rtn")
+            format, method = f"w{first.bits}a{first.act_bits}", quantization.get("method", "rtn")
             config["quantization_config"] = quantization_config(
                 self, format, group_size=first.group_size, method=method
             )
         save_hf(folder, config, self.weights())
 
     def weights(self) -> dict[str, Tensor | QuantizedWeight]:
-        """All weights under Hugging Face's names; a tied head is left out."""
+        """Return all weights under Hugging Face's names, without a tied head."""
         state: dict[str, Tensor | QuantizedWeight] = {}
         for name, module in self.named_modules():
             if isinstance(module, QuantizedLinear | QuantizedEmbedding):
@@ -223,22 +225,22 @@ class CausalLM(nn.Module):
         attention_mask: Tensor | None = None,
         logits_to_keep: int = 0,
     ) -> CausalLMOutput:
-        """Return ``loss = F.cross_entropy(logits[:, :-1], labels[:, 1:])`` without logits in memory
-        or, without labels, the logits.
+        """Return ``loss = F.cross_entropy(logits[:, :-1], labels[:, 1:])`` without storing logits;
+        without labels, return the logits.
 
         Args:
             input_ids: (B, S) int64 or int32, in [0, vocab_size) (checked on the CPU).
             labels: (B, S), shifted here, as in transformers; -100 has no loss.
             shift_labels: (B, S), already shifted: the token after each position. Pass at most one
                 of the two.
-            num_items: divide the summed loss by this instead of the number of labels (gradient
-                accumulation, several ranks).
+            num_items: the divisor of the summed loss, by default the number of labels (for gradient
+                accumulation, or several ranks).
             cu_seqlens: (n + 1,) int32: the B * S tokens are n documents, one after another.
-                Positions restart, attention stays inside a document, and with `labels` the last
-                token of a document gets no label from the next.
+                Positions restart in each document, attention stays inside it, and with `labels` its
+                last token gets no label from the next one.
             position_ids: (B, S) or (S,); by default from the mask or cu_seqlens.
             attention_mask: (B, S): 0 marks padding, on the left of each row.
-            logits_to_keep: return the logits of this many last positions only (0: all).
+            logits_to_keep: return the logits of this many last positions only; 0: of all.
 
         Raises InputError: shapes or ids that do not fit, or a context beyond
         max_position_embeddings.
@@ -280,32 +282,33 @@ class CausalLM(nn.Module):
         attention_mask: Tensor | None = None,
         keys: tuple[Tensor, Tensor] | None = None,
     ) -> Tensor:
-        """Return what the head multiplies, (B, S, E): the last layer's output, normed. Arguments
-        and errors are those of `forward`, and:
+        """Return the input of the head, (B, S, E): the last layer's output after the norm.
+        Arguments and errors are those of `forward`, and:
 
         Args:
             keys: (rows, cu_seqlens_k), with cu_seqlens: the keys of document i are those of
                 ``rows[cu_seqlens_k[i] : cu_seqlens_k[i + 1]]``, (total_k,) int64 among the B * S.
-                Its own come last; those before them are a prefix that it shares with another
-                document. Positions count from the first key. InputError: without cu_seqlens; other
-                rows (checked on a CPU only).
+                The keys of its own tokens come last; those before them are a prefix that it shares
+                with another document. Positions count from the first key. InputError: without
+                cu_seqlens; other rows (checked on a CPU only).
         """
         self.check_ids(input_ids)
         if keys is not None:
             _check_keys(keys, cu_seqlens)
         batch, length = input_ids.shape
-        visible, context = None, length  # context: the length that the rotary tables cover
+        visible, max_length = None, length  # max_length: the length that the rotary tables cover
         if position_ids is not None and not torch.compiler.is_compiling() and position_ids.numel():
-            context = int(position_ids.max()) + 1
+            max_length = int(position_ids.max()) + 1
         if cu_seqlens is not None:
             if attention_mask is not None:
                 raise InputError("cu_seqlens: expected without attention_mask, got both")
             if position_ids is None:
-                context = batch * length
-                whole = cu_seqlens if keys is None else keys[1]  # with shared prefixes
-                position_ids = packed_positions(cu_seqlens, context, whole).view(batch, length)
+                max_length = batch * length
+                key_offsets = cu_seqlens if keys is None else keys[1]  # with shared prefixes
+                positions = packed_positions(cu_seqlens, max_length, key_offsets)
+                position_ids = positions.view(batch, length)
                 if self.model.depends_on_length:  # waits for the device; longrope and dynamic only
-                    context = int(whole.diff().max())
+                    max_length = int(key_offsets.diff().max())
         elif attention_mask is not None:
             if attention_mask.shape != (batch, length):
                 raise InputError(
@@ -315,14 +318,14 @@ class CausalLM(nn.Module):
             visible = attention_mask.bool()[:, None, None]
             if position_ids is None:
                 position_ids = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
-        # with packed documents, the length of each counts instead
+        # for packed documents, the length of each counts instead
         if cu_seqlens is None and length > self.context_limit:
             raise InputError(
                 f"input_ids: expected at most max_position_embeddings {self.context_limit} tokens,"
                 f" got {length}"
             )
         rotary = self.model.rotary(
-            0 if position_ids is None else position_ids, length, context, input_ids.device
+            0 if position_ids is None else position_ids, length, max_length, input_ids.device
         )
         return self.model(input_ids, ForwardContext(cu_seqlens, None, visible, rotary, keys=keys))
 
@@ -337,8 +340,8 @@ class CausalLM(nn.Module):
         temperature: float = 1.0,
         return_entropy: bool = False,
     ) -> Any:
-        """Return log p(shift_labels[b, s] | input_ids[b, : s + 1]), (B, S) float32, without logits
-        in memory; 0 where the label is -100.
+        """Return log p(shift_labels[b, s] | input_ids[b, : s + 1]), (B, S) float32, without storing
+        logits; 0 where the label is -100.
 
         Args:
             shift_labels: (B, S), already shifted: the token after each position.
@@ -362,7 +365,7 @@ class CausalLM(nn.Module):
         temperature: float = 1.0,
         return_entropy: bool = False,
     ) -> Any:
-        """`logprobs` from what `hidden` returned, (B, S, E)."""
+        """Return `logprobs` from the result (B, S, E) of `hidden`."""
         _check_labels("shift_labels", shift_labels, hidden.shape[:-1])
         return linear_logprobs(
             hidden,
@@ -375,22 +378,22 @@ class CausalLM(nn.Module):
         )
 
     def chunk_hidden(
-        self, input_ids: Tensor, cache: "PrefillKVCache", every: bool = False
+        self, input_ids: Tensor, cache: "PrefillKVCache", all_positions: bool = False
     ) -> Tensor:
-        """Run chunks of prompts: checked ids (total,), packed as `cache` says -> what the head
-        multiplies after the last token of each chunk, (B, E); ``every``: after each token."""
+        """Run chunks of prompts: checked ids (total,), packed as in `cache`. Return the input of
+        the head at the last token of each chunk, (B, E); ``all_positions``: at each token."""
         rotary = self.model.rotary(
             cache.positions[None], len(input_ids), cache.max_length, input_ids.device
         )
         context = ForwardContext(cache.cu_seqlens, cache, None, rotary, fused=True)
         hidden = self.model(input_ids[None], context)[0]
-        return hidden if every else hidden[cache.cu_seqlens[1:].long() - 1]
+        return hidden if all_positions else hidden[cache.cu_seqlens[1:].long() - 1]
 
     def check_ids(self, input_ids: Tensor) -> None:
-        """Raise InputError unless these are (B, S) integers and, where values can be read cheaply,
-        in the vocabulary.
+        """Raise InputError unless these are (B, S) integers and in the vocabulary. Values are
+        checked where they can be read cheaply.
         """
-        if not isinstance(input_ids, Tensor):  # the tokenizer's whole output, a list
+        if not isinstance(input_ids, Tensor):  # such as the tokenizer's output, a list
             raise InputError(f"input_ids: expected a tensor (B, S), got {type(input_ids).__name__}")
         if input_ids.dim() != 2 or input_ids.dtype not in (torch.int64, torch.int32):
             shape = f"shape {tuple(input_ids.shape)}"
@@ -400,25 +403,27 @@ class CausalLM(nn.Module):
             return  # reading the values would break the graph, or wait for the device
         low, high = torch.aminmax(input_ids)
         if low < 0 or high >= self.config.vocab_size:
-            bad = int(low if low < 0 else high)
-            raise InputError(f"input_ids: expected ids in [0, {self.config.vocab_size}), got {bad}")
+            token = int(low if low < 0 else high)
+            raise InputError(
+                f"input_ids: expected ids in [0, {self.config.vocab_size}), got {token}"
+            )
 
     @property
     def context_limit(self) -> int:
-        """The longest context. Positions beyond max_position_embeddings were never trained and are
-        refused, except with dynamic scaling, which is designed for them."""
+        """The longest allowed context. Positions beyond max_position_embeddings were never trained
+        and are refused, except with dynamic scaling, which is designed for them."""
         dynamic = self.config.rope_parameters.get("rope_type") == "dynamic"
         return 2**31 if dynamic else self.config.max_position_embeddings
 
     @property
     def designed_limit(self) -> int:
-        """The longest context that a model was stretched to; with dynamic scaling less than
-        `context_limit`, which has no end."""
+        """The longest context for which the model's rotary positions were scaled. With dynamic
+        scaling it is below `context_limit`, which is unbounded."""
         stretch = 1.0 if self.context_limit < 2**31 else self.config.rope_parameters["factor"]
         return int(self.config.max_position_embeddings * stretch)
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """(..., E) -> (..., V), softcapped where the family does so."""
+        """Return the logits (..., V) of (..., E), softcapped in families that have a softcap."""
         if not self.config.tie_word_embeddings:
             out = self.lm_head(hidden)
         elif isinstance(weight := self.head_weight, QuantizedWeight):
@@ -431,7 +436,7 @@ class CausalLM(nn.Module):
         return out if cap is None else cap * torch.tanh(out / cap)
 
     def runner(self) -> "ModelRunner":
-        """Return what runs steps of this model, for `fastlm.inference.engine.Engine`."""
+        """Return the runner of this model's steps, for `fastlm.inference.engine.Engine`."""
         from fastlm.model.model_runner import ModelRunner
 
         return ModelRunner(self)
@@ -456,7 +461,7 @@ class CausalLM(nn.Module):
         """Continue each row by up to `max_new_tokens` tokens, or to the model's end token; see
         `fastlm.model.generation.generate`.
 
-        (B, S) integers, or B lists of ids -> (B, S + new) int64, or B lists.
+        Takes (B, S) integers, or B lists of ids. Returns (B, S + new) int64, or B lists.
         """
         from fastlm.inference.sampling import Sampling
         from fastlm.model.generation import generate
@@ -480,7 +485,7 @@ _DTYPES = {str(d).removeprefix("torch."): d for d in (torch.float32, torch.bfloa
 
 
 def _float_dtype(config: ModelConfig, state: Mapping[str, Any]) -> torch.dtype:
-    """The dtype of the float matrices; where all are quantized, the one that the config names."""
+    """Return the dtype of the float matrices; where all are quantized, the one in the config."""
     for value in state.values():
         if isinstance(value, Tensor) and value.dim() == 2:
             return value.dtype
@@ -497,8 +502,8 @@ def _check_labels(name: str, labels: Any, shape: torch.Size) -> None:
 
 
 def _check_memory(config: ModelConfig) -> None:
-    """Raise InputError for a model that does not fit in this machine's memory: Linux would kill the
-    process half-way instead of refusing the allocation.
+    """Raise InputError for a model that does not fit into this machine's memory. Linux would kill
+    the process half-way instead of refusing the allocation.
     """
     parameters = sum(map(math.prod, expected_shapes(config).values()))
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
@@ -517,18 +522,18 @@ def _check_keys(keys: tuple[Tensor, Tensor], cu_seqlens: Tensor | None) -> None:
         return  # reading the values would break the graph, or wait for the device
     starts, lengths = cu_seqlens.long()[:-1], cu_seqlens.long().diff()
     if ends.shape != cu_seqlens.shape or (ends.long().diff() < lengths).any():
-        raise InputError("keys: expected for each document as many keys as it has tokens, or more")
-    own = torch.arange(int(lengths.sum()))
-    at = own + (ends.long()[1:] - lengths - starts).repeat_interleave(lengths)
-    if ends[-1] != len(rows) or not torch.equal(rows[at].long(), own):
-        raise InputError("keys: expected rows in which the keys of a document end with its own")
+        raise InputError("keys: expected at least as many keys as tokens for each document")
+    tokens = torch.arange(int(lengths.sum()))
+    indices = tokens + (ends.long()[1:] - lengths - starts).repeat_interleave(lengths)
+    if ends[-1] != len(rows) or not torch.equal(rows[indices].long(), tokens):
+        raise InputError("keys: expected rows in which the keys of a document end with its tokens")
 
 
-def packed_positions(cu_seqlens: Tensor, total: int, whole: Tensor) -> Tensor:
-    """Position of each of `total` packed tokens inside its document, (total,) int64. ``whole``: the
-    offsets of the documents with the prefixes that they share, which are not packed again.
+def packed_positions(cu_seqlens: Tensor, total: int, key_offsets: Tensor) -> Tensor:
+    """Return the position of each of `total` packed tokens inside its document, (total,) int64.
+    ``key_offsets``: the offsets of the documents' keys, which include shared prefixes.
     """
     index = torch.arange(total, device=cu_seqlens.device)
     document = torch.searchsorted(cu_seqlens.long(), index, right=True) - 1
-    before = whole.long().diff() - cu_seqlens.long().diff()
-    return index - cu_seqlens.long()[document] + before[document]
+    prefix = key_offsets.long().diff() - cu_seqlens.long().diff()
+    return index - cu_seqlens.long()[document] + prefix[document]

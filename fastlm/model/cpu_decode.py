@@ -1,12 +1,12 @@
-"""Decode steps on the CPU as one call into `fastlm._cpu`: one token per row, or several rows of one
+"""Decode steps on the CPU in one call into `fastlm._cpu`: one token per row, or several rows of one
 sequence, run through the whole model in one parallel region (csrc/cpu/decode/decode_step.h).
 
 The modules compute the same up to rounding, op by op. Their roughly 300 calls per step, each a
-parallel region, cost a small model more time than its weights do. Here activations stay float32
-between the weights, so 16-bit models are slightly more accurate than through their modules. A row's
-result depends neither on the other rows nor on the number of threads.
+parallel region, take longer than the weights of a small model. Here activations stay float32
+between the weights, so 16-bit models are slightly more accurate than through their modules. The
+result of a row depends neither on the other rows nor on the number of threads.
 
-`unsupported_reason` decides which models use the modules instead. Rejected: recording the op calls
+`unsupported_reason` decides which models use the modules instead. Rejected: to record the op calls
 as a CUDA graph does, which keeps the parallel regions.
 """
 
@@ -26,33 +26,36 @@ from fastlm.ops.quantized_weight import QuantizedWeight
 if TYPE_CHECKING:
     from fastlm.model.causal_lm import CausalLM
 
-_TILE = 16  # rows of a weight whose scales are stored together, as the kernel reads them
+_TILE = 16  # rows of a weight; the kernel reads their scales together
 
 _plans: "weakref.WeakKeyDictionary[CausalLM, CpuDecodePlan]" = weakref.WeakKeyDictionary()
 
 
 def unsupported_reason(model: "CausalLM") -> str | None:
-    """Why this model's steps go through its modules, or None if they do not."""
+    """Return why the kernel does not run this model's steps, or None if it does."""
     if model.device.type != "cpu" or torch.compiler.is_compiling():
         return "the kernel runs on the CPU, outside torch.compile"
     if backend.unavailable_reason("cpu"):
         return backend.unavailable_reason("cpu")
     if backend.backend_for("rms_norm", model.model.norm.weight) != "cpu":
-        return "another backend is forced, or the kernel does not serve the model's dtype"
+        return "another backend is forced, or the kernel does not support the model's dtype"
     layers: Any = model.model.layers
     if [layer.self_attn.layer for layer in layers] != list(range(model.config.num_hidden_layers)):
-        return "its layers are not those of its config"
+        return "its layers differ from those of its config"
     return custom_module_reason(model)
 
 
 def custom_module_reason(model: "CausalLM") -> str | None:
-    """What in this model only calling its modules one by one would respect, or None."""
-    every = torch.nn.modules.module
-    if every._global_forward_hooks or every._global_forward_pre_hooks:
+    """Return what the kernel would ignore in this model, such as hooks or modules of another class,
+    or None."""
+    torch_module = torch.nn.modules.module
+    if torch_module._global_forward_hooks or torch_module._global_forward_pre_hooks:
         return "all modules have hooks"
     for module in _modules(model):
-        if type(module) not in _KNOWN and not type(module).__module__.startswith("fastlm."):
-            reason = f"is {type(module).__name__}, which the kernel does not know"
+        if type(module) not in _SUPPORTED_MODULES and not type(module).__module__.startswith(
+            "fastlm."
+        ):
+            reason = f"is {type(module).__name__}, which the kernel does not support"
         elif isinstance(module, LoraLinear):
             reason = "has an adapter that is not merged"
         elif module._forward_hooks or module._forward_pre_hooks:
@@ -67,24 +70,24 @@ def custom_module_reason(model: "CausalLM") -> str | None:
 
 
 def _modules(model: nn.Module) -> list[nn.Module]:
-    """The modules of a model: 0.1 ms for SmolLM2, where `Module.modules` takes 2 ms."""
-    found = [model]
-    for module in found:  # which grows
-        found += [m for m in module._modules.values() if m is not None]
-    return found
+    """Return the modules of a model. This takes 0.1 ms for SmolLM2, `Module.modules` 2 ms."""
+    modules = [model]
+    for module in modules:  # the list grows
+        modules += [m for m in module._modules.values() if m is not None]
+    return modules
 
 
-_KNOWN = (nn.Linear, nn.Embedding, nn.ModuleList)
+_SUPPORTED_MODULES = (nn.Linear, nn.Embedding, nn.ModuleList)
 
 
 class CpuDecodePlan:
-    """A model as the kernel sees it. Weights are read in place; `tensors` keeps alive what the
-    kernel points to, and what `state` records by address."""
+    """A model in the form that the kernel reads. Weights are read in place; `tensors` keeps alive
+    those that the kernel points to, and those whose address is in `fingerprint`."""
 
     def __init__(self, model: "CausalLM"):
         self.tensors = [t.detach() for t in _tensors(_modules(model))]
         self.copies: list[tuple[Tensor, Tensor, float]] = []  # copy == source.float() + offset
-        self.state = model_fingerprint(model)
+        self.fingerprint = model_fingerprint(model)
         self.packs_weights = can_pack_weights(model)
         config, decoder = model.config, model.model
         embedding = self._linear(decoder.embed_tokens, None, 16, packs=False)
@@ -107,15 +110,15 @@ class CpuDecodePlan:
             embedding_scale=decoder.embedding_scale(model.dtype),
             logit_softcap=config.final_logit_softcapping or 0.0,
         )
-        # In a model that rounds its activations to 8 bits, keys and values lose nothing that
-        # matters in float16, and the cache is half of what a step for 16 users reads
+        # In a model that rounds its activations to 8 bits, float16 keys and values do not change
+        # the quality, and the cache is half of the memory that a step for 16 users reads
         rounded = [isinstance(m, QuantizedLinear) and m.act_bits == 8 for m in _linears(model)]
         self.cache_dtype = torch.float16 if any(rounded) else model.dtype
         self.multiplies_int8 = all(rounded)
         self.rotary = list({id(t): t for t in decoder._rotary if t is not None}.values())
-        places = {id(t): i for i, t in enumerate(self.rotary)}
+        indices = {id(t): i for i, t in enumerate(self.rotary)}
         for layer, tables in zip(decoder.layers, decoder._rotary):
-            self._add_layer(layer, -1 if tables is None else places[id(tables)])
+            self._add_layer(layer, -1 if tables is None else indices[id(tables)])
 
     def _add_layer(self, layer: Any, rotary: int) -> None:
         attention, mlp = layer.self_attn, layer.mlp
@@ -153,9 +156,9 @@ class CpuDecodePlan:
         return copy
 
     def follows(self, model: "CausalLM") -> bool:
-        """Whether the plan still matches the model. Norms and biases are compared by value, since
-        writing to ``p.data`` (averaged weights, say) leaves no trace."""
-        return self.state == model_fingerprint(model) and all(
+        """Return whether the plan still matches the model. Norms and biases are compared by value,
+        since a write to ``p.data`` (of averaged weights, for example) leaves no trace."""
+        return self.fingerprint == model_fingerprint(model) and all(
             torch.equal(copy, source.float() + offset) for copy, source, offset in self.copies
         )
 
@@ -175,7 +178,7 @@ class CpuDecodePlan:
         half: int | None = None,
         packs: bool = True,
     ) -> Any:
-        """The C++ view of a weight, or of one half of its rows."""
+        """Return the C++ view of a weight, or of one half of its rows."""
         weight = module.weight
         n, k = weight.shape
         rows = slice(0, n) if half is None else slice(half * n // 2, (half + 1) * n // 2)
@@ -201,30 +204,31 @@ class CpuDecodePlan:
 
 
 def _linears(model: "CausalLM") -> list[nn.Module]:
-    """The linear layers of a model's decoder layers."""
+    """Return the linear layers of a model's decoder layers."""
     decoder: Any = model.model.layers
     return [m for m in decoder.modules() if isinstance(m, nn.Linear | QuantizedLinear)]
 
 
 def prefers_prompt_rows(plan: CpuDecodePlan) -> bool:
-    """Whether prompts are rows of decode steps, too, rather than calls of the modules: where that
-    was measured to be as fast (for SmolLM2 rows take 0.95 of the modules' time at 512 tokens, 1.07
-    at 1024, 1.15 at 2048)."""
+    """Return whether prompts should be rows of decode steps instead of calls of the modules: where
+    that was measured to be as fast (for SmolLM2, rows take 0.95 of the modules' time at 512 tokens,
+    1.07 at 1024, 1.15 at 2048)."""
     return plan.multiplies_int8 and backend.cpu_extension.isa() == "avx2"
 
 
 def can_pack_weights(model: "CausalLM") -> bool:
-    """Whether quantized weights are copied into the order in which the kernel multiplies, which
-    makes a one-row step a quarter faster. They are if the copy takes a sixteenth of the memory at
-    most, so it never keeps a model from fitting."""
+    """Return whether quantized weights are copied into the order in which the kernel multiplies,
+    which makes a step of one row a quarter faster. They are if the copy takes at most a sixteenth
+    of the memory, so that every model that fits still fits."""
     weights = [m.qdata for m in model.modules() if isinstance(m, QuantizedLinear)]
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return 16 * sum(w.numel() for w in weights) <= memory
 
 
 def scale_table(scales: Tensor, zeros: Tensor | None, bits: int) -> Tensor:
-    """(N, groups) -> (ceil(N / 16), groups, 1 or 2, 16): scales, and offsets for unsigned nibbles
-    (4 bits) or for q (8). In 16 bits where nothing is lost: a file's scales usually were 16-bit."""
+    """Return the scales (N, groups), and offsets for unsigned nibbles (4 bits) or for q (8 bits),
+    in the kernel's layout (ceil(N / 16), groups, 1 or 2, 16). The table has 16 bits where it loses
+    nothing: the scales of a file usually had 16 bits."""
     n, groups = scales.shape
     scales = scales.detach().float().contiguous()
     zeros = None if zeros is None else zeros.detach().float().contiguous()
@@ -237,23 +241,23 @@ def scale_table(scales: Tensor, zeros: Tensor | None, bits: int) -> Tensor:
 
 
 def _tensors(modules: Sequence[nn.Module]) -> list[Tensor]:
-    own = (t for m in modules for t in (*m._parameters.values(), *m._buffers.values()))
-    return [t for t in own if t is not None]
+    tensors = (t for m in modules for t in (*m._parameters.values(), *m._buffers.values()))
+    return [t for t in tensors if t is not None]
 
 
 def model_fingerprint(model: "CausalLM") -> tuple:
-    """What a plan was built from, equal as long as the model is the same: the config, how
-    activations are rounded, where each tensor is stored and how often it was written to."""
+    """Return a value that is equal as long as the model is the same: the config, the rounding of
+    activations, the address of each tensor and how often it was written to."""
     modules = _modules(model)
-    written = [(t.data_ptr(), 0 if t.is_inference() else t._version) for t in _tensors(modules)]
+    versions = [(t.data_ptr(), 0 if t.is_inference() else t._version) for t in _tensors(modules)]
     act_bits = [vars(m).get("act_bits") for m in modules]
-    return dict(vars(model.config)), act_bits, written
+    return dict(vars(model.config)), act_bits, versions
 
 
 def decode_plan(model: "CausalLM") -> CpuDecodePlan | None:
-    """Return the model's plan, built once and rebuilt when the model has changed (writing codes and
-    scales of quantized weights through ``.data`` goes unnoticed); None where `unsupported_reason`
-    has a reason. The model is fused then."""
+    """Return the model's plan. It is built once, and again when the model has changed (a write to
+    codes and scales of quantized weights through ``.data`` is not noticed). Return None where
+    `unsupported_reason` has a reason. The model is fused afterwards."""
     if unsupported_reason(model) is not None:
         _plans.pop(model, None)  # it would keep the old parameters alive
         model.model.fuse()
@@ -266,8 +270,8 @@ def decode_plan(model: "CausalLM") -> CpuDecodePlan | None:
 
 
 class CpuDecodeRunner:
-    """Decode steps of rows whose keys and values are in pages: ``data`` (layers, 2, pages, Hkv,
-    page_size, D); of int8 with ``scales`` (layers, 2, pages, Hkv, page_size) float32."""
+    """Runs decode steps of rows with keys and values in pages: ``data`` (layers, 2, pages, Hkv,
+    page_size, D). int8 data has ``scales`` (layers, 2, pages, Hkv, page_size), float32."""
 
     def __init__(
         self,
@@ -289,22 +293,22 @@ class CpuDecodeRunner:
         *,
         logits_indices: Tensor | None = None,
     ) -> Tensor:
-        """(B,) int64 tokens, after ``lengths`` (B,) int64 cached ones -> (B, V) float32, or
-        (L, V): of the rows ``logits_indices`` (L,) int64, in order.
+        """Return the logits (B, V) float32 of (B,) int64 tokens after ``lengths`` (B,) int64 cached
+        ones; or (L, V), of the rows ``logits_indices`` (L,) int64, in order.
 
-        ``table`` (B, P) int32: the pages of each row, in order; entries beyond its last are not
-        read. Each row's key and value are written behind its cached ones. Several tokens of one
-        sequence are rows that follow each other, with the same pages.
+        ``table`` (B, P) int32: the pages of each row, in order; entries after its last page are not
+        read. The key and value of each row are written after its cached ones. Several tokens of one
+        sequence are consecutive rows with the same pages.
         """
         torch.get_num_threads()  # passes torch's number of threads to OpenMP
-        plan, longest = self.plan, int(lengths.max()) + 1
+        plan, max_length = self.plan, int(lengths.max()) + 1
         rows = tokens.shape[0]
-        room = plan.cpp.workspace_bytes(rows, longest) + 64
-        if self.workspace.numel() < room:  # the first step, more keys, or more threads
-            most = self.data.shape[-2] * table.shape[1]
-            room = plan.cpp.workspace_bytes(rows, min(max(2 * longest, 256), most)) + 64
-            self.workspace = torch.empty(room, dtype=torch.uint8)
-        context = max(longest, self.rope_length)
+        size = plan.cpp.workspace_bytes(rows, max_length) + 64
+        if self.workspace.numel() < size:  # the first step, more keys, or more threads
+            capacity = self.data.shape[-2] * table.shape[1]
+            size = plan.cpp.workspace_bytes(rows, min(max(2 * max_length, 256), capacity)) + 64
+            self.workspace = torch.empty(size, dtype=torch.uint8)
+        context = max(max_length, self.rope_length)
         rotary = [t for r in plan.rotary for t in r.tables(context, tokens.device)]
         logits_indices = torch.arange(rows) if logits_indices is None else logits_indices
         out = torch.empty(logits_indices.shape[0], self.vocab)

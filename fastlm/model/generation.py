@@ -1,6 +1,7 @@
-"""Generation: tokens of a batch, or one text piece by piece, through an engine made for the call.
+"""Generation: the tokens of a batch, or one text piece by piece, through an engine that is created
+for the call.
 
-The engine computes prompts without padding, so a row's result is the same as alone, up to rounding.
+The engine computes prompts without padding, so a row has the same result alone, up to rounding.
 """
 
 from collections import deque
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
     from fastlm.tokenizer.tokenizer import Tokenizer
 
 _DEFAULT = Sampling()
-_STEP_TOKENS = 4096  # of a step: nobody waits for the answers that run
+_STEP_TOKENS = 4096  # many, because nobody waits for a running answer
 
 
 def make_engine(
@@ -35,22 +36,22 @@ def make_engine(
     batch_invariant: bool = False,
 ) -> Engine:
     """Return an engine for these requests, ``max_num_seqs`` (default: all) at a time. It has the
-    blocks that they need, within the memory that `default_num_blocks` allows, and the rotary
-    frequencies of the longest of them, where these depend on the length of the context. Without
+    blocks that they need, within the memory that `default_num_blocks` allows. Where rotary
+    frequencies depend on the length of the context, they are those of the longest request. Without
     ``batch_invariant``, it computes the prompts of a step in one product.
     """
     limit, count = model.context_limit, len(requests)
     lengths = sorted(min(len(r.prompt) + r.max_new_tokens, limit) for r in requests)
     blocks = [-(-length // BLOCK_SIZE) + 1 for length in lengths[-(max_num_seqs or count) :]]
-    # a GPU's memory is taken at once, and others need the rest
-    allowed = default_num_blocks(
+    # a GPU allocates the memory at once, and others need the rest
+    max_blocks = default_num_blocks(
         model.config, count, dtype=model.dtype, device=model.device, max_model_len=lengths[-1],
         expected_tokens=lengths[-1],
     )  # fmt: skip
     return Engine(
         model,
         tokenizer,
-        num_blocks=max(blocks[-1], min(sum(blocks), allowed)),
+        num_blocks=max(blocks[-1], min(sum(blocks), max_blocks)),
         max_num_seqs=max_num_seqs or count,
         max_num_batched_tokens=_STEP_TOKENS,
         max_model_len=lengths[-1] if model.model.depends_on_length else None,
@@ -73,28 +74,28 @@ def generate(
 ) -> Any:
     """Continue every row by at most `max_new_tokens` tokens.
 
-    A row ends with the first of the model's end tokens (``model.config.stop_ids``) that it draws.
-    That token is kept. It also ends where its context reaches max_position_embeddings.
+    A row ends with the first of the model's end tokens (``model.config.stop_ids``) that is sampled.
+    That token is kept. A row also ends where its context reaches max_position_embeddings.
 
     Args:
         input_ids: (B, S) integers, or a list of B lists of ids of any lengths >= 1.
-        sampling: see `Sampling`; by default draws at temperature 1.
-        seed: row r draws from seed + r, as it would alone with that seed; None uses torch's
-            generator.
-        stop_ids: additional tokens that end a row.
+        sampling: see `Sampling`; default: temperature 1 without filters.
+        seed: row r draws with seed + r, as it would alone with that seed. None: torch's generator.
+        stop_ids: further tokens that end a row.
         ignore_eos: only `stop_ids` end a row, not the model's end tokens.
         attention_mask: (B, S), 0 where a row of the tensor is padding; padding is on the left.
-        on_token: called with (row, token) for each new token, rows in order; a true result ends
-            the row.
+        on_token: called with (row, token) for each new token, in the order of rows; a true result
+            ends the row.
         return_logprobs: also return the new tokens' log-probabilities (`Sampling.logprobs`).
 
-    Where rotary frequencies depend on the length of the context (`dynamic`, `longrope`), those of
-    the longest row with max_new_tokens serve all rows.
+    Where rotary frequencies depend on the length of the context (`dynamic`, `longrope`), all rows
+    have those of the longest row with max_new_tokens.
 
     Returns:
-        For a tensor, (B, S + new) int64, padded after a row's end with pad_token_id (the row's last
-        token where the config has none). For a list, a list of B lists: prompt and new tokens, no
-        padding. With return_logprobs the pair of that and B lists of a float per new token.
+        For a tensor, (B, S + new) int64, padded after a row's end with pad_token_id (with the row's
+        last token where the config has none). For a list, a list of B lists: prompt and new tokens,
+        without padding. With return_logprobs, the pair of that and B lists of a float per new
+        token.
 
     Raises InputError: empty prompts, ids out of range, a prompt as long as the context, impossible
     options. RuntimeError: the model fails, or its logits are not finite.
@@ -111,14 +112,14 @@ def generate(
                 f" {model.context_limit}, got {longest} tokens"
             )
 
-        def take(row: int, piece: Piece) -> bool:
+        def on_piece(row: int, piece: Piece) -> bool:
             return on_token is not None and any([on_token(row, token) for token in piece.tokens])
 
         requests = batch_requests(
             prompts, max_new_tokens, sampling, seed=seed, stop_ids=frozenset(stop_ids),
             ignore_eos=ignore_eos, logprobs=0 if return_logprobs else None,
         )  # fmt: skip
-        completions = make_engine(model, requests).generate(requests, on_piece=take)
+        completions = make_engine(model, requests).generate(requests, on_piece=on_piece)
         _check_completions(completions)
     new = [completion.token_ids for completion in completions]
     if isinstance(input_ids, Tensor):
@@ -127,18 +128,19 @@ def generate(
         rows = [row + (row[-1:] if pad is None else [pad]) * (width - len(row)) for row in new]
         ids = input_ids.to(model.device, torch.int64)
         tail = torch.tensor(rows, dtype=torch.int64, device=ids.device).view(len(rows), width)
-        whole = torch.cat((ids, tail), 1)
+        result = torch.cat((ids, tail), 1)
     else:
-        whole = [prompt + row for prompt, row in zip(prompts, new, strict=True)]
+        result = [prompt + row for prompt, row in zip(prompts, new, strict=True)]
     if not return_logprobs:
-        return whole
-    return whole, [[token.logprob for token in one.logprobs] for one in completions]
+        return result
+    logprobs = [[token.logprob for token in completion.logprobs] for completion in completions]
+    return result, logprobs
 
 
 def _prompts(
     model: "CausalLM", input_ids: Tensor | Sequence[Sequence[int]], mask: Tensor | None
 ) -> list[list[int]]:
-    """The checked prompts, without padding."""
+    """Check the prompts, and return them without padding."""
     if not isinstance(input_ids, Tensor):
         if mask is not None:
             raise InputError(
@@ -201,12 +203,12 @@ def generate_text(
     stop_ids: Sequence[int] | frozenset[int] = (),
     ignore_eos: bool = False,
 ) -> Iterator[str]:
-    """Continue one prompt, yielding text piece by piece as soon as it is certain.
+    """Continue one prompt, and yield text piece by piece as soon as it is certain.
 
     `stop` strings end the text before they appear in it, even where they straddle tokens: text that
-    may become one is held back. The end tokens of model and tokenizer (unless `ignore_eos`) and
-    `stop_ids` end it, too, and are not part of the text. It is the text that `fastlm serve` answers
-    with the same options. For several prompts: `Engine.generate`.
+    may become one is buffered. The end tokens of model and tokenizer (unless `ignore_eos`) and
+    `stop_ids` end the text, too, and are not part of it. `fastlm serve` answers with the same text
+    for the same options. For several prompts, use `Engine.generate`.
     """
     _check_steps(max_new_tokens)
     stops = tuple(check_stop_strings(stop))

@@ -20,14 +20,14 @@ def load_model(
     keep_quantized: bool = True,
     dtype: "torch.dtype | None" = None,
 ) -> tuple[CausalLM, Tokenizer]:
-    """Load the model and its tokenizer at ``path``, or from a package: ``model:smollm2``. The
+    """Load the model and its tokenizer at ``path``, or from a package (``model:smollm2``). The
     options are those of `CausalLM.from_pretrained`.
     """
-    path = model_path(path)  # checks the checksum of a package's file, once
-    held = open_gguf(path) if path.suffix == ".gguf" else None  # else it would be parsed twice
+    path = model_path(path)  # verifies the checksum of a package's file, once
+    gguf_file = open_gguf(path) if path.suffix == ".gguf" else None  # cached: it is parsed once
     model = CausalLM.from_pretrained(
         path, act_bits=act_bits, keep_quantized=keep_quantized, dtype=dtype
     )
     tokenizer = load_tokenizer(path, model.config.to_dict())
-    del held
+    del gguf_file
     return model, tokenizer

@@ -1,5 +1,6 @@
-"""How one step of a model runs here: as one call into the CPU kernel (`fastlm.model.cpu_decode`),
-as one CUDA graph (`fastlm.model.cuda_decode`), or module by module (`fastlm.model.module_decode`).
+"""Select how a model runs decode steps here: as one call into the CPU kernel
+(`fastlm.model.cpu_decode`), as one CUDA graph (`fastlm.model.cuda_decode`), or module by module
+(`fastlm.model.module_decode`).
 """
 
 from typing import TYPE_CHECKING
@@ -16,19 +17,20 @@ if TYPE_CHECKING:
 
 
 class ModelRunner:
-    """Runs steps of ``model`` as it is now; `is_current` tells whether it has changed since.
+    """Runs steps of ``model`` in its present state; `is_current` returns whether it has changed.
 
-    ``fallback_reason``: why steps do not run as one call into the CPU kernel, None if they do. Only
-    those give a row the same bits whatever other rows there are, and take keys of other dtypes,
-    prompts and drafts as rows. ``prefers_prompt_rows``: prompts are as fast as rows of steps as
-    through the modules. ``cache_dtype``: of keys and values by default.
+    fallback_reason: why steps do not run as one call into the CPU kernel; None if they do. Only
+        that kernel is batch-invariant and supports other dtypes of keys, and prompts and draft
+        tokens as rows.
+    prefers_prompt_rows: prompts are as fast as rows of steps as through the modules.
+    cache_dtype: the default dtype of keys and values.
     """
 
     def __init__(self, model: "CausalLM"):
         self.model = model
         self._plan = cpu_decode.decode_plan(model)
-        self._state = (
-            cpu_decode.model_fingerprint(model) if self._plan is None else self._plan.state
+        self._fingerprint = (
+            cpu_decode.model_fingerprint(model) if self._plan is None else self._plan.fingerprint
         )
         self.fallback_reason = cpu_decode.unsupported_reason(model) if self._plan is None else None
         self.prefers_prompt_rows = self._plan is not None and cpu_decode.prefers_prompt_rows(
@@ -39,16 +41,21 @@ class ModelRunner:
         )
 
     def is_current(self) -> bool:
+        """Return whether the model has not changed since."""
         if self._plan is not None:
             return self._plan.follows(self.model)
-        return cpu_decode.model_fingerprint(self.model) == self._state
+        return cpu_decode.model_fingerprint(self.model) == self._fingerprint
 
-    def decode_runner(self, pages: "BlockManager") -> "DecodeRunner":
-        """Return what runs steps whose keys and values are in ``pages``."""
+    def decode_runner(self, block_manager: "BlockManager") -> "DecodeRunner":
+        """Return the runner of decode steps with keys and values in ``block_manager``."""
         if self._plan is not None:
             return cpu_decode.CpuDecodeRunner(
-                self.model, self._plan, pages.data, pages.scales, pages.rope_length
+                self.model,
+                self._plan,
+                block_manager.data,
+                block_manager.scales,
+                block_manager.rope_length,
             )
         if cuda_decode.unsupported_reason(self.model) is None:
-            return cuda_decode.CudaDecodeRunner(self.model, pages.data)
-        return ModuleDecodeRunner(self.model, pages)
+            return cuda_decode.CudaDecodeRunner(self.model, block_manager.data)
+        return ModuleDecodeRunner(self.model, block_manager)

@@ -1,5 +1,5 @@
-"""One token of each row through a model's modules, with keys and values in pages: any device, any
-model.
+"""Decode steps through a model's modules, one token per row, with keys and values in blocks: for
+any device and any model.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -18,12 +18,13 @@ if TYPE_CHECKING:
 
 
 class PagedDecodeAttention:
-    """What the attention of such a call reads and writes; see
-    `fastlm.model.layers.DecodeAttention`.
+    """The attention of a decode step; see `fastlm.model.layers.DecodeAttention`.
 
-    keys_and_values: per layer two caches (pages, page_size, Hkv, D). table (B, P) int32: the pages
-    of each row. positions (B, 1) int32: where its new token is written. lengths: positions + 1,
-    (B,). rotary: per layer the tables of all positions, or None.
+    keys_and_values: per layer two caches (pages, page_size, Hkv, D).
+    table: (B, P) int32, the pages of each row.
+    positions: (B, 1) int32, where the new token of each row is written.
+    lengths: (B,), positions + 1.
+    rotary: per layer the tables of all positions, or None.
     """
 
     keys_and_values: list[list[Tensor]]
@@ -33,44 +34,48 @@ class PagedDecodeAttention:
     rotary: list[tuple[Tensor, Tensor] | None]
 
     def attention(self, layer: int, q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
+        """Rotate q and k, append k and v to the cache, and return the attention of q over it."""
         keys, values = self.keys_and_values[layer]
-        places = keys, values, self.table, self.positions
+        target = keys, values, self.table, self.positions
         tables = self.rotary[layer]
         if tables is not None and has_kernel("rope_append", q):
-            q = rope_append(q, k, v, *tables, *places)
+            q = rope_append(q, k, v, *tables, *target)
         else:
             if tables is not None:
-                now = self.positions.long()
-                cos, sin = (t[now] for t in tables)
+                positions = self.positions.long()
+                cos, sin = (t[positions] for t in tables)
                 q, k = q.transpose(1, 2), k.transpose(1, 2)
                 q, k = rope(q, k, cos, sin, rotary_dim=cos.shape[-1])
                 q, k = q.transpose(1, 2), k.transpose(1, 2)
-            paged_append(k, v, *places)
+            paged_append(k, v, *target)
         out = paged_attention(q, keys, values, self.table, self.lengths, **options)
         assert isinstance(out, Tensor)  # a pair only with return_lse
         return out
 
 
 class ModuleDecodeRunner(PagedDecodeAttention):
-    """Decode steps module by module, where neither a kernel runs a whole step
-    (`cpu_decode.unsupported_reason`) nor a graph (`cuda_decode.unsupported_reason`). A row's bits
-    may depend on the number of rows."""
+    """Runs decode steps module by module, where neither a kernel runs a whole step
+    (`cpu_decode.unsupported_reason`) nor a graph (`cuda_decode.unsupported_reason`). The bits of a
+    row may depend on the number of rows."""
 
-    def __init__(self, model: "CausalLM", pages: "BlockManager"):
-        self.model, self.pages = model, pages
-        self.keys_and_values = [[t.transpose(1, 2) for t in layer] for layer in pages.layers]
+    def __init__(self, model: "CausalLM", block_manager: "BlockManager"):
+        self.model, self.block_manager = model, block_manager
+        self.keys_and_values = [
+            [t.transpose(1, 2) for t in layer] for layer in block_manager.layers
+        ]
 
     @torch.inference_mode()
     def logits(
         self, tokens: Tensor, lengths: Tensor, table: Tensor, *, logits_indices: Tensor
     ) -> Tensor:
-        """(B,) int64 tokens after ``lengths`` (B,) cached ones, in the pages of ``table`` (B, P)
-        int32 -> (L, V), of the rows ``logits_indices`` (L,)."""
-        model, device = self.model, self.pages.data.device
-        longest = max(int(lengths.max()) + 1, self.pages.rope_length)
+        """Return the logits (L, V) of the rows ``logits_indices`` (L,), for (B,) int64 tokens after
+        ``lengths`` (B,) cached ones, with keys and values in the pages of ``table`` (B, P)
+        int32."""
+        model, device = self.model, self.block_manager.data.device
+        max_length = max(int(lengths.max()) + 1, self.block_manager.rope_length)
         self.positions = lengths.to(device, torch.int32)[:, None]
         self.lengths, self.table = self.positions[:, 0] + 1, table.to(device)
-        self.rotary = model.model.rotary(0, longest, longest, device)
+        self.rotary = model.model.rotary(0, max_length, max_length, device)
         context = ForwardContext(None, None, None, [], fused=True, decode_attention=self)
         hidden = model.model(tokens.to(device)[:, None], context)[:, -1]
         return model.logits(hidden[logits_indices.to(device)])

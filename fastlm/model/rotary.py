@@ -1,5 +1,5 @@
-"""Rotary positions (Su et al. 2021, arXiv:2104.09864): tables of cosines and sines, and the ways
-to stretch them.
+"""Rotary positions (Su et al. 2021, arXiv:2104.09864): tables of cosines and sines, and how they
+are scaled to longer contexts.
 
 ``rope_type`` is Hugging Face's: ``default``; ``linear`` (Chen et al. 2023, arXiv:2306.15595);
 ``dynamic`` (NTK, the base grows with the length); ``yarn`` (Peng et al. 2023, arXiv:2309.00071);
@@ -28,14 +28,14 @@ def frequencies(
 ) -> tuple[Tensor, float]:
     """Return each pair's angle per position, (width / 2) float32, and the factor on cos and sin.
 
-    `length` is that of the whole context; only dynamic and longrope use it.
+    `length` is that of the context; only dynamic and longrope use it.
     """
     kind, base = rope["rope_type"], rope["rope_theta"]
     width = rotary_width(rope, head_dim)
     exponents = torch.arange(0, width, 2, dtype=torch.int64, device="cpu").float() / width
     if kind == "dynamic":
-        factor, longest = rope["factor"], max(length, max_position_embeddings)
-        stretch = factor * longest / max_position_embeddings - (factor - 1)
+        factor, max_length = rope["factor"], max(length, max_position_embeddings)
+        stretch = factor * max_length / max_position_embeddings - (factor - 1)
         return 1.0 / (base * stretch ** (width / (width - 2))) ** exponents, 1.0
     turn = base**exponents
     if kind == "linear":
@@ -57,8 +57,8 @@ def frequencies(
 def _yarn(
     rope: Mapping[str, Any], turn: Tensor, width: int, max_position_embeddings: int
 ) -> tuple[Tensor, float]:
-    """Keep pairs that turn often in the original context, stretch those that turn less than once by
-    factor, with a ramp in between."""
+    """Return YaRN's frequencies: pairs that turn often in the original context are kept, those that
+    turn less than once are stretched by factor, with a ramp in between."""
     original = rope["original_max_position_embeddings"]
     factor = rope.get("factor") or max_position_embeddings / original
 
@@ -66,7 +66,7 @@ def _yarn(
         return 1.0 if factor <= 1 else 0.1 * weight * math.log(factor) + 1.0
 
     def pair(turns: float) -> float:
-        """The pair that makes this many turns over the original context."""
+        """Return the index of the pair that makes this many turns over the original context."""
         theta = math.log(rope["rope_theta"])
         return width * math.log(original / (turns * 2 * math.pi)) / (2 * theta)
 
@@ -87,8 +87,8 @@ def _yarn(
 
 
 def _llama3(rope: Mapping[str, Any], freq: Tensor) -> Tensor:
-    """Stretch wavelengths beyond original / low_freq_factor by factor, keep those below original /
-    high_freq_factor, and blend in between."""
+    """Return Llama 3's frequencies: wavelengths beyond original / low_freq_factor are stretched by
+    factor, those below original / high_freq_factor are kept, and those in between are blended."""
     factor, original = rope["factor"], rope["original_max_position_embeddings"]
     low, high = rope["low_freq_factor"], rope["high_freq_factor"]
     wavelength = 2 * math.pi / freq
@@ -102,9 +102,9 @@ def _llama3(rope: Mapping[str, Any], freq: Tensor) -> Tensor:
 class RotaryTables:
     """Cosines and sines of one set of rotary parameters, cached per device and regime.
 
-    A *regime* is a range of context lengths with the same frequencies. One covers all lengths,
-    except that longrope has two, and dynamic has one per length beyond the original context. Keys
-    rotated in one regime do not match queries of another.
+    A *regime* is a range of context lengths with the same frequencies. Most types have one regime
+    for all lengths; longrope has two, and dynamic has one per length beyond the original context.
+    Keys that were rotated in one regime do not match queries of another.
     """
 
     def __init__(self, rope: Mapping[str, Any], head_dim: int, max_position_embeddings: int):
@@ -117,6 +117,7 @@ class RotaryTables:
         return self.rope["rope_type"] in ("dynamic", "longrope")
 
     def regime(self, length: int) -> int:
+        """Return the number of the regime of a context length."""
         kind = self.rope["rope_type"]
         if kind == "dynamic":
             return length if length > self.max_position else 0
@@ -131,22 +132,22 @@ class RotaryTables:
         if is_traced():  # a constant of the trace, for any length it may run with
             if self.depends_on_length:
                 raise NotImplementedError(
-                    f"torch.jit.trace: rope_type {self.rope['rope_type']} turns by the context's"
-                    " length, which a trace does not look at"
+                    f"torch.jit.trace: rope_type {self.rope['rope_type']} depends on the length of"
+                    " the context, which a trace does not record"
                 )
             with untraced():
                 return self.tables(max(int(length), self.max_position), device)
         key = (device, self.regime(length))
-        found = self._tables.get(key)
-        if found is None or found[0].shape[0] < length:
-            rows = max(length, 128 if found is None else 2 * found[0].shape[0])
+        tables = self._tables.get(key)
+        if tables is None or tables[0].shape[0] < length:
+            rows = max(length, 128 if tables is None else 2 * tables[0].shape[0])
             with torch.inference_mode(False):  # tables created in generation also serve training
                 freq, scale = frequencies(self.rope, self.head_dim, self.max_position, length)
                 angles = torch.arange(rows, dtype=torch.float32, device="cpu")[:, None] * freq
                 angles = torch.cat((angles, angles), -1)
-                found = (angles.cos() * scale).to(device), (angles.sin() * scale).to(device)
-            if key[1] and self.rope["rope_type"] == "dynamic":  # a table per length: the last one
+                tables = (angles.cos() * scale).to(device), (angles.sin() * scale).to(device)
+            if key[1] and self.rope["rope_type"] == "dynamic":  # keep the table of the last length
                 for old in [k for k in self._tables if k[0] == device and k[1]]:
                     del self._tables[old]
-            self._tables[key] = found
-        return found
+            self._tables[key] = tables
+        return tables

@@ -309,7 +309,7 @@ def test_a_step_on_pages_does_not_wait():
     model.model.fuse()
     data = BlockManager(model.config, 40, dtype=model.dtype, device="cuda").data.normal_()
     steps, plain = (cuda_decode.CudaDecodeRunner(model, d) for d in (data, data.clone()))
-    plain.recordable = False
+    plain.can_record = False
     inputs = [
         (torch.randint(1000, (3,)), torch.tensor([5, 70, 0]) + i, torch.randperm(40)[:6].view(3, 2))
         for i in range(30)

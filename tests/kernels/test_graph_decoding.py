@@ -235,7 +235,7 @@ def test_generate(monkeypatch, tied):
 
 def test_why_not(monkeypatch):
     model = model_of()
-    assert cuda_decode.unsupported_reason(model) == "graphs are a GPU's"
+    assert cuda_decode.unsupported_reason(model) == "graphs need a GPU"
     # as if it were on a GPU that has the kernels
     monkeypatch.setattr(CausalLM, "device", torch.device("cuda"))
     assert "CUDA kernels" in cuda_decode.unsupported_reason(model)
@@ -249,5 +249,5 @@ def test_why_not(monkeypatch):
         patch.setattr(torch, "is_autocast_enabled", lambda device: device == "cuda")
         assert "autocast" in cuda_decode.unsupported_reason(model)
     model.bfloat16().model.norm.float()
-    assert "dtype of its norms" in cuda_decode.unsupported_reason(model)
+    assert "dtype of its activations" in cuda_decode.unsupported_reason(model)
     assert "length" in cuda_decode.unsupported_reason(model_of("llama-dynamic"))

@@ -67,7 +67,7 @@ def test_a_graph_reads_the_rows_of_its_step(recorder, case, expected):
     for other in pages[1:]:
         other.data.copy_(pages[0].data)
     ours, plain = (cuda_decode.CudaDecodeRunner(model, p.data) for p in pages[:2])
-    plain.recordable, recorder.data = False, pages[0].data
+    plain.can_record, recorder.data = False, pages[0].data
     modules = ModuleDecodeRunner(model, pages[2])
     for rows in STEPS:
         inputs = inputs_of(rows)

@@ -55,7 +55,7 @@ class GraphRecorder:
 
         def recordable(steps, *args):
             ours(steps, *args)
-            steps.recordable = True
+            steps.can_record = True
             self.data = steps.data
 
         monkeypatch.setattr(cuda_decode.CudaDecodeRunner, "__init__", recordable)

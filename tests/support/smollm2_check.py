@@ -79,7 +79,7 @@ def in_8_bits_says_nearly_what_it_says_in_16(smollm2, tokenizer):
         cache = RowCache(model, 2, 256, dtype=cache_dtype)  # as an engine creates it
         with torch.no_grad():
             cache.prepare(256)
-            hidden = model.chunk_hidden(ids.flatten(), cache, every=True)
+            hidden = model.chunk_hidden(ids.flatten(), cache, all_positions=True)
             logits.append(model.logits(hidden).double())
     exact, rounded = (torch.log_softmax(z, -1) for z in logits)
     divergence = (exact.exp() * (exact - rounded)).sum(-1).mean()
