@@ -1,4 +1,4 @@
-"""bench/serve/: what its clients count, on a tiny model and on servers that do the work wrong."""
+"""bench/serve/: the measurements of its clients, on a tiny model and on wrong servers."""
 
 import asyncio
 import json
@@ -35,7 +35,7 @@ from traffic import (
 from fastlm.serve.feedback_store import FeedbackStore
 
 
-def test_percentiles_are_between_the_values():
+def test_percentiles_interpolate():
     assert percentile([3.0, 1.0], 99) == pytest.approx(2.98)
     assert percentile(list(range(101)), 99) == 99 and percentile([7.0], 50) == 7.0
     assert percentile([], 99) != percentile([], 99)
@@ -81,7 +81,7 @@ def test_commands(monkeypatch):
     assert "-np" not in servers.server_command("llama-server", "m.gguf", 81, 2)
 
 
-def test_the_peer_is_named_where_it_is_missing(monkeypatch, capsys):
+def test_a_missing_peer_is_named(monkeypatch, capsys):
     monkeypatch.setattr(serve, "llama_cpp", lambda program: None)
     assert serve.peer_servers("none", "m.gguf") == [] and not capsys.readouterr().out
     assert serve.peer_servers(None, "m.gguf") == []
@@ -97,9 +97,9 @@ def test_the_peer_is_named_where_it_is_missing(monkeypatch, capsys):
 
 
 @contextmanager
-def answering(answer):
-    """Context: a server and the bodies that it gets. `answer(body)` returns a status and the events
-    of a stream."""
+def fake_server(answer):
+    """Run a server; yield it and the bodies that it gets. `answer(body)` returns a status and the
+    events of a stream."""
     bodies = []
 
     class Handler(BaseHTTPRequestHandler):
@@ -133,8 +133,8 @@ def stream(body, *, short=0, prompt=40):
     return [*events, {"choices": [], "usage": usage}]
 
 
-def test_what_clients_count():
-    with answering(lambda body: (200, stream(body))) as (server, bodies):
+def test_client_measurements():
+    with fake_server(lambda body: (200, stream(body))) as (server, bodies):
         load = asyncio.run(open_loop(server.url, "m", 100, 0.1, seed=3))
     count = len(arrivals(100, 0.1, 3))
     assert count == len(bodies) == load.done == len(load.first) == len(load.between) > 3
@@ -156,8 +156,8 @@ def test_what_clients_count():
         (lambda body: (429, [{"error": "full"}]), "429: data:.*full"),
     ),
 )
-def test_an_answer_that_is_wrong_is_a_fault(answer, fault):
-    with answering(answer) as (server, bodies):
+def test_a_wrong_answer_is_a_fault(answer, fault):
+    with fake_server(answer) as (server, bodies):
         load = asyncio.run(open_loop(server.url, "m", 100, 0.05, seed=3))
     assert len(load.faults) == len(bodies) > 1
     assert all(re.search(fault, message) for message in load.faults)
@@ -201,7 +201,7 @@ def test_load_and_arrivals_on_a_tiny_model(tiny, monkeypatch, tmp_path):
     assert len({line.count("|") for line in lines[:6]}) == 1
 
 
-def test_unkind_clients_on_a_tiny_model(tiny, monkeypatch):
+def test_misbehaving_clients_on_a_tiny_model(tiny, monkeypatch):
     server = servers.Server(tiny.url, os.getpid(), tiny.model)
     assert not serve.cache_is_used(server.url)  # its cache is large
     monkeypatch.setattr(serve, "cache_is_used", lambda url: True)
@@ -216,7 +216,7 @@ def test_unkind_clients_on_a_tiny_model(tiny, monkeypatch):
     assert len(result["memory_mib"]) == 10 and min(result["memory_mib"]) > 0
 
 
-def test_what_a_soak_sends():
+def test_requests_of_a_soak():
     draw = random.Random(5)
     turns = [soak_clients.random_request(draw, "m", f"m{i}x") for i in range(400)]
 
@@ -236,7 +236,7 @@ def test_what_a_soak_sends():
     assert longest + soak_clients.TOOL_TOKENS < serve.SOAK_BLOCKS * 64 / 2
 
 
-def test_an_answer_to_another_is_a_fault(tiny, monkeypatch):
+def test_an_answer_for_another_client_is_a_fault(tiny, monkeypatch):
     right = soak_clients.random_request
 
     def wrong(draw, model, marker):
@@ -252,9 +252,9 @@ def test_an_answer_to_another_is_a_fault(tiny, monkeypatch):
     assert all(fault.startswith("crossed") for fault in load.faults), load.faults
 
 
-def test_a_cold_server_is_asked_until_it_answers(monkeypatch):
+def test_a_cold_server_gets_requests_until_it_answers(monkeypatch):
     statuses = iter([503, 503, 200])
-    with answering(lambda body: (next(statuses), stream(body))) as (server, bodies):
+    with fake_server(lambda body: (next(statuses), stream(body))) as (server, bodies):
         port = int(server.url.split(":")[2].split("/")[0])
         process = SimpleNamespace(poll=lambda: None, terminate=lambda: None, wait=lambda s: 0)
         monkeypatch.setattr(servers, "free_port", lambda: port)

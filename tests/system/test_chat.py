@@ -1,4 +1,4 @@
-"""``fastlm chat`` as a user types into it: a terminal of its own (a pty), and a pipe."""
+"""``fastlm chat`` as a user sees it: in a terminal (a pty), and with a pipe."""
 
 import os
 import pty
@@ -17,7 +17,7 @@ from types import SimpleNamespace
 from fastlm.serve import chat_terminal
 
 if sys.stdin.isatty():
-    os.close(os.open(os.ttyname(0), os.O_RDWR))  # it becomes the one whose Ctrl-C is ours
+    os.close(os.open(os.ttyname(0), os.O_RDWR))  # the controlling terminal sends Ctrl-C
 
 class Session:
     generator = SimpleNamespace(context_limit=99, timing="7 tokens/s")
@@ -37,7 +37,7 @@ COMMAND = [sys.executable, "-P", "-c", TALK]
 
 
 class Terminal:
-    """A pty in which the conversation runs."""
+    """A pty that runs the session."""
 
     def __init__(self):
         self.fd, inside = pty.openpty()
@@ -78,7 +78,7 @@ def terminal():
         os.close(terminal.fd)
 
 
-def test_a_terminal_has_line_editing_history_and_several_lines(terminal):
+def test_a_terminal_has_line_editing_history_and_multi_line_messages(terminal):
     terminal.type("abc\x1b[D\x1b[DX\x1b[HY\r", "heard ['YaXbc'], {'seed': 1}", "7 tokens/s", PROMPT)
     terminal.type("one\x1b\rtwo\r", r"'one\ntwo'", PROMPT)
     terminal.type("\x1b[200~three\nfour\x1b[201~\r", r"'three\nfour'", PROMPT)
@@ -124,8 +124,8 @@ def test_lines_of_a_pipe_are_messages(typed, status, out):
     assert "7 tokens/s" not in done.stderr and ("/b: expected /help" in done.stderr) == bool(status)
 
 
-def test_bytes_that_are_no_text_are_refused_in_a_line(tmp_path):
-    """Invalid bytes on stdin, for the commands that read it."""
+def test_invalid_bytes_are_refused_in_one_line(tmp_path):
+    """Send invalid bytes to the commands that read stdin."""
     from fastlm.tokenizer.tokenizer import Tokenizer
 
     Tokenizer.train(["some text"], 262).save(tmp_path)

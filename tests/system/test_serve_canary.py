@@ -1,4 +1,4 @@
-"""A canary: who gets it, what counts, and what is decided."""
+"""A canary: the conversations that it gets, the outcomes that count, and the decisions."""
 
 import asyncio
 import hashlib
@@ -38,8 +38,9 @@ def models(tmp_path_factory):
 
 
 @contextmanager
-def trying(models, folder, **options):
-    """Context: (URL, server) with a canary, half of the conversations by default."""
+def canary_trial(models, folder, **options):
+    """Serve a model with a canary, which gets half of the conversations by default; yield (URL,
+    server)."""
     with FeedbackStore(folder / "feedback.sqlite") as store:
         options = {"share": 0.5, **options}
         with canary_server(
@@ -58,12 +59,12 @@ def chat(url, text, model="tiny", path="/v1/chat/completions", **fields):
     return response.json()
 
 
-def thumb(url, id, thumb, **fields):
+def give_thumb(url, id, thumb, **fields):
     feedback = {"response_id": id, "thumb": thumb, **fields}
     assert ask(url, feedback, "/v1/feedback").status_code == 200
 
 
-def until(condition):
+def wait_until(condition):
     end = time.monotonic() + 60
     while not condition():
         assert time.monotonic() < end
@@ -75,7 +76,10 @@ def status(url):
 
 
 def test_a_conversation_stays_with_its_model(models, tmp_path):
-    with trying(models, tmp_path, share=0.3, metric="stop", max_outcomes=10**6) as (url, server):
+    with canary_trial(models, tmp_path, share=0.3, metric="stop", max_outcomes=10**6) as (
+        url,
+        server,
+    ):
         old, new = server.served_model.name, server.models.experiment.served_model.name
         names = [m["id"] for m in HTTP.get(url + "/v1/models").json()["data"]]
         assert names == ["tiny", old, new] and len(set(names)) == 3
@@ -91,13 +95,13 @@ def test_a_conversation_stays_with_its_model(models, tmp_path):
         options = {"store": True, "conversation_id": "talk"}
         assert len({chat(url, f"Hi {i}", **options)["model"] for i in range(6)}) == 1
         mine = next(text for text, model in first.items() if model == new)
-        for name in (old, new):  # asked for by name
+        for name in (old, new):  # the client names the model
             assert chat(url, mine, model=name)["model"] == name
-        # one conversation counts once, and one whose client chose the model does not
+        # a conversation counts once, and not at all if its client named the model
         counts = server.models.experiment.arms
         assert counts["old"].outcomes + counts["new"].outcomes == 41
         assert counts["old"].answers + counts["new"].answers == 40 + 40 + 6
-        # embeddings, and what has token ids where they differ, stay with the old model
+        # embeddings, and requests with token ids if the vocabularies differ, use the old model
         for i in range(10):
             body = {"model": "tiny", "input": f"text {i}"}
             assert ask(url, body, "/v1/embeddings").json()["model"] == old
@@ -109,7 +113,7 @@ def test_a_conversation_stays_with_its_model(models, tmp_path):
             "stream": True,
         })  # fmt: skip
         assert json.loads(stream.text.split("\n\n")[0][6:])["model"] == new
-        # what the canary refuses is answered by the old model, and counts against the canary
+        # the old model answers what the canary refuses; this counts as an error of the canary
         server.models.experiment.served_model.context_limit = (
             server.models.experiment.served_model.prompt_encoder.context_limit
         ) = 8
@@ -119,7 +123,9 @@ def test_a_conversation_stays_with_its_model(models, tmp_path):
         assert response.status_code == 400
 
 
-def test_thumbs_promote_and_late_ones_count_for_who_answered(models, tmp_path, monkeypatch):
+def test_thumbs_promote_and_late_thumbs_count_for_the_model_that_answered(
+    models, tmp_path, monkeypatch
+):
     in_loop, compare = [], decisions.sequential.always_valid
 
     def recorded(*counts):
@@ -128,23 +134,23 @@ def test_thumbs_promote_and_late_ones_count_for_who_answered(models, tmp_path, m
         return compare(*counts)
 
     monkeypatch.setattr(decisions.sequential, "always_valid", recorded)
-    with trying(models, tmp_path, alpha=0.2) as (url, server):
+    with canary_trial(models, tmp_path, alpha=0.2) as (url, server):
         old, new = server.served_model.name, server.models.experiment.served_model.name
         answers = [chat(url, f"Hello {i}") for i in range(60)]
         # their feedback comes after the decision
         late, later = (next(a for a in answers if a["model"] == name) for name in (old, new))
         for answer in answers:
             if answer not in (late, later) and status(url)["status"] == "running":
-                thumb(url, answer["id"], "up" if answer["model"] == new else "down")
-                thumb(url, answer["id"], "down")  # the first counts
-        thumb(url, "made-up", "down")
-        until(lambda: server.served_model.name == new)
+                give_thumb(url, answer["id"], "up" if answer["model"] == new else "down")
+                give_thumb(url, answer["id"], "down")  # the first counts
+        give_thumb(url, "made-up", "down")
+        wait_until(lambda: server.served_model.name == new)
         state = status(url)
         assert (state["status"], state["model"], state["canary"]) == ("promoted", new, new)
         assert state["arms"]["new"]["successes"] == state["arms"]["new"]["outcomes"] > 0
-        # which rule decided, by which numbers: one may ask after a promotion so early
+        # the rule and the numbers of the decision, which explain such an early promotion
         rule = {"name": "superiority", "test": "outcome", "bound": 0.0, "alpha": 0.2}
-        after = state["rule"]["after"]  # an outcome or two may have come since
+        after = state["rule"]["after"]  # one or two outcomes may have arrived since
         assert state["rule"] == {**rule, "metric": "thumb", "after": after}
         assert state["tests"]["outcome"]["low"] > 0
         numbers = re.fullmatch(
@@ -157,8 +163,8 @@ def test_thumbs_promote_and_late_ones_count_for_who_answered(models, tmp_path, m
         assert state["arms"]["old"]["successes"] == 0
         assert chat(url, "Hello 0")["model"] == new
         before = state["arms"]["old"]["outcomes"]
-        thumb(url, late["id"], "up")
-        until(lambda: status(url)["arms"]["old"]["outcomes"] == before + 1)
+        give_thumb(url, late["id"], "up")
+        wait_until(lambda: status(url)["arms"]["old"]["outcomes"] == before + 1)
         assert status(url)["arms"]["old"]["successes"] == 1
         text = HTTP.get(url + "/metrics").text
         assert 'fastlm_canary{arm="old",kind="successes"} 1.0' in text
@@ -168,22 +174,22 @@ def test_thumbs_promote_and_late_ones_count_for_who_answered(models, tmp_path, m
     decision = read_state(tmp_path / "state.json").decisions[-1]
     assert decision["action"] == "promote" and decision["tests"]["outcome"]["low"] > 0
     assert (decision["rule"], decision["reason"]) == (state["rule"], state["reason"])
-    # the next start serves what was promoted; `fastlm rollback` goes back
-    with trying(models, tmp_path) as (url, server):
+    # the next start serves the promoted model; `fastlm rollback` returns to the old one
+    with canary_trial(models, tmp_path) as (url, server):
         assert server.served_model.name == new and server.models.experiment is None
         assert ask(url, {}, "/v1/admin/rollback").status_code == 200
         assert chat(url, "Hello 0")["model"] == old
-    with trying(models, tmp_path) as (url, server):  # and no trial begins again
+    with canary_trial(models, tmp_path) as (url, server):  # no trial begins again
         assert server.served_model.name == old and server.models.experiment is None
         counts = server.manager.store.counts(decision["experiment"])["new"]
-        thumb(url, later["id"], "up")
+        give_thumb(url, later["id"], "up")
         after = server.manager.store.counts(decision["experiment"])["new"]
         assert after.successes == counts.successes + 1
 
 
 @pytest.mark.parametrize("fails", ["experiment", "store"])
 def test_feedback_sent_again_is_stored_and_counted_once(models, tmp_path, monkeypatch, fails):
-    with trying(models, tmp_path) as (url, server):
+    with canary_trial(models, tmp_path) as (url, server):
         answer = chat(url, "Hello")
         owner, name = {
             "experiment": (server.manager, "record_feedback"), "store": (server.feedback, "add"),
@@ -205,16 +211,15 @@ def test_feedback_sent_again_is_stored_and_counted_once(models, tmp_path, monkey
 
 
 def test_picks(models, tmp_path):
-    with trying(models, tmp_path, metric="pick", alpha=1e-9) as (url, server):
+    with canary_trial(models, tmp_path, metric="pick", alpha=1e-9) as (url, server):
         old, new = server.served_model.name, server.models.experiment.served_model.name
-        for i in range(
-            20
-        ):  # a hash assigns each to one of the two: 1 of 500,000 have one side only
+        # a hash assigns each to an arm: with a probability of 1 in 500,000, all to one
+        for i in range(20):
             better, worse = (chat(url, f"Hi {i}", model=name)["id"] for name in (new, old))
             body = {"response_id": better, "preferred_over": [{"response_id": worse}]}
-            for _ in range(2):  # counts once
+            for _ in range(2):  # the second one does not count
                 assert ask(url, body, "/v1/feedback").status_code == 200
-        both = [chat(url, "Hi", model=new)["id"] for _ in range(2)]  # says nothing
+        both = [chat(url, "Hi", model=new)["id"] for _ in range(2)]  # no outcome
         body = {"response_id": both[0], "preferred_over": [{"response_id": both[1]}]}
         assert ask(url, body, "/v1/feedback").status_code == 200
         arms = status(url)["arms"]
@@ -226,21 +231,21 @@ def test_picks(models, tmp_path):
 def test_a_declared_number_decides(models, tmp_path):
     effort = Rating("effort", "number", "lower", low=1, high=5)
     options = {"metric": "effort", "rating": effort, "monitoring": MonitorConfig([effort])}
-    with trying(models, tmp_path, alpha=0.2, **options) as (url, server):
+    with canary_trial(models, tmp_path, alpha=0.2, **options) as (url, server):
         new = server.models.experiment.served_model.name
 
         def rate(answer, value):
             body = {"response_id": answer["id"], "metrics": {"effort": value}}
             assert ask(url, body, "/v1/feedback").status_code == 200
 
-        rate(chat(url, "Between"), 3)  # in the middle: says nothing
-        thumb(url, chat(url, "Thumb")["id"], "up")
+        rate(chat(url, "Between"), 3)  # in the middle of the range: no outcome
+        give_thumb(url, chat(url, "Thumb")["id"], "up")
         assert [arm["outcomes"] for arm in status(url)["arms"].values()] == [0, 0]
         for i in range(60):
             if status(url)["status"] == "running":
                 answer = chat(url, f"Hello {i}")
                 rate(answer, 2 if answer["model"] == new else 4)
-        until(lambda: server.served_model.name == new)
+        wait_until(lambda: server.served_model.name == new)
         state = status(url)
         assert state["reason"].startswith("effort: ") and "difference +1.000 in" in state["reason"]
         assert state["arms"]["old"]["successes"] == 0 < state["arms"]["old"]["outcomes"]
@@ -254,7 +259,7 @@ def test_a_declared_number_decides(models, tmp_path):
 
 
 def test_a_canary_that_fails_is_rolled_back(models, tmp_path):
-    with trying(models, tmp_path, max_outcomes=10**6) as (url, server):
+    with canary_trial(models, tmp_path, max_outcomes=10**6) as (url, server):
         canary = server.models.experiment.served_model
 
         def broken(*_):
@@ -266,10 +271,10 @@ def test_a_canary_that_fails_is_rolled_back(models, tmp_path):
             assert ask(url, {**body, "max_tokens": 2}).status_code in (200, 500)
             if server.models.experiment is None:
                 break
-        until(lambda: server.models.experiment is None)
+        wait_until(lambda: server.models.experiment is None)
         state, reference = status(url), weakref.ref(canary.model)
         del canary, broken
-        until(lambda: reference() is None)  # its memory is returned
+        wait_until(lambda: reference() is None)  # its memory is returned
         assert state["status"] == "rolled back" and state["reason"].startswith("errors: ")
         assert (
             state["rule"]["name"] == "fewer errors"
@@ -286,7 +291,7 @@ def experiment(store, name, decide=None, **config):
     )
 
 
-def test_a_canary_that_is_slow_is_rolled_back_and_bursts_of_load_decide_nothing(tmp_path):
+def test_a_slow_canary_is_rolled_back_and_load_bursts_are_not_decisive(tmp_path):
     async def run(name, slower, count):
         verdicts = []
 
@@ -297,10 +302,12 @@ def test_a_canary_that_is_slow_is_rolled_back_and_bursts_of_load_decide_nothing(
         trial = experiment(store, name, share=0.5, decide=decide)
         watching = asyncio.create_task(trial.watch())
         for i in range(count):
-            busy = 5 if i % 60 < 25 else 1  # in bursts each answer is_canary five times as long
+            busy = 5 if i % 60 < 25 else 1  # in bursts each answer takes five times as long
             arm = "new" if trial.is_canary(f"{i}") else "old"
             pace = 0.01 * busy * (slower if arm == "new" else 1) * (1 + i % 5 / 10)
-            for turn in range(2 if i % 10 == 0 else 1):  # a second answer counts no more
+            for turn in range(
+                2 if i % 10 == 0 else 1
+            ):  # a second answer of a conversation does not count
                 await trial.record_response(
                     f"{name}-{i}-{turn}", f"{i}", None, arm, arm, assigned=True, seconds=pace
                 )
@@ -326,16 +333,16 @@ def test_a_canary_that_is_slow_is_rolled_back_and_bursts_of_load_decide_nothing(
 
 
 def test_counts_survive_a_restart(models, tmp_path):
-    with trying(models, tmp_path, max_outcomes=10**6) as (url, server):
+    with canary_trial(models, tmp_path, max_outcomes=10**6) as (url, server):
         for i in range(25):
             answer = chat(url, f"Hi {i}")
             if i % 2:
-                thumb(url, answer["id"], "up" if i % 3 else "down")
+                give_thumb(url, answer["id"], "up" if i % 3 else "down")
         before, name = status(url), server.models.experiment.id
         assert sum(arm["outcomes"] for arm in before["arms"].values()) == 12
         first = {f"Hi {i}": chat(url, f"Hi {i}")["model"] for i in range(10)}
         before = status(url)
-    with trying(models, tmp_path, max_outcomes=10**6) as (url, server):
+    with canary_trial(models, tmp_path, max_outcomes=10**6) as (url, server):
         assert server.models.experiment.id == name
         after = status(url)
         assert after["arms"] == before["arms"] and after["tests"] == before["tests"]
@@ -343,25 +350,28 @@ def test_counts_survive_a_restart(models, tmp_path):
         assert after["slower"] == before["slower"]
     folder = tmp_path / "other"
     shutil.copytree(tmp_path, folder)
-    with trying(models, folder, metric="stop") as (url, server):  # other outcomes: another trial
+    with canary_trial(models, folder, metric="stop") as (
+        url,
+        server,
+    ):  # other outcomes: another trial
         assert server.models.experiment.id != name
-    with trying(models, tmp_path, max_outcomes=10**6) as (url, server):
+    with canary_trial(models, tmp_path, max_outcomes=10**6) as (url, server):
         response = ask(url, {"model": str(models["a"])}, "/v1/admin/promote")
         assert response.status_code == 400 and "expected the canary" in response.text
         assert ask(url, {}, "/v1/admin/rollback").json()["status"] == "rolled back"
         assert {chat(url, text)["model"] for text in first} == {server.served_model.name}
     with pytest.raises(InputError, match="canary: expected another model"):
-        with trying({"a": models["a"], "b": models["a"]}, tmp_path):
+        with canary_trial({"a": models["a"], "b": models["a"]}, tmp_path):
             pass
 
 
-def test_a_database_that_hangs_holds_no_answer(models, tmp_path, monkeypatch):
+def test_a_database_that_hangs_delays_no_answer(models, tmp_path, monkeypatch):
     monkeypatch.setattr("fastlm.serve.canary.canary.WRITE_SECONDS", 0.05)
-    with trying(models, tmp_path, max_outcomes=10**6) as (url, server):
+    with canary_trial(models, tmp_path, max_outcomes=10**6) as (url, server):
         other = sqlite3.connect(tmp_path / "feedback.sqlite", isolation_level=None)
         other.execute("begin immediate")  # longer than the answers take
         threads = [
-            threading.Thread(target=thumb, args=(url, f"id-{i}", "up"), daemon=True)
+            threading.Thread(target=give_thumb, args=(url, f"id-{i}", "up"), daemon=True)
             for i in range(50)  # more than the threads of answers
         ]
         for thread in threads:
@@ -370,26 +380,28 @@ def test_a_database_that_hangs_holds_no_answer(models, tmp_path, monkeypatch):
             chat(url, f"Hi {i}")
         assert sum(arm.answers for arm in server.models.experiment.arms.values()) == 0
         other.execute("rollback")
-        until(lambda: sum(arm.answers for arm in server.models.experiment.arms.values()) == 20)
+        wait_until(lambda: sum(arm.answers for arm in server.models.experiment.arms.values()) == 20)
         other.close()
         for thread in threads:
             thread.join()
 
 
-def test_what_is_forgotten_counts_without_its_ids(models, tmp_path):
-    with trying(models, tmp_path, max_outcomes=10**6) as (url, server):
+def test_forgotten_responses_count_without_ids(models, tmp_path):
+    with canary_trial(models, tmp_path, max_outcomes=10**6) as (url, server):
         talk = {"store": True, "conversation_id": "private-talk"}
         for text in ("Hi", "And?"):
             stored_id = chat(url, text, **talk)["id"]
         other = chat(url, "Hi")["id"]
-        thumb(url, stored_id, "up")
-        thumb(url, other, "down")
+        give_thumb(url, stored_id, "up")
+        give_thumb(url, other, "down")
         store, name = server.feedback, server.models.experiment.id
         before = server.manager.store.counts(name)
         assert server.monitor.recorder.flush()
         unit = hashlib.sha256(b"id\0private-talk").hexdigest()
         assert stored_id in all_rows(store)
-        assert unit not in all_rows(store)  # it cannot be tried without the state file's secret
+        assert unit not in all_rows(
+            store
+        )  # guesses cannot be tested without the state file's secret
         with store.read() as connection:
             (mine,) = connection.exec_driver_sql(
                 f"select unit from fastlm_canary_answers where response_id = '{stored_id}'"
@@ -398,7 +410,7 @@ def test_what_is_forgotten_counts_without_its_ids(models, tmp_path):
         rows = all_rows(store)
         assert not any(word in rows for word in ("private-talk", stored_id, mine)) and other in rows
         assert server.manager.store.counts(name) == before
-        # one that is asked for while it is being stored
+        # a response that is forgotten while it is being stored
         late = StoredResponse(
             "late", "tiny", [{"role": "user", "content": "secret"}], [[]], None, "talk-2"
         )
@@ -424,7 +436,7 @@ def all_rows(store):
         return str([connection.exec_driver_sql(f"select * from {n}").all() for n in names])
 
 
-def test_what_the_counts_decide():
+def test_decisions_from_counts():
     def arms(a, b, old=None, new=None):
         return {"old": Variant(*a, **(old or {})), "new": Variant(*b, **(new or {}))}
 

@@ -1,6 +1,5 @@
-"""The API field by field: each does what docs/serving.md says, or is refused by name. Requests go
-through httpx; for each field one that is taken and one that is refused go through OpenAI's
-client and through curl, too.
+"""The API field by field: each does what docs/serving.md says, or is refused by name. Requests use
+httpx; for each field one valid and one refused request use OpenAI's client and curl, too.
 """
 
 import base64
@@ -46,12 +45,12 @@ def server(tmp_path_factory):
 
 
 @pytest.mark.parametrize("kind", FIELDS)
-def test_what_is_not_supported_is_a_400_that_names_it(server, kind):
+def test_an_unsupported_field_is_a_400_that_names_it(server, kind):
     api = FieldClient(server, kind)
     names = sorted(UNSUPPORTED - FIELDS[kind])
     for name in names:
         assert "not supported" in api.expect_error(name, **{name: "x"})
-    api.answer(**dict.fromkeys(names))  # null: not asked for
+    api.answer(**dict.fromkeys(names))  # null is the same as no field
     assert "unknown field" in api.expect_error("quality", quality=1)
     if kind != "embed":
         assert "nearest valid one is 'temperature'" in api.expect_error("temprature", temprature=1)
@@ -63,7 +62,7 @@ def test_the_table_in_the_docs_has_every_field():
         assert f"`{name}`" in text, name
 
 
-def test_a_field_that_is_missing(server):
+def test_missing_fields(server):
     chat, embed = FieldClient(server, "chat"), FieldClient(server, "embed")
     missing = "expected this field, got nothing"
     assert chat.expect_error("messages", messages=None) == f"messages: {missing}"
@@ -95,7 +94,7 @@ def test_openapi_describes_the_fields(server):
 
 
 def test_whole_numbers_may_be_written_with_a_point(server):
-    """Which JSON schema allows: 3.0 is an integer."""
+    """JSON schema allows it: 3.0 is an integer."""
     api = FieldClient(server, "text")
     texts = api.texts(seed=1, prompt=[api.token])
     assert (
@@ -106,7 +105,7 @@ def test_whole_numbers_may_be_written_with_a_point(server):
 
 
 def test_calls_in_messages(server):
-    """What nobody would read of them is refused."""
+    """Fields that the server would not read are refused."""
     api, call = (
         FieldClient(server, "chat"),
         {"id": "1", "type": "function", "function": {"name": "add"}},
@@ -130,7 +129,7 @@ def test_calls_in_messages(server):
     api.expect_error("messages[1].reasoning_content", messages=messages(call, reasoning_content=7))
 
 
-def test_the_python_of_the_docs(server):
+def test_python_in_the_docs(server):
     codes = re.findall(r"```python\n(.*?)```", DOCS.read_text(), re.S)
     assert "http://127.0.0.1:8000" in codes[0] and '"smollm2"' in codes[0]
     for code in codes:
@@ -141,23 +140,23 @@ def test_the_python_of_the_docs(server):
             namespace["client"].close()
 
 
-class Named(Exception):
-    """Ends a server when it knows its name, before it loads a model."""
+class ServerName(Exception):
+    """Stops a server before it loads a model; the text is the model's name."""
 
 
-def test_the_curl_of_the_docs(monkeypatch, tmp_path):
-    """It names the model as the page's `fastlm serve` calls it."""
+def test_curl_in_the_docs(monkeypatch, tmp_path):
+    """It uses the name that the page's `fastlm serve` gives to the model."""
     text = DOCS.read_text()
     command = re.search(r"^fastlm (serve --model \S+)", text, re.M)
     curl = re.search(r"curl http://127.0.0.1:8000(\S+) [^']*'[^']*' \\\n +-d '([^']*)'", text)
     assert command is not None and curl is not None
 
     def loader(name, *_, **__):
-        raise Named(name)
+        raise ServerName(name)
 
     monkeypatch.setattr("fastlm.serve.process.ModelLoader", loader)
     stopped = CliRunner().invoke(app, [*command[1].split(), "--port", "0"]).exception
-    assert isinstance(stopped, Named)
+    assert isinstance(stopped, ServerName)
     with (
         FeedbackStore(tmp_path / "f.sqlite") as store,
         serve_model(*tiny_model(), name=str(stopped), feedback=store) as (url, _),
@@ -174,8 +173,8 @@ def test_the_default_name_of_a_model(tmp_path, monkeypatch):
     assert default_model_name(Path()) == tmp_path.name
 
 
-def test_a_model_of_pydantic(server):
-    """As OpenAI's client sends it: a strict schema."""
+def test_a_pydantic_model(server):
+    """OpenAI's client sends it as a strict schema."""
     completion = server.client.chat.completions.parse(
         model="tiny", messages=[{"role": "user", "content": "Hi"}], max_tokens=300,
         response_format=Person,
@@ -230,7 +229,7 @@ def _(api):
         api.expect_error(name, **{name: "1"})
     free = api.texts(temperature=1, seed=5)
     assert free != greedy
-    for off in (-1, 0):  # vLLM's and llama.cpp's words for none
+    for off in (-1, 0):  # off in vLLM and in llama.cpp
         assert api.texts(temperature=1, seed=5, top_k=off) == free
 
 
@@ -311,7 +310,7 @@ def _(api):
     assert response.headers["x-fastlm-ignored"] == "user, verbosity"
     assert "x-fastlm-ignored" not in api.send(modalities=None).headers
     clients = {request.client for request in api.server.requests[-3:]}
-    assert len(clients) == 1  # who makes up users gets no queue for each
+    assert len(clients) == 1  # a client that sends many users has one queue
 
 
 @case("max_completion_tokens")
@@ -522,9 +521,9 @@ def _(api):
 
 
 def test_log_probabilities_of_a_prompt(server):
-    """As lm-eval's local-completions asks for them: each is the model's own."""
+    """Requests of lm-eval's local-completions: each equals that of the model."""
     api, model = FieldClient(server, "text"), server.app.served_model.model
-    ids = server.tokenizer.encode("The tree sees the river. " * 12)  # more than a page
+    ids = server.tokenizer.encode("The tree sees the river. " * 12)  # more than a block
     with torch.inference_mode():
         reference = model(torch.tensor([ids])).logits[0].float().log_softmax(-1)
     expected = [reference[i, token].item() for i, token in enumerate(ids[1:])]
@@ -595,7 +594,7 @@ def _(api):
     ]  # fmt: skip
     api.answer(tools=[TOOL], messages=called)
     assert '"arguments": {"a": 7}' in api.server.tokenizer.decode(api.server.requests[-1].prompt)
-    assert api.texts(tools=[]) == api.texts()  # nothing is asked for
+    assert api.texts(tools=[]) == api.texts()  # no tools
     api.expect_error("tools", tools={})
     empty = {"type": "function", "function": {**TOOL["function"], "description": ""}}
     api.answer(tools=[empty])  # as LangChain's with_structured_output sends it
@@ -679,7 +678,7 @@ def _(api):
 def _(api):
     before = len(api.server.store.answers())
     api.answer()
-    assert len(api.server.store.answers()) == before  # nobody consented
+    assert len(api.server.store.answers()) == before  # there is no consent
     completion = api.answer(
         store=True, conversation_id="talk-1", n=2,
         messages=[{"role": "user", "content": "I am ann@mail.org"}],

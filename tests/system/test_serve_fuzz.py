@@ -26,7 +26,7 @@ from fastlm.serve.ranking import RankingStore
 
 
 def refusal(context, response, case):
-    """What breaks the schema is refused; a body that is too long, too, whatever is in it."""
+    """Check that a body that violates the schema, or is too long, is refused."""
     if response.status_code == 413:
         return None
     return negative_data_rejection(context, response, case)
@@ -40,25 +40,25 @@ CHECKS = [
     refusal,
 ]
 EXAMPLES = int(os.environ.get("FASTLM_FUZZ_EXAMPLES", "20"))  # of a path, of each kind
-SECONDS = 30  # of one answer, on a machine that does other things, too
+SECONDS = 30  # of one answer, on a machine under load
 PATHS = (
     "/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/embeddings", "/v1/feedback",
 )  # fmt: skip
 RANKS = ("/v1/rank/next", "/v1/rank/judge", "/v1/rank/correct")
 NEW_TOKENS = 4
-KNOWN = {  # what few random requests would name, so that the others get past the first check
+KNOWN = {  # values that random requests rarely have, so that they pass the first check
     "model": {"const": "tiny"},
     "max_tokens": {"type": "integer", "minimum": 1, "maximum": NEW_TOKENS},
     "max_completion_tokens": {"type": "integer", "minimum": 1, "maximum": NEW_TOKENS},
     "max_output_tokens": {"type": "integer", "minimum": 1, "maximum": NEW_TOKENS},
     "item": {"enum": [1, 2]},
 }
-REQUIRED = {"/v1/feedback": ["response_id", "thumb"]}  # of several that would do
+REQUIRED = {"/v1/feedback": ["response_id", "thumb"]}  # of several that suffice
 
 
 @pytest.fixture(scope="module")
 def fuzz_server(tmp_path_factory):
-    """(URL, the server's schema)."""
+    """Run a server; yield (URL, its schema)."""
     folder = tmp_path_factory.mktemp("fuzz")
     with (
         RankingStore(folder / "ranks.sqlite") as ranks,

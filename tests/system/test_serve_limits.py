@@ -1,5 +1,5 @@
-"""The server's bounds: who may ask, how much, how long; clients that vanish or are slow; requests
-that fail; what is logged and counted.
+"""The server's limits: keys, sizes and times; clients that disconnect or are slow; requests that
+fail; the log and the metrics.
 """
 
 import contextlib
@@ -131,10 +131,10 @@ def test_many_keys_are_read_in_one_pass():
     began = time.process_time()
     with pytest.raises(ApiError, match="99999: expected once, got it twice"):
         parse_json(f'{{{pairs}, "99999": 1}}'.encode())
-    assert time.process_time() - began < 5  # each key against each other takes minutes
+    assert time.process_time() - began < 5  # comparing all pairs of keys takes minutes
 
 
-def test_a_large_body_is_read_beside_the_event_loop(tiny, monkeypatch):
+def test_a_large_body_is_parsed_outside_the_event_loop(tiny, monkeypatch):
     threads = []
 
     def recorded(data, model):
@@ -164,7 +164,7 @@ def test_keys_come_from_a_file_or_the_environment(tmp_path, monkeypatch):
             read_keys(tmp_path / "keys")
 
 
-def test_a_client_that_goes_away_frees_its_place(tiny):
+def test_a_client_that_disconnects_frees_its_slot(tiny):
     with serve_model(*tiny, pause=0.02) as (url, server):
         engine = server.served_model.engine
         for stream in (False, True):
@@ -181,7 +181,7 @@ def test_a_client_that_goes_away_frees_its_place(tiny):
         assert re.search(r"fastlm_cancellations_total [1-9]", server.metrics.text().decode())
 
 
-def test_a_client_that_does_not_read_is_given_up():
+def test_a_client_that_does_not_read_is_disconnected():
     limits = RequestLimits(write_seconds=0.3)
     options = {"limits": limits, "buffer": 4096, "connections": 2}
     with serve_model(*tiny_model(4096), **options) as (url, server):
@@ -193,12 +193,12 @@ def test_a_client_that_does_not_read_is_given_up():
             sock.connect((host, int(port)))
             sock.sendall(head(content) + content)
             wait_until(lambda: engine.stats().finished.get("cancelled") == 1, 60)
-            # its connection is closed, too: else it takes one of the two places for ever
+            # its connection is closed, too, which frees one of the two
             wait_until(lambda: HTTP.get(url + "/health").status_code == 200)
 
 
-def test_connections_without_whole_headers_are_closed(tiny):
-    """They would take all places: then everybody gets a 503."""
+def test_connections_with_incomplete_headers_are_closed(tiny):
+    """They would use all connections, and every client would get a 503."""
     request = head(b"{}") + b"{}"
     with serve_model(*tiny, limits=RequestLimits(header_seconds=1.5), connections=4) as (url, _):
         sent = (b"", b"P", request[:40], b"GET /health HTTP/1.1\r\n")
@@ -208,7 +208,7 @@ def test_connections_without_whole_headers_are_closed(tiny):
         for sock in idle:
             with sock, contextlib.suppress(ConnectionResetError):
                 assert sock.recv(99) == b""
-        with connect(url, request[:40]) as slow:  # a byte now and then buys no time
+        with connect(url, request[:40]) as slow:  # single bytes do not extend the time
             with pytest.raises(OSError):
                 for byte in request[40:]:
                     time.sleep(0.05)
@@ -223,7 +223,7 @@ def test_connections_without_whole_headers_are_closed(tiny):
                 assert idle_sock.recv(99) == b""
 
 
-def test_a_body_that_nobody_reads_ends(tiny):
+def test_an_unread_body_ends_the_connection(tiny):
     """`GET /health` needs no key and no body."""
     begin = b"GET /health HTTP/1.1\r\nhost: localhost\r\n"
     limits = RequestLimits(body_bytes=2**16, body_seconds=1)
@@ -248,8 +248,8 @@ def test_a_body_that_nobody_reads_ends(tiny):
                     time.sleep(0.02)
 
 
-def test_framing_and_headers_that_are_refused(tiny):
-    """RFC 9112, 6.1: both lengths are an attempt at smuggling, after which the connection ends."""
+def test_refused_framing_and_headers(tiny):
+    """RFC 9112, 6.1: a request with both lengths may be smuggled, so the connection ends."""
     both = b"content-length: 5\r\ntransfer-encoding: chunked\r\n\r\n0\r\n\r\n"
     large = b"x-large: " + b"x" * 100_000 + b"\r\n\r\n"
     with serve_model(*tiny) as (url, _):
@@ -262,11 +262,9 @@ def test_framing_and_headers_that_are_refused(tiny):
                     assert got.count(b"HTTP/1.1") == 1 and b"connection: close" in got.lower()
 
 
-def test_what_nobody_takes_of_a_response_is_dropped(tiny):
-    """The whole response is written at once, so that no write of the server waits."""
-    limits = RequestLimits(
-        write_seconds=1.5
-    )  # so long it takes a place: a busy machine sees that, too
+def test_a_response_that_the_client_does_not_receive_is_dropped(tiny):
+    """The server writes the response at once, so that no write waits."""
+    limits = RequestLimits(write_seconds=1.5)  # long enough for a busy machine to notice
     with serve_model(*tiny, limits=limits, buffer=4096, connections=2) as (url, _):
         get = b"GET /openapi.json HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\n\r\n"
         host, port = url.removeprefix("http://").split(":")
@@ -280,7 +278,7 @@ def test_what_nobody_takes_of_a_response_is_dropped(tiny):
             wait_until(lambda: HTTP.get(url + "/health").status_code == 200)
             got = b"".join(iter(lambda: _received(sock), b""))
         assert 0 < len(got) < len(HTTP.get(url + "/openapi.json").content)
-        with socket.socket() as sock:  # who reads slowly is served
+        with socket.socket() as sock:  # a slow reader gets the response
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
             sock.connect((host, int(port)))
             sock.sendall(get)
@@ -316,7 +314,7 @@ def test_a_full_queue_is_a_429_and_takes_nothing(tiny):
         with ThreadPoolExecutor(3) as pool:
             running = [pool.submit(ask, url, long) for _ in range(2)]
             wait_until(lambda: engine.stats().waiting == engine.stats().running == 1)
-            for stream in (False, True):  # two answers where there is place for one
+            for stream in (False, True):  # two answers, with space for one
                 full = ask(url, body(n=2, stream=stream))
                 assert full.status_code == 429 and int(full.headers["retry-after"]) >= 1
                 assert full.json()["error"]["code"] == "queue_full"
@@ -325,7 +323,7 @@ def test_a_full_queue_is_a_429_and_takes_nothing(tiny):
         assert ask(url, body(n=2)).status_code == 200
 
 
-def test_texts_that_no_context_holds_are_not_encoded(tiny):
+def test_texts_that_exceed_the_context_are_not_encoded(tiny):
     with serve_model(*tiny) as (url, server):
         backend = server.served_model.tokenizer._text_backend
 
@@ -374,7 +372,7 @@ def test_a_prompt_is_encoded_until_the_context_is_full(tiny, monkeypatch):
         assert sum(map(len, encoded)) < 2 * part
 
 
-def test_embeddings_of_an_engine_that_is_full_or_stops(tiny):
+def test_embeddings_when_the_engine_is_full_or_stops(tiny):
     sent = {"model": "tiny", "input": ["a", "b"]}
 
     def refuse(error):
@@ -414,8 +412,8 @@ def test_embeddings_of_an_engine_that_is_full_or_stops(tiny):
     ("path", "fields"),
     [("/v1/embeddings", {"input": ["a", "b", "c"]}), ("/v1/completions", {"prompt": "a"})],
 )
-def test_what_was_accepted_before_a_stop_is_answered_within_the_bound(tiny, path, fields):
-    """Its body was read before; all that it asks of the engine comes after."""
+def test_accepted_requests_are_answered_within_the_drain_time(tiny, path, fields):
+    """The body is read before the stop, and the engine gets the request after it."""
     for drain, status in ((20.0, 200), (0.0, 503)):
         began = threading.Event()
         with ThreadPoolExecutor(1) as pool:
@@ -434,7 +432,7 @@ def test_what_was_accepted_before_a_stop_is_answered_within_the_bound(tiny, path
             assert future.result().status_code == status, future.result().text
 
 
-def test_one_key_takes_at_most_half_of_the_queue(tiny):
+def test_one_key_uses_at_most_half_of_the_queue(tiny):
     keys, long = [KEY, "another-key-of-it"], body(max_tokens=60, ignore_eos=True)
     options = {"engine": {"max_num_seqs": 1, "max_queue_size": 8}, "pause": 0.02, "keys": keys}
     with serve_model(*tiny, **options) as (url, server):
@@ -453,7 +451,7 @@ def test_one_key_takes_at_most_half_of_the_queue(tiny):
         assert not server.quota.waiting
 
 
-def test_embeddings_of_one_key_take_at_most_half_of_the_queue(tiny):
+def test_embeddings_of_one_key_use_at_most_half_of_the_queue(tiny):
     keys, sent = [KEY, "another-key-of-it"], {"model": "tiny", "input": "a"}
     began, go = threading.Event(), threading.Event()
     with serve_model(*tiny, engine={"max_queue_size": 2}, keys=keys) as (url, server):
@@ -509,7 +507,7 @@ def test_an_embedding_that_is_not_finite_is_an_error(tiny):
             assert response.json()["error"]["message"].startswith("model: expected finite numbers")
 
 
-def test_ids_that_only_the_model_has(tiny):
+def test_token_ids_beyond_the_tokenizer(tiny):
     _, tokenizer = tiny
     vocab = tokenizer.vocab_size + 8
     config = ModelConfig(
@@ -517,7 +515,7 @@ def test_ids_that_only_the_model_has(tiny):
         num_attention_heads=2, max_position_embeddings=256, eos_token_id=tokenizer.eos_id,
     )  # fmt: skip
     model = CausalLM(config, seed=1).eval()
-    with torch.no_grad():  # the padding is likelier than all else
+    with torch.no_grad():  # the padding has the highest probability
         model.lm_head.weight[-8:] *= 50
     with serve_model(model, tokenizer) as (url, _):
         refused = ask(url, body(logit_bias={str(vocab - 1): 1}))
@@ -556,14 +554,14 @@ def test_a_request_that_fails_does_not_end_the_server(tiny, capfd):
     assert SECRET not in json.dumps(lines)
 
 
-def test_an_answer_ends_after_its_time(tiny):
+def test_an_answer_ends_at_the_time_limit(tiny):
     with serve_model(*tiny, pause=0.05, limits=RequestLimits(answer_seconds=1.5)) as (url, _):
         response = ask(url, body(max_tokens=400, ignore_eos=True)).json()
         assert 0 < response["usage"]["completion_tokens"] < 100
         assert response["choices"][0]["finish_reason"] == "length"
 
 
-def test_a_request_that_never_began(tiny):
+def test_a_request_that_does_not_begin_in_time(tiny):
     with serve_model(*tiny, engine={"max_num_seqs": 1}, pause=0.05) as (url, server):
         with ThreadPoolExecutor(1) as pool:
             long = body(max_tokens=40, ignore_eos=True)
@@ -579,7 +577,7 @@ def test_a_request_that_never_began(tiny):
         assert "fastlm_cancellations_total 0.0" in server.metrics.text().decode()
 
 
-def test_an_error_is_not_the_clients_cancellation(tiny):
+def test_an_error_is_not_counted_as_a_cancellation(tiny):
     with serve_model(*tiny) as (url, server):
 
         def broken(*_):

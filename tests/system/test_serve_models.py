@@ -1,4 +1,4 @@
-"""What a server has beside answers, and several models of one: `/tokenize`, pages of other
+"""Other features of a server, and several models of one: `/tokenize`, pages of other
 origins, a chat template of a file, adapters by name.
 """
 
@@ -22,7 +22,7 @@ SHOUT = "{% for message in messages %}HEY {{ message.content }}{% endfor %}"
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A model, an adapter of it that answers otherwise, and a template."""
+    """Write a model, an adapter that gives other answers, and a template."""
     folder = tmp_path_factory.mktemp("models")
     model, tokenizer = tiny_model()
     model.save_pretrained(folder / "base")
@@ -37,7 +37,7 @@ def folder(tmp_path_factory):
 
 
 def serve(monkeypatch, folder, *options):
-    """The `Server` that `fastlm serve` would run, or its error's text."""
+    """Return the `Server` that `fastlm serve` would run, or the error message."""
     servers = []
     monkeypatch.setattr(
         process._UvicornServer, "run", lambda self, sockets: servers.append(self.server)
@@ -69,7 +69,9 @@ def test_tokens_of_a_text(server):
     text = ask(server.url, {"tokens": ids}, "/detokenize").json()
     assert text == {"prompt": "The tree é"}
     long = ask(server.url, {"prompt": "tree " * 5000}, "/tokenize").json()
-    assert long["count"] > 5000  # more than a context: who splits a text counts it first
+    assert (
+        long["count"] > 5000
+    )  # more than a context: clients count tokens before they split a text
 
 
 def test_tokens_of_a_conversation(server):
@@ -112,7 +114,7 @@ def test_pages_of_other_origins(server):
     assert HTTP.options(path, headers={"origin": "https://evil.org", **asks}).status_code == 400
     body = {"model": "base", "messages": [USER], "max_tokens": 1}
     assert ask(server.url, body, origin=PAGE).headers["access-control-allow-origin"] == PAGE
-    refused = ask(server.url, {**body, "n": 0}, origin=PAGE)  # a page may read why
+    refused = ask(server.url, {**body, "n": 0}, origin=PAGE)  # the page may read the error
     assert refused.status_code == 400
     assert refused.headers["access-control-allow-origin"] == PAGE
     other = ask(server.url, body, origin="https://evil.org")
@@ -160,7 +162,7 @@ def test_adapters_share_the_memory_of_the_cache(server, folder, monkeypatch):
         (["--allow-origin", f"{PAGE}/"], f"as https://example.org, got '{PAGE}/'"),
     ],
 )
-def test_options_that_are_refused(folder, monkeypatch, options, message):
+def test_refused_options(folder, monkeypatch, options, message):
     assert message in " ".join(serve(monkeypatch, folder, *options).split())
 
 

@@ -69,7 +69,7 @@ def test_refusals(folder, tmp_path):
     result = CliRunner().invoke(app, serve)
     assert result.exit_code == 2
     assert "draft_model: expected one with the model's tokenizer, got" in result.stderr
-    # without the extra: one line that says what to install
+    # without the extra: one line names the package to install
     (tmp_path / "uvicorn.py").write_text("raise ModuleNotFoundError(name='uvicorn')")
     line = refused("-m", folder, PYTHONPATH=str(tmp_path))
     assert line == (
@@ -111,7 +111,7 @@ def test_sigterm_lets_running_answers_end(folder, tmp_path):
         assert process.wait(30) in (0, -signal.SIGTERM)
         with pytest.raises(httpx.TransportError):
             HTTP.get(url + "/health")
-    assert [file.name for file in tmp_path.iterdir()] == ["f.sqlite"]  # nothing is left in its log
+    assert [file.name for file in tmp_path.iterdir()] == ["f.sqlite"]  # no write-ahead log remains
     with FeedbackStore(base) as store:
         assert len(read_measures(store, 0, time.time() + 9)) == 1
     events = [line["event"] for line in lines]
@@ -119,7 +119,7 @@ def test_sigterm_lets_running_answers_end(folder, tmp_path):
     assert events[-3:] == ["stopping", "request", "stopped"] and "uvicorn" not in events
 
 
-def test_the_bound_ends_answers_and_tells_their_clients(folder):
+def test_the_drain_time_ends_answers_with_an_error(folder):
     with (
         serve_process("--model", folder, "--drain", 0.2) as (process, url, _),
         ThreadPoolExecutor(2) as pool,
@@ -135,7 +135,7 @@ def test_the_bound_ends_answers_and_tells_their_clients(folder):
         assert process.wait(30) in (0, -signal.SIGTERM)
 
 
-def test_nothing_acknowledged_is_lost_by_a_kill(folder, database_url):
+def test_a_kill_loses_nothing_acknowledged(folder, database_url):
     acknowledged, contents = [], {}
 
     def send_feedback(client, url, thread, i):
@@ -153,7 +153,7 @@ def test_nothing_acknowledged_is_lost_by_a_kill(folder, database_url):
         if not request["stream"]:
             completion = response.json()
             contents[completion["id"]] = completion["choices"][0]["message"]["content"]
-        elif response.text.endswith("data: [DONE]\n\n"):  # else it broke off
+        elif response.text.endswith("data: [DONE]\n\n"):  # otherwise the stream is incomplete
             events = [json.loads(line[6:]) for line in response.text.split("\n\n")[:-2]]
             pieces = [event["choices"][0]["delta"].get("content", "") for event in events]
             contents[events[0]["id"]] = "".join(pieces)
@@ -185,7 +185,7 @@ def test_nothing_acknowledged_is_lost_by_a_kill(folder, database_url):
 
 @pytest.mark.skipif(not shutil.which("nginx"), reason="expected nginx (Debian: nginx), not found")
 def test_replicas_behind_nginx(folder, tmp_path):
-    """With the configuration of docs/serving.md."""
+    """Use the configuration of docs/serving.md."""
     base = tmp_path / "feedback.sqlite"
     with ExitStack() as stack:
         both = [
@@ -243,7 +243,7 @@ def test_replicas_behind_nginx(folder, tmp_path):
 
 
 def test_files_of_metrics_and_alerts(folder, tmp_path):
-    """They are used, and a wrong one ends the command with its line."""
+    """The files are used, and a wrong file ends the command with an error that names the line."""
     metrics, alerts = tmp_path / "metrics.toml", tmp_path / "alerts.toml"
     for file, table in ((metrics, "metric"), (alerts, "alert")):
         text = DOCS.read_text()

@@ -1,4 +1,4 @@
-"""`/v1/responses` field by field, as test_serve_fields.py does it, and through OpenAI's client."""
+"""`/v1/responses` field by field, as in test_serve_fields.py, and with OpenAI's client."""
 
 import json
 
@@ -50,7 +50,7 @@ def _(api):
     assert api.texts(input=[{**system, "role": "developer"}, *items]) == expected
     call = {"type": "function_call", "call_id": "c1", "name": "add", "arguments": '{"a": 7}'}
     result = {"type": "function_call_output", "call_id": "c1", "output": "8"}
-    message = response.output[0].model_dump()  # as it came
+    message = response.output[0].model_dump()  # unchanged
     api.answer(input=[*items, message, {**call, "id": "fc_1", "status": "completed"}, result])
     text = api.server.tokenizer.decode(api.server.requests[-1].prompt)
     assert response.output_text in text and '"arguments": {"a": 7}' in text and "tool\n8" in text
@@ -218,6 +218,6 @@ def test_field(server, kind, names):
 
 
 def test_every_field_has_a_test():
-    """What is not a field of a chat, which test_serve_fields.py tests."""
+    """Fields of a chat are excluded: test_serve_fields.py tests them."""
     tested = {name for _, names in CASES for name in names}
     assert FIELDS["responses"] - FIELDS["chat"] <= tested

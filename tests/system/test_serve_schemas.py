@@ -1,4 +1,4 @@
-"""Structured output against `jsonschema`: an answer keeps to its schema, or the schema is a 400."""
+"""Structured output, checked by `jsonschema`: answers match their schema, or it is a 400."""
 
 import json
 from concurrent.futures import ThreadPoolExecutor
@@ -20,8 +20,8 @@ def table(required=None, **properties):
     }  # fmt: skip
 
 
-# each is bounded: an answer that never ends keeps to no schema
-KEPT = {
+# each is bounded: an answer that never ends matches no schema
+ENFORCED = {
     "$ref": {
         "$defs": {"point": table(x=DIGIT, y=DIGIT), "n": {"type": "integer", "maximum": 9}},
         **table(a={"$ref": "#/$defs/point"}, b={"$ref": "#/$defs/n", "minimum": 7}),
@@ -82,7 +82,7 @@ KEPT = {
 }  # fmt: skip
 LISTS = {"type": "array", "items": DIGIT, "uniqueItems": True}
 LENIENT = {"x-guidance": {"lenient": True, "coerce_one_of": True}}
-# what an answer could not be held to; also where the schema itself asks to be lenient
+# schemas that cannot be enforced, also if the schema itself is lenient
 REFUSED = {
     "uniqueItems": LISTS,
     "contains": {"type": "array", "contains": {"const": 7}},
@@ -116,7 +116,7 @@ def body(**fields):
     }  # fmt: skip
 
 
-def test_answers_keep_to_their_schemas(server):
+def test_answers_match_their_schemas(server):
     # without line breaks and long strings
     bias = {'"': 5, "}": 5, "]": 5, "\n": -100}
     bias = {str(server.tokenizer.encode(text)[0]): value for text, value in bias.items()}
@@ -128,11 +128,11 @@ def test_answers_keep_to_their_schemas(server):
         assert response.status_code == 200, response.text
         return [choice["message"]["content"] for choice in response.json()["choices"]]
 
-    with ThreadPoolExecutor(len(KEPT)) as pool:  # one batch
-        texts_by_name = dict(zip(KEPT, pool.map(answers, KEPT.values())))
+    with ThreadPoolExecutor(len(ENFORCED)) as pool:  # one batch
+        texts_by_name = dict(zip(ENFORCED, pool.map(answers, ENFORCED.values())))
     for name, texts in texts_by_name.items():
         check = jsonschema.Draft202012Validator(
-            KEPT[name], format_checker=jsonschema.FormatChecker()
+            ENFORCED[name], format_checker=jsonschema.FormatChecker()
         )
         for text in texts:
             try:
@@ -140,12 +140,12 @@ def test_answers_keep_to_their_schemas(server):
             except (ValueError, jsonschema.ValidationError) as error:
                 raise AssertionError(f"{name}: {text!r}") from error
     assert (
-        sum(len(set(texts)) > 1 for texts in texts_by_name.values()) > len(KEPT) / 2
+        sum(len(set(texts)) > 1 for texts in texts_by_name.values()) > len(ENFORCED) / 2
     )  # seeds matter
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_what_cannot_be_kept_to_is_refused(server, name):
+def test_a_schema_that_cannot_be_enforced_is_refused(server, name):
     schema = REFUSED[name]
     form = {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}
     tool = {"type": "function", "function": {"name": "f", "parameters": table(a=schema)}}

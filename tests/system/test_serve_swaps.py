@@ -124,7 +124,7 @@ def test_swaps_under_load_lose_no_request(models, direct_texts, tmp_path):
             for future in running:
                 future.result()
         wait_until_freed(server)
-        assert [ref() for ref in references] == [None] * 6  # while the server goes on
+        assert [ref() for ref in references] == [None] * 6  # while the server continues
         counters = HTTP.get(url + "/metrics").text
         assert [d["action"] for d in read_state(tmp_path / "state.json").decisions] == [
             "promote", "roll back", "promote", "promote", "roll back", "promote",
@@ -137,7 +137,7 @@ def test_swaps_under_load_lose_no_request(models, direct_texts, tmp_path):
     assert len(answered) == 3 and all(model.startswith("tiny@") for model in answered)
     for prompt, seed, _, model, text, _ in results:
         assert text == direct_texts[model.removeprefix("tiny@"), prompt, seed]
-    # counters of freed models stay; each of the six that were loaded was tried with one answer
+    # counters of freed models stay; each of the six loaded models was tested with one answer
     assert f'fastlm_answers_total{{reason="length"}} {float(len(results) + 6)}' in counters
     counts = re.findall(
         r'^fastlm_model_answers_total{model=".*",outcome="complete"} (.*)$', counters, re.M
@@ -147,7 +147,7 @@ def test_swaps_under_load_lose_no_request(models, direct_texts, tmp_path):
 
 
 def test_the_memory_of_a_replaced_model_returns(tmp_path):
-    """50 MiB each."""
+    """Each model has 50 MiB."""
     tokenizer = Tokenizer.train(TEXT, 320)
     config = ModelConfig(
         vocab_size=tokenizer.vocab_size, hidden_size=512, intermediate_size=2048,
@@ -164,14 +164,14 @@ def test_the_memory_of_a_replaced_model_returns(tmp_path):
     assert run.returncode == 0, run.stderr
     before, *after = map(float, run.stdout.split())
     assert len(after) == 4
-    assert max(after) < before + 25, run.stdout  # one that stayed would be 50
+    assert max(after) < before + 25, run.stdout  # a model that stays takes 50
 
 
-def test_what_is_refused_leaves_the_old_model(models, tmp_path, monkeypatch):
+def test_a_refused_promotion_leaves_the_old_model(models, tmp_path, monkeypatch):
     models_folder = tmp_path / "models"
     models_folder.mkdir()
     good = models_folder / "good"
-    good.symlink_to(models["b"])  # leads out of the folder
+    good.symlink_to(models["b"])  # points outside the folder
     (models_folder / "empty").mkdir()
     bad = model_folders(models_folder, ["short"], context=128)["short"]
     broken = model_folders(models_folder, ["broken"])["broken"]
@@ -231,12 +231,12 @@ def test_what_is_refused_leaves_the_old_model(models, tmp_path, monkeypatch):
         sent = {"model": str(other), "allow_other_tokenizer": True}
         assert ask(url, sent, "/v1/admin/promote", **admin).status_code == 200
         assert ask(url, {}, "/v1/admin/rollback", **admin).status_code == 200
-        # what is rolled back to must be what it was
+        # the files of the previous model must be unchanged
         assert promote(url, models["a"], **admin).status_code == 200
         assert promote(url, ready, **admin).status_code == 200
         assert read_state(state).previous.path == str(models["a"])
     with canary_server(models["a"], state, models_dir=models_folder) as (url, server):
-        assert server.served_model.path == str(ready)  # as was decided last
+        assert server.served_model.path == str(ready)  # the last decision
         names = [m["id"] for m in HTTP.get(url + "/v1/models").json()["data"]]
         assert names == ["tiny", server.served_model.name]
     (ready / "config.json").write_text((ready / "config.json").read_text() + " ")

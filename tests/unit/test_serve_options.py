@@ -1,4 +1,4 @@
-"""`fastlm serve`: its options, and what the engine gets of them."""
+"""The options of `fastlm serve`, and those that it passes to the engine."""
 
 import inspect
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Bodies of requests without a server: what is refused, and by which name."""
+"""Request bodies without a server: refusals name the field."""
 
 import json
 

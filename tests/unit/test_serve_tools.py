@@ -1,4 +1,4 @@
-"""Tool calls in answers: what is recognised, piece by piece, and what stays text."""
+"""The parsers of tool calls: calls that they recognise, piece by piece, and text."""
 
 import json
 from dataclasses import replace
@@ -31,7 +31,7 @@ def read(text, size=3, names=("add", "now")):
     [
         ("Hello <b>", "Hello <b>", []),
         (f"<tool_call>\n{json.dumps(ADD)}\n</tool_call>", "", ["add"]),
-        (f"Well.\n<tool_call>{json.dumps(ADD)}", "Well.\n", ["add"]),  # without its end
+        (f"Well.\n<tool_call>{json.dumps(ADD)}", "Well.\n", ["add"]),  # without an end
         (f"<tool_call>{json.dumps([ADD, {'name': 'now'}])}</tool_call>", "", ["add", "now"]),
         (f"<tool_call>{json.dumps(ADD)}</tool_call>\n<tool_call>{json.dumps(ADD)}</tool_call>", "",
          ["add", "add"]),
@@ -75,7 +75,7 @@ def test_arguments_stay_as_they_are(value):
 @given(
     st.lists(st.sampled_from(["<tool_call>", "</tool_call>", "<", "{", "}", '"', "x", "[", " "]))
 )
-def test_other_text_is_passed_on_unchanged(parts):
+def test_other_text_is_unchanged(parts):
     text = "".join(parts)
     assert read(text, 2) == (text, [])
 
@@ -97,7 +97,7 @@ def test_over_http():
         (streamed,) = (d["delta"]["tool_calls"] for d in deltas if "tool_calls" in d["delta"])
         assert streamed[0]["index"] == 0 and streamed[0]["function"] == call["function"]
         assert deltas[-1]["finish_reason"] == "tool_calls"
-        del body["tools"]  # nobody asked for calls
+        del body["tools"]  # the request has no tools
         assert ask(url, body).json()["choices"][0]["message"]["content"] == text
 
 
@@ -128,7 +128,7 @@ def grammars():
         "text",
         "with_parallel",
         "without_parallel",
-    ),  # whether it may be an answer, with several calls or one at most
+    ),  # valid with parallel calls, and with one call at most
     [
         ("", True, True),
         ("a < b <tool_cal {", True, True),
@@ -158,14 +158,14 @@ def test_strict_calls_have_a_grammar(grammars, text, with_parallel, without_para
             state.accept(token)
         else:
             assert state.mask()[grammars.stop_ids].all() == good
-            if good:  # what the grammar lets pass as a call is read as one
+            if good:  # the parser recognises every call that the grammar allows
                 content, calls = read(text, names=("forecast", "now"))
                 assert len(calls) == text.count('"name"')
                 assert not calls or "tool_call" not in content
 
 
 def accepts(grammars, form, text):
-    """Whether a text is an answer of a form."""
+    """Return whether a text matches a form."""
     state = grammars.constraint(form)()
     for token in grammars.tokenizer.encode(text):
         if not state.mask()[token]:
@@ -221,7 +221,7 @@ TWO = GENERIC_CALLS.replace("]", ', {"name": "now","arguments":{"unit": "F", "da
 
 
 @pytest.mark.parametrize(
-    ("text", "free", "required"),  # whether it may be an answer where a call need not or must come
+    ("text", "free", "required"),  # valid if a call is optional, and if it is required
     [
         (GENERIC_CALLS, True, True),
         ('{"response": "Sun, é \\"and\\" rain"}', True, False),
@@ -258,20 +258,20 @@ def test_generic_answers_have_a_grammar(grammars, text, free, required):
         (GENERIC_CALLS, ""),
     ],
 )
-def test_generic_answers_are_read(text, expected, size):
+def test_generic_answers_are_parsed(text, expected, size):
     content, calls = parse_with(GenericToolParser(("forecast", "now")), text, size)
     assert content == expected
     assert calls == ([{"name": "forecast", "arguments": ONE}] if text == GENERIC_CALLS else [])
 
 
-def test_generic_responses_are_streamed():
+def test_generic_responses_stream():
     parser = GenericToolParser(("now",))
     pieces = ('{"respon', 'se": "Su', "n ", "\\u00", 'e9"', "}")
     assert list(map(parser.push, pieces)) == ["", "Su", "n ", "", "é", ""]
 
 
 def test_tools_of_a_model_whose_template_has_none():
-    """As llama.cpp does: the tools in the system message, JSON as the answer."""
+    """As in llama.cpp, the system message has the tools, and the answer is JSON."""
     model, tokenizer = tiny_model(2048)
     tokenizer.chat_template = CHATML
     user = {"role": "user", "content": "Hi"}
@@ -347,8 +347,8 @@ def test_response_format_with_tools():
 
 
 @pytest.mark.parametrize("parallel", (True, False))
-def test_strict_calls_of_a_model(parallel):
-    """It begins a call, and the grammar brings it to its end."""
+def test_a_grammar_completes_a_strict_call(parallel):
+    """The model begins a call, and the grammar completes it."""
     model, tokenizer = tiny_model(1024)
     body = {
         "model": "tiny", "messages": [{"role": "user", "content": "Hi"}], "tools": STRICT,
@@ -377,7 +377,7 @@ def test_strict_calls_of_a_model(parallel):
 
 
 class Both:
-    """A `Constraint` that is two."""
+    """Combines two constraints."""
 
     def __init__(self, *parts):
         self.parts = parts
@@ -390,7 +390,7 @@ class Both:
             part.accept(token)
 
 
-def test_models_that_write_calls_otherwise_have_no_strict_ones():
+def test_strict_calls_need_the_tool_call_format():
     model, tokenizer = tiny_model()
     tokenizer.chat_template = tokenizer.chat_template.replace("tool_call>", "call>")
     body = {"model": "tiny", "messages": [{"role": "user", "content": "Hi"}], "max_tokens": 60}

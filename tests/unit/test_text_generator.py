@@ -1,4 +1,4 @@
-"""What `fastlm generate` and `fastlm chat` write is what `fastlm serve` answers."""
+"""`fastlm generate` and `fastlm chat` write the same text as `fastlm serve`."""
 
 import pytest
 import torch
@@ -15,7 +15,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.mark.parametrize("format", [None, "w8a8"])
-def test_what_commands_write_is_what_the_engine_serves(format, monkeypatch):
+def test_commands_write_the_text_of_the_engine(format, monkeypatch):
     model, tokenizer = tiny_model(256)
     if format:
         model = fastlm.quantize(model, format, group_size=16)
@@ -55,8 +55,8 @@ def test_what_commands_write_is_what_the_engine_serves(format, monkeypatch):
         generator.generate([[5]], max_new_tokens=1, temperature=0)
 
 
-def test_a_text_has_the_frequencies_of_its_own_length(monkeypatch):
-    """Where they depend on it: each length of a context has another engine."""
+def test_rotary_frequencies_depend_on_the_length_of_a_text(monkeypatch):
+    """Each length of a context has an engine of its own."""
     model, tokenizer = tiny_model(256)
     dynamic = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0}
     config = {**model.config.to_dict(), "rope_parameters": dynamic, "max_position_embeddings": 16}
