@@ -46,7 +46,7 @@ def chat_tokenizer(tokenizer: "Tokenizer", chat_template: str) -> "Tokenizer":
     elif tokenizer.chat_template is None:
         if not {"<|im_start|>", "<|im_end|>"} <= tokenizer.special_tokens:
             raise InputError(
-                "chat_template: expected a file, since the model has neither a template nor"
+                "chat_template: expected one, since the model has neither a template nor"
                 " ChatML's tokens <|im_start|> and <|im_end|>, got none"
             )
         tokenizer.chat_template = CHATML

@@ -30,7 +30,7 @@ from fastlm.errors import InputError
 from fastlm.stages import KINDS, run_recipe
 from fastlm.train.checkpoints import list_checkpoints
 from fastlm.train.distributed import weighted_means
-from fastlm.train.parallel import ProcessGroup, agree, check_gpus, is_lost
+from fastlm.train.parallel import ProcessGroup, agree_on_group_name, check_gpus, is_lost
 
 NEAR = {"float32": 1e-5, "best": 1e-5, "bfloat16": 1e-2}
 NEAR |= dict.fromkeys(("sft", "lora", "reward", "dpo", "distill"), 1e-5)
@@ -84,13 +84,13 @@ def data(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def one(data, tmp_path_factory):
+def one_process(data, tmp_path_factory):
     """The trainings of one process."""
     return in_one_thread(trainings.train_offline, data, tmp_path_factory.mktemp("one"))
 
 
 @pytest.fixture(scope="module")
-def two(data, tmp_path_factory):
+def two_processes(data, tmp_path_factory):
     out = tmp_path_factory.mktemp("two")
     launch("two", 2, data, out)
     return out
@@ -98,18 +98,18 @@ def two(data, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def edges(data, tmp_path_factory):
-    """What each of two processes said."""
+    """The messages of each of two processes."""
     out = tmp_path_factory.mktemp("edges")
     launch("edges", 2, data, out)
     return [json.loads((out / f"edges-{rank}.json").read_text()) for rank in (0, 1)]
 
 
 @pytest.fixture(scope="module")
-def four(data, two, tmp_path_factory):
+def four_processes(data, two_processes, tmp_path_factory):
     out = tmp_path_factory.mktemp("four")
     for cut in ("ddp", "fsdp"):
         for parallel in ("ddp", "fsdp" if cut == "ddp" else "hsdp"):
-            shutil.copytree(two / f"cut-{cut}", out / f"{cut}-{parallel}")
+            shutil.copytree(two_processes / f"cut-{cut}", out / f"{cut}-{parallel}")
     launch("four", 4, data, out)
     return out
 
@@ -139,52 +139,62 @@ def lines(run: Path, key: str) -> list[float]:
     return [line[key] for line in map(json.loads, text.splitlines()) if key in line]
 
 
-def assert_near(run: Path, alone: Path, near: float, least: int = 4) -> None:
-    """The same lines of metrics, each step once."""
-    text = (alone / "metrics.jsonl").read_text()
+def assert_near(run: Path, reference: Path, near: float, min_steps: int = 4) -> None:
+    """Check for the same lines of metrics, each step once."""
+    text = (reference / "metrics.jsonl").read_text()
     keys = {key for line in map(json.loads, text.splitlines()) for key in line} - TIMES
-    assert keys >= STEPS | MEASURED[alone.name]
+    assert keys >= STEPS | MEASURED[reference.name]
     if near > 1e-5:
         keys.remove("sample")
     for key in keys:
-        there, here = lines(alone, key), lines(run, key)
-        assert here == (there if key == "sample" else pytest.approx(there, rel=near, abs=near)), key
-    assert len(lines(alone, "loss")) >= least
+        expected, actual = lines(reference, key), lines(run, key)
+        assert actual == (
+            expected if key == "sample" else pytest.approx(expected, rel=near, abs=near)
+        ), key
+    assert len(lines(reference, "loss")) >= min_steps
 
 
 @pytest.mark.parametrize("name", NEAR)
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
-def test_two_processes_have_the_losses_of_one(one, two, parallel, name):
+def test_two_processes_have_the_losses_of_one(one_process, two_processes, parallel, name):
     if (parallel, name) != ("fsdp", "lora"):  # refused, see below
-        assert_near(two / parallel / name, one / name, NEAR[name])
+        assert_near(two_processes / parallel / name, one_process / name, NEAR[name])
 
 
-def test_the_weights_left_are_those_of_one_process(one, two):
-    """Also those of the lowest val_loss, which are taken at the end."""
+def test_the_weights_left_are_those_of_one_process(one_process, two_processes):
+    """Also those of the lowest val_loss, which are loaded at the end."""
     for name in ("float32", "best", "reward", "dpo", "distill"):
-        alone, _ = load_tensors(list_checkpoints(one / name)[-1])
-        ddp, _ = load_tensors(list_checkpoints(two / "ddp" / name)[-1])
-        assert alone.keys() == ddp.keys() and len(alone) > 20
-        for key in alone.keys() - {"rng.cpu"}:
-            torch.testing.assert_close(ddp[key], alone[key], rtol=1e-4, atol=1e-5)
-    best = [load_tensors(run / "best/checkpoints/best-00000010")[0] for run in (two / "ddp", one)]
-    shards = load_tensors(two / "fsdp/best/checkpoints/best-00000010")[0]
+        single, _ = load_tensors(list_checkpoints(one_process / name)[-1])
+        ddp, _ = load_tensors(list_checkpoints(two_processes / "ddp" / name)[-1])
+        assert single.keys() == ddp.keys() and len(single) > 20
+        for key in single.keys() - {"rng.cpu"}:
+            torch.testing.assert_close(ddp[key], single[key], rtol=1e-4, atol=1e-5)
+    best = [
+        load_tensors(run / "best/checkpoints/best-00000010")[0]
+        for run in (two_processes / "ddp", one_process)
+    ]
+    shards = load_tensors(two_processes / "fsdp/best/checkpoints/best-00000010")[0]
     assert shards.keys() == best[1].keys()
     for key in shards:
         torch.testing.assert_close(shards[key], best[1][key], rtol=1e-4, atol=1e-5)
 
 
-def test_one_process_told_to_stop_stops_all_and_others_continue(one, two, four):
+def test_one_process_told_to_stop_stops_all_and_others_continue(
+    one_process, two_processes, four_processes
+):
     for parallel in ("ddp", "fsdp"):
-        said = {(two / f"cut-{parallel}-{rank}.txt").read_text() for rank in (0, 1)}
-        assert said == {
-            f"stopped after step 6; saved in {two}/cut-{parallel}/checkpoints/step-00000006"
+        messages = {(two_processes / f"cut-{parallel}-{rank}.txt").read_text() for rank in (0, 1)}
+        assert messages == {
+            "stopped after step 6; saved in "
+            f"{two_processes}/cut-{parallel}/checkpoints/step-00000006"
         }
         # 2 processes to 4, of which two hold a model with hsdp
         for other in ("ddp", "fsdp" if parallel == "ddp" else "hsdp"):
-            assert_near(four / f"{parallel}-{other}", one / "float32", 1e-5)
+            assert_near(four_processes / f"{parallel}-{other}", one_process / "float32", 1e-5)
     files = {
-        parallel: sorted(p.name for p in list_checkpoints(four / f"ddp-{parallel}")[-1].iterdir())
+        parallel: sorted(
+            p.name for p in list_checkpoints(four_processes / f"ddp-{parallel}")[-1].iterdir()
+        )
         for parallel in ("ddp", "fsdp")
     }
     assert files["ddp"] == ["manifest.json", "tensors.safetensors"]
@@ -194,12 +204,12 @@ def test_one_process_told_to_stop_stops_all_and_others_continue(one, two, four):
     ]
 
 
-def test_fewer_micro_batches_than_processes(one, four):
+def test_fewer_micro_batches_than_processes(one_process, four_processes):
     """Epochs of 7 micro-batches end with a step of 3, of which the fourth process
     has none.
     """
     for parallel in ("ddp", "fsdp"):
-        assert_near(four / f"sft-{parallel}", one / "sft", 1e-5)
+        assert_near(four_processes / f"sft-{parallel}", one_process / "sft", 1e-5)
 
 
 @pytest.mark.parametrize("name", (*trainings.ROLLING, "kto", "on-policy", "stage"))
@@ -231,38 +241,47 @@ def test_rounds_of_four_processes(round_of_one, rounds_of_two, rounds_of_four):
 
 
 def test_what_goes_wrong_in_a_round_is_said_in_all_processes(rounds_of_two):
-    said = [json.loads((rounds_of_two / f"said-{rank}.json").read_text()) for rank in (0, 1)]
-    assert said[0]["reward"] == said[1]["reward"] and said[0]["kl"] == said[1]["kl"]
+    messages = [json.loads((rounds_of_two / f"said-{rank}.json").read_text()) for rank in (0, 1)]
+    assert messages[0]["reward"] == messages[1]["reward"]
+    assert messages[0]["kl"] == messages[1]["kl"]
     assert re.search(
         r"prompts.jsonl, line \d+: the reward function failed: ValueError: no idea$",
-        said[0]["reward"],
+        messages[0]["reward"],
     )
     assert re.match(
         r"step 2: round 2: the KL .* max_kl 0.1; last good checkpoint: .*/step-00000001$",
-        said[0]["kl"],
+        messages[0]["kl"],
     )
-    for one in said:  # before any process leaves: torchrun would end the others
-        assert "model.safetensors" in one["good"] or "adapter_model.safetensors" in one["good"]
-        assert "model" not in one["left"]
+    for message in messages:  # before any process exits: torchrun would end the others
+        assert (
+            "model.safetensors" in message["good"] or "adapter_model.safetensors" in message["good"]
+        )
+        assert "model" not in message["left"]
     assert (rounds_of_two / "stage/model/model.safetensors").exists()
 
 
 @pytest.mark.usefixtures("one_thread")
-def test_one_process_continues_from_shards(data, one, two, four, tmp_path):
-    ended = load_tensors(list_checkpoints(one / "float32")[-1])[0]
+def test_one_process_continues_from_shards(
+    data, one_process, two_processes, four_processes, tmp_path
+):
+    ended = load_tensors(list_checkpoints(one_process / "float32")[-1])[0]
     # groups of two, with hsdp, write the parts of each shard between them
-    for cut, parts in ((two / "cut-fsdp", 2), (four / "fsdp-hsdp", 4), (two / "cut-ddp", 0)):
+    for cut, parts in (
+        (two_processes / "cut-fsdp", 2),
+        (four_processes / "fsdp-hsdp", 4),
+        (two_processes / "cut-ddp", 0),
+    ):
         run = shutil.copytree(cut, tmp_path / cut.name)
         assert len(list(list_checkpoints(run)[-1].glob("shard-*"))) == parts
         net, result = trainings.train_pretraining(data, run)
-        assert_near(run, one / "float32", 1e-5)
+        assert_near(run, one_process / "float32", 1e-5)
         assert result.steps == 10
         for name, parameter in net.named_parameters():
             torch.testing.assert_close(
                 parameter.detach(), ended[f"model.{name}"], rtol=1e-4, atol=1e-5
             )
-    damaged = next(list_checkpoints(two / "fsdp/float32")[-1].glob("shard-00002-*"))
-    run = shutil.copytree(two / "fsdp/float32", tmp_path / "damaged")
+    damaged = next(list_checkpoints(two_processes / "fsdp/float32")[-1].glob("shard-00002-*"))
+    run = shutil.copytree(two_processes / "fsdp/float32", tmp_path / "damaged")
     file = list_checkpoints(run)[-1] / damaged.name
     file.write_bytes(file.read_bytes()[:-1] + b"?")
     with pytest.raises(InputError, match=r"shard-00002-.*: corrupt: its sha256"):
@@ -274,24 +293,26 @@ def test_one_process_continues_from_shards(data, one, two, four, tmp_path):
 
 def test_a_full_disk_is_one_line_in_all_processes(edges):
     """The disk of the second process is full. torch.distributed.checkpoint raises in all."""
-    for said in edges:
-        assert re.search(r"step-00000002: cannot be written: File too large$", said["full disk"])
+    for messages in edges:
+        assert re.search(
+            r"step-00000002: cannot be written: File too large$", messages["full disk"]
+        )
 
 
 def test_a_loss_of_inf_minus_inf_has_diverged(edges):
     """In all processes, with the checkpoint that rank 0 knows."""
-    for said in edges:
+    for messages in edges:
         assert re.match(
             r"step 3: the loss is nan; batch: .*; last good checkpoint: .*/step-00000002$",
-            said["inf - inf"],
+            messages["inf - inf"],
         )
 
 
 def test_fsdp_refuses_adapters_and_a_model_that_it_trained_before(edges):
-    for said in edges:
-        assert said["lora"] == ("parallel: expected ddp with frozen weights, got fsdp")
-        assert said["again"].startswith(
-            "parallel: expected a model that fsdp or hsdp did not train"
+    for messages in edges:
+        assert messages["lora"] == ("parallel: expected ddp with frozen weights, got fsdp")
+        assert messages["again"].startswith(
+            "parallel: expected a model that fsdp or hsdp has not trained"
         )
 
 
@@ -302,35 +323,35 @@ def test_each_process_has_a_gpu_of_its_own():
 
 
 def test_a_torch_without_distributed_has_what_one_process_needs(monkeypatch):
-    """Its torch.distributed is almost empty: the modules of the loop import it in several alone."""
+    """Such a torch.distributed is almost empty: the loop imports it only for several processes."""
     for name in [name for name in sys.modules if name.startswith("torch.distributed")]:
         monkeypatch.setitem(sys.modules, name, None)
     monkeypatch.setitem(sys.modules, "torch.distributed", ModuleType("torch.distributed"))
     monkeypatch.setattr(torch, "distributed", sys.modules["torch.distributed"])
     folder = Path(trainings.loop.__file__).parent
-    found = [runpy.run_path(str(folder / f"{name}.py")) for name in ("distributed", "parallel")]
-    net, alone = trainings.model(), found[0]["SingleProcess"]()
-    assert found[1]["parallel"](net, trainings.OPTIONS, alone).model is net
-    with found[1]["process_group"](net.device) as ranks:
+    modules = [runpy.run_path(str(folder / f"{name}.py")) for name in ("distributed", "parallel")]
+    net, single = trainings.model(), modules[0]["SingleProcess"]()
+    assert modules[1]["wrap_model"](net, trainings.OPTIONS, single).model is net
+    with modules[1]["process_group"](net.device) as ranks:
         assert ranks.size == 1
 
 
-def test_processes_agree_on_a_word_that_no_earlier_ones_had():
-    """On a store that outlives them, whatever restart counts they have (see `work`) and wherever
-    those before them ended.
+def test_processes_agree_on_a_new_group_name():
+    """The store outlives the processes. The name does not depend on their restart counts, nor on
+    where earlier processes ended.
     """
     store = TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
     clients = [TCPStore("localhost", store.port, is_master=False) for _ in range(3)]
 
-    def words(*ranks: int) -> list[str]:
-        with ThreadPoolExecutor(3) as threads:
-            found = [threads.submit(agree, clients[rank], rank, 3) for rank in ranks]
-            return [one.result(60) for one in found]
+    def names(*ranks: int) -> list[str]:
+        with ThreadPoolExecutor(3) as pool:
+            futures = [pool.submit(agree_on_group_name, clients[rank], rank, 3) for rank in ranks]
+            return [future.result(60) for future in futures]
 
-    before = words(0, 1, 2)
-    store.set("fastlm/asks/1", "killed before it heard")
-    store.set("fastlm/answer/killed before it heard", before[0])
-    after = [*words(1, 2, 0), *words(0, 2, 1)]
+    before = names(0, 1, 2)
+    store.set("fastlm/request/1", "killed before the reply")
+    store.set("fastlm/reply/killed before the reply", before[0])
+    after = [*names(1, 2, 0), *names(0, 2, 1)]
     assert len({*before, *after}) == 3
     assert len({*before}) == len({*after[:3]}) == len({*after[3:]}) == 1
 
@@ -359,28 +380,28 @@ def sizes() -> tuple[int, int]:
     return layers, sum(p.numel() for p in net.parameters()) - layers
 
 
-def test_bytes_and_memory_are_those_of_docs_scaling(two):
+def test_bytes_and_memory_are_those_of_docs_scaling(two_processes):
     """docs/scaling.md, for float32, 2 processes, 2 micro-batches of each."""
     layers, rest = sizes()
-    whole, steps, micro = 4 * (layers + rest), 10, 2
-    found = [json.loads((two / f"fsdp-{rank}.json").read_text()) for rank in (0, 1)]
-    for told in found:
-        sent = {kind: sum(seen) for kind, seen in told["sent"].items()}
-        assert sent["scatter"] == whole * micro * steps
-        beside = 3 * 4 * (2 * layers + rest)  # validations, of two batches
-        beside += 4 * whole  # samples, the model that is left
-        assert sent["gather"] == 4 * (2 * layers + rest) * micro * steps + beside
-        held = {kind: size / whole for kind, size in told["held"].items()}
-        assert held == pytest.approx({"parameters": 0.5, "gradients": 0.5, "state": 1.0})
+    total, steps, micro = 4 * (layers + rest), 10, 2
+    records = [json.loads((two_processes / f"fsdp-{rank}.json").read_text()) for rank in (0, 1)]
+    for record in records:
+        sent = {kind: sum(counts) for kind, counts in record["sent"].items()}
+        assert sent["scatter"] == total * micro * steps
+        extra = 3 * 4 * (2 * layers + rest)  # validations, of two batches
+        extra += 4 * total  # samples, the final model
+        assert sent["gather"] == 4 * (2 * layers + rest) * micro * steps + extra
+        memory = {kind: size / total for kind, size in record["held"].items()}
+        assert memory == pytest.approx({"parameters": 0.5, "gradients": 0.5, "state": 1.0})
     for rank in (0, 1):
-        told = json.loads((two / f"ddp-{rank}.json").read_text())
-        assert told["sent"].keys() == {"all_reduce"}
-        assert sum(told["sent"]["all_reduce"]) == whole * 4  # steps: once per step
-        held = {kind: size / whole for kind, size in told["held"].items()}
-        assert held == {"parameters": 1, "gradients": 1, "state": 2}
+        record = json.loads((two_processes / f"ddp-{rank}.json").read_text())
+        assert record["sent"].keys() == {"all_reduce"}
+        assert sum(record["sent"]["all_reduce"]) == total * 4  # steps: once per step
+        memory = {kind: size / total for kind, size in record["held"].items()}
+        assert memory == {"parameters": 1, "gradients": 1, "state": 2}
 
 
-def test_a_killed_process_ends_the_job_and_torchrun_starts_it_again(data, one, tmp_path):
+def test_a_killed_process_ends_the_job_and_torchrun_starts_it_again(data, one_process, tmp_path):
     """By the command line: rank 1 is killed in step 7; the second attempt continues from step 4."""
     config = tmp_path / "config.json"
     config.write_text(json.dumps(trainings.CONFIG))
@@ -401,13 +422,13 @@ def test_a_killed_process_ends_the_job_and_torchrun_starts_it_again(data, one, t
         env=environment, capture_output=True, text=True, timeout=600,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    said = [line for line in done.stderr.splitlines() if line.startswith("fastlm: ")]
-    assert len(said) <= 1, done.stderr  # torchrun may end rank 0 before it has said so
-    for line in said:
+    errors = [line for line in done.stderr.splitlines() if line.startswith("fastlm: ")]
+    assert len(errors) <= 1, done.stderr  # torchrun may end rank 0 before it prints
+    for line in errors:
         assert re.search(r"rank 0 of 2: another process has ended .*resumes from", line)
-    shown = [line for line in done.stderr.splitlines() if line.startswith("step ")]
-    steps = [int(line.split(":")[0].split()[1]) for line in shown if "training loss" in line]
-    assert steps == [*range(1, 7), *range(5, 11)]  # rank 0 alone reports
+    progress = [line for line in done.stderr.splitlines() if line.startswith("step ")]
+    steps = [int(line.split(":")[0].split()[1]) for line in progress if "training loss" in line]
+    assert steps == [*range(1, 7), *range(5, 11)]  # only rank 0 reports
     assert done.stdout.count("10 steps, loss") == 1
     assert lines(run, "step") == [0, 1, 2, 3, 4, 5, 5, 6, 7, 8, 9, 10, 10]
     assert (run / "model/model.safetensors").exists()
@@ -435,13 +456,13 @@ def test_what_is_refused(torchrun_environment, tmp_path):
     for message, changes in refused.items():
         with pytest.raises(InputError, match=message):
             replace(trainings.OPTIONS, **changes).check()
-    whole = {
+    unsharded = {
         "ppo": ("ppo", {"reward_function": "exact"}),
         "grpo": ("grpo", {"reward_function": "exact"}),
         "loss_type = 'kto'": ("dpo", {"loss_type": "kto", "max_steps": 1}),
         "on_policy_fraction": ("distill", {"on_policy_fraction": 0.5, "max_steps": 1}),
     }  # fmt: skip
-    for name, (kind, more) in whole.items():
+    for name, (kind, more) in unsharded.items():
         stage = KINDS[kind](data=("x",), gradient_accumulation_steps=2, **more)
         stage.check()
         for parallel in ("fsdp", "hsdp"):
@@ -460,12 +481,12 @@ def test_what_is_refused(torchrun_environment, tmp_path):
 
 def test_a_share_of_micro_batches():
     ranks = [ProcessGroup.__new__(ProcessGroup) for _ in range(4)]
-    for rank, one in enumerate(ranks):
-        one.rank, one.size = rank, 4
-    assert [one.split_batches("abcdefgh") for one in ranks] == [
+    for rank, process in enumerate(ranks):
+        process.rank, process.size = rank, 4
+    assert [process.split_batches("abcdefgh") for process in ranks] == [
         ("ae", None), ("bf", None), ("cg", None), ("dh", None)
     ]  # fmt: skip
-    assert [one.split_batches("abcde") for one in ranks] == [
+    assert [process.split_batches("abcde") for process in ranks] == [
         ("ae", None),
         ("b", "a"),
         ("c", "a"),
