@@ -147,7 +147,7 @@ def is_export(source: str) -> bool:
 
 def _read_database(url: str, skipped: Counter[str]) -> list[FeedbackItem]:
     with open_store(url) as store:
-        responses, feedback, name = store.answers(), store.all_feedback(), store.name
+        responses, feedback, name = store.responses(), store.all_feedback(), store.name
         ratings = {rating.name: rating for rating in store.ratings()}
     choices = {
         (id, index): (response, messages)

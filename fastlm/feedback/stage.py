@@ -174,7 +174,7 @@ def _digest(database: str) -> str:
 
     with open_store(database) as store:
         digest = hashlib.sha256()
-        for row in [*store.answers().values(), *store.all_feedback(), *store.ratings()]:
+        for row in [*store.responses().values(), *store.all_feedback(), *store.ratings()]:
             digest.update(json.dumps(asdict(row), sort_keys=True).encode("utf-8", "replace"))
         digest.update("\n".join(sorted(store.withdrawn_keys())).encode("utf-8", "replace"))
     return digest.hexdigest()

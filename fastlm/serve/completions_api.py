@@ -277,7 +277,7 @@ class ResponseSender(Response):
                 response.id, response.model, request.messages, response.messages(), request.tools,
                 request.conversation_id,
             )  # fmt: skip
-            await run_sync(store.keep, stored, limiter=self.server.database_limiter)
+            await run_sync(store.add_response, stored, limiter=self.server.database_limiter)
         except Exception as error:
             self.log_fields["stored"] = False
             self.server.metrics.store_failures.inc()
@@ -316,7 +316,7 @@ def with_previous(
         reason = "this server stores no conversations (fastlm serve --feedback)"
         raise field_error(param, f"{reason}: {send}")
     try:
-        stored = store.answer(previous)
+        stored = store.response(previous)
     except InputError:
         message = f"{param}: the database of conversations cannot be read now"
         raise server_error(message, 503, param=param) from None

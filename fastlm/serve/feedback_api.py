@@ -1,4 +1,4 @@
-"""``POST /v1/feedback``: feedback about answers, at any time after them."""
+"""Serve ``POST /v1/feedback``: store feedback about answers, at any time after them."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -22,10 +22,10 @@ if TYPE_CHECKING:
 def parse_feedback(
     request: FeedbackRequest, model: str, ratings: Sequence[Rating] = ()
 ) -> tuple[Feedback, StoredResponse | None]:
-    """Return what a request says: the feedback, and the conversation if its user lets us keep it.
-    ``ratings``: the numbers that it may give.
+    """Return the feedback of a request, and the response if its user consents to store the text.
+    ``ratings``: the declared numbers.
     """
-    response, talk = request.response_id, request.conversation
+    response, conversation = request.response_id, request.conversation
     if response is None and request.conversation_id is None:
         raise ApiError(
             "response_id: expected this or conversation_id, got neither", param="response_id"
@@ -47,32 +47,34 @@ def parse_feedback(
     except InputError as error:
         raise ApiError(str(error), param=str(error).partition(":")[0]) from None
     names = ("response_id", "conversation_id", "choice", "rater", "thumb", "comment", "corrected")
-    said: dict[str, Any] = {name: getattr(request, name) for name in names}
-    feedback = Feedback(**said, preferred_over=tuple(worse), metrics=values)
-    if not feedback.kinds() and talk is None:
+    fields: dict[str, Any] = {name: getattr(request, name) for name in names}
+    feedback = Feedback(**fields, preferred_over=tuple(worse), metrics=values)
+    if not feedback.kinds() and conversation is None:
         raise ApiError(
             "thumb: expected this, metrics, comment, corrected, preferred_over or conversation, got"
             " none",
             param="thumb",
         )
-    if response is None and (feedback.corrected or feedback.preferred_over or talk):
+    if response is None and (feedback.corrected or feedback.preferred_over or conversation):
         raise ApiError("response_id: expected the id of an answer, got none", param="response_id")
-    if talk is None or response is None:
+    if conversation is None or response is None:
         return feedback, None
-    messages, choices = talk.get("messages"), talk.get("choices")
-    if not talk.get("consent") or messages is None or not choices:
+    messages, choices = conversation.get("messages"), conversation.get("choices")
+    if not conversation.get("consent") or messages is None or not choices:
         raise ApiError(
             "conversation.consent: expected true, with messages and choices: without consent no"
-            " text is kept",
+            " text is stored",
             param="conversation.consent",
         )
     answers = [[{"role": "assistant", "content": answer}] for answer in choices]
-    tools, conversation = talk.get("tools") or None, request.conversation_id
-    return feedback, StoredResponse(response, model, messages, answers, tools, conversation)
+    tools = conversation.get("tools") or None
+    return feedback, StoredResponse(
+        response, model, messages, answers, tools, request.conversation_id
+    )
 
 
 async def post_feedback(server: "Server", http: Request) -> Response:
-    """Store feedback. The response is sent when it is on disk."""
+    """Store feedback. The response is sent after the write is on disk."""
     store = server.feedback
     if store is None:
         raise ApiError(
@@ -80,27 +82,27 @@ async def post_feedback(server: "Server", http: Request) -> Response:
             status=404, code="no_feedback",
         )  # fmt: skip
     request = await server.parse_body(http, FeedbackRequest)
-    feedback, kept = parse_feedback(request, server.models.name, server.ratings)
-    if len(server.keys) > 1:  # nobody speaks as a rater of another key
+    feedback, response = parse_feedback(request, server.models.name, server.ratings)
+    if len(server.keys) > 1:  # so that nobody can give feedback as a rater of another key
         feedback = replace(feedback, rater=rater_of(http.state.client, feedback.rater))
     manager = server.manager
 
     def write() -> tuple[int | None, bool | None]:
         _check_conversation(store, feedback)
-        if kept is not None:
-            told = None if manager is None else manager.model_name(kept.response_id)
-            store.keep(kept if told is None else replace(kept, model=told))
-        # counted, then stored: said again after a failure, it is stored, and a trial counts it once
+        if response is not None:
+            model = None if manager is None else manager.model_name(response.response_id)
+            store.add_response(response if model is None else replace(response, model=model))
+        # counted, then stored: if it is sent again after a failure, an experiment counts it once
         if manager is not None:
             manager.record_feedback(feedback)
         number = store.add(feedback) if feedback.kinds() else None
         try:
-            return number, store.keeps(feedback.response_id, feedback.conversation_id)
-        except InputError:  # the feedback is stored all the same
+            return number, store.has_text(feedback.response_id, feedback.conversation_id)
+        except InputError:  # the feedback is stored in any case
             return number, None
 
     try:
-        number, keeps = await run_sync(write, limiter=server.database_limiter)
+        number, text_stored = await run_sync(write, limiter=server.database_limiter)
     except ApiError:
         raise
     except InputError:
@@ -110,12 +112,12 @@ async def post_feedback(server: "Server", http: Request) -> Response:
         ) from None  # fmt: skip
     for kind in feedback.kinds() if number is not None else ():
         server.metrics.feedback.labels(kind).inc()
-    return JSONResponse({"object": "feedback", "id": number, "text_stored": keeps})
+    return JSONResponse({"object": "feedback", "id": number, "text_stored": text_stored})
 
 
 def rater_of(client: str, name: str | None) -> str:
-    """The name under which a rater is stored where there are several keys: letters of the key's
-    hash, and the name that was given. ``client``: that hash in hexadecimal digits.
+    """Return the stored name of a rater if there are several keys: letters of the key's hash, and
+    the name of the request. ``client``: that hash in hexadecimal digits.
     """
     letters = "".join(chr(ord("a") + int(digit, 16)) for digit in client[:CLIENT])
     return f"{letters}:{name or ''}"

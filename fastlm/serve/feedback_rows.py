@@ -1,6 +1,7 @@
-"""Rows of a feedback database: what they stand for as rows, without personal data in any text; and
-rows as what they stand for, checked by the dataclasses that they become. SQLite stores any value in
-any column, and the file may be a stranger's.
+"""Convert feedback and responses to rows of the database, and back.
+
+Rows have no personal data in any text. When rows are read, the dataclasses check them, since SQLite
+stores any value in any column, and the file may come from a stranger.
 """
 
 import json
@@ -16,10 +17,10 @@ from fastlm.errors import InputError, show
 from fastlm.schema import Finite, parse, validate
 from fastlm.serve.feedback import Feedback, StoredResponse
 from fastlm.serve.ratings import Rating
-from fastlm.serve.tables import ANSWERS, FEEDBACK, RATINGS
+from fastlm.serve.tables import FEEDBACK, RATINGS, RESPONSES
 
-Anything: Any = Any  # as a schema
-SKIPPED = "{}"  # the column of a ranking that says that the rater skipped the answer
+ANY: Any = Any  # as a schema
+SKIPPED = "{}"  # the column of a ranking that the rater skipped
 JSON_COLUMNS = {"prompt", "tools", "choices", "preferred_over", "ranking", "metrics"}
 USER_TEXTS = {"prompt", "tools", "choices", "rater", "comment", "corrected"}
 
@@ -41,7 +42,7 @@ def row_of(value: StoredResponse | Feedback) -> dict[str, Any]:
 
 
 def scrubbed(value: Any, replaced: Counter[str] | None = None) -> Any:
-    """``value`` without personal data in any of its texts. ``replaced`` counts it by kind."""
+    """Return ``value`` without personal data in its texts. ``replaced`` counts it by kind."""
     if isinstance(value, str):
         text, counts = scrub_chat(value.replace("\0", ""))  # which PostgreSQL does not store
         if replaced is not None:
@@ -63,19 +64,19 @@ def now() -> str:
 
 
 def read_response(row: Any, name: str) -> StoredResponse:
-    """A row of `ANSWERS` in the database ``name``. InputError names row and column."""
-    where = f"{name}: {ANSWERS.name} {row.response_id!r:.140}: "
+    """Read a row of `RESPONSES` in the database ``name``. InputError names row and column."""
+    where = f"{name}: {RESPONSES.name} {row.response_id!r:.140}: "
 
-    def checked(messages: Any, column: str) -> list[Message]:
+    def check_messages(messages: Any, column: str) -> list[Message]:
         return [message for _, message in parse_messages(messages, where + column)]
 
-    answer = _read(row, StoredResponse, where)
-    choices = [checked(choice, f"choices[{i}]") for i, choice in enumerate(answer.choices)]
-    return replace(answer, prompt=checked(answer.prompt, "prompt"), choices=choices)
+    response = _read(row, StoredResponse, where)
+    choices = [check_messages(c, f"choices[{i}]") for i, c in enumerate(response.choices)]
+    return replace(response, prompt=check_messages(response.prompt, "prompt"), choices=choices)
 
 
 def read_feedback(row: Any, name: str) -> Feedback:
-    """A row of `FEEDBACK`. InputError names row and column."""
+    """Read a row of `FEEDBACK`. InputError names row and column."""
     where = f"{name}: {FEEDBACK.name} {row.id!r:.40}: "
     metrics = [list(item) for item in read_metrics(row.metrics, where).items()]
     return _read(row, Feedback, where, metrics=metrics)
@@ -83,41 +84,42 @@ def read_feedback(row: Any, name: str) -> Feedback:
 
 def read_metrics(text: Any, where: str) -> dict[str, float]:
     """Return the numbers that feedback gives, by name."""
-    given = _loaded(text, f"{where}metrics")
-    return validate(given or {}, dict[str, Finite], f"{where}metrics.")
+    values = _load_json(text, f"{where}metrics")
+    return validate(values or {}, dict[str, Finite], f"{where}metrics.")
 
 
 def read_rating(row: Any, name: str) -> Rating:
-    """A row of `RATINGS`."""
+    """Read a row of `RATINGS`."""
     return _read(row, Rating, f"{name}: {RATINGS.name} {row.name!r:.80}: ")
 
 
 def read_time(value: Any, where: str) -> float:
-    """Seconds since 1970 of a column with a time in ISO 8601."""
+    """Return the seconds since 1970 of a time in ISO 8601."""
     try:
         return datetime.fromisoformat(value).timestamp()
     except (TypeError, ValueError, OverflowError):
         raise InputError(f"{where}: expected a time as ISO 8601, got {value!r:.80}") from None
 
 
-def _read(row: Any, schema: Any, where: str, **known: Any) -> Any:
-    """A row as a dataclass, whose fields have the names of its columns."""
+def _read(row: Any, schema: Any, where: str, **parsed: Any) -> Any:
+    """Read a row as a dataclass with the same names. ``parsed``: values of columns that were parsed
+    already."""
     values = {}
     for name in (field.name for field in fields(schema)):
-        value = known[name] if name in known else getattr(row, name)
-        if name in JSON_COLUMNS and name not in known:
-            value = _loaded(value, where + name)
+        value = parsed[name] if name in parsed else getattr(row, name)
+        if name in JSON_COLUMNS and name not in parsed:
+            value = _load_json(value, where + name)
             if value is None and name == "preferred_over":
                 value = []
-        # bytes, which nothing here has: as an object, which no schema takes
+        # no column has bytes: an object is refused by every schema
         values[name] = {"bytes": show(value)} if isinstance(value, bytes) else value
     return validate(values, schema, where.removesuffix(": "), extra="forbid")
 
 
-def _loaded(text: Any, where: str) -> Any:
-    """The value of a column of JSON."""
+def _load_json(text: Any, where: str) -> Any:
+    """Return the value of a JSON column."""
     if text is None:
         return None
     if not isinstance(text, str):
         raise InputError(f"{where}: expected a string, got {show(text):.80}")
-    return parse(text, Anything, where)
+    return parse(text, ANY, where)

@@ -1,9 +1,9 @@
-"""A database of what people say about answers, and, where they consent, of the answers.
+"""Store feedback about answers, and with consent the answers, in a database.
 
-SQLite (write-ahead log) or PostgreSQL. A write is on disk when the method returns. Several servers
-may share the database. Personal data is removed (`fastlm.data.scrub_chat`) from every text before
-it is written. Without consent only the feedback is kept: who reads it knows the id of the answer,
-not its text.
+The database is SQLite (write-ahead log) or PostgreSQL. A write is on disk when the method returns.
+Several servers may share the database. Personal data is removed (`fastlm.data.scrub_chat`) from
+every text before it is written. Without consent only the feedback is stored: it has the id of the
+answer, not its text.
 
 `fastlm feedback build` makes rows to train on; `fastlm.serve.ranking` lets people rank answers.
 """
@@ -27,12 +27,12 @@ from fastlm.serve.feedback import KINDS, Feedback, StoredResponse
 from fastlm.serve.feedback_rows import now, read_feedback, read_rating, read_response, row_of
 from fastlm.serve.ratings import Rating
 from fastlm.serve.tables import (
-    ANSWERS,
     CANARY_ANSWERS,
     CANARY_OUTCOMES,
     FEEDBACK,
     MEASURES,
     RATINGS,
+    RESPONSES,
     WITHDRAWN,
     create_missing,
 )
@@ -42,15 +42,15 @@ WAIT_SECONDS = 30  # for another process that writes to the same SQLite file
 
 
 class FeedbackStore:
-    """The database at ``where``: an SQLAlchemy URL (``postgresql://user@host/name``), or the path
-    of an SQLite file, which ``create`` makes. Missing tables are made. A context manager; any
-    thread may call its methods.
+    """The feedback database. ``location``: an SQLAlchemy URL (``postgresql://user@host/name``), or
+    the path of an SQLite file. With ``create`` a missing file is created. Missing tables are
+    created. The store is a context manager, and its methods are thread-safe.
 
     InputError, from every method: the database cannot be used.
     """
 
-    def __init__(self, where: str | Path, *, create: bool = True):
-        url = str(where)
+    def __init__(self, location: str | Path, *, create: bool = True):
+        url = str(location)
         if "://" not in url:
             if not create and not Path(url).exists():
                 raise InputError(f"{url}: expected a feedback database, not found")
@@ -60,7 +60,9 @@ class FeedbackStore:
         try:
             parsed = sa.make_url(url)
             self.name = parsed.render_as_string(hide_password=True)
-            self.engine = sa.create_engine(parsed, pool_pre_ping=True, connect_args=_waits(parsed))
+            self.engine = sa.create_engine(
+                parsed, pool_pre_ping=True, connect_args=_timeouts(parsed)
+            )
         except (SQLAlchemyError, ImportError) as error:
             hidden = url.partition("://")[0]
             raise InputError(
@@ -68,24 +70,24 @@ class FeedbackStore:
                 " (for PostgreSQL: pip install 'fastlm[postgresql]')"
             ) from None
         if self.engine.dialect.name == "sqlite":
-            self._refuse_another_file()
-            listen(self.engine, "connect", _durable)
+            self._check_tables()
+            listen(self.engine, "connect", _configure_sqlite)
         with self._errors():
             create_missing(self.engine)
 
-    def _refuse_another_file(self) -> None:
-        """InputError: an SQLite file of another program, which stays as it is."""
+    def _check_tables(self) -> None:
+        """Refuse the SQLite file of another program, without a change. InputError."""
         try:
             with self._errors():
                 names = sa.inspect(self.engine).get_table_names()
         finally:
             self.engine.dispose()  # later connections are durable
-        if names and ANSWERS.name not in names:
+        if names and RESPONSES.name not in names:
             raise InputError(f"{self.name}: expected a feedback database, got another SQLite file")
 
     def close(self) -> None:
-        """Close the connections, after what SQLite's log has is in the file itself, unless another
-        process uses it."""
+        """Merge SQLite's log into the file, unless another process uses it, and close the
+        connections."""
         if self.engine.dialect.name == "sqlite":
             with suppress(SQLAlchemyError), self.engine.connect() as connection:
                 connection.exec_driver_sql("PRAGMA busy_timeout = 0")
@@ -107,7 +109,7 @@ class FeedbackStore:
 
     @contextmanager
     def read(self) -> Iterator[sa.Connection]:
-        """Context: a connection. InputError: as of every method."""
+        """Context: a connection."""
         with self._errors(), self.engine.connect() as connection:
             yield connection
 
@@ -118,103 +120,106 @@ class FeedbackStore:
             yield connection
 
     def all(self, query: Any) -> Sequence[Any]:
-        """The rows of a query."""
+        """Return the rows of a query."""
         with self.read() as connection:
             return connection.execute(query).all()
 
     def first(self, query: Any) -> Any:
-        """The first row of a query, None if there is none."""
+        """Return the first row of a query, None if there is none."""
         with self.read() as connection:
             return connection.execute(query.limit(1)).first()
 
     def insert_new(
         self, connection: sa.Connection, table: sa.Table, row: Mapping[str, Any]
     ) -> bool:
-        """Store a row, unless one with its key is there. Whether it is new."""
+        """Store a row, unless there is one with its key. Return whether it is new."""
         dialect = sqlite if self.engine.dialect.name == "sqlite" else postgresql
-        done = connection.execute(dialect.insert(table).values(row).on_conflict_do_nothing())
-        return done.rowcount == 1
+        cursor = connection.execute(dialect.insert(table).values(row).on_conflict_do_nothing())
+        return cursor.rowcount == 1
 
     def add(self, feedback: Feedback) -> int | None:
-        """Store feedback; return its number. None: what it is about was forgotten, and nothing is
-        stored.
+        """Store feedback; return its number. Return None, and store nothing, if its response or
+        conversation was forgotten.
         """
-        if self._blocked(feedback):
+        if self._is_forgotten(feedback):
             return None
         with self.write() as connection:
-            done = connection.execute(FEEDBACK.insert().values(row_of(feedback)))
-        assert done.inserted_primary_key is not None
-        number = int(done.inserted_primary_key[0])
-        return number if self._stays(feedback, FEEDBACK.c.id == number) else None
+            cursor = connection.execute(FEEDBACK.insert().values(row_of(feedback)))
+        assert cursor.inserted_primary_key is not None
+        number = int(cursor.inserted_primary_key[0])
+        return number if self._delete_if_forgotten(feedback, FEEDBACK.c.id == number) else None
 
-    def keep(self, answer: StoredResponse) -> bool:
-        """Store an answer and its prompt, whose user has consented; one that is stored already
-        stays as it is. False: that consent was withdrawn, and nothing is stored.
+    def add_response(self, response: StoredResponse) -> bool:
+        """Store a response and its prompt, with the consent of its user. A response that is stored
+        already does not change. Return False, and store nothing, if consent was withdrawn.
         """
-        if self._blocked(answer):
+        if self._is_forgotten(response):
             return False
         with self.write() as connection:
-            self.insert_new(connection, ANSWERS, row_of(answer))
-        return self._stays(answer, ANSWERS.c.response_id == answer.response_id)
+            self.insert_new(connection, RESPONSES, row_of(response))
+        return self._delete_if_forgotten(response, RESPONSES.c.response_id == response.response_id)
 
-    def _stays(self, about: StoredResponse | Feedback, row: sa.ColumnElement[bool]) -> bool:
-        """Delete what was just stored if it was forgotten meanwhile: `forget` notes first and
-        deletes then, so one of us deletes."""
-        if not self._blocked(about):
+    def _delete_if_forgotten(
+        self, value: StoredResponse | Feedback, row: sa.ColumnElement[bool]
+    ) -> bool:
+        """Delete a new row if it was forgotten since; return whether it stays. `forget` first
+        writes the keys and then deletes, so that one of the two calls deletes."""
+        if not self._is_forgotten(value):
             return True
-        table = ANSWERS if isinstance(about, StoredResponse) else FEEDBACK
+        table = RESPONSES if isinstance(value, StoredResponse) else FEEDBACK
         with self.write() as connection:
             connection.execute(table.delete().where(row))
         return False
 
-    def _blocked(self, about: StoredResponse | Feedback) -> bool:
-        """Whether a response, or the conversation that it belongs to, was withdrawn."""
+    def _is_forgotten(self, value: StoredResponse | Feedback) -> bool:
+        """Return whether a response, or its conversation, was forgotten."""
         keys = []
-        if about.response_id is not None:
-            keys.append(response_key(about.response_id))
-        if about.conversation_id is not None:
-            keys.append(conversation_key(about.conversation_id))
+        if value.response_id is not None:
+            keys.append(response_key(value.response_id))
+        if value.conversation_id is not None:
+            keys.append(conversation_key(value.conversation_id))
         return self.first(sa.select(WITHDRAWN.c.key).where(WITHDRAWN.c.key.in_(keys))) is not None
 
-    def keeps(self, response_id: str | None, conversation_id: str | None) -> bool:
-        """Whether the text of a response is here; without its id, of any of the conversation."""
-        a = ANSWERS.c
-        by_talk = a.conversation_id == conversation_id
-        its = by_talk if response_id is None else a.response_id == response_id
-        return self.first(sa.select(a.id).where(its)) is not None
+    def has_text(self, response_id: str | None, conversation_id: str | None) -> bool:
+        """Return whether the text of a response is stored; without its id, of any response of the
+        conversation."""
+        a = RESPONSES.c
+        in_conversation = a.conversation_id == conversation_id
+        condition = in_conversation if response_id is None else a.response_id == response_id
+        return self.first(sa.select(a.id).where(condition)) is not None
 
     def parse_conversation(self, response_id: str) -> tuple[str | None] | None:
-        """The conversation of a response, (None,) if it has none. None: nothing says."""
+        """Return the conversation of a response, (None,) if it has none, None if it is unknown."""
         with self.read() as connection:
             return _conversation(connection, response_id)
 
-    def declare(self, ratings: Sequence[Rating]) -> None:
-        """Store what numbers people may give. InputError: one is there with another meaning."""
+    def declare_ratings(self, ratings: Sequence[Rating]) -> None:
+        """Store the numbers that users may give. InputError: one is stored with another meaning."""
         with self.write() as connection:
             for rating in ratings:
                 self.insert_new(connection, RATINGS, rating.row())
-        known = {rating.name: rating.row() for rating in self.ratings()}
+        stored = {rating.name: rating.row() for rating in self.ratings()}
         for rating in ratings:
             for key, value in rating.row().items():
-                if known[rating.name][key] != value:
+                if stored[rating.name][key] != value:
                     raise InputError(
-                        f"metric {rating.name}: {key}: expected {known[rating.name][key]!r}, which"
-                        f" the numbers in {self.name} mean, got {value!r}; choose another name"
+                        f"metric {rating.name}: {key}: expected {stored[rating.name][key]!r}, as"
+                        f" declared in {self.name}, got {value!r}; choose another name"
                     )
 
     def ratings(self) -> list[Rating]:
-        """The numbers that were ever declared, by name."""
+        """Return the numbers that were ever declared, by name."""
         rows = self.all(RATINGS.select().order_by(RATINGS.c.name))
         return [read_rating(row, self.name) for row in rows]
 
-    def answers(self) -> dict[str, StoredResponse]:
-        """All answers that are kept, by id."""
-        rows = self.all(ANSWERS.select().order_by(ANSWERS.c.id))
+    def responses(self) -> dict[str, StoredResponse]:
+        """Return all stored responses, by id."""
+        rows = self.all(RESPONSES.select().order_by(RESPONSES.c.id))
         return {row.response_id: read_response(row, self.name) for row in rows}
 
-    def answer(self, response_id: str) -> StoredResponse | None:
-        """The answer with this id, where it is kept."""
-        row = self.first(ANSWERS.select().where(ANSWERS.c.response_id == response_id))
+    def response(self, response_id: str) -> StoredResponse | None:
+        """Return the stored response with this id, or None."""
+        row = self.first(RESPONSES.select().where(RESPONSES.c.response_id == response_id))
         return None if row is None else read_response(row, self.name)
 
     def all_feedback(self) -> list[Feedback]:
@@ -222,32 +227,34 @@ class FeedbackStore:
         rows = self.all(FEEDBACK.select().order_by(FEEDBACK.c.id))
         return [read_feedback(row, self.name) for row in rows]
 
-    def comments(self, most: int) -> list[dict[str, Any]]:
-        """The newest comments, the last one first, with what they are about."""
+    def comments(self, limit: int) -> list[dict[str, Any]]:
+        """Return the newest comments, the last one first, with the ids that they are about."""
         query = FEEDBACK.select().where(FEEDBACK.c.comment.is_not(None))
         keys = ("response_id", "conversation_id", "choice", "rater", "thumb", "comment")
-        found = []
-        for row in self.all(query.order_by(FEEDBACK.c.id.desc()).limit(most)):
+        comments = []
+        for row in self.all(query.order_by(FEEDBACK.c.id.desc()).limit(limit)):
             feedback = read_feedback(row, self.name)
-            about = {key: getattr(feedback, key) for key in keys}
-            found.append({"created_at": str(row.created_at), **about})
-        return found
+            fields = {key: getattr(feedback, key) for key in keys}
+            comments.append({"created_at": str(row.created_at), **fields})
+        return comments
 
     def counts(self) -> dict[str, int]:
-        """How many answers are kept, and how much feedback of each kind there is."""
-        answers = self.first(sa.select(sa.func.count(ANSWERS.c.id).label("answers")))
+        """Return the number of stored responses, and of feedback of each kind."""
+        responses = self.first(sa.select(sa.func.count(RESPONSES.c.id).label("responses")))
         kinds = self.first(sa.select(*(sa.func.count(FEEDBACK.c[k]).label(k) for k in KINDS)))
-        return {**answers._mapping, **kinds._mapping}
+        return {**responses._mapping, **kinds._mapping}
 
-    # ---- withdrawn consent: what was deleted stays known by hashes alone
+    # ---- withdrawn consent: only hashes of deleted rows stay
 
     def forget(self, id: str) -> int:
-        """Delete a response or a conversation: its text, what was said about it, and its measures.
-        Return how many rows there were. Keys stay (`fastlm.data.forget_log`), by which `fastlm
-        feedback build` leaves it out and ``fastlm data forget --withdrawn`` finds what was built
-        before; and the counts of a canary's trial, without ids.
+        """Delete a response or a conversation: its text, its feedback and its measurements. Return
+        the number of deleted rows.
 
-        InputError: also that a process which reads keeps the text in SQLite's log.
+        Its keys stay (`fastlm.data.forget_log`): `fastlm feedback build` leaves it out, and
+        ``fastlm data forget --withdrawn`` finds rows that were built before. The counts of a canary
+        experiment stay, too, without ids.
+
+        InputError: also that another process reads, so that SQLite's log still has the text.
         """
         rows = [
             {"key": key, "request_key": request_key(id), "withdrawn_at": now()}
@@ -257,48 +264,50 @@ class FeedbackStore:
             for row in rows:
                 self.insert_new(connection, WITHDRAWN, row)
         with self.write() as connection:
-            ids = _responses(connection, id)
-            gone = _make_nameless(connection, ids)
-            for table in (ANSWERS, FEEDBACK, MEASURES):
-                for its in _about(table, id, ids):
-                    gone += connection.execute(table.delete().where(its)).rowcount
-        if self.engine.dialect.name == "sqlite":  # the log has the text, too, until it is emptied
+            ids = _response_ids(connection, id)
+            deleted = _anonymise_canary(connection, ids)
+            for table in (RESPONSES, FEEDBACK, MEASURES):
+                for condition in _conditions(table, id, ids):
+                    deleted += connection.execute(table.delete().where(condition)).rowcount
+        if self.engine.dialect.name == "sqlite":  # the log has the text until it is truncated
             with self.read() as connection:
                 busy = connection.exec_driver_sql("PRAGMA wal_checkpoint(TRUNCATE)").one()[0]
             if busy:
                 raise InputError(
-                    f"{self.name}: expected to empty its log, which still has what was deleted, but"
-                    " another process reads: forget it again when that has ended"
+                    f"{self.name}: expected to truncate its log, which still has the deleted text,"
+                    " but another process reads: run the command again when that has ended"
                 )
-        return gone
+        return deleted
 
     def keys_of(self, id: str) -> set[str]:
-        """The keys of a response or a conversation that is still there: of its ids, its answers
-        and their corrections; {} if nothing is."""
-        answers: dict[str, StoredResponse] = {}
+        """Return the keys of a response or a conversation that is stored: of its ids, its answers
+        and their corrections; an empty set if nothing is stored."""
+        responses: dict[str, StoredResponse] = {}
         feedback_rows: list[Feedback] = []
-        found = False
+        has_rows = False
         with self.read() as connection:
-            ids = _responses(connection, id)
-            for table in (ANSWERS, FEEDBACK):
-                for its in _about(table, id, ids):
-                    for row in connection.execute(table.select().where(its)):
-                        found = True
+            ids = _response_ids(connection, id)
+            for table in (RESPONSES, FEEDBACK):
+                for condition in _conditions(table, id, ids):
+                    for row in connection.execute(table.select().where(condition)):
+                        has_rows = True
                         with suppress(InputError):  # a damaged row is deleted all the same
-                            if table is ANSWERS:
-                                answers[row.response_id] = read_response(row, self.name)
+                            if table is RESPONSES:
+                                responses[row.response_id] = read_response(row, self.name)
                             else:
                                 feedback_rows.append(read_feedback(row, self.name))
-        if not found:
+        if not has_rows:
             return set()
         keys = {conversation_key(id), *map(response_key, ids)}
-        for answer in answers.values():
-            keys |= {messages_key([*answer.prompt, *choice]) for choice in answer.choices}
+        for response in responses.values():
+            keys |= {messages_key([*response.prompt, *choice]) for choice in response.choices}
         for feedback in feedback_rows:
-            answer = answers.get(feedback.response_id or "")
-            if feedback.corrected and answer is not None and feedback.choice < len(answer.choices):
-                fixed = answer.with_correction(feedback.choice, feedback.corrected)
-                keys.add(messages_key([*answer.prompt, *fixed]))
+            response = responses.get(feedback.response_id or "")
+            if not feedback.corrected or response is None:
+                continue
+            if feedback.choice < len(response.choices):
+                messages = response.with_correction(feedback.choice, feedback.corrected)
+                keys.add(messages_key([*response.prompt, *messages]))
         return keys
 
     def withdrawn_keys(self, id: str | None = None) -> frozenset[str]:
@@ -310,8 +319,8 @@ class FeedbackStore:
 
 
 def _conversation(connection: sa.Connection, response: str) -> tuple[str | None] | None:
-    """The conversation of a response, (None,) if it has none. None: nothing says."""
-    for table in (ANSWERS, MEASURES):  # measures have one with consent alone
+    """Return the conversation of a response, (None,) if it has none, None if it is unknown."""
+    for table in (RESPONSES, MEASURES):  # measurements have one only with consent
         query = sa.select(table.c.conversation_id).where(table.c.response_id == response)
         if table is MEASURES:
             query = query.where(table.c.conversation_id.is_not(None))
@@ -320,44 +329,44 @@ def _conversation(connection: sa.Connection, response: str) -> tuple[str | None]
     return None
 
 
-def _responses(connection: sa.Connection, id: str) -> set[str]:
-    """``id`` and the responses of it as a conversation. Feedback may name the conversation and a
-    response of another one: that response stays.
+def _response_ids(connection: sa.Connection, id: str) -> set[str]:
+    """Return ``id`` and the ids of the responses in the conversation ``id``. If feedback names the
+    conversation and a response of another one, that response is left out.
     """
     ids = {id}
-    for table in (ANSWERS, FEEDBACK, MEASURES):
+    for table in (RESPONSES, FEEDBACK, MEASURES):
         query = sa.select(table.c.response_id).where(table.c.conversation_id == id).distinct()
-        found = connection.execute(query).scalars().all()
-        for response in filter(None, found):
+        responses = connection.execute(query).scalars().all()
+        for response in filter(None, responses):
             if table is not FEEDBACK or _conversation(connection, response) in (None, (id,)):
                 ids.add(response)
     return ids
 
 
-def _about(table: sa.Table, id: str, ids: set[str]) -> Iterator[sa.ColumnElement[bool]]:
-    """Conditions on the rows of a table about a conversation or its responses, few enough ids in
-    each for any database."""
+def _conditions(table: sa.Table, id: str, ids: set[str]) -> Iterator[sa.ColumnElement[bool]]:
+    """Yield conditions on the rows of a table about a conversation or its responses, each with at
+    most `MAX_IDS` ids."""
     yield table.c.conversation_id == id
     ordered = sorted(ids)
     for first in range(0, len(ordered), MAX_IDS):
         yield table.c.response_id.in_(ordered[first : first + MAX_IDS])
 
 
-def _make_nameless(connection: sa.Connection, ids: Iterable[str]) -> int:
-    """Give ids that say nothing to what a canary counted of responses and conversations. Return
-    how many answers there were.
+def _anonymise_canary(connection: sa.Connection, ids: Iterable[str]) -> int:
+    """Replace the ids of responses and conversations in the rows of canaries by random ones. Return
+    the number of answers.
     """
     a, o, count = CANARY_ANSWERS, CANARY_OUTCOMES, 0
     for id in ids:
-        its = sa.or_(a.c.response_id.in_((id, f"refused-{id}")), a.c.conversation_id == id)
-        for row in connection.execute(a.select().where(its)).all():
+        condition = sa.or_(a.c.response_id.in_((id, f"refused-{id}")), a.c.conversation_id == id)
+        for row in connection.execute(a.select().where(condition)).all():
             unit = secrets.token_hex(32)
             for table in (a, o):
                 same = sa.and_(table.c.experiment == row.experiment, table.c.unit == row.unit)
                 connection.execute(table.update().where(same).values(unit=unit))
-            nameless = f"forgotten-{secrets.token_hex(16)}"
+            random_id = f"forgotten-{secrets.token_hex(16)}"
             for table, values in (
-                (a, {"response_id": nameless, "conversation_id": None}),
+                (a, {"response_id": random_id, "conversation_id": None}),
                 (o, {"response_id": None}),
             ):
                 same = table.c.response_id == row.response_id
@@ -366,14 +375,15 @@ def _make_nameless(connection: sa.Connection, ids: Iterable[str]) -> int:
     return count
 
 
-def _waits(url: sa.URL) -> dict[str, Any]:
+def _timeouts(url: sa.URL) -> dict[str, Any]:
     sqlite = url.get_backend_name() == "sqlite"
     return {"timeout": WAIT_SECONDS} if sqlite else {"connect_timeout": 10}
 
 
-def _durable(connection: Any, _: Any) -> None:
+def _configure_sqlite(connection: Any, _: Any) -> None:
+    """Set the write-ahead log, durable transactions and secure deletion."""
     until = time.monotonic() + WAIT_SECONDS
-    while True:  # where two open a new file at once, SQLite refuses one without waiting
+    while True:  # if two processes open a new file at once, SQLite refuses one without waiting
         try:
             connection.execute("PRAGMA journal_mode = WAL")
             break
@@ -382,10 +392,10 @@ def _durable(connection: Any, _: Any) -> None:
                 raise
             time.sleep(0.01)
     connection.execute("PRAGMA synchronous = FULL")  # a transaction outlives a power cut
-    connection.execute("PRAGMA secure_delete = ON")  # what is forgotten is overwritten
+    connection.execute("PRAGMA secure_delete = ON")  # deleted text is overwritten
 
 
 def _reason(error: BaseException) -> str:
-    """What the database says, without PostgreSQL's details, which quote rows."""
+    """Return the message of the database, without PostgreSQL's details, which quote rows."""
     lines = str(getattr(error, "orig", None) or error).strip().splitlines()
     return lines[0][:300] if lines else type(error).__name__

@@ -39,7 +39,7 @@ from fastlm.serve.feedback_rows import (
     scrubbed,
 )
 from fastlm.serve.feedback_store import FeedbackStore
-from fastlm.serve.tables import ANSWERS, FEEDBACK, WITHDRAWN
+from fastlm.serve.tables import FEEDBACK, RESPONSES, WITHDRAWN
 from fastlm.sources.rows import ignore_message
 from fastlm.stats.agreement import Agreement, agreement_of
 
@@ -51,7 +51,7 @@ FORMS: dict[str, Callable[[Comparison], Sequence[Comparison | LabelledAnswer | C
     "corrected": lambda c: [c] if c.corrected else [],
     "demonstrations": lambda c: [c.demonstration()] if c.corrected else [],
 }
-HAS_CHOICES = ANSWERS.c.num_choices > 1
+HAS_CHOICES = RESPONSES.c.num_choices > 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,7 +175,7 @@ class RankingStore(FeedbackStore):
         id = f"rank-{_digest(content)[:32]}"
         row |= {"response_id": id, "choices": as_json([choices[i] for i in order])}
         new = response_key(id) not in withdrawn
-        is_item = new and self.insert_new(connection, ANSWERS, row)
+        is_item = new and self.insert_new(connection, RESPONSES, row)
         if new and ranked is not None:
             new = self._add_feedback(connection, id, ranked, order)
             counts.corrections += new and corrected
@@ -207,17 +207,17 @@ class RankingStore(FeedbackStore):
 
     def has_prompt(self, prompt: list[Message], tools: list[Any] | None) -> bool:
         """Return whether the store has several answers to this prompt."""
-        column = ANSWERS.c.tools
+        column = RESPONSES.c.tools
         same_tools = column.is_(None) if tools is None else column == as_json(scrubbed(tools))
-        same_prompt = ANSWERS.c.prompt == as_json(scrubbed(prompt))
-        query = sa.select(ANSWERS.c.id).where(HAS_CHOICES, same_prompt, same_tools)
+        same_prompt = RESPONSES.c.prompt == as_json(scrubbed(prompt))
+        query = sa.select(RESPONSES.c.id).where(HAS_CHOICES, same_prompt, same_tools)
         return self.first(query) is not None
 
     def item(self, id: int, rater: str) -> RankingItem:
         """Return the item with this id. The display order depends on the store's seed, the rater
         and the item.
         """
-        row = self.first(ANSWERS.select().where(HAS_CHOICES, ANSWERS.c.id == id))
+        row = self.first(RESPONSES.select().where(HAS_CHOICES, RESPONSES.c.id == id))
         if row is None:
             raise InputError(f"item: expected one of the store, got {id}")
         response = read_response(row, self.name)
@@ -233,20 +233,24 @@ class RankingStore(FeedbackStore):
         skipped; or, with ``skipped``, that the rater skipped. None: there is none.
         """
         f = FEEDBACK.c
-        by_rater = f.response_id == ANSWERS.c.response_id, f.rater == rater, f.ranking.is_not(None)
+        by_rater = (
+            f.response_id == RESPONSES.c.response_id,
+            f.rater == rater,
+            f.ranking.is_not(None),
+        )
         # one look-up per item, so that a call does not read the last feedback of all items
         last = (
             sa.select(f.ranking).where(*by_rater).order_by(f.id.desc()).limit(1).scalar_subquery()
         )
         state = last == SKIPPED if skipped else last.is_(None)
-        query = sa.select(ANSWERS.c.id).where(HAS_CHOICES, ANSWERS.c.id > after, state)
-        row = self.first(query.order_by(ANSWERS.c.id))
+        query = sa.select(RESPONSES.c.id).where(HAS_CHOICES, RESPONSES.c.id > after, state)
+        row = self.first(query.order_by(RESPONSES.c.id))
         return None if row is None else self.item(row.id, rater)
 
     def progress(self, rater: str) -> tuple[RaterCounts, int]:
         """Return (the counts of the rater, the number of items)."""
         check_rater(rater)
-        (total,) = self.first(sa.select(sa.func.count(ANSWERS.c.id)).where(HAS_CHOICES))
+        (total,) = self.first(sa.select(sa.func.count(RESPONSES.c.id)).where(HAS_CHOICES))
         return self.raters(rater).get(rater, RaterCounts()), total
 
     # ---- feedback
@@ -348,7 +352,7 @@ class RankingStore(FeedbackStore):
         for row in self.all(_last(kind, rater)):
             feedback = read_feedback(row, self.name)
             by_response.setdefault(feedback.response_id or "", []).append(feedback)
-        for id, response in self.answers().items():
+        for id, response in self.responses().items():
             size = len(response.choices)
             for feedback in sorted(
                 by_response.get(id, ()), key=lambda o: (o.rater or "", o.choice)

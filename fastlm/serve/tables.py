@@ -1,16 +1,16 @@
-"""The tables of the feedback database.
+"""Define the tables of the feedback database.
 
-`fastlm_measures` has numbers about every answer, whether or not its user consents to keep its text:
-`fastlm.serve.monitor` writes and reads them. Those of a canary have no text either: which model
-gave which answer, and what became of each conversation.
+`fastlm_measures` has numbers about every answer, with or without consent to store its text;
+`fastlm.serve.monitor` writes and reads them. The tables of a canary have no text either: they say
+which model gave which answer, and the outcome of each conversation.
 """
 
 import sqlalchemy as sa
 
-LOCK = 0x666173746C6D  # PostgreSQL's advisory lock of this program: "fastlm"
+LOCK = 0x666173746C6D  # key of PostgreSQL's advisory lock: "fastlm"
 metadata = sa.MetaData()
-ANSWERS = sa.Table(
-    "fastlm_answers",
+RESPONSES = sa.Table(
+    "fastlm_responses",
     metadata,
     sa.Column("id", sa.Integer, primary_key=True),
     sa.Column("response_id", sa.String(128), nullable=False, unique=True),
@@ -53,18 +53,18 @@ MEASURES = sa.Table(
     metadata,
     sa.Column("id", sa.Integer, primary_key=True),
     sa.Column("response_id", sa.String(128), index=True),
-    sa.Column("conversation_id", sa.String(128), index=True),  # with consent alone
+    sa.Column("conversation_id", sa.String(128), index=True),  # only with consent
     sa.Column("choice", sa.Integer, nullable=False),
     sa.Column("model", sa.String(256), nullable=False),
     sa.Column("at", sa.Float, nullable=False, index=True),  # seconds since 1970, at its end
-    sa.Column("status", sa.Integer, nullable=False),  # HTTP's; 499: the client went away
+    sa.Column("status", sa.Integer, nullable=False),  # HTTP status; 499: the client disconnected
     sa.Column("finish_reason", sa.String(16)),
     sa.Column("queue_seconds", sa.Float),
     sa.Column("first_token_seconds", sa.Float),
     sa.Column("seconds", sa.Float),
     sa.Column("prompt_tokens", sa.Integer),
     sa.Column("new_tokens", sa.Integer),
-    sa.Column("refusal", sa.Float),  # scores of the judge that is named beside
+    sa.Column("refusal", sa.Float),  # scores of the judge in the next column
     sa.Column("refusal_judge", sa.String(64)),
     sa.Column("toxicity", sa.Float),
     sa.Column("toxicity_judge", sa.String(64)),
@@ -103,14 +103,16 @@ CANARY_OUTCOMES = sa.Table(
 
 
 def create_missing(engine: sa.Engine) -> None:
-    """Create tables that are missing. Servers that start at the same time wait for each other."""
+    """Create missing tables. Servers that start at the same time wait for each other."""
     if engine.dialect.name != "sqlite":
         with engine.begin() as connection:
             connection.exec_driver_sql(f"SELECT pg_advisory_xact_lock({LOCK})")
             metadata.create_all(connection)
         return
     with engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
-        connection.exec_driver_sql("BEGIN IMMEDIATE")  # else it begins with the first write
+        connection.exec_driver_sql(
+            "BEGIN IMMEDIATE"
+        )  # otherwise the transaction starts at the first write
         try:
             metadata.create_all(connection)
             connection.exec_driver_sql("COMMIT")

@@ -43,10 +43,12 @@ def test_a_reader_that_keeps_the_text_in_the_log_is_told(tmp_path, monkeypatch):
 
     with FeedbackStore(path) as store:
         said = [{"role": "user", "content": "Nobody knows"}]
-        store.keep(StoredResponse("r1", "tiny", said, [[{"role": "assistant", "content": "Yes"}]]))
+        store.add_response(
+            StoredResponse("r1", "tiny", said, [[{"role": "assistant", "content": "Yes"}]])
+        )
         reader = sqlite3.connect(path, isolation_level=None)
         reader.execute("begin")
-        reader.execute("select * from fastlm_answers").fetchall()
+        reader.execute("select * from fastlm_responses").fetchall()
         with pytest.raises(InputError, match="another process reads: forget it again"):
             store.forget("r1")
         assert left()
@@ -58,9 +60,11 @@ def test_a_reader_that_keeps_the_text_in_the_log_is_told(tmp_path, monkeypatch):
 def filled(store):
     """Two answers to one prompt, one to another, and feedback about them."""
     texts = [[{"role": "assistant", "content": text}] for text in ("Better", "Worse")]
-    store.keep(StoredResponse("r1", "tiny", PROMPT, texts, conversation_id="talk"))
+    store.add_response(StoredResponse("r1", "tiny", PROMPT, texts, conversation_id="talk"))
     other = [{"role": "user", "content": "What?"}]
-    store.keep(StoredResponse("r2", "tiny", other, [[{"role": "assistant", "content": "Wrong"}]]))
+    store.add_response(
+        StoredResponse("r2", "tiny", other, [[{"role": "assistant", "content": "Wrong"}]])
+    )
     for feedback in (
         Feedback("r1", choice=1, preferred_over=(("r1", 0),), rater="ann"),
         Feedback("r1", choice=0, preferred_over=(("r1", 1),), rater="ann"),  # the other, after all
@@ -85,10 +89,10 @@ def built(database_url, out):
 
 def test_rows_to_train_on(database_url, tmp_path):
     with filled(FeedbackStore(database_url)) as store:
-        kept = store.answers()
+        kept = store.responses()
         assert kept["r1"].prompt == CLEAN and kept["r1"].conversation_id == "talk"
         assert store.all_feedback()[4].comment == "Mail <EMAIL>"
-        assert store.counts()["answers"] == 2 and store.counts()["thumb"] == 6
+        assert store.counts()["responses"] == 2 and store.counts()["thumb"] == 6
 
         done = built(database_url, tmp_path)
         pairs = list(read_preferences([str(tmp_path / "train/preferences.jsonl")], cache=tmp_path))
@@ -130,13 +134,15 @@ def test_what_was_forgotten_is_not_stored_again(database_url, monkeypatch):
         Feedback("r9", "talk", thumb="down"),
     )  # fmt: skip
     with FeedbackStore(database_url) as store:
-        store.keep(answer)
+        store.add_response(answer)
         assert store.add(about[0]) == 1
         assert store.forget("talk") == 2
-        assert [store.add(feedback) for feedback in about] == [None] * 4 and not store.keep(answer)
+        assert [store.add(feedback) for feedback in about] == [None] * 4 and not store.add_response(
+            answer
+        )
         assert not store.all_feedback() and store.add(Feedback("r2", "other", thumb="up"))
         # forgotten by another process in the middle
-        blocked, asked = store._blocked, []
+        blocked, asked = store._is_forgotten, []
 
         def late(feedback):
             asked.append(feedback)
@@ -145,7 +151,7 @@ def test_what_was_forgotten_is_not_stored_again(database_url, monkeypatch):
                     other.forget("r3")
             return blocked(feedback)
 
-        monkeypatch.setattr(store, "_blocked", late)
+        monkeypatch.setattr(store, "_is_forgotten", late)
         assert store.add(Feedback("r3", thumb="up")) is None
         assert [feedback.response_id for feedback in store.all_feedback()] == ["r2"]
 
@@ -154,9 +160,9 @@ def test_a_conversation_takes_no_answer_of_another_along(database_url):
     """Feedback names the victim's answer and the attacker's conversation, who then withdraws."""
     said = [[{"role": "assistant", "content": "Yes"}]]
     with FeedbackStore(database_url) as store:
-        store.keep(StoredResponse("victims", "tiny", PROMPT, said, None, "theirs"))
-        store.keep(StoredResponse("alone", "tiny", PROMPT, said))
-        store.keep(StoredResponse("mine", "tiny", PROMPT, said, None, "talk"))
+        store.add_response(StoredResponse("victims", "tiny", PROMPT, said, None, "theirs"))
+        store.add_response(StoredResponse("alone", "tiny", PROMPT, said))
+        store.add_response(StoredResponse("mine", "tiny", PROMPT, said, None, "talk"))
         for response in ("victims", "alone", "mine", "unknown"):
             store.add(Feedback(response, "talk", thumb="down"))
             store.add(Feedback(response, thumb="up"))
@@ -165,7 +171,7 @@ def test_a_conversation_takes_no_answer_of_another_along(database_url):
         assert store.parse_conversation("unknown") is None
         # the attacker's four feedback rows; the answer of the conversation, and what is unknown
         assert store.forget("talk") == 4 + 2 + 1
-        assert set(store.answers()) == {"victims", "alone"}
+        assert set(store.responses()) == {"victims", "alone"}
         assert [(o.response_id, o.thumb) for o in store.all_feedback()] == [
             ("victims", "up"), ("alone", "up"),
         ]  # fmt: skip
@@ -177,14 +183,14 @@ def test_several_servers_write_at_once(database_url):
 
         def write(i):
             (one, other)[i % 2].add(Feedback(f"r{i}", thumb="up"))
-            (one, other)[i % 2].keep(StoredResponse("same", "tiny", PROMPT, []))
+            (one, other)[i % 2].add_response(StoredResponse("same", "tiny", PROMPT, []))
 
         with ThreadPoolExecutor(8) as pool:
             list(pool.map(write, range(60)))
         assert sorted(o.response_id for o in one.all_feedback()) == sorted(
             f"r{i}" for i in range(60)
         )
-        assert len(other.answers()) == 1
+        assert len(other.responses()) == 1
 
 
 def test_several_servers_start_with_a_new_database(database_url):
@@ -237,7 +243,7 @@ def test_an_opinion_is_stored_where_what_is_kept_cannot_be_read(tmp_path, monkey
         def fails(*ids):
             raise InputError("the database is locked")
 
-        monkeypatch.setattr(store, "keeps", fails)
+        monkeypatch.setattr(store, "has_text", fails)
         response = ask(url, {"response_id": "r1", "thumb": "up"}, "/v1/feedback")
         assert response.status_code == 200 and response.json()["text_stored"] is None
         (feedback,) = store.all_feedback()
@@ -253,7 +259,7 @@ def test_over_http(database_url):
         talk = {"messages": [{"role": "user", "content": "I am ann@mail.org"}]}
         asked = {"model": "tiny", **talk, "max_tokens": 6, "temperature": 0}
         first, second = (ask(url, asked).json() for _ in range(2))
-        assert first["id"] != second["id"] and not store.answers()
+        assert first["id"] != second["id"] and not store.responses()
 
         def give(status=200, **fields):
             response = ask(url, fields, "/v1/feedback")
@@ -262,7 +268,7 @@ def test_over_http(database_url):
 
         made = give(response_id=first["id"], thumb="up", comment="I am ann@mail.org", rater="ann")
         assert made["text_stored"] is False and store.all_feedback()[0].comment == "I am <EMAIL>"
-        assert not store.answers()  # still nobody consented
+        assert not store.responses()  # still nobody consented
         said = first["choices"][0]["message"]["content"]
         consent = {"consent": True, **talk, "choices": [said]}
         late = give(response_id=first["id"], corrected="Better", conversation=consent)
@@ -276,7 +282,7 @@ def test_over_http(database_url):
         assert give(response_id=asked_to["id"], thumb="up")["text_stored"] is True
         assert give(conversation_id="talk", comment="Fine")["text_stored"] is True
         assert give(conversation_id="other", comment="Fine")["text_stored"] is False
-        kept = store.answers()[first["id"]]
+        kept = store.responses()[first["id"]]
         assert kept.prompt[0]["content"] == "I am <EMAIL>" and kept.choices[0][0]["content"] == said
         over = [{"response_id": second["id"]}, {"choice": 1}]
         give(response_id=first["id"], preferred_over=over)
@@ -320,7 +326,9 @@ def test_over_http(database_url):
         give(response_id=asked_to["id"], conversation_id="talk", thumb="up")
         store.forget("talk")
         gone = give(response_id=asked_to["id"], comment="I am back")
-        assert gone["id"] is None and gone["text_stored"] is False and not store.keeps(None, "talk")
+        assert (
+            gone["id"] is None and gone["text_stored"] is False and not store.has_text(None, "talk")
+        )
         assert (
             server.metrics.text().decode().count('fastlm_feedback_total{kind="comment"} 3.0') == 1
         )
@@ -382,7 +390,7 @@ def test_a_full_disk_costs_the_conversation_but_not_the_answer(tmp_path, capfd):
     assert [line["stored"] for line in lines if "stored" in line] == [False] * 2
 
 
-ANSWER, FEEDBACK = "fastlm_answers 'r1': ", "fastlm_feedback 1: "
+ANSWER, FEEDBACK = "fastlm_responses 'r1': ", "fastlm_feedback 1: "
 DEEP = "[" * 5000
 HOSTILE = [
     ("answers", "prompt", "{", ANSWER + "prompt:1: expected JSON, got: EOF"),
@@ -408,7 +416,7 @@ HOSTILE = [
     ("answers", "choices", "{}", ANSWER + "choices: expected an array"),
     ("answers", "tools", "7", ANSWER + "tools: expected an array"),
     ("answers", "model", b"x", ANSWER + "model: expected a string"),
-    ("answers", "response_id", b"r1", "fastlm_answers b'r1': response_id: expected a string"),
+    ("answers", "response_id", b"r1", "fastlm_responses b'r1': response_id: expected a string"),
     ("feedback", "choice", "x", FEEDBACK + "choice: expected a whole number, got 'x'"),
     ("feedback", "choice", -1, FEEDBACK + "choice: expected 0 or more, got -1"),
     ("feedback", "thumb", "left", FEEDBACK + "thumb: expected up or down, got 'left'"),
@@ -439,8 +447,10 @@ def small(tmp_path_factory):
     """A closed database with one answer and one feedback."""
     base = tmp_path_factory.mktemp("small") / "f.sqlite"
     with FeedbackStore(base) as store:
-        store.declare([STARS])
-        store.keep(StoredResponse("r1", "tiny", PROMPT, [[{"role": "assistant", "content": "Hi"}]]))
+        store.declare_ratings([STARS])
+        store.add_response(
+            StoredResponse("r1", "tiny", PROMPT, [[{"role": "assistant", "content": "Hi"}]])
+        )
         store.add(Feedback("r1", thumb="up", corrected="Hello", metrics=(("stars", 4.0),)))
     return base
 
@@ -455,7 +465,7 @@ def test_databases_of_strangers(small, tmp_path, table, column, value, message):
             assert read_items(base, tmp_path)
             return
         with pytest.raises(InputError, match=rf"f\.sqlite: {message}") as raised:
-            store.answers(), store.all_feedback(), store.ratings()
+            store.responses(), store.all_feedback(), store.ratings()
         assert "\n" not in str(raised.value) and len(str(raised.value)) < 1001
         with pytest.raises(InputError, match=message):
             read_items(base, tmp_path)
@@ -563,10 +573,10 @@ def test_numbers_by_name(database_url):
         text = server.metrics.text().decode()
         assert 'fastlm_feedback_total{kind="metrics"} 3.0' in text
     with FeedbackStore(database_url) as store:  # what the numbers mean does not change
-        store.declare([STARS])
+        store.declare_ratings([STARS])
         changed = Rating("stars", "number", "lower", low=1, high=5)
         with pytest.raises(InputError, match=r"metric stars: better: expected 'higher'"):
-            store.declare([changed])
+            store.declare_ratings([changed])
         assert store.ratings() == [SOLVED, STARS]
 
 
@@ -608,7 +618,7 @@ def test_feedback_comes_early_late_and_about_conversations(database_url):
     model count."""
     now = time.time()
     with FeedbackStore(database_url) as store:
-        store.declare([STARS, SOLVED])
+        store.declare_ratings([STARS, SOLVED])
         store.add(Feedback("early", thumb="up", metrics=(("stars", 5.0),)))
         assert read_feedback_rows(store, now - 60, now + 60)[0].model == ""  # no answer yet
         row = dict.fromkeys(c.name for c in MEASURES.columns if c.name != "id")

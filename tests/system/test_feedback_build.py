@@ -45,7 +45,7 @@ def asked(text):
 
 
 def kept(store, id, prompt, *answers):
-    store.keep(
+    store.add_response(
         StoredResponse(
             id, "tiny", asked(prompt), [[{"role": "assistant", "content": a}] for a in answers]
         )
@@ -478,7 +478,7 @@ def test_what_a_number_means_is_part_of_what_is_read(tmp_path):
         path.unlink(missing_ok=True)
         with FeedbackStore(path) as opened:
             kept(opened, "r1", "What is tea?", "A drink.")
-            opened.declare([Rating("stars", "number", better, high=5.0)])
+            opened.declare_ratings([Rating("stars", "number", better, high=5.0)])
         digests.add(_digest(str(path)))
     assert len(digests) == 2
 

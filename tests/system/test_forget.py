@@ -245,7 +245,7 @@ def message_contents(*answers):
 
 def filled(where):
     store = FeedbackStore(where)
-    store.keep(
+    store.add_response(
         StoredResponse(
             "r1",
             "m",
@@ -255,7 +255,7 @@ def filled(where):
             "talk",
         )
     )
-    store.keep(
+    store.add_response(
         StoredResponse("r2", "m", talk("Open two?"), message_contents("Better two", "Worse two"))
     )
     for id in ("r1", "r2"):
@@ -286,8 +286,10 @@ def test_withdrawn_consent_reaches_what_was_exported(tmp_path):
         kept = list(read_conversations([str(rows / "sft.jsonl")], cache=tmp_path))
         assert "provenance" not in kept[0].to_row()
         assert store.forget("talk") == 4
-        assert not store.keep(StoredResponse("r1", "m", talk("Secret one?"), message_contents("x")))
-        assert not store.keep(
+        assert not store.add_response(
+            StoredResponse("r1", "m", talk("Secret one?"), message_contents("x"))
+        )
+        assert not store.add_response(
             StoredResponse("r9", "m", talk("Secret?"), message_contents("x"), None, "talk")
         )
         built(base, tmp_path / "new")
@@ -314,7 +316,7 @@ def test_withdrawn_consent_reaches_what_was_exported(tmp_path):
     assert "removed 1 responses or conversations" in done.stdout
     assert not list(lines(rows / "sft.jsonl"))
     with FeedbackStore(base) as store:
-        assert not store.answers() and response_key("r2") in store.withdrawn_keys()
+        assert not store.responses() and response_key("r2") in store.withdrawn_keys()
 
 
 def lines(path: Path):

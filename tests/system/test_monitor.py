@@ -101,7 +101,7 @@ def test_every_answer_is_measured_without_its_text(tiny, database_url):
             values = [value for value in row.values() if isinstance(value, str | bytes)]
             assert not any(SECRET.encode() in str(value).encode() for value in values)
         with store.write() as connection:  # nobody consented to the first
-            connection.exec_driver_sql("DELETE FROM fastlm_answers")
+            connection.exec_driver_sql("DELETE FROM fastlm_responses")
         if database_url.endswith(".sqlite"):
             with store.read() as connection:
                 dump = "".join(connection.connection.dbapi_connection.iterdump())

@@ -316,7 +316,7 @@ def test_rankings_are_feedback(database_url, tmp_path) -> None:
     with RankingStore(database_url) as store:
         store.add_items(read_ranking_examples([file], cache=tmp_path))
         prompt, texts = [{"role": "user", "content": "Served?"}], ("Yes", "No", "So")
-        store.keep(
+        store.add_response(
             StoredResponse(
                 "r1", "m", prompt, [[{"role": "assistant", "content": text}] for text in texts]
             )
@@ -367,7 +367,7 @@ def test_files_that_are_no_store(tmp_path) -> None:
     path.unlink()
     filled(tmp_path, *map(prompt_row, range(50)), name="x.sqlite").close()
     with sqlite3.connect(path) as other:
-        other.execute("UPDATE fastlm_answers SET choices = '[' WHERE id = 1")
+        other.execute("UPDATE fastlm_responses SET choices = '[' WHERE id = 1")
     other.close()
     assert "choices:1: expected JSON" in refused(*judge)
     data = bytearray(path.read_bytes())

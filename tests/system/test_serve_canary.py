@@ -414,7 +414,7 @@ def test_forgotten_responses_count_without_ids(models, tmp_path):
         late = StoredResponse(
             "late", "tiny", [{"role": "user", "content": "secret"}], [[]], None, "talk-2"
         )
-        blocked, blocked_results = store._blocked, []
+        blocked, blocked_results = store._is_forgotten, []
 
         def look(answer):
             blocked_results.append(blocked(answer))
@@ -423,8 +423,8 @@ def test_forgotten_responses_count_without_ids(models, tmp_path):
             return blocked_results[-1]
 
         store.add(Feedback("late", "talk-2", thumb="up"))
-        store._blocked = look
-        assert not store.keep(late) and "secret" not in all_rows(store)
+        store._is_forgotten = look
+        assert not store.add_response(late) and "secret" not in all_rows(store)
         assert blocked_results == [False, True]
 
 

@@ -676,14 +676,14 @@ def _(api):
 
 @case("store", "conversation_id")
 def _(api):
-    before = len(api.server.store.answers())
+    before = len(api.server.store.responses())
     api.answer()
-    assert len(api.server.store.answers()) == before  # there is no consent
+    assert len(api.server.store.responses()) == before  # there is no consent
     completion = api.answer(
         store=True, conversation_id="talk-1", n=2,
         messages=[{"role": "user", "content": "I am ann@mail.org"}],
     )  # fmt: skip
-    stored = api.server.store.answers()[completion["id"]]
+    stored = api.server.store.responses()[completion["id"]]
     assert stored.prompt == [{"role": "user", "content": "I am <EMAIL>"}]
     contents = [choice["message"]["content"] for choice in completion["choices"]]
     assert [

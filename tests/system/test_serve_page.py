@@ -146,13 +146,13 @@ def test_chat(opened, tiny, tmp_path):
         assert first.locator("pre").inner_text() == "code <b>\n"
         assert page.locator("img").count() == 0 and page.evaluate("window.hacked") is None
 
-        consent = page.get_by_label("Keep my conversations")
+        consent = page.get_by_label("Store my conversations")
         assert consent.is_visible() and not consent.is_checked()  # no settings to open
         box, line = (page.locator(one).bounding_box() for one in ("#text", "#consent-label"))
         assert line["y"] - (box["y"] + box["height"]) >= 4  # the outline of the focus is beside it
         good, bad = (page.get_by_role("button", name=f"{one} answer") for one in ("Good", "Bad"))
         good.click()
-        status(page, "stored; the text of the answer is not kept, since nobody consented")
+        status(page, "stored; the text of the answer is not stored, since there is no consent")
         assert good.get_attribute("aria-pressed") == "true"
         assert bad.get_attribute("aria-pressed") == "false"
         page.get_by_role("button", name="More about this answer").focus()
@@ -168,7 +168,7 @@ def test_chat(opened, tiny, tmp_path):
         says(page.locator(".assistant .text").first, "What it should be")
         thumb, comment, corrected = store.all_feedback()
         assert (thumb.thumb, comment.comment) == ("up", "Write to <EMAIL>")
-        assert corrected.corrected == "What it should be" and not store.answers()
+        assert corrected.corrected == "What it should be" and not store.responses()
 
         page.get_by_role("button", name="Regenerate").click()
         page.get_by_text("Second").wait_for()
@@ -193,7 +193,7 @@ def test_chat(opened, tiny, tmp_path):
         status(page, "stored, with the conversation")
         picked = store.all_feedback()[-1]
         assert picked.choice == 1 and picked.preferred_over == ((picked.response_id, 0),)
-        kept = store.answers()[picked.response_id]
+        kept = store.responses()[picked.response_id]
         assert [m["role"] for m in kept.prompt] == ["system", "user", "assistant", "user"]
         assert [c[0]["content"] for c in kept.choices] == ["Fourth", "Fifth"]
         assert page.evaluate(NAMELESS) == [] and wrong == []
@@ -223,7 +223,7 @@ def test_markdown(opened, tiny):
         page.evaluate("async () => { window.markdown = await import('/page/markdown.js'); }")
         assert {text: page.evaluate(AS_HTML, text) for text in EXAMPLES} == EXAMPLES
 
-        took = "async (given) => (await import('/page/common.js')).took(...given)"
+        took = "async (given) => (await import('/page/common.js')).timing(...given)"
         assert page.evaluate(took, [19, 1, 0.03, 0.02]) == "19 tokens in 0.0 s"  # no rate: too few
         assert page.evaluate(took, [400, 1, 0.9, 0.8]) == "400 tokens in 0.9 s"  # in too short
         assert page.evaluate(took, [402, 2, 4.26, 4]) == "402 tokens in 4.3 s, 100.0 tokens/s"
@@ -265,18 +265,18 @@ def test_consent_after_the_answer(opened, tiny, tmp_path):
         status(page, "tokens? in")
         bodies = []
         page.on("request", lambda request: bodies.append(request.post_data or ""))
-        page.get_by_label("Keep my conversations").check()
+        page.get_by_label("Store my conversations").check()
         page.get_by_role("button", name="Good answer").click()
         status(page, "stored, with the conversation")
-        (kept,) = store.answers().values()
+        (kept,) = store.responses().values()
         assert kept.choices == [[{"role": "assistant", "content": "An answer"}]]
         store.forget(kept.response_id)
         page.get_by_role("button", name="Bad answer").click()
-        status(page, "not kept, since its consent was withdrawn")
+        status(page, "not stored, since its consent was withdrawn")
         page.get_by_role("button", name="Good answer").click()
-        status(page, "not kept, since its consent was withdrawn")
+        status(page, "not stored, since its consent was withdrawn")
         assert ["An answer" in body for body in bodies] == [True, False, False]  # sent once
-        assert not store.answers() and wrong == []
+        assert not store.responses() and wrong == []
 
 
 def test_numbers_for_an_answer(opened, tiny, tmp_path):
@@ -313,7 +313,7 @@ def test_an_answer_belongs_to_its_conversation(opened, tiny, tmp_path):
     ):
         script(server, "old " * 40, "new " * 20, "again " * 20)
         page, wrong = opened(url)
-        page.get_by_label("Keep my conversations").check()
+        page.get_by_label("Store my conversations").check()
         send(page, "First")
         page.get_by_text("old old").wait_for()
         page.get_by_role("button", name="New").click()  # while it is written
@@ -322,14 +322,14 @@ def test_an_answer_belongs_to_its_conversation(opened, tiny, tmp_path):
         status(page, "tokens? in")
         articles = page.get_by_role("article").all_inner_texts()
         assert len(articles) == 2 and "old" not in "".join(articles)
-        (kept,) = store.answers().values()
+        (kept,) = store.responses().values()
         assert [m["content"] for m in kept.prompt] == ["Second"]
 
         page.get_by_role("button", name="Regenerate").click()
         page.get_by_text("again again").wait_for()
         page.get_by_text("new new").wait_for()  # stays until the other one is whole
         page.keyboard.press("Escape")
-        status(page, "stopped; the answer before it stays")
+        status(page, "stopped; the previous answer stays")
         assert page.get_by_role("article").count() == 2
         page.get_by_text("new new").wait_for()
         assert page.evaluate("document.activeElement.id") == "text" and wrong == []
@@ -340,11 +340,11 @@ def test_an_answer_that_is_not_complete(opened, tiny):
         script(server, "word " * 60, "word " * 60)
         page, _ = opened(url)
         page.get_by_role("button", name="Settings").click()
-        page.get_by_label("Longest answer").fill("10")
+        page.get_by_label("Maximum answer length").fill("10")
         send(page, "Hi")
-        page.get_by_text("Cut at 10 tokens").wait_for()
+        page.get_by_text("Truncated at 10 tokens").wait_for()
         page.get_by_role("button", name="Answer again with twice as many").click()
-        page.get_by_text("Cut at 20 tokens").wait_for()
+        page.get_by_text("Truncated at 20 tokens").wait_for()
         assert page.get_by_role("article", name="Answer").count() == 1
         half = {"index": 0, "delta": {"content": "Half"}}
         page.route(
@@ -355,7 +355,7 @@ def test_an_answer_that_is_not_complete(opened, tiny):
             ),
         )
         send(page, "And now?")
-        status(page, "the answer broke off")
+        status(page, "the answer is incomplete")
 
 
 def test_a_conversation_longer_than_the_context(opened, tiny):
@@ -366,7 +366,7 @@ def test_a_conversation_longer_than_the_context(opened, tiny):
         script(server, "One", "Two", "Three", "Three again")
         page, _ = opened(url)
         page.get_by_role("button", name="Settings").click()
-        page.get_by_label("Longest answer").fill("60")
+        page.get_by_label("Maximum answer length").fill("60")
         for number, said in (("1", "One"), ("2", "Two")):
             send(page, number + text)
             page.get_by_text(said, exact=True).wait_for()
@@ -483,7 +483,7 @@ def test_conversations_are_kept_in_the_browser(opened, tiny):
         page.get_by_role("menuitem", name="Correct").click()
         page.locator("form.box textarea").fill("longer " * 100)
         page.keyboard.press("Control+Enter")
-        status(page, "Not kept: this browser's storage is full")
+        status(page, "Not stored: this browser's storage is full")
         page.evaluate("localStorage.removeItem('full')")
 
         questions = []
@@ -593,7 +593,7 @@ def test_rank(opened, tiny, tmp_path):
             page.keyboard.press("Control+Enter")
             page.get_by_text(f"{rater}: 1 of 2 ranked").wait_for()
             page.keyboard.press("s")
-            status(page, "Nothing left to rank")
+            status(page, "There is nothing left to rank")
         page.get_by_text("Krippendorff's alpha (ordinal)").wait_for()
         page.get_by_role("button", name="Start").click()
         assert page.evaluate("window.hacked") is None and page.locator("img").count() == 0

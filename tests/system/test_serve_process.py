@@ -177,7 +177,7 @@ def test_a_kill_loses_nothing_acknowledged(folder, database_url):
     with FeedbackStore(database_url) as store:
         stored = {feedback.response_id for feedback in store.all_feedback()}
         stored_contents = {
-            id: answer.choices[0][0]["content"] for id, answer in store.answers().items()
+            id: answer.choices[0][0]["content"] for id, answer in store.responses().items()
         }
     assert set(acknowledged) <= stored
     assert contents == {id: stored_contents.get(id) for id in contents}

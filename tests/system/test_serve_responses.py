@@ -185,7 +185,7 @@ def _(api):
         store=True, conversation_id="talk-2", instructions="Be kind", input="I am ann@mail.org"
     )
     assert first["store"] is True
-    stored = api.server.store.answer(first["id"])
+    stored = api.server.store.response(first["id"])
     assert stored.prompt[1]["content"] == "I am <EMAIL>" and stored.conversation_id == "talk-2"
     answer = first["output"][0]["content"][0]["text"]
     continuation = api.answer(previous_response_id=first["id"], input="And I?")
@@ -202,9 +202,9 @@ def _(api):
     start = api.answer(store=True, input="My secret")
     second = api.answer(store=True, previous_response_id=start["id"], input="And now?")
     third = api.answer(store=True, previous_response_id=second["id"], input="And then?")
-    assert api.server.store.answer(third["id"]).conversation_id == start["id"]
+    assert api.server.store.response(third["id"]).conversation_id == start["id"]
     api.server.store.forget(start["id"])  # its continuations contain it
-    assert api.server.store.answer(second["id"]) is api.server.store.answer(third["id"]) is None
+    assert api.server.store.response(second["id"]) is api.server.store.response(third["id"]) is None
     api.expect_error("store", store="yes")
     api.expect_error("conversation_id", conversation_id="talk-2")
     with pytest.raises(ApiError, match="stores no conversations"):

@@ -146,7 +146,7 @@ kind = "feedback"
     )
     with FeedbackStore(database) as store:
         counts = store.counts()
-        assert counts["answers"] == told["consents"] < 24
+        assert counts["responses"] == told["consents"] < 24
         assert len({one.rater for one in store.all_feedback()}) == 6
     assert counts["corrected"] == told["feedback_counts"]["correction"]
     assert rows["train"]["preferences"] > 5 and rows["train"]["kto"] > 5
@@ -175,7 +175,7 @@ def test_killed_and_run_again_it_ends_right(made, tmp_path):
     given = {"model": made / "model", "reward_model": made / "rewards"}
     again = stage(tmp_path, **given)
     with FeedbackStore(tmp_path / DATABASE) as store:
-        assert store.counts()["answers"] == again["consents"]  # nothing of the first start
+        assert store.counts()["responses"] == again["consents"]  # nothing of the first start
         feedback = [(one.rater, one.thumb, one.corrected) for one in store.all_feedback()]
     assert len(feedback) == sum(again["feedback_counts"].values())
     # what a server of its own says depends on seeds alone

@@ -69,11 +69,11 @@ class MonitorConfig:
 
 
 class Monitor:
-    """The monitor of a server. InputError: as `FeedbackStore.declare`."""
+    """The monitor of a server. InputError: as `FeedbackStore.declare_ratings`."""
 
     def __init__(self, store: "FeedbackStore", config: MonitorConfig) -> None:
         self.store, self.config = store, config
-        store.declare(config.ratings)
+        store.declare_ratings(config.ratings)
         self.recorder = Recorder(
             store,
             config.judges,

@@ -1,46 +1,46 @@
-// The chat page: a conversation with the model. Conversations are kept in the browser (conversations.js).
+// The chat page: a conversation with the model. The browser stores conversations (conversations.js).
 
-import { $, ask, button, copy, el, iconButton, menu, randomId, say, themes, took, write } from "./common.js";
+import { $, ask, button, copy, el, iconButton, menu, randomId, say, themes, timing, askText } from "./common.js";
 import { idOf, list, load, remove, save, titleOf } from "./conversations.js";
-import { numbers, sendFeedback } from "./feedback.js";
+import { askNumbers, sendFeedback } from "./feedback.js";
 import { show } from "./markdown.js";
 
-const KEPT = ["system", "temperature", "top_p", "max_tokens"]; // settings that a reload keeps
+const STORED_SETTINGS = ["system", "temperature", "top_p", "max_tokens"];
 let model = { id: "", fastlm: {} };
-let conversation; // {id, title, updated, turns: [{role, content, node, id, choice, texts, ends, sent, seen, tokens, thumb}]}
-let running = null; // AbortController of the answer that is written
-let troubled = false; // the status says why the model is not known
-let pending = null; // two answers of which none is picked yet
+let conversation; // {id, title, updated, turns: [{role, content, node, id, choice, texts, ends, sent, prompt, tokens, thumb}]}
+let running = null; // AbortController of the running answer
+let hasError = false; // the status has the reason why the model is unknown
+let pending = null; // two answers, none of which is picked yet
 
-const see = (node) => node.scrollIntoView({ block: "end" });
+const scrollTo = (node) => node.scrollIntoView({ block: "end" });
 const number = (id) => ($(id).value === "" ? undefined : Number($(id).value));
-const address = () => location.hash.slice(1);
+const idInAddress = () => location.hash.slice(1);
 
 async function start() {
   themes("theme");
-  for (const id of KEPT) {
+  for (const id of STORED_SETTINGS) {
     $(id).value = localStorage.getItem(id) ?? $(id).value;
     $(id).onchange = () => localStorage.setItem(id, $(id).value);
   }
   $("key").value = sessionStorage.getItem("key") ?? "";
   $("key").onchange = () => { sessionStorage.setItem("key", $("key").value); describe(); };
-  open(address());
+  open(idInAddress());
   await describe();
 }
 
-/** Ask what the model is. Whether the server said so. */
+/** Read the model from the server; return whether that worked. */
 async function describe() {
   try {
     model = (await (await ask("/v1/models")).json()).data[0];
     $("model").textContent = model.id;
     $("consent-label").hidden = !model.fastlm.feedback;
     if (!model.fastlm.chat) say("This model has no chat template: it cannot chat.");
-    else if (troubled) say("");
-    troubled = false;
-    draw(); // answers of before have their buttons now
+    else if (hasError) say("");
+    hasError = false;
+    draw(); // now earlier answers have their buttons
     return true;
   } catch (error) {
-    troubled = true;
+    hasError = true;
     say(error.message, ...retry(error, describe));
     return false;
   }
@@ -57,26 +57,26 @@ function messages(until = conversation.turns.length) {
 }
 
 function body(n, until) {
-  const consented = $("consent").checked && !$("consent-label").hidden;
+  const hasConsent = $("consent").checked && !$("consent-label").hidden;
   return {
     model: model.id, messages: messages(until), n, stream: true,
     stream_options: { include_usage: true }, temperature: number("temperature"),
     top_p: number("top_p"), max_tokens: number("max_tokens"), seed: number("seed"),
-    ...(consented ? { store: true, conversation_id: conversation.id } : {}),
+    ...(hasConsent ? { store: true, conversation_id: conversation.id } : {}),
   };
 }
 
 /** Read server-sent events of a response. */
 async function* events(response) {
   const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
-  const broken = Object.assign(new Error("the answer broke off: its connection has ended"), { passing: true });
-  let held = "";
+  const broken = Object.assign(new Error("the answer is incomplete: the connection was closed"), { passing: true });
+  let buffer = "";
   for (;;) {
     const { value, done } = await reader.read().catch((error) => { throw error.name === "AbortError" ? error : broken; });
     if (done) throw broken;
-    held += value;
-    const lines = held.split("\n\n");
-    held = lines.pop();
+    buffer += value;
+    const lines = buffer.split("\n\n");
+    buffer = lines.pop();
     for (const line of lines) {
       const data = line.replace(/^data: /, "");
       if (data === "[DONE]") return;
@@ -87,10 +87,10 @@ async function* events(response) {
   }
 }
 
-/** Ask for the next turn. ``old``: the answer that it replaces once it is whole. */
+/** Ask for the next turn. ``old``: the answer that it replaces when it is complete. */
 async function answer(old = null) {
   const n = $("two").checked ? 2 : 1;
-  const asked = body(n, old ? conversation.turns.indexOf(old) : undefined);
+  const request = body(n, old ? conversation.turns.indexOf(old) : undefined);
   const texts = Array(n).fill("");
   const parts = texts.map(() => el("div", { className: "text" }));
   const pair = el("div", { className: n > 1 ? "pair" : "single" }, ...parts.map((part, i) =>
@@ -102,18 +102,18 @@ async function answer(old = null) {
   $("stop").hidden = false; $("send").disabled = true;
   $("text").focus({ preventScroll: true });
   say("writing …");
-  const began = performance.now();
+  const start = performance.now();
   let id, first, usage, failed = null, frame = 0;
   const ends = Array(n).fill("");
-  const drawn = () => {
+  const drawTexts = () => {
     frame = 0;
-    const page = document.documentElement; // who reads further up is left there
+    const page = document.documentElement; // a reader further up is not scrolled
     const follows = scrollY + innerHeight > page.scrollHeight - 150;
     parts.forEach((part, i) => show(part, texts[i]));
-    if (follows) see(pair);
+    if (follows) scrollTo(pair);
   };
   try {
-    const response = await ask("/v1/chat/completions", asked, control.signal);
+    const response = await ask("/v1/chat/completions", request, control.signal);
     for await (const event of events(response)) {
       if (running !== control) return;
       id = event.id;
@@ -123,7 +123,7 @@ async function answer(old = null) {
         if (!delta.content) continue;
         first ??= performance.now();
         texts[index] += delta.content;
-        frame ||= setTimeout(drawn, 30);
+        frame ||= setTimeout(drawTexts, 30);
       }
     }
   } catch (error) {
@@ -131,44 +131,44 @@ async function answer(old = null) {
   }
   clearTimeout(frame);
   if (running !== control) return; // another conversation was opened
-  drawn();
+  drawTexts();
   const now = performance.now();
-  const time = usage && first ? took(usage.completion_tokens, n, (now - began) / 1000, (now - first) / 1000) : "";
-  idle();
+  const time = usage && first ? timing(usage.completion_tokens, n, (now - start) / 1000, (now - first) / 1000) : "";
+  setIdle();
   say(failed?.message ?? time);
   if (!texts.some((text) => text)) {
     pair.remove();
     if (!failed) say("The answer is empty.");
-    if (!old) takeBack();
+    if (!old) restoreMessage();
     if (failed?.code === "context_length_exceeded") offerToForget(old);
-    else if (failed) say(failed.message, ...retry(failed, () => (old ? again(old) : $("form").requestSubmit())));
+    else if (failed) say(failed.message, ...retry(failed, () => (old ? regenerate(old) : $("form").requestSubmit())));
     return;
   }
   if (old && failed) {
     pair.remove();
-    say(`${failed.message}; the answer before it stays`, ...retry(failed, () => again(old)));
+    say(`${failed.message}; the previous answer stays`, ...retry(failed, () => regenerate(old)));
     return;
   }
-  if (old) cut(conversation.turns.indexOf(old));
+  if (old) removeTurnsFrom(conversation.turns.indexOf(old));
   const turn = {
-    role: "assistant", texts, ends, id: failed ? null : id, sent: Boolean(asked.store),
-    seen: asked.messages, tokens: usage?.completion_tokens,
+    role: "assistant", texts, ends, id: failed ? null : id, sent: Boolean(request.store),
+    prompt: request.messages, tokens: usage?.completion_tokens,
   };
-  if (n === 1) settle(turn, 0, pair, time);
-  else choose(turn, pair, time);
-  if (failed) say(failed.message, ...retry(failed, () => again(turn)));
+  if (n === 1) addAnswer(turn, 0, pair, time);
+  else offerChoice(turn, pair, time);
+  if (failed) say(failed.message, ...retry(failed, () => regenerate(turn)));
   keep();
 }
 
-/** No answer is being written. */
-function idle() {
+/** Show that no answer is running. */
+function setIdle() {
   running = null;
   $("stop").hidden = true; $("send").disabled = false;
   $("log").ariaBusy = "false";
 }
 
-/** Nothing came of the last message: it goes back to where it was written. */
-function takeBack() {
+/** Move the last message, which has no answer, back to the input. */
+function restoreMessage() {
   const last = conversation.turns.at(-1);
   if (last?.role !== "user") return;
   conversation.turns.pop();
@@ -180,26 +180,26 @@ function takeBack() {
 /** The conversation is longer than the model's context: offer to ask without its oldest turn. */
 function offerToForget(old) {
   const { turns } = conversation;
-  const before = old ? turns.indexOf(old) - 1 : turns.length; // turns that the question does not need
-  if (before < 1) return; // the message alone is too long
+  const removable = old ? turns.indexOf(old) - 1 : turns.length; // the number of turns before the question
+  if (removable < 1) return; // the message alone is too long
   const next = turns.findIndex((turn, i) => i > 0 && turn.role === "user");
   $("status").append(" ", button("Forget the oldest turn", () => {
     if (running) return;
-    for (const turn of turns.splice(0, next < 0 ? before : next)) turn.node.remove();
+    for (const turn of turns.splice(0, next < 0 ? removable : next)) turn.node.remove();
     keep();
-    if (old) again(old);
+    if (old) regenerate(old);
     else $("form").requestSubmit();
   }));
 }
 
 /** Let the user pick one of two answers. */
-function choose(turn, pair, time) {
+function offerChoice(turn, pair, time) {
   const pick = (i) => {
-    if (pending !== turn) return; // the conversation went on without them
+    if (pending !== turn) return; // the conversation continued without them
     document.removeEventListener("keydown", keys);
-    settle(turn, i, pair, time);
+    addAnswer(turn, i, pair, time);
     keep();
-    if (turn.id) tell(turn, { preferred_over: [{ choice: 1 - i }] });
+    if (turn.id) sendAndKeep(turn, { preferred_over: [{ choice: 1 - i }] });
     $("text").focus();
   };
   const keys = (event) => { if (event.altKey && "12".includes(event.key)) pick(Number(event.key) - 1); };
@@ -207,96 +207,96 @@ function choose(turn, pair, time) {
   [...pair.children].forEach((part, i) => part.append(
     button(`Pick answer ${i + 1}`, () => pick(i), { className: "main", title: `Alt+${i + 1}` })));
   pair.querySelector("button.main").focus({ preventScroll: true });
-  see(pair);
+  scrollTo(pair);
   pending = turn;
 }
 
 /** Make one of the texts the next turn of the conversation. */
-function settle(turn, i, pair, time) {
+function addAnswer(turn, i, pair, time) {
   pending = null;
   Object.assign(turn, { content: turn.texts[i], choice: i });
   conversation.turns.push(turn);
-  assistant(turn, time);
+  createAnswer(turn, time);
   pair.replaceWith(turn.node);
-  see(turn.node);
+  scrollTo(turn.node);
 }
 
 // ---- turns on the page
 
-/** The element of an answer. */
-function assistant(turn, time = "") {
+/** Create the element of an answer. */
+function createAnswer(turn, time = "") {
   turn.node = el("article", { className: "assistant", ariaLabel: "Answer" }, el("div", { className: "text" }));
   show(turn.node.firstChild, turn.content);
   const row = el("div", { className: "row tools" });
-  row.append(button("Regenerate", () => again(turn), { title: "Another answer instead of this one" }));
+  row.append(button("Regenerate", () => regenerate(turn), { title: "Another answer instead of this one" }));
   const more = [["Correct", () => correct(turn)]];
   if (model.fastlm.feedback && turn.id) {
     const thumbs = [["up", "Good answer"], ["down", "Bad answer"]].map(([thumb, name]) => iconButton(thumb, name, async () => {
-      if (!await tell(turn, { thumb })) return;
+      if (!await sendAndKeep(turn, { thumb })) return;
       turn.thumb = thumb;
       keep();
-      pressed();
+      updateThumbs();
     }));
-    const pressed = () => thumbs.forEach((made, i) => { made.ariaPressed = String(turn.thumb === ["up", "down"][i]); });
-    pressed();
+    const updateThumbs = () => thumbs.forEach((thumb, i) => { thumb.ariaPressed = String(turn.thumb === ["up", "down"][i]); });
+    updateThumbs();
     row.append(...thumbs);
     more.unshift(["Comment", async () => {
-      const comment = await write(turn.node, "What is good or bad about it?");
-      if (comment?.trim()) await tell(turn, { comment });
+      const comment = await askText(turn.node, "What is good or bad about it?");
+      if (comment?.trim()) await sendAndKeep(turn, { comment });
     }]);
     if (model.fastlm.metrics?.length) more.splice(1, 0, ["Rate", async () => {
-      const metrics = await numbers(turn.node, model.fastlm.metrics);
-      if (metrics !== null && Object.keys(metrics).length) await tell(turn, { metrics });
+      const metrics = await askNumbers(turn.node, model.fastlm.metrics);
+      if (metrics !== null && Object.keys(metrics).length) await sendAndKeep(turn, { metrics });
     }]);
   }
   const copier = iconButton("copy", "Copy answer", () => copy(copier, turn.content));
   row.append(copier, menu("More about this answer", more), el("span", { className: "quiet", textContent: time }));
   turn.node.append(row);
-  if (turn.ends?.[turn.choice] === "length") tellCut(turn);
+  if (turn.ends?.[turn.choice] === "length") showTruncation(turn);
 }
 
-/** Say that an answer is not complete. */
-function tellCut(turn) {
+/** Show that an answer was truncated. */
+function showTruncation(turn) {
   const limit = Number($("max_tokens").value);
-  const most = turn.texts.length === 1 && turn.tokens || limit;
+  const tokens = turn.texts.length === 1 && turn.tokens || limit;
   turn.node.append(el("div", { className: "row" },
-    el("span", { className: "quiet", textContent: most ? `Cut at ${most} tokens.` : "Cut." }),
+    el("span", { className: "quiet", textContent: tokens ? `Truncated at ${tokens} tokens.` : "Truncated." }),
     button("Answer again with twice as many", () => {
-      $("max_tokens").value = 2 * (limit || most || 512);
+      $("max_tokens").value = 2 * (limit || tokens || 512);
       $("max_tokens").onchange();
-      again(turn);
+      regenerate(turn);
     })));
 }
 
-async function tell(turn, what) {
-  const stored = await sendFeedback(turn, conversation.id, what);
-  keep(); // whether the conversation was sent
+async function sendAndKeep(turn, feedback) {
+  const stored = await sendFeedback(turn, conversation.id, feedback);
+  keep(); // it has whether the conversation was sent
   return stored;
 }
 
-async function again(turn) {
+async function regenerate(turn) {
   if (running || !conversation.turns.includes(turn)) return;
   if (pending) { say("Pick one of the two answers first."); return; }
   await answer(turn);
 }
 
 async function correct(turn) {
-  const stored = model.fastlm.feedback && turn.id ? " (what you write here is stored)" : "";
-  const text = await write(turn.node, `The answer as it should have been${stored}`, turn.content);
+  const stored = model.fastlm.feedback && turn.id ? " (it is stored)" : "";
+  const text = await askText(turn.node, `The corrected answer${stored}`, turn.content);
   if (!text?.trim() || text === turn.content) return;
-  if (model.fastlm.feedback && turn.id && !await tell(turn, { corrected: text })) return;
+  if (model.fastlm.feedback && turn.id && !await sendAndKeep(turn, { corrected: text })) return;
   turn.content = text;
   show(turn.node.querySelector(".text"), text);
   keep();
 }
 
-/** The element of a message, which is shown as it was written. */
-function user(turn) {
+/** Create the element of a message, as plain text. */
+function createMessage(turn) {
   turn.node = el("article", { className: "user", ariaLabel: "You" }, el("div", { className: "text", textContent: turn.content }),
     el("div", { className: "row tools" }, button("Edit", async () => {
-      const text = await write(turn.node, "Your message", turn.content);
+      const text = await askText(turn.node, "Your message", turn.content);
       if (!text?.trim() || running) return;
-      cut(conversation.turns.indexOf(turn));
+      removeTurnsFrom(conversation.turns.indexOf(turn));
       await submit(text);
     })));
 }
@@ -307,21 +307,21 @@ async function submit(content) {
   conversation.title ||= titleOf(content);
   conversation.updated = Date.now();
   keep();
-  user(turn);
+  createMessage(turn);
   $("log").append(turn.node);
-  see(turn.node);
+  scrollTo(turn.node);
   await answer();
 }
 
 // ---- the conversation
 
-function cut(at) {
+function removeTurnsFrom(index) {
   if (pending) $("log").querySelector(".pair").remove();
   pending = null;
-  for (const turn of conversation.turns.splice(at)) turn.node.remove();
+  for (const turn of conversation.turns.splice(index)) turn.node.remove();
 }
 
-/** Keep the conversation as it is now, unless it is empty, and its place in the list. */
+/** Store the conversation, unless it is empty, and update the list. */
 function keep() {
   const empty = conversation.turns.length === 0;
   if (empty) {
@@ -336,27 +336,27 @@ function keep() {
   refresh();
 }
 
-const refresh = () => list(conversation.id, (id) => { location.hash = id; }, changed);
+const refresh = () => list(conversation.id, (id) => { location.hash = id; }, onChange);
 
-/** Another name, or none: the conversation with this id was renamed or deleted. */
-function changed(id) {
+/** Update the page after the conversation with this id was renamed or deleted. */
+function onChange(id) {
   const stored = load(id);
   if (id !== conversation.id) refresh();
   else if (stored) { conversation.title = stored.title; refresh(); }
-  else begin();
+  else startNew();
 }
 
 /** Show the turns of the conversation. */
 function draw() {
   if (running || pending) return;
-  for (const turn of conversation.turns) (turn.role === "user" ? user : assistant)(turn);
+  for (const turn of conversation.turns) (turn.role === "user" ? createMessage : createAnswer)(turn);
   $("log").replaceChildren(...conversation.turns.map((turn) => turn.node));
 }
 
 /** Open the conversation with this id, or a new one. */
 function open(id) {
   const control = running;
-  idle();
+  setIdle();
   control?.abort();
   pending = null;
   conversation = load(id);
@@ -366,16 +366,16 @@ function open(id) {
   draw();
   const last = conversation.turns.at(-1);
   if (last?.role === "user") {
-    takeBack();
-    say("The last message has no answer yet: here it is again.");
+    restoreMessage();
+    say("The last message has no answer yet: it is back in the input.");
   }
-  if (last) see($("log"));
+  if (last) scrollTo($("log"));
   $("browse").ariaExpanded = "false";
   $("text").focus({ preventScroll: true });
   refresh();
 }
 
-function begin() {
+function startNew() {
   history.replaceState(null, "", location.pathname);
   open("");
 }
@@ -402,17 +402,17 @@ function stop() {
 }
 document.addEventListener("keydown", (event) => { if (event.key === "Escape") stop(); });
 $("stop").onclick = stop;
-$("new").onclick = begin;
+$("new").onclick = startNew;
 $("browse").onclick = () => { $("browse").ariaExpanded = String($("browse").ariaExpanded !== "true"); };
 $("options").onclick = () => {
   $("settings").hidden = !$("settings").hidden;
   $("options").ariaExpanded = String(!$("settings").hidden);
 };
-window.onhashchange = () => { if (address() !== conversation.id) open(address()); };
+window.onhashchange = () => { if (idInAddress() !== conversation.id) open(idInAddress()); };
 window.onstorage = ({ key, newValue }) => { // another page of this browser
   if (idOf(key) === null && key !== null) return;
   if (idOf(key) !== conversation.id || running || pending) refresh();
-  else if (newValue === null) begin();
+  else if (newValue === null) startNew();
   else open(conversation.id);
 };
 start();

@@ -1,22 +1,22 @@
-// What the pages share. Text from models and users becomes text nodes, never HTML.
+// Functions that all pages use. Text from models and users becomes text nodes, never HTML.
 
 export const $ = (id) => document.getElementById(id);
 
-/** An element with properties and children. */
+/** Create an element with properties and children. */
 export function el(tag, properties = {}, ...children) {
-  const made = document.createElement(tag);
+  const node = document.createElement(tag);
   for (const [name, value] of Object.entries(properties)) {
-    if (name in made) made[name] = value;
-    else made.setAttribute(name, value);
+    if (name in node) node[name] = value;
+    else node.setAttribute(name, value);
   }
-  made.append(...children);
-  return made;
+  node.append(...children);
+  return node;
 }
 
 export const button = (text, onclick, more = {}) =>
   el("button", { type: "button", textContent: text, onclick, ...more });
 
-/** Say a line in #status, with what can be done about it. */
+/** Show a line in #status, with buttons for actions. */
 export const say = (text, ...actions) => $("status").replaceChildren(text, ...actions.flatMap((action) => [" ", action]));
 
 export function headers() {
@@ -24,8 +24,8 @@ export function headers() {
   return { "content-type": "application/json", ...(key ? { authorization: `Bearer ${key}` } : {}) };
 }
 
-/** The response to a POST, or GET without a body; else an Error with the server's reason and code, and
- * ``passing`` where the same request may succeed later. */
+/** Return the response to a POST, or to a GET without a body. Otherwise throw an Error with the server's
+ * reason and code, and ``passing`` if the same request may succeed later. */
 export async function ask(path, body, signal) {
   const options = body === undefined
     ? { headers: headers(), signal }
@@ -38,28 +38,29 @@ export async function ask(path, body, signal) {
   let reason = response.statusText || `status ${response.status}`, code = null;
   try {
     ({ message: reason, code } = (await response.json()).error);
-  } catch { /* not ours: of a proxy */ }
+  } catch { /* the answer of a proxy */ }
   if (response.status === 401) reason = "an API key is needed (Settings)";
   throw Object.assign(new Error(reason), { code, passing: response.status >= 500 || response.status === 429 });
 }
 
-/** What n answers took, from the question and from the first token on. A rate needs enough to be one. */
-export function took(tokens, n, seconds, writing) {
+/** Format the time of n answers, since the question, and since the first token for the rate. A rate
+ * is shown for enough tokens only. */
+export function timing(tokens, n, seconds, writing) {
   const rate = tokens - n >= 20 && writing >= 1 ? `, ${((tokens - n) / writing).toFixed(1)} tokens/s` : "";
   return `${tokens} token${tokens === 1 ? "" : "s"} in ${seconds.toFixed(1)} s${rate}`;
 }
 
-/** A random id. crypto.randomUUID is missing where the page comes by http from another machine. */
+/** Return a random id. crypto.randomUUID is missing if the page comes by http from another machine. */
 export function randomId() {
   return [...crypto.getRandomValues(new Uint8Array(16))].map((n) => n.toString(16).padStart(2, "0")).join("");
 }
 
-/** Copy a text; say so on the button for a moment. */
+/** Copy a text, and show that next to the button for a moment. */
 export async function copy(source, text) {
   let copied = true;
   try {
     await navigator.clipboard.writeText(text);
-  } catch { // no permission, or by http from another machine: as browsers did before
+  } catch { // no permission, or http from another machine: the older way
     const area = el("textarea", { value: text, className: "hidden", ariaLabel: "Text to copy" });
     document.body.append(area);
     area.select();
@@ -67,9 +68,9 @@ export async function copy(source, text) {
     area.remove();
     source.focus();
   }
-  const told = el("span", { className: "told", role: "status", textContent: copied ? "Copied" : "Not copied" });
-  source.after(told);
-  setTimeout(() => told.remove(), 2000);
+  const notice = el("span", { className: "notice", role: "status", textContent: copied ? "Copied" : "Not copied" });
+  source.after(notice);
+  setTimeout(() => notice.remove(), 2000);
 }
 
 // icons of 24 x 24, as lines
@@ -80,20 +81,20 @@ const ICONS = {
   more: "M5 12h.01M12 12h.01M19 12h.01",
 };
 
-/** A button with an icon and a name that is shown on hovering and read aloud. */
+/** Create a button with an icon; its name is shown on hover and read aloud. */
 export function iconButton(icon, name, onclick, more = {}) {
-  const made = el("button", { type: "button", className: "icon", ariaLabel: name, title: name, onclick, ...more });
+  const node = el("button", { type: "button", className: "icon", ariaLabel: name, title: name, onclick, ...more });
   const ns = "http://www.w3.org/2000/svg";
   const svg = document.createElementNS(ns, "svg"), path = document.createElementNS(ns, "path");
   svg.setAttribute("viewBox", "0 0 24 24");
   svg.setAttribute("aria-hidden", "true");
   path.setAttribute("d", ICONS[icon]);
   svg.append(path);
-  made.append(svg);
-  return made;
+  node.append(svg);
+  return node;
 }
 
-/** A button that opens a menu of ``items``, [[text, function], ...]. */
+/** Create a button that opens a menu of ``items``, [[text, function], ...]. */
 export function menu(name, items) {
   const list = el("div", { className: "menu", role: "menu", ariaLabel: name, hidden: true });
   const opener = iconButton("more", name, () => (list.hidden ? open() : close()), { ariaHasPopup: "menu", ariaExpanded: "false" });
@@ -116,16 +117,16 @@ export function menu(name, items) {
   const node = el("span", { className: "opener" }, opener, list);
   node.onkeydown = (event) => {
     if (list.hidden) return;
-    const all = [...list.children], at = all.indexOf(document.activeElement);
-    const to = { ArrowDown: at + 1, ArrowUp: at - 1, Home: 0, End: -1 }[event.key];
-    if (to !== undefined) { event.preventDefault(); all.at(to % all.length).focus(); }
+    const buttons = [...list.children], index = buttons.indexOf(document.activeElement);
+    const next = { ArrowDown: index + 1, ArrowUp: index - 1, Home: 0, End: -1 }[event.key];
+    if (next !== undefined) { event.preventDefault(); buttons.at(next % buttons.length).focus(); }
     if (event.key === "Escape") { event.stopPropagation(); close(); }
     if (event.key === "Tab") close(false);
   };
   return node;
 }
 
-/** The button with this id switches between the system's theme, light and dark. */
+/** Make the button with this id switch between the system's theme, light and dark. */
 export function themes(id) {
   const names = ["auto", "light", "dark"];
   const set = (name) => {
@@ -138,8 +139,8 @@ export function themes(id) {
     set(names[(names.indexOf(document.documentElement.dataset.theme) + 1) % names.length]);
 }
 
-/** A box to write a text in, under ``node``. Resolves to the text, or null. */
-export function write(node, label, text = "") {
+/** Show a text box under ``node``. Resolves to the text, or null. */
+export function askText(node, label, text = "") {
   return new Promise((resolve) => {
     const area = el("textarea", { value: text, rows: Math.min(12, 2 + text.length / 60) });
     const done = (value) => { box.remove(); resolve(value); };

@@ -87,14 +87,14 @@ function draw() {
   const quantiles = (key) => groups.flatMap((group) => [
     { name: single ? "" : group.name, color: group.color, values: group.series[`${key}_p50`] },
     { name: single ? "" : group.name, color: group.color, values: group.series[`${key}_p95`], dashed: true }]);
-  const { edges, rate_edges: rateEdges } = data, rates = { format: percent, time, most: 0.05, top: 1 };
+  const { edges, rate_edges: rateEdges } = data, rates = { format: percent, time, minTop: 0.05, maxTop: 1 };
   lines($("charts"), "Answers per minute", series("per_minute"), edges, { format: small, time });
   lines($("charts"), "Time to first token, p50 / p95", quantiles("first_token"), edges, { format: seconds, time });
   lines($("charts"), "Complete answer, p50 / p95", quantiles("latency"), edges, { format: seconds, time });
   lines($("charts"), "Refusals", series("refusal"), rateEdges, rates);
   lines($("charts"), "Toxic answers", series("toxicity"), rateEdges, rates);
   lines($("charts"), "Errors", series("errors"), rateEdges, rates);
-  lines($("charts"), "Thumbs up, of all thumbs", series("thumbs"), rateEdges, { ...rates, most: 1 });
+  lines($("charts"), "Thumbs up, of all thumbs", series("thumbs"), rateEdges, { ...rates, minTop: 1 });
   $("lengths").replaceChildren();
   for (const [key, title] of [["prompt_tokens", "Tokens of prompts"], ["new_tokens", "Tokens of answers"]]) {
     bars($("lengths"), title, groups.map(({ name, color, lengths }) => ({ name, color, counts: lengths[key] })), data.length_edges);

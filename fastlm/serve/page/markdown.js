@@ -1,6 +1,6 @@
-// Markdown as elements: headings, lists, quotes, tables, code, links, emphasis, as models write them.
-// Text becomes text nodes and links go to http, https and mailto alone, so that nothing of a text can
-// run. An image is a link: the page loads nothing from elsewhere. Time grows linearly with the text.
+// Render Markdown as elements: headings, lists, quotes, tables, code, links, emphasis, as models write
+// them. Text becomes text nodes, and links go only to http, https and mailto, so that nothing of a text
+// can run. An image is a link: the page loads nothing from elsewhere. Time is linear in the text.
 
 import { button, copy, el } from "./common.js";
 
@@ -15,7 +15,7 @@ const QUOTE = /^ {0,3}> ?/;
 const indent = (line) => line.length - line.trimStart().length;
 const blank = (line) => line.trim() === "";
 
-/** ``node`` with more children: more than a call may have arguments. */
+/** Append children to ``node``, in any number (a call has a maximum number of arguments). */
 const fill = (node, children) => {
   for (const child of children) node.append(child);
   return node;
@@ -23,7 +23,7 @@ const fill = (node, children) => {
 
 const blocks = new WeakMap(); // node -> the sources of its blocks
 
-/** Show a text in ``node``. Blocks that are as before stay, with what is selected in them. */
+/** Show a text in ``node``. Blocks that did not change stay, with their selection. */
 export function show(node, text) {
   const before = blocks.get(node) ?? [];
   const now = split(text.replaceAll("\0", "\ufffd").replaceAll("\t", "    ").split(/\r\n|\r|\n/));
@@ -38,9 +38,9 @@ export function show(node, text) {
 
 // ---- blocks
 
-/** The blocks of these lines, as [{kind, lines}]. */
+/** Split lines into blocks, [{kind, lines}]. */
 function split(lines) {
-  const found = [];
+  const result = [];
   let i = 0;
   while (i < lines.length) {
     const line = lines[i], start = i;
@@ -63,19 +63,20 @@ function split(lines) {
     } else {
       do i++; while (i < lines.length && !blank(lines[i]) && !begins(lines, i));
     }
-    found.push({ kind, lines: lines.slice(start, i) });
+    result.push({ kind, lines: lines.slice(start, i) });
   }
-  return found;
+  return result;
 }
 
-/** Whether a block that may end a paragraph begins here. A number but 1 may be part of a sentence. */
+/** Return whether a block starts here that ends a paragraph. A number other than 1 may be part of a
+ * sentence. */
 function begins(lines, i) {
   const line = lines[i], item = ITEM.exec(line);
   return FENCE.test(line) || HEADING.test(line) || RULE.test(line) || QUOTE.test(line) || isTable(lines, i)
     || Boolean(item && item[3] && (!/\d/.test(item[2]) || /^1\D/.test(item[2])));
 }
 
-/** The index after a block of code; one that has no end yet is open to the last line. */
+/** Return the index after a block of code; a block without an end goes to the last line. */
 function fenceEnd(lines, start) {
   const [, , fence] = FENCE.exec(lines[start]);
   for (let i = start + 1; i < lines.length; i++) {
@@ -85,13 +86,13 @@ function fenceEnd(lines, start) {
   return lines.length;
 }
 
-const marker = (line) => { // of an item: its list's kind, how far it and its text are indented
+const marker = (line) => { // of an item: the kind of its list, the indent of the item and of its text
   const item = RULE.test(line) ? null : ITEM.exec(line);
   if (!item) return null;
   return { kind: item[2].at(-1), at: item[1].length, width: item[0].length, number: parseInt(item[2], 10) };
 };
 
-/** The index after a list: its items, what is indented below them, and lines that follow on directly. */
+/** Return the index after a list: its items, indented lines below them, and lines that continue them. */
 function listEnd(lines, start) {
   const { kind, at } = marker(lines[start]);
   let i = start + 1, end = i;
@@ -178,7 +179,7 @@ function code([open, ...lines]) {
 
 // ---- inline
 
-// what is one piece whatever stands around it: an escape, code, a link or image, an address
+// a piece that the text around it does not change: an escape, code, a link or image, an address
 const PIECE = new RegExp([
   /\\([!-/:-@[-`{-~])/,
   /(?<!`)(`+)(?!`)([^]*?[^`])\2(?!`)/,
@@ -189,15 +190,15 @@ const PIECE = new RegExp([
 const MARKS = { "**": "strong", __: "strong", "~~": "del", "*": "em", _: "em" };
 const MARK = /\*\*|__|~~|\*|_/g;
 
-/** Text with emphasis, code and, but within one, links, as nodes. */
+/** Return text with emphasis, code and links as nodes. Links have no links inside. */
 function inline(text, links = true) {
-  // pieces become \0, which no text has, so that marks within them are none
+  // pieces become \0, which no text has, so that marks within them have no effect
   const pieces = [], parts = [];
   let end = 0;
   for (const match of text.matchAll(PIECE)) {
-    const [all, escaped, ticks, inner, label, target, angled, bare] = match;
-    let piece = null, length = all.length;
-    if (escaped) piece = escaped;
+    const [full, escape, ticks, inner, label, target, angled, bare] = match;
+    let piece = null, length = full.length;
+    if (escape) piece = escape;
     else if (ticks) {
       const padded = /^ .*[^ ].* $/s.test(inner); // a space on each side belongs to the marks
       piece = el("code", { textContent: (padded ? inner.slice(1, -1) : inner).replaceAll("\n", " ") });
@@ -205,7 +206,7 @@ function inline(text, links = true) {
     else if (target) piece = link(target, inline(label || target, false));
     else if (angled) piece = link(angled, [angled.replace(/^mailto:/, "")]);
     else {
-      const address = trimmed(bare);
+      const address = trimAddress(bare);
       piece = link(address, [address]);
       length = address.length;
     }
@@ -215,11 +216,11 @@ function inline(text, links = true) {
     end = match.index + length;
   }
   parts.push(text.slice(end));
-  return emphasised(parts.join(""), pieces.values(), 0);
+  return emphasise(parts.join(""), pieces.values(), 0);
 }
 
-/** An address without what ends the sentence around it. */
-function trimmed(address) {
+/** Return an address without the punctuation of the sentence around it. */
+function trimAddress(address) {
   for (;;) {
     const last = address.at(-1);
     const count = (sign) => address.split(sign).length;
@@ -228,15 +229,15 @@ function trimmed(address) {
   }
 }
 
-/** A link to an address that is safe to follow, else null. */
+/** Return a link to an address if that is safe to follow, else null. */
 function link(address, content) {
   if (!URL.canParse(address) || !SCHEMES.includes(new URL(address).protocol)) return null;
   return fill(el("a", { href: address, target: "_blank", rel: "noopener noreferrer", title: address }), content);
 }
 
-/** A text in which \0 stands for the next of ``pieces``, with its marks as elements. */
-function emphasised(text, pieces, depth) {
-  const nodes = [], unclosed = new Set(); // marks that nothing closes from here to the end
+/** Return the nodes of a text with marks as elements; \0 stands for the next of ``pieces``. */
+function emphasise(text, pieces, depth) {
+  const nodes = [], unclosed = new Set(); // marks without an end in the rest of the text
   const put = (plain) => plain.split("\0").forEach((part, i) => {
     if (i) nodes.push(pieces.next().value);
     if (part) nodes.push(part);
@@ -250,7 +251,7 @@ function emphasised(text, pieces, depth) {
     const close = unclosed.has(mark) || !opens(text, start, mark) ? -1 : closing(text, inner, mark, unclosed);
     if (close < 0) { at = inner; continue; }
     put(text.slice(end, start));
-    nodes.push(fill(el(MARKS[mark]), emphasised(text.slice(inner, close), pieces, depth + 1)));
+    nodes.push(fill(el(MARKS[mark]), emphasise(text.slice(inner, close), pieces, depth + 1)));
     at = end = close + mark.length;
   }
   put(text.slice(end));
@@ -268,7 +269,7 @@ function closing(text, from, mark, unclosed) {
   for (let at = text.indexOf(mark, from + 1); at >= 0; at = text.indexOf(mark, at + 1)) {
     let run = at;
     while (text[run] === mark[0]) run++;
-    if (mark.length === 1 && run - at > 1) { // ** within *: theirs, unless it ends both
+    if (mark.length === 1 && run - at > 1) { // ** within * belongs to the inner mark, unless it ends both
       if (run - at === 2) { at = run - 1; continue; }
       at = run - 1;
     } else if (mark.length === 2 && run - at > 2) at = run - 2;

@@ -1,21 +1,21 @@
-// The page of `fastlm rank`: the answers to a prompt in the rater's order, stored item by item.
+// The page of `fastlm rank`: the rater orders the answers to a prompt; each item is stored at once.
 
-import { $, ask, button, el, say, themes, write } from "./common.js";
+import { $, ask, button, el, say, themes, askText } from "./common.js";
 import { show } from "./markdown.js";
 
-let rater = "", item = null, cards = [], done = [], after = 0;
+let rater = "", item = null, cards = [], rankedIds = [], after = 0;
 
 const post = async (name, body) => (await ask(`/v1/rank/${name}`, body)).json();
 
 async function load(id) {
-  const only = $("skipped").checked;
-  const body = id === undefined ? { rater, skipped: only, after: only ? after : 0 } : { rater, item: id };
-  const found = await post("next", body);
-  const { ranked, skipped, total } = found.progress;
+  const skippedOnly = $("skipped").checked;
+  const body = id === undefined ? { rater, skipped: skippedOnly, after: skippedOnly ? after : 0 } : { rater, item: id };
+  const response = await post("next", body);
+  const { ranked, skipped, total } = response.progress;
   $("progress").textContent = `${rater}: ${ranked} of ${total} ranked, ${skipped} skipped`;
-  item = found.item;
+  item = response.item;
   draw();
-  await agreement();
+  await showAgreement();
 }
 
 function draw() {
@@ -26,105 +26,106 @@ function draw() {
     else text.textContent = message.content;
     return el("article", { className: "user" }, el("strong", { textContent: message.role }), text);
   }));
-  cards = (item?.answers ?? []).map(card);
-  order();
-  if (item === null) say("Nothing left to rank.");
+  cards = (item?.answers ?? []).map(createCard);
+  drawOrder();
+  if (item === null) say("There is nothing left to rank.");
   else cards[0].node.focus();
 }
 
-function card(messages, shown) {
+function createCard(messages, index) {
   const text = el("div", { className: "text" });
-  const said = messages.at(-1).content;
+  const content = messages.at(-1).content;
   show(text, messages.map((m) => (m.tool_calls ? JSON.stringify(m.tool_calls) : m.content)).join("\n\n"));
   const place = el("span", { className: "place" });
-  const made = { shown, tied: false, place };
-  made.tie = button("= as the one before", () => tie(made), { ariaPressed: "false" });
-  made.node = el("article", { tabIndex: 0, draggable: true, role: "listitem" }, place, text,
-    el("div", { className: "row tools" }, button("Earlier", () => move(made, -1)),
-      button("Later", () => move(made, 1)), made.tie, button("Correct", () => correct(made, said))));
-  made.node.onkeydown = (event) => keys(event, made);
-  made.node.ondragstart = (event) => event.dataTransfer.setData("text/plain", String(shown));
-  made.node.ondragover = (event) => { event.preventDefault(); made.node.classList.add("over"); };
-  made.node.ondragleave = () => made.node.classList.remove("over");
-  made.node.ondrop = (event) => {
+  const card = { index, tied: false, place };
+  card.tie = button("= as the previous one", () => tie(card), { ariaPressed: "false" });
+  card.node = el("article", { tabIndex: 0, draggable: true, role: "listitem" }, place, text,
+    el("div", { className: "row tools" }, button("Earlier", () => move(card, -1)),
+      button("Later", () => move(card, 1)), card.tie, button("Correct", () => correct(card, content))));
+  card.node.onkeydown = (event) => onKey(event, card);
+  card.node.ondragstart = (event) => event.dataTransfer.setData("text/plain", String(index));
+  card.node.ondragover = (event) => { event.preventDefault(); card.node.classList.add("over"); };
+  card.node.ondragleave = () => card.node.classList.remove("over");
+  card.node.ondrop = (event) => {
     event.preventDefault();
-    made.node.classList.remove("over");
-    const moved = cards.find((one) => one.shown === Number(event.dataTransfer.getData("text/plain")));
-    if (moved && moved !== made) move(moved, cards.indexOf(made) - cards.indexOf(moved));
+    card.node.classList.remove("over");
+    const dragged = cards.find((other) => other.index === Number(event.dataTransfer.getData("text/plain")));
+    if (dragged && dragged !== card) move(dragged, cards.indexOf(card) - cards.indexOf(dragged));
   };
-  return made;
+  return card;
 }
 
-function keys(event, made) {
-  if (event.target !== made.node) return;
+function onKey(event, card) {
+  if (event.target !== card.node) return;
   const steps = { ArrowLeft: -1, ArrowUp: -1, ArrowRight: 1, ArrowDown: 1 };
-  if (event.key in steps) { event.preventDefault(); move(made, steps[event.key]); }
-  if (event.key === "=") tie(made);
+  if (event.key in steps) { event.preventDefault(); move(card, steps[event.key]); }
+  if (event.key === "=") tie(card);
 }
 
-function move(made, by) {
-  const at = cards.indexOf(made), to = Math.max(0, Math.min(cards.length - 1, at + by));
-  cards.splice(to, 0, ...cards.splice(at, 1));
-  order();
-  made.node.focus();
-  say(`Answer at place ${to + 1} of ${cards.length}`);
+function move(card, by) {
+  const from = cards.indexOf(card), to = Math.max(0, Math.min(cards.length - 1, from + by));
+  cards.splice(to, 0, ...cards.splice(from, 1));
+  drawOrder();
+  card.node.focus();
+  say(`Answer at position ${to + 1} of ${cards.length}`);
 }
 
-function tie(made) {
-  made.tied = !made.tied && cards.indexOf(made) > 0;
-  order();
+function tie(card) {
+  card.tied = !card.tied && cards.indexOf(card) > 0;
+  drawOrder();
 }
 
-/** The rank of each card from the best, 0, and the cards on the page in that order. */
+/** Return the rank of each card; 0 is the best. */
 function ranks() {
   let rank = 0;
-  return cards.map((one, i) => (i === 0 || one.tied ? rank : ++rank));
+  return cards.map((card, i) => (i === 0 || card.tied ? rank : ++rank));
 }
 
-function order() {
+/** Show the cards on the page in their order. */
+function drawOrder() {
   if (cards[0]) cards[0].tied = false;
   ranks().forEach((rank, i) => {
     cards[i].place.textContent = `${rank + 1}.`;
     cards[i].tie.ariaPressed = String(cards[i].tied);
   });
-  $("answers").replaceChildren(...cards.map((one) => one.node));
+  $("answers").replaceChildren(...cards.map((card) => card.node));
 }
 
 async function judge(skip) {
   if (item === null) return;
-  const found = ranks(), given = Array(cards.length);
-  cards.forEach((one, i) => { given[one.shown] = found[i]; });
+  const cardRanks = ranks(), answerRanks = Array(cards.length);
+  cards.forEach((card, i) => { answerRanks[card.index] = cardRanks[i]; });
   try {
-    await post("judge", { rater, item: item.id, ...(skip ? {} : { ranks: given }) });
-    done.push(item.id);
+    await post("judge", { rater, item: item.id, ...(skip ? {} : { ranks: answerRanks }) });
+    rankedIds.push(item.id);
     after = item.id;
     say(skip ? "Skipped." : "Stored.");
     await load();
   } catch (error) { say(`Not stored: ${error.message}`); }
 }
 
-async function correct(made, said) {
-  const text = await write(made.node, "The answer as it should be", said);
-  if (!text?.trim() || text === said) return;
+async function correct(card, content) {
+  const text = await askText(card.node, "The corrected answer", content);
+  if (!text?.trim() || text === content) return;
   try {
-    await post("correct", { rater, item: item.id, answer: made.shown, text });
+    await post("correct", { rater, item: item.id, answer: card.index, text });
     say("Correction stored.");
   } catch (error) { say(`Not stored: ${error.message}`); }
 }
 
-async function back() {
-  if (done.length) await load(done.pop());
+async function goBack() {
+  if (rankedIds.length) await load(rankedIds.pop());
 }
 
-async function agreement() {
-  const have = await post("agreement", {});
-  $("alpha").textContent = have.alpha === null
+async function showAgreement() {
+  const report = await post("agreement", {});
+  $("alpha").textContent = report.alpha === null
     ? "Krippendorff's alpha: none yet, no two raters ranked the same prompt"
-    : `Krippendorff's alpha (ordinal): ${have.alpha.toFixed(3)}, prompts with two raters or more: ${have.items}`;
+    : `Krippendorff's alpha (ordinal): ${report.alpha.toFixed(3)}, prompts with two raters or more: ${report.items}`;
   const row = (tag, ...cells) => el("tr", {}, ...cells.map((text) => el(tag, { textContent: String(text) })));
   $("raters").replaceChildren(row("th", "rater", "ranked", "skipped", "corrected"),
-    ...Object.entries(have.raters).map(([name, n]) => row("td", name, n.ranked, n.skipped, n.corrected)),
-    ...have.pairs.map((pair) =>
+    ...Object.entries(report.raters).map(([name, n]) => row("td", name, n.ranked, n.skipped, n.corrected)),
+    ...report.pairs.map((pair) =>
       row("td", pair.raters.join(", "), `${pair.alike} of ${pair.pairs} pairs in the same order`)));
 }
 
@@ -132,17 +133,17 @@ $("who").onsubmit = async (event) => {
   event.preventDefault();
   rater = $("rater").value.trim();
   sessionStorage.setItem("key", $("key").value);
-  done = []; after = 0;
+  rankedIds = []; after = 0;
   try { say(""); await load(); } catch (error) { say(error.message); }
 };
 $("save").onclick = () => judge(false);
 $("skip").onclick = () => judge(true);
-$("back").onclick = back;
+$("back").onclick = goBack;
 document.addEventListener("keydown", (event) => {
   if (["INPUT", "TEXTAREA"].includes(event.target.tagName)) return;
   if (event.key === "Enter" && event.ctrlKey) judge(false);
   else if (event.key === "s" && !event.ctrlKey && !event.metaKey) judge(true);
-  else if (event.key === "b" && !event.ctrlKey && !event.metaKey) back();
+  else if (event.key === "b" && !event.ctrlKey && !event.metaKey) goBack();
 });
 themes("theme");
-agreement().catch(() => {});
+showAgreement().catch(() => {});
