@@ -1,7 +1,7 @@
-"""The tensors that a checkpoint of a given `ModelConfig` must hold.
+"""The tensors that a checkpoint of a given `ModelConfig` must contain.
 
-A table avoids building the model to see whether a file fits it: a checkpoint is refused from its
-headers, before any weight is read.
+With this table a checkpoint is refused from its headers, before any weight is read and without
+building the model.
 """
 
 from collections.abc import Mapping
@@ -11,12 +11,12 @@ from fastlm.checkpoint.config import ModelConfig
 from fastlm.errors import InputError
 
 
-def parse_config(config: Mapping[str, Any], where: Any) -> ModelConfig:
+def parse_config(config: Mapping[str, Any], location: Any) -> ModelConfig:
     """Check the config.json at ``where``, which must state its model_type, and return it."""
     try:
         return ModelConfig.from_dict({"model_type": None, **config})
     except InputError as error:
-        raise InputError(f"{where}: {error}") from None
+        raise InputError(f"{location}: {error}") from None
 
 
 def expected_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
@@ -65,13 +65,19 @@ def expected_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def check_tensors(found: Mapping[str, tuple[int, ...]], config: ModelConfig, where: Any) -> None:
-    """Refuse a checkpoint that lacks a tensor of the model or holds one of another shape.
+def check_tensors(
+    shapes: Mapping[str, tuple[int, ...]], config: ModelConfig, location: Any
+) -> None:
+    """Refuse a checkpoint that lacks a tensor of the model or has one of another shape.
 
     Tensors that the model does not have (rotary tables of old files) are ignored.
     """
-    for name, wanted in expected_shapes(config).items():
-        if name not in found:
-            raise InputError(f"{where}: expected a tensor {name} {wanted}, got none of that name")
-        if found[name] != wanted:
-            raise InputError(f"{where}: {name}: expected {wanted} by the config, got {found[name]}")
+    for name, expected in expected_shapes(config).items():
+        if name not in shapes:
+            raise InputError(
+                f"{location}: expected a tensor {name} {expected}, got none of that name"
+            )
+        if shapes[name] != expected:
+            raise InputError(
+                f"{location}: {name}: expected {expected} by the config, got {shapes[name]}"
+            )

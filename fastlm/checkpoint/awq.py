@@ -2,7 +2,7 @@
 
 Per module: ``qweight`` (K, N / 8) int32; ``scales`` (G, N); ``qzeros`` (G, N / 8) int32.
 ``w[n, k] = scales[g, n] * (q[k, n] - zero[g, n])``. The eight fields of a word, the lowest first,
-are columns 0 2 4 6 1 3 5 7 of its eight.
+are columns 0 2 4 6 1 3 5 7.
 """
 
 from collections.abc import Mapping
@@ -18,11 +18,11 @@ from fastlm.errors import InputError
 FIELD_OF = (0, 4, 1, 5, 2, 6, 3, 7)  # column in a word -> its field
 
 
-def read(config: Mapping[str, Any], tensors: TensorFolder, where: str) -> Quantization:
-    """The weights of an AWQ folder; see the module."""
+def read(config: Mapping[str, Any], tensors: TensorFolder, location: str) -> Quantization:
+    """Read the weights of an AWQ folder; see the module."""
     version = config.get("version", "gemm")
     if str(version).lower() != "gemm":
-        raise InputError(f"{where}: version: expected gemm for AWQ, got {version!r:.60}")
+        raise InputError(f"{location}: version: expected gemm for AWQ, got {version!r:.60}")
     weights, sizes = {}, set()
     for name in tensors.modules("qweight"):
         k, words = tensors.check(f"{name}.qweight", WORDS, (None, None))
@@ -47,6 +47,6 @@ def read(config: Mapping[str, Any], tensors: TensorFolder, where: str) -> Quanti
 
 
 def columns(words: Tensor) -> Tensor:
-    """(R, W) int32 -> (R, W * 8) uint8 in the order of the columns."""
+    """Unpack (R, W) int32 to (R, W * 8) uint8 in the order of the columns."""
     fields = unpack(words, 4).view(*words.shape, 8)
     return fields[..., list(FIELD_OF)].flatten(-2)

@@ -8,9 +8,10 @@ bits, int-quantized, NVFP4 and MXFP4. Its writer is `fastlm.export.compressed_te
     weight_packed (N, K / 2) uint8            4-bit floats (`fastlm.checkpoint.fp4`)
     weight_global_scale (1,)                  NVFP4: scales are divided by it
 
-What a module holds follows from its tensors. Activations are not rounded to floats of 4 bits where
-the file says so (weights only); int8 ones are. Refused are rotations (``transform_config``), and
-int8 weights of which only some have rounded activations: the targets' patterns are not matched.
+The format of a module follows from its tensors. Activations are rounded to int8 if the file says
+so, but never to floats of 4 bits (weights only). Rotations (``transform_config``) are refused. So
+are int8 weights of which only some have rounded activations, since the targets' patterns are not
+matched.
 """
 
 from collections.abc import Mapping
@@ -38,7 +39,7 @@ FORMATS = (
     *("pack-quantized", "int-quantized", "nvfp4-pack-quantized", "mxfp4-pack-quantized"),
     "mixed-precision",
 )
-# read with the header, or of activations and of the KV cache
+# read with the header, or for activations and the KV cache
 UNUSED = (
     "weight_shape",
     *("input_scale", "input_zero_point", "input_global_scale"),
@@ -46,43 +47,45 @@ UNUSED = (
 )
 
 
-def read(config: Mapping[str, Any], tensors: TensorFolder, where: str) -> Quantization:
-    """The weights of a compressed-tensors folder; see the module."""
-    named = config.get("format")
-    if named not in FORMATS:
+def read(config: Mapping[str, Any], tensors: TensorFolder, location: str) -> Quantization:
+    """Read the weights of a compressed-tensors folder; see the module."""
+    format_name = config.get("format")
+    if format_name not in FORMATS:
         raise InputError(
-            f"{where}: format: expected one of {', '.join(FORMATS)}, got {named!r:.60}"
+            f"{location}: format: expected one of {', '.join(FORMATS)}, got {format_name!r:.60}"
         )
     if config.get("transform_config"):
         raise InputError(
-            f"{where}: transform_config: expected none (weights without rotations), got some"
+            f"{location}: transform_config: expected none (weights without rotations), got some"
         )
     groups = config.get("config_groups")
     groups = groups.values() if isinstance(groups, dict) else ()
     groups = [group for group in groups if isinstance(group, dict)]
-    weights, kinds = {}, set()
+    weights, formats = {}, set()
     sizes = [g["weights"].get("group_size") for g in groups if isinstance(g.get("weights"), dict)]
     stated = sizes[0] if len(sizes) == 1 else None
     for name in tensors.modules("weight_packed"):
         if tensors.headers[f"{name}.weight_packed"].dtype == "U8":
-            packed, kind = _floats(name, tensors)
+            packed, format_text = _floats(name, tensors)
         else:
-            packed, kind = _words(name, tensors, stated)
+            packed, format_text = _words(name, tensors, stated)
         weights[f"{name}.weight"] = packed
-        kinds.add(kind)
+        formats.add(format_text)
     act_bits = {}
     for name in tensors.modules("weight_scale"):
         if (header := tensors.headers.get(f"{name}.weight")) and header.dtype == "I8":
             weights[f"{name}.weight"] = _int8(name, tensors)
-            act_bits[name] = _activation_bits(groups, where)
-            kinds.add("int-quantized 8 bits")
+            act_bits[name] = _activation_bits(groups, location)
+            formats.add("int-quantized 8 bits")
     unused = [n for n in tensors.headers if n.rpartition(".")[2] in UNUSED]
-    text = f"compressed-tensors {', '.join(sorted(kinds))}"
+    text = f"compressed-tensors {', '.join(sorted(formats))}"
     return Quantization(weights, text, frozenset(unused), act_bits)
 
 
-def _activation_bits(groups: list[dict[str, Any]], where: str) -> int:
-    """8 if the inputs of all 8-bit weights are rounded to int8, else 16. InputError: some are."""
+def _activation_bits(groups: list[dict[str, Any]], location: str) -> int:
+    """Return 8 if the inputs of all 8-bit weights are rounded to int8, 16 if none are. InputError:
+    only some are.
+    """
 
     def is_int8(arguments: Any) -> bool:
         stated = arguments if isinstance(arguments, dict) else {}
@@ -92,7 +95,8 @@ def _activation_bits(groups: list[dict[str, Any]], where: str) -> int:
     rounded = {is_int8(group.get("input_activations")) for group in eight or groups}
     if len(rounded) > 1:
         raise InputError(
-            f"{where}: config_groups: expected input_activations of 8 bits for all 8-bit weights or"
+            f"{location}: config_groups: expected input_activations of 8 bits for all 8-bit "
+            "weights or"
             " for none, got some"
         )
     return 8 if True in rounded else 16
@@ -171,4 +175,4 @@ def _floats(name: str, tensors: TensorFolder) -> tuple[PackedWeight, str]:
         )
         return fp4.from_nibbles(stored["weight_packed"], scales)
 
-    return PackedWeight(shape, parts, build), f"{'NVFP4' if nv else 'MXFP4'}, held in int8"
+    return PackedWeight(shape, parts, build), f"{'NVFP4' if nv else 'MXFP4'}, stored in int8"

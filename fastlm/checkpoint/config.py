@@ -304,8 +304,8 @@ class ModelConfig:
         else:
             ropes = {"": self.rope_parameters}
         for layer_type, rope in ropes.items():
-            where = f"rope_parameters[{layer_type!r}]" if layer_type else "rope_parameters"
-            check_rope(rope, self.head_dim, where)
+            location = f"rope_parameters[{layer_type!r}]" if layer_type else "rope_parameters"
+            check_rope(rope, self.head_dim, location)
 
     def _check_layers(self) -> None:
         for name, allowed in (("layer_types", LAYER_TYPES), ("no_rope_layers", (0, 1))):

@@ -1,4 +1,4 @@
-"""The id of a model: a hash of its files, whatever their place."""
+"""The id of a model: a hash of its files, independent of their path."""
 
 import hashlib
 import os
@@ -13,11 +13,13 @@ from fastlm.sources.packages import default_cache
 
 def model_digest(path: Path) -> str:
     """Return the id by which `fastlm runs show` finds the model at ``path``: a hash of its files
-    (0.6 s per GB); of an adapter one of its files and its base's, which that command does not know.
-    InputError: a file cannot be read.
+    (0.6 s per GB). The id of an adapter is a hash of its files and its base's; that command does
+    not know it. InputError: a file cannot be read.
     """
-    place = locate_model(path)
-    own = model_id(place, InputDigest(Path(os.devnull), cache=default_cache()))
-    if not is_adapter(place):
-        return own
-    return hashlib.sha256((own + model_digest(Path(find_base_model(place)))).encode()).hexdigest()
+    folder = locate_model(path)
+    digest = model_id(folder, InputDigest(Path(os.devnull), cache=default_cache()))
+    if not is_adapter(folder):
+        return digest
+    return hashlib.sha256(
+        (digest + model_digest(Path(find_base_model(folder)))).encode()
+    ).hexdigest()

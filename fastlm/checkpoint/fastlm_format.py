@@ -1,5 +1,5 @@
-"""fastlm's own quantized weights: ``X.qdata``, ``X.scales``, ``X.zeros``, and their layouts in
-config.json. The format is that of `QuantizedWeight`.
+"""Read and describe fastlm's quantized weights: ``X.qdata``, ``X.scales``, ``X.zeros``, with
+layouts in config.json. The format is that of `QuantizedWeight`.
 """
 
 from collections.abc import Mapping
@@ -15,8 +15,8 @@ PARTS = ("qdata", "scales", "zeros")
 _DTYPES = ("U8", "I8")  # of qdata
 
 
-def read(config: Mapping[str, Any], tensors: TensorFolder, where: str) -> Quantization:
-    """The weights of ``modules`` in a fastlm ``quantization_config``."""
+def read(config: Mapping[str, Any], tensors: TensorFolder, location: str) -> Quantization:
+    """Read the weights of ``modules`` in a fastlm ``quantization_config``."""
     for module in tensors.modules("qdata"):
         header = tensors.headers[f"{module}.qdata"]
         if header.dtype not in _DTYPES:
@@ -25,10 +25,10 @@ def read(config: Mapping[str, Any], tensors: TensorFolder, where: str) -> Quanti
                 f" {', '.join(_DTYPES)}, got {header.dtype}"
             )
     modules = config.get("modules")
-    weights, kinds = {}, set()
+    weights, formats = {}, set()
     for module, entry in modules.items() if isinstance(modules, dict) else ():
-        bits, group_size, shape = _layout(entry, f"{where}: {module}")
-        kinds.add(f"w{bits} group {group_size}")
+        bits, group_size, shape = _layout(entry, f"{location}: {module}")
+        formats.add(f"w{bits} group {group_size}")
         parts = tensors.parts(module, *PARTS)
         if "qdata" not in parts:  # a head tied to the embedding
             continue
@@ -46,20 +46,21 @@ def read(config: Mapping[str, Any], tensors: TensorFolder, where: str) -> Quanti
             )
 
         weights[f"{module}.weight"] = PackedWeight(shape, parts, build)
-    # parts without an entry: only the config has the number of columns, so the weight is missing
+    # Parts without an entry are unused: only the config has the number of columns, so the weight is
+    # missing.
     unused = {f"{module}.{part}" for part in PARTS for module in tensors.modules(part)}
-    return Quantization(weights, f"fastlm, {', '.join(sorted(kinds))}", frozenset(unused))
+    return Quantization(weights, f"fastlm, {', '.join(sorted(formats))}", frozenset(unused))
 
 
-def _layout(entry: Any, where: str) -> tuple[int, int, tuple[int, int]]:
-    """Bits, group size and shape as quantization_config states them."""
+def _layout(entry: Any, location: str) -> tuple[int, int, tuple[int, int]]:
+    """Return bits, group size and shape as quantization_config states them."""
     try:
         numbers = [entry["bits"], entry["group_size"], *entry["shape"], entry.get("act_bits", 16)]
     except (TypeError, KeyError, AttributeError):
         numbers = []
     if len(numbers) != 5 or not all(type(number) is int for number in numbers):
         raise InputError(
-            f"{where}: expected bits, group_size and a shape of two integers, got {entry!r:.100}"
+            f"{location}: expected bits, group_size and a shape of two integers, got {entry!r:.100}"
         )
     bits, group_size, n, k, _ = numbers
     return bits, group_size, (n, k)

@@ -202,7 +202,7 @@ def find_base_model(folder: Path) -> str:
     """The base model of the adapter in ``folder``: a path that exists, or ``model:NAME``. Where the
     recorded path does not exist, it is sought as it lay from the adapter: a run may have moved.
     """
-    where = f"{folder / ADAPTER_CONFIG}: base_model_name_or_path"
+    location = f"{folder / ADAPTER_CONFIG}: base_model_name_or_path"
     name = read_json(folder / ADAPTER_CONFIG).get("base_model_name_or_path")
     if isinstance(name, str) and name.startswith("model:"):
         return name
@@ -211,13 +211,14 @@ def find_base_model(folder: Path) -> str:
         from_here = read_json(file).get(BASE_PATH) if file.is_file() else None
         if not isinstance(from_here, str) or not (found := folder / from_here).exists():
             raise InputError(
-                f"{where}: expected a model on this machine, got {name!r:.200}; name one"
+                f"{location}: expected a model on this machine, got {name!r:.200}; name one"
                 " (fastlm merge --base), or use load_adapter"
             )
         name = str(found.resolve())
     if is_adapter(locate_model(Path(name))):
         raise InputError(
-            f"{where}: expected a whole model, got an adapter, {name!r:.200}; merge that one first"
+            f"{location}: expected a whole model, got an adapter, {name!r:.200}; merge that one "
+            "first"
         )
     return name
 
@@ -261,7 +262,9 @@ def _load_folder(folder: Path) -> tuple[dict[str, Any], State]:
     return config, state()
 
 
-def _read_quantization(config: dict[str, Any], tensors: TensorFolder, where: str) -> Quantization:
+def _read_quantization(
+    config: dict[str, Any], tensors: TensorFolder, location: str
+) -> Quantization:
     """Read the weights that ``config`` says are quantized. Another program's entry is replaced by
     what was found: ``{"quant_method", "description", "modules"}``.
     """
@@ -272,10 +275,12 @@ def _read_quantization(config: dict[str, Any], tensors: TensorFolder, where: str
         return Quantization({})
     method = entry.get("quant_method") if isinstance(entry, dict) else entry
     if not isinstance(entry, dict) or not isinstance(method, str) or method not in READERS:
-        raise InputError(f"{where}: expected quant_method {', '.join(READERS)}, got {method!r:.60}")
-    found = READERS[method](entry, tensors, where)
+        raise InputError(
+            f"{location}: expected quant_method {', '.join(READERS)}, got {method!r:.60}"
+        )
+    found = READERS[method](entry, tensors, location)
     if not found.weights and method != "fastlm":
-        raise InputError(f"{where}: expected tensors of {method}, got none")
+        raise InputError(f"{location}: expected tensors of {method}, got none")
     if found.warning:
         warnings.warn(found.warning, stacklevel=2)
     if method != "fastlm":
@@ -286,10 +291,10 @@ def _read_quantization(config: dict[str, Any], tensors: TensorFolder, where: str
     return found
 
 
-def _auto_round(config: dict[str, Any], tensors: TensorFolder, where: str) -> Quantization:
+def _auto_round(config: dict[str, Any], tensors: TensorFolder, location: str) -> Quantization:
     """AutoRound names the packing of another program."""
     packing = config.get("packing_format", "auto_round:auto_gptq")
-    return (awq if "awq" in str(packing) else gptq).read(config, tensors, where)
+    return (awq if "awq" in str(packing) else gptq).read(config, tensors, location)
 
 
 READERS: dict[str, Callable[[dict[str, Any], TensorFolder, str], Quantization]] = {

@@ -1,7 +1,7 @@
 """Weights in 4-bit floats (e2m1) with a scale per group: MXFP4 and NVFP4.
 
-Twice an e2m1 value is an integer from -12 to 12, so the weights are held in int8 with half the
-scale: exact, at 8 bits. Two values share a byte, the first in its low nibble.
+Twice an e2m1 value is an integer from -12 to 12. So the weights are stored in int8 with half the
+scale, which is exact. Two values share a byte, the first in its low nibble.
 
     MXFP4   groups of 32, scale 2^(e - 127), e a byte
     NVFP4   groups of 16, scale e4m3 times one float32 for the whole weight
@@ -23,7 +23,7 @@ DOUBLED = (0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12)  # nibble ->
 
 
 def from_nibbles(packed: Tensor, scales: Tensor) -> QuantizedWeight:
-    """packed (N, K / 2) uint8, scales (N, G) float32 -> the weight, groups of K / G."""
+    """Build a weight in groups of K / G from packed (N, K / 2) uint8 and scales (N, G) float32."""
     table = torch.tensor(DOUBLED, dtype=torch.int8)
     nibbles = torch.stack((packed & 15, packed >> 4), dim=-1).flatten(-2)
     n, k = nibbles.shape
@@ -32,7 +32,7 @@ def from_nibbles(packed: Tensor, scales: Tensor) -> QuantizedWeight:
 
 
 def decode_exponents(exponents: Tensor) -> Tensor:
-    """2^(e - 127) as float32 for bytes or float8_e8m0fnu. InputError: 255, not a number."""
+    """Return 2^(e - 127) as float32, for bytes or float8_e8m0fnu. InputError: 255, not a number."""
     e = exponents.view(torch.uint8).int()
     if bool((e == 255).any()):
         raise InputError("weight_scale: expected exponents below 255, got 255 (not a number)")
@@ -55,18 +55,20 @@ def check_layout(
 
 
 def read_modelopt_config(file: Path) -> dict[str, Any]:
-    """What a quantization_config would say, of ModelOpt's own file."""
-    told = read_json(file).get("quantization")
-    if not isinstance(told, dict):
-        raise InputError(f"{file}: quantization: expected an object, got {told!r:.60}")
-    return {**told, "quant_method": "modelopt"}
+    """Read ModelOpt's own file as a quantization_config."""
+    entry = read_json(file).get("quantization")
+    if not isinstance(entry, dict):
+        raise InputError(f"{file}: quantization: expected an object, got {entry!r:.60}")
+    return {**entry, "quant_method": "modelopt"}
 
 
-def read_modelopt(config: Mapping[str, Any], tensors: TensorFolder, where: str) -> Quantization:
-    """NVIDIA ModelOpt's NVFP4: ``weight``, ``weight_scale`` and the factor ``weight_scale_2``."""
+def read_modelopt(config: Mapping[str, Any], tensors: TensorFolder, location: str) -> Quantization:
+    """Read ModelOpt's NVFP4: ``weight``, ``weight_scale`` and the factor ``weight_scale_2``."""
     algorithm = config.get("quant_algo")
     if algorithm != "NVFP4":
-        raise InputError(f"{where}: quant_algo: expected NVFP4 for modelopt, got {algorithm!r:.60}")
+        raise InputError(
+            f"{location}: quant_algo: expected NVFP4 for modelopt, got {algorithm!r:.60}"
+        )
     weights = {}
     for name in tensors.modules("weight_scale_2"):
         shape = check_layout(name, "weight", tensors, ("F8_E4M3",))
@@ -80,4 +82,4 @@ def read_modelopt(config: Mapping[str, Any], tensors: TensorFolder, where: str) 
         parts = tensors.parts(name, "weight", "weight_scale", "weight_scale_2")
         weights[f"{name}.weight"] = PackedWeight(shape, parts, build)
     unused = [n for n in tensors.headers if n.endswith((".input_scale", ".k_scale", ".v_scale"))]
-    return Quantization(weights, "ModelOpt NVFP4, held in int8", frozenset(unused))
+    return Quantization(weights, "ModelOpt NVFP4, stored in int8", frozenset(unused))

@@ -4,11 +4,11 @@ Per module: ``qweight`` (K * bits / 32, N) int32, packed down the columns; ``sca
 ``qzeros`` (G, N * bits / 32) int32; ``g_idx`` (K,), the group of each input.
 ``w[n, k] = scales[g, n] * (q[k, n] - zero[g, n])``.
 
-Version 1 stores zero - 1, version 2 stores zero. Files are mislabelled, and a model read as the
-other version writes nonsense, so the version is taken from the weights: symmetric files hold one
-value throughout, which tells them apart; then no other weight is read. In others, q - zero is about
-0 on average, since weights are; read as the wrong version it is about 1 off. Some rows of some
-layers tell.
+Version 1 stores zero - 1, version 2 stores zero. Some files are mislabelled, and a model read as
+the wrong version writes nonsense, so the version is inferred from the weights. Symmetric files have
+one zero point throughout, which identifies the version; then no other weight is read. In other
+files q - zero is about 0 on average, since weights are; for the wrong version it is about 1 off.
+Some rows of some layers suffice.
 
 A weight with ``desc_act`` (its g_idx not in order) is dequantized: its columns have no common
 scale.
@@ -33,8 +33,8 @@ from fastlm.checkpoint.tensor_folder import PackedWeight, Quantization, TensorFo
 from fastlm.errors import InputError
 
 BITS = (2, 4, 8)
-SAMPLE = 16  # modules from which the version is told
-ROWS = 256  # rows of each that are unpacked: with the modules, a million weights of small models
+SAMPLE = 16  # modules from which the version is inferred
+ROWS = 256  # unpacked rows of each module: in total a million weights of small models
 # half of the distance between the versions, less the mean of real weights in units of their scale
 MARGIN = 0.3
 PARTS = ("qweight", "qzeros", "scales", "g_idx")
@@ -44,12 +44,12 @@ VERSIONS = {  # checkpoint_format or packing_format -> the version that the file
 }  # fmt: skip
 
 
-def read(config: Mapping[str, Any], tensors: TensorFolder, where: str) -> Quantization:
-    """The weights of a GPTQ folder; see the module."""
+def read(config: Mapping[str, Any], tensors: TensorFolder, location: str) -> Quantization:
+    """Read the weights of a GPTQ folder; see the module."""
     layouts = {name: _layout(name, tensors, config) for name in tensors.modules("qweight")}
     stated = VERSIONS.get(str(config.get("checkpoint_format") or config.get("packing_format")))
-    found = _version(tensors, layouts)
-    version = found or stated or 1
+    inferred = _infer_version(tensors, layouts)
+    version = inferred or stated or 1
     weights, shuffled = {}, 0
     for name, (bits, group_size, shape) in layouts.items():
         parts = tensors.parts(name, *PARTS)
@@ -69,24 +69,24 @@ def read(config: Mapping[str, Any], tensors: TensorFolder, where: str) -> Quanti
     bits, groups = (
         "/".join(map(str, sorted({layout[i] for layout in layouts.values()}))) for i in (0, 1)
     )
-    says = f" (file says v{stated})" if stated and stated != version else ""
-    text = f"GPTQ v{version} zero points{says}, {bits} bits, groups of {groups}"
-    if not found:
-        text += ", version not told by the weights"
+    contradiction = f" (file says v{stated})" if stated and stated != version else ""
+    text = f"GPTQ v{version} zero points{contradiction}, {bits} bits, groups of {groups}"
+    if not inferred:
+        text += ", version not determined by the weights"
     if shuffled:
         text += f", {shuffled} weights with desc_act dequantized"
-    warning = f"{where}: {text}" if says else ""
+    warning = f"{location}: {text}" if contradiction else ""
     return Quantization(weights, text, warning=warning)
 
 
 def zero_points(words: Tensor, bits: int, version: int) -> Tensor:
-    """(G, N * bits / 32) int32 -> (G, N) uint8.
+    """Unpack (G, N * bits / 32) int32 to (G, N) uint8.
 
-    Version 1 is undone on whole words: its writers subtract one from every field at once, so a zero
+    Version 1 is undone on full words: its writers subtract one from every field at once, so a zero
     of 0 borrows from its neighbour.
     """
     if version == 1:
-        ones = sum(1 << at for at in range(0, 32, bits))
+        ones = sum(1 << shift for shift in range(0, 32, bits))
         wide = (words.long() + ones) & 0xFFFFFFFF
         words = torch.where(wide >= 2**31, wide - 2**32, wide).to(torch.int32)
     return unpack(words, bits)
@@ -95,7 +95,9 @@ def zero_points(words: Tensor, bits: int, version: int) -> Tensor:
 def _layout(
     name: str, tensors: TensorFolder, config: Mapping[str, Any]
 ) -> tuple[int, int, tuple[int, int]]:
-    """Bits, group size and shape of a module, by its headers: bits may differ between modules."""
+    """Return bits, group size and shape of a module from its headers; bits may differ between
+    modules.
+    """
     rows, n = tensors.check(f"{name}.qweight", WORDS, (None, None))
     groups, _ = tensors.check(f"{name}.scales", SCALES, (None, n))
     _, zero_words = tensors.check(f"{name}.qzeros", WORDS, (groups, None))
@@ -112,8 +114,10 @@ def _layout(
     return bits, group_size, (n, k)
 
 
-def _version(tensors: TensorFolder, layouts: Mapping[str, tuple[int, int, Any]]) -> int | None:
-    """The version by the weights, None if they do not tell."""
+def _infer_version(
+    tensors: TensorFolder, layouts: Mapping[str, tuple[int, int, Any]]
+) -> int | None:
+    """Return the version according to the weights, None if they do not determine it."""
     sample = list(layouts.items())[:SAMPLE]
     zeros = {n: unpack(tensors.get(f"{n}.qzeros"), bits) for n, (bits, _, _) in sample}
     # in units of 4 bits' middle: 7 and 8 become -1 and 0 for every number of bits

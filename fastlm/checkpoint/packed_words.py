@@ -1,5 +1,5 @@
-"""Integers packed into 32-bit words, as GPTQ, AWQ and compressed-tensors store them, as a
-`QuantizedWeight`: ``w = scale * (q - zero)`` with q and zero unsigned.
+"""Convert integers packed into 32-bit words (GPTQ, AWQ, compressed-tensors) to a `QuantizedWeight`:
+``w = scale * (q - zero)`` with q and zero unsigned.
 """
 
 import torch
@@ -12,7 +12,7 @@ WORDS, SCALES = ("I32",), ("F16", "BF16", "F32")  # dtypes, in safetensors' spel
 
 
 def unpack(words: Tensor, bits: int) -> Tensor:
-    """(R, W) int32 -> (R, W * 32 / bits) uint8, the lowest bits first. bits: 1, 2, 4 or 8."""
+    """Unpack (R, W) int32 to (R, W * 32 / bits) uint8, lowest bits first. bits: 1, 2, 4 or 8."""
     data = words.contiguous().view(torch.uint8)
     if bits == 8:
         return data
@@ -28,11 +28,11 @@ def from_words(
     group_size: int,
     shape: tuple[int, int],
 ) -> QuantizedWeight:
-    """``words`` (N, ceil(K * bits / 32)) int32, ``scales`` (N, G), ``zeros`` (N, G), unsigned
-    integers of any dtype, or None for 2^(bits - 1).
+    """Build a weight from ``words`` (N, ceil(K * bits / 32)) int32, ``scales`` (N, G) and ``zeros``
+    (N, G), unsigned integers of any dtype, or None for 2^(bits - 1).
 
-    2 and 4 bits become 4, 8 stay 8. Nothing is rounded: scales keep their dtype where all zeros are
-    the middle of the container's range; otherwise scales and offsets are float32, in which their
+    2 and 4 bits become 4, 8 stay 8. Nothing is rounded. Scales keep their dtype if all zeros are
+    the middle of the container's range. Otherwise scales and offsets are float32, in which their
     products are exact.
     """
     n, k = shape
@@ -53,7 +53,7 @@ def from_words(
 
 
 def infer_group_size(k: int, groups: int, stated: object, name: str) -> int:
-    """Columns per scale: as stated, if that yields the number of scales, else K / groups."""
+    """Return the columns per scale: as stated if it fits the number of scales, else K / groups."""
     if type(stated) is int and stated > 0 and -(-k // stated) == groups:
         return stated
     if k % groups:
@@ -65,8 +65,8 @@ def infer_group_size(k: int, groups: int, stated: object, name: str) -> int:
 
 
 def is_in_order(index: Tensor | None, k: int, group_size: int, groups: int) -> bool:
-    """Whether column c uses the scale of group c // group_size. InputError: a group that is not
-    there.
+    """Return True if column c uses the scale of group c // group_size. InputError: a group that
+    does not exist.
     """
     if index is None:
         return True
@@ -81,8 +81,10 @@ def is_in_order(index: Tensor | None, k: int, group_size: int, groups: int) -> b
 def dequantize_scattered(
     words: Tensor, bits: int, scales: Tensor, zeros: Tensor, index: Tensor, k: int
 ) -> Tensor:
-    """The matrix (N, K) whose column c uses the scale of group ``index[c]``, in the dtype of the
-    scales, to which the exact product is rounded once (as the formats' own readers do).
+    """Dequantize a matrix (N, K) in which column c uses the scale of group ``index[c]``.
+
+    The result has the dtype of the scales. The exact product is rounded to it once, as in the
+    formats' own readers.
     """
     q = unpack(words, bits)[:, :k].float() - zeros.float()[:, index.long()]
     return (q * scales.float()[:, index.long()]).to(scales.dtype)

@@ -1,4 +1,4 @@
-"""``rope_parameters`` of config.json: what each ``rope_type`` needs (`fastlm.model.rotary`)."""
+"""Check ``rope_parameters`` of config.json for each ``rope_type`` (`fastlm.model.rotary`)."""
 
 import math
 from collections.abc import Mapping
@@ -25,46 +25,50 @@ _NUMBERS = (
 
 
 def rotary_width(rope: Mapping[str, Any], head_dim: int) -> int:
-    """The number of a head's features that are rotated."""
+    """Return the number of a head's rotated features."""
     return int(head_dim * rope.get("partial_rotary_factor", 1.0))
 
 
-def check_rope(rope: Any, head_dim: int, where: str) -> None:
+def check_rope(rope: Any, head_dim: int, location: str) -> None:
     """Raise InputError for an unknown rope_type, a missing entry or an impossible number."""
     if not isinstance(rope, Mapping):
-        raise InputError(f"{where}: expected a dict, got {rope!r}")
+        raise InputError(f"{location}: expected a dict, got {rope!r}")
     kind = rope.get("rope_type")
     if not isinstance(kind, str) or kind not in ROPE_TYPES:
         raise InputError(
-            f"{where}: rope_type: expected one of {', '.join(ROPE_TYPES)}, got {kind!r}"
+            f"{location}: rope_type: expected one of {', '.join(ROPE_TYPES)}, got {kind!r}"
         )
     for name in ("rope_theta", *ROPE_TYPES[kind]):
         if rope.get(name) is None:
-            raise InputError(f"{where}: {name}: expected for rope_type {kind}, got none")
+            raise InputError(f"{location}: {name}: expected for rope_type {kind}, got none")
     for name in _NUMBERS:
         value = rope.get(name)
         if value is not None and not (type(value) in (int, float) and 0 < value < math.inf):
-            raise InputError(f"{where}: {name}: expected a positive number, got {value!r}")
+            raise InputError(f"{location}: {name}: expected a positive number, got {value!r}")
     if rope["rope_theta"] <= 1:
-        raise InputError(f"{where}: rope_theta: expected more than 1, got {rope['rope_theta']!r}")
+        raise InputError(
+            f"{location}: rope_theta: expected more than 1, got {rope['rope_theta']!r}"
+        )
     width = rotary_width(rope, head_dim)
     if width < 2 or width % 2 or width > head_dim:
         raise InputError(
-            f"{where}: expected an even number of turned features up to head_dim {head_dim},"
+            f"{location}: expected an even number of rotated features up to head_dim {head_dim},"
             f" got {width}"
         )
     if kind == "dynamic" and width == 2:
-        raise InputError(f"{where}: rope_type dynamic: expected more than 2 turned features, got 2")
+        raise InputError(
+            f"{location}: rope_type dynamic: expected more than 2 rotated features, got 2"
+        )
     if kind == "llama3" and rope["low_freq_factor"] >= rope["high_freq_factor"]:
         raise InputError(
-            f"{where}: low_freq_factor: expected less than high_freq_factor"
+            f"{location}: low_freq_factor: expected less than high_freq_factor"
             f" {rope['high_freq_factor']}, got {rope['low_freq_factor']}"
         )
     if kind == "longrope":
         for name in ("long_factor", "short_factor"):
             factors, count = rope[name], width // 2
-            good = isinstance(factors, list | tuple) and len(factors) == count
-            if not good or not all(isinstance(f, int | float) and f > 0 for f in factors):
+            has_length = isinstance(factors, list | tuple) and len(factors) == count
+            if not has_length or not all(isinstance(f, int | float) and f > 0 for f in factors):
                 raise InputError(
-                    f"{where}: {name}: expected {count} positive numbers, got {factors!r}"
+                    f"{location}: {name}: expected {count} positive numbers, got {factors!r}"
                 )

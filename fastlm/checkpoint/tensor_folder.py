@@ -1,4 +1,4 @@
-"""The safetensors files of a model folder, read by tensor name, and weights stored in parts.
+"""Read the safetensors files of a model folder by tensor name, and weights stored in parts.
 
 Every header is checked when the folder is opened. A tensor's bytes are read only by `get`.
 """
@@ -21,6 +21,8 @@ FLOATS = ("F32", "BF16", "F16", "F64")  # dtypes of weights, in safetensors' spe
 
 
 class TensorHeader(NamedTuple):
+    """The header of a tensor in a safetensors file."""
+
     dtype: str  # in safetensors' spelling
     shape: tuple[int, ...]
     file: str
@@ -28,9 +30,9 @@ class TensorHeader(NamedTuple):
 
 @dataclass(frozen=True)
 class PackedWeight:
-    """One weight that is stored in several tensors.
+    """A weight that is stored in several tensors.
 
-    parts: part -> tensor name. build: part -> Tensor to the weight. It may raise InputError.
+    parts: part -> tensor name. build: makes the weight from part -> Tensor; may raise InputError.
     """
 
     shape: tuple[int, int]
@@ -40,11 +42,11 @@ class PackedWeight:
 
 @dataclass(frozen=True)
 class Quantization:
-    """What a ``quantization_config`` and the headers say.
+    """The quantized weights according to a ``quantization_config`` and the headers.
 
-    weights: weight name -> PackedWeight. unused: tensors that weights do not need (scales of
-    activations, say). description: one line for the user. act_bits: module -> 8 where activations
-    are rounded, too. warning: what contradicts the file's own words, or "".
+    weights: weight name -> PackedWeight. unused: tensors that weights do not need, such as
+    scales of activations. description: one line for the user. act_bits: module -> 8 if its
+    activations are rounded, too. warning: a contradiction to the config, or "".
     """
 
     weights: Mapping[str, PackedWeight]
@@ -57,7 +59,7 @@ class Quantization:
 class TensorFolder:
     """``headers``: tensor name -> `TensorHeader` of all safetensors files of ``folder``.
 
-    Raises InputError: no such file, not a whole one, an index that does not fit its files.
+    Raises InputError: a file is missing or cut short, or the index does not fit its files.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -73,7 +75,7 @@ class TensorFolder:
                         self.headers[name] = TensorHeader(view.get_dtype(), shape, file)
 
     def modules(self, part: str) -> list[str]:
-        """The modules that have a tensor ``part``."""
+        """Return the modules that have a tensor ``part``."""
         return [n.removesuffix(f".{part}") for n in self.headers if n.endswith(f".{part}")]
 
     def parts(self, module: str, *names: str) -> dict[str, str]:
@@ -84,14 +86,15 @@ class TensorFolder:
     def check(
         self, name: str, dtypes: tuple[str, ...], shape: tuple[int | None, ...]
     ) -> tuple[int, ...]:
-        """Return the shape of the tensor ``name``. InputError: not there, or of another dtype or
-        shape (None: any size of at least 1).
+        """Return the shape of the tensor ``name``. InputError: it is missing, or has another dtype
+        or shape (None: any size of at least 1).
         """
         if name not in self.headers:
             raise InputError(f"{self.folder}: expected a tensor {name}, got none of that name")
         header = self.headers[name]
         fits = len(header.shape) == len(shape) and all(
-            came == size or (size is None and came > 0) for came, size in zip(header.shape, shape)
+            actual == size or (size is None and actual > 0)
+            for actual, size in zip(header.shape, shape)
         )
         if header.dtype not in dtypes or not fits:
             sizes = ", ".join("any" if size is None else str(size) for size in shape)
@@ -102,6 +105,7 @@ class TensorFolder:
         return header.shape
 
     def get(self, name: str) -> Tensor:
+        """Read one tensor."""
         file = self.folder / self.headers[name].file
         with open_tensors(file) as handle:
             return _get(handle, file, name)
@@ -109,7 +113,7 @@ class TensorFolder:
     def load(self, name: str, packed: PackedWeight) -> Tensor | QuantizedWeight:
         """Read the parts of the weight ``name`` and put them together."""
         try:
-            return packed.build({part: self.get(place) for part, place in packed.parts.items()})
+            return packed.build({part: self.get(tensor) for part, tensor in packed.parts.items()})
         except InputError as error:
             if str(error).startswith(str(self.folder)):
                 raise
@@ -125,16 +129,19 @@ class TensorFolder:
 
 
 def open_tensors(file: Path) -> Any:
+    """Open a safetensors file."""
     if not file.is_file():
         raise InputError(f"{file}: expected a safetensors file, got none")
     try:
         return safe_open(file, framework="pt")
     except (OSError, SafetensorError) as error:
-        raise InputError(f"{file}: not a whole safetensors file: {reason(error)}") from error
+        raise InputError(
+            f"{file}: expected a complete safetensors file: {reason(error)}"
+        ) from error
 
 
 def _weight_map(folder: Path) -> dict[str, str]:
-    """Tensor name -> file name, checked against the files' own headers."""
+    """Return tensor name -> file name, checked against the headers of the files."""
     if not (folder / INDEX).is_file():
         if not (folder / SINGLE).is_file() and list(folder.glob("*.bin")):
             raise InputError(f"{folder}: expected {SINGLE}, got a pickle (convert it first)")
@@ -148,13 +155,13 @@ def _weight_map(folder: Path) -> dict[str, str]:
         # a bare name: an index must not point outside its folder
         if not isinstance(name, str) or not re.fullmatch(r"[\w.-]+\.safetensors", name):
             raise InputError(
-                f"{index}: weight_map: expected names of files beside it, got {name!r}"
+                f"{index}: weight_map: expected names of files in the same folder, got {name!r}"
             )
     for name in sorted(set(weight_map.values())):
         with open_tensors(folder / name) as file:
-            held = set(file.keys())
-        for tensor, place in weight_map.items():
-            if place == name and tensor not in held:
+            tensors = set(file.keys())
+        for tensor, file_name in weight_map.items():
+            if file_name == name and tensor not in tensors:
                 raise InputError(
                     f"{folder / name}: expected a tensor {tensor} by the index, got none"
                 )

@@ -189,10 +189,10 @@ def parse_conversation(row: Any, location: str = "") -> Conversation:
     add_system(row, messages)
     check_messages(messages)
     loss_mask = []
-    for where, message in messages:
+    for location, message in messages:
         weight = message.pop("weight", 1)
         if message["role"] == "assistant" and weight not in (0, 1):
-            raise InputError(f"{where}: expected a weight of 0 or 1, got {weight!r:.40}")
+            raise InputError(f"{location}: expected a weight of 0 or 1, got {weight!r:.40}")
         loss_mask.append(message["role"] == "assistant" and weight == 1)
     if not any(loss_mask):
         raise InputError("expected an assistant message to train on, all have weight 0")
@@ -222,15 +222,15 @@ def check_messages(messages: LocatedMessages) -> None:
     the last message is the assistant's.
     """
     before = None
-    for where, message in messages:
+    for location, message in messages:
         role = message["role"]
         if role not in NEXT_ROLES[before]:
             after = f"after {before}" if before else "first"
             raise InputError(
-                f"{where}: expected {' or '.join(NEXT_ROLES[before])} {after}, got {role}"
+                f"{location}: expected {' or '.join(NEXT_ROLES[before])} {after}, got {role}"
             )
         if not message["content"].strip() and not message.get("tool_calls") and role != "tool":
-            raise InputError(f"{where}: expected text from the {role}, got an empty message")
+            raise InputError(f"{location}: expected text from the {role}, got an empty message")
         before = role
     if before != "assistant":
         raise InputError(f"expected an answer at the end, got {before or 'no message'}")
@@ -250,45 +250,45 @@ def parse_messages(values: Any, name: str) -> LocatedMessages:
     kind = "turns" if name == "conversations" else "messages"
     messages: LocatedMessages = []
     for i, value in enumerate(_typed(values, list, name, f"a list of {kind}")):
-        where = f"{name}[{i}]"
+        location = f"{name}[{i}]"
         message = {
-            k: v for k, v in _typed(value, Mapping, where, "an object").items() if v is not None
+            k: v for k, v in _typed(value, Mapping, location, "an object").items() if v is not None
         }
         if "role" not in message:
             message["role"] = message.pop("from", None)
         content = message.get("content", message.pop("value", None))
         if isinstance(content, list):  # parts, as in requests to an API
-            content = "".join(_text_part(part, where) for part in content)
-        content = check_text(content, where)
+            content = "".join(_text_part(part, location) for part in content)
+        content = check_text(content, location)
         calls, older = message.pop("tool_calls", None), message.pop("function_call", None)
         if older is not None:
             calls = calls or [{"function": older}]
         if message["role"] == "function_call":
-            calls, content = [_json(content, f"{where}: expected a call")], ""
-        message |= {"role": _role(message["role"], where), "content": content}
+            calls, content = [_json(content, f"{location}: expected a call")], ""
+        message |= {"role": _role(message["role"], location), "content": content}
         if calls:
-            message["tool_calls"] = _tool_calls(calls, f"{where}.tool_calls")
-        messages.append((where, message))
+            message["tool_calls"] = _tool_calls(calls, f"{location}.tool_calls")
+        messages.append((location, message))
     return messages
 
 
-def _tool_calls(calls: Any, where: str) -> list[Message]:
+def _tool_calls(calls: Any, location: str) -> list[Message]:
     """Parse the arguments of calls to objects. OpenAI has them as JSON text, which templates would
     quote a second time.
     """
     parsed = []
-    for i, call in enumerate(_typed(calls, list, where, "a list")):
+    for i, call in enumerate(_typed(calls, list, location, "a list")):
         function = call.get("function", call) if isinstance(call, Mapping) else {}
         function = function if isinstance(function, Mapping) else {}
         name = function.get("name")
         if not isinstance(name, str) or not name:
-            raise InputError(f"{where}[{i}]: expected a call with a name, got {call!r:.60}")
+            raise InputError(f"{location}[{i}]: expected a call with a name, got {call!r:.60}")
         arguments = function.get("arguments") or {}
         if isinstance(arguments, str):
-            arguments = _json(arguments, f"{where}[{i}]: expected arguments")
+            arguments = _json(arguments, f"{location}[{i}]: expected arguments")
         if not isinstance(arguments, Mapping):
             raise InputError(
-                f"{where}[{i}]: expected arguments as an object, got {arguments!r:.60}"
+                f"{location}[{i}]: expected arguments as an object, got {arguments!r:.60}"
             )
         rest = {k: v for k, v in call.items() if k in ("id", "index") and v is not None}
         function = {"name": name, "arguments": dict(arguments)}
@@ -296,11 +296,11 @@ def _tool_calls(calls: Any, where: str) -> list[Message]:
     return parsed
 
 
-def _text_part(part: Any, where: str) -> str:
+def _text_part(part: Any, location: str) -> str:
     if not isinstance(part, Mapping) or part.get("type") != "text":
         got = part.get("type") if isinstance(part, Mapping) else type(part).__name__
-        raise InputError(f"{where}: expected parts of type 'text', got {got!r:.40}")
-    return check_text(part.get("text", part.get("value")), where)
+        raise InputError(f"{location}: expected parts of type 'text', got {got!r:.40}")
+    return check_text(part.get("text", part.get("value")), location)
 
 
 def parse_alpaca_prompt(row: Mapping[str, Any]) -> LocatedMessages:
@@ -308,36 +308,40 @@ def parse_alpaca_prompt(row: Mapping[str, Any]) -> LocatedMessages:
     messages: LocatedMessages = []
     history = _typed(row.get("history") or [], list, "history", "a list of pairs")
     for i, pair in enumerate(history):
-        where = f"history[{i}]"
+        location = f"history[{i}]"
         if not isinstance(pair, list) or len(pair) != 2:
-            raise InputError(f"{where}: expected [question, answer], got {pair!r:.60}")
-        messages += [_locate(where, role, text) for role, text in zip(("user", "assistant"), pair)]
+            raise InputError(f"{location}: expected [question, answer], got {pair!r:.60}")
+        messages += [
+            _locate(location, role, text) for role, text in zip(("user", "assistant"), pair)
+        ]
     texts = [check_text(row[key], key) for key in ("instruction", "input") if row.get(key)]
     question = "\n\n".join(text for text in texts if text.strip())
     return [*messages, _locate("instruction", "user", question)]
 
 
-def _locate(where: str, role: str, text: Any) -> tuple[str, Message]:
-    return where, {"role": role, "content": check_text(text, where)}
+def _locate(location: str, role: str, text: Any) -> tuple[str, Message]:
+    return location, {"role": role, "content": check_text(text, location)}
 
 
-def _role(role: Any, where: str) -> str:
+def _role(role: Any, location: str) -> str:
     if not isinstance(role, str) or role not in ROLES:
-        raise InputError(f"{where}: expected a role, one of {', '.join(ROLES)}, got {role!r:.40}")
+        raise InputError(
+            f"{location}: expected a role, one of {', '.join(ROLES)}, got {role!r:.40}"
+        )
     return ROLES[role]
 
 
-def check_text(text: Any, where: str) -> str:
+def check_text(text: Any, location: str) -> str:
     """Return the text, "" for None. InputError: another type, or text that UTF-8 cannot encode."""
     if text is None:
         return ""
-    check_unicode(_typed(text, str, where, "text"), where)
+    check_unicode(_typed(text, str, location, "text"), location)
     return text
 
 
-def _typed(value: Any, kind: type[T], where: str, expected: str) -> T:
+def _typed(value: Any, kind: type[T], location: str, expected: str) -> T:
     if not isinstance(value, kind):
-        raise InputError(f"{where}: expected {expected}, got {type(value).__name__}")
+        raise InputError(f"{location}: expected {expected}, got {type(value).__name__}")
     return value
 
 

@@ -298,13 +298,13 @@ def _enumerate_values(values: Any, name: str, answers: list[Any]) -> Iterator[tu
     yield from enumerate(values)
 
 
-def _number(value: Any, where: str) -> float:
+def _number(value: Any, location: str) -> float:
     try:
         if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
             return float(value)
     except OverflowError:  # an integer beyond float64
         pass
-    raise InputError(f"{where}: expected a finite number, got {show(value):.60}")
+    raise InputError(f"{location}: expected a finite number, got {show(value):.60}")
 
 
 def _parse_label(row: Mapping[str, Any], location: str) -> LabelledAnswer:
@@ -375,10 +375,10 @@ def _prompt_and_answers(
         if not answer:
             raise InputError(f"{name}: expected an answer that differs from the others, got none")
         check_messages([*prompt, *answer])
-        for where, message in answer:
+        for location, message in answer:
             if message["role"] not in ("assistant", "tool"):
                 raise InputError(
-                    f"{where}: expected one prompt for all answers, got a {message['role']}'s "
+                    f"{location}: expected one prompt for all answers, got a {message['role']}'s "
                     "message"
                     " after they differ"
                 )

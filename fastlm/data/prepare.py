@@ -375,10 +375,10 @@ def read_documents(path: Path) -> Iterator[Document]:
     path = Path(path)
     with open_stream(path) as stream:
         for number, line in enumerate(stream, 1):
-            where = f"{path}, line {number}"
+            location = f"{path}, line {number}"
             try:
                 document = parse(line, Document, "it", extra="forbid")
                 document.text.encode()  # no lone surrogate
             except (InputError, UnicodeError) as e:
-                raise InputError(f"{where}: expected a prepared document: {e}") from None
+                raise InputError(f"{location}: expected a prepared document: {e}") from None
             yield document

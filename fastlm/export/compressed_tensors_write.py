@@ -35,7 +35,7 @@ def save_compressed_tensors(
     Returns {"formats": format -> weights, "dequantized": names written as floats}.
 
     InputError, before anything is written: nothing is quantized; a group size that vLLM lacks or
-    that does not divide a row (the message names one that would do); offsets that are not whole
+    that does not divide a row (the message names one that would work); offsets that are not whole
     steps; layers of different schemes that vLLM fuses.
     """
     layers = check_compressed_tensors(state)
@@ -141,7 +141,7 @@ def _check_layout(name: str, weight: QuantizedWeight, widths: list[int]) -> None
     k, group = weight.shape[1], weight.group_size
     if group < k and (group not in GROUPS or k % group):
         fits = [g for g in GROUPS if all(width % g == 0 for width in widths)]
-        would = f"--group-size {fits[0]} would do" if fits else "--group-size -1 would do"
+        would = f"--group-size {fits[0]} would work" if fits else "--group-size -1 would work"
         raise InputError(
             f"{name}: expected groups of 32, 64 or 128 that divide its {k} columns for"
             f" compressed-tensors, got {group}: {would}"

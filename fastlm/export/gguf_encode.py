@@ -32,7 +32,7 @@ DENSE = {
 
 def kind_of(name: str, weight: Tensor | QuantizedWeight) -> GGMLQuantizationType:
     """The format that holds ``weight``. InputError: none does; the message names the group size
-    that would do.
+    that would work.
     """
     if isinstance(weight, Tensor):  # llama.cpp wants vectors in float32
         return GGMLQuantizationType.F32 if weight.dim() == 1 else DENSE[weight.dtype]

@@ -28,7 +28,7 @@ class Export(Stage):
     result = {"format": str, "bytes": int, "formats": dict}
     notes = (
         "Nothing is quantized again: a weight that the format cannot hold is refused, with the"
-        f" group size that would do. gguf writes {GGUF_FILE} into the folder."
+        f" group size that would work. gguf writes {GGUF_FILE} into the folder."
     )
 
     format: Annotated[str, "gguf or compressed-tensors"] = "gguf"

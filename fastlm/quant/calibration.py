@@ -1,8 +1,8 @@
-"""Calibration text: windows of tokens like those which the quantized model will see.
+"""Calibration text: windows of tokens like the quantized model's future inputs.
 
-A method that learns from one kind of text gains on that kind: GPTQ calibrated on documentation
+A method that is calibrated on one kind of text gains on that kind. GPTQ calibrated on documentation
 was no better than rounding to nearest on web pages (docs/quantization.md). So the default is a mix
-of kinds, and another kind measures what is left of the gain elsewhere.
+of kinds, and a text of another kind measures the gain out of domain.
 """
 
 from collections.abc import Callable, Sequence
@@ -24,13 +24,13 @@ if TYPE_CHECKING:
     from fastlm.model.causal_lm import CausalLM
     from fastlm.tokenizer.tokenizer import Tokenizer
 
-# Web pages, documentation, code: what packages have that any model may see
+# web pages, documentation and code from packages
 CALIBRATION_MIX = (
     "sdist:llamafactory#*/c4_demo.jsonl",
     "sdist:django#*docs/*.txt",
     "sdist:django#*django/db/*.py",
 )
-OUT_OF_DOMAIN = "sdist:llamafactory#*/wiki_demo.txt"  # a kind that is not in the mix: encyclopedia
+OUT_OF_DOMAIN = "sdist:llamafactory#*/wiki_demo.txt"  # encyclopedia, which is not in the mix
 CONVERSATION_KEYS = frozenset(("messages", "conversations", "instruction", "prompt"))
 
 
@@ -45,33 +45,35 @@ def text_windows(
     cache: Path | None = None,
     on_skip: Callable[[str], None] = ignore_message,
 ) -> Tensor:
-    """About `tokens` tokens of the text, shards or conversations at `data` (their training part) as
-    windows (n, length), int64, at random places that do not overlap. Of several, equally many
-    windows of each, in turns, as long as it has any. InputError: one is shorter than a window.
+    """Return about `tokens` tokens of the text, shards or conversations at `data` (their training
+    split) as windows (n, length), int64, at random positions that do not overlap.
+
+    Several sources contribute equally many windows, in turns, as long as they have any.
+    InputError: a source is shorter than a window.
     """
     if not isinstance(data, str | Path):
         share = -(-tokens // len(data))
         parts = [
             text_windows(
-                model, tokenizer, one, tokens=max(share, length), length=length, seed=seed,
+                model, tokenizer, source, tokens=max(share, length), length=length, seed=seed,
                 cache=cache, on_skip=on_skip,
             )
-            for one in data
+            for source in data
         ]  # fmt: skip
-        most = max(map(len, parts))
-        turns = [part[i] for i in range(most) for part in parts if i < len(part)]
-        return torch.stack(turns[: max(1, tokens // parts[0].shape[1])])
+        count = max(map(len, parts))
+        interleaved = [part[i] for i in range(count) for part in parts if i < len(part)]
+        return torch.stack(interleaved[: max(1, tokens // parts[0].shape[1])])
     length = min(length, model.context_limit)
     vocab = model.config.vocab_size
     cache = cache or default_cache()
 
     def windows(total: int, read: Callable[[int, int], np.ndarray]) -> Tensor:
-        places = total // length
-        if not places:
+        positions = total // length
+        if not positions:
             raise InputError(f"calibration {data}: expected at least {length} tokens, got {total}")
-        count = min(max(1, tokens // length), places)
-        chosen = np.random.Generator(np.random.PCG64(seed)).permutation(places)[:count]
-        return torch.from_numpy(np.stack([read(int(p) * length, length) for p in chosen]))
+        count = min(max(1, tokens // length), positions)
+        sample = np.random.Generator(np.random.PCG64(seed)).permutation(positions)[:count]
+        return torch.from_numpy(np.stack([read(int(p) * length, length) for p in sample]))
 
     if has_conversations(data, cache):
         ids = conversation_tokens(tokenizer, data, cache=cache, on_skip=on_skip)
@@ -83,7 +85,7 @@ def text_windows(
 
 
 def has_conversations(data: str | Path, cache: Path) -> bool:
-    """Whether `data` names files whose first row of JSON is a conversation."""
+    """Return True if the first JSON row of the files at `data` is a conversation."""
     if str(data).endswith(".jsonl.zst") or has_splits(data) or (Path(data) / INDEX).is_file():
         return False  # prepared text or shards
     files = [f for f in list_files(str(data), cache=cache)[0] if f.format in FORMATS]
@@ -100,8 +102,8 @@ def conversation_tokens(
     cache: Path,
     on_skip: Callable[[str], None] = ignore_message,
 ) -> np.ndarray:
-    """The tokens of the conversations at `data`, int64, one after another as the chat template
-    writes them.
+    """Return the tokens of the conversations at `data`, int64, one after another as the chat
+    template writes them.
     """
     tokens: list[int] = []
     for row in read_conversations([str(data)], cache=cache, on_skip=on_skip):

@@ -1,13 +1,13 @@
-"""Quantization-aware distillation: scales, offsets, norms and biases of a quantized model are
-trained together, so that it predicts what the unquantized one does (the parameters are those of
-EfficientQAT's last phase, Chen et al. 2024, arXiv:2407.11062).
+"""Quantization-aware distillation trains scales, offsets, norms and biases of a quantized model
+together, so that it predicts what the unquantized model does. The trained parameters are those of
+EfficientQAT's last phase (Chen et al. 2024, arXiv:2407.11062).
 
-A weight is ``s q (+ z)``. The codes q stay; ``s = a s0``, a near 1 per group, is rounded as it is
-stored, which the gradient passes unchanged; z moves in units of s0. The loss is ``KL(unquantized ||
-quantized)`` of the next token, head included.
+A weight is ``s q (+ z)``. The codes q are fixed. ``s = a s0``, with a near 1 per group, is rounded
+to its stored dtype, and the gradient passes straight through the rounding. z moves in units of s0.
+The loss is ``KL(unquantized || quantized)`` of the next token, head included.
 
-Rejected: codes that are trained, too, straight through ``round(u)``. Few steps carry too many of
-them over an edge. KL of held-out text after 24 steps of 512 tokens on the 5.1 M model of
+Rejected: training the codes, too, straight through ``round(u)``. In few steps too many codes cross
+an edge. KL of held-out text after 24 steps of 512 tokens on the 5.1 M model of
 docs/quantization.md, rounded by GPTQ, 0.0082 at the start: 0.0076 without; with u by the mean
 gradient over its matrix's root mean square 0.17 from the codes on, 0.010 and 0.037 from the
 unquantized weight on. With Adam for u 0.0090 and 0.026 (40 steps).
@@ -32,7 +32,7 @@ from fastlm.optim import AdamW
 from fastlm.progress import silent
 from fastlm.quant.step_result import (
     StepResult,
-    digest,
+    cache_key,
     load_step_result,
     load_tensors,
     save_step_result,
@@ -47,18 +47,18 @@ if TYPE_CHECKING:
 STATE, DONE = "distilling.safetensors", "distilled.safetensors"
 VERSION = 1  # raised when the same model, text and options give other weights
 TOKENS = 1024  # of a step
-HELDOUT = 4096  # tokens that are not learnt but judged, at most an eighth of the text
+HELDOUT = 4096  # tokens that are evaluated, not trained on; at most an eighth of the text
 SAVE_SECONDS = 300.0  # between two states in the progress folder
-# How far a parameter goes in all steps together if each goes the same way: scales and offsets in
-# shares of the scale; norms and biases in shares of their own root mean square. The learning rates
-# are these by the number of steps.
-REACH = {"scales": 0.02, "floats": 0.01}
+# The maximum change of a parameter over all steps: scales and offsets in shares of the scale; norms
+# and biases in shares of their root mean square. The learning rates are these divided by the number
+# of steps.
+MAX_CHANGE = {"scales": 0.02, "floats": 0.01}
 WARM_UP = 0.1  # share of the steps in which the rates rise; they fall to 0 after it
 
 
 class _ScaleCodes(torch.autograd.Function):
     """``q s``: codes q (N, K), s (N, groups), groups of `size` columns, the last may be short. q
-    gets no gradient, and q alone is kept for the backward."""
+    gets no gradient; only q is saved for the backward."""
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, s: Tensor, size: int) -> Tensor:
@@ -79,7 +79,7 @@ def _in_groups(x: Tensor, size: int) -> Tensor:
 
 
 class _TrainableScales(nn.Module):
-    """The parametrization of a weight: its codes q -> the weight as it is stored."""
+    """The parametrization of a weight: codes q -> the stored weight."""
 
     def __init__(self, start: QuantizedWeight):
         super().__init__()
@@ -89,22 +89,22 @@ class _TrainableScales(nn.Module):
         self.b = None if start.zeros is None else nn.Parameter(torch.zeros_like(self.s0))
 
     def forward(self, q: Tensor) -> Tensor:
-        w = _ScaleCodes.apply(q, self._stored(self.a * self.s0), self.size)
+        w = _ScaleCodes.apply(q, self._round_to_stored(self.a * self.s0), self.size)
         assert isinstance(w, Tensor)
         if (z := self.zeros()) is not None:
             w = w + z.repeat_interleave(self.size, 1)[:, : w.shape[1]]
         return w
 
-    def _stored(self, x: Tensor) -> Tensor:
+    def _round_to_stored(self, x: Tensor) -> Tensor:
         return x + (x.detach().to(self.start.scales.dtype).float() - x.detach())
 
     def zeros(self) -> Tensor | None:
         if self.start.zeros is None or self.b is None:
             return None
-        return self._stored(self.start.zeros.float() + self.b * self.s0)
+        return self._round_to_stored(self.start.zeros.float() + self.b * self.s0)
 
     @torch.no_grad()
-    def packed(self) -> QuantizedWeight:
+    def to_quantized(self) -> QuantizedWeight:
         start, dtype, z = self.start, self.start.scales.dtype, self.zeros()
         return QuantizedWeight(
             start.qdata, (self.a * self.s0).to(dtype),
@@ -122,71 +122,71 @@ class _Student:
         self.model = copy.deepcopy(model).float().eval().requires_grad_(False)
         for name, value in floats.items():
             self.model.get_parameter(name).copy_(value)
-        self.rounded: dict[str, _TrainableScales] = {}
+        self.parametrizations: dict[str, _TrainableScales] = {}
         for target in plan:
             module = self.model.get_submodule(target.name)
-            rounded = _TrainableScales(weights[target.name])
+            trainable = _TrainableScales(weights[target.name])
             q = weights[target.name]
             module.get_parameter("weight").copy_(unpack_rows(q.qdata, q.bits, q.shape[1]))
-            parametrize.register_parametrization(module, "weight", rounded)
-            self.rounded[target.name] = rounded
-        scales = [p for r in self.rounded.values() for p in r.parameters()]
+            parametrize.register_parametrization(module, "weight", trainable)
+            self.parametrizations[target.name] = trainable
+        scales = [p for r in self.parametrizations.values() for p in r.parameters()]
         # scales are matrices
         self.floats = {n: p for n, p in self.model.named_parameters() if p.dim() == 1}
-        groups = [{"params": scales, "reach": REACH["scales"]}]
+        groups = [{"params": scales, "max_change": MAX_CHANGE["scales"]}]
         for p in self.floats.values():
             size = float(p.square().mean().sqrt())
-            groups.append({"params": [p], "reach": REACH["floats"] * size})
+            groups.append({"params": [p], "max_change": MAX_CHANGE["floats"] * size})
         for p in (*scales, *self.floats.values()):
             p.requires_grad_(True)
         self.adam = AdamW(groups, lr=0.0, betas=(0.9, 0.99), weight_decay=0.0)
 
     @torch.no_grad()
     def step(self, rate: float) -> None:
-        """Follow the gradients, and forget them."""
+        """Apply the gradients and clear them."""
         for group in self.adam.param_groups:
-            group["lr"] = rate * group["reach"]
+            group["lr"] = rate * group["max_change"]
         self.adam.step()
         self.adam.zero_grad()
 
-    def packed(self) -> dict[str, QuantizedWeight]:
-        return {name: r.packed() for name, r in self.rounded.items()}
+    def to_quantized(self) -> dict[str, QuantizedWeight]:
+        return {name: r.to_quantized() for name, r in self.parametrizations.items()}
 
     def state(self) -> dict[str, Tensor]:
-        """All that a later step depends on. Not copied."""
-        kept = {f"model.{n}": p for n, p in self.model.named_parameters() if p.requires_grad}
-        for place, state in self.adam.state_dict()["state"].items():
-            kept |= {f"adam.{place}.{n}": t for n, t in state.items()}
-        return {n: t.detach().contiguous() for n, t in kept.items()}
+        """Return the state that a later step depends on, not copied."""
+        tensors = {f"model.{n}": p for n, p in self.model.named_parameters() if p.requires_grad}
+        for index, state in self.adam.state_dict()["state"].items():
+            tensors |= {f"adam.{index}.{n}": t for n, t in state.items()}
+        return {n: t.detach().contiguous() for n, t in tensors.items()}
 
     @torch.no_grad()
-    def load(self, kept: Mapping[str, Tensor]) -> None:
+    def load(self, tensors: Mapping[str, Tensor]) -> None:
         adam = self.adam.state_dict()
-        for name, tensor in kept.items():
+        for name, tensor in tensors.items():
             kind, _, rest = name.partition(".")
             if kind == "adam":
-                place, _, part = rest.partition(".")
-                adam["state"].setdefault(int(place), {})[part] = tensor
+                index, _, part = rest.partition(".")
+                adam["state"].setdefault(int(index), {})[part] = tensor
             else:
                 self.model.get_parameter(rest).copy_(tensor)
         self.adam.load_state_dict(adam)
 
 
 class Distillation:
-    """One distillation of `model`, unquantized, into its quantized form.
+    """Distill `model`, unquantized, into its quantized form.
 
     Args:
         model: the teacher; not changed.
         plan: the layers that are quantized.
-        weights: name of a layer -> its quantized weight, to begin with.
-        floats: parameters that changed with them, as AWQ's norms: name -> value.
+        weights: name of a layer -> its initial quantized weight.
+        floats: name -> value of the parameters that changed with them, such as AWQ's norms.
         ids: (windows, S), 2 or more. The last eighth, at most `HELDOUT` tokens, is held out.
-        steps: of about `TOKENS` tokens; the text is read again where it is shorter.
+        steps: number of steps of about `TOKENS` tokens; a shorter text is read again.
         seed: of the order of windows.
-        folder: keeps the state; the same call continues from it, to the same bits.
+        folder: stores the state. The same call continues from it, to the same bits.
 
-    The student computes in float32. In memory are 12 bytes for each of its weights (code, value and
-    gradient) beside the model and what one step keeps for its backward.
+    The student computes in float32. It needs 12 bytes for each of its weights (code, value and
+    gradient), besides the model and what one step saves for its backward.
     """
 
     def __init__(
@@ -204,47 +204,48 @@ class Distillation:
         log: Callable[[str], None] = lambda line: None,
     ):
         self.teacher, self.plan, self.weights, self.floats = model, plan, weights, floats
-        kept = num_heldout_windows(len(ids), ids.shape[1])
-        self.ids, self.heldout = ids[:-kept], ids[-kept:]
+        heldout = num_heldout_windows(len(ids), ids.shape[1])
+        self.ids, self.heldout = ids[:-heldout], ids[-heldout:]
         self.steps, self.seed, self.folder = steps, seed, folder
         self.track, self.log = track, log
         self.batch = max(1, min(TOKENS // ids.shape[1], len(self.ids)))
 
     def run(self) -> StepResult:
-        """The trained weights and floats, or none where the given ones predict the held-out text
-        no worse. InputError: a loss that is not finite."""
+        """Return the trained weights and floats, or none if the initial ones predict the held-out
+        text at least as well. InputError: a loss that is not finite.
+        """
         if self.folder is None:
-            return self._trained("")
+            return self._train("")
         key = self._key()
-        if (kept := load_step_result(self.folder / DONE, key)) is not None:
-            return kept
-        step = self._trained(key)
-        save_step_result(self.folder / DONE, key, step)
+        if (result := load_step_result(self.folder / DONE, key)) is not None:
+            return result
+        result = self._train(key)
+        save_step_result(self.folder / DONE, key, result)
         remove(self.folder / STATE)
-        return step
+        return result
 
-    def _trained(self, key: str) -> StepResult:
+    def _train(self, key: str) -> StepResult:
         with torch.no_grad():
             student = _Student(self.teacher, self.plan, self.weights, self.floats)
         before, begin = self._heldout_kl(student), 0
-        if self.folder is not None and (kept := load_tensors(self.folder / STATE, key)):
-            student.load(kept[0])
-            begin = kept[1]["step"]
+        if self.folder is not None and (saved := load_tensors(self.folder / STATE, key)):
+            student.load(saved[0])
+            begin = saved[1]["step"]
         losses: list[float] = []
-        saved, every = time.monotonic(), max(1, self.steps // 10)
+        last_save, log_steps = time.monotonic(), max(1, self.steps // 10)
         steps = range(begin, self.steps)
         for step in self.track(steps, "distill", total=len(steps), unit="steps"):
             loss = self._loss(student, self._windows(step))
             losses.append(_finite(float(loss.detach()), f"in step {step + 1}"))
             loss.backward()
             student.step(self._rate(step))
-            if (step + 1) % every == 0:
+            if (step + 1) % log_steps == 0:
                 mean = sum(losses) / len(losses)
                 self.log(f"distill: step {step + 1} of {self.steps}, KL {mean:.4f}")
                 losses.clear()
-            if self.folder is not None and time.monotonic() - saved >= SAVE_SECONDS:
+            if self.folder is not None and time.monotonic() - last_save >= SAVE_SECONDS:
                 save_tensors(self.folder / STATE, key, student.state(), step=step + 1)
-                saved = time.monotonic()
+                last_save = time.monotonic()
         after = _finite(self._heldout_kl(student), f"after step {self.steps}")
         metrics = {
             "steps": self.steps, "tokens": min(self.steps * self.batch * self.ids.shape[1],
@@ -253,39 +254,42 @@ class Distillation:
             "accepted": after < before,
         }  # fmt: skip
         if not after < before:
-            line = f"distill: the start is kept: held-out KL {before:.4f} before, {after:.4f} after"
+            line = (
+                "distill: the initial weights are kept: held-out KL"
+                f" {before:.4f} before, {after:.4f} after"
+            )
             return StepResult(warnings=[line], distillation=metrics)
         self.log(f"distill: held-out KL {before:.4f} -> {after:.4f}")
-        own = dict(self.teacher.named_parameters())
-        floats = {n: p.detach().to(own[n].dtype) for n, p in student.floats.items()}
-        return StepResult(student.packed(), floats=floats, distillation=metrics)
+        parameters = dict(self.teacher.named_parameters())
+        floats = {n: p.detach().to(parameters[n].dtype) for n, p in student.floats.items()}
+        return StepResult(student.to_quantized(), floats=floats, distillation=metrics)
 
     def _windows(self, step: int) -> Tensor:
-        """The windows of a step: a new order for every pass over the text."""
-        places = []
+        """Return the windows of a step, in a new order for every pass over the text."""
+        indices = []
         for n in range(step * self.batch, (step + 1) * self.batch):
-            epoch, place = divmod(n, len(self.ids))
+            epoch, position = divmod(n, len(self.ids))
             generator = torch.Generator().manual_seed(self.seed * 100_003 + epoch)
-            places.append(int(torch.randperm(len(self.ids), generator=generator)[place]))
-        return self.ids[places]
+            indices.append(int(torch.randperm(len(self.ids), generator=generator)[position]))
+        return self.ids[indices]
 
     def _rate(self, step: int) -> float:
-        """The share of `REACH` in a step; those of all steps sum to about 1."""
+        """Return the share of `MAX_CHANGE` in a step; the shares of all steps sum to about 1."""
         rising = max(1.0, WARM_UP * self.steps)
         falling = (self.steps - step) / (self.steps - rising + 1)
         return 2 / self.steps * min((step + 1) / rising, falling)
 
     def _loss(self, student: _Student, ids: Tensor) -> Tensor:
-        """The mean KL of the tokens after those of `ids`, (B, S)."""
+        """Return the mean KL of the tokens after those of `ids`, (B, S)."""
         ids = ids.to(self.teacher.device)
         with torch.no_grad():
-            wanted = self.teacher.hidden(ids)
+            teacher_hidden = self.teacher.hidden(ids)
         cap = self.teacher.config.final_logit_softcapping
-        with parametrize.cached():  # a tied head is the embedding's value
+        with parametrize.cached():  # a tied head is computed once
             hidden = student.model.hidden(ids)
             head = student.model.head_matrix(hidden.dtype)
         return linear_distillation(
-            hidden, head, wanted, self.teacher.head_matrix(wanted.dtype),
+            hidden, head, teacher_hidden, self.teacher.head_matrix(teacher_hidden.dtype),
             student_softcap=cap, teacher_softcap=cap,
         )  # fmt: skip
 
@@ -297,28 +301,33 @@ class Distillation:
         return total / len(self.heldout)
 
     def _key(self) -> str:
-        """What a kept state depends on."""
-        told = [VERSION, self.steps, self.seed, self.batch, len(self.heldout), REACH,
+        """Return a hash of what a saved state depends on."""
+        values = [VERSION, self.steps, self.seed, self.batch, len(self.heldout), MAX_CHANGE,
                 [[t.name, t.scheme.bits, t.scheme.group_size] for t in self.plan],
                 self.teacher.config.to_dict()]  # fmt: skip
         parts = [p for t in self.plan for q in [self.weights[t.name]]
                  for p in (q.qdata, q.scales, q.zeros) if p is not None]  # fmt: skip
-        return digest(
-            told, self.ids, self.heldout, *self.teacher.parameters(), *parts, *self.floats.values()
+        return cache_key(
+            values,
+            self.ids,
+            self.heldout,
+            *self.teacher.parameters(),
+            *parts,
+            *self.floats.values(),
         )
 
 
-def _finite(loss: float, where: str) -> float:
+def _finite(loss: float, when: str) -> float:
     if not math.isfinite(loss):
-        raise InputError(f"distill: expected a finite loss, got {loss} {where}")
+        raise InputError(f"distill: expected a finite loss, got {loss} {when}")
     return loss
 
 
 def num_heldout_windows(windows: int, length: int) -> int:
-    """How many of so many windows are held out."""
+    """Return the number of held-out windows."""
     return max(1, min(windows // 8, HELDOUT // length))
 
 
 def tokens_needed(steps: int) -> int:
-    """The tokens of text that so many steps read, the held-out ones included."""
+    """Return the number of tokens that ``steps`` steps need, held-out ones included."""
     return steps * TOKENS + HELDOUT if steps else 0

@@ -1,8 +1,8 @@
-"""`quantize` replaces nn.Linear and nn.Embedding of any model in place.
+"""Replace nn.Linear and nn.Embedding of any model by quantized modules, in place.
 
 A weight that several modules share (an embedding tied to the head) is quantized once and stays
-shared. Rejected: tensor subclasses in place of parameters. Every op of a model would have to handle
-them.
+shared. Rejected: tensor subclasses instead of parameters, since every op of a model would have to
+handle them.
 """
 
 import copy
@@ -67,41 +67,39 @@ def quantize(
         method: "rtn": round to nearest with searched scales. "gptq": `fastlm.quant.gptq`.
             "autoround": learned rounding, `fastlm.quant.rounding`. Embeddings and head are rounded
             to nearest by each.
-        calibration: token ids (windows, length) of text like that which the model will see
-            (`fastlm.quant.calibration` makes them); then `model` is a `fastlm.CausalLM`. With it
-            rtn weights errors by the mean squares of activations. The other methods need it.
+        calibration: token ids (windows, length) of text like the model's future inputs
+            (`fastlm.quant.calibration` makes them). `model` must then be a `fastlm.CausalLM`. With
+            it rtn weighs errors by the mean squares of activations. The other methods need it.
         awq: scale features by AWQ before the method rounds, see `fastlm.quant.awq`; needs a
             calibration. Norms (and biases) change with the weights.
-        embeddings: bits of the embeddings: 4, 8, 16 or None (left as they are), or 0: those of
-            `format`.
+        embeddings: bits of the embeddings: 4, 8, 16 or None (unchanged), or 0 (as `format`).
         head: bits of the head, likewise. The head is the linear layer that
             `model.get_output_embeddings()` or an attribute `lm_head` names. A head tied to an
-            embedding shares its quantized weight, so the two must not disagree.
-        overrides: glob pattern of layer names -> a format, or bits (4, 8, 16: left as they are),
-            such as ``{"*.down_proj": "w8a16"}``. Of several that match a layer, the last counts. It
+            embedding shares its quantized weight, so both need the same bits.
+        overrides: glob pattern of layer names -> a format, or bits (4, 8, 16: unchanged), such
+            as ``{"*.down_proj": "w8a16"}``. If several match a layer, the last one counts. It
             takes precedence over `embeddings` and `head`.
-        symmetric: without offsets, see `fastlm.ops.quantize_weight`.
+        symmetric: store no offsets, see `fastlm.ops.quantize_weight`.
         require_divisible_groups: refuse a `group_size` that does not divide the width of every
-        layer, which
-            other programs' formats demand; here a row's last group may be short.
+            layer. Other programs' formats demand that; here a row's last group may be short.
         scale_dtype: dtype of the scales.
         iterations: steps of "autoround" per decoder layer.
         distill_steps: steps of quantization-aware distillation after that, see
         `fastlm.quant.distill`:
-            scales, offsets and norms are trained on text. Activations stay unrounded, also for the
-            a8 formats. 0: none.
-        distill_data: its text, token ids (windows, length). None: that of `calibration`.
-        seed: of the draws of "autoround" and of the distillation.
+            scales, offsets and norms are trained on text. Activations are not rounded, not even for
+            the a8 formats. 0: none.
+        distill_data: its text as token ids (windows, length). None: `calibration`.
+        seed: of the random draws of "autoround" and of the distillation.
         checkpoint_dir: with text, a folder that keeps finished layers and the distillation's state:
         the
             same call continues from there, to the same bits.
-        track: progress, as in `fastlm.progress`.
-        on_step: receives what came of each layer: its weights, errors and warnings.
+        track: shows the progress, as in `fastlm.progress`.
+        on_step: receives the result of each step: weights, errors and warnings.
         log: receives a line per decoder layer, with its error.
 
     Raises:
         InputError: an unknown format or method, sizes that do not fit, a pattern that matches no
-            layer, tied weights with different bits, a model of which a layer is quantized already.
+            layer, tied weights with different bits, a model with quantized layers.
     """
     options = QuantizeOptions(
         format, group_size, method, awq, 16 if embeddings is None else embeddings,
@@ -111,73 +109,75 @@ def quantize(
     options.check()
     track = track or silent
     check_unquantized(model)
-    ids = None if calibration is None else _text(model, calibration, "calibration")
-    learnt = ids if distill_data is None else _text(model, distill_data, "distill_data")
+    ids = None if calibration is None else _check_windows(model, calibration, "calibration")
+    distill_ids = (
+        ids if distill_data is None else _check_windows(model, distill_data, "distill_data")
+    )
     if ids is None and (method != "rtn" or awq):
         needs = method if method != "rtn" else "awq"
         raise InputError(f"calibration: expected token ids (windows, length) for {needs}, got none")
-    if distill_steps and (learnt is None or len(learnt) < 2):
-        got = "none" if learnt is None else "1"
+    if distill_steps and (distill_ids is None or len(distill_ids) < 2):
+        got = "none" if distill_ids is None else "1"
         name = "calibration" if distill_data is None else "distill_data"
         raise InputError(f"{name}: expected 2 or more windows of token ids to distill, got {got}")
-    plan = select_targets(model, options, scale_dtype)
-    if not plan:
+    targets = select_targets(model, options, scale_dtype)
+    if not targets:
         raise InputError(
             f"model: {type(model).__name__} has no nn.Linear or nn.Embedding to quantize"
         )
-    done: dict[int, QuantizedWeight] = {}
+    quantized: dict[int, QuantizedWeight] = {}
     floats: dict[str, Tensor] = {}
 
-    def keep(step: StepResult) -> None:
+    def add(step: StepResult) -> None:
         floats.update(step.floats)
-        for target in plan:
+        for target in targets:
             if target.name in step.weights:
-                done[id(target.module.weight)] = step.weights[target.name]
+                quantized[id(target.module.weight)] = step.weights[target.name]
         on_step(step)
 
     reports = {"folder": checkpoint_dir, "track": track, "log": log}
-    causal = cast("CausalLM", model)  # with text, `_text` has checked that
+    causal = cast("CausalLM", model)  # with text, `_check_windows` has checked that
     if ids is None:
-        for target in track(plan, "quantize", total=len(plan), unit="layers"):
-            if id(target.module.weight) not in done:
-                keep(round_to_nearest(target))
+        for target in track(targets, "quantize", total=len(targets), unit="layers"):
+            if id(target.module.weight) not in quantized:
+                add(round_to_nearest(target))
     else:
         from fastlm.quant.layerwise import LayerwiseQuantizer
 
-        for step in LayerwiseQuantizer(causal, plan, ids, options, **reports).run():
-            keep(step)
-    if learnt is not None and distill_steps:
+        for step in LayerwiseQuantizer(causal, targets, ids, options, **reports).run():
+            add(step)
+    if distill_ids is not None and distill_steps:
         from fastlm.quant.distill import Distillation
 
-        weights = {target.name: done[id(target.module.weight)] for target in plan}
-        work = Distillation(
-            causal, plan, weights, floats, learnt, steps=distill_steps, seed=seed, **reports
+        weights = {target.name: quantized[id(target.module.weight)] for target in targets}
+        distillation = Distillation(
+            causal, targets, weights, floats, distill_ids, steps=distill_steps, seed=seed, **reports
         )
-        keep(work.run())
+        add(distillation.run())
     with torch.no_grad():
         for name, value in floats.items():
             model.get_parameter(name).copy_(value)
-    for target in plan:
-        weight = done[id(target.module.weight)]
+    for target in targets:
+        weight = quantized[id(target.module.weight)]
         model = set_quantized_weight(model, target.name, weight, act_bits=target.act_bits)
     _describe_in_config(model, format, method)
     return model
 
 
 def _describe_in_config(model: nn.Module, format: str, method: str) -> None:
-    """State in the config of each model of transformers in `model` how its weights are stored.
+    """Describe the stored weights in the config of each transformers model in `model`.
 
-    Its ``save_pretrained`` then writes what `save_hf` would: without the entry, transformers would
-    open the folder and fill the layers with fresh weights. With it, it refuses.
+    Its ``save_pretrained`` then writes the same entry as `save_hf`. Without the entry, transformers
+    would open the folder and fill the layers with fresh weights; with it, it refuses.
     """
     transformers = sys.modules.get("transformers.modeling_utils")
     if transformers is None:
         return
-    inside: set[nn.Module] = set()  # models that a model around them describes
+    inner: set[nn.Module] = set()  # models inside a described model
     for module in model.modules():
-        if module in inside or not isinstance(module, transformers.PreTrainedModel):
+        if module in inner or not isinstance(module, transformers.PreTrainedModel):
             continue
-        inside.update(module.modules())
+        inner.update(module.modules())
         sizes = {m.group_size for m in module.modules() if isinstance(m, QuantizedLinear)}
         entry = quantization_config(
             module, format, group_size=sizes.pop() if len(sizes) == 1 else None, method=method
@@ -185,31 +185,32 @@ def _describe_in_config(model: nn.Module, format: str, method: str) -> None:
         config: Any = module.config
         described = copy.copy(config)
         described.quantization_config = {"fastlm": entry}
-        for part in module.modules():  # the model gets its own: another one may share the config
+        for part in module.modules():  # a copy, since another model may share the config
             if vars(part).get("config") is config:
                 part.config = described
 
 
 def check_unquantized(model: nn.Module) -> None:
     """Raise InputError if a layer of `model` is quantized already."""
-    kinds = (QuantizedLinear, QuantizedEmbedding)
-    found = [name for name, m in model.named_modules() if isinstance(m, kinds)]
-    if found:
+    types = (QuantizedLinear, QuantizedEmbedding)
+    names = [name for name, m in model.named_modules() if isinstance(m, types)]
+    if names:
         raise InputError(
-            f"model: expected one that is not quantized yet, got {len(found)} quantized layers"
-            f" ({found[0] or type(model).__name__}): load it with keep_quantized=False (the"
+            f"model: expected an unquantized model, got {len(names)} quantized layers"
+            f" ({names[0] or type(model).__name__}): load it with keep_quantized=False (the"
             " command: --dequantize)"
         )
 
 
-def _text(model: nn.Module, ids: Any, name: str) -> Tensor:
-    """The windows `ids`, (n, S). InputError, which names the argument `name`: others, ids outside
-    the vocabulary, longer than the model's context, a model that is no `CausalLM`.
+def _check_windows(model: nn.Module, ids: Any, name: str) -> Tensor:
+    """Return the windows `ids`, (n, S), as int64. InputError, about the argument `name`: another
+    shape, ids outside the vocabulary, windows longer than the context, another model class than
+    `CausalLM`.
     """
-    # of a CausalLM, whose module imports this one
+    # the config of a CausalLM; its module imports this one
     if not isinstance(getattr(model, "config", None), ModelConfig):
         raise InputError(
-            f"{name}: expected a fastlm.CausalLM with it, got {type(model).__name__}"
+            f"{name}: expected a fastlm.CausalLM as the model, got {type(model).__name__}"
             " (fastlm.CausalLM.from_pretrained reads Hugging Face folders)"
         )
     if not isinstance(ids, Tensor) or ids.dim() != 2 or not ids.numel():

@@ -1,4 +1,4 @@
-"""The options of a quantization: those of the stage and of `fastlm.quantize`."""
+"""The options of the stage `quantize` and of `fastlm.quantize`."""
 
 from dataclasses import dataclass
 from typing import Annotated
@@ -11,52 +11,55 @@ METHODS = ("rtn", "gptq", "autoround")
 
 @dataclass(frozen=True)
 class QuantizeOptions:
-    """How the weights are rounded; `fastlm.quantize` describes each option."""
+    """The options of rounding; `fastlm.quantize` describes each of them."""
 
-    format: Annotated[str, "w4a16, w8a16, w8a8 or w4a8"] = "w4a16"
+    format: Annotated[str, "Quantize to w4a16, w8a16, w8a8 or w4a8"] = "w4a16"
     group_size: Annotated[
-        int | None, "Weights that share a scale; default: 128, or 64 or 32 where it does not divide"
+        int | None,
+        "Number of weights that share a scale; default: the largest of 128, 64 and 32 that divides",
     ] = None
     method: Annotated[
-        str, "rtn: round to nearest; with calibration text also gptq, or autoround, the slowest"
+        str,
+        "Round by rtn (to nearest) or, with calibration text, by gptq or autoround (the slowest)",
     ] = "rtn"
     awq: Annotated[
-        bool, "Scale features by their size before rounding (AWQ); wants calibration text"
+        bool, "Scale features by their size before rounding (AWQ); needs calibration text"
     ] = False
     embeddings: Annotated[int, "Bits of the embedding; 16: unchanged; 0: as the format"] = 0
     head: Annotated[int, "Bits of the output head; 16: unchanged; 0: as the format"] = 0
     overrides: Annotated[
-        tuple[str, ...], "Other formats by name of layer, such as *.down_proj=w8a16,lm_head=16"
+        tuple[str, ...], "Override the format by layer name, such as *.down_proj=w8a16,lm_head=16"
     ] = ()
-    symmetric: Annotated[bool, "Scales alone; otherwise every group has an offset too"] = True
+    symmetric: Annotated[bool, "Store scales only; otherwise every group has an offset, too"] = True
     require_divisible_groups: Annotated[
         bool, "Refuse a group size that does not divide a layer's width, as vLLM does"
     ] = False
     iterations: Annotated[int, "Steps of autoround per decoder layer"] = 200
     distill_steps: Annotated[
-        int, "Last, steps of training towards the unquantized model's predictions; wants text"
+        int,
+        "Train towards the unquantized model's predictions for this many steps at last; needs text",
     ] = 0
-    seed: Annotated[int, "Of the choice and order of text and the draws of autoround"] = 0
+    seed: Annotated[int, "Seed of the choice and order of text, and of autoround"] = 0
 
     def check(self) -> None:
-        """Raise InputError for options that are refused for every model."""
+        """Raise InputError for options that no model allows."""
         from fastlm.ops.quantized_weight import ANY_K, check_group_size
 
-        for name, value, known in (
+        for name, value, choices in (
             ("format", self.format, FORMATS), ("method", self.method, METHODS),
         ):  # fmt: skip
-            if value not in known:
-                raise InputError(f"{name}: expected one of {', '.join(known)}, got {value!r}")
+            if value not in choices:
+                raise InputError(f"{name}: expected one of {', '.join(choices)}, got {value!r}")
         if self.group_size is not None:
             check_group_size(self.group_size, ANY_K)
         for name, bits in (("embeddings", self.embeddings), ("head", self.head)):
             if bits not in (0, 4, 8, 16):
                 raise InputError(f"{name}: expected 4, 8, 16 or 0 (as the format), got {bits!r}")
-        for pattern, wish in self.formats().items():
-            if wish not in (*FORMATS, 4, 8, 16):
+        for pattern, value in self.formats().items():
+            if value not in (*FORMATS, 4, 8, 16):
                 raise InputError(
                     f"overrides: {pattern}: expected one of {', '.join(FORMATS)}, 4, 8 or 16"
-                    f" (unchanged), got {wish!r}"
+                    f" (unchanged), got {value!r}"
                 )
         if self.iterations < 1:
             raise InputError(f"iterations: expected 1 or more, got {self.iterations}")
@@ -68,14 +71,14 @@ class QuantizeOptions:
             raise InputError(f"seed: expected 0 or more, got {self.seed}")
 
     def formats(self) -> dict[str, str | int]:
-        """The overrides: pattern of names -> format or bits."""
-        found: dict[str, str | int] = {}
+        """Parse the overrides: pattern of names -> format or bits."""
+        formats: dict[str, str | int] = {}
         for entry in self.overrides:
-            pattern, _, wish = entry.partition("=")
-            if not (pattern and wish):
+            pattern, _, value = entry.partition("=")
+            if not (pattern and value):
                 raise InputError(
                     "overrides: expected PATTERN=FORMAT, such as *.down_proj=w8a16, got"
                     f" {entry!r:.80}"
                 )
-            found[pattern] = int(wish) if wish.isdecimal() else wish
-        return found
+            formats[pattern] = int(value) if value.isdecimal() else value
+        return formats

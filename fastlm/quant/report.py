@@ -1,5 +1,5 @@
-"""What quantization cost: size, and the distance between a model and its quantized form on held-out
-text.
+"""The cost of quantization: size, and the distance between a model and its quantized form on
+held-out text.
 """
 
 import math
@@ -27,13 +27,13 @@ _ROWS = 512  # rows of logits of both models in memory: 200 MB in float32 at 50,
 
 @dataclass(frozen=True)
 class ModelComparison:
-    """What two models make of one text.
+    """The comparison of a model and its quantized form on one text.
 
     Attributes:
-        bits_per_byte_before, bits_per_byte: of the original, of the quantized model.
+        bits_per_byte_before, bits_per_byte: the original's and the quantized model's.
         kl: mean of KL(original || quantized) of the next token, in nats.
-        greedy_agreement: share of the positions whose likeliest next token is the same.
-        tokens: compared.
+        greedy_agreement: share of the positions where both have the same likeliest next token.
+        tokens: number of compared tokens.
         windows: bits per byte of the original and of the quantized model in each window.
     """
 
@@ -46,15 +46,15 @@ class ModelComparison:
 
     @property
     def bpb_increase(self) -> float:
-        """The increase in bits per byte, as a share of the original's."""
+        """Return the increase in bits per byte, as a share of the original's."""
         return self.bits_per_byte / self.bits_per_byte_before - 1
 
     def metrics(self) -> dict[str, Any]:
-        """All but the windows, which give "bpb_increase_error", the standard error of
-        `bpb_increase`.
+        """Return all fields but the windows, and "bpb_increase_error", the standard error of
+        `bpb_increase` over the windows.
         """
-        shown = {name: value for name, value in asdict(self).items() if name != "windows"}
-        return {**shown, "bpb_increase_error": ratio_error(self.windows)}
+        fields = {name: value for name, value in asdict(self).items() if name != "windows"}
+        return {**fields, "bpb_increase_error": ratio_error(self.windows)}
 
 
 @torch.no_grad()
@@ -70,23 +70,23 @@ def compare_models(
     track=silent,
 ) -> ModelComparison:
     """Compare two models of one vocabulary on `dataset`, window by window as
-    `fastlm.model.bits_per_byte.evaluate` cuts them. ``max_tokens``: evenly spaced windows of about
-    so many tokens.
+    `fastlm.model.bits_per_byte.evaluate` cuts them. ``max_tokens``: compare evenly
+    spaced windows of about this many tokens.
     """
-    chosen = windows(dataset.tokens, seq_len, stride)
+    selected = windows(dataset.tokens, seq_len, stride)
     if max_tokens is not None:
-        chosen = chosen[:: max(1, math.ceil(dataset.tokens / max_tokens))]
+        selected = selected[:: max(1, math.ceil(dataset.tokens / max_tokens))]
     kl, same, tokens = 0.0, 0, 0
     nats: list[Tensor] = []  # of each batch, (windows, 2): the original, the quantized model
-    batches = [chosen[i : i + batch_size] for i in range(0, len(chosen), batch_size)]
+    batches = [selected[i : i + batch_size] for i in range(0, len(selected), batch_size)]
     for batch in track(batches, "compare with the original", unit="batches"):
         cut = [window(dataset, begin, scored, seq_len, stride) for begin, scored in batch]
         ids = torch.from_numpy(np.stack([inputs for inputs, _ in cut])).to(before.device)
         labels = torch.from_numpy(np.stack([labels for _, labels in cut])).flatten()
-        kept = (labels != IGNORE).nonzero()[:, 0]
+        positions = (labels != IGNORE).nonzero()[:, 0]
         nats.append(torch.zeros(len(cut), 2, dtype=torch.float64))
         hidden = [m.hidden(ids).flatten(0, 1) for m in (before, after)]
-        for rows in kept.split(_ROWS):
+        for rows in positions.split(_ROWS):
             p, q = (
                 torch.log_softmax(_logits(m, h[rows]), 1) for h, m in zip(hidden, (before, after))
             )
@@ -95,17 +95,18 @@ def compare_models(
             nats[-1].index_add_(0, rows // ids.shape[1], both, alpha=-1)
             same += int((p.argmax(1) == q.argmax(1)).sum())
             kl += float((p.exp() * (p - q)).sum())
-        tokens += len(kept)
+        tokens += len(positions)
     bits = math.log(2) * dataset.bytes_of_text * (tokens / dataset.tokens)
-    each = torch.cat(nats)
-    before_bits, after_bits = (each.sum(0) / bits).tolist()
-    shown = [(a, b) for a, b in (each * (len(each) / bits)).tolist()]
-    return ModelComparison(before_bits, after_bits, kl / tokens, same / tokens, tokens, shown)
+    window_nats = torch.cat(nats)
+    before_bits, after_bits = (window_nats.sum(0) / bits).tolist()
+    window_bits = [(a, b) for a, b in (window_nats * (len(window_nats) / bits)).tolist()]
+    return ModelComparison(before_bits, after_bits, kl / tokens, same / tokens, tokens, window_bits)
 
 
 def _logits(model: "CausalLM", hidden: Tensor) -> Tensor:
-    """(N, V) float32, not rounded to the model's dtype, as in `fastlm.evals`. A quantized head
-    rounds its activations as it does when it runs."""
+    """Return logits (N, V) in float32, not rounded to the model's dtype, as `fastlm.evals` does. A
+    quantized head rounds its activations as usual.
+    """
     head = model.head_weight
     if isinstance(head, QuantizedWeight):
         return model.logits(hidden.float())
@@ -115,9 +116,9 @@ def _logits(model: "CausalLM", hidden: Tensor) -> Tensor:
 
 
 def effective_bits(model: nn.Module) -> dict[str, float]:
-    """Bits per weight with everything that is stored counted, scales and offsets too:
-    "bits_per_weight" of the whole model (norms, biases and what is left unquantized included) and
-    "bits_per_quantized_weight" of the quantized matrices alone. What is shared counts once.
+    """Return the stored bits per weight, scales and offsets included: "bits_per_weight" of the full
+    model (norms, biases and unquantized matrices included) and "bits_per_quantized_weight" of the
+    quantized matrices alone. Shared weights count once.
     """
     seen: set[int] = set()
     bits = weights = quantized_bits = quantized = 0

@@ -21,10 +21,9 @@ if TYPE_CHECKING:
     from fastlm.tokenizer.tokenizer import Tokenizer
 
 REPORT, PROGRESS = "report.json", "progress"
-# Long enough to hide the first step, short enough for an untrained model on two cores
-OUT_OF_DOMAIN_TOKENS = (
-    32_768  # of the text of another kind: an error of the loss below half a percent
-)
+# with so many tokens the error of the increase in bits per byte is below half a percent
+OUT_OF_DOMAIN_TOKENS = 32_768
+# long enough to hide the first step, short enough for an untrained model on two cores
 DECODE_TOKENS = 64
 DECODE_ROUNDS = 3  # the models take turns; medians are reported
 
@@ -42,34 +41,34 @@ class Quantize(QuantizeOptions, Stage):
         ),
         "data": InputSpec(
             ("corpus", "shards"),
-            "Held-out text: measures bits per byte and speed before and after", optional=True,
+            "Measure bits per byte and speed before and after on this held-out text", optional=True,
         ),
         "calibration": InputSpec(
             ("corpus", "shards"),
-            "Text like that which the model will see, to weigh errors by, in equal parts; default"
-            " where it is needed: web pages, documentation and code from packages", several=True,
+            "Weigh errors by this text, like the model's future inputs; several count equally;"
+            " default if needed: web pages, documentation and code from packages", several=True,
             optional=True, default=False,
         ),
         "out_of_domain": InputSpec(
             ("corpus", "shards"),
-            "Text of another kind than the calibration: measures the loss there, too; default"
-            " beside the default calibration: encyclopedia", optional=True, default=False,
+            "Measure the loss on this text of another kind than the calibration, too; default"
+            " with the default calibration: encyclopedia", optional=True, default=False,
         ),
     }  # fmt: skip
     outputs = {"quantized": "."}
     resumable = (PROGRESS,)
     result = {"format": str, "group_size": int, "bytes": int, "bytes_before": int}
 
-    calibration_tokens: Annotated[int, "Tokens of calibration text"] = 32768
-    calibration_length: Annotated[int, "Tokens per window of it"] = 512
+    calibration_tokens: Annotated[int, "Number of tokens of calibration text"] = 32768
+    calibration_length: Annotated[int, "Tokens per window of calibration text"] = 512
     max_bpb_increase: Annotated[
         float, "Warn where held-out bits per byte grow by more than this share"
     ] = 0.03
-    strict: Annotated[bool, "Refuse there instead: exit status 2, and no model"] = False
+    strict: Annotated[bool, "Refuse instead of warning: exit status 2, and no model"] = False
     dequantize: Annotated[
         bool,
-        "Accept a model of 4- or 8-bit weights, such as a .gguf or model:smollm2: they were rounded"
-        " once already, and are rounded again",
+        "Accept a model of 4- or 8-bit weights, such as a .gguf or model:smollm2; they are rounded"
+        " a second time",
     ] = False
 
     def check(self) -> None:
@@ -83,21 +82,19 @@ class Quantize(QuantizeOptions, Stage):
             raise InputError("strict: expected held-out text (data) to measure, got none")
 
     def calibration_sources(self, inputs: Mapping[str, Any]) -> tuple[str, ...]:
-        """The sources of calibration text: those named, or the default where it is needed."""
+        """Return the sources of calibration text: the user's, or the default if one is needed."""
         from fastlm.quant.calibration import CALIBRATION_MIX
 
-        if named := inputs.get("calibration"):
-            return tuple(source.source for source in named)
+        if sources := inputs.get("calibration"):
+            return tuple(source.source for source in sources)
         return CALIBRATION_MIX if self.method != "rtn" or self.awq or self.distill_steps else ()
 
     def out_of_domain_source(self, inputs: Mapping[str, Any]) -> str | None:
-        """The source of text of another kind: the one named, or the default beside
-        `CALIBRATION_MIX`.
-        """
+        """Return the out-of-domain source: the user's, or the default with `CALIBRATION_MIX`."""
         from fastlm.quant.calibration import CALIBRATION_MIX, OUT_OF_DOMAIN
 
-        if named := inputs.get("out_of_domain"):
-            return named[0].source
+        if sources := inputs.get("out_of_domain"):
+            return sources[0].source
         return OUT_OF_DOMAIN if self.calibration_sources(inputs) == CALIBRATION_MIX else None
 
     def plan(self, inputs: Mapping[str, Any]) -> Facts:
@@ -111,7 +108,7 @@ class Quantize(QuantizeOptions, Stage):
         return {**facts, "stored": meta_state(model, self.targets(model))}
 
     def targets(self, model: "CausalLM") -> "list[Target]":
-        """The layers to quantize. InputError: what cannot work for a model of these shapes."""
+        """Return the layers to quantize. InputError: options that cannot work for these shapes."""
         from fastlm.quant.layerwise import check_folds
         from fastlm.quant.targets import select_targets
 
@@ -138,28 +135,28 @@ class Quantize(QuantizeOptions, Stage):
         else:
             model, tokenizer = CausalLM.from_pretrained(source), None
         with contextlib.ExitStack() as stack:
-            held: dict[str, TokenDataset] = {}
-            for name, where in texts.items():  # read now: a bad text costs no quantization
-                if where is not None:
+            heldout: dict[str, TokenDataset] = {}
+            for name, text_source in texts.items():  # read first: a bad text costs no quantization
+                if text_source is not None:
                     assert tokenizer is not None
                     text = token_dataset(
-                        where,
+                        text_source,
                         tokenizer,
                         model.config.vocab_size,
                         cache=ctx.cache_dir,
                         on_skip=ctx.skipped,
                     )
-                    held[name] = stack.enter_context(text)
-            return self._quantize(ctx, model, tokenizer, held)
+                    heldout[name] = stack.enter_context(text)
+            return self._quantize(ctx, model, tokenizer, heldout)
 
     def _quantize(
         self,
         ctx: StageContext,
         model: "CausalLM",
         tokenizer: "Tokenizer | None",
-        held: "Mapping[str, TokenDataset]",
+        heldout: "Mapping[str, TokenDataset]",
     ) -> dict[str, Any]:
-        """Quantize, and measure on ``held["data"]`` and ``held["out_of_domain"]``."""
+        """Quantize, and measure on ``heldout["data"]`` and ``heldout["out_of_domain"]``."""
         from fastlm.files import remove, write_json
         from fastlm.model.causal_lm import CausalLM
         from fastlm.quant import QuantizedLinear, quantize
@@ -172,74 +169,73 @@ class Quantize(QuantizeOptions, Stage):
         if self.dequantize:
             model = CausalLM.from_pretrained(source, keep_quantized=False)
         check_unquantized(model)
-        self.targets(model)  # refuses before calibration text is read
+        self.targets(model)  # refuse before calibration text is read
         sources = self.calibration_sources(ctx.inputs)
-        ids, learnt = (None, None)
+        ids, distill_ids = (None, None)
         if tokenizer is not None and sources:
-            ids, learnt = self._windows(ctx, model, tokenizer, sources)
-        found, progress = StepResult(), ctx.out / PROGRESS
-        small = quantize(
+            ids, distill_ids = self._windows(ctx, model, tokenizer, sources)
+        total, progress = StepResult(), ctx.out / PROGRESS
+        quantized = quantize(
             model, self.format, group_size=self.group_size, method=self.method,
             calibration=ids, awq=self.awq, embeddings=self.embeddings, head=self.head,
             overrides=self.formats(), symmetric=self.symmetric,
             require_divisible_groups=self.require_divisible_groups,
             iterations=self.iterations, distill_steps=self.distill_steps,
-            distill_data=learnt, seed=self.seed,
-            checkpoint_dir=progress, track=ctx.track, on_step=found.add, log=ctx.info,
+            distill_data=distill_ids, seed=self.seed,
+            checkpoint_dir=progress, track=ctx.track, on_step=total.add, log=ctx.info,
         )  # fmt: skip
-        assert isinstance(small, CausalLM)  # only modules inside it are replaced
+        assert isinstance(quantized, CausalLM)  # only modules inside it are replaced
         out_of_domain = self.out_of_domain_source(ctx.inputs)
-        if "data" not in held:
-            found.warnings.append(
-                "data: expected held-out text to measure what was lost, got none: bits per byte and"
+        if "data" not in heldout:
+            total.warnings.append(
+                "data: expected held-out text to measure the loss, got none: bits per byte and"
                 " KL to the original are not in the report"
             )
         elif sources and out_of_domain is None:
-            found.warnings.append(
-                "out_of_domain: expected text of another kind than the calibration, got none: "
-                "the loss"
-                " elsewhere may be larger, and is not in the report"
+            total.warnings.append(
+                "out_of_domain: expected text of another kind than the calibration, got none:"
+                " the loss out of domain may be larger, and is not in the report"
             )
-        for line in found.warnings:
-            ctx.warning(line)
-        for name, error in found.errors.items():
+        for message in total.warnings:
+            ctx.warning(message)
+        for name, error in total.errors.items():
             if not math.isfinite(error):
                 raise InputError(
                     f"model: expected finite outputs of {name}, got an error of {error}"
                 )
-        named = [one.name for one in ctx.inputs.get("calibration") or ()]
-        sizes = {m.group_size for m in small.modules() if isinstance(m, QuantizedLinear)}
-        whole_rows = self.group_size == -1  # they differ in width
+        names = [source.name for source in ctx.inputs.get("calibration") or ()]
+        sizes = {m.group_size for m in quantized.modules() if isinstance(m, QuantizedLinear)}
+        per_row = self.group_size == -1  # rows differ in width
         result: dict[str, Any] = {
-            # the options that had an effect as they were used, the others as None
+            # the effective options; those without an effect are None
             **asdict(self),
             "overrides": list(self.overrides),
-            "calibration_source": ", ".join(named or sources) or None,
+            "calibration_source": ", ".join(names or sources) or None,
             "calibration_tokens": None if ids is None else ids.numel(),
             "calibration_length": None if ids is None else ids.shape[1],
             "iterations": self.iterations if self.method == "autoround" else None,
             "seed": None if ids is None else self.seed,
-            "group_size": -1 if whole_rows else max(sizes, default=self.group_size),
+            "group_size": -1 if per_row else max(sizes, default=self.group_size),
             "bytes_before": size,
-            **effective_bits(small),
+            **effective_bits(quantized),
             "out_of_domain": None,
         }
-        if held:
+        if heldout:
             before = CausalLM.from_pretrained(source, keep_quantized=not self.dequantize)
-            if "data" in held:
-                where = ctx.inputs["data"][0].source
-                result |= self._compared(ctx, before, small, held["data"], where).metrics()
+            if "data" in heldout:
+                text = ctx.inputs["data"][0].source
+                result |= self._compare(ctx, before, quantized, heldout["data"], text).metrics()
                 start = 0 if tokenizer is None else tokenizer.eos_id or 0
-                speed = measure_decode_speeds({"before": before, "after": small}, start)
+                speed = measure_decode_speeds({"before": before, "after": quantized}, start)
                 result["decode_tokens_per_second_before"] = speed["before"]
                 result["decode_tokens_per_second"] = speed["after"]
             if out_of_domain is not None:
-                strict = bool(ctx.inputs.get("out_of_domain"))  # the default is a warning, at most
-                compared = self._compared(
+                strict = bool(ctx.inputs.get("out_of_domain"))  # the default source only warns
+                compared = self._compare(
                     ctx,
                     before,
-                    small,
-                    held["out_of_domain"],
+                    quantized,
+                    heldout["out_of_domain"],
                     out_of_domain,
                     OUT_OF_DOMAIN_TOKENS,
                     strict=strict,
@@ -249,15 +245,15 @@ class Quantize(QuantizeOptions, Stage):
                     "bpb_increase": compared.bpb_increase,
                     **compared.metrics(),
                 }
-        small.config.extra["quantization_config"] = {"method": self.method}
+        quantized.config.extra["quantization_config"] = {"method": self.method}
         remove(ctx.out / REPORT)  # of an earlier model
-        small.save_pretrained(ctx.out)
+        quantized.save_pretrained(ctx.out)
         if tokenizer is not None:
             tokenizer.save(ctx.out)
         result["bytes"] = sum(file.stat().st_size for file in ctx.out.glob("*.safetensors"))
         report = {
-            **result, "layers": found.errors, "awq_powers": found.powers,
-            "distillation": found.distillation or None, "warnings": found.warnings,
+            **result, "layers": total.errors, "awq_powers": total.powers,
+            "distillation": total.distillation or None, "warnings": total.warnings,
         }  # fmt: skip
         write_json(ctx.out / REPORT, report)
         remove(progress)
@@ -266,82 +262,84 @@ class Quantize(QuantizeOptions, Stage):
     def _windows(
         self, ctx: StageContext, model: "CausalLM", tokenizer: "Tokenizer", sources: Sequence[str]
     ) -> tuple[Any, Any]:
-        """The windows that calibrate, and those that distillation learns: the same and more."""
+        """Return the windows for calibration, and those for distillation: the same and more."""
         from fastlm.quant.calibration import text_windows
         from fastlm.quant.distill import tokens_needed
 
         for name in ("data", "out_of_domain"):
-            measured = ctx.inputs.get(name)
-            if measured and any(is_same_text(where, measured[0].source) for where in sources):
+            inputs = ctx.inputs.get(name)
+            if inputs and any(is_same_text(source, inputs[0].source) for source in sources):
                 ctx.warning(
-                    f"{name}: {measured[0].name} is the calibration text, too: the loss on other"
+                    f"{name}: {inputs[0].name} is also the calibration text: the loss on other"
                     " text is larger (prepared text and shards have a held-out part)"
                 )
-        learnt = text_windows(
+        distill_ids = text_windows(
             model, tokenizer, sources[0] if len(sources) == 1 else sources, cache=ctx.cache_dir,
             on_skip=ctx.skipped,
             tokens=max(self.calibration_tokens, tokens_needed(self.distill_steps)),
             length=self.calibration_length, seed=self.seed,
         )  # fmt: skip
-        ids = learnt[: max(1, self.calibration_tokens // learnt.shape[1])]
+        ids = distill_ids[: max(1, self.calibration_tokens // distill_ids.shape[1])]
         if 2 * ids.numel() < self.calibration_tokens:
             ctx.warning(
                 f"calibration: {', '.join(sources)} has {ids.numel():,} tokens in windows of"
-                f" {ids.shape[1]}, of {self.calibration_tokens:,} asked for"
+                f" {ids.shape[1]}, expected {self.calibration_tokens:,}"
             )
-        return ids, learnt
+        return ids, distill_ids
 
-    def _compared(
+    def _compare(
         self,
         ctx: StageContext,
         before: "CausalLM",
-        small: "CausalLM",
+        quantized: "CausalLM",
         dataset: "TokenDataset",
         source: str,
         max_tokens: int | None = None,
         strict: bool = True,
     ) -> "ModelComparison":
-        """Compare with the original on the text of `source`. InputError: figures that are not
-        finite; with `strict` here and in the options, a loss above `max_bpb_increase`.
+        """Compare with the original on the text of `source`. InputError: metrics that are not
+        finite; with `strict` here and in the options, an increase above `max_bpb_increase`.
         """
         from fastlm.data.texts import check_window
         from fastlm.quant.report import compare_models
 
         seq_len, stride = check_window(before.context_limit, None, None)
-        found = compare_models(
-            before, small, dataset, seq_len=seq_len, stride=stride, max_tokens=max_tokens,
+        comparison = compare_models(
+            before, quantized, dataset, seq_len=seq_len, stride=stride, max_tokens=max_tokens,
             track=ctx.track,
         )  # fmt: skip
-        figures = found.bits_per_byte_before, found.bits_per_byte, found.kl
-        if not all(map(math.isfinite, figures)):
+        values = comparison.bits_per_byte_before, comparison.bits_per_byte, comparison.kl
+        if not all(map(math.isfinite, values)):
             raise InputError(
-                "model: expected finite bits per byte and KL, got {} -> {} and {}".format(*figures)
+                "model: expected finite bits per byte and KL, got {} -> {} and {}".format(*values)
             )
-        if found.bpb_increase > self.max_bpb_increase:
-            line = (
+        if comparison.bpb_increase > self.max_bpb_increase:
+            message = (
                 "max_bpb_increase: expected bits per byte to grow by at most "
                 f"{100 * self.max_bpb_increase:g} %,"
-                f" got {100 * found.bpb_increase:+.2f} % ({found.bits_per_byte_before:.4f} ->"
-                f" {found.bits_per_byte:.4f}) on {source}; more bits, smaller groups or another"
+                f" got {100 * comparison.bpb_increase:+.2f} % "
+                f"({comparison.bits_per_byte_before:.4f} ->"
+                f" {comparison.bits_per_byte:.4f}) on {source}; more bits, smaller groups or "
+                "another"
                 " method help"
             )
             if self.strict and strict:
-                raise InputError(line)
-            ctx.warning(line)
-        return found
+                raise InputError(message)
+            ctx.warning(message)
+        return comparison
 
     def summary(self, result: Mapping[str, Any], ctx: StageContext) -> str:
-        small, size = result["bytes"], result["bytes_before"]
+        size, original = result["bytes"], result["bytes_before"]
         text = (
-            f"{ctx.out}: {small / 1e6:,.2f} MB of weights, {small / size:.2f} of the"
-            f" {size / 1e6:,.2f} MB before; {result['bits_per_weight']:.2f} bits per weight"
+            f"{ctx.out}: {size / 1e6:,.2f} MB of weights, {size / original:.2f} of the"
+            f" {original / 1e6:,.2f} MB before; {result['bits_per_weight']:.2f} bits per weight"
         )
         if "bits_per_byte" in result:
             before, after = result["bits_per_byte_before"], result["bits_per_byte"]
             text += (
                 f"; held-out bits per byte: {before:.4f} -> {after:.4f}"
                 f" ({100 * (after / before - 1):+.2f} %), KL {result['kl']:.4f},"
-                f" {100 * result['greedy_agreement']:.1f} % of the likeliest tokens the same"
+                f" {100 * result['greedy_agreement']:.1f} % of the likeliest tokens are the same"
             )
         if out_of_domain := result.get("out_of_domain"):
             text += f"; on {out_of_domain['source']}: {100 * out_of_domain['bpb_increase']:+.2f} %"
@@ -368,22 +366,22 @@ class Quantize(QuantizeOptions, Stage):
 
 
 def is_same_text(a: str, b: str) -> bool:
-    """Whether the two name the same text, without a part for each use."""
+    """Return True if both name the same text, which has no separate splits."""
     from fastlm.data.texts import has_splits
 
     return Path(a).resolve() == Path(b).resolve() and not has_splits(a)
 
 
 def check_output_folder(out: Path, model: str) -> None:
-    """Refuse an output folder that cannot work, before the work rather than after it."""
+    """Refuse an impossible output folder before the work, not after it."""
     from fastlm.pipeline.run_folder import locate_model
 
     if out.exists() and not out.is_dir():
         raise InputError(f"out: expected a folder, got the file {out}")
     if out.suffix == ".gguf":
         raise InputError(f"out: expected the name of a folder, no .gguf file, got {out}")
-    given, found = Path(model), locate_model(Path(model))
-    if out.exists() and any(p.exists() and out.samefile(p) for p in (given, found)):
+    sources = (Path(model), locate_model(Path(model)))
+    if out.exists() and any(p.exists() and out.samefile(p) for p in sources):
         raise InputError(f"out: expected another folder than the model's, got {out}")
 
 
@@ -396,7 +394,7 @@ def measure_decode_speeds(models: "Mapping[str, CausalLM]", start: int) -> dict[
     length = min(DECODE_TOKENS, min(m.config.max_position_embeddings for m in models.values()) - 1)
     for _ in range(DECODE_ROUNDS):
         for name, model in models.items():
-            began = time.perf_counter()
+            start_time = time.perf_counter()
             model.generate(prompt, max_new_tokens=length, temperature=0.0, ignore_eos=True)
-            rates[name].append(length / (time.perf_counter() - began))
+            rates[name].append(length / (time.perf_counter() - start_time))
     return {name: statistics.median(values) for name, values in rates.items()}

@@ -1,4 +1,4 @@
-"""What comes of quantizing a part of a model, how far it is off, and the file that keeps it."""
+"""The result of quantizing a part of a model, its errors, and the file that stores it."""
 
 import hashlib
 import json
@@ -22,10 +22,11 @@ PARTS = ("qdata", "scales", "zeros")
 
 @dataclass
 class StepResult:
-    """What came of one step: the embeddings, a decoder layer, the head, or the distillation.
+    """The result of one step: the embeddings, a decoder layer, the head, or the distillation.
+
     ``errors``: name of a layer -> squared error of its output, as a share of the output's square.
-    ``powers`` and ``floats``: of AWQ's scales, see `fastlm.quant.awq.scale_features`; ``floats``
-    are new values of parameters. ``distillation``: figures of `fastlm.quant.distill`.
+    ``powers`` and ``floats``: AWQ's, see `fastlm.quant.awq.scale_features`; ``floats`` are new
+    values of parameters. ``distillation``: metrics of `fastlm.quant.distill`.
     """
 
     weights: dict[str, QuantizedWeight] = field(default_factory=dict)
@@ -36,6 +37,7 @@ class StepResult:
     distillation: dict[str, Any] = field(default_factory=dict)
 
     def add(self, other: "StepResult") -> None:
+        """Add the entries of another result."""
         self.warnings += other.warnings
         for name in ("weights", "errors", "powers", "floats", "distillation"):
             getattr(self, name).update(getattr(other, name))
@@ -49,14 +51,16 @@ def round_to_nearest(target: Target, moments: Tensor | None = None) -> StepResul
 
 
 def get_weight(layer: nn.Module, name: str) -> Tensor:
-    """The weight of a linear layer inside `layer`."""
+    """Return the weight of a linear layer inside `layer`."""
     weight = layer.get_submodule(name).weight
     assert isinstance(weight, Tensor)
     return weight
 
 
 def relative_error(weight: Tensor, quantized: QuantizedWeight, moments: Tensor | None) -> float:
-    """Squared error of the outputs as a share of their square; of the weights without moments."""
+    """Return the squared error of the outputs as a share of their square; without moments, of the
+    weights.
+    """
     w = weight.detach().float()
     moments = torch.ones_like(w[0]) if moments is None else moments.float()
     size = (w.square() * moments).sum() if moments.dim() == 1 else ((w @ moments) * w).sum()
@@ -64,45 +68,44 @@ def relative_error(weight: Tensor, quantized: QuantizedWeight, moments: Tensor |
 
 
 def output_error(weight: Tensor, quantized: QuantizedWeight, hessian: Tensor) -> float:
-    """``trace(D hessian D^T)``; hessian (K, K), or its diagonal (K,)."""
+    """Return ``trace(D hessian D^T)``, D the error; hessian is (K, K), or its diagonal (K,)."""
     d = quantized.dequantize(hessian.dtype) - weight
     if hessian.dim() == 1:
         return float((d.square() * hessian).sum())
     return float(((d @ hessian) * d).sum())
 
 
-def digest(told: Any, *tensors: Tensor) -> str:
-    """Return a hash of JSON values and tensors; a kept file is valid for one such hash."""
-    found = hashlib.sha256(json.dumps(told, default=str).encode())
+def cache_key(values: Any, *tensors: Tensor) -> str:
+    """Return a hash of JSON values and tensors. A stored file is valid for one such hash."""
+    digest = hashlib.sha256(json.dumps(values, default=str).encode())
     for tensor in tensors:
         data = tensor.detach().cpu().reshape(-1).contiguous().view(torch.uint8)
-        found.update(data.numpy().data)
-    return found.hexdigest()
+        digest.update(data.numpy().data)
+    return digest.hexdigest()
 
 
 def save_tensors(file: Path, key: str, tensors: Mapping[str, Tensor], **values: Any) -> None:
-    """Write tensors and JSON values, whole or not at all. ``key``: `load_tensors` wants the
-    same.
-    """
+    """Write tensors and JSON values atomically. `load_tensors` needs the same ``key``."""
     make_folder(file.parent)
     metadata = {"key": key, "values": json.dumps(values)}
     save_atomic(file, lambda part: save_file(dict(tensors), part, metadata=metadata))
 
 
 def load_tensors(file: Path, key: str) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
-    """What `save_tensors` wrote; None: nothing, or of other weights or options."""
+    """Return what `save_tensors` wrote; None for no file or another key."""
     try:
-        with safe_open(file, framework="pt") as kept:
-            metadata = kept.metadata() or {}
+        with safe_open(file, framework="pt") as file_tensors:
+            metadata = file_tensors.metadata() or {}
             if metadata.get("key") != key:
                 return None
-            tensors = {name: kept.get_tensor(name) for name in kept.keys()}
+            tensors = {name: file_tensors.get_tensor(name) for name in file_tensors.keys()}
             return tensors, json.loads(metadata["values"])
     except (OSError, SafetensorError):
         return None
 
 
 def save_step_result(file: Path, key: str, step: StepResult) -> None:
+    """Write a result; ``key`` as in `save_tensors`."""
     tensors, layouts = dict(step.floats), {}
     for name, q in step.weights.items():
         layouts[name] = [q.bits, q.group_size, q.shape]
@@ -113,9 +116,10 @@ def save_step_result(file: Path, key: str, step: StepResult) -> None:
 
 
 def load_step_result(file: Path, key: str) -> StepResult | None:
-    if (kept := load_tensors(file, key)) is None:
+    """Read the result of `save_step_result`; None as in `load_tensors`."""
+    if (saved := load_tensors(file, key)) is None:
         return None
-    tensors, values = kept
+    tensors, values = saved
     weights = {}
     for name, (bits, size, shape) in values.pop("layouts").items():
         qdata, scales, zeros = (tensors.get(f"{name}.{part}") for part in PARTS)

@@ -1,5 +1,5 @@
-"""Which layers are quantized, to how many bits and in which groups. All of it is decided, and what
-cannot work refused, before any work.
+"""Select the layers to quantize, with their bits and groups. Impossible options are refused here,
+before any work.
 """
 
 import difflib
@@ -20,16 +20,16 @@ from fastlm.quant.options import FORMATS, QuantizeOptions
 if TYPE_CHECKING:
     from fastlm.model.causal_lm import CausalLM
 
-# Group sizes to choose from: the largest that divides every width. 128 is the field's. Groups of 32
-# cost half a bit per weight for their scales, so smaller ones are left to the user.
+# Default group sizes: the largest that divides every width is used. 128 is the usual size. Groups
+# of 32 cost half a bit per weight for their scales, so smaller ones are never the default.
 GROUP_SIZES = (128, 64, 32)
-NAMED = 5  # layers that an error names
+MAX_NAMED_LAYERS = 5  # in an error
 T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class Scheme:
-    """How a weight is stored: see `fastlm.ops.quantize_weight`."""
+    """The storage of a weight; see `fastlm.ops.quantize_weight`."""
 
     bits: int
     group_size: int
@@ -39,7 +39,7 @@ class Scheme:
 
 @dataclass(frozen=True)
 class Target:
-    """A layer to be quantized. `name` is that in its model."""
+    """A layer to quantize. `name`: its name in the model."""
 
     name: str
     module: nn.Linear | nn.Embedding
@@ -50,18 +50,18 @@ class Target:
 def select_targets(
     model: nn.Module, options: QuantizeOptions, scale_dtype: torch.dtype = torch.bfloat16
 ) -> list[Target]:
-    """The layers to quantize, in the order of the model. A layer that occurs under several names is
-    there under each. Errors are those of `fastlm.quantize`.
+    """Return the layers to quantize, in the order of the model. A layer with several names occurs
+    under each. Errors are those of `fastlm.quantize`.
     """
     options.check()
     bits, act_bits = FORMATS[options.format]
     overrides, head = options.formats(), find_head(model)
     if head is None and options.head not in (0, options.embeddings):
         raise InputError(
-            f"head: {type(model).__name__} has none beside its embeddings: expected 0, got"
+            f"head: {type(model).__name__} has no head besides its embeddings: expected 0, got"
             f" {options.head}"
         )
-    chosen: list[tuple[str, nn.Linear | nn.Embedding, int, int]] = []
+    selected: list[tuple[str, nn.Linear | nn.Embedding, int, int]] = []
     shared: dict[int, tuple[str, int]] = {}
     names = []
     for name, module in model.named_modules(remove_duplicate=False):
@@ -69,94 +69,97 @@ def select_targets(
             continue
         assert isinstance(module, nn.Linear | nn.Embedding)
         names.append(name)
-        wish: str | int = 0
+        choice: str | int = 0
         if isinstance(module, nn.Embedding):
-            wish = options.embeddings
+            choice = options.embeddings
         elif module is head:
-            wish = options.head
+            choice = options.head
         for pattern, value in overrides.items():
             if fnmatchcase(name, pattern):
-                wish = value
-        own, act = FORMATS[wish] if isinstance(wish, str) else (wish or bits, act_bits)
-        other, before = shared.setdefault(id(module.weight), (name, own))
-        if before != own:
+                choice = value
+        layer_bits, act = FORMATS[choice] if isinstance(choice, str) else (choice or bits, act_bits)
+        other, other_bits = shared.setdefault(id(module.weight), (name, layer_bits))
+        if other_bits != layer_bits:
             raise InputError(
                 f"{'head' if module is head else 'embeddings'}: {name} shares its weight"
-                f" with {other}: expected the same bits for both, got {own} and {before}"
+                f" with {other}: expected the same bits for both, got {layer_bits} and {other_bits}"
             )
-        if own < 16:
-            chosen.append((name, module, own, act))
+        if layer_bits < 16:
+            selected.append((name, module, layer_bits, act))
     for pattern in overrides:
         if names and not any(fnmatchcase(name, pattern) for name in names):
-            near = difflib.get_close_matches(pattern[:80], names, n=1, cutoff=0.0)[0]
+            nearest = difflib.get_close_matches(pattern[:80], names, n=1, cutoff=0.0)[0]
             raise InputError(
                 f"overrides: expected a pattern that matches a layer, got {pattern!r}; the nearest"
-                f" layer is {near}"
+                f" layer is {nearest}"
             )
-    widths = {name: module.weight.shape[1] for name, module, *_ in chosen}
+    widths = {name: module.weight.shape[1] for name, module, *_ in selected}
     size = options.group_size or choose_group_size(widths.values())
     if options.require_divisible_groups:
         check_divisible_groups(widths, size)
     return [
-        Target(name, module, Scheme(own, size, options.symmetric, scale_dtype), act)
-        for name, module, own, act in chosen
+        Target(name, module, Scheme(layer_bits, size, options.symmetric, scale_dtype), act)
+        for name, module, layer_bits, act in selected
     ]
 
 
 def choose_group_size(widths: Iterable[int]) -> int:
-    """The largest of `GROUP_SIZES` that divides every width; the smallest if none does."""
+    """Return the largest of `GROUP_SIZES` that divides every width; the smallest if none does."""
     widths = set(widths)
-    whole = (size for size in GROUP_SIZES if all(width % size == 0 for width in widths))
-    return next(whole, GROUP_SIZES[-1])
+    divisors = (size for size in GROUP_SIZES if all(width % size == 0 for width in widths))
+    return next(divisors, GROUP_SIZES[-1])
 
 
 def check_divisible_groups(widths: Mapping[str, int], group_size: int) -> None:
     """Raise InputError unless `group_size` divides the width (input features) of every layer."""
     if group_size == -1:
         return
-    bad = {name: width for name, width in widths.items() if width % group_size}
-    if not bad:
+    refused = {name: width for name, width in widths.items() if width % group_size}
+    if not refused:
         return
     fits = [str(s) for s in GROUP_SIZES if all(w % s == 0 for w in widths.values())]
     raise InputError(
         "group_size: expected groups that divide the width of every layer"
         " (require_divisible_groups), got"
-        f" {group_size} for {describe_layers(bad)}; {' and '.join(fits) or 'only -1'} would do"
+        f" {group_size} for {describe_layers(refused)}; {' and '.join(fits) or 'only -1'} would "
+        "work"
     )
 
 
 def check_layers(widths: Mapping[str, int], check: Callable[[str], T]) -> dict[str, T]:
-    """Return ``check(name)`` of every layer. InputError: that of the first layer it refuses, with
+    """Return ``check(name)`` of every layer. InputError: the error of the first refused layer, with
     the names of the others.
     """
-    found: dict[str, T] = {}
+    results: dict[str, T] = {}
     refused: dict[str, str] = {}
     for name in widths:
         try:
-            found[name] = check(name)
+            results[name] = check(name)
         except InputError as error:
             refused[name] = str(error)
     if refused:
         _, *others = refused
         text = next(iter(refused.values()))
         if others:
-            text += f"; refused too: {describe_layers({name: widths[name] for name in others})}"
+            text += f"; also refused: {describe_layers({name: widths[name] for name in others})}"
         raise InputError(text)
-    return found
+    return results
 
 
 def describe_layers(widths: Mapping[str, int]) -> str:
-    """Name up to `NAMED` layers by width, some of each width, and count the others."""
-    alike: dict[int, list[str]] = {}
+    """Name up to `MAX_NAMED_LAYERS` layers by width, some of each width, and count the others."""
+    by_width: dict[int, list[str]] = {}
     for name, width in widths.items():
-        alike.setdefault(width, []).append(name)
-    ranked = [(place, name) for names in alike.values() for place, name in enumerate(names)]
-    shown = {name for _, name in sorted(ranked, key=lambda pair: pair[0])[:NAMED]}
+        by_width.setdefault(width, []).append(name)
+    ranked = [(index, name) for names in by_width.values() for index, name in enumerate(names)]
+    names_in_text = {
+        name for _, name in sorted(ranked, key=lambda pair: pair[0])[:MAX_NAMED_LAYERS]
+    }
     parts = []
-    for width, names in alike.items():
-        if some := [name for name in names if name in shown]:
+    for width, names in by_width.items():
+        if some := [name for name in names if name in names_in_text]:
             parts.append(f"{', '.join(some)} ({width} wide)")
-    more = len(widths) - len(shown)
+    more = len(widths) - len(names_in_text)
     return " and ".join(parts) + (f" and {more} more layer{'s' * (more > 1)}" if more else "")
 
 
@@ -167,8 +170,8 @@ def find_head(model: nn.Module) -> nn.Module | None:
 
 
 def meta_model(config: ModelConfig) -> "CausalLM":
-    """The model without its weights, on the meta device: a recipe's plan finds what cannot be
-    quantized or exported before the model is trained.
+    """Build the model on the meta device, without weights. With it a recipe's plan finds layers
+    that cannot be quantized or exported before the model is trained.
     """
     from fastlm.model.causal_lm import CausalLM
 
@@ -179,7 +182,7 @@ def meta_model(config: ModelConfig) -> "CausalLM":
 def meta_state(
     model: "CausalLM", targets: Sequence[Target] = ()
 ) -> dict[str, Tensor | QuantizedWeight]:
-    """What `CausalLM.stored` returns once `targets` are quantized, on the meta device."""
+    """Return the state of `CausalLM.stored` with `targets` quantized, on the meta device."""
     state = model.weights()
     for target in targets:
         (n, k), scheme = target.module.weight.shape, target.scheme

@@ -116,12 +116,14 @@ def check_scorable(spec: str) -> None:
     name = spec.removeprefix(f"{SCHEME}:").partition("?")[0]
     if (got := package_version()) != REVIEWED_VERSION:
         raise InputError(
-            f"reward: expected {SCHEME} {REVIEWED_VERSION}, whose scores were reviewed, got "
+            f"reward_function: expected {SCHEME} {REVIEWED_VERSION}, whose scores were reviewed, "
+            "got "
             f"version {got}"
         )
     if name not in SCORABLE:
         raise InputError(
-            f"reward: expected a generator of which {SCHEME} scores answers without evaluating "
+            f"reward_function: expected a generator of which {SCHEME} scores answers without "
+            "evaluating "
             "text,"
             f" or another reward, got {name!r:.80}"
         )

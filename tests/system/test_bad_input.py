@@ -130,7 +130,7 @@ def lie(file: Path) -> None:
 @pytest.mark.parametrize("damage", [cut, lie])
 def test_safetensors(model, damage):
     damage(model / "model.safetensors")
-    refused("generate", "-m", model, "-p", "x", text="not a whole safetensors file")
+    refused("generate", "-m", model, "-p", "x", text="expected a complete safetensors file")
 
 
 def test_gguf(tmp_path):

@@ -294,7 +294,7 @@ def refused(path, message):
 def test_cut_short(folder, size):
     file = folder / "model.safetensors"
     file.write_bytes(file.read_bytes()[:size])
-    refused(folder, "model.safetensors: not a whole safetensors file")
+    refused(folder, "model.safetensors: expected a complete safetensors file")
 
 
 def set_header(file, change) -> None:
@@ -317,7 +317,7 @@ def set_header(file, change) -> None:
 )
 def test_lying_header(folder, change):
     set_header(folder / "model.safetensors", change)
-    refused(folder, "not a whole safetensors file")
+    refused(folder, "expected a complete safetensors file")
 
 
 @settings(
@@ -341,7 +341,7 @@ def test_a_changed_byte_loads_or_is_refused(folder, at, value):
 def test_header_longer_than_the_file(folder, length):
     file = folder / "model.safetensors"
     file.write_bytes(struct.pack("<Q", length) + file.read_bytes()[8:])
-    refused(folder, "not a whole safetensors file")
+    refused(folder, "expected a complete safetensors file")
 
 
 @pytest.mark.parametrize(
@@ -398,7 +398,7 @@ def test_index_must_not_leave_its_folder(sharded, name):
     index = json.loads(file.read_text())
     index["weight_map"]["model.norm.weight"] = name
     file.write_text(json.dumps(index))
-    refused(sharded, "weight_map: expected names of files beside it")
+    refused(sharded, "weight_map: expected names of files in the same folder")
 
 
 @pytest.mark.parametrize("text", ["", "{}", '{"weight_map": []}', "[]"])

@@ -88,7 +88,7 @@ def test_the_start_is_the_rounded_weight(bits, symmetric):
         start = ops.quantize_weight(w, bits, group_size=size, symmetric=symmetric)
         rounded, q = _TrainableScales(start), unpack_rows(start.qdata, bits, 40).float()
         torch.testing.assert_close(rounded(q), start.dequantize(), rtol=1e-6, atol=1e-7)
-        again = rounded.packed()
+        again = rounded.to_quantized()
         assert torch.equal(again.qdata, start.qdata) and torch.equal(again.scales, start.scales)
         assert symmetric or torch.equal(again.zeros, start.zeros)
 
@@ -106,7 +106,7 @@ def test_the_gradient_of_scales():
 def test_other_text_is_predicted_more_like_the_original(trained, options, monkeypatch):
     """On windows that were neither learnt nor judged. 0.82 of the start was measured."""
     # a model so small and so far from the original has a longer way to go
-    monkeypatch.setattr(distill, "REACH", {"scales": 0.05, "floats": 0.05})
+    monkeypatch.setattr(distill, "MAX_CHANGE", {"scales": 0.05, "floats": 0.05})
     steps, ids, other = [], text(200, seed=2), text(40, seed=3)
     if "method" in options:
         options = {**options, "calibration": ids[:8]}
@@ -126,12 +126,12 @@ def test_other_text_is_predicted_more_like_the_original(trained, options, monkey
 
 def test_the_start_is_kept_where_it_is_better(trained, monkeypatch):
     ids, steps = text(40, seed=2), []
-    monkeypatch.setitem(distill.REACH, "scales", 3.0)
+    monkeypatch.setitem(distill.MAX_CHANGE, "scales", 3.0)
     found = quantized(trained, 3, distill_data=ids, on_step=steps.append)
     metrics = steps[-1].distillation
     assert not metrics["accepted"] and not steps[-1].weights and not steps[-1].floats
     assert metrics["kl_after"] > metrics["kl_before"]
-    assert "the start is kept: held-out KL" in steps[-1].warnings[0]
+    assert "the initial weights are kept: held-out KL" in steps[-1].warnings[0]
     assert same(found, quantized(trained, 0))
 
 

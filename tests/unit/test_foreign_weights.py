@@ -54,15 +54,15 @@ CASES = {
     "int8": (compressed("int-quantized", None, **INT8), make.int_quantized, {}, "int-quantized 8"),
     "mxfp4": (
         compressed("mxfp4-pack-quantized"), make.floats, {"kind": "mxfp4"},
-        "compressed-tensors MXFP4, held in int8",
+        "compressed-tensors MXFP4, stored in int8",
     ),
     "nvfp4": (
         compressed("nvfp4-pack-quantized", 16), make.floats, {"kind": "nvfp4"},
-        "compressed-tensors NVFP4, held in int8",
+        "compressed-tensors NVFP4, stored in int8",
     ),
     "modelopt": (
         {"quant_method": "modelopt", "quant_algo": "NVFP4"}, make.floats, {"kind": "modelopt"},
-        "ModelOpt NVFP4, held in int8",
+        "ModelOpt NVFP4, stored in int8",
     ),
 }  # fmt: skip
 
@@ -103,7 +103,7 @@ NVFP4 = {"quant_algo": "NVFP4", "kv_cache_quant_algo": None, "group_size": 16}
 def test_modelopts_own_file(tmp_path):
     want = write_modelopt(tmp_path / "m", {**NVFP4, "exclude_modules": ["lm_head"]})
     config, tensors = load_state(tmp_path / "m")
-    assert config["quantization_config"]["description"] == "ModelOpt NVFP4, held in int8"
+    assert config["quantization_config"]["description"] == "ModelOpt NVFP4, stored in int8"
     for name, weight in tensors:
         assert isinstance(weight, QuantizedWeight) == ("layers" in name and "norm" not in name)
         if isinstance(weight, QuantizedWeight):
@@ -155,7 +155,7 @@ def test_weights_that_do_not_tell_the_version(tmp_path):
     for name, weight in tensors:
         if isinstance(weight, QuantizedWeight):
             np.testing.assert_array_equal(weight.dequantize().double().numpy(), want[name])
-    assert "not told by the weights" in config["quantization_config"]["description"]
+    assert "not determined by the weights" in config["quantization_config"]["description"]
 
 
 @pytest.mark.parametrize("pack", [make.gptq, make.pack_quantized])

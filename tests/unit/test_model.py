@@ -258,7 +258,7 @@ def small(**changes):
         ({"rope_parameters": {"rope_type": [1], "rope_theta": 1e4}}, "rope_type: expected one of"),
         ({"vocab_size": 97.5}, "vocab_size: expected a positive integer"),
         ({"intermediate_size": 2**40}, "intermediate_size"),
-        ({"head_dim": 23}, "even number of turned features"),
+        ({"head_dim": 23}, "even number of rotated features"),
         ({"hidden_act": "relu6"}, "hidden_act: expected one of silu"),
         ({"rms_norm_eps": 0.0}, "rms_norm_eps: expected a positive number"),
         ({"sliding_window": 8}, "sliding_window: llama has none"),

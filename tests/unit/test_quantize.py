@@ -388,7 +388,7 @@ def test_quantize_refusals():
         ({"format": "w3a16"}, "format: expected one of w4a16, w8a16, w8a8, w4a8, got 'w3a16'"),
         ({"method": "awq"}, "method: expected one of rtn, gptq, autoround, got 'awq'"),
         ({"method": "gptq"}, "calibration: expected token ids .* for gptq"),
-        ({"calibration": [1]}, r"calibration: expected a fastlm\.CausalLM with it, got Small"),
+        ({"calibration": [1]}, r"calibration: expected a fastlm\.CausalLM as the model, got Small"),
         ({"group_size": -5}, "group_size: expected -1"),
         ({"embeddings": 3}, "embeddings: expected 4, 8, 16 or 0"),
     ]:
@@ -400,7 +400,9 @@ def test_quantize_refusals():
         fastlm.quantize(nn.ReLU(), "w4a16")
     for options in ({}, {"embeddings": 16, "head": 16}):  # wholly, and in part
         twice = fastlm.quantize(Small(), "w8a16", track=None, **options)
-        with pytest.raises(InputError, match=r"not quantized yet, got \d .*keep_quantized=False"):
+        with pytest.raises(
+            InputError, match=r"an unquantized model, got \d .*keep_quantized=False"
+        ):
             fastlm.quantize(twice, "w4a16")
     with pytest.raises(InputError, match="max_norm"):
         fastlm.quantize(nn.Embedding(4, 8, max_norm=1.0), "w4a16")

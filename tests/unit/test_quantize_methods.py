@@ -16,7 +16,7 @@ from fastlm.model.causal_lm import CausalLM
 from fastlm.model.layers import ForwardContext
 from fastlm.ops.quantize_weight import round_groups
 from fastlm.quant.awq import scale_features
-from fastlm.quant.gptq import DAMPING, gptq, inverse_factor, order_of
+from fastlm.quant.gptq import DAMPING, column_order, gptq, inverse_factor
 from fastlm.quant.layerwise import _Moments
 from fastlm.quant.report import compare_models, effective_bits
 from fastlm.quant.rounding import learn_rounding
@@ -34,7 +34,7 @@ def plain_gptq(w, hessian, scheme):
     """GPTQ by its definition: after each column the inverse of what is left of the Hessian."""
     k = w.shape[1]
     size = k if scheme.group_size == -1 else scheme.group_size
-    groups = order_of(hessian.diagonal(), size)
+    groups = column_order(hessian.diagonal(), size)
     h = hessian + torch.eye(k, dtype=w.dtype) * DAMPING[0] * hessian.diagonal().mean()
     w, out = w.clone(), torch.empty_like(w)
     left = torch.cat(groups).tolist()
@@ -307,7 +307,7 @@ def test_refusals():
     ]:
         with pytest.raises(InputError, match=message):
             fastlm.quantize(tiny(), "w4a16", **options)
-    with pytest.raises(InputError, match=r"expected a fastlm\.CausalLM with it, got Linear"):
+    with pytest.raises(InputError, match=r"expected a fastlm\.CausalLM as the model, got Linear"):
         fastlm.quantize(nn.Linear(8, 8), "w4a16", calibration=IDS)
 
 
@@ -401,5 +401,5 @@ def test_awq_refusals():
     with pytest.raises(InputError, match=r"calibration: expected token ids .* for awq"):
         fastlm.quantize(tiny(), "w4a16", awq=True)
     floats = {"*.up_proj": 16, "*.v_proj": 16}
-    with pytest.raises(InputError, match="awq: expected layers whose inputs come from a norm"):
+    with pytest.raises(InputError, match="awq: expected layers with inputs from a norm"):
         fastlm.quantize(tiny(), "w4a16", awq=True, calibration=IDS, overrides=floats)

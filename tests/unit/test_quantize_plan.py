@@ -68,7 +68,7 @@ def test_asymmetric():
         (
             {"group_size": 128, "require_divisible_groups": True},
             r"group_size: expected groups that divide .* got 128 for embed, up_proj, lm_head"
-            r" \(576 wide\); 64 and 32 would do",
+            r" \(576 wide\); 64 and 32 would work",
         ),
     ],
 )
@@ -117,29 +117,29 @@ EXPORT = "require_divisible_groups = {}\n[[stage]]\nkind = 'export'\nformat = '{
         (
             {"group_size": 64}, "true", "gguf",
             r"quantize.group_size: expected groups that divide .*got 64 for"
-            r" model.layers.0.mlp.down_proj \(160 wide\); 32 would do",
+            r" model.layers.0.mlp.down_proj \(160 wide\); 32 would work",
         ),
         (
             {"group_size": 128}, "true", "gguf",
             r"got 128 for model.embed_tokens, .*k_proj, .* \(192 wide\) and model.layers.0.mlp."
-            r"down_proj \(160 wide\) and 3 more layers; 32 would do",
+            r"down_proj \(160 wide\) and 3 more layers; 32 would work",
         ),
         (
             {"group_size": 64}, "false", "compressed-tensors",
             r"export.model.layers.0.mlp.down_proj: expected groups of 32, 64 or 128 .* 160 columns"
-            r" .* got 64: --group-size 32 would do",
+            r" .* got 64: --group-size 32 would work",
         ),
         (
             {"group_size": 16}, "false", "gguf",
             r"export.model.embed_tokens.weight: expected groups of a multiple of 32 for GGUF"
-            r" \(quantize with --group-size 32\), got 16; refused too: .* and 2 more layers",
+            r" \(quantize with --group-size 32\), got 16; also refused: .* and 2 more layers",
         ),
         (
             {"symmetric": False, "group_size": 32}, "false", "compressed-tensors",
             "export.model: expected offsets of whole steps .* quantize symmetrically",
         ),
         ({"overrides": ["*.2.*=8"]}, "false", "gguf", "quantize.overrides: expected a pattern"),
-        ({"head": 8}, "false", "gguf", "quantize.head: CausalLM has none beside its embeddings"),
+        ({"head": 8}, "false", "gguf", "quantize.head: CausalLM has no head besides"),
     ],
 )  # fmt: skip
 def test_a_recipe_is_refused_before_its_first_stage(tmp_path, options, whole, format, message):
