@@ -1,10 +1,10 @@
-"""`ModelConfig` describes a model in Hugging Face's names and converts from and to config.json.
+"""`ModelConfig` describes a model in Hugging Face's names and converts it from and to config.json.
 
 What transformers hard-codes for each architecture (where the norms are, which projections have
-biases, ...) is one row of `FAMILIES` here. ``model_type`` selects the row, and config.json never
-stores it, so a file cannot contradict the architecture that transformers would build from it.
-Rejected: one free field per trait; half of the combinations would be models that no other program
-loads.
+biases, ...) is one row of `FAMILIES` here. ``model_type`` selects the row. config.json never
+stores the row itself, so a file cannot contradict the architecture that transformers would build.
+Rejected: one free field per trait, since half of the combinations would be models that no other
+program loads.
 """
 
 from collections.abc import Mapping
@@ -29,7 +29,7 @@ LAYER_TYPES = ("full_attention", "sliding_attention")
 
 @dataclass(frozen=True)
 class Family:
-    """The traits that model_type alone decides.
+    """The traits that depend on model_type alone.
 
     keys: entries of config.json beyond those that all families have.
     norms: "pre" (Llama), "post" (OLMo-2: after each branch, before the addition) or "sandwich"
@@ -116,7 +116,7 @@ FAMILIES: dict[str, Family] = {
 _GEMMA3_LOCAL_THETA = 10000.0  # rope_theta of its sliding layers
 _GEMMA3_PATTERN = 6  # five sliding layers, then a full one
 _SMOLLM3_INTERVAL = 4  # three layers with rotary positions, then one without
-_OPTIONAL = {  # fields that only some families have -> the value that means "without"
+_OPTIONAL = {  # fields of only some families -> the value that means "none"
     "attention_bias": False,
     "mlp_bias": False,
     "sliding_window": None,
@@ -126,8 +126,8 @@ _OPTIONAL = {  # fields that only some families have -> the value that means "wi
     "original_max_position_embeddings": None,
     "use_sliding_window": False,
 }
-# Hugging Face config entries that change the result -> the values that CausalLM supports
-_ONLY = {"use_bidirectional_attention": (None, False), "resid_pdrop": (0,), "embd_pdrop": (0,)}
+# Hugging Face's config entries that change the result -> the values that CausalLM supports
+_SUPPORTED = {"use_bidirectional_attention": (None, False), "resid_pdrop": (0,), "embd_pdrop": (0,)}
 
 
 @dataclass(kw_only=True)
@@ -185,26 +185,26 @@ class ModelConfig:
 
     @property
     def act(self) -> str:
-        """`hidden_act` under its name in `fastlm.ops.glu`."""
+        """Return the name of `hidden_act` in `fastlm.ops.glu`."""
         return ACTIVATIONS[self.hidden_act]
 
     @property
     def scale(self) -> float:
-        """The factor by which attention scores are multiplied."""
+        """Return the factor of attention scores."""
         return (self.query_pre_attn_scalar or self.head_dim) ** -0.5
 
     @property
     def stop_ids(self) -> frozenset[int]:
-        """`eos_token_id` as a set."""
+        """Return `eos_token_id` as a set."""
         eos = self.eos_token_id
         return frozenset(() if eos is None else (eos,) if isinstance(eos, int) else eos)
 
     def window(self, layer: int) -> int | None:
-        """How many keys a query of this layer sees, itself included; None for all."""
+        """Return how many keys a query of this layer attends to, itself included; None for all."""
         return self.sliding_window if self.layer_types[layer] == "sliding_attention" else None
 
     def rope(self, layer: int) -> dict[str, Any] | None:
-        """Rotary parameters of this layer; None where it has no positions."""
+        """Return the rotary parameters of this layer; None if it has no positions."""
         if not self.no_rope_layers[layer]:
             return None
         return self.rope_parameters.get(self.layer_types[layer], self.rope_parameters)
@@ -234,10 +234,10 @@ class ModelConfig:
             self.sliding_window = None
         layers = self.num_hidden_layers
         if self.no_rope_layers is None:
-            every = _SMOLLM3_INTERVAL if self.model_type == "smollm3" else layers + 1
-            self.no_rope_layers = _periodic(layers, every)
+            interval = _SMOLLM3_INTERVAL if self.model_type == "smollm3" else layers + 1
+            self.no_rope_layers = _periodic(layers, interval)
         if self.layer_types is None:
-            self.layer_types = [LAYER_TYPES[self._slides(i)] for i in range(layers)]
+            self.layer_types = [LAYER_TYPES[self._is_sliding(i)] for i in range(layers)]
         if self.rope_parameters is None:
             self.rope_parameters = _rope_parameters(self.model_type, {})
 
@@ -246,12 +246,12 @@ class ModelConfig:
             raise InputError(
                 "hidden_size: expected a multiple of num_attention_heads "
                 f"{self.num_attention_heads}"
-                f" where head_dim is not given, got {self.hidden_size}"
+                f" without head_dim, got {self.hidden_size}"
             )
         return self.hidden_size // self.num_attention_heads
 
-    def _slides(self, layer: int) -> bool:
-        """Whether this layer is windowed when layer_types is not given."""
+    def _is_sliding(self, layer: int) -> bool:
+        """Return True if this layer is windowed by default, without layer_types."""
         if self.sliding_window is None:
             return False
         if self.model_type == "gemma2":
@@ -287,17 +287,18 @@ class ModelConfig:
             )
         if self.sliding_window is not None:
             _check_size("sliding_window", self.sliding_window)
-        for name, without in _OPTIONAL.items():
-            if getattr(self, name) != without and name not in self.family.keys:
+        for name, none_value in _OPTIONAL.items():
+            if getattr(self, name) != none_value and name not in self.family.keys:
                 raise InputError(
-                    f"{name}: {self.model_type} has none: expected {without},"
+                    f"{name}: {self.model_type} has none: expected {none_value},"
                     f" got {getattr(self, name)!r}"
                 )
         self._check_layers()
         for token in ("bos_token_id", "eos_token_id", "pad_token_id"):
             value = getattr(self, token)
-            for one in value if isinstance(value, list) else [value]:
-                if one is not None and (not _is_int(one) or one < -1):  # -1 means none in old files
+            for token_id in value if isinstance(value, list) else [value]:
+                # -1 means none in old files
+                if token_id is not None and (not _is_int(token_id) or token_id < -1):
                     raise InputError(f"{token}: expected a token id or None, got {value!r}")
         if set(self.rope_parameters) & set(LAYER_TYPES):
             ropes = {t: self.rope_parameters.get(t) for t in set(self.layer_types)}
@@ -333,45 +334,45 @@ class ModelConfig:
         """Build a config from the content of a config.json written by any transformers version."""
         if not isinstance(config, Mapping):
             raise InputError(f"config: expected a mapping, got {type(config).__name__}")
-        given = dict(config)
-        model_type = given.get("model_type", "llama")
+        entries = dict(config)
+        model_type = entries.get("model_type", "llama")
         if not isinstance(model_type, str) or model_type not in FAMILIES:
             raise InputError(
                 f"model_type: expected one of {', '.join(FAMILIES)}, got {model_type!r}"
             )
-        for name, allowed in _ONLY.items():
-            if given.get(name, allowed[0]) not in allowed:
-                raise InputError(f"{name}: expected {allowed[0]}, got {given[name]!r}")
-        if "hidden_activation" in given:  # Gemma; it overrides hidden_act in files that have both
-            activation = given.pop("hidden_activation")
-            given["hidden_act"] = activation or given.get("hidden_act", "gelu_pytorch_tanh")
-        pattern = given.get("sliding_window_pattern", given.get("_sliding_window_pattern"))
-        layers = given.get("num_hidden_layers")
-        if model_type == "gemma3_text" and pattern and not given.get("layer_types"):
+        for name, allowed in _SUPPORTED.items():
+            if entries.get(name, allowed[0]) not in allowed:
+                raise InputError(f"{name}: expected {allowed[0]}, got {entries[name]!r}")
+        if "hidden_activation" in entries:  # Gemma; it overrides hidden_act in files that have both
+            activation = entries.pop("hidden_activation")
+            entries["hidden_act"] = activation or entries.get("hidden_act", "gelu_pytorch_tanh")
+        pattern = entries.get("sliding_window_pattern", entries.get("_sliding_window_pattern"))
+        layers = entries.get("num_hidden_layers")
+        if model_type == "gemma3_text" and pattern and not entries.get("layer_types"):
             _check_size("sliding_window_pattern", pattern)
-            given["layer_types"] = [LAYER_TYPES[i] for i in _periodic(layers, pattern)]
-        interval = given.get("no_rope_layer_interval")
-        if model_type == "smollm3" and interval and not given.get("no_rope_layers"):
+            entries["layer_types"] = [LAYER_TYPES[i] for i in _periodic(layers, pattern)]
+        interval = entries.get("no_rope_layer_interval")
+        if model_type == "smollm3" and interval and not entries.get("no_rope_layers"):
             _check_size("no_rope_layer_interval", interval)
-            given["no_rope_layers"] = _periodic(layers, interval)
-        given["rope_parameters"] = _rope_parameters(model_type, given)
+            entries["no_rope_layers"] = _periodic(layers, interval)
+        entries["rope_parameters"] = _rope_parameters(model_type, entries)
         names = {f.name for f in fields(cls)} - {"extra"}
-        known: dict[str, Any] = {k: given.pop(k) for k in list(given) if k in names}
-        known = {k: v for k, v in known.items() if v is not None or k in _NONE_MEANS_NONE}
-        if missing := [name for name in _REQUIRED if name not in known]:
+        values: dict[str, Any] = {k: entries.pop(k) for k in list(entries) if k in names}
+        values = {k: v for k, v in values.items() if v is not None or k in _NONE_MEANS_NONE}
+        if missing := [name for name in _REQUIRED if name not in values]:
             raise InputError(f"{missing[0]}: expected in the config, got none")
         for name in _OLD_ROPE:
-            given.pop(name, None)
-        unused = [k for k in known if k in _FAMILY_ONLY and k not in FAMILIES[model_type].keys]
+            entries.pop(name, None)
+        unused = [k for k in values if k in _FAMILY_ONLY and k not in FAMILIES[model_type].keys]
         for name in unused:  # an entry that the architecture ignores; transformers keeps it too
-            without = _OPTIONAL.get(name, known[name])
-            if known[name] != without and name in _COMPUTED:
+            none_value = _OPTIONAL.get(name, values[name])
+            if values[name] != none_value and name in _COMPUTED:
                 continue  # refused by the constructor: the file describes another kind of model
-            given[name] = known.pop(name)
-        return cls(**known, extra=given)
+            entries[name] = values.pop(name)
+        return cls(**values, extra=entries)
 
     def to_dict(self) -> dict[str, Any]:
-        """The content of a config.json that transformers loads."""
+        """Return the content of a config.json that transformers loads."""
         out: dict[str, Any] = {
             **self.extra,
             "architectures": [self.family.architecture],
@@ -416,16 +417,16 @@ _NONE_MEANS_NONE = (
 )
 
 
-def _rope_parameters(model_type: str, given: Mapping[str, Any]) -> dict[str, Any]:
+def _rope_parameters(model_type: str, entries: Mapping[str, Any]) -> dict[str, Any]:
     """Build transformers 5's rope_parameters from old or new entries."""
-    scaling = given.get("rope_parameters") or given.get("rope_scaling") or {}
+    scaling = entries.get("rope_parameters") or entries.get("rope_scaling") or {}
     if not isinstance(scaling, Mapping):
         raise InputError(f"rope_parameters: expected a dict, got {scaling!r}")
-    theta = given.get("rope_theta") or FAMILIES[model_type].rope_theta
-    partial = given.get("partial_rotary_factor")
-    original = given.get("original_max_position_embeddings")
+    theta = entries.get("rope_theta") or FAMILIES[model_type].rope_theta
+    partial = entries.get("partial_rotary_factor")
+    original = entries.get("original_max_position_embeddings")
 
-    def one(entry: Mapping[str, Any], theta: float) -> dict[str, Any]:
+    def normalise(entry: Mapping[str, Any], theta: float) -> dict[str, Any]:
         entry = dict(entry)
         kind = entry.pop("type", None) or "default"
         entry.setdefault("rope_type", kind)
@@ -440,7 +441,7 @@ def _rope_parameters(model_type: str, given: Mapping[str, Any]) -> dict[str, Any
             if original is not None:
                 entry["original_max_position_embeddings"] = original
             entry.setdefault(
-                "original_max_position_embeddings", given.get("max_position_embeddings")
+                "original_max_position_embeddings", entries.get("max_position_embeddings")
             )
         return entry
 
@@ -448,11 +449,14 @@ def _rope_parameters(model_type: str, given: Mapping[str, Any]) -> dict[str, Any
         nested = {k: v for k, v in scaling.items() if v is not None}
         if not all(isinstance(v, Mapping) for v in nested.values()):
             raise InputError(f"rope_parameters: expected a dict per layer type, got {scaling!r}")
-        return {k: one(v, theta) for k, v in nested.items()}
+        return {k: normalise(v, theta) for k, v in nested.items()}
     if model_type == "gemma3_text":
-        local = given.get("rope_local_base_freq") or _GEMMA3_LOCAL_THETA
-        return {"full_attention": one(scaling, theta), "sliding_attention": one({}, local)}
-    return one(scaling, theta)
+        local = entries.get("rope_local_base_freq") or _GEMMA3_LOCAL_THETA
+        return {
+            "full_attention": normalise(scaling, theta),
+            "sliding_attention": normalise({}, local),
+        }
+    return normalise(scaling, theta)
 
 
 def _is_int(value: Any) -> bool:
@@ -466,12 +470,12 @@ def _is_number(value: Any) -> TypeGuard[int | float]:
 def _check_size(name: str, value: Any) -> None:
     if not _is_int(value) or value < 1:
         raise InputError(f"{name}: expected a positive integer, got {value!r:.60}")
-    most = MAX_LAYERS if name == "num_hidden_layers" else 2**31 - 1  # beyond: a mistake
-    if value > most:
-        raise InputError(f"{name}: expected at most {most}, got {value}")
+    max_size = MAX_LAYERS if name == "num_hidden_layers" else 2**31 - 1  # beyond: a mistake
+    if value > max_size:
+        raise InputError(f"{name}: expected at most {max_size}, got {value}")
 
 
 def _periodic(layers: Any, period: int) -> list[int]:
-    """1 for each layer, 0 for the last of each period."""
+    """Return 1 for each layer, 0 for the last of each period."""
     _check_size("num_hidden_layers", layers)  # before a list of that length is created
     return [int((i + 1) % period != 0) for i in range(layers)]

@@ -1,10 +1,10 @@
 """Read and write model files: Hugging Face folders, GGUF files, fastlm's quantized folders, and
 checksummed tensors for resuming after a crash.
 
-Tensors are read one at a time and only after every header, name and shape has been checked, so a
-bad file costs an error line and no memory. Pickles (``pytorch_model.bin``) are not read: loading
-one runs its author's code. Every write goes to a temporary name next to the final one, is synced,
-and is then renamed.
+Tensors are read one at a time, after every header, name and shape has been checked: a bad file
+costs an error line and no memory. Pickles (``pytorch_model.bin``) are not read, because loading one
+runs its author's code. Every file is written under a temporary name next to the final one, synced
+and then renamed.
 """
 
 import hashlib
@@ -32,11 +32,11 @@ from fastlm.ops.quantized_weight import QuantizedWeight
 from fastlm.pipeline.run_folder import ADAPTER_CONFIG, CONFIG, is_adapter, locate_model
 
 GENERATION = "generation_config.json"
-MODELOPT = "hf_quant_config.json"  # of ModelOpt's exports; newer ones say it in config.json, too
+MODELOPT = "hf_quant_config.json"  # of ModelOpt's exports; newer ones also have it in config.json
 # a LoRA adapter in PEFT's format (`fastlm.model.adapter`)
 ADAPTER = "adapter_model.safetensors"
 ADAPTER_BASE = "adapter_base.json"
-BASE_PATH = "base_path"  # key in ADAPTER_BASE: path of the base, relative to the adapter's folder
+BASE_PATH = "base_path"  # key in ADAPTER_BASE: the base's path relative to the adapter's folder
 MODEL_FILES = (
     *(CONFIG, SINGLE, INDEX, "model-*-of-*.safetensors", MODELOPT),
     *(ADAPTER_CONFIG, ADAPTER, ADAPTER_BASE),
@@ -49,12 +49,13 @@ State = Iterator[tuple[str, Tensor | QuantizedWeight]]
 
 
 def write_json(path: Path, value: Any) -> None:
+    """Write a value as indented JSON."""
     path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def link_other_files(folder: Path, part: Path) -> None:
-    """Make ``part`` and hard-link into it everything in ``folder`` but the model (its tokenizer,
-    say).
+    """Create ``part`` with hard links to all files in ``folder`` but the model, such as its
+    tokenizer.
     """
     if not folder.is_dir():
         part.mkdir()
@@ -68,14 +69,14 @@ def link_other_files(folder: Path, part: Path) -> None:
 
     model_files = shutil.ignore_patterns(*MODEL_FILES)
 
-    def ignore(place: str, names: list[str]) -> set[str]:
-        return model_files(place, names) if Path(place) == folder else set()  # keep other models
+    def ignore(path: str, names: list[str]) -> set[str]:
+        return model_files(path, names) if Path(path) == folder else set()  # keep other models
 
     shutil.copytree(folder, part, symlinks=True, ignore=ignore, copy_function=link)
 
 
 def unshare_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return CPU tensors as safetensors needs them: contiguous, no two sharing memory."""
+    """Return contiguous CPU tensors that share no memory, as safetensors needs them."""
     seen: set[int] = set()
     result = {}
     for name, tensor in tensors.items():
@@ -101,10 +102,11 @@ def save_hf(
 
     A QuantizedWeight named ``X.weight`` is stored as ``X.qdata``, ``X.scales`` and ``X.zeros``, and
     config.json gets a ``quantization_config`` unless it has one. The content of this entry is
-    nested under ``fastlm``, with no ``quant_method`` next to it: transformers refuses such a file,
-    but would open one with an unknown method and fill it with random weights. Other files of an
-    existing folder stay. The folder is replaced as a whole, or not at all (see ``save_atomic``).
-    ``quantization_config``: of another program, whose tensors ``state`` holds; written as it is.
+    nested under ``fastlm``, with no ``quant_method`` next to it: transformers refuses such a file;
+    one with an unknown method it would open and fill with random weights. Other files of an
+    existing folder stay. The folder is replaced atomically (see ``save_atomic``).
+    ``quantization_config``: another program's entry for the tensors of ``state``, written
+    unchanged.
     """
     if max_shard_bytes < 1:
         raise InputError(f"max_shard_bytes: expected a positive number, got {max_shard_bytes}")
@@ -121,7 +123,7 @@ def save_hf(
         else:
             tensors[name] = value
     if (config.get("quantization_config") or {}).get("quant_method") != "fastlm":
-        config.pop("quantization_config", None)  # null, or of the file that was read
+        config.pop("quantization_config", None)  # null, or the entry of the source file
     if quantized and "quantization_config" not in config:
         config["quantization_config"] = _describe(quantized)
     if quantization_config is not None:
@@ -130,13 +132,13 @@ def save_hf(
         config["quantization_config"] = {"fastlm": config["quantization_config"]}
 
     shards: list[dict[str, Tensor]] = [{}]
-    filled = 0
+    size = 0
     for name, tensor in tensors.items():
-        if shards[-1] and filled + tensor.nbytes > max_shard_bytes:
+        if shards[-1] and size + tensor.nbytes > max_shard_bytes:
             shards.append({})
-            filled = 0
+            size = 0
         shards[-1][name] = tensor
-        filled += tensor.nbytes
+        size += tensor.nbytes
 
     def write(part: Path) -> None:
         link_other_files(folder, part)
@@ -150,7 +152,9 @@ def save_hf(
             total = sum(tensor.nbytes for tensor in tensors.values())
             write_json(part / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
         write_json(part / CONFIG, config)
-        for file in set(weight_map.values()):  # safetensors gives only the owner access
+        for file in set(
+            weight_map.values()
+        ):  # safetensors creates files that only the owner can read
             shutil.copymode(part / CONFIG, part / file)
 
     make_folder(folder.parent)
@@ -158,8 +162,8 @@ def save_hf(
 
 
 def _describe(quantized: Mapping[str, QuantizedWeight]) -> dict[str, Any]:
-    """The quantization_config of these weights. Where they differ, the format is "mixed" and the
-    group size is None.
+    """Return the quantization_config of these weights. If they differ, the format is "mixed" and
+    the group size None.
     """
     modules = {
         name: describe_layer("embedding" if name.endswith("embed_tokens") else "linear", weight)
@@ -179,14 +183,14 @@ def _describe(quantized: Mapping[str, QuantizedWeight]) -> dict[str, Any]:
 
 
 def load_state(path: str | Path, *, keep_quantized: bool = True) -> tuple[dict[str, Any], State]:
-    """``(config, tensors)``: config.json's content, and (name, tensor) one by one under Hugging
-    Face's names, from a Hugging Face folder, a fastlm run folder or a .gguf file.
+    """Return ``(config, tensors)``: config.json's content, and (name, tensor) one by one under
+    Hugging Face's names, from a Hugging Face folder, a fastlm run folder or a .gguf file.
 
     Quantized weights are QuantizedWeight, or float32 with ``keep_quantized=False``. A tied
     ``lm_head.weight`` is left out. Everything is checked before the first tensor is read.
 
-    Raises InputError: unreadable or cut short, a missing shard, tensor or config entry, an unknown
-    architecture, a tensor whose shape does not match the config.
+    Raises InputError: an unreadable or truncated file, a missing shard, tensor or config entry, an
+    unknown architecture, a tensor with another shape than the config's.
     """
     path = locate_model(Path(path))
     if path.suffix == ".gguf":
@@ -199,8 +203,9 @@ def load_state(path: str | Path, *, keep_quantized: bool = True) -> tuple[dict[s
 
 
 def find_base_model(folder: Path) -> str:
-    """The base model of the adapter in ``folder``: a path that exists, or ``model:NAME``. Where the
-    recorded path does not exist, it is sought as it lay from the adapter: a run may have moved.
+    """Return the base model of the adapter in ``folder``: a path that exists, or ``model:NAME``. If
+    the recorded path does not exist, the path relative to the adapter is used: a run may have
+    moved.
     """
     location = f"{folder / ADAPTER_CONFIG}: base_model_name_or_path"
     name = read_json(folder / ADAPTER_CONFIG).get("base_model_name_or_path")
@@ -208,17 +213,16 @@ def find_base_model(folder: Path) -> str:
         return name
     if not isinstance(name, str) or not name or not Path(name).exists():
         file = folder / ADAPTER_BASE
-        from_here = read_json(file).get(BASE_PATH) if file.is_file() else None
-        if not isinstance(from_here, str) or not (found := folder / from_here).exists():
+        relative_path = read_json(file).get(BASE_PATH) if file.is_file() else None
+        if not isinstance(relative_path, str) or not (base := folder / relative_path).exists():
             raise InputError(
                 f"{location}: expected a model on this machine, got {name!r:.200}; name one"
                 " (fastlm merge --base), or use load_adapter"
             )
-        name = str(found.resolve())
+        name = str(base.resolve())
     if is_adapter(locate_model(Path(name))):
         raise InputError(
-            f"{location}: expected a whole model, got an adapter, {name!r:.200}; merge that one "
-            "first"
+            f"{location}: expected a full model, got an adapter, {name!r:.200}; merge it first"
         )
     return name
 
@@ -233,12 +237,14 @@ def _load_folder(folder: Path) -> tuple[dict[str, Any], State]:
     model = parse_config(config, folder / CONFIG)
     tensors = TensorFolder(folder)
     packed = _read_quantization(config, tensors, f"{folder / CONFIG}: quantization_config")
-    taken = packed.unused | {name for w in packed.weights.values() for name in w.parts.values()}
-    wanted = expected_shapes(model)
+    packed_names = packed.unused | {
+        name for w in packed.weights.values() for name in w.parts.values()
+    }
+    expected = expected_shapes(model)
     # GPTQ's writers add biases of zeros to layers that have none
-    spare = {n for n in tensors.headers if n.endswith(".bias") and n not in wanted}
-    spare &= {f"{name.removesuffix('.weight')}.bias" for name in packed.weights}
-    plain = tensors.headers.keys() - taken
+    extra_biases = {n for n in tensors.headers if n.endswith(".bias") and n not in expected}
+    extra_biases &= {f"{name.removesuffix('.weight')}.bias" for name in packed.weights}
+    plain = tensors.headers.keys() - packed_names
     for name in plain:
         header = tensors.headers[name]
         if header.dtype not in FLOATS:
@@ -253,7 +259,7 @@ def _load_folder(folder: Path) -> tuple[dict[str, Any], State]:
 
     def state() -> State:
         for name, tensor in tensors.read_tensors(plain - drop):
-            if name not in spare or bool((tensor != 0).any()):
+            if name not in extra_biases or bool((tensor != 0).any()):
                 yield name, tensor
         for name, weight in packed.weights.items():
             if name not in drop:
@@ -265,8 +271,8 @@ def _load_folder(folder: Path) -> tuple[dict[str, Any], State]:
 def _read_quantization(
     config: dict[str, Any], tensors: TensorFolder, location: str
 ) -> Quantization:
-    """Read the weights that ``config`` says are quantized. Another program's entry is replaced by
-    what was found: ``{"quant_method", "description", "modules"}``.
+    """Read the quantized weights according to ``config``. Another program's entry is replaced by
+    ``{"quant_method", "description", "modules"}`` according to the tensors.
     """
     entry = config.get("quantization_config")
     if isinstance(entry, dict) and "fastlm" in entry:  # from version 0.2 on
@@ -278,21 +284,21 @@ def _read_quantization(
         raise InputError(
             f"{location}: expected quant_method {', '.join(READERS)}, got {method!r:.60}"
         )
-    found = READERS[method](entry, tensors, location)
-    if not found.weights and method != "fastlm":
+    quantization = READERS[method](entry, tensors, location)
+    if not quantization.weights and method != "fastlm":
         raise InputError(f"{location}: expected tensors of {method}, got none")
-    if found.warning:
-        warnings.warn(found.warning, stacklevel=2)
+    if quantization.warning:
+        warnings.warn(quantization.warning, stacklevel=2)
     if method != "fastlm":
-        modules = {name: {"act_bits": bits} for name, bits in found.act_bits.items()}
+        modules = {name: {"act_bits": bits} for name, bits in quantization.act_bits.items()}
         config["quantization_config"] = {
-            "quant_method": method, "description": found.description, "modules": modules,
+            "quant_method": method, "description": quantization.description, "modules": modules,
         }  # fmt: skip
-    return found
+    return quantization
 
 
 def _auto_round(config: dict[str, Any], tensors: TensorFolder, location: str) -> Quantization:
-    """AutoRound names the packing of another program."""
+    """Read AutoRound's checkpoints, which have GPTQ's or AWQ's packing."""
     packing = config.get("packing_format", "auto_round:auto_gptq")
     return (awq if "awq" in str(packing) else gptq).read(config, tensors, location)
 
@@ -326,15 +332,19 @@ def save_tensors(
 
 
 def load_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """``(tensors, metadata)`` of a ``save_tensors`` folder; InputError if a byte has changed."""
+    """Return ``(tensors, metadata)`` of a ``save_tensors`` folder; InputError if a byte has
+    changed.
+    """
     path = Path(path)
     manifest = read_json(path / MANIFEST)
     data = path / TENSORS
     try:
-        came = _sha256(data)
-        if came != manifest.get("sha256"):
-            wanted = str(manifest.get("sha256"))
-            raise InputError(f"{data}: corrupt: expected sha256 {wanted:.12}..., got {came:.12}...")
+        actual = _sha256(data)
+        if actual != manifest.get("sha256"):
+            expected = str(manifest.get("sha256"))
+            raise InputError(
+                f"{data}: corrupt: expected sha256 {expected:.12}..., got {actual:.12}..."
+            )
         return load_file(data), manifest.get("metadata") or {}
     except (OSError, SafetensorError) as error:
         raise InputError(f"{data}: cannot be read: {reason(error)}") from error

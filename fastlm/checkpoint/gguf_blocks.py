@@ -1,6 +1,6 @@
-"""The block formats of GGUF files as `QuantizedWeight`.
+"""Convert the block formats of GGUF files to `QuantizedWeight`.
 
-What each becomes (``d``, ``m``: the block's scale and offset):
+The result of each format (``d``, ``m``: the block's scale and offset):
 
     file             values               here              scale, offset
     F32 F16 BF16     w                    the same dtype
@@ -44,13 +44,13 @@ UNQUANTIZED = {
 Unpacked = tuple[np.ndarray, np.ndarray, np.ndarray | None]
 
 
-def _half(blocks: np.ndarray, at: int) -> np.ndarray:
-    """The float16 at byte ``at`` of every block, as float32 (B, 1)."""
-    return np.ascontiguousarray(blocks[:, at : at + 2]).view("<f2").astype(np.float32)
+def _half(blocks: np.ndarray, offset: int) -> np.ndarray:
+    """Return the float16 at byte ``offset`` of every block, as float32 (B, 1)."""
+    return np.ascontiguousarray(blocks[:, offset : offset + 2]).view("<f2").astype(np.float32)
 
 
 def _nibbles(packed: np.ndarray) -> np.ndarray:
-    """(..., n) bytes -> (..., 2n): the low nibbles, then the high ones."""
+    """Unpack (..., n) bytes to (..., 2n): the low nibbles, then the high ones."""
     return np.concatenate([packed & 15, packed >> 4], axis=-1)
 
 
@@ -68,7 +68,7 @@ def _q8_0(blocks: np.ndarray) -> Unpacked:
 
 
 def _five_bits(high: np.ndarray, low: np.ndarray) -> np.ndarray:
-    """32 values from 4 bytes of fifth bits and 16 bytes of nibbles."""
+    """Unpack 32 values from 4 bytes of fifth bits and 16 bytes of nibbles."""
     return _nibbles(low) | np.unpackbits(high, axis=-1, bitorder="little") << 4
 
 
@@ -83,7 +83,7 @@ def _q5_1(blocks: np.ndarray) -> Unpacked:
 
 
 def _k_scales(blocks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Scale and minimum (B, 8) of Q4_K and Q5_K: two float16 times 8 + 8 six-bit integers.
+    """Return scale and minimum (B, 8) of Q4_K and Q5_K: two float16 times 8 + 8 six-bit integers.
 
     The integers are stored in the twelve bytes from byte 4 on. The first four of each kind are the
     low 6 bits of bytes 0-3 and 4-7. The last four have their low nibbles in bytes 8-11 (scale low,
@@ -112,7 +112,7 @@ def _q3_k(blocks: np.ndarray) -> Unpacked:
 
 
 def _pairs(packed: np.ndarray) -> np.ndarray:
-    """(B, 64) bytes -> (B, 256) values of 2 bits: per half of 32 bytes, four runs of 32 values."""
+    """Unpack (B, 64) bytes to (B, 256) values of 2 bits: per 32 bytes, four runs of 32 values."""
     shift = np.array([0, 2, 4, 6], dtype=np.uint8)[:, None]
     return (packed.reshape(-1, 2, 1, 32) >> shift & 3).reshape(-1, 256)
 
@@ -194,20 +194,20 @@ UNPACK: dict[GGMLQuantizationType, tuple[Callable[[np.ndarray], Unpacked], int, 
 }
 
 
-# The extension reads the file's pages in place; numpy below 2.1 lends out no read-only array
-LENDS = tuple(map(int, np.__version__.split(".")[:2])) >= (2, 1)
-# Formats that the extension unpacks, in one pass: numpy takes ten
+# The extension reads the file's pages in place. numpy below 2.1 exports no read-only array.
+EXPORTS_READ_ONLY = tuple(map(int, np.__version__.split(".")[:2])) >= (2, 1)
+# formats that the extension unpacks, in one pass; numpy needs ten
 COMPILED = (GGMLQuantizationType.Q4_0, GGMLQuantizationType.Q4_1, GGMLQuantizationType.Q8_0)
 
 
 def unpack(rows: np.ndarray, kind: GGMLQuantizationType) -> QuantizedWeight:
-    """``rows`` (N, bytes per row) uint8 in block format ``kind`` as a QuantizedWeight."""
-    if kind in COMPILED and cpu_extension is not None and LENDS:
-        return _compiled(rows, kind)
+    """Convert ``rows`` (N, bytes per row) uint8 of block format ``kind`` to a QuantizedWeight."""
+    if kind in COMPILED and cpu_extension is not None and EXPORTS_READ_ONLY:
+        return _unpack_by_extension(rows, kind)
     return unpack_by_numpy(rows, kind)
 
 
-def _compiled(rows: np.ndarray, kind: GGMLQuantizationType) -> QuantizedWeight:
+def _unpack_by_extension(rows: np.ndarray, kind: GGMLQuantizationType) -> QuantizedWeight:
     _, bits, group_size = UNPACK[kind]
     block, block_bytes = GGML_QUANT_SIZES[kind]
     n, k = rows.shape[0], rows.shape[1] // block_bytes * block
@@ -219,7 +219,7 @@ def _compiled(rows: np.ndarray, kind: GGMLQuantizationType) -> QuantizedWeight:
 
 
 def unpack_by_numpy(rows: np.ndarray, kind: GGMLQuantizationType) -> QuantizedWeight:
-    """`unpack` for every format."""
+    """Unpack any format, as `unpack` does."""
     function, bits, group_size = UNPACK[kind]
     block, block_bytes = GGML_QUANT_SIZES[kind]
     n, k = rows.shape[0], rows.shape[1] // block_bytes * block
@@ -229,14 +229,14 @@ def unpack_by_numpy(rows: np.ndarray, kind: GGMLQuantizationType) -> QuantizedWe
         q = q[:, 0::2] | q[:, 1::2] << 4
     groups = (n, k // group_size)
 
-    def own(array: np.ndarray, shape: tuple[int, int]) -> Tensor:
+    def to_tensor(array: np.ndarray, shape: tuple[int, int]) -> Tensor:
         # np.array: never a view of the read-only file
         return torch.from_numpy(np.array(array.reshape(shape), order="C"))
 
     return QuantizedWeight(
-        qdata=own(q, q.shape),
-        scales=own(scales, groups),
-        zeros=None if zeros is None else own(zeros, groups),
+        qdata=to_tensor(q, q.shape),
+        scales=to_tensor(scales, groups),
+        zeros=None if zeros is None else to_tensor(zeros, groups),
         bits=bits,
         group_size=group_size,
         shape=(n, k),

@@ -1,9 +1,9 @@
 """Read GGUF files: header, metadata and tensors. Quantized tensors stay quantized.
 
 The header is parsed here, and bounds are checked before anything is allocated, because model files
-come from strangers. The alternative was the reader of the ``gguf`` package: it trusts every count
-in the file and creates one numpy array per array element (1.4 s for the 135M model, against 0.1 s
-here). Its tables of types and block sizes are used, and tests compare this module with it.
+come from strangers. Rejected: the reader of the ``gguf`` package. It trusts every count in the file
+and creates one numpy array per array element (1.4 s for the 135M model, against 0.1 s here). Its
+tables of types and block sizes are used, and tests compare this module with it.
 """
 
 import math
@@ -47,6 +47,8 @@ T = TypeVar("T", int, float, bool, str, list, np.ndarray)
 
 @dataclass(frozen=True, slots=True)
 class TensorInfo:
+    """The header of a tensor in a GGUF file."""
+
     kind: GGMLQuantizationType
     shape: tuple[int, ...]  # as in torch: rows first, the packed dimension last
     start: int  # byte offset in the file
@@ -54,7 +56,7 @@ class TensorInfo:
 
 
 class _Cursor:
-    """Reads little-endian values from a buffer, never past its end."""
+    """A reader of little-endian values from a buffer, never past its end."""
 
     def __init__(self, data: mmap.mmap, path: Path) -> None:
         self.data, self.path, self.pos = data, path, 0
@@ -72,12 +74,12 @@ class _Cursor:
     def number(self, code: str, size: int) -> Any:
         return struct.unpack_from("<" + code, self.data, self.take(size))[0]
 
-    def count(self, what: str, least: int) -> int:
-        """Read a 64-bit count of items, which fit in the rest at ``least`` bytes or more each."""
+    def count(self, name: str, min_bytes: int) -> int:
+        """Read a 64-bit count of items, which fit in the rest at ``min_bytes`` or more each."""
         n = self.number("Q", 8)
-        if n > (len(self.data) - self.pos) // least:
+        if n > (len(self.data) - self.pos) // min_bytes:
             raise InputError(
-                f"{self.path}: {what}: expected at most what the file can hold, got {n}"
+                f"{self.path}: {name}: expected a count that fits in the file, got {n}"
             )
         return n
 
@@ -96,7 +98,7 @@ class _Cursor:
             texts.append(data[pos + 8 : stop].decode("utf-8", "replace"))
             pos = stop
         self.pos = pos
-        return texts if len(texts) == n else [*texts, self.string()]  # which raises
+        return texts if len(texts) == n else [*texts, self.string()]  # it raises
 
     def name(self) -> str:
         """Read a key or a tensor's name. Messages quote it, so it must be short and printable."""
@@ -128,13 +130,14 @@ class _Cursor:
 
 
 def open_gguf(path: Path) -> "GGUFFile":
-    """The file at ``path``. One that somebody holds is not parsed again: its vocabulary is large,
-    and a model and its tokenizer are read one after the other."""
+    """Open the file at ``path``. A file that is still open is not parsed again: its vocabulary is
+    large, and a model and its tokenizer are read one after the other.
+    """
     try:
-        found = path.stat()
+        stat = path.stat()
     except OSError:
-        return GGUFFile(path)  # which says what is wrong
-    key = (found.st_dev, found.st_ino, found.st_mtime_ns, found.st_size)
+        return GGUFFile(path)  # it raises the error
+    key = (stat.st_dev, stat.st_ino, stat.st_mtime_ns, stat.st_size)
     file = _open_files.get(key)
     if file is None or file.path != path:
         file = _open_files[key] = GGUFFile(path)
@@ -167,7 +170,8 @@ class GGUFFile:
             raise InputError(
                 f"{self.path}: expected little-endian GGUF of version 2 or 3, got {version}"
             )
-        # least bytes per entry: an empty name and no dimensions; an empty key and a one-byte value
+        # minimum bytes per entry: an empty name and no dimensions; an empty key and a one-byte
+        # value
         n_tensors = cursor.count("tensor count", 8 + 4 + 4 + 8)
         n_metadata = cursor.count("metadata count", 8 + 4 + 1)
 
@@ -219,7 +223,7 @@ class GGUFFile:
         return value
 
     def require(self, key: str, kind: type[T]) -> T:
-        """``get`` for a key that must be present."""
+        """Return ``metadata[key]`` as `get` does; the key must be present."""
         if key not in self.metadata:
             raise InputError(f"{self.path}: {key}: expected {KINDS[kind]}, got None")
         return self.get(key, kind)
@@ -238,7 +242,7 @@ class GGUFFile:
         return name, GGMLQuantizationType(raw), shape, cursor.number("Q", 8)
 
     def raw(self, name: str) -> np.ndarray:
-        """The tensor's bytes (rows, bytes per row), uint8, a read-only view of the file."""
+        """Return the tensor's bytes (rows, bytes per row), uint8, a read-only view of the file."""
         info = self.tensors[name]
         flat = np.frombuffer(self._data, np.uint8, info.size, info.start)
         return flat.reshape(math.prod(info.shape[:-1]), -1) if info.size else flat.reshape(0, 0)
@@ -250,9 +254,9 @@ class GGUFFile:
             data = torch.from_numpy(self.raw(name).copy())
             return data.view(UNQUANTIZED[info.kind]).reshape(info.shape)
         if info.kind not in UNPACK:
-            known = ", ".join(k.name for k in [*UNQUANTIZED, *UNPACK])
+            types = ", ".join(k.name for k in [*UNQUANTIZED, *UNPACK])
             raise InputError(
-                f"{self.path}: {name}: expected one of the types {known}, got {info.kind.name}"
+                f"{self.path}: {name}: expected one of the types {types}, got {info.kind.name}"
             )
         if len(info.shape) != 2:
             raise InputError(

@@ -1,4 +1,5 @@
-"""A GGUF file as a Hugging Face checkpoint: config, tensor names, and llama.cpp's changes undone.
+"""Read a GGUF file as a Hugging Face checkpoint: config and tensor names, without llama.cpp's
+changes.
 
 llama.cpp's converter renames every tensor, reorders the rows of q and k for its interleaved RoPE
 (architectures llama and smollm3), and adds one to Gemma's norm weights. Each change is reversed
@@ -70,7 +71,7 @@ LLAMA3_ROPE = {
 
 
 def hf_name(name: str, model_type: str) -> str | None:
-    """Hugging Face's name of a GGUF tensor, or None if this architecture has no such tensor."""
+    """Return Hugging Face's name of a GGUF tensor, None if this architecture has no such tensor."""
     if match := re.fullmatch(r"blk\.(\d+)\.(\w+)\.(weight|bias)", name):
         layer, part, suffix = match.groups()
         module = {**LAYER, **OVERRIDES.get(model_type, {})}.get(part)
@@ -82,12 +83,12 @@ def hf_name(name: str, model_type: str) -> str | None:
 
 
 def gguf_config(file: GGUFFile) -> dict[str, Any]:
-    """Hugging Face's config.json for the model in ``file``."""
+    """Return Hugging Face's config.json for the model in ``file``."""
     architecture = file.require("general.architecture", str)
     if architecture not in ARCHITECTURES:
-        known = ", ".join(ARCHITECTURES)
+        names = ", ".join(ARCHITECTURES)
         raise InputError(
-            f"{file.path}: general.architecture: expected one of {known}, got {architecture!r:.60}"
+            f"{file.path}: general.architecture: expected one of {names}, got {architecture!r:.60}"
         )
 
     def get(key: str, kind: type = int, default: Any = None) -> Any:
@@ -218,16 +219,16 @@ def _llama3_scaling(file: GGUFFile, config: dict[str, Any]) -> dict[str, Any]:
     divisors = _floats(file, "rope_freqs.weight")
     half = config["head_dim"] // 2
     factor = float(divisors.max(initial=1.0))
-    wanted = llama3_divisors(config["rope_theta"], half, factor)
+    expected = llama3_divisors(config["rope_theta"], half, factor)
     # the file's divisors were computed in float32
-    fits = divisors.shape == wanted.shape and np.isfinite(divisors).all()
-    if not fits or not np.allclose(divisors, wanted, rtol=1e-4):
+    fits = divisors.shape == expected.shape and np.isfinite(divisors).all()
+    if not fits or not np.allclose(divisors, expected, rtol=1e-4):
         raise InputError(f"{file.path}: rope_freqs.weight: expected Llama 3's scaling, got another")
     return {"rope_type": "llama3", "factor": factor, **LLAMA3_ROPE}
 
 
 def llama3_divisors(theta: float, half: int, factor: float) -> np.ndarray:
-    """By what Llama 3's scaling divides each of ``half`` frequencies."""
+    """Return the divisors of Llama 3's scaling for ``half`` frequencies."""
     low, high, original = LLAMA3_ROPE.values()
     # turns of each frequency over the original context; those with few turns are stretched
     turns = original * theta ** -(np.arange(half) / half) / (2 * np.pi)
@@ -236,8 +237,8 @@ def llama3_divisors(theta: float, half: int, factor: float) -> np.ndarray:
 
 
 def swap_rows(weight: Any, heads: int, *, interleave: bool) -> Any:
-    """Reorder rows (head, pair, 2), as interleaved RoPE needs them, to (head, 2, pair); with
-    ``interleave`` back.
+    """Reorder rows (head, pair, 2), the order of interleaved RoPE, to (head, 2, pair); with
+    ``interleave`` in reverse.
     """
     shape = (heads, 2, -1) if interleave else (heads, -1, 2)
     order = torch.arange(weight.shape[0]).view(shape).transpose(1, 2).reshape(-1)
@@ -248,20 +249,20 @@ def swap_rows(weight: Any, heads: int, *, interleave: bool) -> Any:
 
 
 def load_gguf(file: GGUFFile) -> tuple[dict[str, Any], Iterator[tuple[str, Any]]]:
-    """config.json's content, and the tensors one by one under Hugging Face's names."""
+    """Return config.json's content, and the tensors one by one under Hugging Face's names."""
     config = gguf_config(file)
     kind = config["model_type"]
     names: dict[str, str] = {}
-    taken = set()
+    targets = set()
     for name in file.tensors:
         if name in ROPE_TABLES:
             continue
         if (target := hf_name(name, kind)) is None:
             raise InputError(f"{file.path}: {name}: expected a tensor of {kind}, got one it lacks")
-        if target in taken:
+        if target in targets:
             raise InputError(f"{file.path}: {name}: expected one tensor for {target}, got two")
         names[name] = target
-        taken.add(target)
+        targets.add(target)
     shapes = {target: file.tensors[name].shape for name, target in names.items()}
     architectures.check_tensors(shapes, architectures.parse_config(config, file.path), file.path)
 

@@ -140,7 +140,7 @@ def test_gguf(tmp_path):
     content = path.read_bytes()
     for data, text in (
         (content[:-10], "cut short"),
-        (content[:30], "expected at most what the file can hold"),
+        (content[:30], "expected a count that fits in the file"),
         (b"", "cannot be read"),
         (content[:8] + struct.pack("<Q", 2**60) + content[16:], "tensor count: expected at most"),
         (b"GGML" + content[4:], "expected a GGUF file"),

@@ -388,7 +388,7 @@ def test_a_base_that_is_not_there(adapter, saved) -> None:
         with pytest.raises(InputError, match="base_model_name_or_path: expected a model on this"):
             CausalLM.from_pretrained(adapter)
     file.write_text(json.dumps({**given, "base_model_name_or_path": str(adapter)}))
-    with pytest.raises(InputError, match="expected a whole model, got an adapter"):
+    with pytest.raises(InputError, match="expected a full model, got an adapter"):
         CausalLM.from_pretrained(adapter)
 
 

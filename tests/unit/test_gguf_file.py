@@ -412,7 +412,7 @@ LYING = {
     ),
     "array": (
         header(0, 1, text(b"k") + struct.pack("<IIQ", 9, 4, 2**61) + bytes(64)),
-        "k: expected at most what the file can hold",
+        "k: expected a count that fits in the file",
     ),
     "nested": (
         header(0, 1, text(b"k") + struct.pack("<IIQ", 9, 9, 1) + bytes(64)),
