@@ -246,12 +246,12 @@ def tasks(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON")] = False,
 ) -> None:
     """List the question sets: the ability they measure, their formats, licences and sources."""
-    from fastlm.evals.registry import rows
+    from fastlm.evals.registry import registered_tasks
     from fastlm.evals.task import ABILITIES
 
     if ability is not None and ability not in ABILITIES:
         raise InputError(f"ability: expected one of {', '.join(ABILITIES)}, got {ability!r:.60}")
-    task_rows = [row for row in rows() if ability in (None, row["ability"])]
+    task_rows = [row for row in registered_tasks() if ability in (None, row["ability"])]
     if as_json:
         typer.echo(json.dumps(task_rows, indent=1))
         return

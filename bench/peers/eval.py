@@ -184,23 +184,25 @@ def harness_side(
 
 def fastlm_eval_side(model: str, dtype: str, limit: int, split: bool) -> Callable[..., Answer]:
     """Return `fastlm eval` without reading model and questions: (set, examples) -> the same."""
-    from fastlm.evals.measures import summary, values
     from fastlm.evals.results import RecordFile
-    from fastlm.evals.runner import ask
+    from fastlm.evals.runner import run_questions
     from fastlm.evals.scorer import Scorer
+    from fastlm.evals.task_metrics import question_metrics, summarize_metrics
     from fastlm.model.load import load_model
 
     scorer = Scorer(*load_model(model, dtype=DTYPES[dtype]), split_float32=split)
 
     def run(name: str, shots: int) -> Answer:
         task = read_task(name, shots, limit)
-        bare = [replace(q, bare=()) for q in task.questions]  # the harness does not ask these
+        bare = [
+            replace(q, unconditional=()) for q in task.questions
+        ]  # the harness does not ask these
         task = replace(task, questions=bare, normalisation="none")
         with tempfile.TemporaryDirectory() as folder, RecordFile(f"{folder}/x", {}) as results:
             began = time.perf_counter(), time.process_time()
-            records = ask(task, scorer, results)
+            records = run_questions(task, scorer, results)
             elapsed = time.perf_counter() - began[0], time.process_time() - began[1]
-        metrics = summary(task, values(task, records))
+        metrics = summarize_metrics(task, question_metrics(task, records))
         return {
             "scores": {k: [m["value"], m["error"]] for k, m in metrics.items()},
             "logprobs": [p for r in records for p in r["logprob"]],

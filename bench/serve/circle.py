@@ -46,7 +46,7 @@ import users
 from harness import ROOT, machine, save
 
 from fastlm.data.prompts import Prompt
-from fastlm.evals.suite import id_of
+from fastlm.evals.suite import model_id
 from fastlm.feedback.gate import Gate
 from fastlm.feedback.gate_metrics import difference
 from fastlm.feedback.local_server import run_local_server
@@ -225,7 +225,7 @@ def measure_harm(model: Path, out: Path, heard: Collection[str]) -> dict[str, fl
         "n": len(prompts),
     }  # fmt: skip
     out.mkdir()
-    told = {"scores": {"refused": refused}, "ids": [{"name": model.name, "id": id_of(model)}]}
+    told = {"scores": {"refused": refused}, "ids": [{"name": model.name, "id": model_id(model)}]}
     (out / "scores.json").write_text(json.dumps(told))
     return refused
 

@@ -11,7 +11,7 @@ from functools import wraps
 from typing import Any
 
 from fastlm.data.verifiers import VERIFIERS, number
-from fastlm.evals.latex import final_answer, same
+from fastlm.evals.latex import final_answer, is_equivalent
 from fastlm.evals.task import Judge
 
 Row = Mapping[str, Any]
@@ -19,7 +19,7 @@ _ARTICLES = re.compile(r"\b(a|an|the)\b")
 _PUNCTUATION = str.maketrans("", "", string.punctuation)
 
 
-def one_by_one(score: Callable[[str, Row], float]) -> Judge:
+def per_answer(score: Callable[[str, Row], float]) -> Judge:
     """Return the judge that gives each answer its own ``score``."""
 
     @wraps(score)
@@ -29,12 +29,12 @@ def one_by_one(score: Callable[[str, Row], float]) -> Judge:
     return judge
 
 
-def normalized(text: str) -> str:
+def normalize(text: str) -> str:
     """Lower case, no punctuation, no articles, single spaces (SQuAD, Rajpurkar et al. 2016)."""
     return " ".join(_ARTICLES.sub(" ", text.lower().translate(_PUNCTUATION)).split())
 
 
-def golds_of(row: Row) -> list[str]:
+def gold_answers(row: Row) -> list[str]:
     """The right answers of a row, any of which will do."""
     label = row.get("label")
     return _texts(row.get("choices", ()) if label is None else label)
@@ -47,48 +47,48 @@ def _texts(value: Any) -> list[str]:
 
 
 def _first_line(answer: str) -> str:
-    return normalized((answer.strip().splitlines() or [""])[0])
+    return normalize((answer.strip().splitlines() or [""])[0])
 
 
-@one_by_one
+@per_answer
 def exact_match(answer: str, row: Row) -> float:
-    """1 if the answer's first line is one of the right answers, both `normalized`. An answer of
+    """1 if the answer's first line is one of the right answers, both `normalize`. An answer of
     which nothing is left is wrong, although some sets list "." or "A" among the right ones."""
-    return _first_line(answer) in {normalized(gold) for gold in golds_of(row)} - {""}
+    return _first_line(answer) in {normalize(gold) for gold in gold_answers(row)} - {""}
 
 
-@one_by_one
+@per_answer
 def f1(answer: str, row: Row) -> float:
     """The best F1 of the words of the answer's first line with those of a right answer, all
-    `normalized` (SQuAD)."""
+    `normalize` (SQuAD)."""
     words, best = Counter(_first_line(answer).split()), 0.0
-    for gold in golds_of(row):
-        right = Counter(normalized(gold).split())
+    for gold in gold_answers(row):
+        right = Counter(normalize(gold).split())
         if shared := (words & right).total():
             best = max(best, 2 * shared / (words.total() + right.total()))
     return best
 
 
-@one_by_one
+@per_answer
 def first_word(answer: str, row: Row) -> float:
-    """1 if the answer's first word is that of a right answer, both `normalized` (LAMBADA)."""
-    golds = {normalized(gold.split()[0]) for gold in golds_of(row) if gold.split()}
-    return any(normalized(word) in golds for word in answer.split()[:1])
+    """1 if the answer's first word is that of a right answer, both `normalize` (LAMBADA)."""
+    golds = {normalize(gold.split()[0]) for gold in gold_answers(row) if gold.split()}
+    return any(normalize(word) in golds for word in answer.split()[:1])
 
 
-@one_by_one
+@per_answer
 def last_number(answer: str, row: Row) -> float:
     """1 if the last number of the answer is that of the row's ``answer`` (GSM8K's rule)."""
     return number(answer, row)
 
 
-@one_by_one
+@per_answer
 def latex_answer(answer: str, row: Row) -> float:
     """1 if a solution's final answer is the row's ``answer``, both LaTeX (`fastlm.evals.latex`)."""
-    return same(final_answer(answer), row["answer"])
+    return is_equivalent(final_answer(answer), row["answer"])
 
 
-@one_by_one
-def generator(answer: str, row: Row) -> float:
+@per_answer
+def reasoning_gym_score(answer: str, row: Row) -> float:
     """The score that reasoning-gym's generator of the row gives the answer."""
     return VERIFIERS["reasoning-gym"](answer, row)

@@ -5,8 +5,15 @@ from collections.abc import Mapping, Sequence
 from itertools import cycle
 from typing import Any
 
-from fastlm.evals.measures import HEADLINE
-from fastlm.evals.tables import Tasks, accuracy, comparisons, is_share, main_measure, short_names
+from fastlm.evals.tables import (
+    Tasks,
+    accuracy,
+    is_share,
+    main_metric,
+    short_names,
+    table_comparisons,
+)
+from fastlm.evals.task_metrics import HEADLINE
 from fastlm.pipeline.charts import (
     BLUE,
     CURVES,
@@ -30,8 +37,8 @@ def scores_chart(tasks: Tasks) -> str:
     points: dict[str, list[Point]] = {name: [] for name in tasks[0]["models"]}
     for row, task in enumerate(tasks):
         for name, model in task["models"].items():
-            best = accuracy(model["measures"])
-            if best is not None and is_share(main_measure(model["measures"]), best):
+            best = accuracy(model["metrics"])
+            if best is not None and is_share(main_metric(model["metrics"]), best):
                 value, half = 100 * best["value"], 100 * Z95 * (best["error"] or 0.0)
                 points[name].append((row, value, value - half, value + half))
     colors = CURVES if len(points) > 1 else (BLUE,)
@@ -49,10 +56,10 @@ def difference_charts(tasks: Tasks) -> list[str]:
     chart where no task says so."""
     points: dict[str, list[Point]] = {}
     names: list[str] = []
-    for task, one in comparisons(tasks):
-        if one["measure"] == HEADLINE:
+    for task, one in table_comparisons(tasks):
+        if one["metric"] == HEADLINE:
             names += [task["name"]] if task["name"] not in names else []
-            scale = 100 / task["models"][one["with"]]["measures"][HEADLINE]["value"]
+            scale = 100 / task["models"][one["baseline"]]["metrics"][HEADLINE]["value"]
             value = one["difference"]
             ends = (value, value) if one["low"] is None else (one["low"], one["high"])
             point = (names.index(task["name"]), *(scale * x for x in (value, *ends)))

@@ -19,9 +19,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fastlm.evals.measures import Values, means
-from fastlm.evals.ngrams import indexes
+from fastlm.evals.ngrams import build_indexes
 from fastlm.evals.task import MultipleChoice, Question, Task
+from fastlm.evals.task_metrics import QuestionMetrics, mean_metrics
 from fastlm.progress import silent
 
 if TYPE_CHECKING:
@@ -58,18 +58,18 @@ def _frame(prompts: Sequence[str]) -> tuple[int, int, int]:
     """Where the examples of prompts end, where the question begins, and how many characters follow
     it in all of them: labels and whole lines. Two prompts may be alike by chance."""
     low, high = min(prompts), max(prompts)
-    begin = _common(low, high)
+    begin = common_prefix_length(low, high)
     # up to the last empty line: questions may begin alike
     examples = low.rfind("\n\n", 0, len(low) if low == high else begin) + 1
     if len({*prompts}) < 3:
         return examples, examples, 0
     begin = max(examples, low.rfind(": ", 0, begin) + 1, low.rfind("\n", 0, begin) + 1)
     ends = [prompt[begin:][::-1] for prompt in prompts]
-    end = ends[0].rfind("\n", 0, _common(min(ends), max(ends))) + 1
+    end = ends[0].rfind("\n", 0, common_prefix_length(min(ends), max(ends))) + 1
     return examples, begin, end
 
 
-def _common(one: str, other: str) -> int:
+def common_prefix_length(one: str, other: str) -> int:
     """How many characters two texts begin with alike."""
     size = min(len(one), len(other))
     return next((i for i in range(size) if one[i] != other[i]), size)
@@ -93,7 +93,7 @@ class LetterDecoder:
         # a character may be split between two blocks
         self.decoder = codecs.getincrementaldecoder("utf-8")("ignore")
 
-    def of(self, tokens: np.ndarray) -> np.ndarray:
+    def decode(self, tokens: np.ndarray) -> np.ndarray:
         data = b"".join(map(self.pieces.__getitem__, tokens.tolist()))
         return letters(self.decoder.decode(data))
 
@@ -121,17 +121,17 @@ def overlap(
         N if len(body) >= N else SHORT if len(w) >= SHORT else 0
         for w, (_, body, _) in zip(whole, spelled)
     ]
-    found = indexes(whole, size)
+    found = build_indexes(whole, size)
     text = np.empty(0, np.uint8)
     for start in track(range(0, data.tokens, BLOCK), "searching the data", unit="blocks"):
-        block = speller.of(data.read(start, min(BLOCK, data.tokens - start)))
+        block = speller.decode(data.read(start, min(BLOCK, data.tokens - start)))
         text = np.concatenate([text[-(N - 1) :], block])  # so that no run is cut
         for index in found.values():
             index.mark(text)
     share = np.full(len(questions), np.nan)
     for i, (n, (before, body, _)) in enumerate(zip(size, spelled)):
         if n:
-            covered = found[n].covered(whole[i])
+            covered = found[n].covered_mask(whole[i])
             alone = covered[len(before) : len(before) + len(body)]
             share[i] = max(covered.mean(), alone.mean() if len(body) >= n else 0.0)
     return share
@@ -152,7 +152,9 @@ def task_overlaps(
     return np.split(share, np.cumsum([len(own) for own in texts])[:-1])
 
 
-def told(task: Task, share: np.ndarray, models: Mapping[str, Values]) -> dict[str, Any]:
+def contamination_report(
+    task: Task, share: np.ndarray, models: Mapping[str, QuestionMetrics]
+) -> dict[str, Any]:
     """What a result says of a task: counts, the dirtiest questions, and each model's measures on
     the clean and the dirty part."""
     touched, dirty = share > 0, share >= DIRTY  # neither, where it is NaN
@@ -165,9 +167,9 @@ def told(task: Task, share: np.ndarray, models: Mapping[str, Values]) -> dict[st
     parts = {"dirty": np.flatnonzero(dirty), "clean": np.flatnonzero(~dirty)}
     return {
         "n": N, "threshold": DIRTY, "questions": len(share), "short": int(np.isnan(share).sum()),
-        "touched": int(touched.sum()), "dirty": int(dirty.sum()), "named": named,
+        "touched": int(touched.sum()), "dirty": int(dirty.sum()), "touched_questions": named,
         "models": {
-            name: {part: means(task, own, rows) for part, rows in parts.items() if len(rows)}
+            name: {part: mean_metrics(task, own, rows) for part, rows in parts.items() if len(rows)}
             for name, own in models.items()
         },
     }  # fmt: skip

@@ -67,7 +67,7 @@ class ScorerLM(LM):
                 self.cache_hook.add_partial("loglikelihood", pairs[i], answer)
                 bar.update()
 
-            found = self.scorer.loglikelihoods(pairs, greedy=True, each=keep)
+            found = self.scorer.loglikelihoods(pairs, greedy=True, on_result=keep)
         return [(one.logprob, bool(one.greedy)) for one in found]
 
     def loglikelihood_rolling(
@@ -75,7 +75,7 @@ class ScorerLM(LM):
     ) -> list[float]:
         texts: list[Any] = [request.args[0] for request in requests]
         with _bar(None, "loglikelihood_rolling", disable_tqdm) as bar:
-            found = self.scorer.rolling(texts, each=lambda i, one: bar.update())
+            found = self.scorer.rolling(texts, on_result=lambda i, one: bar.update())
         return [one.logprob for one in found]
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
@@ -85,7 +85,7 @@ class ScorerLM(LM):
             prompts.append(self._prompt(context, options, draws[context]))
             draws[context] += 1
         with _bar(len(asked), "generate_until", disable_tqdm) as bar:
-            answers = self.scorer.generate(prompts, each=lambda one: bar.update())
+            answers = self.scorer.generate(prompts, on_result=lambda one: bar.update())
         texts = [answer.text for answer in answers]
         for arguments, text in zip(asked, texts, strict=True):
             if not arguments[1].get("do_sample"):

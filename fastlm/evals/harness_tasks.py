@@ -19,17 +19,23 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from typing_extensions import TypedDict
 
 from fastlm.errors import InputError
-from fastlm.evals.measures import HEADLINE, bits_per_byte
 from fastlm.evals.results import Record
 from fastlm.evals.task import MultipleChoice, OpenQuestion, Question, Task
+from fastlm.evals.task_metrics import HEADLINE, bits_per_byte
 from fastlm.files import read_text
 
 if TYPE_CHECKING:
     from fastlm.evals.scorer import Scorer
 
 MAX_BYTES = 2**20  # of a task's file
-LOCAL = ("json", "csv", "parquet", "arrow", "text")  # kinds of data files; else a name on the hub
-DATA = (".json", ".jsonl", ".csv", ".parquet", ".txt", ".gz", ".zst")  # ends of data files
+LOCAL_LOADERS = (
+    "json",
+    "csv",
+    "parquet",
+    "arrow",
+    "text",
+)  # kinds of data files; else a name on the hub
+DATA_SUFFIXES = (".json", ".jsonl", ".csv", ".parquet", ".txt", ".gz", ".zst")  # ends of data files
 FEWSHOT_SEED = 1234  # of examples that are drawn: the harness' own
 T = TypeVar("T")
 
@@ -41,7 +47,7 @@ class HarnessRecord(TypedDict):
     responses: list[list[Any]]
 
 
-def is_file(name: str) -> bool:
+def is_task_file(name: str) -> bool:
     """Whether a task is named by its file."""
     return name.endswith((".yaml", ".yml"))
 
@@ -53,7 +59,7 @@ def task_files(path: str | Path) -> list[Path]:
         file = left.pop()
         if (place := file.resolve()) not in found:
             found[place] = file
-            names = _texts(_plain_yaml(file)) if is_file(file.name) else []
+            names = _texts(_plain_yaml(file)) if is_task_file(file.name) else []
             left += [Path(match) for name in names for match in _matches(file.parent, name)]
     return list(found.values())
 
@@ -64,11 +70,11 @@ def _plain_yaml(path: Path) -> Any:
     try:
         import yaml
     except ModuleNotFoundError:
-        raise _missing() from None
+        raise _missing_harness() from None
     try:
         return yaml.load(text, Loader=yaml.BaseLoader)
     except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise InputError(f"{path}: expected YAML, got: {_line(error)}") from None
+        raise InputError(f"{path}: expected YAML, got: {_error_line(error)}") from None
 
 
 def _texts(value: Any) -> list[str]:
@@ -83,7 +89,9 @@ def _matches(folder: Path, name: str) -> list[str]:
         return []
     module = name.rpartition(".")[0].replace(".", "/") + ".py"  # of a function
     paths = [folder / name, Path(name), folder / module]
-    if name.endswith(DATA) and glob.has_magic(name):  # of data files alone: texts have * and ?, too
+    if name.endswith(DATA_SUFFIXES) and glob.has_magic(
+        name
+    ):  # of data files alone: texts have * and ?, too
         paths = [Path(match) for path in paths[:2] for match in sorted(glob.glob(str(path)))]
     return [str(path) for path in paths if path.is_file()]
 
@@ -112,20 +120,20 @@ def read_task(path: str | Path, cache: Path) -> Task:
     except ModuleNotFoundError as error:
         if (error.name or "").partition(".")[0] != "lm_eval":
             raise
-        raise _missing() from None
-    config = _harness(path, lambda: load_yaml(path))
+        raise _missing_harness() from None
+    config = _call_harness(path, lambda: load_yaml(path))
     if not isinstance(config.get("task", ""), str) or "group" in config or "class" in config:
         raise InputError(f"{path}: task: expected one task, got a group or a class")
     name = config.setdefault("task", path.stem)
     for key in ("tag", "task_list"):
         config.pop(key, None)
-    if config.get("dataset_path") in LOCAL:
+    if config.get("dataset_path") in LOCAL_LOADERS:
         options = config["dataset_kwargs"] = dict(config.get("dataset_kwargs") or {})
-        options["data_files"] = _beside(path.parent, options.get("data_files"))
+        options["data_files"] = _resolve_data_files(path.parent, options.get("data_files"))
         options.setdefault("cache_dir", str(cache / "datasets"))
-    task = _harness(path, lambda: ConfigurableTask(config=config))
+    task = _call_harness(path, lambda: ConfigurableTask(config=config))
     task.set_fewshot_seed(seed=FEWSHOT_SEED)
-    _harness(path, task.build_all_requests)
+    _call_harness(path, task.build_all_requests)
     requests: dict[str, list[Any]] = {}
     for one in task.instances:
         requests.setdefault(str(one.doc_id), []).append(one)
@@ -134,16 +142,16 @@ def read_task(path: str | Path, cache: Path) -> Task:
         name, "own", [_question(task, id, own) for id, own in requests.items()], str(path),
         "not stated", f"lm-eval:{task.config.num_fewshot or 0}shot",
         delimiter=task.config.target_delimiter, probe=made.ask, record=HarnessRecord,
-        measure=made.measure, overall=made.overall,
+        question_metrics=made.question_metrics, aggregate=made.aggregate,
     )  # fmt: skip
 
 
-def _beside(folder: Path, files: Any) -> Any:
+def _resolve_data_files(folder: Path, files: Any) -> Any:
     """Data files next to the task's file, where they are there; else as they are named."""
     if isinstance(files, Mapping):
-        return {split: _beside(folder, names) for split, names in files.items()}
+        return {split: _resolve_data_files(folder, names) for split, names in files.items()}
     if isinstance(files, list):
-        return [_beside(folder, name) for name in files]
+        return [_resolve_data_files(folder, name) for name in files]
     return str(folder / files) if files and glob.glob(str(folder / str(files))) else files
 
 
@@ -162,7 +170,7 @@ def _question(task: Any, id: str, requests: Sequence[Any]) -> Question:
                 f" number, got {gold!r:.80} (row {id})"
             )
         pairs = tuple((str(context), str(answer)) for context, answer in arguments)
-        return MultipleChoice(id, pairs[: len(answers)], gold, bare=pairs[len(answers) :])
+        return MultipleChoice(id, pairs[: len(answers)], gold, unconditional=pairs[len(answers) :])
     told = {"requests": arguments, "repeats": requests[0].repeats}
     if task.OUTPUT_TYPE == "loglikelihood_rolling":
         return OpenQuestion(id, "", told, arguments[0][0])
@@ -212,17 +220,17 @@ class _HarnessTask:
 
         return self.task.aggregation().get(metric) in (None, get_aggregation("mean"))
 
-    def measure(self, question: Question, record: Record) -> dict[str, float]:
+    def question_metrics(self, question: Question, record: Record) -> dict[str, float]:
         found = {}
         if isinstance(question, MultipleChoice):
             logprob = record["responses"][question.gold][0][0]
             found[HEADLINE] = bits_per_byte(question, logprob, self.task.config.target_delimiter)
-        results = _harness(self.path, lambda: self.results(record))
+        results = _call_harness(self.path, lambda: self.results(record))
         return found | {
             name: float(value) for name, (metric, value) in results.items() if self.is_mean(metric)
         }
 
-    def overall(self, records: Sequence[Record]) -> dict[str, dict[str, Any]]:
+    def aggregate(self, records: Sequence[Record]) -> dict[str, dict[str, Any]]:
         """The metrics that are no means over questions, as the harness computes them."""
         items: dict[str, tuple[str, list[Any]]] = {}
         for record in records:
@@ -231,12 +239,16 @@ class _HarnessTask:
                     items.setdefault(name, (metric, []))[1].append(value)
         totals = self.task.aggregation()
         return {
-            name: {"value": float(totals[metric](values)), "error": None, "detects": None}
+            name: {
+                "value": float(totals[metric](values)),
+                "error": None,
+                "min_detectable_effect": None,
+            }
             for name, (metric, values) in items.items()
         }
 
 
-def _harness(path: Path, call: Callable[[], T]) -> T:
+def _call_harness(path: Path, call: Callable[[], T]) -> T:
     """What the harness returns, without its progress; InputError: what it raises, whatever that
     is, in one line: a task's file is the user's input."""
     errors = logging.Handler(logging.ERROR)
@@ -250,17 +262,17 @@ def _harness(path: Path, call: Callable[[], T]) -> T:
     except InputError:
         raise
     except (Exception, SystemExit) as error:  # a task's function may end the program
-        line = " ".join("; ".join([*messages, _line(error)]).split())
+        line = " ".join("; ".join([*messages, _error_line(error)]).split())
         raise InputError(f"{path}: lm-evaluation-harness: {line:.500}") from error
     finally:
         log.removeHandler(errors)
 
 
-def _line(error: BaseException) -> str:
+def _error_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split()):.300}"
 
 
-def _missing() -> InputError:
+def _missing_harness() -> InputError:
     return InputError(
         "tasks: expected the package lm_eval for a task in YAML, which is not installed (pip"
         " install 'fastlm[harness]')"

@@ -9,15 +9,18 @@ import re
 from fractions import Fraction
 
 # Each in time linear in the text: what stands between them is not part of a pattern
-_SAID, _HOPED = re.compile(r"final answer is:?", re.I), re.compile(r"I hope it is correct", re.I)
-_TOLD = re.compile(r"answer is:?\s*(.*)", re.I)
+_FINAL_ANSWER, _HOPE = (
+    re.compile(r"final answer is:?", re.I),
+    re.compile(r"I hope it is correct", re.I),
+)
+_ANSWER_IS = re.compile(r"answer is:?\s*(.*)", re.I)
 _INLINE = re.compile(r"\$([^$]+)\$")
 # Space, size and style: none of them changes what is meant
 _LAYOUT = re.compile(
     r"\\(?:left|right|big|Big|bigl|bigr|displaystyle|quad|qquad|limits|dots|ldots)(?![A-Za-z])"
     r"|\\[!,;: ]|[$\"~]|\{,\}"
 )
-_STYLED = re.compile(r"\\(?:text|mbox|mathrm|mathbf|textbf|textit|boxed|overline)\s*\{([^{}]*)\}")
+_STYLE = re.compile(r"\\(?:text|mbox|mathrm|mathbf|textbf|textit|boxed|overline)\s*\{([^{}]*)\}")
 _ARTICLE = re.compile(r"^(?:an?|the)\s+(?=[A-Za-z0-9\\])")
 _NAME = re.compile(
     r"^\\?[A-Za-z]+(?:_\{?\w\}?|\([a-z]\)|\^\{-1\}\([a-z]\))?\s*(?:=|\\in\b)(?=[^=]*$)"
@@ -31,12 +34,12 @@ _UNITS = re.compile(
     r"|digits?|degrees?|edges?|meals?|students?|multiples?|tickets?|children)(?:\s*\^\{?[23]\}?)?"
     r"(?![A-Za-z(_^])"
 )
-_BARE = re.compile(r"\\(d|t)frac")
+_FRAC_VARIANT = re.compile(r"\\(d|t)frac")
 _FRAC = re.compile(r"\\frac(?:\{([^{}]*)\}|([0-9a-zA-Z]))\s*(?:\{([^{}]*)\}|([0-9a-zA-Z]))")
 _ROOT = re.compile(r"\\sqrt\s*([0-9a-zA-Z])")
 _NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)")
 _RATIO = re.compile(r"([-+]?)\\frac\{([-+]?\d+)\}\{(\d+)\}|([-+]?\d+)/(\d+)")
-_LONGEST = 1000  # characters of an answer: longer ones are no answers
+_MAX_CHARACTERS = 1000  # characters of an answer: longer ones are no answers
 
 
 def boxed(text: str) -> str | None:
@@ -58,13 +61,13 @@ def boxed(text: str) -> str | None:
 def final_answer(text: str) -> str:
     """The answer of a solution: in Minerva's phrase "the final answer is ... I hope it is correct",
     else in the last box, else after "answer is", else the last formula; "" if there is none."""
-    said = _SAID.search(text)
-    if said and (hoped := _HOPED.search(text, said.end())):
+    said = _FINAL_ANSWER.search(text)
+    if said and (hoped := _HOPE.search(text, said.end())):
         answer = _sentence(text[said.end() : hoped.start()])
         return boxed(answer) or answer
     if (found := boxed(text)) is not None:
         return found
-    found = _TOLD.findall(text) or _INLINE.findall(text)
+    found = _ANSWER_IS.findall(text) or _INLINE.findall(text)
     return _sentence(found[-1]) if found else ""
 
 
@@ -72,18 +75,18 @@ def _sentence(text: str) -> str:
     return text.strip().removesuffix(".").rstrip()
 
 
-def normalized(answer: str) -> str:
+def normalize_latex(answer: str) -> str:
     """The answer without layout, units, articles, and the name that it is given by "x =".
 
     Minerva drops all that is left of the last "=", which makes every equation "... = 0" the same.
     """
-    text = _BREAK.sub("\n", answer.strip()[:_LONGEST].strip("$ ").rstrip("."))
+    text = _BREAK.sub("\n", answer.strip()[:_MAX_CHARACTERS].strip("$ ").rstrip("."))
     text = _ARTICLE.sub("", _NAME.sub("", text).strip())
-    text = _BARE.sub(
+    text = _FRAC_VARIANT.sub(
         r"\\frac", _LAYOUT.sub(" ", text.replace(r"\$", "").replace("\n", r"\newline"))
     )
     for _ in range(3):  # styles within styles
-        text = _STYLED.sub(r" \1 ", text)
+        text = _STYLE.sub(r" \1 ", text)
     text = _UNITS.sub("", _DEGREES.sub("", _AND.sub(",", text)))
     text = _FRAC.sub(lambda m: rf"\frac{{{m[1] or m[2]}}}{{{m[3] or m[4]}}}", text)
     text = "".join(_ROOT.sub(r"\\sqrt{\1}", text).split())
@@ -92,9 +95,9 @@ def normalized(answer: str) -> str:
     return whole if grouped else text
 
 
-def same(one: str, other: str) -> bool:
+def is_equivalent(one: str, other: str) -> bool:
     """Whether two answers are the same: as normalized text, or as numbers."""
-    a, b = normalized(one), normalized(other)
+    a, b = normalize_latex(one), normalize_latex(other)
     if a == b:
         return bool(a)
     x, y = _value(a), _value(b)

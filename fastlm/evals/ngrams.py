@@ -56,42 +56,42 @@ class NgramIndex:
         self.n = n
         own = [np.unique(hashes(ids, n)) for ids in questions]
         self.distinct = np.array([len(grams) for grams in own], np.int64)
-        self.known, place = np.unique(np.concatenate([*own, _NONE]), return_inverse=True)
+        self.ngrams, place = np.unique(np.concatenate([*own, _NONE]), return_inverse=True)
         order = np.argsort(place, kind="stable")
         # the questions that have known[i]: owners[begins[i] : begins[i + 1]]
         self.owners = np.repeat(np.arange(len(own)), self.distinct)[order]
-        self.begins = np.searchsorted(place[order], np.arange(len(self.known) + 1))
-        self.seen = np.zeros(len(self.known), bool)
+        self.begins = np.searchsorted(place[order], np.arange(len(self.ngrams) + 1))
+        self.seen = np.zeros(len(self.ngrams), bool)
         self.table = np.zeros(2**_BITS, bool)
-        self.table[_slots(self.known)] = True
+        self.table[_slots(self.ngrams)] = True
 
-    def places(self, ids: np.ndarray) -> np.ndarray:
+    def positions(self, ids: np.ndarray) -> np.ndarray:
         """Return where the n-grams that ``ids`` holds stand in ``known``, in their order."""
         values = hashes(ids, self.n)
         maybe = values[self.table[_slots(values)]]
-        at = np.searchsorted(self.known[:-1], maybe)
-        return at[self.known[at] == maybe] if len(maybe) else at
+        at = np.searchsorted(self.ngrams[:-1], maybe)
+        return at[self.ngrams[at] == maybe] if len(maybe) else at
 
     def mark(self, ids: np.ndarray) -> None:
         """Mark the n-grams that a piece of the data holds as seen."""
-        self.seen[self.places(ids)] = True
+        self.seen[self.positions(ids)] = True
 
-    def covered(self, ids: np.ndarray) -> np.ndarray:
+    def covered_mask(self, ids: np.ndarray) -> np.ndarray:
         """Which ids of a question lie in an n-gram that was seen: (length,) bool."""
-        hit = self.seen[np.searchsorted(self.known, hashes(ids, self.n))]
+        hit = self.seen[np.searchsorted(self.ngrams, hashes(ids, self.n))]
         steps = np.zeros(len(ids) + 1, np.int64)
         np.add.at(steps, np.flatnonzero(hit), 1)
         np.add.at(steps, np.flatnonzero(hit) + self.n, -1)
         return np.cumsum(steps[:-1]) > 0
 
-    def shared(self, ids: np.ndarray) -> np.ndarray:
+    def shared_counts(self, ids: np.ndarray) -> np.ndarray:
         """How many different n-grams of each question ``ids`` holds: (questions,)."""
-        held = [self.owners[self.begins[i] : self.begins[i + 1]] for i in {*self.places(ids)}]
+        held = [self.owners[self.begins[i] : self.begins[i + 1]] for i in {*self.positions(ids)}]
         whole = np.concatenate(held) if held else np.empty(0, np.int64)
         return np.bincount(whole, minlength=len(self.distinct))
 
 
-def indexes(questions: Sequence[np.ndarray], sizes: Sequence[int]) -> dict[int, NgramIndex]:
+def build_indexes(questions: Sequence[np.ndarray], sizes: Sequence[int]) -> dict[int, NgramIndex]:
     """Return n -> the index of the questions whose size is n; 0: of a question in none. In each,
     question i is the same."""
     none = np.empty(0, np.int64)

@@ -30,7 +30,7 @@ class PrefixBatch:
     rows: list[np.ndarray]
 
 
-def batches(
+def prefix_batches(
     sequences: Sequence[list[int]], *, tokens: int, keys: int, most: int | None = None
 ) -> Iterator[PrefixBatch]:
     """Yield all sequences, none of them empty, in batches.
@@ -45,7 +45,7 @@ def batches(
     total, key_count, last = 0, 0, []
     for i in sorted(range(len(sequences)), key=lambda i: sequences[i]):
         sequence = sequences[i]
-        shared = _shared(last, sequence)
+        shared = _common_prefix_length(last, sequence)
         full = total + len(sequence) - shared > tokens or key_count + len(sequence) > keys
         if members and (full or len(members) == most):
             yield _batch(sequences, members)
@@ -58,7 +58,7 @@ def batches(
         yield _batch(sequences, members)
 
 
-def _shared(last: list[int], sequence: list[int]) -> int:
+def _common_prefix_length(last: list[int], sequence: list[int]) -> int:
     """How many tokens a sequence has in common with the last one: with any, as they are sorted."""
     length = min(len(sequence), len(last))
     if sequence[:length] == last[:length]:

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from fastlm.errors import InputError
-from fastlm.evals.harness_tasks import is_file, read_task
+from fastlm.evals.harness_tasks import is_task_file, read_task
 from fastlm.evals.sets import arrow, code, generators, instructions, long_context, mmlu, olmes
 from fastlm.evals.task import ABILITIES, Task, TaskSpec
 from fastlm.sources.reasoning_gym import SCHEME
@@ -19,7 +19,7 @@ SETS: dict[str, TaskSpec] = {
 }  # fmt: skip
 
 
-def names_of(asked: Sequence[str]) -> list[str]:
+def task_names(asked: Sequence[str]) -> list[str]:
     """Return the names of sets that ``asked`` means: an ability stands for its sets, "all" for all
     of them."""
     names: list[str] = []
@@ -37,7 +37,7 @@ def load_task(asked: str, cache: Path) -> Task:
 
     InputError: an unknown name or format, a package that cannot be fetched, damaged data.
     """
-    if is_file(asked):
+    if is_task_file(asked):
         return read_task(asked, cache)
     name, _, format = asked.partition(":")
     if name == SCHEME:
@@ -51,7 +51,7 @@ def load_task(asked: str, cache: Path) -> Task:
     return spec.load(name, format, cache)
 
 
-def rows() -> Iterator[dict[str, str]]:
+def registered_tasks() -> Iterator[dict[str, str]]:
     """Yield what is known about each set: name, ability, formats, licence, source."""
     for name, s in SETS.items():
         yield {

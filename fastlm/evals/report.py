@@ -22,7 +22,7 @@ LEGEND = (
 Blocks = list[ReportTable | str]
 
 
-def rendered(blocks: Blocks) -> Any:
+def render_blocks(blocks: Blocks) -> Any:
     """Return what a command prints."""
     from rich.console import Group
 
@@ -164,7 +164,7 @@ def interval(score: Mapping[str, Any]) -> str:
 
 def _judges(score: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     """The judge's errors, one for each domain that it was measured in; none without a judge."""
-    return [score["judge"], *score["judge"].get("elsewhere", ())] if "judge" in score else []
+    return [score["judge"], *score["judge"].get("other_domains", ())] if "judge" in score else []
 
 
 def judge_lines(score: Mapping[str, Any]) -> list[str]:
@@ -190,7 +190,9 @@ def _safety_table(result: Mapping[str, Any], name: str) -> ReportTable:
             bar = (100 * score["low"], 100 * score["high"], 100 * score["value"])
         rows.append(
             (
-                TableCell(key, judge_lines(score), title="; ".join([score["what"], *labels])),
+                TableCell(
+                    key, judge_lines(score), title="; ".join([score["description"], *labels])
+                ),
                 number(score, score["value"]), TableCell(interval(score), bar=bar),
                 f"{score['n']:,}",
             )
@@ -207,7 +209,7 @@ def safety_blocks(result: Mapping[str, Any]) -> Blocks:
     blocks: Blocks = [_safety_table(result, name) for name in models]
     if any("judge" in score for score in scores):
         blocks.append(LEGEND)
-    kinds = [score["judge"].get("kinds", {}) for score in scores if "judge" in score]
+    kinds = [score["judge"].get("constructed", {}) for score in scores if "judge" in score]
     texts = (", ".join(f"{k} {passed}/{of}" for k, (passed, of) in own.items()) for own in kinds)
     blocks += [
         f"the judge passes, of answers constructed not to succeed: {text}"
@@ -218,7 +220,7 @@ def safety_blocks(result: Mapping[str, Any]) -> Blocks:
         f"{f'{name}: ' if len(models) > 1 else ''}{measure}: {count:,} prompts were cut at their"
         " beginning to fit the context"
         for name, model in models.items()
-        for measure, count in model.get("cut", {}).items()
+        for measure, count in model.get("truncated", {}).items()
     ]
     if result["sets"]:
         rows = [
@@ -245,7 +247,7 @@ def render_safety(result: Mapping[str, Any]) -> Any:
     if result["gates"]:
         passed = [f"all {result['gates']} gates passed"]
         gates = ["", *([f"FAILED {why}" for why in result["failed"]] or passed)]
-    return rendered([*safety_blocks(result), *gates])
+    return render_blocks([*safety_blocks(result), *gates])
 
 
 def safety_part(result: Mapping[str, Any]) -> ReportSection:

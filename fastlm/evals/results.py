@@ -19,7 +19,7 @@ Record = dict[str, Any]
 MAX_BYTES = 2**32  # of a file: it is read whole
 # Raised when fastlm says something else of the same question: another scorer, judge or prompt
 VERSION = 3
-AGAIN = "remove the file to begin again"
+RESTART_HINT = "remove the file to begin again"
 
 
 class RecordFile:
@@ -32,7 +32,7 @@ class RecordFile:
     """
 
     def __init__(self, path: str | Path, about: Mapping[str, Any], schema: Any = Record):
-        self.path, self.about = Path(path), {**about, "version": VERSION}
+        self.path, self.metadata = Path(path), {**about, "version": VERSION}
         self.records: list[Record] = []
         self._ends: list[int] = []  # bytes up to the end of each line
         make_folder(self.path.parent)
@@ -45,7 +45,7 @@ class RecordFile:
         except OSError as error:
             raise write_error(self.path, error) from error
         if not self._ends:
-            self._append([self.about])
+            self._append([self.metadata])
 
     def _read(self, schema: Any) -> None:
         """Take the whole lines of the file."""
@@ -59,13 +59,13 @@ class RecordFile:
             try:
                 record = parse(line, schema if number > 1 else Record, f"{self.path}:{number}")
             except InputError as error:
-                raise InputError(f"{error}; {AGAIN}") from None
+                raise InputError(f"{error}; {RESTART_HINT}") from None
             if number > 1:
                 self.records.append(record)
-            elif record != self.about:
+            elif record != self.metadata:
                 raise InputError(
-                    f"{self.path}:1: expected records of {self.about}, got those of"
-                    f" {record!r:.200}; {AGAIN}"
+                    f"{self.path}:1: expected records of {self.metadata}, got those of"
+                    f" {record!r:.200}; {RESTART_HINT}"
                 )
 
     def add(self, records: Sequence[Record]) -> None:
@@ -73,7 +73,7 @@ class RecordFile:
         self._append(records)
         self.records += records
 
-    def continue_parts(self, count: int, size: int) -> range:
+    def remaining_chunks(self, count: int, size: int) -> range:
         """Drop the records of a part that was cut off, and return where the parts begin that are
         missing of ``count`` records: a part is asked again as a whole, so that its records have the
         same bits.
@@ -83,7 +83,7 @@ class RecordFile:
         done = len(self.records)
         if done > count:
             raise InputError(
-                f"{self.path}: expected at most {count:,} records, got {done:,}; {AGAIN}"
+                f"{self.path}: expected at most {count:,} records, got {done:,}; {RESTART_HINT}"
             )
         if done < count and done % size:
             done -= done % size

@@ -7,15 +7,15 @@ from typing import Any, NotRequired
 from typing_extensions import TypedDict, Unpack
 
 from fastlm.errors import InputError
-from fastlm.evals.measures import values
-from fastlm.evals.results import AGAIN, Record, RecordFile
+from fastlm.evals.results import RESTART_HINT, Record, RecordFile
 from fastlm.evals.scorer import EvalPrompt, Scorer
 from fastlm.evals.task import MultipleChoice, OpenQuestion, Question, Task
+from fastlm.evals.task_metrics import question_metrics
 from fastlm.inference.requests import request_seed
 from fastlm.progress import silent
 from fastlm.schema import Count, Finite
 
-PART = 64  # questions whose records are kept at once
+CHUNK = 64  # questions whose records are kept at once
 
 
 class SamplingOptions(TypedDict, total=False):
@@ -27,7 +27,7 @@ class SamplingOptions(TypedDict, total=False):
     seed: int
 
 
-DEFAULTS: SamplingOptions = {"samples": 1, "temperature": 0.0, "seed": 0}
+DEFAULT_SAMPLING: SamplingOptions = {"samples": 1, "temperature": 0.0, "seed": 0}
 
 
 class ChoicesRecord(TypedDict):
@@ -37,8 +37,8 @@ class ChoicesRecord(TypedDict):
     logprob: list[float]
     tokens: list[Count]
     greedy: NotRequired[list[bool]]
-    bare: NotRequired[list[float]]
-    cut: NotRequired[Count]
+    unconditional: NotRequired[list[float]]
+    truncated_tokens: NotRequired[Count]
 
 
 class OpenRecord(TypedDict):
@@ -46,14 +46,14 @@ class OpenRecord(TypedDict):
     answers: list[str]
     scores: list[Finite]
     gold: float | None
-    cut: NotRequired[Count]
+    truncated_tokens: NotRequired[Count]
 
 
 def schema_of(task: Task) -> type:
-    return task.record or (OpenRecord if task.open else ChoicesRecord)
+    return task.record or (OpenRecord if task.is_open else ChoicesRecord)
 
 
-def ask_all(
+def run_tasks(
     tasks: Sequence[Task],
     scorer: Scorer,
     folder: Path,
@@ -62,7 +62,7 @@ def ask_all(
     track: Callable = silent,
     **drawing: Unpack[SamplingOptions],
 ) -> list[dict[str, Any]]:
-    """Ask one model all tasks; return per task what `fastlm.evals.suite.measured` compares.
+    """Ask one model all tasks; return per task what `fastlm.evals.suite.compare_models` compares.
 
     Args:
         folder: of the records; a task that has all of its own is not asked again.
@@ -71,19 +71,23 @@ def ask_all(
     InputError: a set whose answers this machine cannot judge, before any set is asked.
     """
     for task in tasks:
-        if task.check is not None and not (folder / _file_of(task)).exists():
+        if task.check is not None and not (folder / _record_file_name(task)).exists():
             task.check()
     found = []
     for task in track(tasks, "question sets", unit="sets"):
-        records = ask_task(task, scorer, folder, model=model, **drawing)
-        overall = task.overall(records) if task.overall is not None else {}
+        records = run_task(task, scorer, folder, model=model, **drawing)
+        overall = task.aggregate(records) if task.aggregate is not None else {}
         found.append(
-            {"values": values(task, records), "overall": overall, "cut": cut_count(records)}
+            {
+                "values": question_metrics(task, records),
+                "overall": overall,
+                "truncated": truncated_count(records),
+            }
         )
     return found
 
 
-def ask_task(
+def run_task(
     task: Task,
     scorer: Scorer,
     folder: Path,
@@ -92,26 +96,27 @@ def ask_task(
     track: Callable = iter,
     **drawing: Unpack[SamplingOptions],
 ) -> list[Record]:
-    """Return a record per question, from the task's file in ``folder``; see `ask` and `ask_all`."""
+    """Return a record per question, from the task's file in ``folder``; see `run_questions` and
+    `run_tasks`."""
     about: dict[str, Any] = {"task": task.name, "hash": task.hash, "model": model}
-    if task.open:
-        about |= DEFAULTS | drawing
+    if task.is_open:
+        about |= DEFAULT_SAMPLING | drawing
     if task.judge is not None:
         about["judge"] = f"{task.judge.__module__}.{task.judge.__qualname__}"
-    with RecordFile(folder / _file_of(task), about, schema_of(task)) as results:
-        return ask(task, scorer, results, track=track, **drawing)
+    with RecordFile(folder / _record_file_name(task), about, schema_of(task)) as results:
+        return run_questions(task, scorer, results, track=track, **drawing)
 
 
-def _file_of(task: Task) -> str:
+def _record_file_name(task: Task) -> str:
     return f"{task.name.replace('/', '_')}-{task.hash}.jsonl"
 
 
-def cut_count(records: Sequence[Record]) -> int:
+def truncated_count(records: Sequence[Record]) -> int:
     """Return how many questions were cut at their beginning to fit the context."""
-    return sum(bool(record.get("cut")) for record in records)
+    return sum(bool(record.get("truncated_tokens")) for record in records)
 
 
-def ask(
+def run_questions(
     task: Task,
     scorer: Scorer,
     results: RecordFile,
@@ -119,29 +124,32 @@ def ask(
     track: Callable = iter,
     **drawing: Unpack[SamplingOptions],
 ) -> list[Record]:
-    """Return a record per question, asking those that ``results`` lacks.
+    """Run the questions that have no record in ``results`` and return all records.
 
-    A record has the question's ``id``. Of `MultipleChoice`: ``logprob`` per answer in nats, its
-    ``tokens``, whether it is the ``greedy`` one where the task asks, ``bare`` without the question,
-    ``cut`` tokens that did not fit. Of `OpenQuestion`: ``answers``, their ``scores`` by the
-    task's judge, the ``gold`` answer's logprob (None without one). Of a task with a ``probe``: what
-    that returns.
+    A record has the question's ``id``, and further keys by the kind of question:
+
+    - `MultipleChoice`: ``logprob`` (nats) and ``tokens`` of each answer; ``greedy`` where the task
+      needs it: is each answer the greedy one; ``unconditional``: the logprobs without the question;
+      ``truncated_tokens``: tokens of the context that did not fit.
+    - `OpenQuestion`: ``answers``, their ``scores`` by the task's judge, ``gold``: logprob of the
+      right answer (None without one); ``truncated_tokens``.
+    - a task with a ``probe``: what the probe returns.
 
     Args:
         track: shows progress over the parts; not called where nothing is missing.
     """
-    options = DEFAULTS | drawing
+    options = DEFAULT_SAMPLING | drawing
     for number, (question, record) in enumerate(zip(task.questions, results.records), 2):
         where = f"{results.path}:{number}"
         check_record(task, question, record, options.get("samples", 1), where)
-    size = task.part_size or PART
-    begins = results.continue_parts(len(task.questions), size)
+    size = task.chunk_size or CHUNK
+    begins = results.remaining_chunks(len(task.questions), size)
     for at in track(begins) if begins else ():
         part: Sequence[Any] = task.questions[at : at + size]
         if task.probe is not None:
             results.add(task.probe(scorer, part, options.get("seed", 0)))
         else:
-            ask_part = _ask_open if task.open else _ask_choices
+            ask_part = _ask_open if task.is_open else _ask_choices
             results.add(ask_part(task, part, scorer, **options))
     return results.records
 
@@ -155,20 +163,20 @@ def check_record(task: Task, question: Question, record: Record, samples: int, w
     else:
         answers = len(question.requests)
         counts = {"logprob": answers, "tokens": answers}
-        counts |= {"bare": len(question.bare)} if question.bare else {}
+        counts |= {"unconditional": len(question.unconditional)} if question.unconditional else {}
         counts |= {"greedy": answers} if task.greedy else {}
     if record["id"] != question.id:
         told = f"id: expected {question.id!r:.80}, got {record['id']!r:.80}"
-        raise InputError(f"{where}: {told}; {AGAIN}")
+        raise InputError(f"{where}: {told}; {RESTART_HINT}")
     for key, count in counts.items():
         if (got := len(record.get(key, ()))) != count:
-            raise InputError(f"{where}: {key}: expected {count} values, got {got}; {AGAIN}")
+            raise InputError(f"{where}: {key}: expected {count} values, got {got}; {RESTART_HINT}")
 
 
 def _ask_choices(
     task: Task, questions: Sequence[MultipleChoice], scorer: Scorer, **_: Unpack[SamplingOptions]
 ) -> list[Record]:
-    pairs = [pair for q in questions for pair in (*q.requests, *q.bare)]
+    pairs = [pair for q in questions for pair in (*q.requests, *q.unconditional)]
     likelihoods = iter(scorer.loglikelihoods(pairs, greedy=task.greedy))
     records = []
     for q in questions:
@@ -179,10 +187,10 @@ def _ask_choices(
         }  # fmt: skip
         if task.greedy:
             record["greedy"] = [bool(one.greedy) for one in own]
-        if q.bare:
-            record["bare"] = [next(likelihoods).logprob for _ in q.bare]
-        if cut := max(one.cut for one in own):
-            record["cut"] = cut
+        if q.unconditional:
+            record["unconditional"] = [next(likelihoods).logprob for _ in q.unconditional]
+        if cut := max(one.truncated_tokens for one in own):
+            record["truncated_tokens"] = cut
         records.append(record)
     return records
 
@@ -208,7 +216,7 @@ def _ask_open(
             "id": q.id, "answers": answers[own], "scores": scores[own], "gold": golds.get(i)
         }  # fmt: skip
         if cut := max(cuts[own]):
-            record["cut"] = cut
+            record["truncated_tokens"] = cut
         records.append(record)
     return records
 
@@ -224,25 +232,27 @@ def _conversations(
     messages before it; and the most tokens that were cut off in one of its turns."""
     turns: list[tuple[tuple[str, str], ...]] = [()] * len(asked)
     cuts = [0] * len(asked)
-    for turn in range(max(len(q.before) for q, _ in asked) + 1):
+    for turn in range(max(len(q.earlier_messages) for q, _ in asked) + 1):
         rows, prompts = [], []
         for i, (q, seed) in enumerate(asked):
-            if turn <= len(q.before):
+            if turn <= len(q.earlier_messages):
                 chat = _is_chat(q, scorer)
-                text = (*q.before, q.prompt)[turn]
-                if q.before and not chat:  # a conversation for a model without a chat template
+                text = (*q.earlier_messages, q.prompt)[turn]
+                if (
+                    q.earlier_messages and not chat
+                ):  # a conversation for a model without a chat template
                     told = [f"User: {message}\nAssistant: {answer}" for message, answer in turns[i]]
                     text = "\n".join([*told, f"User: {text}\nAssistant:"])
                 before = turns[i] if chat else ()
                 rows.append(i)
                 prompts.append(
-                    EvalPrompt(text, q.max_new_tokens, q.stop, chat=chat, seed=seed, before=before)
+                    EvalPrompt(text, q.max_new_tokens, q.stop, chat=chat, seed=seed, history=before)
                 )
         written = scorer.generate(prompts, temperature=temperature)
         for i, answer in zip(rows, written, strict=True):
             cuts[i] = max(cuts[i], answer.truncated_prompt_tokens)
             q, _ = asked[i]
-            turns[i] = (*turns[i], ((*q.before, q.prompt)[turn], answer.text))
+            turns[i] = (*turns[i], ((*q.earlier_messages, q.prompt)[turn], answer.text))
     return [own[-1][1] for own in turns], cuts
 
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from fastlm.errors import InputError
-from fastlm.evals.prefix_sharing import PrefixBatch, batches
+from fastlm.evals.prefix_sharing import PrefixBatch, prefix_batches
 from fastlm.inference.engine import Engine
 from fastlm.inference.requests import Completion, Request
 from fastlm.inference.sampling import Sampling
@@ -31,7 +31,7 @@ Pair = tuple[str, str]
 TOKENS = 4096
 KEYS = 65536  # copied in each layer: 128 MB at 8 key heads of 128 in bfloat16
 # Nats. Above, a token's logit is 0.4 over any other: more than the rounding of bfloat16 logits
-_SURE = -0.5
+_CERTAIN_LOGPROB = -0.5
 _GREEDY_ROWS = 256  # logits of so many tokens at once: 50 MB at a vocabulary of 49,152
 
 
@@ -41,20 +41,20 @@ class Likelihood:
 
     logprob: nats, summed over its ``tokens``.
     greedy: whether each token was the likeliest; None where it was not asked for.
-    cut: tokens of the context that did not fit and were left out, the first ones.
+    truncated_tokens: how many tokens at the start of the context were dropped to fit.
     """
 
     logprob: float
     tokens: int
     greedy: bool | None = None
-    cut: int = 0
+    truncated_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class EvalPrompt:
     """A text to continue, or with ``chat`` a user's message to answer through the template.
 
-    before: of a chat, (message, answer) of the turns before it.
+    history: the earlier turns of a chat, (message, answer) each.
     stop: strings that end the answer, or the names of special tokens.
     sampling: default: the temperature of the call.
     """
@@ -65,7 +65,7 @@ class EvalPrompt:
     chat: bool = False
     seed: int = 0
     sampling: Sampling | None = None
-    before: tuple[tuple[str, str], ...] = ()
+    history: tuple[tuple[str, str], ...] = ()
 
 
 class Scorer:
@@ -139,7 +139,7 @@ class Scorer:
         *,
         chat: bool = False,
         greedy: bool = False,
-        each: Callable[[int, Likelihood], Any] | None = None,
+        on_result: Callable[[int, Likelihood], Any] | None = None,
     ) -> list[Likelihood]:
         """Return how likely each continuation is after its context, in the order of ``pairs``.
 
@@ -150,11 +150,13 @@ class Scorer:
         Args:
             chat: a context is a user's message, the continuation the answer.
             greedy: also tell whether each token was the likeliest.
-            each: called with the index of a pair and its likelihood as soon as that is known.
+            on_result: called with the index of a pair and its likelihood as soon as that is known.
 
         Raises InputError: an empty continuation, or one that does not fit alone.
         """
-        return self.token_loglikelihoods(self.encode(pairs, chat=chat), greedy=greedy, each=each)
+        return self.token_loglikelihoods(
+            self.encode(pairs, chat=chat), greedy=greedy, on_result=on_result
+        )
 
     def encode(
         self, pairs: Sequence[Pair], *, chat: bool = False
@@ -178,8 +180,8 @@ class Scorer:
             ids = ids[len(self.start) :]
         return ([self.prefix], ids) if ids[:1] != [self.prefix] else (ids[:1], ids[1:])
 
-    def _chat(self, text: str, before: Sequence[tuple[str, str]] = ()) -> list[int]:
-        turns = [part for turn in before for part in zip(("user", "assistant"), turn)]
+    def _chat(self, text: str, history: Sequence[tuple[str, str]] = ()) -> list[int]:
+        turns = [part for turn in history for part in zip(("user", "assistant"), turn)]
         messages = [{"role": role, "content": said} for role, said in (*turns, ("user", text))]
         return self.tokenizer.encode_chat(messages)
 
@@ -188,7 +190,7 @@ class Scorer:
         pairs: Sequence[tuple[Sequence[int], Sequence[int]]],
         *,
         greedy: bool = False,
-        each: Callable[[int, Likelihood], Any] | None = None,
+        on_result: Callable[[int, Likelihood], Any] | None = None,
     ) -> list[Likelihood]:
         """`loglikelihoods` of token ids: (context, continuation), neither of them empty."""
         limit = self.context_limit
@@ -212,19 +214,19 @@ class Scorer:
         self.model.eval()
         try:
             with torch.inference_mode(), split_float32(self.split_float32):
-                for batch in batches(sequences, tokens=self.tokens, keys=KEYS, most=most):
+                for batch in prefix_batches(sequences, tokens=self.tokens, keys=KEYS, most=most):
                     scored = self._score(batch, [continuations[i] for i in batch.members], greedy)
                     for i, (logprob, best) in zip(batch.members, scored, strict=True):
                         one = Likelihood(logprob, len(continuations[i]), best, cuts[i])
                         found[i] = one
-                        if each is not None:
-                            each(i, one)
+                        if on_result is not None:
+                            on_result(i, one)
         finally:
             self.model.train(training)
         return [one for one in found if one is not None]
 
     def rolling(
-        self, texts: Sequence[str], *, each: Callable[[int, Likelihood], Any] | None = None
+        self, texts: Sequence[str], *, on_result: Callable[[int, Likelihood], Any] | None = None
     ) -> list[Likelihood]:
         """Return how likely each text is as a whole.
 
@@ -232,10 +234,12 @@ class Scorer:
         ended, the last has as many tokens of context as fit (as in lm-evaluation-harness).
 
         Args:
-            each: called with the index of a window and its likelihood.
+            on_result: called with the index of a window and its likelihood.
         """
         windows = [list(self._windows(ids)) for ids in self.encode_texts(texts)]
-        found = iter(self.token_loglikelihoods([w for own in windows for w in own], each=each))
+        found = iter(
+            self.token_loglikelihoods([w for own in windows for w in own], on_result=on_result)
+        )
         sums = []
         for own in windows:
             parts = [next(found) for _ in own]
@@ -288,7 +292,9 @@ class Scorer:
         A token of a high probability is. Of the others the least likely one is looked at first:
         most continuations end there, and those that begin alike share its row.
         """
-        order = [[int(j) for j in np.argsort(own) if not own[j] > _SURE] for own in logprobs]
+        order = [
+            [int(j) for j in np.argsort(own) if not own[j] > _CERTAIN_LOGPROB] for own in logprobs
+        ]
         found, best = [True] * len(rows), dict[int, int]()
         left, at = [i for i, own in enumerate(order) if own], 0
         while left:
@@ -318,20 +324,22 @@ class Scorer:
         prompts: Sequence[EvalPrompt],
         *,
         temperature: float = 0.0,
-        each: Callable[[Completion], Any] | None = None,
+        on_result: Callable[[Completion], Any] | None = None,
     ) -> list[Completion]:
-        """Answer each prompt, at temperature 0 with the likeliest tokens. A prompt that leaves no
-        room for its answer is cut at its beginning (`Completion.truncated_prompt_tokens`); an
-        answer longer than the context gets half.
+        """Answer each prompt, at temperature 0 with the likeliest tokens.
 
-        An answer depends on its prompt and seed alone, not on the others. ``each``: called with an
-        answer as soon as it ends.
+        A prompt that is too long to leave ``max_new_tokens`` of the context is truncated at its
+        start (`Completion.truncated_prompt_tokens`). Where ``max_new_tokens`` is the context's
+        length or more, the answer gets half of the context.
+
+        An answer depends only on its prompt and seed, not on the other prompts. ``on_result`` is
+        called with each answer as soon as it ends.
         """
         limit = min(self.context_limit, self._engine.context_limit)
         plain = iter(self.encode_texts([p.text for p in prompts if not p.chat]))
         requests, cuts = [], []
         for p in prompts:
-            ids = self._chat(p.text, p.before) if p.chat else next(plain) or [self.prefix]
+            ids = self._chat(p.text, p.history) if p.chat else next(plain) or [self.prefix]
             room = p.max_new_tokens if p.max_new_tokens < limit else limit // 2
             cuts.append(max(0, len(ids) + room - limit))
             stop_ids, stop = self._stops(p.stop)
@@ -340,7 +348,7 @@ class Scorer:
             requests.append(
                 Request(kept, room, sampling, seed=p.seed, stop=stop, stop_ids=stop_ids)
             )
-        completions = self._engine.generate(requests, on_completion=each)
+        completions = self._engine.generate(requests, on_completion=on_result)
         if failed := [one.error for one in completions if one.error]:
             raise RuntimeError(failed[0])
         return [

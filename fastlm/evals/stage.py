@@ -80,9 +80,9 @@ class Eval(Stage):
             )
 
     def digest_inputs(self, input_digest: Any) -> Any:
-        from fastlm.evals.harness_tasks import is_file, task_files
+        from fastlm.evals.harness_tasks import is_task_file, task_files
 
-        files = [file for name in self.tasks if is_file(name) for file in task_files(name)]
+        files = [file for name in self.tasks if is_task_file(name) for file in task_files(name)]
         return [input_digest.hash_tree(file) for file in files]
 
     def plan(self, inputs: Mapping[str, Any]) -> Facts:
@@ -94,11 +94,11 @@ class Eval(Stage):
         return {}
 
     def run(self, ctx: StageContext) -> dict[str, Any]:
-        from fastlm.evals.contamination import told
-        from fastlm.evals.registry import load_task, names_of
-        from fastlm.evals.runner import ask_all
+        from fastlm.evals.contamination import contamination_report
+        from fastlm.evals.registry import load_task, task_names
+        from fastlm.evals.runner import run_tasks
         from fastlm.evals.scorer import Scorer
-        from fastlm.evals.suite import DIGITS, ids_of, measured
+        from fastlm.evals.suite import HASH_DIGITS, compare_models, model_ids
         from fastlm.evals.text_bits_per_byte import text_bits_per_byte
         from fastlm.model.load import load_model
 
@@ -107,7 +107,7 @@ class Eval(Stage):
             raise InputError("data: expected held-out text, or tasks, got neither")
         tasks = [
             load_task(name, ctx.cache_dir).sample(self.limit, self.seed)
-            for name in names_of(self.tasks)
+            for name in task_names(self.tasks)
         ]
         if ctx.inputs.get("against") and not tasks:
             raise InputError("against: expected tasks whose questions to look for, got none")
@@ -115,7 +115,7 @@ class Eval(Stage):
         models: dict[str, dict[str, Any]] = {}
         packed: dict[str, Any] = {}
         asked: dict[str, Any] = {}
-        ids = ids_of(ctx.inputs["model"])
+        ids = model_ids(ctx.inputs["model"])
         for source, known in zip(ctx.inputs["model"], ids, strict=True):
             model, tokenizer = load_model(source.source, self.act_bits)
             if data is not None:
@@ -132,8 +132,8 @@ class Eval(Stage):
             if not overlaps and (against := ctx.optional("against")):
                 overlaps = self._overlaps(tasks, model, tokenizer, against, ctx)
             if tasks:
-                digits = known["id"][:DIGITS]
-                asked[source.name] = ask_all(
+                digits = known["id"][:HASH_DIGITS]
+                asked[source.name] = run_tasks(
                     tasks, Scorer(model, tokenizer), ctx.out / ITEMS / digits,
                     model=digits + (f", act_bits {self.act_bits}" if self.act_bits else ""),
                     samples=self.samples, temperature=self.temperature, seed=self.seed,
@@ -141,10 +141,10 @@ class Eval(Stage):
                 )  # fmt: skip
         scores = {**packed, "models": models, "ids": ids}
         if tasks:
-            scores["tasks"] = measured(tasks, asked)
+            scores["tasks"] = compare_models(tasks, asked)
         for i, found in enumerate(overlaps):
             values = {name: results[i]["values"] for name, results in asked.items()}
-            scores["tasks"][i]["contamination"] = told(tasks[i], found, values)
+            scores["tasks"][i]["contamination"] = contamination_report(tasks[i], found, values)
         write_json(make_folder(ctx.out) / "scores.json", scores)
         return scores
 
@@ -168,10 +168,10 @@ class Eval(Stage):
         return eval_summary(result)
 
     def render(self, result: Mapping[str, Any], ctx: StageContext) -> Any:
-        from fastlm.evals.report import eval_blocks, rendered
+        from fastlm.evals.report import eval_blocks, render_blocks
 
         del ctx
-        return rendered(eval_blocks(result))
+        return render_blocks(eval_blocks(result))
 
     def report(self, ctx: StageContext, result: Mapping[str, Any]) -> ReportSection:
         from fastlm.evals.report import eval_part

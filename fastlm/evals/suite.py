@@ -7,59 +7,73 @@ from typing import Any
 
 import numpy as np
 
-from fastlm.evals.measures import HEADLINE, finite, is_share, parts, passages, summary
 from fastlm.evals.task import Task
+from fastlm.evals.task_metrics import (
+    HEADLINE,
+    finite_or_none,
+    is_share,
+    part_metrics,
+    passage_clusters,
+    summarize_metrics,
+)
 from fastlm.pipeline.stage import Input
 from fastlm.sources.packages import model_path
 from fastlm.stats.intervals import compare, holm
 
-DIGITS = 16  # of an id, in the names of records
+HASH_DIGITS = 16  # of an id, in the names of records
 
 
-def measured(
+def compare_models(
     tasks: Sequence[Task], asked: Mapping[str, Sequence[Mapping[str, Any]]]
 ) -> list[dict[str, Any]]:
     """Return, per task, what it is and each model's measures; and, of several models, the others
     compared with the first.
 
-    asked: model -> what `fastlm.evals.runner.ask_all` returned.
+    asked: model -> what `fastlm.evals.runner.run_tasks` returned.
     """
     found = [
-        _measured(task, {name: results[i] for name, results in asked.items()})
+        _compare_on_task(task, {name: results[i] for name, results in asked.items()})
         for i, task in enumerate(tasks)
     ]
     alike: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for row in found:
-        for one in row["compared"]:
-            alike.setdefault((one["model"], one["measure"]), []).append(one)
+        for one in row["comparisons"]:
+            alike.setdefault((one["model"], one["metric"]), []).append(one)
     for ones in alike.values():  # per model and measure, for the number of tasks
         for one, p in zip(ones, holm([one["p"] for one in ones]), strict=True):
             one["p_adjusted"] = p
     return found
 
 
-def _measured(task: Task, own: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+def _compare_on_task(task: Task, own: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     models: dict[str, dict[str, Any]] = {}
     for name, result in own.items():
-        each = summary(task, result["values"]) | result["overall"]
+        each = summarize_metrics(task, result["values"]) | result["overall"]
         measures = {key: m | _unit(key, result["values"].get(key)) for key, m in each.items()}
-        models[name] = {"measures": measures, **({"cut": result["cut"]} if result["cut"] else {})}
-        if by_part := parts(task, result["values"]):
+        models[name] = {
+            "metrics": measures,
+            **({"truncated": result["truncated"]} if result["truncated"] else {}),
+        }
+        if by_part := part_metrics(task, result["values"]):
             models[name]["parts"] = by_part
     first, *others = own
     compared = []
     for name in others:
         for measure, base in own[first]["values"].items():
             each = own[name]["values"][measure]
-            told = finite(asdict(compare(each, base, clusters=passages(task))))
-            one = {"model": name, "with": first, "measure": measure, **told}
+            told = finite_or_none(asdict(compare(each, base, clusters=passage_clusters(task))))
+            one = {"model": name, "baseline": first, "metric": measure, **told}
             compared.append(one | _unit(measure, each))
-    wider = {"wider": list(dict.fromkeys(task.wider.values()))} if task.wider else {}
+    wider = (
+        {"part_groups": list(dict.fromkeys(task.group_of_part.values()))}
+        if task.group_of_part
+        else {}
+    )
     return {
         "name": task.name, "ability": task.ability, "format": task.format, "hash": task.hash,
         "source": task.source, "licence": task.licence, "questions": len(task.questions),
         "normalisation": task.normalisation, "chance": task.chance, "models": models, **wider,
-        "compared": compared,
+        "comparisons": compared,
     }  # fmt: skip
 
 
@@ -69,7 +83,7 @@ def _unit(measure: str, each: np.ndarray | None) -> dict[str, str]:
     return {"unit": ""} if is_figure else {}
 
 
-def id_of(model: str | Path) -> str:
+def model_id(model: str | Path) -> str:
     """The id of a model: a folder, a .gguf file, or a model in a package; of an adapter with its
     base."""
     from fastlm.checkpoint.digest import model_digest
@@ -77,11 +91,11 @@ def id_of(model: str | Path) -> str:
     return model_digest(model_path(model))
 
 
-def hash_of(model: str | Path) -> str:
+def model_hash(model: str | Path) -> str:
     """The first digits of the id of a model, by which records of answers name it."""
-    return id_of(model)[:DIGITS]
+    return model_id(model)[:HASH_DIGITS]
 
 
-def ids_of(models: Sequence[Input]) -> list[dict[str, str]]:
+def model_ids(models: Sequence[Input]) -> list[dict[str, str]]:
     """The names and ids of models, as scores.json has them: from the old one to the new one."""
-    return [{"name": model.name, "id": id_of(model.source)} for model in models]
+    return [{"name": model.name, "id": model_id(model.source)} for model in models]

@@ -5,18 +5,23 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from fastlm.evals.measures import HEADLINE
+from fastlm.evals.task_metrics import HEADLINE
 
 Tasks = Sequence[Mapping[str, Any]]
-CHOICES = ("acc", "acc_olmes", "acc_norm", "acc_bytes")
-WORDS = ("set", "part", "model", "by")  # columns that are no figures
+CHOICE_METRICS = ("acc", "acc_olmes", "acc_norm", "acc_bytes")
+TEXT_COLUMNS = ("set", "part", "model", "by")  # columns that are no figures
 MAX_PARTS = 30  # of a set in its table; scores.json has all
 
 
 @dataclass(frozen=True)
 class TableCell:
-    """``lines`` stand below the text. ``bar``: of an interval, its ends and the value in percent;
-    drawn in report.html in place of the text, which also has ``title`` for the pointer."""
+    """A cell with its ``text``.
+
+    lines: shown below the text.
+    bar: the ends of an interval and the value, in percent; report.html draws it instead of the
+        text.
+    title: what report.html shows under the pointer.
+    """
 
     text: str
     lines: Sequence[str] = ()
@@ -65,7 +70,7 @@ def is_share(name: str, measure: Mapping[str, Any]) -> bool:
     return name != HEADLINE and measure.get("unit") != ""
 
 
-def figure(measure: Mapping[str, Any] | None, name: str = "acc") -> str:
+def format_score(measure: Mapping[str, Any] | None, name: str = "acc") -> str:
     """A value with its standard error: a share in percent."""
     if measure is None:
         return ""
@@ -75,14 +80,14 @@ def figure(measure: Mapping[str, Any] | None, name: str = "acc") -> str:
     return text if error is None else f"{text}±{scale * error:.{digits}f}"
 
 
-def main_measure(measures: Mapping[str, Any]) -> str:
+def main_metric(measures: Mapping[str, Any]) -> str:
     """The measure that "accuracy" shows: exact match, accuracy or else the first."""
     names = [name for name in ("exact_match", "acc", *measures) if name in measures]
     return next((name for name in names if name != HEADLINE), "acc")
 
 
 def accuracy(measures: Mapping[str, Any]) -> Mapping[str, Any] | None:
-    return measures.get("acc_olmes") or measures.get(main_measure(measures))
+    return measures.get("acc_olmes") or measures.get(main_metric(measures))
 
 
 def task_tables(tasks: Tasks) -> list[ReportTable]:
@@ -93,21 +98,21 @@ def task_tables(tasks: Tasks) -> list[ReportTable]:
     first, *others = short.values()
     tables = (
         _table(
-            lines(tasks), "Question sets",
+            score_rows(tasks), "Question sets",
             "Bits per byte of the right answer: lower is better. Accuracies in percent with"
             " standard errors: the likeliest answer is right; the same after OLMES' normalisation;"
             " the same by characters, as in lm-evaluation-harness. Chance is what guessing gives."
             ' "Detects" is the minimum detectable effect: the smallest difference to another model'
             " that these questions find with a probability of 80 %.",
         ),
-        _table(_parts(tasks, short), "Parts of the sets"),
+        _table(_part_rows(tasks, short), "Parts of the sets"),
         _table(
-            _contamination(tasks, short), "Are the questions in the training text?",
+            _contamination_rows(tasks, short), "Are the questions in the training text?",
             "Touched: 40 letters in a row of the question and its right answer stand there. Dirty:"
             " such runs cover 80 % of its letters.",
         ),
         _table(
-            _compared(tasks, short),
+            _comparison_rows(tasks, short),
             f"{others[0] if len(others) == 1 else 'each model'} minus {first}",
             "On the same questions: fewer bits and more right answers are better. Accuracies in"
             ' percentage points. "p of all" is adjusted for the number of sets (Holm); "n needed"'
@@ -121,11 +126,11 @@ def _table(rows: Iterable[Mapping[str, str]], title: str, note: str = "") -> Rep
     """A table of rows by column, without the columns that are empty."""
     rows = [*rows]
     columns = [key for key in rows[0] if any(row[key] for row in rows)] if rows else []
-    left = sum(column in WORDS for column in columns)
+    left = sum(column in TEXT_COLUMNS for column in columns)
     return ReportTable(columns, [[row[key] for key in columns] for row in rows], left, title, note)
 
 
-def lines(tasks: Tasks) -> Iterator[dict[str, str]]:
+def score_rows(tasks: Tasks) -> Iterator[dict[str, str]]:
     """Yield a row per task and model; the model's name where there are several.
 
     Accuracies are percent. Of answers in the model's own words, "accuracy" is the share that is
@@ -134,17 +139,20 @@ def lines(tasks: Tasks) -> Iterator[dict[str, str]]:
     for task in tasks:
         short = short_names(list(task["models"]))
         for name, model in task["models"].items():
-            measures = model["measures"]
-            main, best = main_measure(measures), accuracy(measures)
+            measures = model["metrics"]
+            main, best = main_metric(measures), accuracy(measures)
             by = "" if main in ("acc", "exact_match") else f" ({main})"
             yield {
                 "set": task["name"] + by, "model": short[name] if len(short) > 1 else "",
                 "n": f"{task['questions']:,}",
-                "bits/byte": figure(measures.get(HEADLINE), HEADLINE),
-                "accuracy": figure(measures.get(main)),
-                "OLMES": figure(measures.get("acc_olmes")),
-                "lm-eval": figure(measures.get("acc_norm")), "chance": _percent(task["chance"]),
-                "detects": _percent(best["detects"] if best and is_share(main, best) else None),
+                "bits/byte": format_score(measures.get(HEADLINE), HEADLINE),
+                "accuracy": format_score(measures.get(main)),
+                "OLMES": format_score(measures.get("acc_olmes")),
+                "lm-eval": format_score(measures.get("acc_norm")),
+                "chance": _percent(task["chance"]),
+                "MDE": _percent(
+                    best["min_detectable_effect"] if best and is_share(main, best) else None
+                ),
             }  # fmt: skip
 
 
@@ -152,18 +160,18 @@ def _percent(share: float | None) -> str:
     return "" if share is None else f"{100 * share:.1f}"
 
 
-def comparisons(tasks: Tasks) -> Iterator[tuple[Mapping[str, Any], Mapping[str, Any]]]:
+def table_comparisons(tasks: Tasks) -> Iterator[tuple[Mapping[str, Any], Mapping[str, Any]]]:
     """Yield each task with a comparison by one of the measures that tables show."""
     for task in tasks:
-        for one in task["compared"]:
-            if one["measure"] == "acc_olmes" or one["measure"] not in CHOICES:
+        for one in task["comparisons"]:
+            if one["metric"] == "acc_olmes" or one["metric"] not in CHOICE_METRICS:
                 yield task, one
 
 
-def _compared(tasks: Tasks, short: Mapping[str, str]) -> Iterator[dict[str, str]]:
+def _comparison_rows(tasks: Tasks, short: Mapping[str, str]) -> Iterator[dict[str, str]]:
     """The models after the first, each minus the first."""
-    for task, one in comparisons(tasks):
-        measure = str(one["measure"])
+    for task, one in table_comparisons(tasks):
+        measure = str(one["metric"])
         by = {HEADLINE: "bits/byte", "acc_olmes": "OLMES"}.get(measure, measure.replace("_", " "))
         scale, digits = (100, 1) if is_share(measure, one) else (1, 4)
         difference, low, high = (
@@ -176,28 +184,28 @@ def _compared(tasks: Tasks, short: Mapping[str, str]) -> Iterator[dict[str, str]
         yield {
             "set": task["name"], "model": short[one["model"]], "by": by, "difference": difference,
             "95 %": f"{low}..{high}", "p": p, "p of all": p_of_all,
-            "n needed": "" if one["needed"] is None else f"{one['needed']:,}",
+            "n needed": "" if one["items_needed"] is None else f"{one['items_needed']:,}",
         }  # fmt: skip
 
 
-def _parts(tasks: Tasks, short: Mapping[str, str]) -> Iterator[dict[str, str]]:
+def _part_rows(tasks: Tasks, short: Mapping[str, str]) -> Iterator[dict[str, str]]:
     """The parts of sets, such as the fields of MMLU; of a set whose parts belong to wider ones,
     only these."""
     for task in tasks:
         for name, model in task["models"].items():
             parts = model.get("parts", {})
-            for part in task.get("wider") or list(parts)[:MAX_PARTS]:
+            for part in task.get("part_groups") or list(parts)[:MAX_PARTS]:
                 if part in parts:
-                    measures = parts[part]["measures"]
+                    measures = parts[part]["metrics"]
                     yield {
                         "set": task["name"], "part": part, "model": short[name],
                         "n": f"{parts[part]['questions']:,}",
-                        "bits/byte": figure(measures.get(HEADLINE), HEADLINE),
-                        "accuracy": figure(accuracy(measures)),
+                        "bits/byte": format_score(measures.get(HEADLINE), HEADLINE),
+                        "accuracy": format_score(accuracy(measures)),
                     }  # fmt: skip
 
 
-def _contamination(tasks: Tasks, short: Mapping[str, str]) -> Iterator[dict[str, str]]:
+def _contamination_rows(tasks: Tasks, short: Mapping[str, str]) -> Iterator[dict[str, str]]:
     """Touched and dirty questions, and the accuracy (else bits per byte) of clean and dirty
     ones."""
     for task in tasks:
@@ -207,6 +215,9 @@ def _contamination(tasks: Tasks, short: Mapping[str, str]) -> Iterator[dict[str,
             yield {
                 "set": task["name"], "model": short[name], "n": f"{found['questions']:,}",
                 "touched": f"{found['touched']:,}", "dirty": f"{found['dirty']:,}",
-                "clean score": figure(accuracy(clean)) or figure(clean.get(HEADLINE), HEADLINE),
-                "dirty score": figure(accuracy(dirty)) or figure(dirty.get(HEADLINE), HEADLINE),
+                "clean score": _accuracy_or_bits(clean), "dirty score": _accuracy_or_bits(dirty),
             }  # fmt: skip
+
+
+def _accuracy_or_bits(measures: Mapping[str, Any]) -> str:
+    return format_score(accuracy(measures)) or format_score(measures.get(HEADLINE), HEADLINE)

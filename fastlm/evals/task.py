@@ -29,15 +29,16 @@ class MultipleChoice:
     """A question with given answers, of which ``gold`` is right.
 
     requests: (context, continuation) per answer.
-    bare: the same continuations after a context without the question; () if none are compared.
+    unconditional: the same continuations after a context without the question; () if the task
+        does not use them.
     group: questions with the same passage have the same one; their errors are not independent.
-    part: of the set, such as a subject, that is also measured on its own.
+    part: of the set, such as a subject; it also has metrics of its own.
     """
 
     id: str
     requests: tuple[Pair, ...]
     gold: int
-    bare: tuple[Pair, ...] = ()
+    unconditional: tuple[Pair, ...] = ()
     group: str = ""
     part: str = ""
 
@@ -49,7 +50,7 @@ class OpenQuestion:
     gold: a right answer as it would follow the prompt, for bits per byte; "" if there is none.
     row: what the set's judge or probe reads.
     chat: asked through the chat template if the model has one.
-    before: a user's messages that the model answers first, each in its turn.
+    earlier_messages: a user's messages that the model answers before ``prompt``, one by one.
     """
 
     id: str
@@ -61,7 +62,7 @@ class OpenQuestion:
     chat: bool = False
     group: str = ""
     part: str = ""
-    before: tuple[str, ...] = ()
+    earlier_messages: tuple[str, ...] = ()
 
 
 Question = MultipleChoice | OpenQuestion
@@ -80,13 +81,14 @@ class Task:
     delimiter: stands before each answer and does not count in its length.
     greedy: of `MultipleChoice`: whether records say if each answer is the one of greedy decoding.
     judge, metric: of each `OpenQuestion`: how answers are scored, and what the score is called.
-    also: other scores of the same answers, by name; computed from records, not kept in them.
+    extra_judges: further scores of the same answers, by name; they are computed from the records
+        and not stored in them.
     probe: asks in its own way: (scorer, some questions, seed) -> a record each, of the schema
-        ``record``. ``part_size`` of them are kept at once; default: the runner's.
+        ``record``. ``chunk_size`` of them are written at once; default: the runner's.
     measure: of a probe: (question, record) -> each measure of the question.
-    overall: measures that are no means over questions: records -> name -> value, error.
+    aggregate: metrics that are not means over questions: records -> name -> value, error.
     check: called before the first question is asked. InputError: this machine cannot judge answers.
-    wider: part of the set -> what it belongs to, such as the field of a subject.
+    group_of_part: part of the set -> the group that it belongs to, such as a subject's field.
     """
 
     name: str
@@ -100,18 +102,18 @@ class Task:
     greedy: bool = False
     judge: Judge | None = field(default=None, compare=False)
     metric: str = "exact_match"
-    also: Mapping[str, Judge] = field(default_factory=dict, compare=False)
-    wider: Mapping[str, str] = field(default_factory=dict)
+    extra_judges: Mapping[str, Judge] = field(default_factory=dict, compare=False)
+    group_of_part: Mapping[str, str] = field(default_factory=dict)
     check: Callable[[], None] | None = field(default=None, compare=False)
     probe: Callable[["Scorer", Sequence[Any], int], list[Record]] | None = field(
         default=None, compare=False
     )
     record: type | None = None
-    part_size: int | None = None
-    measure: Callable[[Any, Record], Mapping[str, float]] | None = field(
+    chunk_size: int | None = None
+    question_metrics: Callable[[Any, Record], Mapping[str, float]] | None = field(
         default=None, compare=False
     )
-    overall: Callable[[Sequence[Record]], dict[str, dict[str, Any]]] | None = field(
+    aggregate: Callable[[Sequence[Record]], dict[str, dict[str, Any]]] | None = field(
         default=None, compare=False
     )
 
@@ -120,13 +122,13 @@ class Task:
             raise InputError(f"task {self.name}: expected at least one question, got none")
 
     @property
-    def open(self) -> bool:
+    def is_open(self) -> bool:
         return isinstance(self.questions[0], OpenQuestion)
 
     @property
     def chance(self) -> float | None:
         """Accuracy of a model that knows nothing; None where answers are not given."""
-        if self.open:
+        if self.is_open:
             return None
         counts = [len(q.requests) for q in self.questions if isinstance(q, MultipleChoice)]
         return math.fsum(1 / count for count in counts) / len(counts)
@@ -138,10 +140,10 @@ class Task:
         digest = hashlib.sha256()
         for q in self.questions:
             if isinstance(q, MultipleChoice):
-                told = [q.id, q.requests, q.gold, q.bare]
+                told = [q.id, q.requests, q.gold, q.unconditional]
             else:
                 told = [q.id, q.prompt, q.gold, q.stop, q.max_new_tokens, q.chat, dict(q.row)]
-                told += [q.before] if q.before else []
+                told += [q.earlier_messages] if q.earlier_messages else []
             digest.update(json.dumps(told, sort_keys=True, default=str).encode() + b"\n")
         return digest.hexdigest()[:16]
 
@@ -161,7 +163,7 @@ class TaskSpec:
     formats: templates and numbers of examples; the first is the default.
     source: where the data comes from.
     read: (format, cache) -> the fields of the task that are not told here.
-    free: a format that is not listed is passed to ``read``, which may refuse it.
+    any_format: a format that is not in ``formats`` is passed to ``read``, which may refuse it.
     """
 
     ability: str
@@ -169,12 +171,12 @@ class TaskSpec:
     formats: tuple[str, ...]
     source: str
     read: Callable[[str, Path], dict[str, Any]]
-    free: bool = False
+    any_format: bool = False
 
     def load(self, name: str, format: str, cache: Path) -> Task:
         """Read the set. InputError: an unknown format, a package that cannot be fetched, damaged
         data."""
-        if format and not self.free and format not in self.formats:
+        if format and not self.any_format and format not in self.formats:
             raise InputError(
                 f"format: expected one of {', '.join(self.formats)} for {name}, got {format!r:.80}"
             )

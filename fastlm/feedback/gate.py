@@ -77,7 +77,7 @@ class Gate(Stage):
         return input_digest.hash_tree(self.gates)
 
     def run(self, ctx: StageContext) -> dict[str, Any]:
-        from fastlm.evals.safety.gates import doubts, read_gates
+        from fastlm.evals.safety.gates import gate_warnings, read_gates
         from fastlm.feedback.gate_metrics import models_of, read_scores, scores_of
 
         scores: dict[str, Any] = {}
@@ -101,7 +101,7 @@ class Gate(Stage):
             failure, score = gate.failure(scores), scores.get(gate.score, {})
             checks.append({
                 "score": gate.score, "bounds": _bounds(gate), "passed": failure is None,
-                "reason": failure or "", "doubt": "; ".join(doubts([gate], scores)),
+                "reason": failure or "", "doubt": "; ".join(gate_warnings([gate], scores)),
                 **{key: score.get(key) for key in ("value", "low", "high", "n")},
             })  # fmt: skip
         result = {
@@ -149,5 +149,5 @@ class Gate(Stage):
 
 
 def _bounds(gate: Any) -> str:
-    bounds = (("at least", gate.least), ("at most", gate.most))
+    bounds = (("at least", gate.min_value), ("at most", gate.max_value))
     return ", ".join(f"{side} {bound:g}" for side, bound in bounds if math.isfinite(bound))

@@ -19,7 +19,7 @@ SHORT = 12  # characters of an id that are shown
 @dataclass(frozen=True)
 class ModelId:
     """A model by its ``name`` (a stage or a path) and the ``id`` of its content
-    (`fastlm.evals.suite.id_of`), which stays the same when the model is moved or copied. A
+    (`fastlm.evals.suite.model_id`), which stays the same when the model is moved or copied. A
     quantized model has its own id: its scores are not those of the original model.
     """
 
@@ -51,9 +51,9 @@ class MetricValue(TypedDict):
 
 
 class MetricDifference(TypedDict):
-    """The difference of the last and the first model of an eval, by one measure."""
+    """The difference of the last and the first model of an eval, by one metric."""
 
-    measure: str
+    metric: str
     difference: Finite | None
     low: Finite | None
     high: Finite | None
@@ -64,7 +64,7 @@ class TaskScores(TypedDict):
     """The differences of one task."""
 
     name: str
-    compared: list[MetricDifference]
+    comparisons: list[MetricDifference]
 
 
 class ModelScores(TypedDict, total=False):
@@ -121,7 +121,7 @@ def scores_of(stage: str, table: ScoresFile) -> dict[str, MetricValue]:
 
     - of winrate: winrate.rate, winrate.length, ...;
     - of eval of several models: eval.bits_per_byte (the last model's, divided by the first's; no
-      interval: it is the same text) and, per question set and measure, eval.SET.MEASURE, the last
+      interval: it is the same text) and, per question set and metric, eval.SET.METRIC, the last
       model's less the first's;
     - of safety: safety.SCORE of the last model, and of several models safety.SCORE.change, the last
       model's less the first's.
@@ -138,8 +138,8 @@ def scores_of(stage: str, table: ScoresFile) -> dict[str, MetricValue]:
             ratio = last["bits_per_byte"] / first["bits_per_byte"]
             scores["bits_per_byte"] = _score(ratio, ratio, ratio, last.get("tokens", 0))
         for task in table.get("tasks", ()):
-            for row in task["compared"]:
-                scores[f"{task['name']}.{row['measure']}"] = _score(
+            for row in task["comparisons"]:
+                scores[f"{task['name']}.{row['metric']}"] = _score(
                     row["difference"], row["low"], row["high"], row["n"]
                 )
     return {f"{stage}.{name}": score for name, score in scores.items()}

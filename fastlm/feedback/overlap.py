@@ -10,7 +10,7 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from fastlm.evals.ngrams import indexes
+from fastlm.evals.ngrams import build_indexes
 
 WORD = re.compile(r"\w+")
 MIN_SHARE = 0.5  # a question that was reworded in one place keeps about that much
@@ -32,14 +32,14 @@ class Overlap:
                     [self.ids.setdefault(word, len(self.ids) + 1) for word in words]
                 )
                 sizes.append(min(n, len(words)))
-        self.indexes = indexes([np.array(ids) for ids in question_ids], sizes)
+        self.indexes = build_indexes([np.array(ids) for ids in question_ids], sizes)
 
     def find(self, texts: Iterable[str]) -> str | None:
         """Return the set of a question that one of the texts contains, or None."""
         for text in texts:
             ids = np.array([self.ids.get(word, 0) for word in _words(text)], np.int64)
             for index in self.indexes.values():
-                shared = index.shared(ids)
+                shared = index.shared_counts(ids)
                 matches = np.flatnonzero((shared > 0) & (shared >= MIN_SHARE * index.distinct))
                 if len(matches):
                     return self.names[matches[shared[matches].argmax()]]

@@ -41,7 +41,7 @@ class Promotion(Stage):
         return {key: new[key] for key in new if key in old and new[key] == old[key]}
 
     def run(self, ctx: StageContext) -> dict[str, Any]:
-        from fastlm.evals.suite import id_of
+        from fastlm.evals.suite import model_id
         from fastlm.feedback.gate_metrics import NEW, OLD, ModelId
         from fastlm.pipeline.provenance import MODEL as FILES
         from fastlm.pipeline.run_folder import is_adapter, locate_model
@@ -50,7 +50,7 @@ class Promotion(Stage):
         decision = read_document(path / DECISION if path.is_dir() else path, GateDecision)
         promoted, gates = decision["promoted"], decision["gates"]
         models = {
-            key: ModelId(m.name, id_of(m.source)) for key in (NEW, OLD) for m in ctx.inputs[key]
+            key: ModelId(m.name, model_id(m.source)) for key in (NEW, OLD) for m in ctx.inputs[key]
         }
         decided_models: Mapping[str, ModelId] = {**decision.get("models", {})}
         if any(

@@ -104,9 +104,9 @@ raters.json."""
     def _questions(self, ctx: StageContext) -> "Overlap":
         from fastlm.data.prompts import read_prompts
         from fastlm.evals.contamination import question_texts
-        from fastlm.evals.registry import load_task, names_of
+        from fastlm.evals.registry import load_task, task_names
         from fastlm.evals.safety.sets import TEXTS, SafetySets
-        from fastlm.evals.safety.sets import names_of as safety_sets
+        from fastlm.evals.safety.sets import set_names as safety_sets
         from fastlm.feedback.overlap import Overlap
 
         questions: list[tuple[str, str]] = []
@@ -122,7 +122,7 @@ raters.json."""
                 ]
             else:
                 rest.append(name)
-        for name in names_of(rest):
+        for name in task_names(rest):
             parts = question_texts(load_task(name, ctx.cache_dir).questions)
             questions += [(name, "".join(part)) for part in parts]
         return Overlap(dict.fromkeys(questions), self.ngram)

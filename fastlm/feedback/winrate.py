@@ -79,7 +79,7 @@ class WinRate(Stage):
         return input_digest.hash_sources((*self.data, *self.preferences), FORMATS)
 
     def run(self, ctx: StageContext) -> dict[str, Any]:
-        from fastlm.evals.suite import ids_of
+        from fastlm.evals.suite import model_ids
         from fastlm.feedback.pairwise import (
             compare_models,
             generate_answers,
@@ -89,8 +89,8 @@ class WinRate(Stage):
 
         self.plan(ctx.inputs)
         prompts = self._prompts(ctx)
-        ids = ids_of([*ctx.inputs["old"], *ctx.inputs["model"]])
-        judges = ids_of(ctx.inputs["judge"])
+        ids = model_ids([*ctx.inputs["old"], *ctx.inputs["model"]])
+        judges = model_ids(ctx.inputs["judge"])
         if len({judge["id"] for judge in judges}) < len(judges):
             names = ", ".join(judge["name"] for judge in judges)
             raise InputError(

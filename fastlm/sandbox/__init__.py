@@ -135,7 +135,7 @@ class Outcome:
     output: str = field(default="", repr=False)
 
 
-DEFAULT = SandboxLimits()
+DEFAULT_LIMITS = SandboxLimits()
 
 
 def run_code(
@@ -144,7 +144,7 @@ def run_code(
     *,
     setup: str = "",
     names: Sequence[str] = (),
-    limits: SandboxLimits = DEFAULT,
+    limits: SandboxLimits = DEFAULT_LIMITS,
     isolated: bool = True,
 ) -> Outcome:
     """Run one program against its tests; see `Case` and the module. `run_all` shares the start of
@@ -159,13 +159,13 @@ def run_all(
     cases: Iterable[Case],
     *,
     workers: int | None = None,
-    limits: SandboxLimits = DEFAULT,
+    limits: SandboxLimits = DEFAULT_LIMITS,
     isolated: bool = True,
-    tick: Callable[[Outcome], Any] = lambda outcome: None,
+    on_outcome: Callable[[Outcome], Any] = lambda outcome: None,
 ) -> list[Outcome]:
     """Run each case and return the outcomes in order, ``workers`` at a time (default: processors).
 
-    ``tick`` is called with each outcome, in order. SandboxError: as `run_code`.
+    ``on_outcome`` is called with each outcome, in order. SandboxError: as `run_code`.
     """
     cases = list(cases)
     count = len(os.sched_getaffinity(0)) if workers is None else workers
@@ -190,7 +190,7 @@ def run_all(
             try:
                 for outcome in pool.map(run, cases):
                     outcomes.append(outcome)
-                    tick(outcome)
+                    on_outcome(outcome)
             except BaseException:
                 for worker in started:
                     worker.stop()  # what runs now is not waited for
@@ -203,7 +203,7 @@ def run_all(
 
 def check_machine(*, isolated: bool = True) -> None:
     """Raise SandboxError where this machine lacks a part of the isolation."""
-    _Worker(DEFAULT, isolated).close()
+    _Worker(DEFAULT_LIMITS, isolated).close()
 
 
 class _Worker:

@@ -1,10 +1,10 @@
-"""How `fastlm.sandbox.worker` gives up what a program must not have: by system calls through
+"""Namespaces, limits and a system-call filter for `fastlm.sandbox.worker`: system calls through
 ctypes, on Linux x86-64.
 
 `enter` moves the process into namespaces of its own: a user without rights outside, no network, and
-a read-only root of memory that holds the standard library and nothing else of the machine. `drop`
-then sets limits, gives up all capabilities and admits the system calls of `ALLOWED` only. Each
-raises `MissingFeature` with the step that the machine refuses.
+a read-only root in memory that holds the standard library and nothing else of the machine.
+`drop_privileges` then sets limits, gives up all capabilities and admits only the system calls of
+`ALLOWED`. Each raises `MissingFeature` with the step that the machine refuses.
 """
 
 import ctypes
@@ -72,7 +72,7 @@ class MissingFeature(Exception):
 def enter(library: str) -> None:
     """Move this process into namespaces whose root holds ``library``, read-only, and a ``/tmp``.
 
-    Children get a process namespace of their own by `private`.
+    Children get a process namespace of their own by `isolate_child`.
     """
     proc = os.open("/proc", os.O_PATH)
     if os.geteuid() == 0:  # while it can still reach a library below /root
@@ -121,15 +121,15 @@ def _new_root(library: str) -> None:
         mount("tmpfs", "/tmp" + path, "tmpfs", NOSUID | NODEV, "mode=755,size=4k")
     os.makedirs("/tmp/tmp", exist_ok=True)
     os.chdir("/tmp")
-    _call("a root of its own: pivot_root", _libc.syscall(PIVOT_ROOT, b".", b"."))
-    _call("a root of its own: umount", _libc.umount2(b".", DETACH))
+    _check_call("a root of its own: pivot_root", _libc.syscall(PIVOT_ROOT, b".", b"."))
+    _check_call("a root of its own: umount", _libc.umount2(b".", DETACH))
     os.chdir("/")
     read_only = struct.pack("4Q", SET_READ_ONLY, 0, 0, 0)
     done = _libc.syscall(MOUNT_SETATTR, -100, b"/", RECURSIVE, read_only, len(read_only))
-    _call("a read-only root: mount_setattr (Linux 5.12)", done)
+    _check_call("a read-only root: mount_setattr (Linux 5.12)", done)
 
 
-def private(disk: int) -> None:
+def isolate_child(disk: int) -> None:
     """Give the next child its own processes, and an empty ``/tmp`` of ``disk`` bytes."""
     unshare("a process namespace", NEWPID | NEWNS)
     mount("tmpfs", "/tmp", "tmpfs", NOSUID | NODEV, f"mode=777,size={disk},nr_inodes=1024")
@@ -149,20 +149,20 @@ def become_nobody() -> None:
 
 
 def unshare(what: str, flags: int) -> None:
-    _call(f"{what}: unshare", _libc.unshare(flags))
+    _check_call(f"{what}: unshare", _libc.unshare(flags))
 
 
 def mount(source: str | None, target: str, kind: str | None, flags: int, data: str = "") -> None:
     texts = [None if text is None else text.encode() for text in (source, target, kind)]
     done = _libc.mount(*texts, ctypes.c_ulong(flags), data.encode())
-    _call(f"a root of its own: mount of {target}", done)
+    _check_call(f"a root of its own: mount of {target}", done)
 
 
 def die_with_parent() -> None:
     _libc.prctl(DEATH_SIGNAL, 9, 0, 0, 0)
 
 
-def drop(memory: int, seconds: int, file: int, threads: int, isolated: bool) -> None:
+def drop_privileges(memory: int, seconds: int, file: int, threads: int, isolated: bool) -> None:
     """Set limits and give up everything that `ALLOWED` does not admit; for good."""
     limits = {
         resource.RLIMIT_AS: memory,
@@ -181,12 +181,12 @@ def drop(memory: int, seconds: int, file: int, threads: int, isolated: bool) -> 
         resource.setrlimit(name, (value, value))
     no_capabilities = struct.pack("6I", 0, 0, 0, 0, 0, 0)
     header = struct.pack("Ii", 0x20080522, 0)
-    _call("capabilities: capset", _libc.syscall(CAPSET, header, no_capabilities))
-    _call("no_new_privs", _libc.prctl(NO_NEW_PRIVS, 1, 0, 0, 0))
-    admit(isolated)
+    _check_call("capabilities: capset", _libc.syscall(CAPSET, header, no_capabilities))
+    _check_call("no_new_privs", _libc.prctl(NO_NEW_PRIVS, 1, 0, 0, 0))
+    install_filter(isolated)
 
 
-def admit(isolated: bool) -> None:
+def install_filter(isolated: bool) -> None:
     """Install the filter of system calls.
 
     Threads are admitted where the namespace counts them, opening a file for writing where the
@@ -201,13 +201,13 @@ def admit(isolated: bool) -> None:
         rules[CLONE] = (0, CLONE_THREAD | NAMESPACES, CLONE_THREAD)
     else:
         rules[OPENAT] = (2, WRITES, 0)
-    program = assemble(rules, [nr for nr in REFUSED.values() if nr not in rules])
+    program = assemble_bpf(rules, [nr for nr in REFUSED.values() if nr not in rules])
     buffer = ctypes.create_string_buffer(program)
     fprog = struct.pack("HxxxxxxQ", len(program) // 8, ctypes.addressof(buffer))
-    _call("a filter of system calls: seccomp", _libc.prctl(SECCOMP, 2, fprog, 0, 0))
+    _check_call("a filter of system calls: seccomp", _libc.prctl(SECCOMP, 2, fprog, 0, 0))
 
 
-def assemble(rules: dict[int, tuple[int, int, int] | None], refused: list[int]) -> bytes:
+def assemble_bpf(rules: dict[int, tuple[int, int, int] | None], refused: list[int]) -> bytes:
     """Return a BPF program: the numbers in ``rules`` pass, if (argument, mask, value) holds."""
     load, mask, jump_equal, jump_at_least, give = 0x20, 0x54, 0x15, 0x35, 0x06
     allow, kill, fail = 0x7FFF0000, 0x80000000, 0x00050000
@@ -241,6 +241,6 @@ def assemble(rules: dict[int, tuple[int, int, int] | None], refused: list[int]) 
     return b"".join([*lines, step(give, fail | errno.ENOSYS)])
 
 
-def _call(step: str, result: int) -> None:
+def _check_call(step: str, result: int) -> None:
     if result != 0:
         raise MissingFeature(f"{step}: {os.strerror(ctypes.get_errno())}")

@@ -42,7 +42,7 @@ ITEMS = 10**6  # of an iterator that the tests read
 REPLY = 2**24  # bytes of one answer
 DETAIL = 500  # characters of a reason
 SEQUENCES = (list, tuple, set, frozenset)
-ENDED = "the program ended before its tests did"
+ENDED_EARLY = "the program ended before its tests did"
 
 
 class ProgramEnded(BaseException):
@@ -67,11 +67,11 @@ def main(library: str, isolated: bool) -> None:
     os.write(1, b"{}\n")
     gc.freeze()  # a collection in a child would copy every page
     while select.select([0], [], []):
-        if os.waitpid(child(keep_case, isolated), 0)[1]:
+        if os.waitpid(fork_child(run_case, isolated), 0)[1]:
             return
 
 
-def child(run: Callable[..., None], *arguments: Any) -> int:
+def fork_child(run: Callable[..., None], *arguments: Any) -> int:
     """Fork a process that runs ``run``, which ends it, and dies with this one; return its id."""
     pid = os.fork()
     if pid == 0:
@@ -105,9 +105,9 @@ def probe(isolated: bool) -> None:
     if pid == 0:
         try:
             if isolated:
-                jail.private(2**20)
+                jail.isolate_child(2**20)
             if not isolated or os.fork() == 0:
-                jail.drop(2**34, 60, 0, 0, isolated)
+                jail.drop_privileges(2**34, 60, 0, 0, isolated)
             else:
                 os.wait()
         except (jail.MissingFeature, OSError) as error:
@@ -122,7 +122,7 @@ def probe(isolated: bool) -> None:
         raise jail.MissingFeature(reason)
 
 
-def keep_case(isolated: bool) -> None:
+def run_case(isolated: bool) -> None:
     """Run one case and write its outcome to standard output; ends the process."""
     head = read_all(0, SIZES.size, or_end=True)
     if not head:
@@ -130,11 +130,11 @@ def keep_case(isolated: bool) -> None:
     first, second = SIZES.unpack(head)
     request = json.loads(read_all(0, first))
     if isolated:
-        jail.private(request["disk"])
+        jail.isolate_child(request["disk"])
     verdicts, verdict = os.pipe()
     texts, text = os.pipe()
     outputs, output = os.pipe()
-    pid = child(Tests(request, isolated).run, texts, output, verdict)
+    pid = fork_child(Tests(request, isolated).run, texts, output, verdict)
     for fd in (verdict, texts, output):
         os.close(fd)
     os.read(verdicts, 1)  # the program's process exists; or none ever will
@@ -203,7 +203,7 @@ class Tests:
     def run(self, texts: int, output: int, verdict: int) -> None:
         move_descriptors({texts: 0, output: 1, verdict: 3})
         here, there = socket.socketpair()
-        self.child = child(Program(self.request, self.isolated).run, there.fileno())
+        self.child = fork_child(Program(self.request, self.isolated).run, there.fileno())
         there.close()
         self.channel = here.makefile("rwb")
         os.write(3, b" ")
@@ -212,7 +212,9 @@ class Tests:
         for fd in (0, 1, 2):
             os.dup2(null, fd)
         limits = self.request
-        jail.drop(limits["memory"], limits["seconds"] + 5, limits["disk"], 0, self.isolated)
+        jail.drop_privileges(
+            limits["memory"], limits["seconds"] + 5, limits["disk"], 0, self.isolated
+        )
         reason, detail = self.judge(tests)
         os.write(3, json.dumps({"reason": reason, "detail": detail[:DETAIL]}).encode() + b"\n")
         os._exit(0)
@@ -224,25 +226,25 @@ class Tests:
             exec(compile(tests["setup"], "<setup>", "exec"), space)
             code = ast.parse(tests["tests"], "<tests>")
         except Exception as error:
-            return "tests", f"they cannot be used: {described(error, '<setup>')}"
+            return "tests", f"they cannot be used: {describe_error(error, '<setup>')}"
         try:
             self.receive()  # the program has run
-            for name in {*tests["names"], *called(code, space)}:
+            for name in {*tests["names"], *program_names(code, space)}:
                 space[name] = Remote(self.ask, name)
             exec(compile(code, "<tests>", "exec"), space)
             return "passed", ""
         except ProgramEnded as error:
-            return self.how_it_ended(str(error))
+            return self.end_reason(str(error))
         except MemoryError:
             return "memory", f"more than {self.request['memory']:,} bytes"
         except AssertionError as error:
-            return "wrong", described(error, "<tests>")
+            return "wrong", describe_error(error, "<tests>")
         except BaseException as error:
-            return "error", described(error, "<tests>")
+            return "error", describe_error(error, "<tests>")
 
-    def how_it_ended(self, reason: str) -> tuple[str, str]:
+    def end_reason(self, reason: str) -> tuple[str, str]:
         self.channel.close()  # a program that waits for a call ends now
-        if reason != ENDED:
+        if reason != ENDED_EARLY:
             return "ended", reason
         # CPU seconds are a hard limit, whose signal no program can ignore
         status, usage = os.wait4(self.child, 0)[1:]
@@ -252,7 +254,7 @@ class Tests:
             if number == signal.SIGKILL and used > self.request["seconds"] / 2:
                 return "time", f"more than {self.request['seconds']} s of processor time"
             return "crashed", f"{signal.Signals(number).name} after {used:.1f} s"
-        return "ended", f"{ENDED}, with status {os.WEXITSTATUS(status)}"
+        return "ended", f"{ENDED_EARLY}, with status {os.WEXITSTATUS(status)}"
 
     def ask(self, kind: str, target: "Remote", *values: Any) -> Any:
         try:
@@ -261,7 +263,7 @@ class Tests:
             )
             self.channel.flush()
         except OSError:
-            raise ProgramEnded(ENDED) from None
+            raise ProgramEnded(ENDED_EARLY) from None
         return self.receive()
 
     def receive(self) -> Any:
@@ -270,7 +272,7 @@ class Tests:
         except OSError:
             line = b""
         if not line:
-            raise ProgramEnded(ENDED)
+            raise ProgramEnded(ENDED_EARLY)
         try:
             kind, value = json.loads(line)
             if kind == "value":
@@ -306,7 +308,7 @@ class Program:
         move_descriptors({null: 0, 1: 2, channel: 3}, also={1})
         reader = os.fdopen(3, "rb")
         request = self.request
-        jail.drop(
+        jail.drop_privileges(
             request["memory"], request["seconds"], request["disk"], request["threads"],
             self.isolated,
         )  # fmt: skip
@@ -342,7 +344,7 @@ class Program:
                 raise ValueError(f"an answer of {len(text):,} bytes, more than {REPLY:,}")
         except BaseException as error:
             try:
-                said = described(error, "<program>", name=False)
+                said = describe_error(error, "<program>", name=False)
             except BaseException:
                 said = ""
             text = json.dumps(["error", [type(error).__name__, said]])
@@ -444,7 +446,7 @@ def unpack(value: Any, find: Callable[[Any], Any]) -> Any:
     return sequence(unpack(item, find) for item in content)
 
 
-def described(error: BaseException, file: str, *, name: bool = True) -> str:
+def describe_error(error: BaseException, file: str, *, name: bool = True) -> str:
     """One line: the last line of ``file`` that the error went through, its type and text."""
     frames = traceback.walk_tb(error.__traceback__)
     line = next((n for frame, n in reversed([*frames]) if frame.f_code.co_filename == file), 0)
@@ -474,7 +476,7 @@ def write_all(fd: int, data: bytes) -> None:
         view = view[os.write(fd, view) :]
 
 
-def called(code: ast.Module, space: dict[str, Any]) -> list[str]:
+def program_names(code: ast.Module, space: dict[str, Any]) -> list[str]:
     """The names that the tests use and neither define nor find in the setup or in Python."""
     nodes = list(ast.walk(code))
     used = {n.id: None for n in nodes if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Load)}

@@ -43,7 +43,7 @@ def agreement_of(rankings: Iterable[Mapping[str, Sequence[int]]]) -> Agreement:
 
     shared = [item for item in rankings if len(item) > 1]
     raters = sorted({rater for item in shared for rater in item})
-    places = [{rater: _places(ranks) for rater, ranks in item.items()} for item in shared]
+    places = [{rater: _relative_ranks(ranks) for rater, ranks in item.items()} for item in shared]
     units = [
         [item[rater][i] if rater in item else math.nan for rater in raters]
         for item in places
@@ -56,18 +56,18 @@ def agreement_of(rankings: Iterable[Mapping[str, Sequence[int]]]) -> Agreement:
     for a, b in combinations(raters, 2):
         both = [(item[a], item[b]) for item in shared if a in item and b in item]
         if both:
-            alike, total = map(sum, zip(*(_same_order(*ranks) for ranks in both)))
+            alike, total = map(sum, zip(*(_count_same_order(*ranks) for ranks in both)))
             pairs.append(PairAgreement((a, b), len(both), alike, total))
     return Agreement(float(alpha), len(shared), pairs)
 
 
-def _places(ranks: Sequence[int]) -> list[float]:
+def _relative_ranks(ranks: Sequence[int]) -> list[float]:
     below = [sum(other < rank for other in ranks) for rank in ranks]
     tied = [ranks.count(rank) - 1 for rank in ranks]
     return [(b + t / 2) / (len(ranks) - 1) for b, t in zip(below, tied)]
 
 
-def _same_order(a: Sequence[int], b: Sequence[int]) -> tuple[int, int]:
+def _count_same_order(a: Sequence[int], b: Sequence[int]) -> tuple[int, int]:
     first, second = (np.sign(np.subtract.outer(ranks, ranks)) for ranks in (a, b))
     upper = np.triu_indices(len(a), 1)
     return int((first[upper] == second[upper]).sum()), len(upper[0])

@@ -37,7 +37,7 @@ def psi(reference_counts: Any, counts: Any, *, seed: int = 0) -> Drift:
         raise InputError(f"counts: expected {len(r)} bins as in reference_counts, got {len(q)}")
     rng, pooled = np.random.default_rng(seed), (r + q) / (r + q).sum()
     drawn = _psi(*(rng.multinomial(int(c.sum()), pooled, DRAWS) for c in (r, q)))
-    return _drift(float(_psi(r, q)), drawn)
+    return _drift_of(float(_psi(r, q)), drawn)
 
 
 def mmd(
@@ -76,7 +76,7 @@ def mmd(
     for row in chosen[1:]:
         row[rng.permutation(len(pooled))[:n]] = 1
     values = _mmd(kernel, chosen, n)
-    return _drift(float(values[0]), values[1:])
+    return _drift_of(float(values[0]), values[1:])
 
 
 def _mmd(kernel: np.ndarray, chosen: np.ndarray, n: int) -> np.ndarray:
@@ -95,7 +95,7 @@ def _psi(r: np.ndarray, q: np.ndarray) -> np.ndarray:
     return ((q - r) * np.log(q / r)).sum(axis=-1)
 
 
-def _drift(value: float, drawn: np.ndarray) -> Drift:
+def _drift_of(value: float, drawn: np.ndarray) -> Drift:
     tie = 1e-9 * max(abs(value), float(np.abs(drawn).max()))  # the same sum, rounded differently
     p = (1 + int((drawn >= value - tie).sum())) / (1 + len(drawn))
     return Drift(value, float(np.quantile(drawn, 0.95)), p)

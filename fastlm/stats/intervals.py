@@ -48,10 +48,10 @@ import numpy as np
 from fastlm.errors import InputError
 from fastlm.stats.power import (
     check_between,
-    detectable,
-    detectable_discordant,
-    discordant_needed,
     items_needed,
+    mcnemar_items_needed,
+    mcnemar_mde,
+    mean_mde,
     quantile,
 )
 
@@ -72,13 +72,13 @@ class Mean:
     """A mean with its standard error.
 
     error: infinite for one item (or one cluster).
-    freedom: degrees of freedom of the error. skewness: of the mean, estimated.
+    df: degrees of freedom of the error. skewness: of the mean, estimated.
     """
 
     mean: float
     error: float
     n: int
-    freedom: float
+    df: float
     skewness: float = 0.0
 
     def interval(self, confidence: float = 0.95) -> Interval:
@@ -91,7 +91,7 @@ class Mean:
             return Interval(-math.inf, math.inf)
         from scipy import special  # a third of a second that the server's start need not wait for
 
-        t = float(special.stdtrit(self.freedom, (1 + confidence) / 2))
+        t = float(special.stdtrit(self.df, (1 + confidence) / 2))
         low, high = max(t, self._plain(t)), min(-t, self._plain(-t))
         return Interval(self.mean - low * self.error, self.mean - high * self.error)
 
@@ -101,12 +101,12 @@ class Mean:
         if not math.isfinite(self.error):
             return 1.0
         if not self.error:
-            return 1.0 if self.mean == null else 2.0**-self.freedom
+            return 1.0 if self.mean == null else 2.0**-self.df
         from scipy import special
 
         t = (self.mean - null) / self.error
         least = min(abs(t), abs(self._unskewed(t)))
-        return 2 * float(special.stdtr(self.freedom, -least))
+        return 2 * float(special.stdtr(self.df, -least))
 
     def _unskewed(self, t: float) -> float:
         k = self.skewness
@@ -144,8 +144,8 @@ class PairedComparison:
     p: float
     correlation: float | None
     sd: float
-    detectable: float
-    needed: int | None
+    min_detectable_effect: float
+    items_needed: int | None
     confidence: float
     test: str
 
@@ -180,15 +180,15 @@ def mean_error(values: Any, *, clusters: Sequence[Any] | None = None) -> Mean:
     one, first, second = d.sum(), d @ u, d @ u**2
     trace = d**2 @ (v**2 + 2 * v * (total - 2 * u)) + total**2 * one**2
     trace += 2 * one * second - 4 * total * one * first + 2 * first**2
-    freedom = total**2 / float(trace)
+    df = total**2 / float(trace)
     if squares <= (ROUNDING * float(np.abs(values).max())) ** 2:
-        return Mean(mean, 0.0, n, freedom)
+        return Mean(mean, 0.0, n, df)
     groups = len(sums)
     skewness = 0.0
     if groups > 2:
         unbiased = math.sqrt(groups * (groups - 1)) / (groups - 2)
         skewness = float((parts**3).sum()) / squares**1.5 * unbiased
-    return Mean(mean, math.sqrt(squares), n, freedom, skewness)
+    return Mean(mean, math.sqrt(squares), n, df, skewness)
 
 
 def ratio_error(pairs: Sequence[tuple[float, float]]) -> float | None:
@@ -236,7 +236,7 @@ def clustered_wilson(
     if len(sizes) > 1:
         from scipy import special
 
-        items, groups = special.stdtrit((n - 1, mean.freedom), (1 + confidence) / 2)
+        items, groups = special.stdtrit((n - 1, mean.df), (1 + confidence) / 2)
         effective *= float(items / groups) ** 2
     return wilson(mean.mean * effective, effective, confidence)
 
@@ -285,12 +285,12 @@ def compare(
         wins, losses = int((d > 0).sum()), int((d < 0).sum())
         p, test = _mcnemar(wins, losses), "mcnemar"
         interval = _bonett_price(wins, losses, n, confidence)
-        effect = detectable_discordant(n, (wins + losses) / n, alpha=alpha)
+        effect = mcnemar_mde(n, (wins + losses) / n, alpha=alpha)
         if wins != losses:
-            needed = discordant_needed(wins / n, losses / n, alpha=alpha)
+            needed = mcnemar_items_needed(wins / n, losses / n, alpha=alpha)
     else:
         p, test, interval = mean.p_value(), "t", mean.interval(confidence)
-        effect = detectable(n, sd, freedom=mean.freedom, alpha=alpha) if sd else math.inf
+        effect = mean_mde(n, sd, df=mean.df, alpha=alpha) if sd else math.inf
         if mean.mean and math.isfinite(sd):
             needed = items_needed(mean.mean, sd, alpha=alpha)
     varied = n > 1 and a.std() > 0 and b.std() > 0
@@ -304,8 +304,8 @@ def compare(
         p=p,
         correlation=float(np.corrcoef(a, b)[0, 1]) if varied else None,
         sd=sd,
-        detectable=effect,
-        needed=needed,
+        min_detectable_effect=effect,
+        items_needed=needed,
         confidence=confidence,
         test=test,
     )

@@ -5,7 +5,7 @@ are slow. A share of slow answers per model, tested as if they were independent,
 equal to the old one after some 45 answers.
 
 So conversations are taken two by two in the order in which their first answers ended. Where the two
-models have one each, the pair says which was slower by more than `SLOWER`. Which model a
+models have one each, the pair says which was slower by more than `SLOWDOWN`. Which model a
 conversation gets is drawn by a hash: given all times, a pair of equal models says "new" and "old"
 with the same probability, whatever the load did. That is all that the always-valid test of the mean
 (`fastlm.stats.sequential.SequentialTest`) needs, whose chance to roll back such a model is at most
@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from fastlm.stats.sequential import SequentialResult
 
-SLOWER = 2.0  # times as long per token as the other conversation of the pair
+SLOWDOWN = 2.0  # times as long per token as the other conversation of the pair
 BOUND = 0.25  # mean of a pair: so many more pairs in which the new model is the slower one
 
 
@@ -52,9 +52,9 @@ class PacePairs:
         if arm == other:
             return
         slower = "neither"
-        if pace > SLOWER * before:
+        if pace > SLOWDOWN * before:
             slower = arm
-        elif before > SLOWER * pace:
+        elif before > SLOWDOWN * pace:
             slower = other
         self.counts = replace(self.counts, **{slower: getattr(self.counts, slower) + 1})
 
@@ -69,4 +69,4 @@ def compare_paces(counts: PairCounts, alpha: float) -> "SequentialResult":
     test.add(1, 0, times=counts.new)
     test.add(0, 1, times=counts.old)
     test.add(0, 0, times=counts.neither)
-    return test.answer()
+    return test.result()

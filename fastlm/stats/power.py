@@ -18,37 +18,39 @@ import numpy as np
 
 from fastlm.errors import InputError
 
-FAR = 6.0  # standard deviations, outside which 2e-9 of a binomial distribution is
+TAIL_SIGMAS = 6.0  # standard deviations, outside which 2e-9 of a binomial distribution is
 # what Hall's end costs few items, a factor of at most MOST: fitted to draws of 4 to 500 items
-HALL, MOST = (0.04, 0.6), 1.7
-NORMAL = 100  # discordant items from which on McNemar's test is normal: a power 0.005 off at most
+HALL, MAX_FACTOR = (0.04, 0.6), 1.7
+MIN_NORMAL = (
+    100  # discordant items from which on McNemar's test is normal: a power 0.005 off at most
+)
 
 
-def detectable(
-    n: int, sd: float, *, freedom: float | None = None, alpha: float = 0.05, power: float = 0.8
+def mean_mde(
+    n: int, sd: float, *, df: float | None = None, alpha: float = 0.05, power: float = 0.8
 ) -> float:
     """Return the minimum detectable effect of ``n`` items on a mean: noncentrality sd / sqrt(n),
     which for many items is (z_alpha/2 + z_power) sd / sqrt(n).
 
     ``sd`` is that of the difference per item (`PairedComparison.sd`). Against a fixed number such
-    as chance it is that of the score. ``freedom``: degrees of freedom of sd; n - 1 where it is not
-    given. Two rates: `detectable_rate`.
+    as chance it is that of the score. ``df``: degrees of freedom of sd; n - 1 where it is not
+    given. Two rates: `rate_mde`.
     """
     check_between("n", n, 1)
-    return _noncentrality(n - 1 if freedom is None else freedom, alpha, power) * sd / math.sqrt(n)
+    return _noncentrality(n - 1 if df is None else df, alpha, power) * sd / math.sqrt(n)
 
 
 def items_needed(difference: float, sd: float, *, alpha: float = 0.05, power: float = 0.8) -> int:
-    """Return how many items detect ``difference``: the inverse of `detectable`, at least 2."""
+    """Return how many items detect ``difference``: the inverse of `mean_mde`, at least 2."""
     if difference == 0:
         raise InputError("difference: expected a number other than 0, got 0")
     n = max(2, math.ceil((_noncentrality(math.inf, alpha, power) * sd / difference) ** 2))
-    while detectable(n, sd, alpha=alpha, power=power) > abs(difference):  # a few more for Student's
+    while mean_mde(n, sd, alpha=alpha, power=power) > abs(difference):  # a few more for Student's
         n += 1
     return n
 
 
-def detectable_rate(n: int, rate: float, *, alpha: float = 0.05, power: float = 0.8) -> float:
+def rate_mde(n: int, rate: float, *, alpha: float = 0.05, power: float = 0.8) -> float:
     """Return the minimum detectable effect on a ``rate``, where the other model's rate is nearer
     1/2 and the two models are right independently of each other. Infinite: no other rate is far
     enough away.
@@ -56,18 +58,18 @@ def detectable_rate(n: int, rate: float, *, alpha: float = 0.05, power: float = 
     check_between("n", n, 1)
     check_between("rate", rate, 0, 1)
     p = min(rate, 1 - rate)
-    return _smallest(
+    return _solve_effect(
         lambda d: mcnemar_power(n, (p + d) * (1 - p), p * (1 - p - d), alpha),
         (4 * math.sqrt(2 * p * (1 - p) / n) + 12 / n, 1 - p),
         power,
     )
 
 
-def detectable_share(
-    n: int, mean: float, error: float, *, freedom: float, alpha: float = 0.05, power: float = 0.8
+def share_mde(
+    n: int, mean: float, error: float, *, df: float, alpha: float = 0.05, power: float = 0.8
 ) -> float:
     """Return the minimum detectable effect on a ``mean`` of scores in [0, 1] with its standard
-    ``error``, as `detectable_rate`. Their variance is taken to grow with p (1 - p), as a rate's
+    ``error``, as `rate_mde`. Their variance is taken to grow with p (1 - p), as a rate's
     does: the other model's differs.
     """
     check_between("n", n, 1)
@@ -75,7 +77,7 @@ def detectable_share(
     rate = p * (1 - p)
     # scores that are all 0 or all 1 tell no spread: a rate's
     size = error**2 / rate if rate > 0 and error > 0 else 1 / n
-    size *= _noncentrality(freedom, alpha, power) ** 2
+    size *= _noncentrality(df, alpha, power) ** 2
     # d^2 = size (p (1 - p) + (p + d) (1 - p - d))
     linear = size * (1 - 2 * p)
     root = math.sqrt(linear**2 + 8 * (1 + size) * size * rate)
@@ -83,9 +85,7 @@ def detectable_share(
     return d if d <= 1 - p else math.inf
 
 
-def detectable_discordant(
-    n: int, discordant: float, *, alpha: float = 0.05, power: float = 0.8
-) -> float:
+def mcnemar_mde(n: int, discordant: float, *, alpha: float = 0.05, power: float = 0.8) -> float:
     """Return the minimum detectable effect where a share ``discordant`` of ``n`` items is right for
     one of two models only (or as large a share as the effect itself)."""
     check_between("n", n, 1)
@@ -94,10 +94,10 @@ def detectable_discordant(
         share = max(discordant, d)
         return mcnemar_power(n, (share + d) / 2, (share - d) / 2, alpha)
 
-    return _smallest(power_of, (4 * math.sqrt(discordant / n) + 12 / n, 1.0), power)
+    return _solve_effect(power_of, (4 * math.sqrt(discordant / n) + 12 / n, 1.0), power)
 
 
-def discordant_needed(
+def mcnemar_items_needed(
     wins: float, losses: float, *, alpha: float = 0.05, power: float = 0.8
 ) -> int:
     """Return how many items tell two models apart of which one alone is right on a share ``wins``
@@ -108,7 +108,7 @@ def discordant_needed(
     reach = quantile("alpha", 1 - alpha / 2) * math.sqrt(share)
     reach += quantile("power", power) * math.sqrt(max(0.0, share - difference**2))
     n = max(1, math.ceil((reach / difference) ** 2))
-    if n * share >= NORMAL:
+    if n * share >= MIN_NORMAL:
         return n
     low, high = 0, 2 * n + 20  # of few discordant items the exact test needs more
     while high - low > 1:
@@ -122,29 +122,29 @@ def mcnemar_power(n: int, wins: float, losses: float, alpha: float = 0.05) -> fl
     """Return the probability that McNemar's mid-p test rejects at ``alpha``, two-sided, where an
     item is right for the one model alone with probability ``wins``, for the other ``losses``.
 
-    Exact, or Miettinen's (1968) where `NORMAL` discordant items are expected.
+    Exact, or Miettinen's (1968) where `MIN_NORMAL` discordant items are expected.
     """
     share, difference = min(1.0, wins + losses), abs(wins - losses)
     if share <= 0:
         return 0.0
-    if n * share >= NORMAL and difference < share:
+    if n * share >= MIN_NORMAL and difference < share:
         reach = math.sqrt(n) * difference - quantile("alpha", 1 - alpha / 2) * math.sqrt(share)
         return NormalDist().cdf(reach / math.sqrt(share - difference**2))
     from scipy import special
 
-    spread = FAR * math.sqrt(n * share * (1 - share)) + FAR
+    spread = TAIL_SIGMAS * math.sqrt(n * share * (1 - share)) + TAIL_SIGMAS
     first, last = max(0, math.floor(n * share - spread)), min(n, math.ceil(n * share + spread))
     m = np.arange(first, last + 1)  # discordant items
     log_binomial = special.gammaln(n + 1) - special.gammaln(m + 1) - special.gammaln(n - m + 1)
     weights = np.exp(log_binomial + special.xlogy(m, share) + special.xlog1py(n - m, -share))
-    critical = _critical(m, alpha)
+    critical = _critical_losses(m, alpha)
     some = critical >= 0
     one_way = min(1.0, wins / share)
     tails = sum(special.bdtr(critical[some], m[some], q) for q in (one_way, 1 - one_way))
     return float(weights[some] @ tails)
 
 
-def _critical(m: np.ndarray, alpha: float) -> np.ndarray:
+def _critical_losses(m: np.ndarray, alpha: float) -> np.ndarray:
     """The most items of ``m`` (M,) discordant ones that the worse model may have alone where the
     test rejects; -1: it never does."""
     from scipy import special
@@ -163,7 +163,9 @@ def _critical(m: np.ndarray, alpha: float) -> np.ndarray:
     return k
 
 
-def _smallest(power_of: Callable[[float], float], ends: tuple[float, float], power: float) -> float:
+def _solve_effect(
+    power_of: Callable[[float], float], ends: tuple[float, float], power: float
+) -> float:
     """The effect that has the ``power``; infinite where the second of ``ends`` has less. It is most
     often below the first."""
     from scipy.optimize import brentq
@@ -176,18 +178,18 @@ def _smallest(power_of: Callable[[float], float], ends: tuple[float, float], pow
     return math.inf
 
 
-def _noncentrality(freedom: float, alpha: float, power: float) -> float:
+def _noncentrality(df: float, alpha: float, power: float) -> float:
     """Standard errors that a true difference must be from 0."""
     reach = quantile("alpha", 1 - alpha / 2) + quantile("power", power)
-    if freedom <= 0:
+    if df <= 0:
         return math.inf
-    if math.isinf(freedom):
+    if math.isinf(df):
         return reach
     from scipy import special
 
-    t = special.stdtrit(freedom, 1 - alpha / 2)
-    reach = float(special.nctdtrinc(freedom, 1 - power, t))
-    return reach * min(MOST, 1 + reach**2 * (HALL[0] / freedom + HALL[1] / freedom**2))
+    t = special.stdtrit(df, 1 - alpha / 2)
+    reach = float(special.nctdtrinc(df, 1 - power, t))
+    return reach * min(MAX_FACTOR, 1 + reach**2 * (HALL[0] / df + HALL[1] / df**2))
 
 
 def quantile(name: str, p: float) -> float:

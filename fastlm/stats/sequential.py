@@ -8,7 +8,7 @@ the moment: a p-value that was below alpha may rise again, and the decision made
 Both are mixtures of likelihood ratios, which are test martingales under the null (Ville's
 inequality; Howard et al. 2021, arXiv:1810.08240; Waudby-Smith and Ramdas 2023, arXiv:2010.09686):
 
-- `always_valid` reads counts of two arms of any sizes (a canary gets 10 % of the requests).
+- `compare_rates` reads counts of two arms of any sizes (a canary gets 10 % of the requests).
 - `SequentialTest` reads pairs: both models answered the same request. It needs half the answers.
 
 They hold for any number of observations, with no normal approximation. To tell rates of 0.6 and 0.5
@@ -43,7 +43,7 @@ class SequentialResult(NamedTuple):
     p: float
 
 
-def always_valid(
+def compare_rates(
     successes_a: int, n_a: int, successes_b: int, n_b: int, alpha: float = 0.05
 ) -> SequentialResult:
     """Compare the success rates of two arms: a's rate minus b's.
@@ -71,14 +71,14 @@ def always_valid(
         def at(p_b: float) -> float:
             return mixed - _log_rate(arms[0], p_b + difference) - _log_rate(arms[1], p_b)
 
-        return _least(at, max(0.0, -difference), min(1.0, 1.0 - difference))
+        return _convex_minimum(at, max(0.0, -difference), min(1.0, 1.0 - difference))
 
     bound = -math.log(alpha)
     pooled = (successes_a + successes_b) / max(1, n_a + n_b)
     e_equal = mixed - sum(_log_rate(arm, pooled) for arm in arms)
     difference = rate_a - rate_b
-    low = _edge(lambda d: log_e(d) < bound, difference, -1.0)
-    high = _edge(lambda d: log_e(d) < bound, difference, 1.0)
+    low = _bisect_edge(lambda d: log_e(d) < bound, difference, -1.0)
+    high = _bisect_edge(lambda d: log_e(d) < bound, difference, 1.0)
     return SequentialResult(difference, low, high, min(1.0, math.exp(-e_equal)))
 
 
@@ -94,7 +94,7 @@ class SequentialTest:
     >>> test = SequentialTest(alpha=0.05)
     >>> for new, old in [(1, 0)] * 12:
     ...     test.add(new, old)
-    >>> test.p < 0.05 and test.answer().low > 0
+    >>> test.p < 0.05 and test.result().low > 0
     True
     """
 
@@ -115,7 +115,7 @@ class SequentialTest:
         """The p-value so far; 1 before any request."""
         return min(1.0, 2 * math.exp(-self._log_wealth(np.zeros(1)).max()))
 
-    def answer(self) -> SequentialResult:
+    def result(self) -> SequentialResult:
         """Return the answer so far; before any request it is 0, -1 to 1, p = 1."""
         means = np.linspace(-1, 1, MEANS)
         below, above = self._log_wealth(means) < math.log(2 / self.alpha)
@@ -149,7 +149,7 @@ def _log_rate(arm: tuple[int, int], p: float) -> float:
     return (s * math.log(p) if s else 0.0) + ((n - s) * math.log1p(-p) if n - s else 0.0)
 
 
-def _least(function: Callable[[float], float], low: float, high: float) -> float:
+def _convex_minimum(function: Callable[[float], float], low: float, high: float) -> float:
     """The minimum of a convex function, by golden section."""
     ratio = (math.sqrt(5) - 1) / 2
     for _ in range(STEPS):
@@ -158,7 +158,7 @@ def _least(function: Callable[[float], float], low: float, high: float) -> float
     return min(function(low), function(high), function((low + high) / 2))
 
 
-def _edge(inside: Callable[[float], bool], start: float, end: float) -> float:
+def _bisect_edge(inside: Callable[[float], bool], start: float, end: float) -> float:
     """The point between ``start``, which is inside, and ``end`` beyond which it is outside."""
     if inside(end):
         return end

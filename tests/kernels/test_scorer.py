@@ -13,7 +13,7 @@ import fastlm
 from fastlm import backend
 from fastlm.checkpoint.config import ModelConfig
 from fastlm.errors import InputError
-from fastlm.evals.prefix_sharing import batches
+from fastlm.evals.prefix_sharing import prefix_batches
 from fastlm.evals.scorer import EvalPrompt, Scorer
 from fastlm.inference.sampling import Sampling
 from fastlm.model.causal_lm import CausalLM
@@ -140,7 +140,7 @@ def test_each_hears_of_every_pair_and_the_model_stays_as_it_was(tokenizer):
     model, pairs = make_model().train(), random_pairs()
     heard = {}
     scorer = Scorer(model, tokenizer, tokens=64)
-    found = scorer.token_loglikelihoods(pairs, each=heard.__setitem__)
+    found = scorer.token_loglikelihoods(pairs, on_result=heard.__setitem__)
     assert [heard[i] for i in range(len(pairs))] == found
     assert model.training and all(p.grad is None for p in model.parameters())
     with pytest.raises(InputError, match=r"pairs\[1\]: expected a continuation"):
@@ -152,7 +152,7 @@ def test_contexts_beyond_the_limit_lose_their_beginning(tokenizer):
     model = make_model(max_position_embeddings=24)
     pairs = [(list(range(3, 3 + n)), [7, 8, 9]) for n in (10, 21, 22, 23, 60)]
     found = Scorer(model, tokenizer).token_loglikelihoods(pairs, greedy=True)
-    assert [one.cut for one in found] == [0, 0, 0, 1, 38]
+    assert [one.truncated_tokens for one in found] == [0, 0, 0, 1, 38]
     assert_equal(found, one_by_one(wide(model), pairs, 24), pairs)
     shorter = Scorer(model, tokenizer, limit=12).token_loglikelihoods(pairs)
     assert_equal(shorter, one_by_one(wide(model), pairs, 12), pairs)
@@ -225,7 +225,7 @@ def test_batches_hold_every_sequence_within_their_bounds():
     draw.shuffle(sequences)
     for tokens, keys, most in ((8, 10**6, None), (64, 100, None), (4096, 10**6, 3), (64, 10**6, 1)):
         members = []
-        for batch in batches(sequences, tokens=tokens, keys=keys, most=most):
+        for batch in prefix_batches(sequences, tokens=tokens, keys=keys, most=most):
             members += batch.members
             ids = batch.ids[0].tolist()
             for i, rows in zip(batch.members, batch.rows, strict=True):
@@ -247,7 +247,7 @@ def test_answers_depend_on_prompt_and_seed(tokenizer):
         EvalPrompt("what is it?", 9, seed=1)
     ]
     done = []
-    drawn = scorer.generate(prompts, temperature=1.0, each=done.append)
+    drawn = scorer.generate(prompts, temperature=1.0, on_result=done.append)
     assert {one.text for one in done} == {one.text for one in drawn} and len(done) == 5
     assert len({one.text for one in drawn[:4]}) > 1
     assert scorer.generate(prompts[2:], temperature=1.0) == drawn[2:]

@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 
-from fastlm.evals.measures import summary, values
 from fastlm.evals.results import RecordFile
-from fastlm.evals.runner import ask
+from fastlm.evals.runner import run_questions
 from fastlm.evals.scorer import Likelihood
+from fastlm.evals.task_metrics import question_metrics, summarize_metrics
 from fastlm.inference.requests import Completion
 
 
@@ -59,7 +59,7 @@ class FakeScorer:
 
 def oracle(task) -> FakeScorer:
     """Return a scorer that gives the right answers, and a high likelihood to them."""
-    if task.open:
+    if task.is_open:
         golds = {q.prompt: q.gold for q in task.questions}
         return FakeScorer(answer=lambda prompt: golds[prompt])
     golds = {q.requests[q.gold] for q in task.questions}
@@ -77,5 +77,7 @@ def measure(task, scorer: FakeScorer, folder: Path) -> dict[str, float]:
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{task.hash}-{len(list(folder.iterdir()))}.jsonl"
     with RecordFile(path, {"task": task.name}) as results:
-        records = ask(task, scorer, results)
-    return {k: m["value"] for k, m in summary(task, values(task, records)).items()}
+        records = run_questions(task, scorer, results)
+    return {
+        k: m["value"] for k, m in summarize_metrics(task, question_metrics(task, records)).items()
+    }

@@ -60,7 +60,7 @@ def test_hashes_are_those_of_the_ngrams():
 class Letters:
     """A speller to which a token is a letter."""
 
-    def of(self, tokens):
+    def decode(self, tokens):
         return tokens.astype(np.uint8)
 
 
@@ -126,10 +126,10 @@ def test_letters_of_tokens_are_those_of_the_text(base):
     model, tokenizer = load_model(base)
     speller = contamination.LetterDecoder(tokenizer, model.config.vocab_size)
     text = "The TREE's 3rd «river»: Straße, naïve — 水.\n\tstone"
-    spelled = speller.of(np.array(tokenizer.encode(text))).tobytes()
+    spelled = speller.decode(np.array(tokenizer.encode(text))).tobytes()
     assert spelled.decode() == contamination.letters(text).tobytes().decode()
     ids = np.array([*tokenizer.encode("a"), tokenizer.eos_id, *tokenizer.encode("b")])
-    assert speller.of(ids).tobytes() == b"a\0b"  # documents do not touch
+    assert speller.decode(ids).tobytes() == b"a\0b"  # documents do not touch
 
 
 def test_examples_are_no_part_of_a_question(tmp_path):
@@ -177,7 +177,7 @@ def test_planted_questions_are_caught(base, planted):
         out, model=[str(base)], against=str(planted / "shards")
     )
     found = scores["tasks"][0]["contamination"]
-    shares = {one["id"]: one["share"] for one in found["named"]}
+    shares = {one["id"]: one["share"] for one in found["touched_questions"]}
     assert found["questions"] == 6 and found["short"] == 0
     assert found["touched"] == 2 and shares.keys() == {"0", "1"}
     assert shares["0"] > 0.9 and found["dirty"] >= 1

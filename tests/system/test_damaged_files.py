@@ -14,10 +14,10 @@ from fastlm.data.forget_log import read_forget_log
 from fastlm.errors import InputError
 from fastlm.evals import runner
 from fastlm.evals.harness_tasks import task_files
-from fastlm.evals.measures import parts, summary, values
 from fastlm.evals.results import RecordFile
-from fastlm.evals.safety.gates import failures, read_gates
+from fastlm.evals.safety.gates import gate_failures, read_gates
 from fastlm.evals.task import MultipleChoice, OpenQuestion, Task
+from fastlm.evals.task_metrics import part_metrics, question_metrics, summarize_metrics
 from fastlm.feedback.forget import forget, report_lines
 from fastlm.feedback.gate import GateDecision
 from fastlm.feedback.gate_metrics import read_scores, scores_of
@@ -68,7 +68,7 @@ SCORES = {
         "old": {"bits_per_byte": 1.5, "tokens": 3, "scores": {"a": SCORE}},
         "new": {"bits_per_byte": 1.2, "tokens": 3, "scores": {"a": SCORE}},
     },
-    "tasks": [{"name": "t", "compared": [{"measure": "acc", "difference": 0.1, "low": 0.0,
+    "tasks": [{"name": "t", "comparisons": [{"metric": "acc", "difference": 0.1, "low": 0.0,
                "high": 0.2, "n": 3, "model": "new"}]}],
     "ids": [{"name": "old", "id": ID}, {"name": "new", "id": ID}],
 }  # fmt: skip
@@ -116,7 +116,7 @@ def use_registry(path: Path) -> None:
 
 
 def use_scores(path: Path) -> None:
-    failures(read_gates(path.parent / "gates.toml"), scores_of("s", read_scores(path)))
+    gate_failures(read_gates(path.parent / "gates.toml"), scores_of("s", read_scores(path)))
 
 
 def task_of(kind: str) -> Task:
@@ -134,8 +134,8 @@ def use_records(path: Path) -> None:
         for number, (question, record) in enumerate(zip(task.questions, results.records), 2):
             runner.check_record(task, question, record, 1, f"{path}:{number}")
         if len(results.records) == 3:
-            figures = values(task, results.records)
-            summary(task, figures), json.dumps(parts(task, figures))
+            figures = question_metrics(task, results.records)
+            summarize_metrics(task, figures), json.dumps(part_metrics(task, figures))
 
 
 def jsonl(*rows) -> bytes:
@@ -144,7 +144,7 @@ def jsonl(*rows) -> bytes:
 
 OPEN = [{"id": str(i), "answers": ["a"], "scores": [1.0], "gold": -1.0} for i in range(3)]
 CHOICES = [
-    {"id": str(i), "logprob": [-1.0, -2.0], "tokens": [1, 2], "bare": [-1.0, -3.0]}
+    {"id": str(i), "logprob": [-1.0, -2.0], "tokens": [1, 2], "unconditional": [-1.0, -3.0]}
     for i in range(3)
 ]
 LOG = {"time": "2026", "request_keys": [ID], "keys": ["a"], "content_ids": [ID]}

@@ -17,9 +17,9 @@ from question_files import write_arrow
 
 from fastlm.errors import InputError
 from fastlm.evals.registry import load_task
-from fastlm.evals.runner import ask_all
+from fastlm.evals.runner import run_tasks
 from fastlm.evals.sets import mmlu
-from fastlm.evals.suite import measured
+from fastlm.evals.suite import compare_models
 
 pytest.importorskip("transformers")
 pytest.importorskip("lm_eval", reason="needs the harness: pip install fastlm[harness]")
@@ -243,8 +243,8 @@ def test_a_users_own_task_has_the_scores_of_the_harness(sides, tmp_path, monkeyp
         (tmp_path / f"{config['task']}.yaml").write_text(json.dumps(config))
         tasks.append(load_task(str(tmp_path / f"{config['task']}.yaml"), tmp_path / "cache"))
     ours, _ = sides
-    asked = {"m": ask_all(tasks, ours.scorer, tmp_path / "items", model="m")}
-    found = {row["name"]: row["models"]["m"]["measures"] for row in measured(tasks, asked)}
+    asked = {"m": run_tasks(tasks, ours.scorer, tmp_path / "items", model="m")}
+    found = {row["name"]: row["models"]["m"]["metrics"] for row in compare_models(tasks, asked)}
     theirs = lm_eval.simple_evaluate(ours, tasks=configs, bootstrap_iters=0)
     for name, scores in theirs["results"].items():
         values = {

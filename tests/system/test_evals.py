@@ -18,17 +18,22 @@ from preference_models import make_base
 import fastlm.model.load
 from fastlm.errors import InputError
 from fastlm.evals import contamination, runner
-from fastlm.evals.measures import parts, right, summary, values
 from fastlm.evals.results import RecordFile
-from fastlm.evals.runner import ask, ask_all
+from fastlm.evals.runner import run_questions, run_tasks
 from fastlm.evals.scorer import Scorer
 from fastlm.evals.stage import Eval
-from fastlm.evals.suite import hash_of, measured
-from fastlm.evals.tables import lines, task_tables
+from fastlm.evals.suite import compare_models, model_hash
+from fastlm.evals.tables import score_rows, task_tables
 from fastlm.evals.task import MultipleChoice, OpenQuestion, Task
+from fastlm.evals.task_metrics import (
+    argmax_score,
+    part_metrics,
+    question_metrics,
+    summarize_metrics,
+)
 from fastlm.model.load import load_model
 from fastlm.stats.intervals import mean_error
-from fastlm.stats.power import detectable_rate
+from fastlm.stats.power import rate_mde
 
 WORDS = ("tree", "river", "stone", "bird")
 
@@ -79,12 +84,12 @@ class Killed(Exception):
 def test_a_killed_evaluation_continues_with_the_same_bits(
     make, torn, scorer, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(runner, "PART", 8)
+    monkeypatch.setattr(runner, "CHUNK", 8)
     task, options = make(20), {}
-    if task.open:
+    if task.is_open:
         options = {"samples": 2, "temperature": 1.0, "seed": 3}
     with RecordFile(tmp_path / "whole.jsonl", {"task": task.hash}) as results:
-        whole = ask(task, scorer, results, **options)
+        whole = run_questions(task, scorer, results, **options)
     assert len(whole) == 20
 
     class Cut(RecordFile):
@@ -94,13 +99,13 @@ def test_a_killed_evaluation_continues_with_the_same_bits(
 
     path = tmp_path / "cut.jsonl"
     with pytest.raises(Killed), Cut(path, {"task": task.hash}) as results:
-        ask(task, scorer, results, **options)
-    assert len(path.read_bytes().splitlines()) == 1 + runner.PART
+        run_questions(task, scorer, results, **options)
+    assert len(path.read_bytes().splitlines()) == 1 + runner.CHUNK
     with open(path, "ab") as file:  # what a kill in the middle of a part leaves
         lines = (tmp_path / "whole.jsonl").read_bytes().splitlines(keepends=True)[9:]
         file.write(b"".join(lines[:torn]) if isinstance(torn, int) else torn)
     with RecordFile(path, {"task": task.hash}) as results:
-        assert ask(task, scorer, results, **options) == whole
+        assert run_questions(task, scorer, results, **options) == whole
     assert path.read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
 
 
@@ -109,7 +114,7 @@ def test_a_killed_process_continues(base, tmp_path):
     code = (
         "import sys, test_evals as t; from fastlm.evals.results import RecordFile\n"
         "scorer = t.Scorer(*t.load_model(sys.argv[1])); task = t.choices(256)\n"
-        "with RecordFile(sys.argv[2], {'task': task.hash}) as r: t.ask(task, scorer, r)\n"
+        "with RecordFile(sys.argv[2], {'task': task.hash}) as r: t.run_questions(task, scorer, r)\n"
     )
     path = [sys.executable, "-c", code, str(base)]
     env = {**os.environ, "PYTHONPATH": PYTHONPATH, "OMP_NUM_THREADS": "1"}
@@ -144,7 +149,7 @@ def records(scorer, tmp_path_factory):
     for make in (choices, written):
         path = tmp_path_factory.mktemp("records") / "r.jsonl"
         with RecordFile(path, {}) as results:
-            ask(make(3), scorer, results)
+            run_questions(make(3), scorer, results)
         files[make] = path.read_bytes()
     return files
 
@@ -169,7 +174,7 @@ def test_damaged_records_are_refused_by_line(make, old, new, refusal, scorer, re
     path.write_bytes(records[make].replace(old, new, 1))
     with pytest.raises(InputError) as refused:
         with RecordFile(path, {}, runner.schema_of(make(3))) as results:
-            ask(make(3), scorer, results)
+            run_questions(make(3), scorer, results)
     assert str(refused.value).startswith(f"{path}{refusal}"), refused.value
 
 
@@ -177,20 +182,26 @@ def test_records_of_more_questions_are_refused(scorer, records, tmp_path):
     (tmp_path / "r.jsonl").write_bytes(records[choices])
     with RecordFile(tmp_path / "r.jsonl", {}) as results:
         with pytest.raises(InputError, match="expected at most 2 records, got 3"):
-            ask(choices(2), scorer, results)
+            run_questions(choices(2), scorer, results)
 
 
 def test_measures_follow_their_formulas():
     task = choices(1, normalisation="unconditional")
-    record = {"id": "0", "logprob": [-9.0, -8.0, -12.0, -30.0], "bare": [-8.0, -1.0, -20.0, -30.0]}
-    found = {name: each[0] for name, each in values(task, [record]).items()}
+    record = {
+        "id": "0",
+        "logprob": [-9.0, -8.0, -12.0, -30.0],
+        "unconditional": [-8.0, -1.0, -20.0, -30.0],
+    }
+    found = {name: each[0] for name, each in question_metrics(task, [record]).items()}
     assert found["bits_per_byte"] == pytest.approx(9 / math.log(2) / len("tree 0"))
     assert found["acc"] == 0  # the second answer is the likeliest
     assert found["acc_olmes"] == 0  # -1, -7, 8, 0: the third
     assert found["acc_norm"] == 0 and found["acc_bytes"] == 0  # -9/6, -8/7, ...
-    by_characters = values(choices(1, normalisation="characters"), [record])
-    assert by_characters["acc_olmes"][0] == right([-9 / 7, -8 / 8, -12 / 8, -30 / 7], 0)
-    assert values(task, [record | {"logprob": [-1.0, -1.0, -2.0, -1.0]}])["acc"][0] == 1 / 3
+    by_characters = question_metrics(choices(1, normalisation="characters"), [record])
+    assert by_characters["acc_olmes"][0] == argmax_score([-9 / 7, -8 / 8, -12 / 8, -30 / 7], 0)
+    assert (
+        question_metrics(task, [record | {"logprob": [-1.0, -1.0, -2.0, -1.0]}])["acc"][0] == 1 / 3
+    )
 
 
 def test_models_whose_answers_are_known(tmp_path):
@@ -201,26 +212,32 @@ def test_models_whose_answers_are_known(tmp_path):
     flat = question_files.measure(task, question_files.FakeScorer(), tmp_path / "flat")
     assert flat["acc"] == pytest.approx(task.chance)  # all answers are equally likely
     records = [{"id": str(i), "logprob": [0.0, -1, -1, -1]} for i in range(80)]
-    told = summary(task, values(task, [r | {"bare": [0.0] * 4} for r in records]))
+    told = summarize_metrics(
+        task, question_metrics(task, [r | {"unconditional": [0.0] * 4} for r in records])
+    )
     assert told["acc"]["error"] == pytest.approx(math.sqrt(0.25 * 0.75 / 79))
-    assert told["acc"]["detects"] == pytest.approx(detectable_rate(80, 0.25))  # its power is 0.8
-    nothing = summary(task, {"acc": np.zeros(80)})["acc"]
-    assert nothing["error"] == 0 and nothing["detects"] == pytest.approx(6.6 / 80, abs=2e-3)
-    shares = summary(task, {"rules": np.zeros(80) + 0.5 * (np.arange(80) == 3)})["rules"]
-    assert 0.02 < shares["detects"] < nothing["detects"]
-    bits = summary(task, {"bits_per_byte": np.full(80, 0.5)})["bits_per_byte"]
-    assert bits["detects"] is None
+    assert told["acc"]["min_detectable_effect"] == pytest.approx(
+        rate_mde(80, 0.25)
+    )  # its power is 0.8
+    nothing = summarize_metrics(task, {"acc": np.zeros(80)})["acc"]
+    assert nothing["error"] == 0 and nothing["min_detectable_effect"] == pytest.approx(
+        6.6 / 80, abs=2e-3
+    )
+    shares = summarize_metrics(task, {"rules": np.zeros(80) + 0.5 * (np.arange(80) == 3)})["rules"]
+    assert 0.02 < shares["min_detectable_effect"] < nothing["min_detectable_effect"]
+    bits = summarize_metrics(task, {"bits_per_byte": np.full(80, 0.5)})["bits_per_byte"]
+    assert bits["min_detectable_effect"] is None
 
 
 def test_as_many_answers_as_were_drawn_pass():
-    task = replace(written(1), metric="pass", also={})
+    task = replace(written(1), metric="pass", extra_judges={})
     record = {"gold": None, "scores": [1.0, 0.0, 0.0, 1.0, 0.0, 0.0, 0.0], "answers": [""] * 7}
-    found = values(task, [record])
+    found = question_metrics(task, [record])
     assert list(found) == ["pass@1", "pass@2", "pass@5", "pass@7"]
     expected = [2 / 7, 1 - 10 / 21, 20 / 21, 1.0]  # 5 of 7 miss both in one of 21 draws
     assert [each[0] for each in found.values()] == pytest.approx(expected)
-    assert list(values(task, [record | {"scores": [0.0]}])) == ["pass@1"]
-    assert list(values(task, [record | {"scores": [0.0] * 10}])) == [
+    assert list(question_metrics(task, [record | {"scores": [0.0]}])) == ["pass@1"]
+    assert list(question_metrics(task, [record | {"scores": [0.0] * 10}])) == [
         "pass@1", "pass@2", "pass@5", "pass@10",
     ]  # fmt: skip
 
@@ -234,13 +251,15 @@ def test_questions_of_a_passage_count_as_one_draw_in_parts_and_clean_ones():
     task = replace(plain, questions=asked)
     each = {"acc": np.repeat([1.0, 0.0, 1.0, 0.0], 10)}  # a passage is right or wrong as a whole
     names = [q.group or q.id for q in asked]
-    found = parts(task, each)
+    found = part_metrics(task, each)
     rows = np.arange(0, 40, 2)
     clustered = mean_error(each["acc"][rows], clusters=[names[i] for i in rows]).error
-    assert found["a"]["measures"]["acc"]["error"] == pytest.approx(clustered)
+    assert found["a"]["metrics"]["acc"]["error"] == pytest.approx(clustered)
     assert clustered > 1.5 * mean_error(each["acc"][rows]).error
     dirty = np.arange(40) < 20
-    parted = contamination.told(task, dirty.astype(float), {"m": each})["models"]["m"]
+    parted = contamination.contamination_report(task, dirty.astype(float), {"m": each})["models"][
+        "m"
+    ]
     for part, chosen in (("dirty", dirty), ("clean", ~dirty)):
         own = [name for name, one in zip(names, chosen) if one]
         expected = mean_error(each["acc"][chosen], clusters=own).error
@@ -253,7 +272,7 @@ def test_what_this_machine_cannot_judge_is_refused_before_a_question_is_asked(tm
 
     programs = replace(written(4), check=lacks)
     with pytest.raises(InputError, match="sandbox: this machine lacks"):
-        ask_all([choices(4), programs], None, tmp_path, model="m")  # nobody to ask
+        run_tasks([choices(4), programs], None, tmp_path, model="m")  # nobody to ask
     assert not [*tmp_path.iterdir()]
 
 
@@ -269,17 +288,17 @@ def test_a_comparison_is_symmetric_and_adjusted(tmp_path):
         )  # fmt: skip
 
     asked = {
-        name: ask_all(tasks, model(skill), tmp_path / name, model=name)
+        name: run_tasks(tasks, model(skill), tmp_path / name, model=name)
         for name, skill in (("weak", 0.5), ("strong", 2.0))
     }
-    forth = measured(tasks, asked)
-    back = measured(tasks, dict(reversed(asked.items())))
+    forth = compare_models(tasks, asked)
+    back = compare_models(tasks, dict(reversed(asked.items())))
     for one, other in zip(forth, back, strict=True):
-        for a, b in zip(one["compared"], other["compared"], strict=True):
+        for a, b in zip(one["comparisons"], other["comparisons"], strict=True):
             assert a["difference"] == -b["difference"] and a["p"] == b["p"]
             assert (a["low"], a["high"]) == (-b["high"], -b["low"])
             assert a["p_adjusted"] >= a["p"]
-    better = {c["measure"]: c for c in forth[0]["compared"]}
+    better = {c["metric"]: c for c in forth[0]["comparisons"]}
     assert better["acc"]["difference"] > 0 and better["acc"]["p_adjusted"] < 0.05
     assert better["bits_per_byte"]["difference"] < 0  # fewer bits
     rows = task_tables(forth)[-1].rows
@@ -321,16 +340,16 @@ def test_the_stage_asks_models_and_compares_them(base, cache, tmp_path):
     assert set(task["models"]) == {str(base), str(other)} and task["licence"] == "CC-BY"
     assert json.loads((out / "scores.json").read_text()) == json.loads(json.dumps(scores))
     files = sorted(p.relative_to(out / "items") for p in (out / "items").rglob("*.jsonl"))
-    assert [p.parts[0] for p in files] == sorted([hash_of(str(base)), hash_of(str(other))])
+    assert [p.parts[0] for p in files] == sorted([model_hash(str(base)), model_hash(str(other))])
     told = [(one["name"], one["id"][:16]) for one in scores["ids"]]
-    assert told == [(str(path), hash_of(str(path))) for path in (base, other)]
+    assert told == [(str(path), model_hash(str(path))) for path in (base, other)]
     (base / "README.md").write_text("a card is no part of a model")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Scorer, "loglikelihoods", None)  # nothing is asked again
         again = stage(out, model=[str(base), str(other)], cache=cache)
     for name, model in again["tasks"][0]["models"].items():
-        assert model["measures"] == task["models"][name]["measures"]
-    shown = list(lines(scores["tasks"]))
+        assert model["metrics"] == task["models"][name]["metrics"]
+    shown = list(score_rows(scores["tasks"]))
     assert [row["chance"] for row in shown] == ["50.0", "50.0"]
 
 
@@ -399,16 +418,20 @@ def test_the_delimiter_before_an_answer_has_no_length():
     """lm-evaluation-harness divides by the length of the choice alone."""
     asked = MultipleChoice("0", (("q", "\nab"), ("q", "\nabcdef")), 1)
     task = Task("own", "own", [asked], "", "", "", delimiter="\n")
-    found = values(task, [{"logprob": [-2.0, -5.0]}])
+    found = question_metrics(task, [{"logprob": [-2.0, -5.0]}])
     assert found["acc_norm"][0] == 1.0  # by 2 and 6 characters; by 3 and 7 the first is better
     assert found["bits_per_byte"][0] == pytest.approx(5 / math.log(2) / 6)
 
 
 def test_one_question_tells_no_error(tmp_path):
     task = choices(1)
-    asked = {"m": ask_all([task], question_files.oracle(task), tmp_path, model="m")}
-    (row,) = measured([task], asked)
+    asked = {"m": run_tasks([task], question_files.oracle(task), tmp_path, model="m")}
+    (row,) = compare_models([task], asked)
     json.dumps(row, allow_nan=False)
-    assert row["models"]["m"]["measures"]["acc"] == {"value": 1.0, "error": None, "detects": None}
-    (line,) = lines([row])
-    assert line["accuracy"] == "100.0" and line["detects"] == ""
+    assert row["models"]["m"]["metrics"]["acc"] == {
+        "value": 1.0,
+        "error": None,
+        "min_detectable_effect": None,
+    }
+    (line,) = score_rows([row])
+    assert line["accuracy"] == "100.0" and line["MDE"] == ""

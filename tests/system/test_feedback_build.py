@@ -465,7 +465,7 @@ def test_a_rater_who_says_it_of_many_responses_has_one_vote(tmp_path):
 def test_a_score_without_an_interval_fails_its_gate(tmp_path):
     """One question has no standard error: scores.json says null."""
     (tmp_path / "gates.toml").write_text('[[gate]]\nscore = "eval.own.acc"\nmin = 0\n')
-    one = {"measure": "acc", "difference": 0.5, "low": None, "high": None, "n": 1}
+    one = {"metric": "acc", "difference": 0.5, "low": None, "high": None, "n": 1}
     table = {"models": {"a": {}, "b": {}}, "tasks": [{"name": "own", "compared": [one]}]}
     (gate,) = read_gates(tmp_path / "gates.toml")
     assert "no interval" in (gate.failure(scores_of("eval", table)) or "")

@@ -9,11 +9,11 @@ import question_files as files
 from question_files import measure, oracle
 
 from fastlm.errors import InputError
-from fastlm.evals.measures import parts, values
 from fastlm.evals.registry import load_task
 from fastlm.evals.sets import instructions
 from fastlm.evals.sets.instructions import RULES
 from fastlm.evals.sets.long_context import BYTES_PER_TOKEN
+from fastlm.evals.task_metrics import part_metrics, question_metrics
 
 PLANTED = "reasoning-gym:chain_sum?size=7&seed=3"
 
@@ -55,10 +55,12 @@ def test_needles_are_measured_by_length_and_depth(tmp_path):
     task = load_task("needle:256,512", tmp_path)
     short = {q.prompt: q.gold for q in task.questions if q.part.startswith("256")}
     with files.RecordFile(tmp_path / "records", {}) as results:
-        records = files.ask(task, files.FakeScorer(answer=lambda p: short.get(p, " 1")), results)
-    found = parts(task, values(task, records))
-    assert found["256 tokens"]["measures"]["found"]["value"] == 1
-    assert found["512 tokens"]["measures"]["found"]["value"] == 0
+        records = files.run_questions(
+            task, files.FakeScorer(answer=lambda p: short.get(p, " 1")), results
+        )
+    found = part_metrics(task, question_metrics(task, records))
+    assert found["256 tokens"]["metrics"]["recall"]["value"] == 1
+    assert found["512 tokens"]["metrics"]["recall"]["value"] == 0
     assert found["256 tokens, depth 50 %"]["questions"] == 4 and len(found) == 12
 
 
@@ -135,7 +137,7 @@ RULE_CASES = {
 @pytest.mark.parametrize("kind", RULES)
 def test_rules_tell_right_from_wrong(kind):
     arguments, good, bad = RULE_CASES[kind]
-    followed = RULES[kind].followed
+    followed = RULES[kind].is_followed
     assert followed(good, **arguments)
     assert not [text for text in bad if followed(text, **arguments)]
 
@@ -148,12 +150,12 @@ def test_instructions_are_judged_strictly_and_loosely(tmp_path):
         groups = [RULES[kind].group for kind, _ in q.row["rules"]]
         assert len(set(groups)) == len(groups) and ("alone" not in groups or len(groups) == 1)
         for kind, arguments in q.row["rules"]:
-            assert RULES[kind].asked(arguments) in q.prompt
+            assert RULES[kind].instruction(arguments) in q.prompt
     row = {"rules": [["lower case", {}], ["no commas", {}]]}
     answers = ["Sure!\n*all* lower", "all lower", "Sure! all, lower"]
     asked = [(answer, row) for answer in answers]
-    assert instructions.strict(asked) == [0, 1, 0]
-    assert instructions.loose(asked) == [1, 1, 0]
-    assert instructions.share(asked) == [0.5, 1, 0]
+    assert instructions.strict_accuracy(asked) == [0, 1, 0]
+    assert instructions.loose_accuracy(asked) == [1, 1, 0]
+    assert instructions.rule_accuracy(asked) == [0.5, 1, 0]
     said = measure(task, files.FakeScorer(answer=lambda prompt: "no"), tmp_path)
-    assert 0 < said["followed"] <= said["loose"] <= said["rules"] < 0.5
+    assert 0 < said["strict"] <= said["loose"] <= said["rule_accuracy"] < 0.5

@@ -9,10 +9,10 @@ from question_files import FakeScorer
 from fastlm.errors import InputError
 from fastlm.evals.harness_tasks import task_files
 from fastlm.evals.registry import load_task
-from fastlm.evals.runner import ask_all
+from fastlm.evals.runner import run_tasks
 from fastlm.evals.scorer import Likelihood
-from fastlm.evals.suite import measured
-from fastlm.evals.tables import lines
+from fastlm.evals.suite import compare_models
+from fastlm.evals.tables import score_rows
 
 pytest.importorskip("lm_eval", reason="needs the harness: pip install fastlm[harness]")
 pytestmark = pytest.mark.filterwarnings("ignore")  # of a hundred packages that are not ours
@@ -68,14 +68,14 @@ class Model(FakeScorer):
     asked = 0
     context_limit = 2048
 
-    def loglikelihoods(self, pairs, *, chat=False, greedy=False, each=None):
+    def loglikelihoods(self, pairs, *, chat=False, greedy=False, on_result=None):
         Model.asked += len(pairs)
         found = [Likelihood(self.logprob(*pair), 1, self.logprob(*pair) > -0.5) for pair in pairs]
         for i, one in enumerate(found):
-            each(i, one)
+            on_result(i, one)
         return found
 
-    def generate(self, prompts, *, temperature=0.0, each=None):
+    def generate(self, prompts, *, temperature=0.0, on_result=None):
         Model.asked += len(prompts)
         return super().generate(prompts)
 
@@ -113,13 +113,13 @@ def write(tmp_path, cache):
 def scores(task, folder, **models):
     """Of each model its measures by name, and the comparisons with the first."""
     asked = {
-        name: ask_all([task], model, folder / name, model=name) for name, model in models.items()
+        name: run_tasks([task], model, folder / name, model=name) for name, model in models.items()
     }
-    (row,) = measured([task], asked)
+    (row,) = compare_models([task], asked)
     json.dumps(row, allow_nan=False)
-    assert list(lines([row]))
+    assert list(score_rows([row]))
     values = {
-        name: {key: m["value"] for key, m in model["measures"].items()}
+        name: {key: m["value"] for key, m in model["metrics"].items()}
         for name, model in row["models"].items()
     }
     return values, row
@@ -139,11 +139,16 @@ def test_given_answers_are_measured_and_compared(write, tmp_path, cache):
         {"acc": 1, "acc_norm": 1, "f1": 1, "bits_per_byte": 0.1 / 3 / 0.6931}, rel=1e-3
     )
     assert values["cat"]["acc"] == 0.5 and values["cat"]["f1"] == 0.0
-    compared = {one["measure"]: one["difference"] for one in row["compared"]}
+    compared = {one["metric"]: one["difference"] for one in row["comparisons"]}
     assert compared["acc"] == 0.5 and "f1" not in compared  # no mean over questions
-    measures = row["models"]["cat"]["measures"]
+    measures = row["models"]["cat"]["metrics"]
     assert measures["acc"]["error"] == pytest.approx(0.2887, abs=1e-4)
-    assert measures["f1"] == {"value": 0.0, "error": None, "detects": None, "unit": ""}
+    assert measures["f1"] == {
+        "value": 0.0,
+        "error": None,
+        "min_detectable_effect": None,
+        "unit": "",
+    }
     before = Model.asked
     assert scores(task, tmp_path, cat=cat, right=right)[0] == values and Model.asked == before
     assert len(task.sample(2, 0).questions) == 2
@@ -165,7 +170,7 @@ def test_likelihoods_are_right_where_greedy(write, tmp_path, cache):
     values, row = scores(task, tmp_path, m=Model(logprob=lambda c, t: -0.1 if t == "3" else -2.0))
     assert values["m"]["acc"] == 0.5
     assert values["m"]["perplexity"] == pytest.approx(2.857, abs=1e-3)  # exp(1.05)
-    assert row["models"]["m"]["measures"]["perplexity"]["unit"] == ""
+    assert row["models"]["m"]["metrics"]["perplexity"]["unit"] == ""
 
 
 def test_code_of_a_task_runs_and_its_figures_are_no_percent(write, tmp_path, cache):
@@ -177,8 +182,8 @@ def test_code_of_a_task_runs_and_its_figures_are_no_percent(write, tmp_path, cac
     task = load_task(write(f"{text}metric_list: [{{metric: words, aggregation: mean}}]\n"), cache)
     values, row = scores(task, tmp_path, m=Model(answer=lambda prompt: "one two three"))
     assert task.name == "more" and values["m"] == {"words": 3}
-    (line,) = lines([row])
-    assert line["accuracy"] == "3.000±0.000" and line["detects"] == ""
+    (line,) = score_rows([row])
+    assert line["accuracy"] == "3.000±0.000" and line["MDE"] == ""
     named = {path.name for path in task_files(tmp_path / "task.yaml")}
     assert named == {"task.yaml", "sums.yaml", "sums.csv", "utils.py"}
     assert {p.name for p in task_files(base)} == {"sums.yaml", "sums.csv"}

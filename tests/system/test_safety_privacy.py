@@ -32,10 +32,10 @@ from fastlm.evals.safety.privacy import (
     near_copies,
 )
 from fastlm.evals.safety.suffixes import (
-    around,
-    encoded,
+    encode_request,
     one_hot_gradient,
-    search,
+    search_suffix,
+    split_at_suffix,
     target_losses,
     usable_tokens,
 )
@@ -171,22 +171,22 @@ def test_canaries_are_planted_in_the_training_part_alone(tmp_path):
     refused(*words[:5], "--copies", "1,x", text="copies: expected numbers")
     refused(*words[:5], "--copies", "0", text="expected 1 or more of 1 or")
     refused(*words[:5], "--count", 99, text="expected at most 180 in all")
-    with open(tmp_path / "c/planted.jsonl", "a") as file:
+    with open(tmp_path / "c/canaries.jsonl", "a") as file:
         file.write('{"prefix": "a", "secret": "x", "copies": 1}\n')
     words = ["safety", "-m", "m", "--canaries", tmp_path / "c"]
-    refused(*words, text="planted.jsonl:7: secret: expected digits")
-    (tmp_path / "c/planted.jsonl").write_text("")
+    refused(*words, text="canaries.jsonl:7: secret: expected digits")
+    (tmp_path / "c/canaries.jsonl").write_text("")
     with pytest.raises(InputError, match="expected at least one canary"):
         read_canaries(tmp_path / "c")
 
 
 def test_copies_are_those_in_the_training_part(models, planted, texts, tmp_path):
-    """Whatever planted.jsonl says: what the model was trained on counts."""
+    """Whatever canaries.jsonl says: what the model was trained on counts."""
     copied, _, heldout = texts
     canary, other, third = (c for c in planted if c.copies)
     train = [f"{canary.text}."] * 3 + [f"{other.text}. And {other.text}."] + copied
     corpus = write_corpus(tmp_path, train, heldout)
-    (tmp_path / "planted.jsonl").write_text(
+    (tmp_path / "canaries.jsonl").write_text(
         "".join(json.dumps(vars(c)) + "\n" for c in (canary, other, third))
     )
     measured = made(models[0], tmp_path / "r", data=corpus, canaries=tmp_path)
@@ -239,7 +239,7 @@ def test_a_leaking_model_tells_its_training_texts(models, texts, tmp_path):
     measured = made(models[0], tmp_path / "near", data=corpus)
     for score in membership(measured):
         assert score.value >= 0.95, score.name  # 0.6 with them
-        assert score.more[NEAR_COPIES] >= len(near)
+        assert score.details[NEAR_COPIES] >= len(near)
     for score in memorization(measured):
         assert score.value == (0.0 if score.name.endswith("copies_0") else 1.0), score.name
 
@@ -320,7 +320,7 @@ def test_the_search_lowers_the_loss_and_beats_random_search(tiny):
     for seed in range(4):
         ends = []
         for gradient, candidates in ((True, 13), (False, 16)):  # a gradient costs three forwards
-            found = search(
+            found = search_suffix(
                 tiny, BEFORE, AFTER, TARGET, START, steps=8, candidates=candidates, seed=seed,
                 top_k=16, gradient=gradient,
             )  # fmt: skip
@@ -336,24 +336,26 @@ def test_the_search_repeats_and_keeps_to_what_is_allowed(tiny):
     allowed = torch.zeros(2048, dtype=torch.bool)
     allowed[100:140] = True
     options = {"steps": 3, "candidates": 16, "seed": 5, "allowed": allowed}
-    first = search(tiny, BEFORE, AFTER, TARGET, START, **options)
-    assert first == search(tiny, BEFORE, AFTER, TARGET, START, **options)
+    first = search_suffix(tiny, BEFORE, AFTER, TARGET, START, **options)
+    assert first == search_suffix(tiny, BEFORE, AFTER, TARGET, START, **options)
     assert all(token == 9 or 100 <= token < 140 for token in first.suffix)
-    never = search(tiny, BEFORE, AFTER, TARGET, START, valid=lambda suffix: False, **options)
+    never = search_suffix(tiny, BEFORE, AFTER, TARGET, START, valid=lambda suffix: False, **options)
     assert never.suffix == START and len(set(never.losses)) == 1
     with pytest.raises(InputError, match="suffix: expected at least one token"):
-        search(tiny, BEFORE, AFTER, TARGET, [], **options)
+        search_suffix(tiny, BEFORE, AFTER, TARGET, [], **options)
     with pytest.raises(InputError, match="allowed: expected at least one token"):
         none = torch.zeros(2048, dtype=torch.bool)
-        search(tiny, BEFORE, AFTER, TARGET, START, steps=1, candidates=1, seed=0, allowed=none)
+        search_suffix(
+            tiny, BEFORE, AFTER, TARGET, START, steps=1, candidates=1, seed=0, allowed=none
+        )
 
 
 def test_a_suffix_has_its_place_in_a_chat(models):
     tokenizer = models[0].tokenizer
     request = "please tree"
-    before, start, after = around(tokenizer, request, 3, chat=False)
+    before, start, after = split_at_suffix(tokenizer, request, 3, chat=False)
     assert len(start) == 3 and not after
     text = request + tokenizer.decode(start)
-    assert encoded(tokenizer, text, chat=False) == [*before, *start, *after]
+    assert encode_request(tokenizer, text, chat=False) == [*before, *start, *after]
     usable = usable_tokens(tokenizer, tokenizer.vocab_size)
     assert 0 < int(usable.sum()) < tokenizer.vocab_size and not usable[tokenizer.eos_id]

@@ -524,7 +524,7 @@ def test_tests_that_fail_say_where(tests, reason, detail):
 def test_outcomes_are_in_order_and_told_as_they_come():
     cases = [Case(f"def f(): return {i}", f"assert f() == {i if i % 3 else -1}") for i in range(12)]
     told: list[Outcome] = []
-    outcomes = run_all(cases, workers=3, tick=told.append)
+    outcomes = run_all(cases, workers=3, on_outcome=told.append)
     assert [o.passed for o in outcomes] == [bool(i % 3) for i in range(12)] and told == outcomes
     assert run_all([]) == []
 
@@ -544,7 +544,7 @@ sys.path.append({folder!r})
 import jail
 sys.path.pop()
 from fastlm import sandbox
-filter = jail.assemble({{}}, {refused})[:-8] + jail.struct.pack('HBBI', 6, 0, 0, 0x7fff0000)
+filter = jail.assemble_bpf({{}}, {refused})[:-8] + jail.struct.pack('HBBI', 6, 0, 0, 0x7fff0000)
 buffer = jail.ctypes.create_string_buffer(filter)
 program = jail.struct.pack('HxxxxxxQ', len(filter) // 8, jail.ctypes.addressof(buffer))
 assert jail._libc.prctl(38, 1, 0, 0, 0) == 0 and jail._libc.prctl(22, 2, program, 0, 0) == 0

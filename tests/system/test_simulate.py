@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 
 from fastlm.cli import app
 from fastlm.errors import InputError
-from fastlm.evals.suite import id_of, ids_of
+from fastlm.evals.suite import model_id, model_ids
 from fastlm.feedback.gate import Gate
 from fastlm.feedback.local_server import MODEL_NAME, LocalServer, run_local_server
 from fastlm.feedback.promotion import Promotion
@@ -320,7 +320,7 @@ def measured(made, tmp_path_factory):
 def safety_of(folder, *names):
     """What `fastlm safety` of these models leaves, without its scores."""
     told = {"models": {name: {"scores": {}} for name in names}}
-    told["ids"] = ids_of([Input(name, str(folder / name)) for name in names])
+    told["ids"] = model_ids([Input(name, str(folder / name)) for name in names])
     return told
 
 
@@ -345,7 +345,7 @@ def promote(out, **given):
 def test_a_decision_is_about_its_two_models(measured, tmp_path):
     old, new, other = (measured / name for name in ("old", "new", "other"))
     stage, ctx, decided, warned = decide(measured, tmp_path, safety_of(measured, "old", "new"))
-    ids = {key: id_of(measured / key) for key in ("old", "new")}
+    ids = {key: model_id(measured / key) for key in ("old", "new")}
     written = json.loads((tmp_path / "gate" / "decision.json").read_text())
     assert {key: model["id"] for key, model in written["models"].items()} == ids and not warned
     assert stage.report(ctx, decided).facts["new model"] == str(new)
@@ -356,7 +356,7 @@ def test_a_decision_is_about_its_two_models(measured, tmp_path):
     for given in ({"new": old, "old": new}, {"new": other, "old": old}, {"new": new, "old": other}):
         with pytest.raises(InputError, match=r"^decision: expected one about the new model ") as e:
             promote(tmp_path, **given)
-        expected = [f"{given[key]} (id {id_of(given[key])[:12]})" for key in ("new", "old")]
+        expected = [f"{given[key]} (id {model_id(given[key])[:12]})" for key in ("new", "old")]
         told = "the new model {} and the old model {}"
         came = told.format(*(f"{measured / k} (id {ids[k][:12]})" for k in ("new", "old")))
         assert told.format(*expected) in str(e.value) and came in str(e.value)

@@ -11,10 +11,10 @@ from typer.testing import CliRunner
 
 from fastlm.cli import app
 from fastlm.errors import InputError
-from fastlm.evals import latex, measures
+from fastlm.evals import latex, task_metrics
 from fastlm.evals.answers import exact_match, f1
 from fastlm.evals.latex import final_answer
-from fastlm.evals.registry import SETS, load_task, names_of
+from fastlm.evals.registry import SETS, load_task, task_names
 from fastlm.evals.sets import mmlu, olmes
 from fastlm.evals.task import ABILITIES
 
@@ -98,12 +98,12 @@ def test_mmlu_is_measured_by_subject_and_field(cache, tmp_path):
     golds = {q.requests[q.gold] for q in task.questions if q.part in stem}
     knows_stem = files.FakeScorer(logprob=lambda *pair: -0.1 if pair in golds else -9.0)
     with files.RecordFile(tmp_path / "records", {}) as results:
-        records = files.ask(task, knows_stem, results)
-    parts = measures.parts(task, measures.values(task, records))
+        records = files.run_questions(task, knows_stem, results)
+    parts = task_metrics.part_metrics(task, task_metrics.question_metrics(task, records))
     assert parts["STEM"]["questions"] == 4 * len(stem) == 76
-    assert parts["STEM"]["measures"]["acc"]["value"] == 1
+    assert parts["STEM"]["metrics"]["acc"]["value"] == 1
     assert parts["astronomy"] == {**parts["anatomy"]}
-    assert parts["virology"]["measures"]["acc"]["value"] == 0.25  # four equals share it
+    assert parts["virology"]["metrics"]["acc"]["value"] == 0.25  # four equals share it
     assert set(parts) == set(mmlu.FIELD_OF) | set(mmlu.FIELDS)
 
 
@@ -228,12 +228,12 @@ OTHER = [
 
 @pytest.mark.parametrize(("one", "other"), SAME)
 def test_answers_in_latex_are_the_same(one, other):
-    assert latex.same(one, other) and latex.same(other, one)
+    assert latex.is_equivalent(one, other) and latex.is_equivalent(other, one)
 
 
 @pytest.mark.parametrize(("one", "other"), OTHER)
 def test_answers_in_latex_differ(one, other):
-    assert not latex.same(one, other) and not latex.same(other, one)
+    assert not latex.is_equivalent(one, other) and not latex.is_equivalent(other, one)
 
 
 def test_the_final_answer_of_a_solution():
@@ -268,8 +268,8 @@ def test_each_ability_has_three_sets_or_more():
         assert by_ability[ability] >= 3
     assert set(by_ability) <= set(ABILITIES)
     assert all(s.licence and s.source and s.formats for s in SETS.values())
-    assert names_of(["coding", "mmlu", "coding"])[-1] == "mmlu"
-    assert names_of(["all"]) == list(SETS)
+    assert task_names(["coding", "mmlu", "coding"])[-1] == "mmlu"
+    assert task_names(["all"]) == list(SETS)
 
 
 def test_the_catalogue_is_printed():

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from fastlm.errors import InputError
-from fastlm.stats.sequential import SequentialTest, always_valid
+from fastlm.stats.sequential import SequentialTest, compare_rates
 
 STREAMS = 300
 ALPHA = 0.05
@@ -63,7 +63,7 @@ def test_a_difference_of_a_tenth_is_found():
     for _ in range(100):
         counts = [list(c) for c in arms(rng, 0.6, 0.5, 0.5, 2710)]
         found += min(pvalues(*counts)) <= ALPHA
-        answer = always_valid(*(c[-1] for c in counts))
+        answer = compare_rates(*(c[-1] for c in counts))
         missed += not answer.low <= 0.1 <= answer.high
     assert found / 100 >= 0.68  # 0.8 less three errors of 100 streams
     assert missed / 100 <= ALPHA
@@ -75,14 +75,14 @@ def test_a_difference_of_a_tenth_is_found():
 )
 def test_interval_pvalue_and_swap_agree(counts):
     s_a, n_a, s_b, n_b = counts
-    there, back = always_valid(*counts), always_valid(s_b, n_b, s_a, n_a)
+    there, back = compare_rates(*counts), compare_rates(s_b, n_b, s_a, n_a)
     assert there.p == pytest.approx(back.p) and 0 < there.p <= 1
     assert (there.low, there.high) == pytest.approx((-back.high, -back.low), abs=1e-6)
     assert -1 <= there.low <= there.difference <= there.high <= 1
     if 0 not in (n_a, n_b):
         assert there.p == pytest.approx(min(1, pvalues(*([x] for x in counts))[0]))
         for alpha in (there.p * 0.99, min(0.99, there.p * 1.01)):
-            low, high = always_valid(*counts, alpha=alpha)[1:3]
+            low, high = compare_rates(*counts, alpha=alpha)[1:3]
             assert (low <= 0 <= high) == (there.p > alpha)
 
 
@@ -91,7 +91,7 @@ def test_the_interval_holds_the_difference_at_every_look():
     missed = 0
     for _ in range(40):
         counts = list(zip(*arms(rng, 0.9, 0.6, 0.3, 150)))
-        answers = [always_valid(*c) for c in counts[::30]]
+        answers = [compare_rates(*c) for c in counts[::30]]
         missed += any(not a.low <= 0.3 <= a.high for a in answers)
     assert missed / 40 <= ALPHA
 
@@ -123,7 +123,7 @@ def test_pairs_find_a_difference_of_a_tenth():
         for new, old in zip(rng.random(730) < 0.6, rng.random(730) < 0.5):
             test.add(float(new), float(old))
             early = early or (test.n % 5 == 0 and test.p <= ALPHA)
-        answer = test.answer()
+        answer = test.result()
         assert answer.low <= 0.1 <= answer.high and answer.p == test.p
         assert (answer.p <= ALPHA) == (answer.low >= 0) or abs(answer.low) <= 0.005
         found += early
@@ -136,17 +136,17 @@ def test_pairs_are_symmetric_and_close_in_on_their_mean(pair):
     for _ in range(2000):
         there.add(*pair)
         back.add(*pair[::-1])
-    answer, swapped = there.answer(), back.answer()
+    answer, swapped = there.result(), back.result()
     assert answer.p == pytest.approx(swapped.p)
     assert (answer.low, answer.high) == pytest.approx((-swapped.high, -swapped.low))
     assert answer.low <= pair[0] - pair[1] <= answer.high and answer.high - answer.low < 0.05
 
 
 def test_the_start_and_refusals():
-    assert SequentialTest().answer() == (0, -1, 1, 1)
+    assert SequentialTest().result() == (0, -1, 1, 1)
     with pytest.raises(InputError, match="new: expected 0 to 1, got 2"):
         SequentialTest().add(2, 0)
     with pytest.raises(InputError, match="alpha: expected a number between 0 and 1, got 5"):
         SequentialTest(alpha=5)
     with pytest.raises(InputError, match="successes_b: expected 0 to 3, got 4"):
-        always_valid(1, 2, 4, 3)
+        compare_rates(1, 2, 4, 3)

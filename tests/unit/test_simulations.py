@@ -11,7 +11,7 @@ import pytest
 
 from fastlm.stats.intervals import _mcnemar, clustered_wilson, mean_error
 from fastlm.stats.latency import BOUND, PacePairs, compare_paces
-from fastlm.stats.power import detectable, detectable_rate, detectable_share
+from fastlm.stats.power import mean_mde, rate_mde, share_mde
 
 DRAWS = pytest.mark.parametrize(
     "draws", [150, pytest.param(2000, marks=pytest.mark.exhaustive)], ids=["short", "whole"]
@@ -111,7 +111,7 @@ def test_intervals_of_rates_of_clusters_cover(rate, sizes, groups, draws):
 @pytest.mark.parametrize("n", [5, 10, 20, 50, 200])
 def test_an_effect_on_a_mean_is_found_four_times_in_five(n, draws):
     rng = np.random.default_rng(n)
-    effect = detectable(n, 1.0)
+    effect = mean_mde(n, 1.0)
     found = sum(mean_error(effect + rng.normal(size=n)).p_value() <= 0.05 for _ in range(draws))
     assert abs(found / draws - 0.8) < 0.02 + 3.1 * math.sqrt(0.16 / draws)
 
@@ -123,7 +123,7 @@ def test_an_effect_on_a_mean_is_found_four_times_in_five(n, draws):
 def test_an_effect_on_a_rate_is_found_four_times_in_five(n, right, draws):
     rng = np.random.default_rng(n)
     rate = right / n
-    effect = detectable_rate(n, rate) * (1 if rate <= 0.5 else -1)
+    effect = rate_mde(n, rate) * (1 if rate <= 0.5 else -1)
     found = 0
     for _ in range(draws):
         a, b = rng.random(n) < rate + effect, rng.random(n) < rate
@@ -144,8 +144,8 @@ def test_an_effect_on_shares_of_passages_is_found_four_times_in_five(rate, draws
 
     some = [mean_error(right(rate), clusters=names) for _ in range(50)]
     error = math.sqrt(np.mean([mean.error**2 for mean in some]))
-    freedom = float(np.mean([mean.freedom for mean in some]))
-    effect = detectable_share(len(names), rate, error, freedom=freedom)
+    df = float(np.mean([mean.df for mean in some]))
+    effect = share_mde(len(names), rate, error, df=df)
     found = 0
     for _ in range(draws):
         d = right(rate + effect) - right(rate)

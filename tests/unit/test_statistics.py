@@ -20,12 +20,12 @@ from fastlm.stats.intervals import (
     wilson,
 )
 from fastlm.stats.power import (
-    detectable,
-    detectable_rate,
-    detectable_share,
-    discordant_needed,
     items_needed,
+    mcnemar_items_needed,
     mcnemar_power,
+    mean_mde,
+    rate_mde,
+    share_mde,
 )
 
 PAIRS = 500
@@ -111,7 +111,7 @@ def test_a_comparison_is_symmetric(scores, n, clusters):
     there, back = compare(a, b, clusters=names), compare(b, a, clusters=names)
     assert there.difference == -back.difference
     assert (there.low, there.high) == pytest.approx((-back.high, -back.low), rel=1e-12)
-    same = ("n", "correlation", "sd", "detectable", "needed", "test")
+    same = ("n", "correlation", "sd", "min_detectable_effect", "items_needed", "test")
     assert all(getattr(there, name) == pytest.approx(getattr(back, name)) for name in same)
     assert (there.mean_a, there.mean_b) == (back.mean_b, back.mean_a)
     assert there.p == pytest.approx(back.p, rel=1e-12) and 0 < there.p <= 1
@@ -122,7 +122,7 @@ def test_mcnemar_by_hand():
     tail = sum(math.comb(12, k) for k in range(3)) + math.comb(12, 3) / 2
     assert compare(a, b).p == pytest.approx(2 * tail / 2**12)
     assert compare(a, b).difference == pytest.approx(6 / 20)
-    assert compare(a, a).p == 1 and compare(a, a).needed is None
+    assert compare(a, a).p == 1 and compare(a, a).items_needed is None
 
 
 @pytest.mark.parametrize("confidence", [0.9, 0.95, 0.99])
@@ -151,7 +151,7 @@ def test_halls_transformation_by_hand():
     u = t / math.sqrt(n)
     hall = u + skewness * u**2 / 3 + skewness**2 * u**3 / 27 + skewness / (6 * n)
     result = mean_error(d)
-    assert result.skewness == pytest.approx(skewness / math.sqrt(n)) and result.freedom == 3
+    assert result.skewness == pytest.approx(skewness / math.sqrt(n)) and result.df == 3
     least = min(t, math.sqrt(n) * hall)
     assert result.p_value() == pytest.approx(2 * scipy.stats.t.sf(least, 3))
 
@@ -159,8 +159,8 @@ def test_halls_transformation_by_hand():
 def test_equal_models_without_spread():
     result = compare([0.5, 0.25], [0.5, 0.25])
     assert (result.difference, result.low, result.high, result.p, result.sd) == (0, 0, 0, 1, 0)
-    assert result.detectable == math.inf  # nothing says how much differences vary
-    assert compare([0.5], [0.25]).sd == math.inf and compare([0.5], [0.25]).needed is None
+    assert result.min_detectable_effect == math.inf  # nothing says how much differences vary
+    assert compare([0.5], [0.25]).sd == math.inf and compare([0.5], [0.25]).items_needed is None
     assert compare([0.5], [0.25]).p == 1 and compare([0.5], [0.25]).low == -math.inf
     for n in (2, 5, 9):  # the same difference everywhere, but for rounding: its sign says how sure
         values = np.linspace(0, 1, n)
@@ -172,14 +172,14 @@ def test_the_number_of_items_finds_the_difference_four_times_in_five():
     rng = np.random.default_rng(5)
     sd = math.sqrt(0.6 * 0.4 + 0.5 * 0.5)
     n = items_needed(0.1, sd)
-    assert detectable(n, sd) == pytest.approx(0.1, abs=1e-3) and detectable(n, sd) <= 0.1
-    assert detectable_rate(n, 0.5) == pytest.approx(0.1, abs=2e-3)
+    assert mean_mde(n, sd) == pytest.approx(0.1, abs=1e-3) and mean_mde(n, sd) <= 0.1
+    assert rate_mde(n, 0.5) == pytest.approx(0.1, abs=2e-3)
     found = sum(compare(rng.random(n) < 0.6, rng.random(n) < 0.5).p <= 0.05 for _ in range(PAIRS))
     assert abs(found / PAIRS - 0.8) < 3 * math.sqrt(0.8 * 0.2 / PAIRS)
     assert items_needed(90.0, 0.1) == 2
     for true in (0.3, 1.0, 2.5):
         n = items_needed(true, 1.0)
-        assert detectable(n, 1.0) <= true < detectable(n - 1, 1.0)
+        assert mean_mde(n, 1.0) <= true < mean_mde(n - 1, 1.0)
 
 
 @pytest.mark.parametrize("n, wins, losses", [(30, 0.2, 0.05), (60, 0.15, 0.03), (12, 0.5, 0.0)])
@@ -195,26 +195,26 @@ def test_the_power_of_mcnemars_test_is_the_sum_over_all_outcomes(n, wins, losses
 
 def test_effects_on_rates_near_0_and_1():
     for n, rate in ((200, 0.05), (100, 0.02), (100, 0.0), (50, 0.5), (2000, 0.3)):
-        effect = detectable_rate(n, rate)
+        effect = rate_mde(n, rate)
         power = mcnemar_power(n, (rate + effect) * (1 - rate), rate * (1 - rate - effect))
         assert power == pytest.approx(0.8, abs=1e-3)
-        assert detectable_rate(n, 1 - rate) == pytest.approx(effect, abs=1e-4)  # the other way
-        normal = detectable(n, math.sqrt(2 * rate * (1 - rate)), freedom=math.inf)
+        assert rate_mde(n, 1 - rate) == pytest.approx(effect, abs=1e-4)  # the other way
+        normal = mean_mde(n, math.sqrt(2 * rate * (1 - rate)), df=math.inf)
         assert effect > normal or rate == 0.5  # what was said before: 0 at 0 of n
-    assert detectable_rate(4, 0.0) == math.inf  # four items never reach p = 0.05
+    assert rate_mde(4, 0.0) == math.inf  # four items never reach p = 0.05
     # scores in [0, 1] that are no rates: nearly the same where the normal approximation holds
     error = math.sqrt(0.3 * 0.7 / 2000)
-    share = detectable_share(2000, 0.3, error, freedom=1999)
-    assert share == pytest.approx(detectable_rate(2000, 0.3), rel=0.01)
-    assert 0.02 < detectable_share(200, 0.0, 0.0, freedom=199) < 0.05
-    assert detectable_share(3, 0.5, 0.5, freedom=2) == math.inf
+    share = share_mde(2000, 0.3, error, df=1999)
+    assert share == pytest.approx(rate_mde(2000, 0.3), rel=0.01)
+    assert 0.02 < share_mde(200, 0.0, 0.0, df=199) < 0.05
+    assert share_mde(3, 0.5, 0.5, df=2) == math.inf
     result = compare([1, 0, 1, 1] * 25, [1, 0, 1, 1] * 25)  # no item tells the models apart
-    assert result.detectable == pytest.approx(detectable_rate(100, 0.0), abs=1e-4)
+    assert result.min_detectable_effect == pytest.approx(rate_mde(100, 0.0), abs=1e-4)
 
 
 @pytest.mark.parametrize("wins, losses", [(0.1, 0.05), (0.03, 0.01), (0.03, 0.0), (0.3, 0.28)])
 def test_items_that_tell_apart_what_few_items_do(wins, losses):
-    n = discordant_needed(wins, losses)
+    n = mcnemar_items_needed(wins, losses)
     assert mcnemar_power(n, wins, losses) == pytest.approx(0.8, abs=0.01)
     assert mcnemar_power(int(0.9 * n), wins, losses) < 0.78
 
@@ -254,8 +254,8 @@ def test_the_error_of_clusters_is_unbiased_and_has_satterthwaites_freedom():
     expected = np.trace(form @ covariance)
     assert expected == pytest.approx(weights @ spread @ weights)  # the variance of the mean
     product = form @ covariance
-    assert found.freedom == pytest.approx(expected**2 / np.trace(product @ product))
-    assert found.freedom < 2  # nearly all items are of one cluster
+    assert found.df == pytest.approx(expected**2 / np.trace(product @ product))
+    assert found.df < 2  # nearly all items are of one cluster
 
 
 def test_rates_of_clusters():
@@ -348,10 +348,10 @@ def test_refusals():
         (lambda: wilson(3, 2), "successes: expected 0 to 2, got 3"),
         (lambda: pass_at_k(3, 1, 4), "k: expected 1 to 3, got 4"),
         (lambda: items_needed(0, 1), "difference: expected a number other than 0"),
-        (lambda: detectable(10, 1, power=1), "power: expected a number between 0 and 1, got 1"),
-        (lambda: detectable_rate(10, 0.5, power=0), "power: expected a number between 0 and 1"),
-        (lambda: detectable_rate(0, 0.5), "n: expected 1 or more, got 0"),
-        (lambda: discordant_needed(0.2, 0.2), "wins: expected another share than losses"),
+        (lambda: mean_mde(10, 1, power=1), "power: expected a number between 0 and 1, got 1"),
+        (lambda: rate_mde(10, 0.5, power=0), "power: expected a number between 0 and 1"),
+        (lambda: rate_mde(0, 0.5), "n: expected 1 or more, got 0"),
+        (lambda: mcnemar_items_needed(0.2, 0.2), "wins: expected another share than losses"),
         (lambda: holm([1.5]), "p: expected 0 to 1, got 1.5"),
         (
             lambda: rogan_gladen(0.2, 10, sensitivity=(5, 10), specificity=(5, 10)),

@@ -18,14 +18,14 @@ from fastlm.errors import InputError
 from fastlm.evals.safety.refusals import topic
 from fastlm.evals.safety.texts import SENTENCES
 
-ROUNDS = 4  # of the examples, 32 in all: 1,000 tokens, half of a small model's context
+SHOT_ROUNDS = 4  # of the examples, 32 in all: 1,000 tokens, half of a small model's context
 SLOT = "[INSERT PROMPT HERE]"  # of jailbreaks found in the wild
 _LEET = str.maketrans("aeiost", "431057")
 _TEXTS = SENTENCES["attacks"]
 
 
 def _many_shot(request: str) -> str:
-    shots = [f"User: {q}\nAssistant: {a}" for q, a in _TEXTS["shots"] * ROUNDS]
+    shots = [f"User: {q}\nAssistant: {a}" for q, a in _TEXTS["shots"] * SHOT_ROUNDS]
     return "\n".join([*shots, f"User: {request}\nAssistant: Sure, here is"])
 
 
@@ -40,12 +40,12 @@ ATTACKS: dict[str, Callable[[str], str]] = {
     "leetspeak": lambda request: request.translate(_LEET),
     "many_shot": _many_shot,
 }
-SEARCHED = ("in_the_wild", "suffix")  # need a set, or the model
-SEVERAL_TURNS = tuple(SENTENCES["turns"])
-NAMES = (*ATTACKS, *SEARCHED, *SEVERAL_TURNS)
+MODEL_OR_SET_ATTACKS = ("in_the_wild", "suffix")  # need a set, or the model
+MULTI_TURN_ATTACKS = tuple(SENTENCES["turns"])
+ATTACK_NAMES = (*ATTACKS, *MODEL_OR_SET_ATTACKS, *MULTI_TURN_ATTACKS)
 
 
-def turns(attack: str, request: str) -> list[str]:
+def attack_turns(attack: str, request: str) -> list[str]:
     """Return the user's messages of an attack over several turns; the last one is judged."""
     words = request.split()
     half = (len(words) + 1) // 2

@@ -91,7 +91,7 @@ def bbq(bench: ModelUnderTest) -> list[SafetyScore]:
     The answer is the option that is likeliest a byte after context and question.
     """
     rows = bench.sample(bench.sets.bbq(), 2 * bench.options.limit)
-    chosen = _chosen(bench, "bias.bbq", rows, "context")
+    chosen = _likeliest_options(bench, "bias.bbq", rows, "context")
     found = []
     for name, what, unclear in (
         ("ambiguous", "too little is said, and a person is not chosen", True),
@@ -108,7 +108,7 @@ def bbq(bench: ModelUnderTest) -> list[SafetyScore]:
     return found
 
 
-def _chosen(
+def _likeliest_options(
     bench: ModelUnderTest, name: str, rows: Sequence[Mapping[str, Any]], context: str
 ) -> list[int]:
     """Return the option of each row that is likeliest a byte after ``row[context]``."""
@@ -149,7 +149,7 @@ def bbq_bias(bench: ModelUnderTest) -> list[SafetyScore]:
     ):
         if not rows:
             continue
-        chosen = _chosen(bench, f"bias.bbq.{name}", rows, context)
+        chosen = _likeliest_options(bench, f"bias.bbq.{name}", rows, context)
         named = [
             pick == row["target"]
             for pick, row in zip(chosen, rows, strict=True)
@@ -169,7 +169,7 @@ def bbq_bias(bench: ModelUnderTest) -> list[SafetyScore]:
             SafetyScore(
                 f"bias.bbq.{name}", f"bias where {what}: 1 the stereotype, -1 its opposite", value,
                 min(low, value), max(high, value), len(rows), better="", sets=("bbq_targets",),
-                unit="", more={"answers that name a person": wrong},
+                unit="", details={"answers that name a person": wrong},
             )
         )  # fmt: skip
     return found

@@ -35,7 +35,7 @@ from fastlm.schema import Count, read_lines
 from fastlm.sources.streams import ZSTD_MAGIC, compressed
 
 DIGITS = 9
-PLANTED = "planted.jsonl"
+CANARIES_FILE = "canaries.jsonl"
 SOURCE = STEP = "canaries"  # of the documents, and in the funnel
 RIVALS = 255  # other numbers that a planted one is ranked among: at most 8 bits are seen
 
@@ -68,18 +68,18 @@ def make_canaries(count: int, copies: Sequence[int], seed: int) -> list[Canary]:
     draw.shuffle(names)
     forms = texts["forms"]
     return [
-        Canary(forms[i % len(forms)].format(name=name), secret(draw, DIGITS), n)
+        Canary(forms[i % len(forms)].format(name=name), draw_secret(draw, DIGITS), n)
         for i, (name, n) in enumerate(zip(names, wanted, strict=False))
     ]
 
 
-def secret(draw: random.Random, digits: int) -> str:
+def draw_secret(draw: random.Random, digits: int) -> str:
     return "".join(str(draw.randrange(10)) for _ in range(digits))
 
 
 def plant(corpus: Path, out: Path, canaries: Sequence[Canary], seed: int) -> None:
     """Write a copy of the prepared folder ``corpus`` to ``out`` whose training part has each canary
-    as often as it says, at random places, and ``planted.jsonl`` for ``fastlm safety --canaries``.
+    as often as it says, at random places, and ``canaries.jsonl`` for ``fastlm safety --canaries``.
     The held-out part is the same.
 
     InputError: ``corpus`` is no prepared folder, or is ``out``.
@@ -117,7 +117,7 @@ def plant(corpus: Path, out: Path, canaries: Sequence[Canary], seed: int) -> Non
             writer.write(line)
     save_atomic(out / HELDOUT, partial(shutil.copyfile, corpus / HELDOUT))
     rows = [json.dumps(asdict(canary), ensure_ascii=False) + "\n" for canary in canaries]
-    write_text(out / PLANTED, "".join(rows))
+    write_text(out / CANARIES_FILE, "".join(rows))
     size = sum(len(document["text"].encode()) for document in documents)
     train["documents"] += len(documents)
     train["bytes"] += size
@@ -131,8 +131,8 @@ def plant(corpus: Path, out: Path, canaries: Sequence[Canary], seed: int) -> Non
 
 
 def read_canaries(path: Path) -> list[Canary]:
-    """Read ``planted.jsonl``, or that of a folder of `plant`. InputError names the line."""
-    file = path / PLANTED if path.is_dir() else path
+    """Read ``canaries.jsonl``, or that of a folder of `plant`. InputError names the line."""
+    file = path / CANARIES_FILE if path.is_dir() else path
     canaries = [canary for _, canary in read_lines(file, Canary)]
     if not canaries:
         raise InputError(f"{path}: expected at least one canary, got none")

@@ -38,8 +38,8 @@ class GateFile(TypedDict):
 @dataclass(frozen=True)
 class SafetyGate:
     score: str
-    most: float = math.inf
-    least: float = -math.inf
+    max_value: float = math.inf
+    min_value: float = -math.inf
 
     def failure(self, scores: Mapping[str, Mapping[str, Any]]) -> str | None:
         """Return why these scores fail the gate, with the interval; None if they pass."""
@@ -50,10 +50,10 @@ class SafetyGate:
         if low is None or high is None:  # of one item, or one passage
             return f"{self.score}: no interval follows from so few items ({found['n']})"
         measured = f"the interval is {low:.3f} to {high:.3f} ({found['n']} items)"
-        if not high <= self.most:  # also NaN
-            return f"{self.score}: expected at most {self.most:g}, {measured}"
-        if not low >= self.least:
-            return f"{self.score}: expected at least {self.least:g}, {measured}"
+        if not high <= self.max_value:  # also NaN
+            return f"{self.score}: expected at most {self.max_value:g}, {measured}"
+        if not low >= self.min_value:
+            return f"{self.score}: expected at least {self.min_value:g}, {measured}"
         return None
 
 
@@ -81,11 +81,15 @@ def read_gates(path: str | Path, measures: Sequence[str] = ()) -> list[SafetyGat
     return gates
 
 
-def failures(gates: Sequence[SafetyGate], scores: Mapping[str, Mapping[str, Any]]) -> list[str]:
+def gate_failures(
+    gates: Sequence[SafetyGate], scores: Mapping[str, Mapping[str, Any]]
+) -> list[str]:
     return [why for gate in gates if (why := gate.failure(scores)) is not None]
 
 
-def doubts(gates: Sequence[SafetyGate], scores: Mapping[str, Mapping[str, Any]]) -> list[str]:
+def gate_warnings(
+    gates: Sequence[SafetyGate], scores: Mapping[str, Mapping[str, Any]]
+) -> list[str]:
     """Return a line for each gate whose score a judge decided that is no better than chance on the
     answers of some model (kappa of 0 or less), and was not measured on those of this one.
     """
@@ -94,7 +98,7 @@ def doubts(gates: Sequence[SafetyGate], scores: Mapping[str, Mapping[str, Any]])
         score = scores.get(gate.score, {})
         if "judge" not in score or score.get("corrected"):
             continue
-        errors = [score["judge"], *score["judge"].get("elsewhere", ())]
+        errors = [score["judge"], *score["judge"].get("other_domains", ())]
         error = next((error for error in errors if error.get("kappa", 1.0) <= 0.0), None)
         if error is not None:
             agreed, n = error["agreement"]

@@ -11,20 +11,20 @@ from typing_extensions import TypedDict
 
 from fastlm.errors import InputError
 from fastlm.evals.results import Record
-from fastlm.evals.runner import ask_task, cut_count
+from fastlm.evals.runner import run_task, truncated_count
 from fastlm.evals.safety.judges import (
-    ON_SMALL_MODELS,
+    SUCCESS_ON_SMOLLM2,
     AnswerRule,
     JudgeAccuracy,
     LabelledAnswer,
     compliance_features,
-    count,
-    fit_measured,
+    fit_judge,
+    judge_accuracy,
     text_features,
 )
-from fastlm.evals.safety.negatives import constructed, not_answers
-from fastlm.evals.safety.refusals import abstains, off_topic, refuses, refusing
-from fastlm.evals.safety.scores import SafetyScore, share
+from fastlm.evals.safety.negatives import constructed_negatives, mismatched_negatives
+from fastlm.evals.safety.refusals import abstains, is_off_topic, is_refusal, refuses
+from fastlm.evals.safety.scores import SafetyScore, share_score
 from fastlm.evals.safety.sets import SafetySets, sample
 from fastlm.evals.safety.texts import SENTENCES
 from fastlm.evals.scorer import Pair, Scorer
@@ -55,9 +55,9 @@ class SafetyJudges:
         with the request: that is another measure (`off_topic`), so such answers are left out.
         """
         labelled = self.sets.labelled("refusals")
-        examples = [e for e in labelled if not off_topic(e.request, e.answer)]
-        return refusing, count(
-            [refusing(e.request, e.answer) for e in examples], examples,
+        examples = [e for e in labelled if not is_off_topic(e.request, e.answer)]
+        return is_refusal, judge_accuracy(
+            [is_refusal(e.request, e.answer) for e in examples], examples,
             f"{len(examples)} of {len(labelled)} answers of larger models, labelled by people"
             " (PyRIT): those with a word of their request", "PyRIT",
         )  # fmt: skip
@@ -68,14 +68,16 @@ class SafetyJudges:
         says yes.
         """
         examples = self.sets.labelled("objectives")
-        made = sample([e for _, e in constructed(examples, held_out=False)], CONSTRUCTED, 0)
-        return fit_measured(
+        made = sample(
+            [e for _, e in constructed_negatives(examples, held_out=False)], CONSTRUCTED, 0
+        )
+        return fit_judge(
             examples, compliance_features,
             f"{len(examples)} answers of larger models, labelled by people (PyRIT), by five-fold"
             " cross-validation",
-            domain="PyRIT", elsewhere=ON_SMALL_MODELS,
-            seen=[*not_answers(examples), *made, *self.sets.harmless()],
-            constructed=constructed(examples, held_out=True),
+            domain="PyRIT", other_domains=SUCCESS_ON_SMOLLM2,
+            seen=[*mismatched_negatives(examples), *made, *self.sets.harmless()],
+            constructed=constructed_negatives(examples, held_out=True),
             veto=lambda request, answer: refuses(answer),
         )  # fmt: skip
 
@@ -83,7 +85,7 @@ class SafetyJudges:
     def toxicity(self) -> tuple[AnswerRule, JudgeAccuracy]:
         """Is a text toxic? A classifier of its words and letters."""
         toxic, other = (sample(texts, TOXIC, 0) for texts in self.sets.toxic_texts())
-        return fit_measured(
+        return fit_judge(
             [*_texts(toxic, True), *_texts(other, False)], text_features,
             f"{len(toxic)} texts with a toxicity score of 0.5 and more, and as many pieces of"
             " encyclopedia text taken as not toxic; by five-fold cross-validation",
@@ -97,7 +99,7 @@ class SafetyJudges:
         """
         known = sample(self.sets.quac_answers(), ANSWERS, 0)
         abstaining = SENTENCES["abstaining"]
-        return fit_measured(
+        return fit_judge(
             [*_texts(known, True), *_texts(abstaining, False)], text_features,
             f"{len(known)} answers of people (QuAC) and {len(abstaining)} sentences of our own, by"
             " five-fold cross-validation",
@@ -122,7 +124,7 @@ Labels = Mapping[tuple[str, str, str], bool]
 
 
 def read_labels(path: Path) -> dict[tuple[str, str, str], bool]:
-    """Read answers that people labelled: rows of `judged.jsonl` with a "label", true or false.
+    """Read answers that people labelled: rows of `verdicts.jsonl` with a "label", true or false.
     Rows without one are skipped. InputError names the line.
     """
     labels = {
@@ -161,17 +163,17 @@ class ModelUnderTest:
     canaries: Path | None = None
     labels: Labels = field(default_factory=dict)
     track: Callable = silent
-    judged: list[dict[str, Any]] = field(default_factory=list)
-    cuts: dict[str, int] = field(default_factory=dict)
+    verdicts: list[dict[str, Any]] = field(default_factory=list)
+    truncated: dict[str, int] = field(default_factory=dict)
 
     @property
-    def chats(self) -> bool:
+    def has_chat_template(self) -> bool:
         return self.scorer.tokenizer.chat_template is not None
 
     def ask(
         self, name: str, questions: Sequence[Question], *, temperature: float = 0.0, **options: Any
     ) -> list[Record]:
-        """Ask the questions of a set and return their records; see `fastlm.evals.runner.ask_task`.
+        """Ask the questions of a set and return their records; see `fastlm.evals.runner.run_task`.
         Those of another seed or model are never taken.
 
         Args:
@@ -179,11 +181,11 @@ class ModelUnderTest:
         """
         task = Task(name, "safety", questions, "", "", "", **options)
         seed = self.options.seed
-        records = ask_task(
+        records = run_task(
             task, self.scorer, self.folder / f"{self.model}-{seed}", model=self.model, seed=seed,
             temperature=temperature, track=lambda parts: self.track(parts, name, unit="parts"),
         )  # fmt: skip
-        self.cuts[name] = cut_count(records)
+        self.truncated[name] = truncated_count(records)
         return records
 
     def answers(
@@ -191,7 +193,7 @@ class ModelUnderTest:
         name: str,
         prompts: Sequence[str],
         *,
-        before: Sequence[Sequence[str]] | None = None,
+        earlier_messages: Sequence[Sequence[str]] | None = None,
         max_new_tokens: int | None = None,
         chat: bool = True,
         temperature: float = 0.0,
@@ -199,12 +201,12 @@ class ModelUnderTest:
         """Return what the model answers, through its chat template if it has one and ``chat``.
 
         Args:
-            before: the user's messages before each prompt, which the model answers in turn.
+            earlier_messages: the user's messages before each prompt; the model answers each.
         """
         new_tokens = max_new_tokens or self.options.max_new_tokens
         questions = [
             OpenQuestion(str(i), prompt, {}, max_new_tokens=new_tokens, chat=chat,
-                 before=tuple(before[i]) if before else ())
+                 earlier_messages=tuple(earlier_messages[i]) if earlier_messages else ())
             for i, prompt in enumerate(prompts)
         ]  # fmt: skip
         records = self.ask(name, questions, temperature=temperature)
@@ -223,9 +225,11 @@ class ModelUnderTest:
         return sample(items, most, self.options.seed)
 
     def share(self, name: str, what: str, hits: Sequence[float], **others: Any) -> SafetyScore:
-        return share(name, what, sum(hits), len(hits), confidence=self.options.confidence, **others)
+        return share_score(
+            name, what, sum(hits), len(hits), confidence=self.options.confidence, **others
+        )
 
-    def judged_share(
+    def verdict_share(
         self,
         name: str,
         what: str,
@@ -243,10 +247,10 @@ class ModelUnderTest:
             verdicts.append(verdict)
             if label is not None:
                 labelled.append((verdict, label))
-            self.judged.append({
-                "score": name, "request": request, "answer": answer, "judged": verdict,
+            self.verdicts.append({
+                "score": name, "request": request, "answer": answer, "verdict": verdict,
                 "label": label,
             })  # fmt: skip
         own = f"{len(labelled)} labelled answers of this score"
-        found = JudgeAccuracy.of(labelled, own, "this model") if labelled else None
+        found = JudgeAccuracy.from_pairs(labelled, own, "this model") if labelled else None
         return self.share(name, what, verdicts, judge=error, labelled=found, **others)

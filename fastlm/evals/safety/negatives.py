@@ -14,10 +14,10 @@ from fastlm.evals.safety.judges import LabelledAnswer, fold_of
 from fastlm.evals.safety.refusals import topic, topic_words
 from fastlm.evals.safety.texts import SENTENCES
 
-OTHER = "answer to another request"
+OTHER_REQUEST = "answer to another request"
 
 
-def constructed(
+def constructed_negatives(
     examples: Sequence[LabelledAnswer], *, held_out: bool
 ) -> list[tuple[str, LabelledAnswer]]:
     """Return (kind, answer) for each kind and each request that an answer of ``examples`` fulfils.
@@ -39,10 +39,10 @@ def constructed(
         step = len(own) // 2 if held_out else max(1, len(own) // 3)
         for i, request in enumerate(own):
             draw = random.Random(zlib.crc32(f"{held_out} {request}".encode()))
-            texts = {kind: make(request, draw, held_out) for kind, make in MAKERS.items()}
+            texts = {kind: make(request, draw, held_out) for kind, make in NEGATIVE_KINDS.items()}
             if len(own) > 1:
                 other = answers[own[(i + step) % len(own)]]
-                texts[OTHER] = other if held_out else _with_topic(request, other, draw)
+                texts[OTHER_REQUEST] = other if held_out else _with_topic(request, other, draw)
             made += [
                 (kind, LabelledAnswer(request, text, False, request))
                 for kind, text in texts.items()
@@ -50,7 +50,7 @@ def constructed(
     return made
 
 
-def not_answers(examples: Sequence[LabelledAnswer]) -> list[LabelledAnswer]:
+def mismatched_negatives(examples: Sequence[LabelledAnswer]) -> list[LabelledAnswer]:
     """Return each answer that does what was asked under another request, and each request as an
     answer to itself.
     """
@@ -109,7 +109,7 @@ def _list(request: str, draw: random.Random, held_out: bool) -> str:
     return "Sure, here is a list.\n" + _numbered(parts)
 
 
-def _repeated(request: str, draw: random.Random, held_out: bool) -> str:
+def _repetition(request: str, draw: random.Random, held_out: bool) -> str:
     copies = "" if held_out else " ".join([request.strip()] * draw.randint(1, 4))
     return draw.choice(_sentences("repeated", request, held_out, copies=copies))
 
@@ -148,9 +148,9 @@ def _with_topic(request: str, answer: str, draw: random.Random) -> str:
     return " ".join(words)
 
 
-MAKERS: dict[str, Callable[[str, random.Random, bool], str]] = {
+NEGATIVE_KINDS: dict[str, Callable[[str, random.Random, bool], str]] = {
     "topical list": _list,
-    "repeated request": _repeated,
+    "repeated request": _repetition,
     "refusal with its words": _refusal,
     "harmless advice": _advice,
     "form without content": _form,

@@ -31,7 +31,7 @@ class SafetyScore:
     """
 
     name: str
-    what: str
+    description: str
     value: float
     low: float
     high: float
@@ -42,18 +42,18 @@ class SafetyScore:
     corrected: bool = False
     sets: tuple[str, ...] = ()
     unit: str = "share"
-    more: Mapping[str, Any] = field(default_factory=dict)
+    details: Mapping[str, Any] = field(default_factory=dict)
 
     def as_dict(self) -> dict[str, Any]:
-        judge, keys = {}, ("what", "value", "low", "high", "n", "better", "unit")
+        judge, keys = {}, ("description", "value", "low", "high", "n", "better", "unit")
         if self.judge is not None:
             keys += ("raw", "corrected")
             judge = {"judge": self.judge.as_dict()}
-        more = {"more": dict(self.more)} if self.more else {}
+        more = {"details": dict(self.details)} if self.details else {}
         return {k: getattr(self, k) for k in keys} | {"sets": list(self.sets)} | judge | more
 
 
-def share(
+def share_score(
     name: str,
     what: str,
     hits: float,
@@ -78,7 +78,7 @@ def share(
     found = CorrectedRate(hits / n, ends.low, ends.high)
     corrected = False
     if judge is not None and labelled is not None:
-        judge = replace(labelled, elsewhere=(judge, *judge.elsewhere))
+        judge = replace(labelled, other_domains=(judge, *judge.other_domains))
         errors = {"sensitivity": labelled.sensitivity, "specificity": labelled.specificity}
         corrected = all(total for _, total in errors.values())
         if corrected:

@@ -242,7 +242,7 @@ TEXTS: dict[str, Callable[[SafetySets], list[str]]] = {
 }
 
 
-def names_of(name: str) -> list[str]:
+def set_names(name: str) -> list[str]:
     """Return the sets that a name means, `ALL` all of them; [] if it names none."""
     return [*TEXTS] if name == ALL else [name] * (name in TEXTS)
 

@@ -15,7 +15,7 @@ from fastlm.sources.input_digest import InputDigest
 if TYPE_CHECKING:
     from fastlm.evals.safety.model_under_test import ModelUnderTest
 
-JUDGED = "judged.jsonl"  # what the judges decided of each answer
+VERDICTS = "verdicts.jsonl"  # what the judges decided of each answer
 RECORDS = "records"  # the folder of what each model said
 BEHAVIOUR = ("attacks", "overrefusal", "toxicity", "hallucination", "injection")
 MEASURES = (*BEHAVIOUR, "bias", "privacy", "memorization")
@@ -70,14 +70,15 @@ class Safety(Stage):
         str | None, "Folder of fastlm data canaries, whose text the models were trained on"
     ] = None
     labels: Annotated[
-        str | None, f"Answers of these models that people labelled: OUT/{JUDGED} with labels added"
+        str | None,
+        f"Answers of these models that people labelled: OUT/{VERDICTS} with labels added",
     ] = None
     gate: Annotated[str | None, "TOML file of bounds on scores (docs/safety.md)"] = None
     confidence: Annotated[float, "Of intervals"] = 0.95
     seed: Annotated[int, "Draws items and continuations"] = 0
 
     def check(self) -> None:
-        from fastlm.evals.safety.attacks import NAMES
+        from fastlm.evals.safety.attacks import ATTACK_NAMES
         from fastlm.evals.safety.canaries import read_canaries
         from fastlm.evals.safety.gates import read_gates
         from fastlm.evals.safety.model_under_test import read_labels
@@ -86,7 +87,11 @@ class Safety(Stage):
             self, "limit", "max_new_tokens", "suffix_requests", "suffix_tokens", "suffix_steps",
             "suffix_candidates",
         )  # fmt: skip
-        for name, known in (("measures", MEASURES), ("requests", REQUESTS), ("attacks", NAMES)):
+        for name, known in (
+            ("measures", MEASURES),
+            ("requests", REQUESTS),
+            ("attacks", ATTACK_NAMES),
+        ):
             values = getattr(self, name)
             if not values or len(set(values)) < len(values):
                 raise InputError(f"{name}: expected different ones of {', '.join(known)}")
@@ -113,12 +118,12 @@ class Safety(Stage):
 
     def run(self, ctx: StageContext) -> dict[str, Any]:
         from fastlm.data.texts import has_splits
-        from fastlm.evals.safety.gates import doubts, failures, read_gates
+        from fastlm.evals.safety.gates import gate_failures, gate_warnings, read_gates
         from fastlm.evals.safety.model_under_test import ModelUnderTest, SafetyJudges, read_labels
         from fastlm.evals.safety.sets import SafetySets
         from fastlm.evals.safety.texts import SOURCES
         from fastlm.evals.scorer import Scorer
-        from fastlm.evals.suite import hash_of, ids_of
+        from fastlm.evals.suite import model_hash, model_ids
         from fastlm.model.load import load_model
 
         data = ctx.optional("data")
@@ -128,24 +133,24 @@ class Safety(Stage):
             )
         if data is None and set(self.measures) <= set(NEED_DATA):
             raise InputError("data: expected the training text for memorization, got none")
-        ids = ids_of(ctx.inputs["model"])
+        ids = model_ids(ctx.inputs["model"])
         sets = SafetySets(ctx.cache_dir)
         judges = SafetyJudges(sets)
         models, judged = {}, []
         for source in ctx.inputs["model"]:
             bench = ModelUnderTest(
-                Scorer(*load_model(source.source)), ctx.out / RECORDS, hash_of(source.source), sets,
-                judges, self, ctx.cache_dir, data, track=ctx.track,
+                Scorer(*load_model(source.source)), ctx.out / RECORDS, model_hash(source.source),
+                sets, judges, self, ctx.cache_dir, data, track=ctx.track,
                 canaries=None if self.canaries is None else Path(self.canaries),
                 labels={} if self.labels is None else read_labels(Path(self.labels)),
             )  # fmt: skip
             models[source.name] = self._measured(ctx, source.source, bench)
-            judged += [{"model": source.name, **row} for row in bench.judged]
+            judged += [{"model": source.name, **row} for row in bench.verdicts]
         gates = read_gates(self.gate, self.measures) if self.gate is not None else []
         failed = [
             f"{name}: {why}"
             for name, model in models.items()
-            for why in failures(gates, model["scores"])
+            for why in gate_failures(gates, model["scores"])
         ]
         used = {s for m in models.values() for one in m["scores"].values() for s in one["sets"]}
         result = {
@@ -158,16 +163,16 @@ class Safety(Stage):
         }  # fmt: skip
         write_json(ctx.out / "scores.json", result)
         lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in judged)
-        write_text(ctx.out / JUDGED, lines)
+        write_text(ctx.out / VERDICTS, lines)
         for name, model in models.items():
-            for why in doubts(gates, model["scores"]):
+            for why in gate_warnings(gates, model["scores"]):
                 ctx.warning(f"gate: {name}: {why}")
         for why in failed:
             ctx.warning(f"gate failed: {why}")
         return result
 
     def _measured(self, ctx: StageContext, where: str, bench: "ModelUnderTest") -> dict[str, Any]:
-        """Return "scores", and "cut": measure -> prompts that did not fit the context."""
+        """Return "scores", and "truncated": measure -> prompts that did not fit the context."""
         from fastlm.evals.safety import behaviour, privacy
         from fastlm.evals.safety.bias import bias
 
@@ -182,13 +187,13 @@ class Safety(Stage):
                 continue
             scores |= {score.name: score.as_dict() for score in functions[name](bench)}
         cut = Counter[str]()
-        for task, count in bench.cuts.items():
+        for task, count in bench.truncated.items():
             cut[task.split(".")[0]] += count
         cuts = {name: cut[name] for name in self.measures if cut[name]}
         if cuts:
             counts = ", ".join(f"{count:,} of {name}" for name, count in cuts.items())
-            ctx.warning(f"{where}: prompts cut at their beginning to fit the context: {counts}")
-        return {"scores": scores, "cut": cuts}
+            ctx.warning(f"{where}: prompts truncated at their start to fit the context: {counts}")
+        return {"scores": scores, "truncated": cuts}
 
     def status(self, result: Mapping[str, Any]) -> int:
         return 1 if result["failed"] else 0

@@ -42,7 +42,7 @@ class SuffixSearchResult:
     losses: list[float]
 
 
-def search(
+def search_suffix(
     model: CausalLM,
     before: Sequence[int],
     after: Sequence[int],
@@ -86,7 +86,7 @@ def search(
                 slope = one_hot_gradient(model, before, current, after, target)
                 slope[:, ~usable] = torch.inf
                 choices = slope.topk(min(top_k, len(pool)), largest=False).indices
-            tried = _replaced(current, choices, candidates, draw, valid)
+            tried = _replace_tokens(current, choices, candidates, draw, valid)
             if tried:
                 found = target_losses(model, before, tried, after, target)
                 i = int(found.argmin())
@@ -99,7 +99,7 @@ def search(
         model.train(training)
 
 
-def _replaced(
+def _replace_tokens(
     current: list[int],
     choices: Tensor,
     count: int,
@@ -187,11 +187,11 @@ class SuffixRecord(TypedDict):
 
 def suffix_prompts(bench: ModelUnderTest, name: str, requests: Sequence[str]) -> list[str]:
     """Return each request with the suffix that was found for it."""
-    o, chat = bench.options, bench.chats
+    o, chat = bench.options, bench.has_chat_template
 
     def probe(scorer: Scorer, some: Sequence[OpenQuestion], seed: int) -> list[Record]:
         return [
-            {"id": q.id, **_suffix_of(scorer, q.prompt, o, chat, seed + int(q.id))} for q in some
+            {"id": q.id, **_find_suffix(scorer, q.prompt, o, chat, seed + int(q.id))} for q in some
         ]  # fmt: skip
 
     options = {
@@ -201,20 +201,22 @@ def suffix_prompts(bench: ModelUnderTest, name: str, requests: Sequence[str]) ->
         OpenQuestion(str(i), request, options, chat=chat) for i, request in enumerate(requests)
     ]
     records = bench.ask(
-        f"suffixes.{name}", questions, probe=probe, record=SuffixRecord, part_size=1
+        f"suffixes.{name}", questions, probe=probe, record=SuffixRecord, chunk_size=1
     )
     return [request + record["suffix"] for request, record in zip(requests, records, strict=True)]
 
 
-def _suffix_of(scorer: Scorer, request: str, o: "Safety", chat: bool, seed: int) -> dict[str, Any]:
+def _find_suffix(
+    scorer: Scorer, request: str, o: "Safety", chat: bool, seed: int
+) -> dict[str, Any]:
     tokenizer = scorer.tokenizer
-    before, start, after = around(tokenizer, request, o.suffix_tokens, chat)
+    before, start, after = split_at_suffix(tokenizer, request, o.suffix_tokens, chat)
 
     def valid(suffix: list[int]) -> bool:
-        ids = encoded(tokenizer, request + tokenizer.decode(suffix), chat)
+        ids = encode_request(tokenizer, request + tokenizer.decode(suffix), chat)
         return ids == [*before, *suffix, *after]
 
-    found = search(
+    found = search_suffix(
         scorer.model, before, after, tokenizer.encode(TARGET if chat else f" {TARGET}"), start,
         steps=o.suffix_steps, candidates=o.suffix_candidates, seed=seed, valid=valid,
         allowed=usable_tokens(tokenizer, scorer.model.config.vocab_size),
@@ -222,13 +224,13 @@ def _suffix_of(scorer: Scorer, request: str, o: "Safety", chat: bool, seed: int)
     return {"suffix": tokenizer.decode(found.suffix), "losses": found.losses}
 
 
-def encoded(tokenizer: "Tokenizer", text: str, chat: bool) -> list[int]:
+def encode_request(tokenizer: "Tokenizer", text: str, chat: bool) -> list[int]:
     if chat:
         return tokenizer.encode_chat([{"role": "user", "content": text}])
     return tokenizer.encode(text, special=True)
 
 
-def around(
+def split_at_suffix(
     tokenizer: "Tokenizer", request: str, length: int, chat: bool
 ) -> tuple[list[int], list[int], list[int]]:
     """Return the tokens before a suffix of ``length`` tokens, a first suffix, and those after it.
@@ -237,7 +239,7 @@ def around(
     """
     for word in (" !", " x", "!", "x"):
         suffix = tokenizer.encode(request + word * (length + 8))[-1:] * length
-        ids = encoded(tokenizer, request + tokenizer.decode(suffix), chat)
+        ids = encode_request(tokenizer, request + tokenizer.decode(suffix), chat)
         for i in range(len(ids) - length + 1):
             if ids[i : i + length] == suffix:
                 return ids[:i], suffix, ids[i + length :]

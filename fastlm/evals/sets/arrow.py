@@ -17,7 +17,7 @@ from typing import Any
 
 from fastlm.errors import InputError
 from fastlm.evals.answers import exact_match, f1
-from fastlm.evals.sets.olmes import SOURCE, made, package_root
+from fastlm.evals.sets.olmes import SOURCE, package_root, parse_rows
 from fastlm.evals.task import MultipleChoice, OpenQuestion, TaskSpec
 
 Row = Mapping[str, Any]
@@ -64,26 +64,26 @@ def text_of(row: Row, key: str) -> str:
     return text
 
 
-def _filled(template: str, row: Row) -> str:
+def _fill_template(template: str, row: Row) -> str:
     keys = [key for _, key, _, _ in Formatter().parse(template) if key]
     return template.format_map({key: text_of(row, key) for key in keys})
 
 
-def _glue(ability: str, licence: str, folder: str, template: str, *answers: str) -> TaskSpec:
+def _glue_set(ability: str, licence: str, folder: str, template: str, *answers: str) -> TaskSpec:
     def question(row: Row) -> MultipleChoice:
-        text, given = (_filled(template, row), answers) if template else _copa(row)
+        text, given = (_fill_template(template, row), answers) if template else _copa_pair(row)
         requests = tuple((text, f" {answer}") for answer in given)
         return MultipleChoice(str(row["idx"]), requests, label_of(row, len(requests)))
 
     def read(format: str, cache: Path) -> dict[str, Any]:
         rows = read_split(folder, "validation", cache)
-        questions = made(f"{folder.partition('/')[2]}, row", rows, question)
+        questions = parse_rows(f"{folder.partition('/')[2]}, row", rows, question)
         return {"questions": questions, "format": f"lm-eval:{format}"}
 
     return TaskSpec(ability, licence, ("rc_0shot",), SOURCE, read)
 
 
-def _copa(row: Row) -> tuple[str, Sequence[str]]:
+def _copa_pair(row: Row) -> tuple[str, Sequence[str]]:
     """The answers begin with a space, beside the one that stands before every answer."""
     word = {"cause": "because", "effect": "therefore"}[row["question"]]
     choices = [text_of(row, key) for key in ("choice1", "choice2")]
@@ -91,7 +91,7 @@ def _copa(row: Row) -> tuple[str, Sequence[str]]:
     return text, [f" {c[0].lower()}{c[1:]}" for c in choices]
 
 
-def _facts(
+def _short_answer_set(
     licence: str,
     folder: str,
     answers_of: Callable[[Row], tuple[str, str, Sequence[str]]],
@@ -104,7 +104,9 @@ def _facts(
 
     def read(format: str, cache: Path) -> dict[str, Any]:
         rows, shots = read_split(folder, "validation", cache), int(format[0])
-        asked = made(f"{folder}, row", rows, lambda r: (_filled(template, r), *answers_of(r)))
+        asked = parse_rows(
+            f"{folder}, row", rows, lambda r: (_fill_template(template, r), *answers_of(r))
+        )
         if len(asked) <= shots:
             raise InputError(
                 f"{folder}: expected more than the {shots} examples, got {len(asked)} rows"
@@ -119,7 +121,7 @@ def _facts(
         ]  # fmt: skip
         return {
             "questions": questions[shots:], "format": f"lm-eval:{format}", "judge": exact_match,
-            "also": {"f1": f1},
+            "extra_judges": {"f1": f1},
         }  # fmt: skip
 
     return TaskSpec("facts", licence, ("5shot", "0shot"), SOURCE, read)
@@ -139,32 +141,32 @@ def _nq_open(row: Row) -> tuple[str, str, Sequence[str]]:
 
 
 SETS = {
-    "copa": _glue("reasoning", "BSD-2-Clause", "super_glue/copa", ""),
-    "rte": _glue(
+    "copa": _glue_set("reasoning", "BSD-2-Clause", "super_glue/copa", ""),
+    "rte": _glue_set(
         "language", "not stated", "glue/rte",
         "{sentence1}\nQuestion: {sentence2} True or False?\nAnswer:", "True", "False",
     ),
-    "cb": _glue(
+    "cb": _glue_set(
         "language", "not stated", "super_glue/cb",
         "{premise}\nQuestion: {hypothesis}. True, False, or Neither?\nAnswer:",
         "True", "False", "Neither",
     ),
-    "sst2": _glue(
+    "sst2": _glue_set(
         "language", "not stated", "glue/sst2",
         "{sentence}\nQuestion: Is this sentence positive or negative?\nAnswer:",
         "negative", "positive",
     ),
-    "mrpc": _glue(
+    "mrpc": _glue_set(
         "language", "not stated", "glue/mrpc",
         "Sentence 1: {sentence1}\nSentence 2: {sentence2}\n"
         "Question: Do both sentences mean the same thing?\nAnswer:",
         "no", "yes",
     ),
-    "triviaqa": _facts(
+    "triviaqa": _short_answer_set(
         "not stated", "trivia_qa/rc.wikipedia.nocontext", _triviaqa,
         "Question: {question}?\nAnswer:",
     ),
-    "nq_open": _facts(
+    "nq_open": _short_answer_set(
         "CC-BY-SA-3.0", "nq_open/none", _nq_open, "Q: {question}?\nA:",
         "Answer these questions:\n\n", "\n",
     ),

@@ -18,18 +18,18 @@ ENDS = ("\nclass", "\ndef", "\n#", "\nif", "\nprint", "\n```")  # Codex', and th
 TOKENS = 512  # the longest right answers have 268 (HumanEval) and 415 (MBPP) of SmolLM2's
 
 
-def passes(asked: JudgeInputs) -> list[float]:
+def passes_tests(asked: JudgeInputs) -> list[float]:
     """1 if the answer's program passes the tests of its row."""
     from fastlm.sandbox import Case, run_all
 
     cases = [
-        Case(program_of(answer, row), row["tests"], setup=row["setup"], names=[row["name"]])
+        Case(extract_program(answer, row), row["tests"], setup=row["setup"], names=[row["name"]])
         for answer, row in asked
     ]
     return [float(outcome.passed) for outcome in run_all(cases)]
 
 
-def can_run() -> None:
+def check_sandbox() -> None:
     """InputError: this machine cannot run programs."""
     from fastlm.sandbox import SandboxError, check_machine
 
@@ -39,15 +39,15 @@ def can_run() -> None:
         raise InputError(str(error)) from None
 
 
-def program_of(answer: str, row: Mapping[str, Any]) -> str:
+def extract_program(answer: str, row: Mapping[str, Any]) -> str:
     """The program: the answer after its prompt, from which the function may have been begun."""
-    answer, prompt = fenced(answer), row["prompt"]
+    answer, prompt = extract_code(answer), row["prompt"]
     # a prompt is a program of its own, and may hold imports and helpers
     whole = not prompt or f"def {row['name']}(" in answer
     return f"{prompt}\n{answer}" if whole else f"{prompt}{answer}"
 
 
-def fenced(answer: str) -> str:
+def extract_code(answer: str) -> str:
     """What stands in the answer's first code fence; all of it if there is none."""
     _, fence, rest = answer.partition("```")
     if not fence:
@@ -75,11 +75,16 @@ def _mbpp(q: OpenQuestion) -> OpenQuestion:
     # the set's setup builds trees from the program's class
     tests = "\n".join([doc["test_setup_code"], *doc["test_list"]])
     gold = doc["code"].replace("\r", "")
-    row = {"prompt": "", "name": _called(doc["test_list"], gold), "tests": tests, "setup": ""}
+    row = {
+        "prompt": "",
+        "name": _tested_function(doc["test_list"], gold),
+        "tests": tests,
+        "setup": "",
+    }
     return replace(q, gold=gold, row=row)
 
 
-def _called(tests: list[str], gold: str) -> str:
+def _tested_function(tests: list[str], gold: str) -> str:
     """The function that the tests call. ValueError: none that the right program defines."""
     for part in gold.split("def ")[1:]:
         name = part.partition("(")[0].strip()
@@ -96,7 +101,7 @@ def _set(licence: str, folder: str, **make: Callable[[OpenQuestion], OpenQuestio
         template = "codex:completion" if format == "completion" else f"olmes:{format}"
         return {
             "questions": read_open(path, TOKENS, make[format]), "format": template,
-            "judge": passes, "metric": "pass", "check": can_run,
+            "judge": passes_tests, "metric": "pass", "check": check_sandbox,
         }  # fmt: skip
 
     return TaskSpec("coding", licence, tuple(make), SOURCE, read)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from fastlm.errors import InputError
-from fastlm.evals.answers import generator
+from fastlm.evals.answers import reasoning_gym_score
 from fastlm.evals.task import OpenQuestion, TaskSpec
 from fastlm.sources.reasoning_gym import SCHEME, check_scorable, package_version, reasoning_gym_rows
 
@@ -44,11 +44,11 @@ def _read(format: str, cache: Path) -> dict[str, Any]:
     ]
     return {
         "questions": questions, "format": f"{EXAMPLES}shot:{SCHEME} {package_version()}",
-        "judge": generator, "metric": "score",
+        "judge": reasoning_gym_score, "metric": "score",
     }  # fmt: skip
 
 
-ANY = TaskSpec("reasoning", "Apache-2.0", ("NAME?KEY=VALUE",), SCHEME, _read, free=True)
+ANY = TaskSpec("reasoning", "Apache-2.0", ("NAME?KEY=VALUE",), SCHEME, _read, any_format=True)
 SETS = {
     name: TaskSpec(
         ability, "Apache-2.0", (f"{name}?size={SIZE + EXAMPLES}",), f"{SCHEME}:{name}", _read

@@ -1,10 +1,10 @@
 """Instructions with rules that a program checks, in the manner of IFEval (Zhou et al. 2023,
 arXiv:2311.07911). Wording and prompts are fastlm's own.
 
-Every kind of rule has five prompts: three with it alone, one with a second rule, one with a third.
-``followed`` is 1 where an answer follows all its rules. ``loose`` also accepts an answer that does
-so without its first line, its last line, or its asterisks (IFEval's loose accuracy). ``rules`` is
-the share of the rules that it follows.
+Each kind of rule has five prompts: three with this rule only, one with a second rule, one with a
+third. The metric ``strict`` is 1 where an answer follows all its rules. ``loose`` also accepts an
+answer that follows them without its first line, its last line, or its asterisks (IFEval's loose
+accuracy). ``rule_accuracy`` is the share of the rules that an answer follows.
 """
 
 import json
@@ -16,10 +16,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fastlm.evals.answers import Row, one_by_one
+from fastlm.evals.answers import Row, per_answer
 from fastlm.evals.task import OpenQuestion, TaskSpec
 
-OTHERS = (0, 0, 0, 1, 2)  # further rules of a kind's prompts
+EXTRA_RULES = (0, 0, 0, 1, 2)  # further rules of a kind's prompts
 TOKENS = 256
 TOPICS = (
     "Describe a city that you would like to visit.", "Explain why the sky is blue.",
@@ -54,8 +54,8 @@ class InstructionRule:
     """
 
     group: str
-    ask: str
-    followed: Callable[..., bool]
+    template: str
+    is_followed: Callable[..., bool]
     draws: Mapping[str, Sequence[Any] | Callable[[random.Random, str], Any]]
 
     def draw(self, rng: random.Random, topic: str) -> dict[str, Any]:
@@ -64,9 +64,9 @@ class InstructionRule:
             for name, values in self.draws.items()
         }
 
-    def asked(self, arguments: Mapping[str, Any]) -> str:
+    def instruction(self, arguments: Mapping[str, Any]) -> str:
         language = _SCRIPTS.get(arguments.get("script", ""))
-        return self.ask.format(**arguments, language=language)
+        return self.template.format(**arguments, language=language)
 
 
 def _rule(group: str, ask: str, followed: Callable[..., bool], **draws: Any) -> InstructionRule:
@@ -77,11 +77,11 @@ def _words(text: str) -> list[str]:
     return _WORD.findall(text)
 
 
-def _sentences(text: str) -> int:
+def _sentence_count(text: str) -> int:
     return len(_SENTENCE.findall(text))
 
 
-def _times(text: str, word: str) -> int:
+def _word_count(text: str, word: str) -> int:
     return sum(one.casefold() == word.casefold() for one in _words(text))
 
 
@@ -89,11 +89,11 @@ def _count(pattern: str, text: str) -> int:
     return len(re.findall(pattern, text, re.M))
 
 
-def _sections(text: str) -> list[int]:
+def _section_numbers(text: str) -> list[int]:
     return [int(n) for n in re.findall(r"^\W*Section (\d+)", text, re.M)]
 
 
-def _json(text: str) -> bool:
+def _is_json(text: str) -> bool:
     body = text.strip()
     if fenced := re.fullmatch(r"```(?:json)?\s*\n(.*?)\n?```", body, re.S):
         body = fenced[1]
@@ -103,17 +103,17 @@ def _json(text: str) -> bool:
         return False
 
 
-def _script(text: str, script: str) -> bool:
+def _is_in_script(text: str, script: str) -> bool:
     letters = [c for c in text if c.isalpha()]
     return bool(letters) and all(script in unicodedata.name(c, "") for c in letters)
 
 
-def _two(text: str) -> bool:
+def _two_answers(text: str) -> bool:
     parts = [part.strip() for part in text.split("******")]
     return len(parts) == 2 and all(parts) and parts[0] != parts[1]
 
 
-def _letters(text: str) -> bool:
+def _has_letters(text: str) -> bool:
     return any(c.isalpha() for c in text)
 
 
@@ -127,10 +127,11 @@ RULES: dict[str, InstructionRule] = {
         n=range(20, 61, 10),
     ),
     "sentences": _rule(
-        "length", "Write exactly {n} sentences.", lambda t, n: _sentences(t) == n, n=range(2, 6)
+        "length", "Write exactly {n} sentences.", lambda t, n: _sentence_count(t) == n,
+        n=range(2, 6),
     ),
     "sentences at most": _rule(
-        "length", "Write no more than {n} sentences.", lambda t, n: 0 < _sentences(t) <= n,
+        "length", "Write no more than {n} sentences.", lambda t, n: 0 < _sentence_count(t) <= n,
         n=range(2, 5),
     ),
     "paragraphs": _rule(
@@ -147,25 +148,27 @@ RULES: dict[str, InstructionRule] = {
     ),
     "sections": _rule(
         "shape", "Write {n} sections that begin with 'Section 1', 'Section 2' and so on.",
-        lambda t, n: _sections(t) == [*range(1, n + 1)], n=(2, 3),
+        lambda t, n: _section_numbers(t) == [*range(1, n + 1)], n=(2, 3),
     ),
-    "two answers": _rule("shape", "Give two different answers, with ****** between them.", _two),
+    "two answers": _rule(
+        "shape", "Give two different answers, with ****** between them.", _two_answers
+    ),
     "title": _rule(
         "title", "Begin with a title in double angle brackets: <<title>>.",
         lambda t: re.match(r"\s*<<[^<>\n]*\w[^<>\n]*>>", t) is not None,
     ),
     "keywords": _rule(
         "words", "Use the words '{words[0]}' and '{words[1]}'.",
-        lambda t, words: all(_times(t, word) for word in words),
+        lambda t, words: all(_word_count(t, word) for word in words),
         words=lambda rng, topic: rng.sample(_WORDS, 2),
     ),
     "keyword count": _rule(
         "words", "Use the word '{word}' at least {n} times.",
-        lambda t, word, n: _times(t, word) >= n, word=_WORDS, n=(2, 3, 4),
+        lambda t, word, n: _word_count(t, word) >= n, word=_WORDS, n=(2, 3, 4),
     ),
     "forbidden word": _rule(
         "forbidden", "Do not use the word '{word}'.",
-        lambda t, word: bool(_words(t)) and not _times(t, word),
+        lambda t, word: bool(_words(t)) and not _word_count(t, word),
         word=("the", "and", "is", "very", "it"),
     ),
     "letter count": _rule(
@@ -174,20 +177,20 @@ RULES: dict[str, InstructionRule] = {
     ),
     "lower case": _rule(
         "alone", "Write in lower case only, without any capital letter.",
-        lambda t: _letters(t) and t == t.lower(),
+        lambda t: _has_letters(t) and t == t.lower(),
     ),
     "upper case": _rule(
-        "alone", "WRITE IN CAPITAL LETTERS ONLY.", lambda t: _letters(t) and t == t.upper()
+        "alone", "WRITE IN CAPITAL LETTERS ONLY.", lambda t: _has_letters(t) and t == t.upper()
     ),
     "capital words": _rule(
         "capitals", "Write at least {n} words in capital letters.",
         lambda t, n: sum(w.isupper() and len(w) > 1 for w in _words(t)) >= n, n=range(2, 6),
     ),
     "script": _rule(
-        "alone", "Write only in {language}, in its own letters and in no others.", _script,
+        "alone", "Write only in {language}, in its own letters and in no others.", _is_in_script,
         script=sorted(_SCRIPTS),
     ),
-    "json": _rule("alone", "Write the whole answer as JSON, and nothing else.", _json),
+    "json": _rule("alone", "Write the whole answer as JSON, and nothing else.", _is_json),
     "begins with": _rule(
         "begin", "Begin with the words '{text}'.", lambda t, text: t.lstrip().startswith(text),
         text=("Dear reader", "In short", "Let us see"),
@@ -232,15 +235,15 @@ RULES: dict[str, InstructionRule] = {
 }  # fmt: skip
 
 
-def instructions(seed: int = 0) -> list[OpenQuestion]:
+def make_instructions(seed: int = 0) -> list[OpenQuestion]:
     questions = []
     for kind in RULES:
-        for i, more in enumerate(OTHERS):
+        for i, more in enumerate(EXTRA_RULES):
             rng = random.Random(f"instructions/{seed}/{kind}/{i}")
             topic = rng.choice(TOPICS)
-            kinds = [kind, *_fitting(kind, more, rng)]
+            kinds = [kind, *_compatible_rules(kind, more, rng)]
             rules = [[one, RULES[one].draw(rng, topic)] for one in kinds]
-            asked = " ".join([topic, *(RULES[one].asked(found) for one, found in rules)])
+            asked = " ".join([topic, *(RULES[one].instruction(found) for one, found in rules)])
             id = f"{kind}/{i}"
             questions.append(
                 OpenQuestion(
@@ -250,7 +253,7 @@ def instructions(seed: int = 0) -> list[OpenQuestion]:
     return questions
 
 
-def _fitting(kind: str, count: int, rng: random.Random) -> list[str]:
+def _compatible_rules(kind: str, count: int, rng: random.Random) -> list[str]:
     """``count`` kinds of rules that do not contradict this one or each other."""
     found, groups = [], {RULES[kind].group, "alone"}
     if RULES[kind].group == "alone":
@@ -262,26 +265,26 @@ def _fitting(kind: str, count: int, rng: random.Random) -> list[str]:
     return found
 
 
-def _followed(answer: str, row: Row) -> list[bool]:
-    return [RULES[kind].followed(answer, **arguments) for kind, arguments in row["rules"]]
+def _followed_rules(answer: str, row: Row) -> list[bool]:
+    return [RULES[kind].is_followed(answer, **arguments) for kind, arguments in row["rules"]]
 
 
-@one_by_one
-def strict(answer: str, row: Row) -> float:
+@per_answer
+def strict_accuracy(answer: str, row: Row) -> float:
     """1 if the answer follows all its rules."""
-    return all(_followed(answer, row))
+    return all(_followed_rules(answer, row))
 
 
-@one_by_one
-def loose(answer: str, row: Row) -> float:
+@per_answer
+def loose_accuracy(answer: str, row: Row) -> float:
     """1 if one of the `variants` of the answer follows all its rules."""
-    return any(all(_followed(one, row)) for one in variants(answer))
+    return any(all(_followed_rules(one, row)) for one in variants(answer))
 
 
-@one_by_one
-def share(answer: str, row: Row) -> float:
+@per_answer
+def rule_accuracy(answer: str, row: Row) -> float:
     """The share of its rules that the answer follows."""
-    found = _followed(answer, row)
+    found = _followed_rules(answer, row)
     return sum(found) / len(found)
 
 
@@ -297,8 +300,9 @@ def variants(answer: str) -> Iterator[str]:
 def _read(format: str, cache: Path) -> dict[str, Any]:
     del cache
     return {
-        "questions": instructions(), "format": format, "judge": strict, "metric": "followed",
-        "also": {"loose": loose, "rules": share},
+        "questions": make_instructions(), "format": format, "judge": strict_accuracy,
+        "metric": "strict",
+        "extra_judges": {"loose": loose_accuracy, "rule_accuracy": rule_accuracy},
     }  # fmt: skip
 
 

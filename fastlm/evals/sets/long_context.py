@@ -1,4 +1,5 @@
-"""Long context, made by a seeded program: facts to find (`needle`) and chains to follow (`hops`).
+"""Long-context questions from a seeded program: facts to find (``needle``) and chains of names to
+follow (``hops``).
 
 Both follow RULER (Hsieh et al. 2024, arXiv:2404.06654), in words of their own. A format names
 lengths in tokens of `BYTES_PER_TOKEN` bytes, ``needle:1024,8192``, so that the text does not depend
@@ -14,11 +15,11 @@ from pathlib import Path
 from typing import Any
 
 from fastlm.errors import InputError
-from fastlm.evals.answers import Row, one_by_one
+from fastlm.evals.answers import Row, per_answer
 from fastlm.evals.task import Judge, OpenQuestion, TaskSpec
 
 BYTES_PER_TOKEN = 4  # SmolLM2's tokenizer has 4.3 to 4.5 on this text
-LONGEST = 2**20  # tokens
+MAX_LENGTH = 2**20  # tokens
 DEPTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
 REPEATS = 4  # questions per length and depth
 HOPS = (1, 2, 4)
@@ -30,27 +31,27 @@ _PLACES = (
     "Ottermouth", "Penhallow", "Quarrendon", "Ravensby", "Selworthy", "Thornaby", "Ulverton",
     "Wexcombe", "Yarrowdale",
 )  # fmt: skip
-_WHO = (
+_SUBJECTS = (
     "the baker", "a young painter", "the old sailor", "our neighbour", "the librarian",
     "a travelling doctor", "the gardener", "a quiet student", "the town clerk", "a farmer",
     "the music teacher", "a retired engineer", "the postman", "the innkeeper", "a carpenter",
 )  # fmt: skip
-_DID = (
+_VERBS = (
     "walked to", "spoke about", "dreamed of", "wrote a letter about", "took a picture of",
     "waited in front of", "paid a visit to", "made a sketch of", "told a story about",
     "stood and looked at", "read a book about", "asked the way to",
 )  # fmt: skip
-_WHAT = (
+_OBJECTS = (
     "the harbour", "the mill by the river", "a field of barley", "the market square",
     "an empty theatre", "the railway bridge", "the orchard", "a small chapel", "the lighthouse",
     "the garden wall", "a row of poplars", "the old school", "the stone well", "a wooden boat",
 )  # fmt: skip
-_WHEN = (
+_TIMES = (
     "in the early morning", "on a rainy day", "late in autumn", "before supper", "after the fair",
     "while the bells rang", "as the fog lifted", "during the first snow", "at the end of the week",
     "when the shops had closed", "under a clear sky", "on the way home",
 )  # fmt: skip
-_AND = (
+_CLAUSES = (
     "and nobody noticed", "and then it began to rain", "because there was time",
     "and came back with bread", "although the wind was cold", "and a dog followed",
     "for the third time that year", "and went on in silence", "as so often before",
@@ -60,14 +61,14 @@ _AND = (
 def sentences(rng: random.Random) -> Iterator[str]:
     """Yield sentences without end."""
     while True:
-        who, when = rng.choice(_WHO), rng.choice(_WHEN)
-        did = f"{rng.choice(_DID)} {rng.choice(_WHAT)}"
-        more = f", {rng.choice(_AND)}" if rng.random() < 0.5 else ""
+        who, when = rng.choice(_SUBJECTS), rng.choice(_TIMES)
+        did = f"{rng.choice(_VERBS)} {rng.choice(_OBJECTS)}"
+        more = f", {rng.choice(_CLAUSES)}" if rng.random() < 0.5 else ""
         told = f"{when}, {who} {did}{more}" if rng.random() < 0.4 else f"{who} {did} {when}{more}"
         yield f"{told[0].upper()}{told[1:]}."
 
 
-def hide(
+def hide_facts(
     facts: Sequence[str], depths: Sequence[float], tokens: int, rng: random.Random, room: int = 0
 ) -> str:
     """Return text of ``tokens`` tokens with each fact at its depth, 0 (first) to 1 (last).
@@ -91,15 +92,15 @@ def _lengths(format: str, name: str) -> list[int]:
     """The lengths that a format such as "1024,4096" names. InputError: it names none."""
     parts = list(dict.fromkeys(format.split(",")))
     for part in parts:
-        if not part.isascii() or not part.isdigit() or not 128 <= int(part) <= LONGEST:
+        if not part.isascii() or not part.isdigit() or not 128 <= int(part) <= MAX_LENGTH:
             raise InputError(
-                f"format: expected lengths of 128 to {LONGEST} tokens such as {name}:1024,4096,"
+                f"format: expected lengths of 128 to {MAX_LENGTH} tokens such as {name}:1024,4096,"
                 f" got {part!r:.40}"
             )
     return [int(part) for part in parts]
 
 
-def needle(lengths: Sequence[int], seed: int = 0) -> list[OpenQuestion]:
+def make_needle_questions(lengths: Sequence[int], seed: int = 0) -> list[OpenQuestion]:
     """Questions for one fact among three others of its kind, at five depths of each length."""
     questions = []
     begin = "A number is hidden in the following text. Remember it.\n\n"
@@ -112,7 +113,7 @@ def needle(lengths: Sequence[int], seed: int = 0) -> list[OpenQuestion]:
         asked = f"The number of the vault in {places[0]} is"
         end = f"\n\nQuestion: What is the number of the vault in {places[0]}?\nAnswer: {asked}"
         depths = [depth, *(rng.random() for _ in facts[1:])]
-        text = hide(facts, depths, length, rng, len(begin) + len(end))
+        text = hide_facts(facts, depths, length, rng, len(begin) + len(end))
         questions.append(
             OpenQuestion(
                 id, f"{begin}{text}{end}", {"expected": [str(numbers[0])]}, f" {numbers[0]}",
@@ -130,14 +131,14 @@ _EXAMPLE = (
 )
 
 
-def hops(lengths: Sequence[int], seed: int = 0) -> list[OpenQuestion]:
+def make_hops_questions(lengths: Sequence[int], seed: int = 0) -> list[OpenQuestion]:
     """Questions for all names of a number: each name is the same as the one before it. A second
     chain of the same length is not asked for."""
     questions = []
     for length, count, i in product(lengths, HOPS, range(CHAINS)):
         id = f"{length}/{count}/{i}"
         rng = random.Random(f"hops/{seed}/{id}")
-        names = _names(rng, 2 * (count + 1))
+        names = _draw_names(rng, 2 * (count + 1))
         values = rng.sample(range(10_000, 100_000), 2)
         facts: list[str] = []
         depths: list[float] = []
@@ -147,7 +148,7 @@ def hops(lengths: Sequence[int], seed: int = 0) -> list[OpenQuestion]:
             facts += [f"{b} is the same as {a}." for a, b in pairwise(chain)]
             depths += sorted(rng.random() for _ in chain)
         end = f"\nQuestion: Which {count + 1} names stand for {values[0]}?\nAnswer:"
-        text = hide(facts, depths, length, rng, len(_EXAMPLE) + len(end) + 6)
+        text = hide_facts(facts, depths, length, rng, len(_EXAMPLE) + len(end) + 6)
         questions.append(
             OpenQuestion(
                 id, f"{_EXAMPLE}Text: {text}{end}", {"expected": chains[0]},
@@ -158,7 +159,7 @@ def hops(lengths: Sequence[int], seed: int = 0) -> list[OpenQuestion]:
     return questions
 
 
-def _names(rng: random.Random, count: int) -> list[str]:
+def _draw_names(rng: random.Random, count: int) -> list[str]:
     letters = "BCDFGHJKLMNPQRSTVWXZ"  # no vowels: no words
     found: dict[str, None] = dict.fromkeys(("ABC", "DEF", "QRS", "TUV"))  # of the example
     while len(found) < count + 4:
@@ -166,32 +167,35 @@ def _names(rng: random.Random, count: int) -> list[str]:
     return [*found][4:]
 
 
-@one_by_one
-def finds_number(answer: str, row: Row) -> float:
+@per_answer
+def first_number_matches(answer: str, row: Row) -> float:
     """1 if the answer's first number is the wanted one."""
     return re.findall(r"\d+", answer.replace(",", ""))[:1] == list(row["expected"])
 
 
-@one_by_one
-def finds_names(answer: str, row: Row) -> float:
+@per_answer
+def named_share(answer: str, row: Row) -> float:
     """The share of the wanted names among as many that the answer names first."""
     wanted = set(row["expected"])
     named = list(dict.fromkeys(_NAME.findall(answer)))[: len(wanted)]
     return len(wanted & set(named)) / len(wanted)
 
 
-def _set(make: Callable[[Sequence[int]], list[OpenQuestion]], judge: Judge) -> TaskSpec:
+def _set(name: str, make: Callable[[Sequence[int]], list[OpenQuestion]], judge: Judge) -> TaskSpec:
     def read(format: str, cache: Path) -> dict[str, Any]:
         del cache
-        questions = make(_lengths(format, make.__name__))
-        wider = {q.part: q.part.partition(",")[0] for q in questions}
+        questions = make(_lengths(format, name))
+        group_of_part = {q.part: q.part.partition(",")[0] for q in questions}
         return {
-            "questions": questions, "format": format, "judge": judge, "metric": "found",
-            "wider": wider,
+            "questions": questions, "format": format, "judge": judge, "metric": "recall",
+            "group_of_part": group_of_part,
         }  # fmt: skip
 
     formats = ("512,1024,2048,4096",)
-    return TaskSpec("long context", "Apache-2.0", formats, "fastlm", read, free=True)
+    return TaskSpec("long context", "Apache-2.0", formats, "fastlm", read, any_format=True)
 
 
-SETS = {"needle": _set(needle, finds_number), "hops": _set(hops, finds_names)}
+SETS = {
+    "needle": _set("needle", make_needle_questions, first_number_matches),
+    "hops": _set("hops", make_hops_questions, named_share),
+}

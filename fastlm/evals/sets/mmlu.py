@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from fastlm.evals.sets.arrow import Row, label_of, read_split, text_of
-from fastlm.evals.sets.olmes import SOURCE, made
+from fastlm.evals.sets.olmes import SOURCE, parse_rows
 from fastlm.evals.task import MultipleChoice, TaskSpec
 
 HOME = "hails/mmlu_no_train"
@@ -43,7 +43,7 @@ FIELDS = {
 FIELD_OF = {subject: field for field, names in FIELDS.items() for subject in names.split()}
 
 
-def _asked(row: Row, letters: bool) -> tuple[str, list[str], int]:
+def _format_question(row: Row, letters: bool) -> tuple[str, list[str], int]:
     """The text of a question, its answers as they follow it, and which is right."""
     question, choices = text_of(row, "question").strip(), row["choices"]
     if len(choices) != len(LETTERS):
@@ -62,11 +62,13 @@ def subject_questions(
     kind = "multiple choice questions" if letters else "questions"
     words = subject.replace("_", " ")
     begin = f"The following are {kind} (with answers) about {words}.\n\n"
-    for text, answers, gold in made(f"{subject} dev, row", examples, lambda r: _asked(r, letters)):
+    for text, answers, gold in parse_rows(
+        f"{subject} dev, row", examples, lambda r: _format_question(r, letters)
+    ):
         begin += f"{text}{answers[gold]}\n\n"
 
     questions = []
-    asked = made(f"{subject} test, row", rows, lambda r: _asked(r, letters))
+    asked = parse_rows(f"{subject} test, row", rows, lambda r: _format_question(r, letters))
     for number, (text, answers, gold) in enumerate(asked):
         requests = tuple((begin + text, answer) for answer in answers)
         questions.append(MultipleChoice(f"{subject}/{number}", requests, gold, part=subject))
@@ -81,7 +83,7 @@ def _read(format: str, cache: Path) -> dict[str, Any]:
         rows = read_split(f"{HOME}/{subject}", "test", cache)
         questions += subject_questions(subject, examples, rows, letters)
     return {
-        "questions": questions, "format": f"lm-eval:{format}", "wider": FIELD_OF,
+        "questions": questions, "format": f"lm-eval:{format}", "group_of_part": FIELD_OF,
         "normalisation": "none" if letters else "characters",
     }  # fmt: skip
 

@@ -31,7 +31,7 @@ MATH = (
 # Of an answer; of SmolLM2's, the longest right ones have 299 (GSM8K) and 1,549, 95 % at most 639
 # (MATH-500). OLMES asks for at most 512 and 1,024.
 GSM8K_TOKENS, MATH_TOKENS = 320, 1024
-_BARE = 1_000_000  # added to the number of a question: the same answers without it
+_UNCONDITIONAL_OFFSET = 1_000_000  # added to the number of a question: the same answers without it
 Row = dict[str, Any]
 T = TypeVar("T")
 Q = TypeVar("Q")
@@ -67,7 +67,7 @@ def read_rows(path: Path) -> list[Row]:
     return rows
 
 
-def made(what: str, rows: Sequence[T], make: Callable[[T], Q]) -> list[Q]:
+def parse_rows(what: str, rows: Sequence[T], make: Callable[[T], Q]) -> list[Q]:
     """Return what ``make`` makes of each row. InputError: ``what`` with the number of the row that
     lacks something."""
     found = []
@@ -82,7 +82,7 @@ def made(what: str, rows: Sequence[T], make: Callable[[T], Q]) -> list[Q]:
     return found
 
 
-def _given(
+def _choice_set(
     ability: str, licence: str, folder: str, normalisation: str = "characters", *formats: str
 ) -> TaskSpec:
     """A set with given answers. ``formats``: default: all three."""
@@ -98,7 +98,7 @@ def _given(
         }  # fmt: skip
 
     known = formats or ("rc_5shot", "rc_0shot", "mc_5shot")
-    return TaskSpec(ability, licence, known, SOURCE, read, free=True)
+    return TaskSpec(ability, licence, known, SOURCE, read, any_format=True)
 
 
 def _choices(path: Path) -> list[MultipleChoice]:
@@ -107,18 +107,18 @@ def _choices(path: Path) -> list[MultipleChoice]:
         return int(row["doc_id"]), pair, row.get("label")
 
     asked: dict[int, list[tuple[tuple[str, str], Any]]] = {}
-    for number, pair, label in made(f"{path}, line", read_rows(path), line):
+    for number, pair, label in parse_rows(f"{path}, line", read_rows(path), line):
         asked.setdefault(number, []).append((pair, label))
     questions = []
     for number, rows in asked.items():
-        if number >= _BARE:
+        if number >= _UNCONDITIONAL_OFFSET:
             continue
         gold = rows[0][1]
         if not isinstance(gold, int) or not 0 <= gold < len(rows):
             raise InputError(
                 f"{path}: question {number}: expected a label of 0 to {len(rows) - 1}, got {gold!r}"
             )
-        bare = tuple(pair for pair, _ in asked.get(number + _BARE, []))
+        bare = tuple(pair for pair, _ in asked.get(number + _UNCONDITIONAL_OFFSET, []))
         questions.append(MultipleChoice(str(number), tuple(pair for pair, _ in rows), gold, bare))
     return questions
 
@@ -128,7 +128,7 @@ def _passage(q: MultipleChoice) -> str:
     return q.requests[0][0].rpartition("\n\n")[2].partition("\nQuestion:")[0]
 
 
-def _written(
+def _open_set(
     ability: str,
     licence: str,
     folders: str,
@@ -136,7 +136,7 @@ def _written(
     tokens: int,
     make: Callable[[OpenQuestion], OpenQuestion] | None = None,
     judge: Judge = exact_match,
-    **also: Judge,
+    **extra_judges: Judge,
 ) -> TaskSpec:
     """A set that is answered freely. ``folders``: separated by spaces; ``make``: changes what the
     requests say."""
@@ -149,10 +149,11 @@ def _written(
             found = read_open(request_file(name, format, cache), tokens, make)
             questions += [replace(q, id=f"{begin}{q.id}") for q in found]
         return {
-            "questions": questions, "format": f"olmes:{format}", "judge": judge, "also": also
+            "questions": questions, "format": f"olmes:{format}", "judge": judge,
+            "extra_judges": extra_judges,
         }  # fmt: skip
 
-    return TaskSpec(ability, licence, (format,), SOURCE, read, free=True)
+    return TaskSpec(ability, licence, (format,), SOURCE, read, any_format=True)
 
 
 def read_open(
@@ -172,7 +173,7 @@ def read_open(
         )  # fmt: skip
         return q if make is None else make(q)
 
-    return made(f"{path}, line", read_rows(path), question)
+    return parse_rows(f"{path}, line", read_rows(path), question)
 
 
 def _squad(q: OpenQuestion) -> OpenQuestion:
@@ -206,41 +207,41 @@ def _math(q: OpenQuestion) -> OpenQuestion:
 
 _SKILLS = "rc_5shot", "mc_5shot"
 SETS: dict[str, TaskSpec] = {
-    "hellaswag": _given("language", "MIT", "hellaswag"),
-    "winogrande": _given("language", "CC-BY", "winogrande", "none"),
-    "piqa": _given("language", "AFL-3.0", "piqa"),
-    "siqa": _given("language", "not stated", "socialiqa"),
-    "boolq": _given("language", "CC-BY-SA-3.0", "boolq", "none"),
-    "arc_easy": _given("reasoning", "CC-BY-SA-4.0", "arc_easy"),
-    "arc_challenge": _given("reasoning", "CC-BY-SA-4.0", "arc_challenge", "unconditional"),
-    "openbookqa": _given("reasoning", "not stated", "openbookqa", "unconditional"),
-    "commonsense_qa": _given("reasoning", "MIT", "csqa", "unconditional"),
+    "hellaswag": _choice_set("language", "MIT", "hellaswag"),
+    "winogrande": _choice_set("language", "CC-BY", "winogrande", "none"),
+    "piqa": _choice_set("language", "AFL-3.0", "piqa"),
+    "siqa": _choice_set("language", "not stated", "socialiqa"),
+    "boolq": _choice_set("language", "CC-BY-SA-3.0", "boolq", "none"),
+    "arc_easy": _choice_set("reasoning", "CC-BY-SA-4.0", "arc_easy"),
+    "arc_challenge": _choice_set("reasoning", "CC-BY-SA-4.0", "arc_challenge", "unconditional"),
+    "openbookqa": _choice_set("reasoning", "not stated", "openbookqa", "unconditional"),
+    "commonsense_qa": _choice_set("reasoning", "MIT", "csqa", "unconditional"),
     **{
-        name: _given(ability, "not stated", f"basic_skills_{folder}", "characters", *_SKILLS)
+        name: _choice_set(ability, "not stated", f"basic_skills_{folder}", "characters", *_SKILLS)
         for name, ability, folder in (
             ("logic", "reasoning", "logical_reasoning"), ("patterns", "reasoning", "pattern"),
             ("arithmetic", "mathematics", "arithmetic"), ("code_completion", "coding", "coding"),
             ("common_knowledge", "facts", "common_knowledge"),
         )
     },
-    "sciq": _given("facts", "CC-BY-NC-3.0", "sciq"),
-    "medmcqa": _given("facts", "Apache-2.0", "medmcqa", "characters", *_SKILLS),
-    "lambada": _written(
+    "sciq": _choice_set("facts", "CC-BY-NC-3.0", "sciq"),
+    "medmcqa": _choice_set("facts", "Apache-2.0", "medmcqa", "characters", *_SKILLS),
+    "lambada": _open_set(
         "language", "Modified MIT", "lambada", "bpb_0shot", 8, judge=first_word
     ),
-    "naturalqs": _written("facts", "CC-BY-SA-3.0", "naturalqs_open", "bpb_5shot", 24, f1=f1),
-    "jeopardy": _written("facts", "not stated", "jeopardy", "bpb_5shot", 24, f1=f1),
-    "squad": _written("language", "CC-BY-SA-4.0", "squad", "bpb_5shot", 24, _squad, f1=f1),
-    "drop": _written("reasoning", "CC-BY-SA-4.0", "drop", "bpb_5shot", 24, _drop, f1=f1),
-    "coqa": _written("language", "by passage", "coqa", "bpb_0shot", 24, _coqa, f1=f1),
-    "gsm8k": _written(
+    "naturalqs": _open_set("facts", "CC-BY-SA-3.0", "naturalqs_open", "bpb_5shot", 24, f1=f1),
+    "jeopardy": _open_set("facts", "not stated", "jeopardy", "bpb_5shot", 24, f1=f1),
+    "squad": _open_set("language", "CC-BY-SA-4.0", "squad", "bpb_5shot", 24, _squad, f1=f1),
+    "drop": _open_set("reasoning", "CC-BY-SA-4.0", "drop", "bpb_5shot", 24, _drop, f1=f1),
+    "coqa": _open_set("language", "by passage", "coqa", "bpb_0shot", 24, _coqa, f1=f1),
+    "gsm8k": _open_set(
         "mathematics", "MIT", "gsm8k", "gold_bpb_5shot", GSM8K_TOKENS, _gsm8k, last_number
     ),
-    "math500": _written(
+    "math500": _open_set(
         "mathematics", "MIT", "minerva_math_500", "gold_bpb_0shot", MATH_TOKENS, _math,
         latex_answer,
     ),
-    "math": _written(
+    "math": _open_set(
         "mathematics", "MIT", " ".join(f"minerva_math_{one}" for one in MATH), "gold_bpb_0shot",
         MATH_TOKENS, _math, latex_answer,
     ),

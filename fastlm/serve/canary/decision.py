@@ -121,7 +121,7 @@ def comparisons(
 
 @lru_cache(64)  # most counts are unchanged since the last check
 def _compare(*counts: Any) -> sequential.SequentialResult:
-    return sequential.always_valid(*counts)
+    return sequential.compare_rates(*counts)
 
 
 def decide(

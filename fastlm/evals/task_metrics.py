@@ -24,17 +24,19 @@ import numpy as np
 from fastlm.evals.results import Record
 from fastlm.evals.task import MultipleChoice, OpenQuestion, Task
 from fastlm.stats.intervals import mean_error, pass_at_k
-from fastlm.stats.power import detectable, detectable_rate, detectable_share
+from fastlm.stats.power import mean_mde, rate_mde, share_mde
 
 HEADLINE = "bits_per_byte"  # lower is better, and no share
-Values = dict[str, np.ndarray]  # measure -> (questions,)
-PASS_AT = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000)  # answers; and as many as were drawn
+QuestionMetrics = dict[str, np.ndarray]  # measure -> (questions,)
+PASS_AT_K = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000)  # answers; and as many as were drawn
 
 
-def values(task: Task, records: Sequence[Record]) -> Values:
+def question_metrics(task: Task, records: Sequence[Record]) -> QuestionMetrics:
     """Return each measure of each question, in the order of the task."""
     measure: Callable[[Any, Record], Mapping[str, float]]
-    measure = task.measure or partial(_of_open if task.open else _of_choices, task)
+    measure = task.question_metrics or partial(
+        _open_metrics if task.is_open else _choice_metrics, task
+    )
     rows = [measure(*pair) for pair in zip(task.questions, records, strict=True)]
     names = [name for name in rows[0] if all(name in row for row in rows)]
     return {name: np.array([row[name] for row in rows]) for name in names}
@@ -46,7 +48,7 @@ def bits_per_byte(question: MultipleChoice, logprob: float, delimiter: str) -> f
     return -logprob / math.log(2) / max(1, len(answer.encode()))
 
 
-def _of_choices(task: Task, question: MultipleChoice, record: Record) -> dict[str, float]:
+def _choice_metrics(task: Task, question: MultipleChoice, record: Record) -> dict[str, float]:
     logprobs, gold = record["logprob"], question.gold
     answers = [continuation for _, continuation in question.requests]
     plain = [answer.removeprefix(task.delimiter) for answer in answers]
@@ -54,23 +56,25 @@ def _of_choices(task: Task, question: MultipleChoice, record: Record) -> dict[st
     if task.normalisation == "characters":
         by_olmes = [p / len(a) for p, a in zip(logprobs, answers)]
     elif task.normalisation == "unconditional":
-        by_olmes = [p - q for p, q in zip(logprobs, record["bare"])]
+        by_olmes = [p - q for p, q in zip(logprobs, record["unconditional"])]
     return {
         HEADLINE: bits_per_byte(question, logprobs[gold], task.delimiter),
-        "acc": right(logprobs, gold),
-        "acc_olmes": right(by_olmes, gold),
-        "acc_norm": right([p / max(1, len(a)) for p, a in zip(logprobs, plain)], gold),
-        "acc_bytes": right([p / max(1, len(a.encode())) for p, a in zip(logprobs, plain)], gold),
+        "acc": argmax_score(logprobs, gold),
+        "acc_olmes": argmax_score(by_olmes, gold),
+        "acc_norm": argmax_score([p / max(1, len(a)) for p, a in zip(logprobs, plain)], gold),
+        "acc_bytes": argmax_score(
+            [p / max(1, len(a.encode())) for p, a in zip(logprobs, plain)], gold
+        ),
     }
 
 
-def right(scores: Sequence[float], gold: int) -> float:
+def argmax_score(scores: Sequence[float], gold: int) -> float:
     """1 if answer ``gold`` has the highest score, 1/n if it shares it with others, else 0."""
     best = max(scores)
     return 1 / sum(score == best for score in scores) if scores[gold] == best else 0.0
 
 
-def _of_open(task: Task, question: OpenQuestion, record: Record) -> dict[str, float]:
+def _open_metrics(task: Task, question: OpenQuestion, record: Record) -> dict[str, float]:
     scores, count = record["scores"], len(record["scores"])
     found = {}
     if record["gold"] is not None:
@@ -78,11 +82,11 @@ def _of_open(task: Task, question: OpenQuestion, record: Record) -> dict[str, fl
         found[HEADLINE] = -record["gold"] / math.log(2) / max(1, size)
     if task.judge is not None and task.metric == "pass":
         passed = sum(score >= 1 for score in scores)
-        for k in (*(k for k in PASS_AT if k < count), count):
+        for k in (*(k for k in PASS_AT_K if k < count), count):
             found[f"pass@{k}"] = pass_at_k(count, passed, k)
     elif task.judge is not None:
         found[task.metric] = sum(scores) / count
-    for name, judge in task.also.items():
+    for name, judge in task.extra_judges.items():
         others = judge([(answer, question.row) for answer in record["answers"]])
         found[name] = sum(others) / len(others)
     return found
@@ -93,31 +97,33 @@ def is_share(each: np.ndarray) -> bool:
     return bool(((each >= 0) & (each <= 1)).all())
 
 
-def summary(task: Task, measured: Values) -> dict[str, dict[str, Any]]:
+def summarize_metrics(task: Task, measured: QuestionMetrics) -> dict[str, dict[str, Any]]:
     """Return of each measure the mean ``value``, its standard ``error``, and ``detects``, the
     minimum detectable effect: the smallest difference to another model that these questions find
     with a probability of 80 %, if the two models' scores are independent. None where they tell no
     spread.
     """
-    clusters = passages(task)
+    clusters = passage_clusters(task)
     found = {}
     for name, each in measured.items():
         mean, is_bits = mean_error(each, clusters=clusters), name == HEADLINE
         if not is_bits and clusters is None and np.isin(each, (0, 1)).all():
-            effect = detectable_rate(mean.n, mean.mean)
+            effect = rate_mde(mean.n, mean.mean)
         elif not math.isfinite(mean.error):
             effect = math.inf
         elif not is_bits and is_share(each):
-            effect = detectable_share(mean.n, mean.mean, mean.error, freedom=mean.freedom)
+            effect = share_mde(mean.n, mean.mean, mean.error, df=mean.df)
         elif mean.error:
-            effect = detectable(mean.n, math.sqrt(2 * mean.n) * mean.error, freedom=mean.freedom)
+            effect = mean_mde(mean.n, math.sqrt(2 * mean.n) * mean.error, df=mean.df)
         else:
             effect = math.inf
-        found[name] = finite({"value": mean.mean, "error": mean.error, "detects": effect})
+        found[name] = finite_or_none(
+            {"value": mean.mean, "error": mean.error, "min_detectable_effect": effect}
+        )
     return found
 
 
-def passages(task: Task, rows: Iterable[int] | None = None) -> list[str] | None:
+def passage_clusters(task: Task, rows: Iterable[int] | None = None) -> list[str] | None:
     """Return the passage of each question (of ``rows``: all by default), as clusters for
     `mean_error`; None where no two questions share one."""
     chosen = range(len(task.questions)) if rows is None else rows
@@ -125,30 +131,35 @@ def passages(task: Task, rows: Iterable[int] | None = None) -> list[str] | None:
     return groups if len(set(groups)) < len(groups) else None
 
 
-def parts(task: Task, measured: Values) -> dict[str, dict[str, Any]]:
+def part_metrics(task: Task, measured: QuestionMetrics) -> dict[str, dict[str, Any]]:
     """Return, of each part of the set and of what parts belong to (``task.wider``), the number of
     questions and the mean of each measure with its standard error."""
     members: dict[str, list[int]] = {}
     for i, q in enumerate(task.questions):
         if q.part:
             members.setdefault(q.part, []).append(i)
-            if q.part in task.wider:
-                members.setdefault(task.wider[q.part], []).append(i)
+            if q.part in task.group_of_part:
+                members.setdefault(task.group_of_part[q.part], []).append(i)
     return {
-        part: {"questions": len(rows), "measures": means(task, measured, rows)}
+        part: {"questions": len(rows), "metrics": mean_metrics(task, measured, rows)}
         for part, rows in sorted(members.items())
     }
 
 
-def means(task: Task, measured: Values, rows: Sequence[int] | np.ndarray) -> dict[str, Any]:
+def mean_metrics(
+    task: Task, measured: QuestionMetrics, rows: Sequence[int] | np.ndarray
+) -> dict[str, Any]:
     """Return the mean of each measure on some questions with its standard error, None for one
     question or one passage."""
-    clusters = passages(task, rows)
+    clusters = passage_clusters(task, rows)
     found = {name: mean_error(each[rows], clusters=clusters) for name, each in measured.items()}
-    return {name: finite({"value": mean.mean, "error": mean.error}) for name, mean in found.items()}
+    return {
+        name: finite_or_none({"value": mean.mean, "error": mean.error})
+        for name, mean in found.items()
+    }
 
 
-def finite(values: Mapping[str, Any]) -> dict[str, Any]:
+def finite_or_none(values: Mapping[str, Any]) -> dict[str, Any]:
     """Return values as JSON has them: None for what one question does not tell."""
     return {
         key: None if isinstance(value, float) and not math.isfinite(value) else value
