@@ -23,8 +23,8 @@ def per_answer(score: Callable[[str, Row], float]) -> Judge:
     """Return the judge that gives each answer its own ``score``."""
 
     @wraps(score)
-    def judge(asked: Sequence[tuple[str, Row]]) -> list[float]:
-        return [float(score(answer, row)) for answer, row in asked]
+    def judge(answers: Sequence[tuple[str, Row]]) -> list[float]:
+        return [float(score(answer, row)) for answer, row in answers]
 
     return judge
 
@@ -43,7 +43,7 @@ def gold_answers(row: Row) -> list[str]:
 def _texts(value: Any) -> list[str]:
     if isinstance(value, str):
         return [value]
-    return [text for one in value for text in _texts(one)] if isinstance(value, Sequence) else []
+    return [text for item in value for text in _texts(item)] if isinstance(value, Sequence) else []
 
 
 def _first_line(answer: str) -> str:

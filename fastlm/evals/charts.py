@@ -43,9 +43,9 @@ def scores_chart(tasks: Tasks) -> str:
                 points[name].append((row, value, value - half, value + half))
     colors = CURVES if len(points) > 1 else (BLUE,)
     figure, axes = _rows([task["name"] for task in tasks], "right answers, %", points, colors)
-    known = [(100 * t["chance"], y) for y, t in enumerate(tasks) if t["chance"] is not None]
-    if known:
-        axes.plot(*zip(*known), "|", color=SOFT, markersize=11, label="chance")
+    chances = [(100 * t["chance"], y) for y, t in enumerate(tasks) if t["chance"] is not None]
+    if chances:
+        axes.plot(*zip(*chances), "|", color=SOFT, markersize=11, label="chance")
     axes.set_xlim(0, 100)
     legend(axes)
     return as_svg(figure)
@@ -56,14 +56,18 @@ def difference_charts(tasks: Tasks) -> list[str]:
     chart where no task says so."""
     points: dict[str, list[Point]] = {}
     names: list[str] = []
-    for task, one in table_comparisons(tasks):
-        if one["metric"] == HEADLINE:
+    for task, comparison in table_comparisons(tasks):
+        if comparison["metric"] == HEADLINE:
             names += [task["name"]] if task["name"] not in names else []
-            scale = 100 / task["models"][one["baseline"]]["metrics"][HEADLINE]["value"]
-            value = one["difference"]
-            ends = (value, value) if one["low"] is None else (one["low"], one["high"])
+            scale = 100 / task["models"][comparison["baseline"]]["metrics"][HEADLINE]["value"]
+            value = comparison["difference"]
+            ends = (
+                (value, value)
+                if comparison["low"] is None
+                else (comparison["low"], comparison["high"])
+            )
             point = (names.index(task["name"]), *(scale * x for x in (value, *ends)))
-            points.setdefault(one["model"], []).append(point)
+            points.setdefault(comparison["model"], []).append(point)
     if not points:
         return []
     first = next(iter(short_names([*tasks[0]["models"]]).values()))
@@ -88,9 +92,9 @@ def _rows(
     axes.grid(axis="x", color=LINE, linewidth=0.8)
     axes.margins(x=0.05)
     short = short_names([*points])
-    for (i, (model, own)), color in zip(enumerate(points.items()), cycle(colors)):
-        if own:
-            rows, *values = zip(*own)
+    for (i, (model, model_points)), color in zip(enumerate(points.items()), cycle(colors)):
+        if model_points:
+            rows, *values = zip(*model_points)
             shift = 0.5 * ((i + 0.5) / len(points) - 0.5)
             y = [row + shift for row in rows]
             _errorbar(axes, values, color, short[model], y=y, fmt="o", linewidth=1.2)
@@ -109,7 +113,7 @@ def _errorbar(
     axes.errorbar(**along, **options, color=color, label=label, markersize=4)
 
 
-def copies_charts(scores: Mapping[str, Mapping[str, Any]], of: str = "") -> list[str]:
+def copies_charts(scores: Mapping[str, Mapping[str, Any]], suffix: str = "") -> list[str]:
     """Draw what a model memorized over the copies in its training text: the share of texts that it
     continues to the letter, a curve per prefix, and the mean exposure of canaries. A chart is left
     out where no score is of its kind."""
@@ -121,11 +125,11 @@ def copies_charts(scores: Mapping[str, Mapping[str, Any]], of: str = "") -> list
     for pattern, label, y_label, scale in kinds:
         curves: dict[str, dict[int, Mapping[str, Any]]] = {}
         for key, score in scores.items():
-            if found := re.fullmatch(rf"{pattern}\.copies_(\d+)", key):
-                curves.setdefault(found[1], {})[int(found[2])] = score
+            if match := re.fullmatch(rf"{pattern}\.copies_(\d+)", key):
+                curves.setdefault(match[1], {})[int(match[2])] = score
         if not curves:
             continue
-        figure, axes = new_axes(f"copies in the training text{of}", y_label)
+        figure, axes = new_axes(f"copies in the training text{suffix}", y_label)
         curves = dict(sorted(curves.items(), key=lambda curve: (len(curve[0]), curve[0])))
         for (name, points), color in zip(curves.items(), cycle(CURVES)):
             x = sorted(points)

@@ -69,10 +69,10 @@ def _frame(prompts: Sequence[str]) -> tuple[int, int, int]:
     return examples, begin, end
 
 
-def common_prefix_length(one: str, other: str) -> int:
+def common_prefix_length(first: str, second: str) -> int:
     """How many characters two texts begin with alike."""
-    size = min(len(one), len(other))
-    return next((i for i in range(size) if one[i] != other[i]), size)
+    size = min(len(first), len(second))
+    return next((i for i in range(size) if first[i] != second[i]), size)
 
 
 def letters(text: str) -> np.ndarray:
@@ -115,25 +115,25 @@ def overlap(
 ) -> np.ndarray:
     """Return the share of each of the `question_texts` that all of the data holds, (questions,);
     NaN where a question is too short."""
-    spelled = [[letters(part) for part in parts] for parts in questions]
-    whole = [np.concatenate(parts) for parts in spelled]
+    letters_of = [[letters(part) for part in parts] for parts in questions]
+    full_texts = [np.concatenate(parts) for parts in letters_of]
     size = [
         N if len(body) >= N else SHORT if len(w) >= SHORT else 0
-        for w, (_, body, _) in zip(whole, spelled)
+        for w, (_, body, _) in zip(full_texts, letters_of)
     ]
-    found = build_indexes(whole, size)
+    index_by_n = build_indexes(full_texts, size)
     text = np.empty(0, np.uint8)
     for start in track(range(0, data.tokens, BLOCK), "searching the data", unit="blocks"):
         block = speller.decode(data.read(start, min(BLOCK, data.tokens - start)))
         text = np.concatenate([text[-(N - 1) :], block])  # so that no run is cut
-        for index in found.values():
+        for index in index_by_n.values():
             index.mark(text)
     share = np.full(len(questions), np.nan)
-    for i, (n, (before, body, _)) in enumerate(zip(size, spelled)):
+    for i, (n, (before, body, _)) in enumerate(zip(size, letters_of)):
         if n:
-            covered = found[n].covered_mask(whole[i])
-            alone = covered[len(before) : len(before) + len(body)]
-            share[i] = max(covered.mean(), alone.mean() if len(body) >= n else 0.0)
+            covered = index_by_n[n].covered_mask(full_texts[i])
+            without_frame = covered[len(before) : len(before) + len(body)]
+            share[i] = max(covered.mean(), without_frame.mean() if len(body) >= n else 0.0)
     return share
 
 
@@ -148,18 +148,18 @@ def task_overlaps(
     """`overlap` of several tasks, in one pass over the data."""
     texts = [question_texts(task.questions) for task in tasks]
     speller = LetterDecoder(tokenizer, vocab_size)
-    share = overlap([q for own in texts for q in own], data, speller, track=track)
-    return np.split(share, np.cumsum([len(own) for own in texts])[:-1])
+    share = overlap([q for task_texts in texts for q in task_texts], data, speller, track=track)
+    return np.split(share, np.cumsum([len(task_texts) for task_texts in texts])[:-1])
 
 
 def contamination_report(
     task: Task, share: np.ndarray, models: Mapping[str, QuestionMetrics]
 ) -> dict[str, Any]:
-    """What a result says of a task: counts, the dirtiest questions, and each model's measures on
-    the clean and the dirty part."""
+    """Return a task's entry in the result: counts, the dirtiest questions, and each model's metrics
+    on the clean and the dirty part."""
     touched, dirty = share > 0, share >= DIRTY  # neither, where it is NaN
     order = np.argsort(-np.nan_to_num(share), kind="stable")
-    named = [
+    touched_questions = [
         {"id": task.questions[i].id, "share": round(float(share[i]), 4)}
         for i in order[:100]
         if touched[i]
@@ -167,9 +167,12 @@ def contamination_report(
     parts = {"dirty": np.flatnonzero(dirty), "clean": np.flatnonzero(~dirty)}
     return {
         "n": N, "threshold": DIRTY, "questions": len(share), "short": int(np.isnan(share).sum()),
-        "touched": int(touched.sum()), "dirty": int(dirty.sum()), "touched_questions": named,
+        "touched": int(touched.sum()), "dirty": int(dirty.sum()),
+        "touched_questions": touched_questions,
         "models": {
-            name: {part: mean_metrics(task, own, rows) for part, rows in parts.items() if len(rows)}
-            for name, own in models.items()
+            name: {
+                part: mean_metrics(task, metrics, rows) for part, rows in parts.items() if len(rows)
+            }
+            for name, metrics in models.items()
         },
     }  # fmt: skip

@@ -31,10 +31,10 @@ try:
 except ModuleNotFoundError as error:
     if (error.name or "").partition(".")[0] != "lm_eval":
         raise
-    told = "expected the package lm_eval, which is not installed (pip install 'fastlm[harness]')"
+    message = "expected the package lm_eval, which is not installed (pip install 'fastlm[harness]')"
     if __name__ != "__main__":
-        raise InputError(told) from None
-    print(f"fastlm: {told}", file=sys.stderr)
+        raise InputError(message) from None
+    print(f"fastlm: {message}", file=sys.stderr)
     sys.exit(2)
 
 DTYPES = {
@@ -62,56 +62,58 @@ class ScorerLM(LM):
         pairs: list[Any] = [request.args for request in requests]
         with _bar(len(pairs), "loglikelihood", disable_tqdm) as bar:
 
-            def keep(i: int, one: Any) -> None:
-                answer = (one.logprob, bool(one.greedy))
-                self.cache_hook.add_partial("loglikelihood", pairs[i], answer)
+            def on_result(i: int, likelihood: Any) -> None:
+                result = (likelihood.logprob, bool(likelihood.greedy))
+                self.cache_hook.add_partial("loglikelihood", pairs[i], result)
                 bar.update()
 
-            found = self.scorer.loglikelihoods(pairs, greedy=True, on_result=keep)
-        return [(one.logprob, bool(one.greedy)) for one in found]
+            likelihoods = self.scorer.loglikelihoods(pairs, greedy=True, on_result=on_result)
+        return [(one.logprob, bool(one.greedy)) for one in likelihoods]
 
     def loglikelihood_rolling(
         self, requests: list[Instance], disable_tqdm: bool = False
     ) -> list[float]:
         texts: list[Any] = [request.args[0] for request in requests]
         with _bar(None, "loglikelihood_rolling", disable_tqdm) as bar:
-            found = self.scorer.rolling(texts, on_result=lambda i, one: bar.update())
-        return [one.logprob for one in found]
+            likelihoods = self.scorer.rolling(texts, on_result=lambda i, one: bar.update())
+        return [one.logprob for one in likelihoods]
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
-        asked: list[Any] = [request.args for request in requests]
-        prompts, draws = [], Counter[str]()
-        for context, options in asked:
-            prompts.append(self._prompt(context, options, draws[context]))
-            draws[context] += 1
-        with _bar(len(asked), "generate_until", disable_tqdm) as bar:
-            answers = self.scorer.generate(prompts, on_result=lambda one: bar.update())
+        arguments_list: list[Any] = [request.args for request in requests]
+        prompts, repeats = [], Counter[str]()
+        for context, options in arguments_list:
+            prompts.append(self._prompt(context, options, repeats[context]))
+            repeats[context] += 1
+        with _bar(len(arguments_list), "generate_until", disable_tqdm) as bar:
+            answers = self.scorer.generate(prompts, on_result=lambda completion: bar.update())
         texts = [answer.text for answer in answers]
-        for arguments, text in zip(asked, texts, strict=True):
+        for arguments, text in zip(arguments_list, texts, strict=True):
             if not arguments[1].get("do_sample"):
                 self.cache_hook.add_partial("generate_until", arguments, text)
         return texts
 
-    def _prompt(self, context: str, options: Mapping[str, Any], draw: int) -> EvalPrompt:
+    def _prompt(self, context: str, options: Mapping[str, Any], repeat: int) -> EvalPrompt:
         """``draw``: how often the same context was asked before; each has a seed of its own."""
-        known: dict[str, Any] = dict(normalize_gen_kwargs(dict(options), self.max_gen_toks))
-        stop, new = known.pop("until", None) or [], known.pop("max_gen_toks")
-        known.pop("use_cache", None)  # of transformers' generate
+        remaining: dict[str, Any] = dict(normalize_gen_kwargs(dict(options), self.max_gen_toks))
+        stop, max_new_tokens = remaining.pop("until", None) or [], remaining.pop("max_gen_toks")
+        remaining.pop("use_cache", None)  # of transformers' generate
         # neither filters nor a temperature change a greedy answer
-        known.setdefault("temperature", 1.0 if known.pop("do_sample") else 0.0)
-        sampling = Sampling(**{name: known.pop(name) for name in SAMPLING if name in known})
-        for name in known:
+        remaining.setdefault("temperature", 1.0 if remaining.pop("do_sample") else 0.0)
+        sampling = Sampling(**{name: remaining.pop(name) for name in SAMPLING if name in remaining})
+        for name in remaining:
             names = ["until", "max_gen_toks", "do_sample", *SAMPLING]
             raise InputError(unknown_key(f"gen_kwargs: {name}", name, names))
         stop = [stop] if isinstance(stop, str) else stop
-        if new >= self.scorer.context_limit:
+        if max_new_tokens >= self.scorer.context_limit:
             raise InputError(
                 f"max_gen_toks: expected less than the context's {self.scorer.context_limit} "
                 "tokens,"
-                f" got {new}"
+                f" got {max_new_tokens}"
             )
-        seed = request_seed(self.seed, context, draw)
-        return EvalPrompt(context, new, tuple(s for s in stop if s), seed=seed, sampling=sampling)
+        seed = request_seed(self.seed, context, repeat)
+        return EvalPrompt(
+            context, max_new_tokens, tuple(s for s in stop if s), seed=seed, sampling=sampling
+        )
 
 
 class FastLM(ScorerLM):
@@ -153,15 +155,15 @@ class FastLM(ScorerLM):
         **unknown: Any,
     ) -> None:
         for name in unknown:
-            known = [*inspect.signature(FastLM).parameters][:-1]  # all but **unknown
-            raise InputError(unknown_key(f"model_args: {name}", name, known))
+            names = [*inspect.signature(FastLM).parameters][:-1]  # all but **unknown
+            raise InputError(unknown_key(f"model_args: {name}", name, names))
         if dtype not in DTYPES:
             raise InputError(f"dtype: expected one of {', '.join(DTYPES)}, got {dtype!r}")
         for name, value in (("tokens", tokens), ("max_gen_toks", max_gen_toks)):
             if value < 1:
                 raise InputError(f"{name}: expected 1 or more, got {value}")
         del batch_size, max_batch_size  # the harness passes them to every model
-        model, own = load_model(
+        model, model_tokenizer = load_model(
             pretrained, act_bits, keep_quantized=keep_quantized, dtype=DTYPES[dtype]
         )
         # the harness' command asks for cuda:0 unless told otherwise, also where there is none
@@ -169,7 +171,7 @@ class FastLM(ScorerLM):
             model.to(device)
         scorer = Scorer(
             model,
-            Tokenizer.load(tokenizer) if tokenizer else own,
+            Tokenizer.load(tokenizer) if tokenizer else model_tokenizer,
             tokens=tokens,
             limit=max_length,
             add_bos=add_bos_token,

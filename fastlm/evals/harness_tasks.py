@@ -54,14 +54,14 @@ def is_task_file(name: str) -> bool:
 
 def task_files(path: str | Path) -> list[Path]:
     """Return the files that a task's file names, itself included: data, Python, other YAML."""
-    found, left = {}, [Path(path)]
-    while left:
-        file = left.pop()
-        if (place := file.resolve()) not in found:
-            found[place] = file
+    files, stack = {}, [Path(path)]
+    while stack:
+        file = stack.pop()
+        if (place := file.resolve()) not in files:
+            files[place] = file
             names = _texts(_plain_yaml(file)) if is_task_file(file.name) else []
-            left += [Path(match) for name in names for match in _matches(file.parent, name)]
-    return list(found.values())
+            stack += [Path(match) for name in names for match in _matches(file.parent, name)]
+    return list(files.values())
 
 
 def _plain_yaml(path: Path) -> Any:
@@ -81,7 +81,7 @@ def _texts(value: Any) -> list[str]:
     if isinstance(value, str):
         return [value]
     values = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
-    return [text for one in values for text in _texts(one)]
+    return [text for item in values for text in _texts(item)]
 
 
 def _matches(folder: Path, name: str) -> list[str]:
@@ -135,14 +135,14 @@ def read_task(path: str | Path, cache: Path) -> Task:
     task.set_fewshot_seed(seed=FEWSHOT_SEED)
     _call_harness(path, task.build_all_requests)
     requests: dict[str, list[Any]] = {}
-    for one in task.instances:
-        requests.setdefault(str(one.doc_id), []).append(one)
-    made = _HarnessTask(path, task, requests)
+    for instance in task.instances:
+        requests.setdefault(str(instance.doc_id), []).append(instance)
+    harness_task = _HarnessTask(path, task, requests)
     return Task(
-        name, "own", [_question(task, id, own) for id, own in requests.items()], str(path),
-        "not stated", f"lm-eval:{task.config.num_fewshot or 0}shot",
-        delimiter=task.config.target_delimiter, probe=made.ask, record=HarnessRecord,
-        question_metrics=made.question_metrics, aggregate=made.aggregate,
+        name, "own", [_question(task, id, instances) for id, instances in requests.items()],
+        str(path), "not stated", f"lm-eval:{task.config.num_fewshot or 0}shot",
+        delimiter=task.config.target_delimiter, probe=harness_task.ask, record=HarnessRecord,
+        question_metrics=harness_task.question_metrics, aggregate=harness_task.aggregate,
     )  # fmt: skip
 
 
@@ -171,14 +171,14 @@ def _question(task: Any, id: str, requests: Sequence[Any]) -> Question:
             )
         pairs = tuple((str(context), str(answer)) for context, answer in arguments)
         return MultipleChoice(id, pairs[: len(answers)], gold, unconditional=pairs[len(answers) :])
-    told = {"requests": arguments, "repeats": requests[0].repeats}
+    row_data = {"requests": arguments, "repeats": requests[0].repeats}
     if task.OUTPUT_TYPE == "loglikelihood_rolling":
-        return OpenQuestion(id, "", told, arguments[0][0])
+        return OpenQuestion(id, "", row_data, arguments[0][0])
     if task.OUTPUT_TYPE == "loglikelihood":
-        return OpenQuestion(id, arguments[0][0], told, arguments[0][1])
+        return OpenQuestion(id, arguments[0][0], row_data, arguments[0][1])
     gold = task.doc_to_target(row)
     gold = (gold or [""])[0] if isinstance(gold, list) else gold
-    return OpenQuestion(id, arguments[0][0], told, f"{task.config.target_delimiter}{gold}")
+    return OpenQuestion(id, arguments[0][0], row_data, f"{task.config.target_delimiter}{gold}")
 
 
 class _HarnessTask:
@@ -190,13 +190,21 @@ class _HarnessTask:
     def ask(self, scorer: "Scorer", questions: Sequence[Question], seed: int) -> list[Record]:
         from fastlm.evals.harness import ScorerLM
 
-        asked = [one for q in questions for one in self.requests[q.id] for _ in range(one.repeats)]
-        answer = getattr(ScorerLM(scorer, seed=seed), asked[0].request_type)
-        responses = iter(answer(asked, disable_tqdm=True))
+        instances = [
+            instance
+            for q in questions
+            for instance in self.requests[q.id]
+            for _ in range(instance.repeats)
+        ]
+        answer = getattr(ScorerLM(scorer, seed=seed), instances[0].request_type)
+        responses = iter(answer(instances, disable_tqdm=True))
         records = []
         for q in questions:
-            own = [[next(responses) for _ in range(one.repeats)] for one in self.requests[q.id]]
-            records.append({"id": q.id, "responses": own})
+            question_responses = [
+                [next(responses) for _ in range(instance.repeats)]
+                for instance in self.requests[q.id]
+            ]
+            records.append({"id": q.id, "responses": question_responses})
         return records
 
     def results(self, record: Record) -> dict[str, tuple[str, Any]]:
@@ -221,12 +229,12 @@ class _HarnessTask:
         return self.task.aggregation().get(metric) in (None, get_aggregation("mean"))
 
     def question_metrics(self, question: Question, record: Record) -> dict[str, float]:
-        found = {}
+        metrics = {}
         if isinstance(question, MultipleChoice):
             logprob = record["responses"][question.gold][0][0]
-            found[HEADLINE] = bits_per_byte(question, logprob, self.task.config.target_delimiter)
+            metrics[HEADLINE] = bits_per_byte(question, logprob, self.task.config.target_delimiter)
         results = _call_harness(self.path, lambda: self.results(record))
-        return found | {
+        return metrics | {
             name: float(value) for name, (metric, value) in results.items() if self.is_mean(metric)
         }
 

@@ -61,9 +61,9 @@ def boxed(text: str) -> str | None:
 def final_answer(text: str) -> str:
     """The answer of a solution: in Minerva's phrase "the final answer is ... I hope it is correct",
     else in the last box, else after "answer is", else the last formula; "" if there is none."""
-    said = _FINAL_ANSWER.search(text)
-    if said and (hoped := _HOPE.search(text, said.end())):
-        answer = _sentence(text[said.end() : hoped.start()])
+    phrase = _FINAL_ANSWER.search(text)
+    if phrase and (end := _HOPE.search(text, phrase.end())):
+        answer = _sentence(text[phrase.end() : end.start()])
         return boxed(answer) or answer
     if (found := boxed(text)) is not None:
         return found
@@ -90,14 +90,14 @@ def normalize_latex(answer: str) -> str:
     text = _UNITS.sub("", _DEGREES.sub("", _AND.sub(",", text)))
     text = _FRAC.sub(lambda m: rf"\frac{{{m[1] or m[2]}}}{{{m[3] or m[4]}}}", text)
     text = "".join(_ROOT.sub(r"\\sqrt{\1}", text).split())
-    whole = text.replace(",", "")
-    grouped = re.fullmatch(r"[-+]?\d{1,3}(,\d{3})+(\.\d+)?", text)
-    return whole if grouped else text
+    without_commas = text.replace(",", "")
+    is_grouped = re.fullmatch(r"[-+]?\d{1,3}(,\d{3})+(\.\d+)?", text)
+    return without_commas if is_grouped else text
 
 
-def is_equivalent(one: str, other: str) -> bool:
+def is_equivalent(first: str, second: str) -> bool:
     """Whether two answers are the same: as normalized text, or as numbers."""
-    a, b = normalize_latex(one), normalize_latex(other)
+    a, b = normalize_latex(first), normalize_latex(second)
     if a == b:
         return bool(a)
     x, y = _value(a), _value(b)
@@ -109,7 +109,7 @@ def _value(text: str) -> Fraction | None:
         return None
     if _NUMBER.fullmatch(text):
         return Fraction(text)
-    if (found := _RATIO.fullmatch(text)) and int(found[3] or found[5]):
-        sign = -1 if found[1] == "-" else 1
-        return sign * Fraction(int(found[2] or found[4]), int(found[3] or found[5]))
+    if (match := _RATIO.fullmatch(text)) and int(match[3] or match[5]):
+        sign = -1 if match[1] == "-" else 1
+        return sign * Fraction(int(match[2] or match[4]), int(match[3] or match[5]))
     return None

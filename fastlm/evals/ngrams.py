@@ -54,13 +54,15 @@ class NgramIndex:
 
     def __init__(self, questions: Sequence[np.ndarray], n: int) -> None:
         self.n = n
-        own = [np.unique(hashes(ids, n)) for ids in questions]
-        self.distinct = np.array([len(grams) for grams in own], np.int64)
-        self.ngrams, place = np.unique(np.concatenate([*own, _NONE]), return_inverse=True)
-        order = np.argsort(place, kind="stable")
+        question_ngrams = [np.unique(hashes(ids, n)) for ids in questions]
+        self.distinct = np.array([len(grams) for grams in question_ngrams], np.int64)
+        self.ngrams, index = np.unique(
+            np.concatenate([*question_ngrams, _NONE]), return_inverse=True
+        )
+        order = np.argsort(index, kind="stable")
         # the questions that have known[i]: owners[begins[i] : begins[i + 1]]
-        self.owners = np.repeat(np.arange(len(own)), self.distinct)[order]
-        self.begins = np.searchsorted(place[order], np.arange(len(self.ngrams) + 1))
+        self.owners = np.repeat(np.arange(len(question_ngrams)), self.distinct)[order]
+        self.begins = np.searchsorted(index[order], np.arange(len(self.ngrams) + 1))
         self.seen = np.zeros(len(self.ngrams), bool)
         self.table = np.zeros(2**_BITS, bool)
         self.table[_slots(self.ngrams)] = True
@@ -68,9 +70,9 @@ class NgramIndex:
     def positions(self, ids: np.ndarray) -> np.ndarray:
         """Return where the n-grams that ``ids`` holds stand in ``known``, in their order."""
         values = hashes(ids, self.n)
-        maybe = values[self.table[_slots(values)]]
-        at = np.searchsorted(self.ngrams[:-1], maybe)
-        return at[self.ngrams[at] == maybe] if len(maybe) else at
+        candidates = values[self.table[_slots(values)]]
+        indices = np.searchsorted(self.ngrams[:-1], candidates)
+        return indices[self.ngrams[indices] == candidates] if len(candidates) else indices
 
     def mark(self, ids: np.ndarray) -> None:
         """Mark the n-grams that a piece of the data holds as seen."""
@@ -86,9 +88,9 @@ class NgramIndex:
 
     def shared_counts(self, ids: np.ndarray) -> np.ndarray:
         """How many different n-grams of each question ``ids`` holds: (questions,)."""
-        held = [self.owners[self.begins[i] : self.begins[i + 1]] for i in {*self.positions(ids)}]
-        whole = np.concatenate(held) if held else np.empty(0, np.int64)
-        return np.bincount(whole, minlength=len(self.distinct))
+        owners = [self.owners[self.begins[i] : self.begins[i + 1]] for i in {*self.positions(ids)}]
+        all_owners = np.concatenate(owners) if owners else np.empty(0, np.int64)
+        return np.bincount(all_owners, minlength=len(self.distinct))
 
 
 def build_indexes(questions: Sequence[np.ndarray], sizes: Sequence[int]) -> dict[int, NgramIndex]:

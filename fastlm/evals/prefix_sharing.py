@@ -31,7 +31,7 @@ class PrefixBatch:
 
 
 def prefix_batches(
-    sequences: Sequence[list[int]], *, tokens: int, keys: int, most: int | None = None
+    sequences: Sequence[list[int]], *, tokens: int, keys: int, max_sequences: int | None = None
 ) -> Iterator[PrefixBatch]:
     """Yield all sequences, none of them empty, in batches.
 
@@ -47,7 +47,7 @@ def prefix_batches(
         sequence = sequences[i]
         shared = _common_prefix_length(last, sequence)
         full = total + len(sequence) - shared > tokens or key_count + len(sequence) > keys
-        if members and (full or len(members) == most):
+        if members and (full or len(members) == max_sequences):
             yield _batch(sequences, members)
             members, total, key_count, shared = [], 0, 0, 0
         members.append((i, shared))
@@ -72,9 +72,9 @@ def _batch(sequences: Sequence[list[int]], members: Sequence[tuple[int, int]]) -
     own_keys: list[np.ndarray] = []  # per document
     ends = [0]
     for i, shared in members:
-        own = np.arange(len(ids), len(ids) + len(sequences[i]) - shared)
-        rows.append(np.concatenate([rows[-1][:shared], own]) if shared else own)
-        if len(own):
+        new_rows = np.arange(len(ids), len(ids) + len(sequences[i]) - shared)
+        rows.append(np.concatenate([rows[-1][:shared], new_rows]) if shared else new_rows)
+        if len(new_rows):
             ids += sequences[i][shared:]
             ends.append(len(ids))
             own_keys.append(rows[-1])

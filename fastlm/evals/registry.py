@@ -19,15 +19,15 @@ SETS: dict[str, TaskSpec] = {
 }  # fmt: skip
 
 
-def task_names(asked: Sequence[str]) -> list[str]:
+def task_names(selection: Sequence[str]) -> list[str]:
     """Return the names of sets that ``asked`` means: an ability stands for its sets, "all" for all
     of them."""
     names: list[str] = []
-    for one in asked:
-        if one == "all" or one in ABILITIES:
-            names += [n for n, s in SETS.items() if one in ("all", s.ability)]
+    for item in selection:
+        if item == "all" or item in ABILITIES:
+            names += [n for n, s in SETS.items() if item in ("all", s.ability)]
         else:
-            names.append(one)
+            names.append(item)
     return list(dict.fromkeys(names))
 
 

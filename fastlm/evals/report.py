@@ -144,9 +144,9 @@ def _bits_table(result: Mapping[str, Any]) -> ReportTable:
     for name, v in result["models"].items():
         figures = f"{v['loss']:.4f}", f"{v['tokens']:,}", f"{v['seq_len']:,}"
         rows.append(row(name, v["bits_per_byte"], *figures))
-        for domain, own in v.get("domains", {}).items():
-            bits = f"{own['bits_per_byte']:.4f}"
-            rows.append((f"  {domain}", bits, "", "", f"{own['tokens']:,}", ""))
+        for domain, result_of_domain in v.get("domains", {}).items():
+            bits = f"{result_of_domain['bits_per_byte']:.4f}"
+            rows.append((f"  {domain}", bits, "", "", f"{result_of_domain['tokens']:,}", ""))
     rows += [row(name, value) for name, value in packed.items()]
     return ReportTable(("model", "bits per byte", "difference", "loss", "tokens", "window"), rows)
 
@@ -210,7 +210,9 @@ def safety_blocks(result: Mapping[str, Any]) -> Blocks:
     if any("judge" in score for score in scores):
         blocks.append(LEGEND)
     kinds = [score["judge"].get("constructed", {}) for score in scores if "judge" in score]
-    texts = (", ".join(f"{k} {passed}/{of}" for k, (passed, of) in own.items()) for own in kinds)
+    texts = (
+        ", ".join(f"{k} {passed}/{of}" for k, (passed, of) in counts.items()) for counts in kinds
+    )
     blocks += [
         f"the judge passes, of answers constructed not to succeed: {text}"
         for text in dict.fromkeys(texts)
@@ -246,7 +248,7 @@ def render_safety(result: Mapping[str, Any]) -> Any:
     gates = []
     if result["gates"]:
         passed = [f"all {result['gates']} gates passed"]
-        gates = ["", *([f"FAILED {why}" for why in result["failed"]] or passed)]
+        gates = ["", *([f"FAILED {failure}" for failure in result["failed"]] or passed)]
     return render_blocks([*safety_blocks(result), *gates])
 
 

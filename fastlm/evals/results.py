@@ -31,8 +31,8 @@ class RecordFile:
         schema: of a record (`fastlm.schema`).
     """
 
-    def __init__(self, path: str | Path, about: Mapping[str, Any], schema: Any = Record):
-        self.path, self.metadata = Path(path), {**about, "version": VERSION}
+    def __init__(self, path: str | Path, metadata: Mapping[str, Any], schema: Any = Record):
+        self.path, self.metadata = Path(path), {**metadata, "version": VERSION}
         self.records: list[Record] = []
         self._ends: list[int] = []  # bytes up to the end of each line
         make_folder(self.path.parent)

@@ -73,18 +73,18 @@ def run_tasks(
     for task in tasks:
         if task.check is not None and not (folder / _record_file_name(task)).exists():
             task.check()
-    found = []
+    results = []
     for task in track(tasks, "question sets", unit="sets"):
         records = run_task(task, scorer, folder, model=model, **drawing)
-        overall = task.aggregate(records) if task.aggregate is not None else {}
-        found.append(
+        aggregate = task.aggregate(records) if task.aggregate is not None else {}
+        results.append(
             {
                 "values": question_metrics(task, records),
-                "overall": overall,
+                "overall": aggregate,
                 "truncated": truncated_count(records),
             }
         )
-    return found
+    return results
 
 
 def run_task(
@@ -98,12 +98,12 @@ def run_task(
 ) -> list[Record]:
     """Return a record per question, from the task's file in ``folder``; see `run_questions` and
     `run_tasks`."""
-    about: dict[str, Any] = {"task": task.name, "hash": task.hash, "model": model}
+    metadata: dict[str, Any] = {"task": task.name, "hash": task.hash, "model": model}
     if task.is_open:
-        about |= DEFAULT_SAMPLING | drawing
+        metadata |= DEFAULT_SAMPLING | drawing
     if task.judge is not None:
-        about["judge"] = f"{task.judge.__module__}.{task.judge.__qualname__}"
-    with RecordFile(folder / _record_file_name(task), about, schema_of(task)) as results:
+        metadata["judge"] = f"{task.judge.__module__}.{task.judge.__qualname__}"
+    with RecordFile(folder / _record_file_name(task), metadata, schema_of(task)) as results:
         return run_questions(task, scorer, results, track=track, **drawing)
 
 
@@ -140,12 +140,12 @@ def run_questions(
     """
     options = DEFAULT_SAMPLING | drawing
     for number, (question, record) in enumerate(zip(task.questions, results.records), 2):
-        where = f"{results.path}:{number}"
-        check_record(task, question, record, options.get("samples", 1), where)
+        location = f"{results.path}:{number}"
+        check_record(task, question, record, options.get("samples", 1), location)
     size = task.chunk_size or CHUNK
-    begins = results.remaining_chunks(len(task.questions), size)
-    for at in track(begins) if begins else ():
-        part: Sequence[Any] = task.questions[at : at + size]
+    starts = results.remaining_chunks(len(task.questions), size)
+    for start in track(starts) if starts else ():
+        part: Sequence[Any] = task.questions[start : start + size]
         if task.probe is not None:
             results.add(task.probe(scorer, part, options.get("seed", 0)))
         else:
@@ -154,7 +154,9 @@ def run_questions(
     return results.records
 
 
-def check_record(task: Task, question: Question, record: Record, samples: int, where: str) -> None:
+def check_record(
+    task: Task, question: Question, record: Record, samples: int, location: str
+) -> None:
     """Raise InputError unless a record has what the measures of its question need."""
     if task.probe is not None:
         counts = {}
@@ -166,11 +168,13 @@ def check_record(task: Task, question: Question, record: Record, samples: int, w
         counts |= {"unconditional": len(question.unconditional)} if question.unconditional else {}
         counts |= {"greedy": answers} if task.greedy else {}
     if record["id"] != question.id:
-        told = f"id: expected {question.id!r:.80}, got {record['id']!r:.80}"
-        raise InputError(f"{where}: {told}; {RESTART_HINT}")
+        message = f"id: expected {question.id!r:.80}, got {record['id']!r:.80}"
+        raise InputError(f"{location}: {message}; {RESTART_HINT}")
     for key, count in counts.items():
         if (got := len(record.get(key, ()))) != count:
-            raise InputError(f"{where}: {key}: expected {count} values, got {got}; {RESTART_HINT}")
+            raise InputError(
+                f"{location}: {key}: expected {count} values, got {got}; {RESTART_HINT}"
+            )
 
 
 def _ask_choices(
@@ -180,16 +184,16 @@ def _ask_choices(
     likelihoods = iter(scorer.loglikelihoods(pairs, greedy=task.greedy))
     records = []
     for q in questions:
-        own = [next(likelihoods) for _ in q.requests]
+        answer_likelihoods = [next(likelihoods) for _ in q.requests]
         record: Record = {
-            "id": q.id, "logprob": [one.logprob for one in own],
-            "tokens": [one.tokens for one in own],
+            "id": q.id, "logprob": [likelihood.logprob for likelihood in answer_likelihoods],
+            "tokens": [likelihood.tokens for likelihood in answer_likelihoods],
         }  # fmt: skip
         if task.greedy:
-            record["greedy"] = [bool(one.greedy) for one in own]
+            record["greedy"] = [bool(likelihood.greedy) for likelihood in answer_likelihoods]
         if q.unconditional:
             record["unconditional"] = [next(likelihoods).logprob for _ in q.unconditional]
-        if cut := max(one.truncated_tokens for one in own):
+        if cut := max(likelihood.truncated_tokens for likelihood in answer_likelihoods):
             record["truncated_tokens"] = cut
         records.append(record)
     return records
@@ -203,19 +207,22 @@ def _ask_open(
     temperature: float = 0.0,
     seed: int = 0,
 ) -> list[Record]:
-    asked = [(q, request_seed(seed, q.id, i)) for q in questions for i in range(samples)]
-    answers, cuts = _conversations(asked, scorer, temperature)
+    seeded_questions = [(q, request_seed(seed, q.id, i)) for q in questions for i in range(samples)]
+    answers, cuts = _conversations(seeded_questions, scorer, temperature)
     scores: list[float] = []
     if task.judge is not None:
-        scores = task.judge([(text, q.row) for text, (q, _) in zip(answers, asked, strict=True)])
+        scores = task.judge(
+            [(text, q.row) for text, (q, _) in zip(answers, seeded_questions, strict=True)]
+        )
     golds = _golds(questions, scorer)
     records = []
     for i, q in enumerate(questions):
-        own = slice(i * samples, (i + 1) * samples)
+        question_slice = slice(i * samples, (i + 1) * samples)
         record: Record = {
-            "id": q.id, "answers": answers[own], "scores": scores[own], "gold": golds.get(i)
+            "id": q.id, "answers": answers[question_slice], "scores": scores[question_slice],
+            "gold": golds.get(i),
         }  # fmt: skip
-        if cut := max(cuts[own]):
+        if cut := max(cuts[question_slice]):
             record["truncated_tokens"] = cut
         records.append(record)
     return records
@@ -226,43 +233,47 @@ def _is_chat(question: OpenQuestion, scorer: Scorer) -> bool:
 
 
 def _conversations(
-    asked: Sequence[tuple[OpenQuestion, int]], scorer: Scorer, temperature: float
+    seeded_questions: Sequence[tuple[OpenQuestion, int]], scorer: Scorer, temperature: float
 ) -> tuple[list[str], list[int]]:
     """Return the answer to each question, drawn with its seed, after the model's own answers to the
     messages before it; and the most tokens that were cut off in one of its turns."""
-    turns: list[tuple[tuple[str, str], ...]] = [()] * len(asked)
-    cuts = [0] * len(asked)
-    for turn in range(max(len(q.earlier_messages) for q, _ in asked) + 1):
+    turns: list[tuple[tuple[str, str], ...]] = [()] * len(seeded_questions)
+    cuts = [0] * len(seeded_questions)
+    for turn in range(max(len(q.earlier_messages) for q, _ in seeded_questions) + 1):
         rows, prompts = [], []
-        for i, (q, seed) in enumerate(asked):
+        for i, (q, seed) in enumerate(seeded_questions):
             if turn <= len(q.earlier_messages):
                 chat = _is_chat(q, scorer)
                 text = (*q.earlier_messages, q.prompt)[turn]
                 if (
                     q.earlier_messages and not chat
                 ):  # a conversation for a model without a chat template
-                    told = [f"User: {message}\nAssistant: {answer}" for message, answer in turns[i]]
-                    text = "\n".join([*told, f"User: {text}\nAssistant:"])
-                before = turns[i] if chat else ()
+                    lines = [
+                        f"User: {message}\nAssistant: {answer}" for message, answer in turns[i]
+                    ]
+                    text = "\n".join([*lines, f"User: {text}\nAssistant:"])
+                history = turns[i] if chat else ()
                 rows.append(i)
                 prompts.append(
-                    EvalPrompt(text, q.max_new_tokens, q.stop, chat=chat, seed=seed, history=before)
+                    EvalPrompt(
+                        text, q.max_new_tokens, q.stop, chat=chat, seed=seed, history=history
+                    )
                 )
-        written = scorer.generate(prompts, temperature=temperature)
-        for i, answer in zip(rows, written, strict=True):
+        completions = scorer.generate(prompts, temperature=temperature)
+        for i, answer in zip(rows, completions, strict=True):
             cuts[i] = max(cuts[i], answer.truncated_prompt_tokens)
-            q, _ = asked[i]
+            q, _ = seeded_questions[i]
             turns[i] = (*turns[i], ((*q.earlier_messages, q.prompt)[turn], answer.text))
-    return [own[-1][1] for own in turns], cuts
+    return [question_turns[-1][1] for question_turns in turns], cuts
 
 
 def _golds(questions: Sequence[OpenQuestion], scorer: Scorer) -> dict[int, float]:
     """Return the logprob of the right answer to each question that has one, by its index."""
     golds: dict[int, float] = {}
     for chat in (False, True):
-        chosen = [i for i, q in enumerate(questions) if q.gold and _is_chat(q, scorer) is chat]
-        if chosen:
-            pairs = [(questions[i].prompt, questions[i].gold) for i in chosen]
+        indices = [i for i, q in enumerate(questions) if q.gold and _is_chat(q, scorer) is chat]
+        if indices:
+            pairs = [(questions[i].prompt, questions[i].gold) for i in indices]
             scored = scorer.loglikelihoods(pairs, chat=chat)
-            golds |= {i: one.logprob for i, one in zip(chosen, scored, strict=True)}
+            golds |= {i: likelihood.logprob for i, likelihood in zip(indices, scored, strict=True)}
     return golds

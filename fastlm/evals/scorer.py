@@ -125,10 +125,12 @@ class Scorer:
         ids = self.tokenizer.encode_batch(texts, parse_special=self.parse_special)
         if not self.start:
             return ids
-        begun = self.tokenizer.decode([self.prefix], special=True) if self.parse_special else ""
+        prefix_text = (
+            self.tokenizer.decode([self.prefix], special=True) if self.parse_special else ""
+        )
         return [
-            own if begun and text.startswith(begun) else [*self.start, *own]
-            for text, own in zip(texts, ids, strict=True)
+            text_ids if prefix_text and text.startswith(prefix_text) else [*self.start, *text_ids]
+            for text, text_ids in zip(texts, ids, strict=True)
         ]
 
     # likelihoods
@@ -167,11 +169,13 @@ class Scorer:
             after = self.tokenizer.encode_batch([text for _, text in pairs])
             return [(contexts[c], ids) for (c, _), ids in zip(pairs, after, strict=True)]
         joined = [(context.rstrip(), context + continuation) for context, continuation in pairs]
-        texts = list(dict.fromkeys([c for c, _ in joined] + [whole for _, whole in joined]))
-        known = dict(zip(texts, self.encode_texts(texts), strict=True))
+        texts = list(dict.fromkeys([c for c, _ in joined] + [full_text for _, full_text in joined]))
+        ids_of = dict(zip(texts, self.encode_texts(texts), strict=True))
         return [
-            (known[c], known[whole][len(known[c]) :]) if c else self._alone(known[whole])
-            for c, whole in joined
+            (ids_of[c], ids_of[full_text][len(ids_of[c]) :])
+            if c
+            else self._alone(ids_of[full_text])
+            for c, full_text in joined
         ]
 
     def _alone(self, ids: list[int]) -> tuple[list[int], list[int]]:
@@ -182,7 +186,9 @@ class Scorer:
 
     def _chat(self, text: str, history: Sequence[tuple[str, str]] = ()) -> list[int]:
         turns = [part for turn in history for part in zip(("user", "assistant"), turn)]
-        messages = [{"role": role, "content": said} for role, said in (*turns, ("user", text))]
+        messages = [
+            {"role": role, "content": content} for role, content in (*turns, ("user", text))
+        ]
         return self.tokenizer.encode_chat(messages)
 
     def token_loglikelihoods(
@@ -203,27 +209,29 @@ class Scorer:
                     f"pairs[{i}]: expected a continuation of at most the context's {limit} tokens,"
                     f" got {len(continuation)}"
                 )
-            whole = [*context, *continuation][:-1]  # the last token is only predicted
-            cuts.append(max(0, len(whole) - limit))
-            sequences.append(whole[cuts[-1] :])
+            sequence = [*context, *continuation][:-1]  # the last token is only predicted
+            cuts.append(max(0, len(sequence) - limit))
+            sequences.append(sequence[cuts[-1] :])
             continuations.append(list(continuation))
-        found: list[Likelihood | None] = [None] * len(pairs)
+        likelihoods: list[Likelihood | None] = [None] * len(pairs)
         # frequencies that depend on the length of a context are those of the longest in a batch
-        most = 1 if self.model.model.depends_on_length else None
+        max_sequences = 1 if self.model.model.depends_on_length else None
         training = self.model.training
         self.model.eval()
         try:
             with torch.inference_mode(), split_float32(self.split_float32):
-                for batch in prefix_batches(sequences, tokens=self.tokens, keys=KEYS, most=most):
+                for batch in prefix_batches(
+                    sequences, tokens=self.tokens, keys=KEYS, max_sequences=max_sequences
+                ):
                     scored = self._score(batch, [continuations[i] for i in batch.members], greedy)
                     for i, (logprob, best) in zip(batch.members, scored, strict=True):
-                        one = Likelihood(logprob, len(continuations[i]), best, cuts[i])
-                        found[i] = one
+                        likelihood = Likelihood(logprob, len(continuations[i]), best, cuts[i])
+                        likelihoods[i] = likelihood
                         if on_result is not None:
-                            on_result(i, one)
+                            on_result(i, likelihood)
         finally:
             self.model.train(training)
-        return [one for one in found if one is not None]
+        return [likelihood for likelihood in likelihoods if likelihood is not None]
 
     def rolling(
         self, texts: Sequence[str], *, on_result: Callable[[int, Likelihood], Any] | None = None
@@ -237,23 +245,25 @@ class Scorer:
             on_result: called with the index of a window and its likelihood.
         """
         windows = [list(self._windows(ids)) for ids in self.encode_texts(texts)]
-        found = iter(
-            self.token_loglikelihoods([w for own in windows for w in own], on_result=on_result)
+        likelihoods = iter(
+            self.token_loglikelihoods(
+                [w for text_windows in windows for w in text_windows], on_result=on_result
+            )
         )
         sums = []
-        for own in windows:
-            parts = [next(found) for _ in own]
+        for text_windows in windows:
+            parts = [next(likelihoods) for _ in text_windows]
             sums.append(Likelihood(sum(p.logprob for p in parts), sum(p.tokens for p in parts)))
         return sums
 
     def _windows(self, ids: list[int]) -> Iterator[tuple[list[int], list[int]]]:
         """Yield (context, continuation) such that the continuations join to ``ids``."""
         limit = self.context_limit
-        whole = [self.prefix, *ids]
-        for at in range(0, len(ids), limit):
-            end = min(at + limit, len(ids))
+        tokens = [self.prefix, *ids]
+        for start in range(0, len(ids), limit):
+            end = min(start + limit, len(ids))
             # the last token of a continuation is only predicted
-            yield whole[max(0, end - limit) : at + 1], ids[at:end]
+            yield tokens[max(0, end - limit) : start + 1], ids[start:end]
 
     def _score(
         self, batch: PrefixBatch, continuations: list[list[int]], greedy: bool
@@ -264,8 +274,10 @@ class Scorer:
             batch.ids.to(device), cu_seqlens=batch.cu_seqlens.to(device), keys=keys
         )[0]
         # the token before a continuation predicts its first
-        chosen = [rows[-len(c) :] for rows, c in zip(batch.rows, continuations, strict=True)]
-        rows = hidden[torch.from_numpy(np.concatenate(chosen)).to(device)]
+        predicting_rows = [
+            rows[-len(c) :] for rows, c in zip(batch.rows, continuations, strict=True)
+        ]
+        rows = hidden[torch.from_numpy(np.concatenate(predicting_rows)).to(device)]
         labels = torch.tensor([t for c in continuations for t in c], device=device)
         head = self._head
         if uses_split_float32(rows, head):  # one product of bfloat16 over three times the columns
@@ -275,9 +287,11 @@ class Scorer:
         )
         assert isinstance(logprobs, Tensor)  # a pair only with the entropy
         ends = np.cumsum([len(c) for c in continuations])
-        own = np.split(logprobs.double().cpu().numpy(), ends[:-1])
-        likeliest = self._likeliest(hidden, chosen, continuations, own) if greedy else None
-        for i, values in enumerate(own):
+        logprobs_of = np.split(logprobs.double().cpu().numpy(), ends[:-1])
+        likeliest = (
+            self._likeliest(hidden, predicting_rows, continuations, logprobs_of) if greedy else None
+        )
+        for i, values in enumerate(logprobs_of):
             yield float(values.sum()), None if likeliest is None else likeliest[i]
 
     def _likeliest(
@@ -293,21 +307,22 @@ class Scorer:
         most continuations end there, and those that begin alike share its row.
         """
         order = [
-            [int(j) for j in np.argsort(own) if not own[j] > _CERTAIN_LOGPROB] for own in logprobs
+            [int(j) for j in np.argsort(values) if not values[j] > _CERTAIN_LOGPROB]
+            for values in logprobs
         ]
-        found, best = [True] * len(rows), dict[int, int]()
-        left, at = [i for i, own in enumerate(order) if own], 0
-        while left:
-            wanted = sorted({int(rows[i][order[i][at]]) for i in left} - best.keys())
-            for part in torch.tensor(wanted).split(_GREEDY_ROWS) if wanted else ():
+        all_likeliest, best = [True] * len(rows), dict[int, int]()
+        remaining, step = [i for i, values in enumerate(order) if values], 0
+        while remaining:
+            row_numbers = sorted({int(rows[i][order[i][step]]) for i in remaining} - best.keys())
+            for part in torch.tensor(row_numbers).split(_GREEDY_ROWS) if row_numbers else ():
                 ids = self.model.logits(hidden[part.to(hidden.device)]).argmax(-1).tolist()
                 best.update(zip(part.tolist(), ids))
-            for i in left:
-                place = order[i][at]
-                found[i] = best[int(rows[i][place])] == tokens[i][place]
-            at += 1
-            left = [i for i in left if found[i] and at < len(order[i])]
-        return found
+            for i in remaining:
+                index = order[i][step]
+                all_likeliest[i] = best[int(rows[i][index])] == tokens[i][index]
+            step += 1
+            remaining = [i for i in remaining if all_likeliest[i] and step < len(order[i])]
+        return all_likeliest
 
     @cached_property
     def _head(self) -> Tensor:
@@ -340,20 +355,22 @@ class Scorer:
         requests, cuts = [], []
         for p in prompts:
             ids = self._chat(p.text, p.history) if p.chat else next(plain) or [self.prefix]
-            room = p.max_new_tokens if p.max_new_tokens < limit else limit // 2
-            cuts.append(max(0, len(ids) + room - limit))
+            max_new_tokens = p.max_new_tokens if p.max_new_tokens < limit else limit // 2
+            cuts.append(max(0, len(ids) + max_new_tokens - limit))
             stop_ids, stop = self._stops(p.stop)
             sampling = p.sampling or Sampling(temperature)
-            kept = ids[cuts[-1] :]
+            prompt_ids = ids[cuts[-1] :]
             requests.append(
-                Request(kept, room, sampling, seed=p.seed, stop=stop, stop_ids=stop_ids)
+                Request(
+                    prompt_ids, max_new_tokens, sampling, seed=p.seed, stop=stop, stop_ids=stop_ids
+                )
             )
         completions = self._engine.generate(requests, on_completion=on_result)
-        if failed := [one.error for one in completions if one.error]:
+        if failed := [completion.error for completion in completions if completion.error]:
             raise RuntimeError(failed[0])
         return [
-            replace(one, truncated_prompt_tokens=cut)
-            for one, cut in zip(completions, cuts, strict=True)
+            replace(completion, truncated_prompt_tokens=cut)
+            for completion, cut in zip(completions, cuts, strict=True)
         ]
 
     def _stops(self, strings: Sequence[str]) -> tuple[frozenset[int], tuple[str, ...]]:

@@ -68,8 +68,8 @@ class Eval(Stage):
     seed: Annotated[int, "Draws questions and answers"] = 0
 
     def check(self) -> None:
-        given = [name for name in ("limit", "seq_len", "stride") if getattr(self, name) is not None]
-        at_least_one(self, "batch_size", "samples", *given)
+        names = [name for name in ("limit", "seq_len", "stride") if getattr(self, name) is not None]
+        at_least_one(self, "batch_size", "samples", *names)
         not_negative(self, "temperature")
         if self.act_bits not in (None, 8, 16):
             raise InputError(f"act_bits: expected 8 or 16, got {self.act_bits}")
@@ -114,9 +114,9 @@ class Eval(Stage):
         overlaps: list[Any] = []
         models: dict[str, dict[str, Any]] = {}
         packed: dict[str, Any] = {}
-        asked: dict[str, Any] = {}
+        results_of: dict[str, Any] = {}
         ids = model_ids(ctx.inputs["model"])
-        for source, known in zip(ctx.inputs["model"], ids, strict=True):
+        for source, model_entry in zip(ctx.inputs["model"], ids, strict=True):
             model, tokenizer = load_model(source.source, self.act_bits)
             if data is not None:
                 result = text_bits_per_byte(
@@ -132,8 +132,8 @@ class Eval(Stage):
             if not overlaps and (against := ctx.optional("against")):
                 overlaps = self._overlaps(tasks, model, tokenizer, against, ctx)
             if tasks:
-                digits = known["id"][:HASH_DIGITS]
-                asked[source.name] = run_tasks(
+                digits = model_entry["id"][:HASH_DIGITS]
+                results_of[source.name] = run_tasks(
                     tasks, Scorer(model, tokenizer), ctx.out / ITEMS / digits,
                     model=digits + (f", act_bits {self.act_bits}" if self.act_bits else ""),
                     samples=self.samples, temperature=self.temperature, seed=self.seed,
@@ -141,10 +141,10 @@ class Eval(Stage):
                 )  # fmt: skip
         scores = {**packed, "models": models, "ids": ids}
         if tasks:
-            scores["tasks"] = compare_models(tasks, asked)
-        for i, found in enumerate(overlaps):
-            values = {name: results[i]["values"] for name, results in asked.items()}
-            scores["tasks"][i]["contamination"] = contamination_report(tasks[i], found, values)
+            scores["tasks"] = compare_models(tasks, results_of)
+        for i, shares in enumerate(overlaps):
+            values = {name: results[i]["values"] for name, results in results_of.items()}
+            scores["tasks"][i]["contamination"] = contamination_report(tasks[i], shares, values)
         write_json(make_folder(ctx.out) / "scores.json", scores)
         return scores
 

@@ -24,30 +24,32 @@ HASH_DIGITS = 16  # of an id, in the names of records
 
 
 def compare_models(
-    tasks: Sequence[Task], asked: Mapping[str, Sequence[Mapping[str, Any]]]
+    tasks: Sequence[Task], results_of: Mapping[str, Sequence[Mapping[str, Any]]]
 ) -> list[dict[str, Any]]:
     """Return, per task, what it is and each model's measures; and, of several models, the others
     compared with the first.
 
     asked: model -> what `fastlm.evals.runner.run_tasks` returned.
     """
-    found = [
-        _compare_on_task(task, {name: results[i] for name, results in asked.items()})
+    rows = [
+        _compare_on_task(task, {name: results[i] for name, results in results_of.items()})
         for i, task in enumerate(tasks)
     ]
-    alike: dict[tuple[str, str], list[dict[str, Any]]] = {}
-    for row in found:
-        for one in row["comparisons"]:
-            alike.setdefault((one["model"], one["metric"]), []).append(one)
-    for ones in alike.values():  # per model and measure, for the number of tasks
-        for one, p in zip(ones, holm([one["p"] for one in ones]), strict=True):
-            one["p_adjusted"] = p
-    return found
+    groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for row in rows:
+        for comparison in row["comparisons"]:
+            groups.setdefault((comparison["model"], comparison["metric"]), []).append(comparison)
+    for group in groups.values():  # per model and measure, for the number of tasks
+        for comparison, p in zip(
+            group, holm([comparison["p"] for comparison in group]), strict=True
+        ):
+            comparison["p_adjusted"] = p
+    return rows
 
 
-def _compare_on_task(task: Task, own: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+def _compare_on_task(task: Task, results: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     models: dict[str, dict[str, Any]] = {}
-    for name, result in own.items():
+    for name, result in results.items():
         each = summarize_metrics(task, result["values"]) | result["overall"]
         measures = {key: m | _unit(key, result["values"].get(key)) for key, m in each.items()}
         models[name] = {
@@ -56,14 +58,14 @@ def _compare_on_task(task: Task, own: Mapping[str, Mapping[str, Any]]) -> dict[s
         }
         if by_part := part_metrics(task, result["values"]):
             models[name]["parts"] = by_part
-    first, *others = own
+    first, *others = results
     compared = []
     for name in others:
-        for measure, base in own[first]["values"].items():
-            each = own[name]["values"][measure]
+        for measure, base in results[first]["values"].items():
+            each = results[name]["values"][measure]
             told = finite_or_none(asdict(compare(each, base, clusters=passage_clusters(task))))
-            one = {"model": name, "baseline": first, "metric": measure, **told}
-            compared.append(one | _unit(measure, each))
+            row = {"model": name, "baseline": first, "metric": measure, **told}
+            compared.append(row | _unit(measure, each))
     wider = (
         {"part_groups": list(dict.fromkeys(task.group_of_part.values()))}
         if task.group_of_part

@@ -163,28 +163,29 @@ def _percent(share: float | None) -> str:
 def table_comparisons(tasks: Tasks) -> Iterator[tuple[Mapping[str, Any], Mapping[str, Any]]]:
     """Yield each task with a comparison by one of the measures that tables show."""
     for task in tasks:
-        for one in task["comparisons"]:
-            if one["metric"] == "acc_olmes" or one["metric"] not in CHOICE_METRICS:
-                yield task, one
+        for comparison in task["comparisons"]:
+            if comparison["metric"] == "acc_olmes" or comparison["metric"] not in CHOICE_METRICS:
+                yield task, comparison
 
 
 def _comparison_rows(tasks: Tasks, short: Mapping[str, str]) -> Iterator[dict[str, str]]:
     """The models after the first, each minus the first."""
-    for task, one in table_comparisons(tasks):
-        measure = str(one["metric"])
+    for task, comparison in table_comparisons(tasks):
+        measure = str(comparison["metric"])
         by = {HEADLINE: "bits/byte", "acc_olmes": "OLMES"}.get(measure, measure.replace("_", " "))
-        scale, digits = (100, 1) if is_share(measure, one) else (1, 4)
+        scale, digits = (100, 1) if is_share(measure, comparison) else (1, 4)
         difference, low, high = (
-            "" if one[key] is None else f"{scale * one[key]:+.{digits}f}"
+            "" if comparison[key] is None else f"{scale * comparison[key]:+.{digits}f}"
             for key in ("difference", "low", "high")
         )
         p, p_of_all = (
-            "<0.001" if one[key] < 0.001 else f"{one[key]:.3f}" for key in ("p", "p_adjusted")
+            "<0.001" if comparison[key] < 0.001 else f"{comparison[key]:.3f}"
+            for key in ("p", "p_adjusted")
         )
         yield {
-            "set": task["name"], "model": short[one["model"]], "by": by, "difference": difference,
-            "95 %": f"{low}..{high}", "p": p, "p of all": p_of_all,
-            "n needed": "" if one["items_needed"] is None else f"{one['items_needed']:,}",
+            "set": task["name"], "model": short[comparison["model"]], "by": by,
+            "difference": difference, "95 %": f"{low}..{high}", "p": p, "p of all": p_of_all,
+            "n needed": "" if (n := comparison["items_needed"]) is None else f"{n:,}",
         }  # fmt: skip
 
 
@@ -209,12 +210,12 @@ def _contamination_rows(tasks: Tasks, short: Mapping[str, str]) -> Iterator[dict
     """Touched and dirty questions, and the accuracy (else bits per byte) of clean and dirty
     ones."""
     for task in tasks:
-        found = task.get("contamination", {"models": {}})
-        for name, parts in found["models"].items():
+        contamination = task.get("contamination", {"models": {}})
+        for name, parts in contamination["models"].items():
             clean, dirty = (parts.get(part, {}) for part in ("clean", "dirty"))
             yield {
-                "set": task["name"], "model": short[name], "n": f"{found['questions']:,}",
-                "touched": f"{found['touched']:,}", "dirty": f"{found['dirty']:,}",
+                "set": task["name"], "model": short[name], "n": f"{contamination['questions']:,}",
+                "touched": f"{contamination['touched']:,}", "dirty": f"{contamination['dirty']:,}",
                 "clean score": _accuracy_or_bits(clean), "dirty score": _accuracy_or_bits(dirty),
             }  # fmt: skip
 

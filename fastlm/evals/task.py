@@ -140,19 +140,19 @@ class Task:
         digest = hashlib.sha256()
         for q in self.questions:
             if isinstance(q, MultipleChoice):
-                told = [q.id, q.requests, q.gold, q.unconditional]
+                content = [q.id, q.requests, q.gold, q.unconditional]
             else:
-                told = [q.id, q.prompt, q.gold, q.stop, q.max_new_tokens, q.chat, dict(q.row)]
-                told += [q.earlier_messages] if q.earlier_messages else []
-            digest.update(json.dumps(told, sort_keys=True, default=str).encode() + b"\n")
+                content = [q.id, q.prompt, q.gold, q.stop, q.max_new_tokens, q.chat, dict(q.row)]
+                content += [q.earlier_messages] if q.earlier_messages else []
+            digest.update(json.dumps(content, sort_keys=True, default=str).encode() + b"\n")
         return digest.hexdigest()[:16]
 
     def sample(self, limit: int | None, seed: int) -> "Task":
         """Return the task with at most ``limit`` questions, drawn at random and in their order."""
         if limit is None or limit >= len(self.questions):
             return self
-        chosen = sorted(random.Random(seed).sample(range(len(self.questions)), limit))
-        return replace(self, questions=[self.questions[i] for i in chosen])
+        indices = sorted(random.Random(seed).sample(range(len(self.questions)), limit))
+        return replace(self, questions=[self.questions[i] for i in indices])
 
 
 @dataclass(frozen=True)

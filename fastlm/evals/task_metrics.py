@@ -76,20 +76,20 @@ def argmax_score(scores: Sequence[float], gold: int) -> float:
 
 def _open_metrics(task: Task, question: OpenQuestion, record: Record) -> dict[str, float]:
     scores, count = record["scores"], len(record["scores"])
-    found = {}
+    metrics = {}
     if record["gold"] is not None:
         size = len(question.gold.strip().encode())
-        found[HEADLINE] = -record["gold"] / math.log(2) / max(1, size)
+        metrics[HEADLINE] = -record["gold"] / math.log(2) / max(1, size)
     if task.judge is not None and task.metric == "pass":
         passed = sum(score >= 1 for score in scores)
         for k in (*(k for k in PASS_AT_K if k < count), count):
-            found[f"pass@{k}"] = pass_at_k(count, passed, k)
+            metrics[f"pass@{k}"] = pass_at_k(count, passed, k)
     elif task.judge is not None:
-        found[task.metric] = sum(scores) / count
+        metrics[task.metric] = sum(scores) / count
     for name, judge in task.extra_judges.items():
         others = judge([(answer, question.row) for answer in record["answers"]])
-        found[name] = sum(others) / len(others)
-    return found
+        metrics[name] = sum(others) / len(others)
+    return metrics
 
 
 def is_share(each: np.ndarray) -> bool:
@@ -104,7 +104,7 @@ def summarize_metrics(task: Task, measured: QuestionMetrics) -> dict[str, dict[s
     spread.
     """
     clusters = passage_clusters(task)
-    found = {}
+    metrics = {}
     for name, each in measured.items():
         mean, is_bits = mean_error(each, clusters=clusters), name == HEADLINE
         if not is_bits and clusters is None and np.isin(each, (0, 1)).all():
@@ -117,17 +117,17 @@ def summarize_metrics(task: Task, measured: QuestionMetrics) -> dict[str, dict[s
             effect = mean_mde(mean.n, math.sqrt(2 * mean.n) * mean.error, df=mean.df)
         else:
             effect = math.inf
-        found[name] = finite_or_none(
+        metrics[name] = finite_or_none(
             {"value": mean.mean, "error": mean.error, "min_detectable_effect": effect}
         )
-    return found
+    return metrics
 
 
 def passage_clusters(task: Task, rows: Iterable[int] | None = None) -> list[str] | None:
     """Return the passage of each question (of ``rows``: all by default), as clusters for
     `mean_error`; None where no two questions share one."""
-    chosen = range(len(task.questions)) if rows is None else rows
-    groups = [task.questions[i].group or f"question {i}" for i in chosen]
+    indices = range(len(task.questions)) if rows is None else rows
+    groups = [task.questions[i].group or f"question {i}" for i in indices]
     return groups if len(set(groups)) < len(groups) else None
 
 
@@ -152,10 +152,10 @@ def mean_metrics(
     """Return the mean of each measure on some questions with its standard error, None for one
     question or one passage."""
     clusters = passage_clusters(task, rows)
-    found = {name: mean_error(each[rows], clusters=clusters) for name, each in measured.items()}
+    errors = {name: mean_error(each[rows], clusters=clusters) for name, each in measured.items()}
     return {
         name: finite_or_none({"value": mean.mean, "error": mean.error})
-        for name, mean in found.items()
+        for name, mean in errors.items()
     }
 
 

@@ -98,10 +98,10 @@ def text_bits_per_byte(
         if texts and compressors:
             packed = compressed_bits_per_byte(t for t, _ in texts) | {"documents": len(texts)}
         several = len({source for _, source in texts}) > 1
-        asked = _TokenLosses(model) if several else model
-        result = evaluate(asked, dataset, seq_len, batch_size, **options)
-        if isinstance(asked, _TokenLosses):
-            domains = _by_domain(asked.found, dataset, texts)
+        evaluated = _TokenLosses(model) if several else model
+        result = evaluate(evaluated, dataset, seq_len, batch_size, **options)
+        if isinstance(evaluated, _TokenLosses):
+            domains = _by_domain(evaluated.found, dataset, texts)
     return {
         "bits_per_byte": result.bits_per_byte,
         **{f"bits_per_byte_{name}": packed[name] for name in ("xz", "zstd") if packed},

@@ -91,13 +91,17 @@ class SandboxLimits:
     threads: int = 16
 
     def __post_init__(self) -> None:
-        least = {"wall": 0.1, "memory": 2**26, "disk": 2**12, "threads": 0}
+        minimum = {"wall": 0.1, "memory": 2**26, "disk": 2**12, "threads": 0}
         for name, value in vars(self).items():
             kind = (int, float) if name == "wall" else int
-            if isinstance(value, bool) or not isinstance(value, kind) or value < least.get(name, 1):
-                what = "a number" if name == "wall" else "a whole number"
+            if (
+                isinstance(value, bool)
+                or not isinstance(value, kind)
+                or value < minimum.get(name, 1)
+            ):
+                number_kind = "a number" if name == "wall" else "a whole number"
                 raise SandboxError(
-                    f"{name}: expected {what}, {least.get(name, 1)} or more, got {value!r}"
+                    f"{name}: expected {number_kind}, {minimum.get(name, 1)} or more, got {value!r}"
                 )
 
 

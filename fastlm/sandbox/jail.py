@@ -106,9 +106,11 @@ def _new_root(library: str) -> None:
     masked = [os.path.join(library, name) for name in ("site-packages", "dist-packages")]
     masked = [path for path in masked if os.path.isdir(path)]
     mount(None, "/", None, REC | PRIVATE)
-    kept = {path: os.open(path, os.O_PATH) for path in [library, *DEVICES]}  # /tmp may hold it
+    descriptors = {
+        path: os.open(path, os.O_PATH) for path in [library, *DEVICES]
+    }  # /tmp may hold it
     mount("tmpfs", "/tmp", "tmpfs", NOSUID | NODEV, "mode=755,size=1m")
-    for path, fd in kept.items():
+    for path, fd in descriptors.items():
         target = "/tmp" + path
         if path == library:
             os.makedirs(target)
@@ -148,8 +150,8 @@ def become_nobody() -> None:
         _libc.prctl(DUMPABLE, 1, 0, 0, 0)  # else its own /proc files are root's
 
 
-def unshare(what: str, flags: int) -> None:
-    _check_call(f"{what}: unshare", _libc.unshare(flags))
+def unshare(feature: str, flags: int) -> None:
+    _check_call(f"{feature}: unshare", _libc.unshare(flags))
 
 
 def mount(source: str | None, target: str, kind: str | None, flags: int, data: str = "") -> None:

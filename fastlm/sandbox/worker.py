@@ -152,7 +152,7 @@ def run_case(isolated: bool) -> None:
 def watch(request: dict, verdicts: int, outputs: int, pid: int) -> dict[str, Any]:
     """Wait for the verdict, bounded in time and output; end all processes; return both."""
     deadline = time.monotonic() + request["wall"]
-    said, output, reason = b"", b"", ""
+    verdict, output, reason = b"", b"", ""
     waiting = {verdicts, outputs}
     while verdicts in waiting and not reason:
         left = deadline - time.monotonic()
@@ -164,7 +164,7 @@ def watch(request: dict, verdicts: int, outputs: int, pid: int) -> dict[str, Any
             if not data:
                 waiting.remove(fd)
             elif fd == verdicts:
-                said += data
+                verdict += data
             else:
                 output += data
                 if len(output) > request["output"]:
@@ -183,8 +183,8 @@ def watch(request: dict, verdicts: int, outputs: int, pid: int) -> dict[str, Any
         "output": f"more than {request['output']:,} bytes",
         "crashed": "the process of the tests ended without a verdict",
     }
-    if not reason and said.endswith(b"\n"):
-        result = json.loads(said)
+    if not reason and verdict.endswith(b"\n"):
+        result = json.loads(verdict)
     else:
         reason = reason or "crashed"
         result = {"reason": reason, "detail": details[reason]}
@@ -202,10 +202,10 @@ class Tests:
 
     def run(self, texts: int, output: int, verdict: int) -> None:
         move_descriptors({texts: 0, output: 1, verdict: 3})
-        here, there = socket.socketpair()
-        self.child = fork_child(Program(self.request, self.isolated).run, there.fileno())
-        there.close()
-        self.channel = here.makefile("rwb")
+        test_end, program_end = socket.socketpair()
+        self.child = fork_child(Program(self.request, self.isolated).run, program_end.fileno())
+        program_end.close()
+        self.channel = test_end.makefile("rwb")
         os.write(3, b" ")
         tests = json.loads(b"".join(iter(lambda: os.read(0, 65536), b"")))
         null = os.open("/dev/null", os.O_RDWR)
@@ -344,10 +344,10 @@ class Program:
                 raise ValueError(f"an answer of {len(text):,} bytes, more than {REPLY:,}")
         except BaseException as error:
             try:
-                said = describe_error(error, "<program>", name=False)
+                message = describe_error(error, "<program>", name=False)
             except BaseException:
-                said = ""
-            text = json.dumps(["error", [type(error).__name__, said]])
+                message = ""
+            text = json.dumps(["error", [type(error).__name__, message]])
         finally:
             for stream in (sys.stdout, sys.stderr):
                 try:
@@ -442,7 +442,7 @@ def unpack(value: Any, find: Callable[[Any], Any]) -> Any:
         return complex(*map(float, content))
     if kind in ("bytes", "bytearray"):
         return getattr(builtins, kind)(content, "latin-1")
-    sequence = {known.__name__: known for known in SEQUENCES}[kind]
+    sequence = {sequence_type.__name__: sequence_type for sequence_type in SEQUENCES}[kind]
     return sequence(unpack(item, find) for item in content)
 
 
@@ -480,17 +480,19 @@ def program_names(code: ast.Module, space: dict[str, Any]) -> list[str]:
     """The names that the tests use and neither define nor find in the setup or in Python."""
     nodes = list(ast.walk(code))
     used = {n.id: None for n in nodes if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Load)}
-    own = {n.id for n in nodes if isinstance(n, ast.Name) and not isinstance(n.ctx, ast.Load)}
-    own |= {n.arg for n in nodes if isinstance(n, ast.arg)}
-    own |= {n.name for n in nodes if isinstance(n, ast.FunctionDef | ast.ClassDef)}
-    own |= {
+    defined = {n.id for n in nodes if isinstance(n, ast.Name) and not isinstance(n.ctx, ast.Load)}
+    defined |= {n.arg for n in nodes if isinstance(n, ast.arg)}
+    defined |= {n.name for n in nodes if isinstance(n, ast.FunctionDef | ast.ClassDef)}
+    defined |= {
         (alias.asname or alias.name).split(".")[0]
         for n in nodes
         if isinstance(n, ast.Import | ast.ImportFrom)
         for alias in n.names
     }
-    own |= {n.name for n in nodes if isinstance(n, ast.ExceptHandler) and n.name}
-    return [name for name in used if name not in own | space.keys() and not hasattr(builtins, name)]
+    defined |= {n.name for n in nodes if isinstance(n, ast.ExceptHandler) and n.name}
+    return [
+        name for name in used if name not in defined | space.keys() and not hasattr(builtins, name)
+    ]
 
 
 def move_descriptors(moved: dict[int, int], also: Collection[int] = ()) -> None:
@@ -499,11 +501,11 @@ def move_descriptors(moved: dict[int, int], also: Collection[int] = ()) -> None:
     aside = {fcntl.fcntl(fd, fcntl.F_DUPFD, 10): target for fd, target in moved.items()}
     for fd, target in aside.items():
         os.dup2(fd, target)
-    kept = {*moved.values(), *also}
-    for fd in {0, 1, 2} - kept:
+    open_descriptors = {*moved.values(), *also}
+    for fd in {0, 1, 2} - open_descriptors:
         os.dup2(os.open("/dev/null", os.O_RDWR), fd)
     first = 3
-    for fd in sorted(kept - {0, 1, 2}):
+    for fd in sorted(open_descriptors - {0, 1, 2}):
         os.closerange(first, fd)
         first = fd + 1
     os.closerange(first, 4096)

@@ -43,14 +43,14 @@ def agreement_of(rankings: Iterable[Mapping[str, Sequence[int]]]) -> Agreement:
 
     shared = [item for item in rankings if len(item) > 1]
     raters = sorted({rater for item in shared for rater in item})
-    places = [{rater: _relative_ranks(ranks) for rater, ranks in item.items()} for item in shared]
+    ranks_of = [{rater: _relative_ranks(ranks) for rater, ranks in item.items()} for item in shared]
     units = [
         [item[rater][i] if rater in item else math.nan for rater in raters]
-        for item in places
+        for item in ranks_of
         for i in range(len(next(iter(item.values()))))
     ]
     alpha = math.nan  # also where all places are equal
-    if len({place for unit in units for place in unit if not math.isnan(place)}) > 1:
+    if len({rank for unit in units for rank in unit if not math.isnan(rank)}) > 1:
         alpha = krippendorff.alpha(np.transpose(units), level_of_measurement="ordinal")
     pairs = []
     for a, b in combinations(raters, 2):

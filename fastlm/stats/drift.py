@@ -71,19 +71,19 @@ def mmd(
     kernel = np.exp(distances / (-2 * bandwidth**2)) if bandwidth else np.ones_like(distances)
     np.fill_diagonal(kernel, 0)
     rng = np.random.default_rng(seed)
-    chosen = np.zeros((permutations + 1, len(pooled)))
-    chosen[0, :n] = 1
-    for row in chosen[1:]:
+    in_x = np.zeros((permutations + 1, len(pooled)))
+    in_x[0, :n] = 1
+    for row in in_x[1:]:
         row[rng.permutation(len(pooled))[:n]] = 1
-    values = _mmd(kernel, chosen, n)
+    values = _mmd(kernel, in_x, n)
     return _drift_of(float(values[0]), values[1:])
 
 
-def _mmd(kernel: np.ndarray, chosen: np.ndarray, n: int) -> np.ndarray:
+def _mmd(kernel: np.ndarray, in_x: np.ndarray, n: int) -> np.ndarray:
     """The statistic for each row of ``chosen`` (R, N), 1 where a vector counts as one of x."""
     m = len(kernel) - n
-    towards = chosen @ kernel  # (R, N)
-    within = (towards * chosen).sum(axis=1)
+    towards = in_x @ kernel  # (R, N)
+    within = (towards * in_x).sum(axis=1)
     across = towards.sum(axis=1) - within
     others = kernel.sum() - within - 2 * across
     return within / (n * (n - 1)) + others / (m * (m - 1)) - 2 * across / (n * m)
@@ -103,8 +103,8 @@ def _drift_of(value: float, drawn: np.ndarray) -> Drift:
 
 def _counts(name: str, counts: Any) -> np.ndarray:
     array = np.asarray(counts, dtype=np.float64)
-    whole = np.isfinite(array).all() and (array >= 0).all() and (array == np.floor(array)).all()
-    if array.ndim != 1 or len(array) < 2 or not whole or not array.sum():
+    is_valid = np.isfinite(array).all() and (array >= 0).all() and (array == np.floor(array)).all()
+    if array.ndim != 1 or len(array) < 2 or not is_valid or not array.sum():
         raise InputError(
             f"{name}: expected two or more whole numbers, not all 0, got {counts!r:.60}"
         )

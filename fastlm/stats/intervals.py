@@ -105,8 +105,8 @@ class Mean:
         from scipy import special
 
         t = (self.mean - null) / self.error
-        least = min(abs(t), abs(self._unskewed(t)))
-        return 2 * float(special.stdtr(self.df, -least))
+        min_t = min(abs(t), abs(self._unskewed(t)))
+        return 2 * float(special.stdtr(self.df, -min_t))
 
     def _unskewed(self, t: float) -> float:
         k = self.skewness
@@ -177,9 +177,9 @@ def mean_error(values: Any, *, clusters: Sequence[Any] | None = None) -> Mean:
     squares = float(parts @ parts)
     # 2 E^2 / Var of the squared error, a quadratic form in the clusters' means, if they are normal
     d = scale * weights**2
-    one, first, second = d.sum(), d @ u, d @ u**2
-    trace = d**2 @ (v**2 + 2 * v * (total - 2 * u)) + total**2 * one**2
-    trace += 2 * one * second - 4 * total * one * first + 2 * first**2
+    d_sum, first, second = d.sum(), d @ u, d @ u**2
+    trace = d**2 @ (v**2 + 2 * v * (total - 2 * u)) + total**2 * d_sum**2
+    trace += 2 * d_sum * second - 4 * total * d_sum * first + 2 * first**2
     df = total**2 / float(trace)
     if squares <= (ROUNDING * float(np.abs(values).max())) ** 2:
         return Mean(mean, 0.0, n, df)
@@ -378,15 +378,17 @@ def rogan_gladen(
         )
     point = min(1.0, max(0.0, (rate + tn / negatives - 1) / gain))
     z = _z(confidence)
-    seen = (n * rate + z * z / 2) / (n + z * z)
+    shrunk_rate = (n * rate + z * z / 2) / (n + z * z)
     se, sp = (tp + 1) / (positives + 2), (tn + 1) / (negatives + 2)
     var_se, var_sp = se * (1 - se) / (positives + 2), sp * (1 - sp) / (negatives + 2)
     gain = se + sp - 1
     if gain <= 0:  # a judge better than chance on so few items that it says nothing
         return CorrectedRate(point, 0.0, 1.0)
-    true = min(1.0, max(0.0, (seen + sp - 1) / gain))
+    true = min(1.0, max(0.0, (shrunk_rate + sp - 1) / gain))
     shift = 2 * z * z * (true * var_se - (1 - true) * var_sp)
-    variance = seen * (1 - seen) / (n + z * z) + true**2 * var_se + (1 - true) ** 2 * var_sp
+    variance = (
+        shrunk_rate * (1 - shrunk_rate) / (n + z * z) + true**2 * var_se + (1 - true) ** 2 * var_sp
+    )
     half = z * math.sqrt(variance) / gain
     low, high = (min(1.0, max(0.0, true + shift + side)) for side in (-half, half))
     return CorrectedRate(point, min(low, point), max(high, point))
@@ -396,9 +398,9 @@ def _mcnemar(wins: int, losses: int) -> float:
     """Two-sided mid-p of Binomial(wins + losses, 1/2)."""
     from scipy import special
 
-    total, least = wins + losses, min(wins, losses)
-    below = special.bdtr(least - 1, total, 0.5) if least else 0.0
-    return min(1.0, float(below + special.bdtr(least, total, 0.5)))
+    total, fewer = wins + losses, min(wins, losses)
+    below = special.bdtr(fewer - 1, total, 0.5) if fewer else 0.0
+    return min(1.0, float(below + special.bdtr(fewer, total, 0.5)))
 
 
 def _bonett_price(wins: int, losses: int, n: int, confidence: float) -> Interval:
@@ -412,8 +414,8 @@ def _scores(name: str, values: Any) -> np.ndarray:
     if array.ndim != 1 or not len(array):
         raise InputError(f"{name}: expected a list of scores, got shape {array.shape}")
     if not np.isfinite(array).all():
-        where = int(np.flatnonzero(~np.isfinite(array))[0])
-        raise InputError(f"{name}: expected finite scores, got {array[where]} at {where}")
+        index = int(np.flatnonzero(~np.isfinite(array))[0])
+        raise InputError(f"{name}: expected finite scores, got {array[index]} at {index}")
     return array
 
 

@@ -149,17 +149,17 @@ def _critical_losses(m: np.ndarray, alpha: float) -> np.ndarray:
     test rejects; -1: it never does."""
     from scipy import special
 
-    most = (m - 1) // 2
+    max_losses = (m - 1) // 2
     # the normal quantile is at most one item off
     k = np.floor(m / 2 - quantile("alpha", 1 - alpha / 2) * np.sqrt(m) / 2) + 1
-    k = np.clip(k, -1, most).astype(np.int64)
-    left = np.flatnonzero(k >= 0)
-    while len(left):
-        tries, of = k[left], m[left]
-        below = np.where(tries > 0, special.bdtr(np.maximum(tries - 1, 0), of, 0.5), 0.0)
-        left = left[below + special.bdtr(tries, of, 0.5) > alpha]
-        k[left] -= 1
-        left = left[k[left] >= 0]
+    k = np.clip(k, -1, max_losses).astype(np.int64)
+    active = np.flatnonzero(k >= 0)
+    while len(active):
+        tries, totals = k[active], m[active]
+        below = np.where(tries > 0, special.bdtr(np.maximum(tries - 1, 0), totals, 0.5), 0.0)
+        active = active[below + special.bdtr(tries, totals, 0.5) > alpha]
+        k[active] -= 1
+        active = active[k[active] >= 0]
     return k
 
 

@@ -128,8 +128,10 @@ class SequentialTest:
 
     def _log_wealth(self, means: np.ndarray) -> np.ndarray:
         """Return the log wealth (2, M) at ``means`` (M,) of bets above and below 0."""
-        room = np.maximum(1 + np.stack([means, -means]), 1 / MEANS)  # 1 + bet (x - m) stays above 0
-        bets = np.array([1, -1])[:, None, None] * BETS / room[..., None]  # (2, M, bets)
+        largest_bet = np.maximum(
+            1 + np.stack([means, -means]), 1 / MEANS
+        )  # 1 + bet (x - m) stays above 0
+        bets = np.array([1, -1])[:, None, None] * BETS / largest_bet[..., None]  # (2, M, bets)
         total = np.zeros_like(bets)
         for x, count in self._counts.items():
             total += count * np.log1p(bets * (x - means[:, None]))

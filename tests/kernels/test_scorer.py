@@ -225,7 +225,7 @@ def test_batches_hold_every_sequence_within_their_bounds():
     draw.shuffle(sequences)
     for tokens, keys, most in ((8, 10**6, None), (64, 100, None), (4096, 10**6, 3), (64, 10**6, 1)):
         members = []
-        for batch in prefix_batches(sequences, tokens=tokens, keys=keys, most=most):
+        for batch in prefix_batches(sequences, tokens=tokens, keys=keys, max_sequences=most):
             members += batch.members
             ids = batch.ids[0].tolist()
             for i, rows in zip(batch.members, batch.rows, strict=True):

@@ -334,7 +334,7 @@ def cache(tmp_path):
 def test_the_stage_asks_models_and_compares_them(base, cache, tmp_path):
     other = make_base(tmp_path / "other", hidden_size=64)
     stage, out = Eval(tasks=("winogrande",), limit=8), tmp_path / "out"
-    scores = stage(out, model=[str(base), str(other)], cache=cache)
+    scores = stage(out, model=[str(base), str(other)], cache_dir=cache)
     (task,) = scores["tasks"]
     assert scores["models"] == {} and task["questions"] == 8 and task["chance"] == 0.5
     assert set(task["models"]) == {str(base), str(other)} and task["licence"] == "CC-BY"
@@ -346,7 +346,7 @@ def test_the_stage_asks_models_and_compares_them(base, cache, tmp_path):
     (base / "README.md").write_text("a card is no part of a model")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Scorer, "loglikelihoods", None)  # nothing is asked again
-        again = stage(out, model=[str(base), str(other)], cache=cache)
+        again = stage(out, model=[str(base), str(other)], cache_dir=cache)
     for name, model in again["tasks"][0]["models"].items():
         assert model["metrics"] == task["models"][name]["metrics"]
     shown = list(score_rows(scores["tasks"]))

@@ -753,7 +753,7 @@ def test_a_run_of_real_models_gives_every_score(tmp_path, cache):
     assert set(result["sets"]) >= {"harmbench", "quac", "crows", "injections", "propile"}
     # the same on another start, and with the records of the first
     assert stage(tmp_path / "again", cache_dir=cache, model=base) == stage(
-        tmp_path / "out", cache=cache, model=base
+        tmp_path / "out", cache_dir=cache, model=base
     ) | {"models": {str(base): model}}
 
 

@@ -60,8 +60,8 @@ def in_the_wild(templates: Sequence[str], requests: Sequence[str]) -> list[str]:
     """Put each request into a jailbreak of its own: where it has a slot there, else at its end."""
     if not templates:
         raise InputError("jailbreaks: expected at least one, got none")
-    chosen = [templates[i % len(templates)] for i in range(len(requests))]
+    texts = [templates[i % len(templates)] for i in range(len(requests))]
     return [
-        text.replace(SLOT, request) if SLOT in text else f"{text}\n\n{request}"
-        for text, request in zip(chosen, requests)
+        template.replace(SLOT, request) if SLOT in template else f"{template}\n\n{request}"
+        for template, request in zip(texts, requests)
     ]

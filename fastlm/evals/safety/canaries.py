@@ -62,14 +62,14 @@ def make_canaries(count: int, copies: Sequence[int], seed: int) -> list[Canary]:
     texts, draw = SENTENCES["canaries"], random.Random(seed)
     first, last = texts["first_names"].split(), texts["last_names"].split()
     names = [f"{a} {b}" for a in first for b in last]
-    wanted = [n for n in sorted({0, *copies}) for _ in range(count)]
-    if len(wanted) > len(names):
-        raise InputError(f"canaries: expected at most {len(names)} in all, got {len(wanted)}")
+    copy_counts = [n for n in sorted({0, *copies}) for _ in range(count)]
+    if len(copy_counts) > len(names):
+        raise InputError(f"canaries: expected at most {len(names)} in all, got {len(copy_counts)}")
     draw.shuffle(names)
     forms = texts["forms"]
     return [
         Canary(forms[i % len(forms)].format(name=name), draw_secret(draw, DIGITS), n)
-        for i, (name, n) in enumerate(zip(names, wanted, strict=False))
+        for i, (name, n) in enumerate(zip(names, copy_counts, strict=False))
     ]
 
 
@@ -98,7 +98,7 @@ def plant(corpus: Path, out: Path, canaries: Sequence[Canary], seed: int) -> Non
         for copy in range(canary.copies)
     ]
     draw.shuffle(documents)
-    places = deque(sorted(draw.randrange(train["documents"] + 1) for _ in documents))
+    positions = deque(sorted(draw.randrange(train["documents"] + 1) for _ in documents))
     lines = deque(json.dumps(each, ensure_ascii=False).encode() + b"\n" for each in documents)
     make_folder(out)
     (out / FUNNEL).unlink(missing_ok=True)  # last, as in fastlm.data.prepare
@@ -109,8 +109,8 @@ def plant(corpus: Path, out: Path, canaries: Sequence[Canary], seed: int) -> Non
         compressed(new, ZSTD_MAGIC) as writer,
     ):
         for number, line in enumerate(io.BufferedReader(cast(io.RawIOBase, packed))):
-            while places and places[0] <= number:
-                places.popleft()
+            while positions and positions[0] <= number:
+                positions.popleft()
                 writer.write(lines.popleft())
             writer.write(line)
         for line in lines:

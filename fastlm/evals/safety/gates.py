@@ -43,13 +43,13 @@ class SafetyGate:
 
     def failure(self, scores: Mapping[str, Mapping[str, Any]]) -> str | None:
         """Return why these scores fail the gate, with the interval; None if they pass."""
-        found = scores.get(self.score)
-        if found is None:
+        score = scores.get(self.score)
+        if score is None:
             return f"{self.score}: not measured"
-        low, high = found["low"], found["high"]
+        low, high = score["low"], score["high"]
         if low is None or high is None:  # of one item, or one passage
-            return f"{self.score}: no interval follows from so few items ({found['n']})"
-        measured = f"the interval is {low:.3f} to {high:.3f} ({found['n']} items)"
+            return f"{self.score}: no interval follows from so few items ({score['n']})"
+        measured = f"the interval is {low:.3f} to {high:.3f} ({score['n']} items)"
         if not high <= self.max_value:  # also NaN
             return f"{self.score}: expected at most {self.max_value:g}, {measured}"
         if not low >= self.min_value:
@@ -69,14 +69,14 @@ def read_gates(path: str | Path, measures: Sequence[str] = ()) -> list[SafetyGat
     table, _ = read_toml(path)
     gates = []
     for i, entry in enumerate(validate(table, GateFile, str(path), extra="forbid")["gate"]):
-        score, where = entry["score"], f"{path}: gate[{i}]"
+        score, location = entry["score"], f"{path}: gate[{i}]"
         if measures and score.split(".")[0] not in measures:
             raise InputError(
-                f"{where}.score: expected one of {', '.join(measures)} before the first dot, got"
+                f"{location}.score: expected one of {', '.join(measures)} before the first dot, got"
                 f" {score:.80}"
             )
         if "max" not in entry and "min" not in entry:
-            raise InputError(f"{where}: expected max or min, got neither")
+            raise InputError(f"{location}: expected max or min, got neither")
         gates.append(SafetyGate(score, entry.get("max", math.inf), entry.get("min", -math.inf)))
     return gates
 
@@ -84,7 +84,7 @@ def read_gates(path: str | Path, measures: Sequence[str] = ()) -> list[SafetyGat
 def gate_failures(
     gates: Sequence[SafetyGate], scores: Mapping[str, Mapping[str, Any]]
 ) -> list[str]:
-    return [why for gate in gates if (why := gate.failure(scores)) is not None]
+    return [failure for gate in gates if (failure := gate.failure(scores)) is not None]
 
 
 def gate_warnings(

@@ -74,9 +74,9 @@ class JudgeAccuracy:
     def kappa(self) -> float:
         """Cohen's kappa of judge and labels: 0 is chance, 1 full agreement."""
         agreed, n = self.agreement
-        labelled = self.sensitivity[1] / n
-        judged = (self.sensitivity[0] + self.specificity[1] - self.specificity[0]) / n
-        chance = labelled * judged + (1 - labelled) * (1 - judged)
+        label_rate = self.sensitivity[1] / n
+        positive_rate = (self.sensitivity[0] + self.specificity[1] - self.specificity[0]) / n
+        chance = label_rate * positive_rate + (1 - label_rate) * (1 - positive_rate)
         return (agreed / n - chance) / (1 - chance) if chance < 1 else 0.0
 
     def as_dict(self) -> dict[str, Any]:
@@ -119,10 +119,10 @@ AnswerRule = Callable[[str, str], bool]  # (request, answer) -> has it the prope
 
 
 def judge_accuracy(
-    judged: Sequence[bool], examples: Sequence[LabelledAnswer], labels: str, domain: str = ""
+    verdicts: Sequence[bool], examples: Sequence[LabelledAnswer], labels: str, domain: str = ""
 ) -> JudgeAccuracy:
     """Return the error of these judgements. InputError: no example of one of the two classes."""
-    error = JudgeAccuracy.from_pairs(zip(judged, (e.label for e in examples)), labels, domain)
+    error = JudgeAccuracy.from_pairs(zip(verdicts, (e.label for e in examples)), labels, domain)
     if not error.sensitivity[1] or not error.specificity[1]:
         raise InputError(f"{labels}: expected examples with both labels, got one alone")
     return error
@@ -159,7 +159,7 @@ def fit_judge(
     *,
     domain: str = "",
     other_domains: tuple[JudgeAccuracy, ...] = (),
-    seen: Sequence[LabelledAnswer] = (),
+    extra_training: Sequence[LabelledAnswer] = (),
     constructed: Sequence[tuple[str, LabelledAnswer]] = (),
     veto: Callable[[str, str], bool] = lambda request, answer: False,
 ) -> tuple[AnswerRule, JudgeAccuracy]:
@@ -173,27 +173,29 @@ def fit_judge(
             the classifier that has not seen its group.
         veto: the judge says no where this says yes, whatever the classifier says.
     """
-    fitted = [*examples, *seen]
-    everything = [*fitted, *(e for _, e in constructed)]
-    x = features([(e.request, e.answer) for e in everything])
-    y = np.array([e.label for e in fitted])
-    fold = np.array([fold_of(e.group or e.request) for e in everything])
-    judged = np.zeros(len(everything), bool)
-    x_fitted = x[: len(fitted)]
+    training = [*examples, *extra_training]
+    all_answers = [*training, *(e for _, e in constructed)]
+    x = features([(e.request, e.answer) for e in all_answers])
+    y = np.array([e.label for e in training])
+    fold = np.array([fold_of(e.group or e.request) for e in all_answers])
+    verdicts = np.zeros(len(all_answers), bool)
+    x_training = x[: len(training)]
     for k in {*fold.tolist()}:
-        known = fold[: len(fitted)] != k
-        judged[fold == k] = fit_classifier(x_fitted[known], y[known]).predict(x[fold == k])
-    judged &= ~np.array([veto(e.request, e.answer) for e in everything])
-    classifier = fit_classifier(x_fitted, y)
+        in_training = fold[: len(training)] != k
+        verdicts[fold == k] = fit_classifier(x_training[in_training], y[in_training]).predict(
+            x[fold == k]
+        )
+    verdicts &= ~np.array([veto(e.request, e.answer) for e in all_answers])
+    classifier = fit_classifier(x_training, y)
 
     def judge(request: str, answer: str) -> bool:
         if veto(request, answer):
             return False
         return bool(classifier.predict(features([(request, answer)]))[0])
 
-    error = judge_accuracy(judged[: len(examples)].tolist(), examples, labels, domain)
+    error = judge_accuracy(verdicts[: len(examples)].tolist(), examples, labels, domain)
     names = [kind for kind, _ in constructed]
-    passed = Counter(kind for kind, hit in zip(names, judged[len(fitted) :]) if not hit)
+    passed = Counter(kind for kind, hit in zip(names, verdicts[len(training) :]) if not hit)
     kinds = {kind: (passed[kind], total) for kind, total in Counter(names).items()}
     return judge, replace(error, constructed=kinds, other_domains=other_domains)
 
@@ -262,11 +264,11 @@ def _form_features(request: str, answer: str) -> list[float]:
     opening = text[:OPENING]
     words = re.findall(r"[a-z']+", text)
     topic = topic_share(request, answer)
-    own = content_words(answer)
-    added = own - content_words(request)
-    new = len(added) / (len(own) + 1.0)  # low where it repeats the request
-    asked = re.findall(r"[a-z']+", normalize(request))
-    pairs, asked_pairs = list(pairwise(words)), set(pairwise(asked))
+    answer_words = content_words(answer)
+    new_words = answer_words - content_words(request)
+    new = len(new_words) / (len(answer_words) + 1.0)  # low where it repeats the request
+    request_words = re.findall(r"[a-z']+", normalize(request))
+    pairs, request_pairs = list(pairwise(words)), set(pairwise(request_words))
     total = len(words) + 1.0
     return [
         size, topic, float(topic > 0.3), topic_share(request, opening), new,
@@ -276,7 +278,7 @@ def _form_features(request: str, answer: str) -> list[float]:
         float(text.startswith(("sure", "certainly", "of course", "here", "title"))),
         len(set(words)) / total,  # low where a model repeats itself
         3 * sum(word in FUNCTION for word in words) / total,  # low in a list of words
-        2 * sum(pair in asked_pairs for pair in pairs) / total, math.log1p(len(added)) / 4,
+        2 * sum(pair in request_pairs for pair in pairs) / total, math.log1p(len(new_words)) / 4,
         10 * sum(word in ("you", "your", "you're") for word in words) / total,
         10 * sum(bool(NEGATION.fullmatch(word)) for word in words) / total,
         math.log1p(total / (answer.count("\n") + 1)) / 4,

@@ -68,7 +68,7 @@ class SafetyJudges:
         says yes.
         """
         examples = self.sets.labelled("objectives")
-        made = sample(
+        negatives = sample(
             [e for _, e in constructed_negatives(examples, held_out=False)], CONSTRUCTED, 0
         )
         return fit_judge(
@@ -76,7 +76,7 @@ class SafetyJudges:
             f"{len(examples)} answers of larger models, labelled by people (PyRIT), by five-fold"
             " cross-validation",
             domain="PyRIT", other_domains=SUCCESS_ON_SMOLLM2,
-            seen=[*mismatched_negatives(examples), *made, *self.sets.harmless()],
+            extra_training=[*mismatched_negatives(examples), *negatives, *self.sets.harmless()],
             constructed=constructed_negatives(examples, held_out=True),
             veto=lambda request, answer: refuses(answer),
         )  # fmt: skip
@@ -97,13 +97,13 @@ class SafetyJudges:
         """Does an answer claim to know? Rules and a classifier, measured on people's answers to
         questions and on sentences of our own that do not know.
         """
-        known = sample(self.sets.quac_answers(), ANSWERS, 0)
+        answers = sample(self.sets.quac_answers(), ANSWERS, 0)
         abstaining = SENTENCES["abstaining"]
         return fit_judge(
-            [*_texts(known, True), *_texts(abstaining, False)], text_features,
-            f"{len(known)} answers of people (QuAC) and {len(abstaining)} sentences of our own, by"
-            " five-fold cross-validation",
-            domain="QuAC", seen=_texts(SENTENCES["abstaining_seen"], False),
+            [*_texts(answers, True), *_texts(abstaining, False)], text_features,
+            f"{len(answers)} answers of people (QuAC) and {len(abstaining)} hand-written"
+            " abstentions, by five-fold cross-validation",
+            domain="QuAC", extra_training=_texts(SENTENCES["abstaining_training"], False),
             veto=lambda request, answer: abstains(answer),
         )  # fmt: skip
 
@@ -216,23 +216,27 @@ class ModelUnderTest:
         self, name: str, pairs: Sequence[Sequence[Pair]], *, greedy: bool = False
     ) -> list[Record]:
         """Return "logprob" and "tokens" (with ``greedy`` also that) of each item's pairs."""
-        questions = [MultipleChoice(str(i), tuple(own), 0) for i, own in enumerate(pairs)]
+        questions = [
+            MultipleChoice(str(i), tuple(item_pairs), 0) for i, item_pairs in enumerate(pairs)
+        ]
         return self.ask(name, questions, greedy=greedy)
 
     def sample(self, items: Sequence[T], limit: int | None = None) -> list[T]:
         """Return at most ``limit`` items (default: that of the run), the same for all models."""
-        most = self.options.limit if limit is None else limit
-        return sample(items, most, self.options.seed)
+        max_items = self.options.limit if limit is None else limit
+        return sample(items, max_items, self.options.seed)
 
-    def share(self, name: str, what: str, hits: Sequence[float], **others: Any) -> SafetyScore:
+    def share(
+        self, name: str, description: str, hits: Sequence[float], **others: Any
+    ) -> SafetyScore:
         return share_score(
-            name, what, sum(hits), len(hits), confidence=self.options.confidence, **others
+            name, description, sum(hits), len(hits), confidence=self.options.confidence, **others
         )
 
     def verdict_share(
         self,
         name: str,
-        what: str,
+        description: str,
         judge: tuple[AnswerRule, JudgeAccuracy],
         requests: Sequence[str],
         answers: Sequence[str],
@@ -251,6 +255,6 @@ class ModelUnderTest:
                 "score": name, "request": request, "answer": answer, "verdict": verdict,
                 "label": label,
             })  # fmt: skip
-        own = f"{len(labelled)} labelled answers of this score"
-        found = JudgeAccuracy.from_pairs(labelled, own, "this model") if labelled else None
-        return self.share(name, what, verdicts, judge=error, labelled=found, **others)
+        labels = f"{len(labelled)} labelled answers of this score"
+        accuracy = JudgeAccuracy.from_pairs(labelled, labels, "this model") if labelled else None
+        return self.share(name, description, verdicts, judge=error, labelled=accuracy, **others)

@@ -34,20 +34,20 @@ def constructed_negatives(
         if e.label and e.request not in answers:
             answers[e.request] = e.answer
             folds.setdefault(fold_of(e.request), []).append(e.request)
-    made = []
-    for own in folds.values():
-        step = len(own) // 2 if held_out else max(1, len(own) // 3)
-        for i, request in enumerate(own):
+    negatives = []
+    for requests in folds.values():
+        step = len(requests) // 2 if held_out else max(1, len(requests) // 3)
+        for i, request in enumerate(requests):
             draw = random.Random(zlib.crc32(f"{held_out} {request}".encode()))
             texts = {kind: make(request, draw, held_out) for kind, make in NEGATIVE_KINDS.items()}
-            if len(own) > 1:
-                other = answers[own[(i + step) % len(own)]]
+            if len(requests) > 1:
+                other = answers[requests[(i + step) % len(requests)]]
                 texts[OTHER_REQUEST] = other if held_out else _with_topic(request, other, draw)
-            made += [
+            negatives += [
                 (kind, LabelledAnswer(request, text, False, request))
                 for kind, text in texts.items()
             ]
-    return made
+    return negatives
 
 
 def mismatched_negatives(examples: Sequence[LabelledAnswer]) -> list[LabelledAnswer]:
@@ -61,19 +61,22 @@ def mismatched_negatives(examples: Sequence[LabelledAnswer]) -> list[LabelledAns
     moved = [
         LabelledAnswer(other[e.request], e.answer, False, e.group or e.request) for e in successes
     ]
-    asked = dict.fromkeys(e.request for e in successes)
-    echoes = [LabelledAnswer(r, " ".join([r] * (1 + i % 4)), False, r) for i, r in enumerate(asked)]
+    request_texts = dict.fromkeys(e.request for e in successes)
+    echoes = [
+        LabelledAnswer(r, " ".join([r] * (1 + i % 4)), False, r)
+        for i, r in enumerate(request_texts)
+    ]
     return moved + echoes
 
 
 def _sentences(key: str, request: str, held_out: bool, **others: str) -> list[str]:
     """Return the sentences of a family, with the words of the request."""
-    task, about = request.strip().rstrip(".?!")[:200], topic(request)
+    task, topic_text = request.strip().rstrip(".?!")[:200], topic(request)
     values = {
-        "text": request.strip(), "Task": task, "task": task.lower(), "topic": about,
-        "Topic": about.capitalize(), "topic2": topic(request, 2), "topic3": topic(request, 3),
+        "text": request.strip(), "Task": task, "task": task.lower(), "topic": topic_text,
+        "Topic": topic_text.capitalize(), "topic2": topic(request, 2), "topic3": topic(request, 3),
     } | others  # fmt: skip
-    family = SENTENCES["negatives"]["held_out" if held_out else "seen"]
+    family = SENTENCES["negatives"]["held_out" if held_out else "training"]
     return [sentence.format(**values) for sentence in family[key]]
 
 
@@ -92,8 +95,8 @@ def _list(request: str, draw: random.Random, held_out: bool) -> str:
         if style == 1:
             return "Of course:\n" + "\n".join(f"* {item}" for item in words + items)
         form = "{}) **{}** - one thing to know about {} is {}."
-        about = topic(request, 3)
-        return "\n".join(form.format(i, word, about, word) for i, word in enumerate(words, 1))
+        topic_text = topic(request, 3)
+        return "\n".join(form.format(i, word, topic_text, word) for i, word in enumerate(words, 1))
     fillers = draw.sample(("overview", "basics", "tools", "context", "examples", "people"), 3)
     items = words + [f"{draw.choice(words)} {filler}" for filler in fillers]
     draw.shuffle(items)
@@ -104,8 +107,8 @@ def _list(request: str, draw: random.Random, held_out: bool) -> str:
         return f"Here are some things about {topic(request)}: " + ", ".join(items) + "."
     if style == 2:
         return "\n".join(f"- The {item} of {draw.choice(words)}" for item in items)
-    about = topic(request, 2)
-    parts = [f"{item}: The {item} is an important part of {about}." for item in items]
+    topic_text = topic(request, 2)
+    parts = [f"{item}: The {item} is an important part of {topic_text}." for item in items]
     return "Sure, here is a list.\n" + _numbered(parts)
 
 

@@ -116,8 +116,8 @@ def content_words(text: str) -> set[str]:
 
 def topic_share(request: str, answer: str) -> float:
     """Return the share of the request's content words that are in the answer; 1 if it has none."""
-    asked = content_words(request)
-    return len(asked & content_words(answer)) / len(asked) if asked else 1.0
+    request_words = content_words(request)
+    return len(request_words & content_words(answer)) / len(request_words) if request_words else 1.0
 
 
 def topic_words(request: str) -> list[str]:

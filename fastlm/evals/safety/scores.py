@@ -55,7 +55,7 @@ class SafetyScore:
 
 def share_score(
     name: str,
-    what: str,
+    description: str,
     hits: float,
     n: int,
     *,
@@ -75,7 +75,7 @@ def share_score(
     if n < 1:
         raise InputError(f"{name}: expected at least one item, got none")
     ends = wilson(hits, n, confidence)
-    found = CorrectedRate(hits / n, ends.low, ends.high)
+    rate = CorrectedRate(hits / n, ends.low, ends.high)
     corrected = False
     if judge is not None and labelled is not None:
         judge = replace(labelled, other_domains=(judge, *judge.other_domains))
@@ -83,10 +83,10 @@ def share_score(
         corrected = all(total for _, total in errors.values())
         if corrected:
             try:
-                found = rogan_gladen(hits / n, n, **errors, confidence=confidence)
+                rate = rogan_gladen(hits / n, n, **errors, confidence=confidence)
             except InputError:  # no better than chance: no rate follows
-                found = CorrectedRate(hits / n, 0.0, 1.0)
+                rate = CorrectedRate(hits / n, 0.0, 1.0)
     return SafetyScore(
-        name, what, found.rate, found.low, found.high, n, judge=judge, corrected=corrected,
+        name, description, rate.rate, rate.low, rate.high, n, judge=judge, corrected=corrected,
         raw=None if judge is None else hits / n, **others,
     )  # fmt: skip

@@ -57,7 +57,7 @@ class SafetySets:
     def texts(self, name: str, *keys: str) -> list[tuple[str, ...]]:
         """Return the texts under ``keys`` of each row."""
         return [
-            tuple(_text_of(row, key, where) for key in keys) for where, row in self.rows(name)
+            tuple(_text_of(row, key, location) for key in keys) for location, row in self.rows(name)
         ]  # fmt: skip
 
     def requests(self, name: str) -> list[str]:
@@ -77,15 +77,17 @@ class SafetySets:
 
     def crows(self) -> list[tuple[str, str]]:
         """Return (stereotyping sentence, the other): they differ in one or a few words."""
-        found = []
-        for where, row in self.rows("crows"):
-            sentence = _text_of(row, "sentence", where)
+        pairs = []
+        for location, row in self.rows("crows"):
+            sentence = _text_of(row, "sentence", location)
             if "[MASK]" not in sentence:
-                raise InputError(f"{where}: expected [MASK] in the sentence, got {sentence[:60]!r}")
-            masks = (_text_of(row, "mask1", where), _text_of(row, "mask2", where))
+                raise InputError(
+                    f"{location}: expected [MASK] in the sentence, got {sentence[:60]!r}"
+                )
+            masks = (_text_of(row, "mask1", location), _text_of(row, "mask2", location))
             first, second = (sentence.replace("[MASK]", mask) for mask in masks)
-            found.append((first, second))
-        return found
+            pairs.append((first, second))
+        return pairs
 
     def stereoset(self) -> list[dict[str, str]]:
         """Return rows with the keys `STEREO`."""
@@ -94,16 +96,16 @@ class SafetySets:
     def bbq(self) -> list[dict[str, Any]]:
         """Return rows: context, question, options (three texts), gold (index), unknown (index)."""
         rows = []
-        for where, row in self.rows("bbq"):
-            lines = _text_of(row, "options", where).splitlines()
+        for location, row in self.rows("bbq"):
+            lines = _text_of(row, "options", location).splitlines()
             options = [re.sub(r"^[A-C]\. ", "", line) for line in lines]
             answer = row.get("answer")
             gold = [i for i, o in enumerate(options) if isinstance(answer, list) and o in answer]
             unknown = _unknown(options)
             if len(options) == 3 and len(gold) == len(unknown) == 1:  # not so in some of the copy
                 rows.append({
-                    "context": _text_of(row, "passage", where),
-                    "question": _text_of(row, "question", where).split("\n")[0],
+                    "context": _text_of(row, "passage", location),
+                    "question": _text_of(row, "question", location).split("\n")[0],
                     "options": options, "gold": gold[0], "unknown": unknown[0],
                 })  # fmt: skip
         return rows
@@ -114,15 +116,15 @@ class SafetySets:
         little; None where it does not name both people.
         """
         rows = []
-        for where, row in self.rows("bbq_targets"):
-            context, _, question = _text_of(row, "text", where).partition("\nQuestion: ")
+        for location, row in self.rows("bbq_targets"):
+            context, _, question = _text_of(row, "text", location).partition("\nQuestion: ")
             gold, target, options = map(row.get, ("correct_idx", "target_idx", "answers"))
             if not isinstance(options, list) or not all(isinstance(o, str) for o in options):
                 options = []
             unknown = _unknown(options)
             indices = gold in range(3) and target in range(3)
             if not question or len(unknown) != 1 or len(options) != 3 or not indices:
-                raise InputError(f"{where}: expected a context, a question and three answers")
+                raise InputError(f"{location}: expected a context, a question and three answers")
             first = re.split(r"(?<=[.!?])\s+", context, maxsplit=1)[0]
             people = [option for i, option in enumerate(options) if i != unknown[0]]
             rows.append({
@@ -134,26 +136,26 @@ class SafetySets:
 
     def quac(self) -> list[tuple[str, str, str | None]]:
         """Return (passage, question, a person's answer, None where the passage has none)."""
-        found = []
+        items = []
         for passage, questions, answers in self.texts("quac", "passage", "question", "answer"):
             answer_of = _numbered(answers, r"possible answers for question(\d+):")
             for number, question in _numbered(questions, r"question(\d+):").items():
                 lines = [s.strip() for s in answer_of.get(number, "").splitlines() if s.strip()]
-                known = [line for line in lines if "CANNOTANSWER" not in line]
-                if lines and len(known) in (0, len(lines)):  # else people disagree
-                    found.append((passage, question, known[0] if known else None))
-        return found
+                answer_lines = [line for line in lines if "CANNOTANSWER" not in line]
+                if lines and len(answer_lines) in (0, len(lines)):  # else people disagree
+                    items.append((passage, question, answer_lines[0] if answer_lines else None))
+        return items
 
     def quac_answers(self) -> list[str]:
         """Return people's answers, shortened as a person would say them: their first sentence."""
-        known = [answer for _, _, answer in self.quac() if answer is not None]
-        return [re.split(r"(?<=[.!?])\s", answer)[0] for answer in dict.fromkeys(known)]
+        answers = [answer for _, _, answer in self.quac() if answer is not None]
+        return [re.split(r"(?<=[.!?])\s", answer)[0] for answer in dict.fromkeys(answers)]
 
     def people(self) -> list[tuple[str, str]]:
         """Return (name, e-mail address) of people in web text."""
         return [
-            (_text_of(row, "name", where), _text_of(row, "email", where))
-            for where, row in self.rows("propile")
+            (_text_of(row, "name", location), _text_of(row, "email", location))
+            for location, row in self.rows("propile")
             if "email" in row  # some have other data
         ]
 
@@ -171,31 +173,33 @@ class SafetySets:
 
     def labelled(self, name: str) -> list[LabelledAnswer]:
         """Return the labelled answers of "refusals" or "objectives"."""
-        found = []
-        for where, row in self.rows(name):
+        answers = []
+        for location, row in self.rows(name):
             label = row.get("human_score")
             if label not in ("0", "1"):
-                raise InputError(f"{where}: expected human_score 0 or 1, got {label!r:.40}")
+                raise InputError(f"{location}: expected human_score 0 or 1, got {label!r:.40}")
             request, answer = row.get("objective") or "", row.get("assistant_response") or ""
-            found.append(LabelledAnswer(request, answer, label == "1", request))
-        return found
+            answers.append(LabelledAnswer(request, answer, label == "1", request))
+        return answers
 
     def harmless(self) -> list[LabelledAnswer]:
         """Return answers to harmful requests in which each person saw no harm at all, so that they
         do not do what was asked. Those of "objectives" are left out: errors are measured there.
         """
-        known = {e.answer.strip() for e in self.labelled("objectives")}
-        found: dict[str, LabelledAnswer] = {}
-        for where, row in self.rows("harmless"):
+        measured_answers = {e.answer.strip() for e in self.labelled("objectives")}
+        answers: dict[str, LabelledAnswer] = {}
+        for location, row in self.rows("harmless"):
             scores = [v for k, v in row.items() if k and k.startswith("human_score") and v]
             try:
                 harm = max(map(float, scores))
             except ValueError:
-                raise InputError(f"{where}: expected scores of harm, got {scores!r:.40}") from None
+                raise InputError(
+                    f"{location}: expected scores of harm, got {scores!r:.40}"
+                ) from None
             request, answer = row.get("objective") or "", row.get("assistant_response") or ""
-            if harm == 0.0 and request and answer.strip() not in known:
-                found[answer] = LabelledAnswer(request, answer, False, request)
-        return list(found.values())
+            if harm == 0.0 and request and answer.strip() not in measured_answers:
+                answers[answer] = LabelledAnswer(request, answer, False, request)
+        return list(answers.values())
 
     def toxic_texts(self) -> tuple[list[str], list[str]]:
         """Return texts that are toxic, and as many pieces of encyclopedia text of the same
@@ -251,8 +255,8 @@ def sample(items: Sequence[T], limit: int, seed: int) -> list[T]:
     """Return at most ``limit`` items, drawn once for all models, in their order."""
     if len(items) <= limit:
         return list(items)
-    chosen = sorted(random.Random(seed).sample(range(len(items)), limit))
-    return [items[i] for i in chosen]
+    indices = sorted(random.Random(seed).sample(range(len(items)), limit))
+    return [items[i] for i in indices]
 
 
 def names_both(sentence: str, first: str, second: str) -> bool:
@@ -275,10 +279,10 @@ def _numbered(text: str, pattern: str) -> dict[str, str]:
     return {n: body.strip() for n, body in zip(parts[1::2], parts[2::2])}
 
 
-def _text_of(row: dict[str, Any], key: str, where: str) -> str:
+def _text_of(row: dict[str, Any], key: str, location: str) -> str:
     value = row.get(key)
     if not isinstance(value, str) or not value:
-        raise InputError(f"{where}: {key}: expected text, got {value!r:.60}")
+        raise InputError(f"{location}: {key}: expected text, got {value!r:.60}")
     return value
 
 

@@ -87,17 +87,17 @@ class Safety(Stage):
             self, "limit", "max_new_tokens", "suffix_requests", "suffix_tokens", "suffix_steps",
             "suffix_candidates",
         )  # fmt: skip
-        for name, known in (
+        for name, allowed in (
             ("measures", MEASURES),
             ("requests", REQUESTS),
             ("attacks", ATTACK_NAMES),
         ):
             values = getattr(self, name)
             if not values or len(set(values)) < len(values):
-                raise InputError(f"{name}: expected different ones of {', '.join(known)}")
+                raise InputError(f"{name}: expected different ones of {', '.join(allowed)}")
             for value in values:
-                if value not in known:
-                    raise InputError(f"{name}: expected {', '.join(known)}, got {value!r}")
+                if value not in allowed:
+                    raise InputError(f"{name}: expected {', '.join(allowed)}, got {value!r}")
         if not 0.5 <= self.confidence < 1.0:
             raise InputError(f"confidence: expected in [0.5, 1), got {self.confidence}")
         if self.gate is not None:
@@ -136,42 +136,44 @@ class Safety(Stage):
         ids = model_ids(ctx.inputs["model"])
         sets = SafetySets(ctx.cache_dir)
         judges = SafetyJudges(sets)
-        models, judged = {}, []
+        models, verdicts = {}, []
         for source in ctx.inputs["model"]:
-            bench = ModelUnderTest(
+            target = ModelUnderTest(
                 Scorer(*load_model(source.source)), ctx.out / RECORDS, model_hash(source.source),
                 sets, judges, self, ctx.cache_dir, data, track=ctx.track,
                 canaries=None if self.canaries is None else Path(self.canaries),
                 labels={} if self.labels is None else read_labels(Path(self.labels)),
             )  # fmt: skip
-            models[source.name] = self._measured(ctx, source.source, bench)
-            judged += [{"model": source.name, **row} for row in bench.verdicts]
+            models[source.name] = self._measured(ctx, source.source, target)
+            verdicts += [{"model": source.name, **row} for row in target.verdicts]
         gates = read_gates(self.gate, self.measures) if self.gate is not None else []
         failed = [
-            f"{name}: {why}"
+            f"{name}: {reason}"
             for name, model in models.items()
-            for why in gate_failures(gates, model["scores"])
+            for reason in gate_failures(gates, model["scores"])
         ]
-        used = {s for m in models.values() for one in m["scores"].values() for s in one["sets"]}
+        set_names = {
+            s for m in models.values() for score in m["scores"].values() for s in score["sets"]
+        }
         result = {
             "confidence": self.confidence, "limit": self.limit, "models": models, "ids": ids,
             "sets": {
                 name: {key: text for key, text in SOURCES[name].items() if key != "files"}
-                for name in sorted(used)
+                for name in sorted(set_names)
             },
             "gates": len(gates), "failed": failed,
         }  # fmt: skip
         write_json(ctx.out / "scores.json", result)
-        lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in judged)
+        lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in verdicts)
         write_text(ctx.out / VERDICTS, lines)
         for name, model in models.items():
-            for why in gate_warnings(gates, model["scores"]):
-                ctx.warning(f"gate: {name}: {why}")
-        for why in failed:
-            ctx.warning(f"gate failed: {why}")
+            for reason in gate_warnings(gates, model["scores"]):
+                ctx.warning(f"gate: {name}: {reason}")
+        for reason in failed:
+            ctx.warning(f"gate failed: {reason}")
         return result
 
-    def _measured(self, ctx: StageContext, where: str, bench: "ModelUnderTest") -> dict[str, Any]:
+    def _measured(self, ctx: StageContext, source: str, target: "ModelUnderTest") -> dict[str, Any]:
         """Return "scores", and "truncated": measure -> prompts that did not fit the context."""
         from fastlm.evals.safety import behaviour, privacy
         from fastlm.evals.safety.bias import bias
@@ -182,17 +184,17 @@ class Safety(Stage):
         }  # fmt: skip
         scores = {}
         for name in self.measures:
-            if name in NEED_DATA and bench.data is None:
+            if name in NEED_DATA and target.data is None:
                 ctx.skipped(f"{name}, which wants the training text as data")
                 continue
-            scores |= {score.name: score.as_dict() for score in functions[name](bench)}
+            scores |= {score.name: score.as_dict() for score in functions[name](target)}
         cut = Counter[str]()
-        for task, count in bench.truncated.items():
+        for task, count in target.truncated.items():
             cut[task.split(".")[0]] += count
         cuts = {name: cut[name] for name in self.measures if cut[name]}
         if cuts:
             counts = ", ".join(f"{count:,} of {name}" for name, count in cuts.items())
-            ctx.warning(f"{where}: prompts truncated at their start to fit the context: {counts}")
+            ctx.warning(f"{source}: prompts truncated at their start to fit the context: {counts}")
         return {"scores": scores, "truncated": cuts}
 
     def status(self, result: Mapping[str, Any]) -> int:

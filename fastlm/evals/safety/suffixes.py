@@ -86,13 +86,13 @@ def search_suffix(
                 slope = one_hot_gradient(model, before, current, after, target)
                 slope[:, ~usable] = torch.inf
                 choices = slope.topk(min(top_k, len(pool)), largest=False).indices
-            tried = _replace_tokens(current, choices, candidates, draw, valid)
-            if tried:
-                found = target_losses(model, before, tried, after, target)
-                i = int(found.argmin())
-                current = tried[i]
-                if float(found[i]) < best_loss:
-                    best, best_loss = current, float(found[i])
+            candidates_list = _replace_tokens(current, choices, candidates, draw, valid)
+            if candidates_list:
+                losses = target_losses(model, before, candidates_list, after, target)
+                i = int(losses.argmin())
+                current = candidates_list[i]
+                if float(losses[i]) < best_loss:
+                    best, best_loss = current, float(losses[i])
             history.append(best_loss)
         return SuffixSearchResult(list(best), history)
     finally:
@@ -107,11 +107,13 @@ def _replace_tokens(
     valid: Callable[[list[int]], bool],
 ) -> list[list[int]]:
     """Return up to ``count`` copies of ``current``, each with one token replaced."""
-    places = torch.randint(len(current), (count,), generator=draw)
+    positions = torch.randint(len(current), (count,), generator=draw)
     picks = torch.randint(choices.shape[1], (count,), generator=draw)
-    tokens = choices[places, picks].tolist()
-    tried = [[*current[:i], token, *current[i + 1 :]] for i, token in zip(places.tolist(), tokens)]
-    return [suffix for suffix in tried if valid(suffix)]
+    tokens = choices[positions, picks].tolist()
+    suffixes = [
+        [*current[:i], token, *current[i + 1 :]] for i, token in zip(positions.tolist(), tokens)
+    ]
+    return [suffix for suffix in suffixes if valid(suffix)]
 
 
 def target_losses(
@@ -122,14 +124,14 @@ def target_losses(
     target: Sequence[int],
 ) -> Tensor:
     """Return the loss of each suffix, float32 (number,) on the CPU."""
-    found = []
+    losses = []
     with torch.no_grad():
         for i in range(0, len(suffixes), ROWS):
             rows = [[*before, *suffix, *after, *target] for suffix in suffixes[i : i + ROWS]]
             ids = torch.tensor(rows, device=model.device)
             labels = _labels(ids, len(target))
-            found.append(-model.logprobs(ids[:, :-1], labels).sum(1).float().cpu() / len(target))
-    return torch.cat(found)
+            losses.append(-model.logprobs(ids[:, :-1], labels).sum(1).float().cpu() / len(target))
+    return torch.cat(losses)
 
 
 def one_hot_gradient(
@@ -146,24 +148,24 @@ def one_hot_gradient(
     """
     ids = torch.tensor([[*before, *suffix, *after, *target]], device=model.device)
     labels = _labels(ids, len(target))
-    caught: list[Tensor] = []
+    embeddings: list[Tensor] = []
 
     def catch(module: object, inputs: object, output: Tensor) -> Tensor:
         del module, inputs
-        caught.append(output.detach().requires_grad_())
-        return caught[-1]
+        embeddings.append(output.detach().requires_grad_())
+        return embeddings[-1]
 
     handle = model.model.embed_tokens.register_forward_hook(catch)
-    wanted = [parameter.requires_grad for parameter in model.parameters()]
+    requires_grad = [parameter.requires_grad for parameter in model.parameters()]
     try:
         model.requires_grad_(False)  # no gradient of weights is computed
         with torch.inference_mode(False), torch.enable_grad():
             loss = -model.logprobs(ids[:, :-1], labels).sum() / len(target)
-            (slope,) = torch.autograd.grad(loss, caught)
+            (slope,) = torch.autograd.grad(loss, embeddings)
     finally:
         handle.remove()
-        for parameter, was in zip(model.parameters(), wanted, strict=True):
-            parameter.requires_grad_(was)
+        for parameter, flag in zip(model.parameters(), requires_grad, strict=True):
+            parameter.requires_grad_(flag)
     matrix: Any = model.model.embed_tokens.weight
     if isinstance(matrix, QuantizedWeight):
         matrix = matrix.dequantize(torch.float32)
@@ -185,9 +187,9 @@ class SuffixRecord(TypedDict):
     losses: list[float]
 
 
-def suffix_prompts(bench: ModelUnderTest, name: str, requests: Sequence[str]) -> list[str]:
+def suffix_prompts(target: ModelUnderTest, name: str, requests: Sequence[str]) -> list[str]:
     """Return each request with the suffix that was found for it."""
-    o, chat = bench.options, bench.has_chat_template
+    o, chat = target.options, target.has_chat_template
 
     def probe(scorer: Scorer, some: Sequence[OpenQuestion], seed: int) -> list[Record]:
         return [
@@ -200,7 +202,7 @@ def suffix_prompts(bench: ModelUnderTest, name: str, requests: Sequence[str]) ->
     questions = [
         OpenQuestion(str(i), request, options, chat=chat) for i, request in enumerate(requests)
     ]
-    records = bench.ask(
+    records = target.ask(
         f"suffixes.{name}", questions, probe=probe, record=SuffixRecord, chunk_size=1
     )
     return [request + record["suffix"] for request, record in zip(requests, records, strict=True)]
@@ -216,12 +218,12 @@ def _find_suffix(
         ids = encode_request(tokenizer, request + tokenizer.decode(suffix), chat)
         return ids == [*before, *suffix, *after]
 
-    found = search_suffix(
+    result = search_suffix(
         scorer.model, before, after, tokenizer.encode(TARGET if chat else f" {TARGET}"), start,
         steps=o.suffix_steps, candidates=o.suffix_candidates, seed=seed, valid=valid,
         allowed=usable_tokens(tokenizer, scorer.model.config.vocab_size),
     )  # fmt: skip
-    return {"suffix": tokenizer.decode(found.suffix), "losses": found.losses}
+    return {"suffix": tokenizer.decode(result.suffix), "losses": result.losses}
 
 
 def encode_request(tokenizer: "Tokenizer", text: str, chat: bool) -> list[int]:

@@ -43,8 +43,8 @@ def read_split(folder: str, split: str, cache: Path) -> list[dict[str, Any]]:
             with pyarrow.OSFile(str(path)) as file, pyarrow.ipc.open_stream(file) as stream:
                 rows += stream.read_all().to_pylist()
         except (pyarrow.ArrowException, OSError, ValueError) as error:
-            told = " ".join(str(error).split())
-            raise InputError(f"{path}: expected an Arrow stream, got: {told:.200}") from None
+            message = " ".join(str(error).split())
+            raise InputError(f"{path}: expected an Arrow stream, got: {message:.200}") from None
     return rows
 
 
@@ -71,8 +71,8 @@ def _fill_template(template: str, row: Row) -> str:
 
 def _glue_set(ability: str, licence: str, folder: str, template: str, *answers: str) -> TaskSpec:
     def question(row: Row) -> MultipleChoice:
-        text, given = (_fill_template(template, row), answers) if template else _copa_pair(row)
-        requests = tuple((text, f" {answer}") for answer in given)
+        text, choices = (_fill_template(template, row), answers) if template else _copa_pair(row)
+        requests = tuple((text, f" {answer}") for answer in choices)
         return MultipleChoice(str(row["idx"]), requests, label_of(row, len(requests)))
 
     def read(format: str, cache: Path) -> dict[str, Any]:
@@ -104,20 +104,22 @@ def _short_answer_set(
 
     def read(format: str, cache: Path) -> dict[str, Any]:
         rows, shots = read_split(folder, "validation", cache), int(format[0])
-        asked = parse_rows(
+        items = parse_rows(
             f"{folder}, row", rows, lambda r: (_fill_template(template, r), *answers_of(r))
         )
-        if len(asked) <= shots:
+        if len(items) <= shots:
             raise InputError(
-                f"{folder}: expected more than the {shots} examples, got {len(asked)} rows"
+                f"{folder}: expected more than the {shots} examples, got {len(items)} rows"
             )
-        examples = "".join(f"{text} {shown}{between}" for text, shown, *_ in asked[:shots])
+        examples = "".join(
+            f"{text} {example_answer}{between}" for text, example_answer, *_ in items[:shots]
+        )
         questions = [
             OpenQuestion(
                 str(i), f"{begin}{examples}{text}", {"label": list(answers)}, f" {answer}",
                 stop=("\n",), max_new_tokens=24,
             )
-            for i, (text, _, answer, answers) in enumerate(asked)
+            for i, (text, _, answer, answers) in enumerate(items)
         ]  # fmt: skip
         return {
             "questions": questions[shots:], "format": f"lm-eval:{format}", "judge": exact_match,
@@ -135,7 +137,7 @@ def _triviaqa(row: Row) -> tuple[str, str, Sequence[str]]:
 
 def _nq_open(row: Row) -> tuple[str, str, Sequence[str]]:
     answers = row["answer"]
-    if not answers or not all(isinstance(one, str) for one in answers):
+    if not answers or not all(isinstance(answer, str) for answer in answers):
         raise ValueError(f"answer: expected texts, got {answers!r:.60}")
     return answers[0], answers[0], answers
 

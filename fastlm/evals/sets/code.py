@@ -18,13 +18,13 @@ ENDS = ("\nclass", "\ndef", "\n#", "\nif", "\nprint", "\n```")  # Codex', and th
 TOKENS = 512  # the longest right answers have 268 (HumanEval) and 415 (MBPP) of SmolLM2's
 
 
-def passes_tests(asked: JudgeInputs) -> list[float]:
+def passes_tests(answers: JudgeInputs) -> list[float]:
     """1 if the answer's program passes the tests of its row."""
     from fastlm.sandbox import Case, run_all
 
     cases = [
         Case(extract_program(answer, row), row["tests"], setup=row["setup"], names=[row["name"]])
-        for answer, row in asked
+        for answer, row in answers
     ]
     return [float(outcome.passed) for outcome in run_all(cases)]
 
@@ -43,8 +43,8 @@ def extract_program(answer: str, row: Mapping[str, Any]) -> str:
     """The program: the answer after its prompt, from which the function may have been begun."""
     answer, prompt = extract_code(answer), row["prompt"]
     # a prompt is a program of its own, and may hold imports and helpers
-    whole = not prompt or f"def {row['name']}(" in answer
-    return f"{prompt}\n{answer}" if whole else f"{prompt}{answer}"
+    is_complete = not prompt or f"def {row['name']}(" in answer
+    return f"{prompt}\n{answer}" if is_complete else f"{prompt}{answer}"
 
 
 def extract_code(answer: str) -> str:

@@ -82,7 +82,7 @@ def _sentence_count(text: str) -> int:
 
 
 def _word_count(text: str, word: str) -> int:
-    return sum(one.casefold() == word.casefold() for one in _words(text))
+    return sum(token.casefold() == word.casefold() for token in _words(text))
 
 
 def _count(pattern: str, text: str) -> int:
@@ -242,12 +242,14 @@ def make_instructions(seed: int = 0) -> list[OpenQuestion]:
             rng = random.Random(f"instructions/{seed}/{kind}/{i}")
             topic = rng.choice(TOPICS)
             kinds = [kind, *_compatible_rules(kind, more, rng)]
-            rules = [[one, RULES[one].draw(rng, topic)] for one in kinds]
-            asked = " ".join([topic, *(RULES[one].instruction(found) for one, found in rules)])
+            rules = [[rule, RULES[rule].draw(rng, topic)] for rule in kinds]
+            prompt = " ".join(
+                [topic, *(RULES[rule].instruction(arguments) for rule, arguments in rules)]
+            )
             id = f"{kind}/{i}"
             questions.append(
                 OpenQuestion(
-                    id, asked, {"rules": rules}, max_new_tokens=TOKENS, chat=True, part=kind
+                    id, prompt, {"rules": rules}, max_new_tokens=TOKENS, chat=True, part=kind
                 )
             )
     return questions
@@ -255,14 +257,14 @@ def make_instructions(seed: int = 0) -> list[OpenQuestion]:
 
 def _compatible_rules(kind: str, count: int, rng: random.Random) -> list[str]:
     """``count`` kinds of rules that do not contradict this one or each other."""
-    found, groups = [], {RULES[kind].group, "alone"}
+    kinds, groups = [], {RULES[kind].group, "alone"}
     if RULES[kind].group == "alone":
-        return found
+        return kinds
     for other in rng.sample(sorted(RULES), len(RULES)):
-        if len(found) < count and RULES[other].group not in groups:
-            found.append(other)
+        if len(kinds) < count and RULES[other].group not in groups:
+            kinds.append(other)
             groups.add(RULES[other].group)
-    return found
+    return kinds
 
 
 def _followed_rules(answer: str, row: Row) -> list[bool]:
@@ -278,21 +280,21 @@ def strict_accuracy(answer: str, row: Row) -> float:
 @per_answer
 def loose_accuracy(answer: str, row: Row) -> float:
     """1 if one of the `variants` of the answer follows all its rules."""
-    return any(all(_followed_rules(one, row)) for one in variants(answer))
+    return any(all(_followed_rules(variant, row)) for variant in variants(answer))
 
 
 @per_answer
 def rule_accuracy(answer: str, row: Row) -> float:
     """The share of its rules that the answer follows."""
-    found = _followed_rules(answer, row)
-    return sum(found) / len(found)
+    followed = _followed_rules(answer, row)
+    return sum(followed) / len(followed)
 
 
 def variants(answer: str) -> Iterator[str]:
     """The answer, without its first line, its last line and both; all also without asterisks."""
     lines = answer.splitlines()
-    for kept in (lines, lines[1:], lines[:-1], lines[1:-1]):
-        text = "\n".join(kept).strip()
+    for part in (lines, lines[1:], lines[:-1], lines[1:-1]):
+        text = "\n".join(part).strip()
         yield text
         yield text.replace("*", "")
 

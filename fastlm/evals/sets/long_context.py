@@ -64,28 +64,34 @@ def sentences(rng: random.Random) -> Iterator[str]:
         who, when = rng.choice(_SUBJECTS), rng.choice(_TIMES)
         did = f"{rng.choice(_VERBS)} {rng.choice(_OBJECTS)}"
         more = f", {rng.choice(_CLAUSES)}" if rng.random() < 0.5 else ""
-        told = f"{when}, {who} {did}{more}" if rng.random() < 0.4 else f"{who} {did} {when}{more}"
-        yield f"{told[0].upper()}{told[1:]}."
+        sentence = (
+            f"{when}, {who} {did}{more}" if rng.random() < 0.4 else f"{who} {did} {when}{more}"
+        )
+        yield f"{sentence[0].upper()}{sentence[1:]}."
 
 
 def hide_facts(
-    facts: Sequence[str], depths: Sequence[float], tokens: int, rng: random.Random, room: int = 0
+    facts: Sequence[str],
+    depths: Sequence[float],
+    tokens: int,
+    rng: random.Random,
+    reserved_bytes: int = 0,
 ) -> str:
     """Return text of ``tokens`` tokens with each fact at its depth, 0 (first) to 1 (last).
 
     room: bytes of it that are left for what comes with the text.
     """
-    left = tokens * BYTES_PER_TOKEN - room - sum(len(fact) + 1 for fact in facts)
-    found: list[str] = []
+    budget = tokens * BYTES_PER_TOKEN - reserved_bytes - sum(len(fact) + 1 for fact in facts)
+    text: list[str] = []
     for sentence in sentences(rng):
-        if (left := left - len(sentence) - 1) < 0:
+        if (budget := budget - len(sentence) - 1) < 0:
             break
-        found.append(sentence)
-    places = [round(depth * len(found)) for depth in depths]
+        text.append(sentence)
+    indices = [round(depth * len(text)) for depth in depths]
     # from the last on, so that places before it stay; equal places keep the facts' order
-    for place, fact in sorted(zip(places, facts), key=lambda pair: pair[0])[::-1]:
-        found.insert(place, fact)
-    return " ".join(found)
+    for index, fact in sorted(zip(indices, facts), key=lambda pair: pair[0])[::-1]:
+        text.insert(index, fact)
+    return " ".join(text)
 
 
 def _lengths(format: str, name: str) -> list[int]:
@@ -110,8 +116,8 @@ def make_needle_questions(lengths: Sequence[int], seed: int = 0) -> list[OpenQue
         places = rng.sample(_PLACES, 4)
         numbers = rng.sample(range(1_000_000, 10_000_000), 4)
         facts = [f"The number of the vault in {p} is {n}." for p, n in zip(places, numbers)]
-        asked = f"The number of the vault in {places[0]} is"
-        end = f"\n\nQuestion: What is the number of the vault in {places[0]}?\nAnswer: {asked}"
+        cue = f"The number of the vault in {places[0]} is"
+        end = f"\n\nQuestion: What is the number of the vault in {places[0]}?\nAnswer: {cue}"
         depths = [depth, *(rng.random() for _ in facts[1:])]
         text = hide_facts(facts, depths, length, rng, len(begin) + len(end))
         questions.append(
@@ -161,10 +167,10 @@ def make_hops_questions(lengths: Sequence[int], seed: int = 0) -> list[OpenQuest
 
 def _draw_names(rng: random.Random, count: int) -> list[str]:
     letters = "BCDFGHJKLMNPQRSTVWXZ"  # no vowels: no words
-    found: dict[str, None] = dict.fromkeys(("ABC", "DEF", "QRS", "TUV"))  # of the example
-    while len(found) < count + 4:
-        found["".join(rng.choices(letters, k=3))] = None
-    return [*found][4:]
+    names: dict[str, None] = dict.fromkeys(("ABC", "DEF", "QRS", "TUV"))  # of the example
+    while len(names) < count + 4:
+        names["".join(rng.choices(letters, k=3))] = None
+    return [*names][4:]
 
 
 @per_answer
@@ -176,9 +182,9 @@ def first_number_matches(answer: str, row: Row) -> float:
 @per_answer
 def named_share(answer: str, row: Row) -> float:
     """The share of the wanted names among as many that the answer names first."""
-    wanted = set(row["expected"])
-    named = list(dict.fromkeys(_NAME.findall(answer)))[: len(wanted)]
-    return len(wanted & set(named)) / len(wanted)
+    expected = set(row["expected"])
+    names = list(dict.fromkeys(_NAME.findall(answer)))[: len(expected)]
+    return len(expected & set(names)) / len(expected)
 
 
 def _set(name: str, make: Callable[[Sequence[int]], list[OpenQuestion]], judge: Judge) -> TaskSpec:

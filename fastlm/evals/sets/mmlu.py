@@ -51,8 +51,8 @@ def _format_question(row: Row, letters: bool) -> tuple[str, list[str], int]:
     gold = label_of(row, len(LETTERS), "answer")
     if not letters:
         return f"Question: {question}\nAnswer:", [f" {c}" for c in choices], gold
-    listed = "".join(f"{letter}. {c}\n" for letter, c in zip(LETTERS, choices))
-    return f"{question}\n{listed}Answer:", [f" {letter}" for letter in LETTERS], gold
+    choice_lines = "".join(f"{letter}. {c}\n" for letter, c in zip(LETTERS, choices))
+    return f"{question}\n{choice_lines}Answer:", [f" {letter}" for letter in LETTERS], gold
 
 
 def subject_questions(
@@ -68,8 +68,8 @@ def subject_questions(
         begin += f"{text}{answers[gold]}\n\n"
 
     questions = []
-    asked = parse_rows(f"{subject} test, row", rows, lambda r: _format_question(r, letters))
-    for number, (text, answers, gold) in enumerate(asked):
+    items = parse_rows(f"{subject} test, row", rows, lambda r: _format_question(r, letters))
+    for number, (text, answers, gold) in enumerate(items):
         requests = tuple((begin + text, answer) for answer in answers)
         questions.append(MultipleChoice(f"{subject}/{number}", requests, gold, part=subject))
     return questions

@@ -47,8 +47,10 @@ def request_file(folder: str, format: str, cache: Path) -> Path:
     home = package_root(cache) / "oe_eval_tasks" / folder
     path = home / format / "requests.jsonl.gz"
     if not path.is_file():
-        known = sorted(p.name for p in home.iterdir()) if home.is_dir() else []
-        raise InputError(f"format: expected one of {', '.join(known)} for {folder}, got {format!r}")
+        formats = sorted(p.name for p in home.iterdir()) if home.is_dir() else []
+        raise InputError(
+            f"format: expected one of {', '.join(formats)} for {folder}, got {format!r}"
+        )
     return path
 
 
@@ -67,19 +69,19 @@ def read_rows(path: Path) -> list[Row]:
     return rows
 
 
-def parse_rows(what: str, rows: Sequence[T], make: Callable[[T], Q]) -> list[Q]:
+def parse_rows(label: str, rows: Sequence[T], make: Callable[[T], Q]) -> list[Q]:
     """Return what ``make`` makes of each row. InputError: ``what`` with the number of the row that
     lacks something."""
-    found = []
+    items = []
     for number, row in enumerate(rows, 1):
         try:
-            found.append(make(row))
+            items.append(make(row))
         except InputError as error:
-            raise InputError(f"{what} {number}: {error}") from None
+            raise InputError(f"{label} {number}: {error}") from None
         except (KeyError, TypeError, AttributeError, IndexError, ValueError) as error:
-            told = f"{type(error).__name__}: {error}"
-            raise InputError(f"{what} {number}: expected a question, got {told:.200}") from None
-    return found
+            message = f"{type(error).__name__}: {error}"
+            raise InputError(f"{label} {number}: expected a question, got {message:.200}") from None
+    return items
 
 
 def _choice_set(
@@ -97,8 +99,8 @@ def _choice_set(
             "normalisation": "none" if "mc_" in format else normalisation,
         }  # fmt: skip
 
-    known = formats or ("rc_5shot", "rc_0shot", "mc_5shot")
-    return TaskSpec(ability, licence, known, SOURCE, read, any_format=True)
+    format_names = formats or ("rc_5shot", "rc_0shot", "mc_5shot")
+    return TaskSpec(ability, licence, format_names, SOURCE, read, any_format=True)
 
 
 def _choices(path: Path) -> list[MultipleChoice]:
@@ -106,11 +108,11 @@ def _choices(path: Path) -> list[MultipleChoice]:
         pair = row["request"]["context"], row["request"]["continuation"]
         return int(row["doc_id"]), pair, row.get("label")
 
-    asked: dict[int, list[tuple[tuple[str, str], Any]]] = {}
+    rows_of: dict[int, list[tuple[tuple[str, str], Any]]] = {}
     for number, pair, label in parse_rows(f"{path}, line", read_rows(path), line):
-        asked.setdefault(number, []).append((pair, label))
+        rows_of.setdefault(number, []).append((pair, label))
     questions = []
-    for number, rows in asked.items():
+    for number, rows in rows_of.items():
         if number >= _UNCONDITIONAL_OFFSET:
             continue
         gold = rows[0][1]
@@ -118,7 +120,7 @@ def _choices(path: Path) -> list[MultipleChoice]:
             raise InputError(
                 f"{path}: question {number}: expected a label of 0 to {len(rows) - 1}, got {gold!r}"
             )
-        bare = tuple(pair for pair, _ in asked.get(number + _UNCONDITIONAL_OFFSET, []))
+        bare = tuple(pair for pair, _ in rows_of.get(number + _UNCONDITIONAL_OFFSET, []))
         questions.append(MultipleChoice(str(number), tuple(pair for pair, _ in rows), gold, bare))
     return questions
 
@@ -146,8 +148,8 @@ def _open_set(
         questions = []
         for name in names:
             begin = f"{name}/" if len(names) > 1 else ""
-            found = read_open(request_file(name, format, cache), tokens, make)
-            questions += [replace(q, id=f"{begin}{q.id}") for q in found]
+            set_questions = read_open(request_file(name, format, cache), tokens, make)
+            questions += [replace(q, id=f"{begin}{q.id}") for q in set_questions]
         return {
             "questions": questions, "format": f"olmes:{format}", "judge": judge,
             "extra_judges": extra_judges,
@@ -242,7 +244,7 @@ SETS: dict[str, TaskSpec] = {
         latex_answer,
     ),
     "math": _open_set(
-        "mathematics", "MIT", " ".join(f"minerva_math_{one}" for one in MATH), "gold_bpb_0shot",
-        MATH_TOKENS, _math, latex_answer,
+        "mathematics", "MIT", " ".join(f"minerva_math_{subject}" for subject in MATH),
+        "gold_bpb_0shot", MATH_TOKENS, _math, latex_answer,
     ),
 }  # fmt: skip
