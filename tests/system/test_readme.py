@@ -1,4 +1,4 @@
-"""The Python code of the README and of the pages in docs/ is run unchanged."""
+"""Runs the Python code of the README and of the pages in docs/ unchanged."""
 
 import inspect
 import math
@@ -15,7 +15,7 @@ from fastlm import ops, quant
 SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "vocab_size": 64}
 
 
-def python_of(page: str) -> list[str]:
+def python_blocks(page: str) -> list[str]:
     """The Python blocks of a page."""
     return re.findall(r"^```python\n(.*?)^```", (ROOT / page).read_text("utf-8"), re.DOTALL | re.M)
 
@@ -27,7 +27,7 @@ def run(block: str) -> dict:
 
 
 def test_no_two_commands_of_a_page_write_into_one_folder():
-    """The blocks of a page run from top to bottom."""
+    """A reader runs the blocks of a page from top to bottom."""
     text = (ROOT / "docs/training.md").read_text("utf-8")
     commands = "\n".join(re.findall(r"^```sh\n(.*?)^```", text, re.DOTALL | re.M))
     folders = re.findall(r" -o (\S+)", commands)
@@ -36,7 +36,7 @@ def test_no_two_commands_of_a_page_write_into_one_folder():
 
 def test_the_readme(tmp_path):
     LlamaForCausalLM(LlamaConfig(num_attention_heads=4, **SIZES)).save_pretrained(tmp_path)
-    patch, op = python_of("README.md")
+    patch, op = python_blocks("README.md")
     names = run(patch.replace("path/to/a/llama", str(tmp_path)))
     assert fastlm.patched_ops(names["model"])
     names["model"](
@@ -45,17 +45,17 @@ def test_the_readme(tmp_path):
     names["optimizer"].step()
     torch.manual_seed(0)
     names = run(op)
-    rows, some = len(names["x"]), slice(0, None, 16)  # all logits and what is made of them are 2 GB
-    x, target = names["x"][some].detach().requires_grad_(), names["target"][some]
-    want = torch.nn.functional.cross_entropy(x @ names["head"].T, target, reduction="sum") / rows
-    (gradient,) = torch.autograd.grad(want, x)
-    torch.testing.assert_close(names["x"].grad[some], gradient, rtol=1e-3, atol=1e-6)
+    rows, sample = len(names["x"]), slice(0, None, 16)  # the computation with all rows takes 2 GB
+    x, target = names["x"][sample].detach().requires_grad_(), names["target"][sample]
+    loss = torch.nn.functional.cross_entropy(x @ names["head"].T, target, reduction="sum") / rows
+    (gradient,) = torch.autograd.grad(loss, x)
+    torch.testing.assert_close(names["x"].grad[sample], gradient, rtol=1e-3, atol=1e-6)
 
 
 def test_training_on_the_cpu(tmp_path):
     config = LlamaConfig(num_attention_heads=4, num_key_value_heads=2, **SIZES)
     LlamaForCausalLM(config).save_pretrained(tmp_path)
-    block = python_of("docs/compat.md")[0].replace("path/to/a/llama", str(tmp_path))
+    block = python_blocks("docs/compat.md")[0].replace("path/to/a/llama", str(tmp_path))
     names = run(block)
     model, optimizer = names["model"], names["optimizer"]
     ids = torch.arange(24).view(2, 12)
@@ -76,7 +76,7 @@ def test_text_from_python(tmp_path, capsys):
     )
     fastlm.CausalLM(config, seed=0).save_pretrained(tmp_path)
     tokenizer.save(tmp_path)
-    block = python_of("docs/models.md")[0].replace("model:smollm2", str(tmp_path))
+    block = python_blocks("docs/models.md")[0].replace("model:smollm2", str(tmp_path))
     names = run(block)
     assert "Once upon a time" in capsys.readouterr().out
     first, second = names["rows"]
@@ -95,11 +95,11 @@ def test_the_page_of_ops_has_every_signature():
         bare = [p.replace(annotation=p.empty) for p in signature.parameters.values()]
         text = str(signature.replace(parameters=bare, return_annotation=signature.empty))
         assert documented[name] == text[1:-1], name
-    run(python_of("docs/ops.md")[1])
+    run(python_blocks("docs/ops.md")[1])
 
 
 def test_ten_lines_of_python():
-    block = python_of("docs/ops.md")[0]
+    block = python_blocks("docs/ops.md")[0]
     torch.manual_seed(0)
     names = run(block)
 
@@ -113,10 +113,10 @@ def test_ten_lines_of_python():
         lse = logits.logsumexp(1)
         picked = logits.gather(1, expected[:, None])[:, 0]
         total += (lse - picked + 1e-4 * lse**2).sum().item()
-    # exact products of bfloat16, summed in float32: equal up to the order of the sums
+    # Products of bfloat16 are exact in float32: the results are equal up to the order of the sums.
     assert names["loss"].item() == pytest.approx(total / 4096, rel=1e-4)
-    # Adam's first step is lr wherever there is a gradient, in the head in the rows of the targets.
-    # Below 0.1 bfloat16 can represent a step of 1e-3.
+    # Adam's first step is lr for every element with a gradient: in the head, the rows of the
+    # targets. bfloat16 represents a step of 1e-3 for elements below 0.1.
     rows = target.unique()
     for before, after in ((x, names["x"]), (head[rows], names["head"][rows])):
         assert torch.isfinite(after).all()
@@ -124,15 +124,15 @@ def test_ten_lines_of_python():
         assert (after != before)[small].float().mean() > 0.9
 
 
-def test_what_runs_where_is_what_is_registered():
+def test_the_table_of_backends_matches_the_registered_ops():
     from fastlm import inventory  # registers every op
     from fastlm.backend import BACKENDS, OPS
 
     assert inventory.info()["ops"].keys() == OPS.keys()
 
-    def on(op: str) -> set[str]:
+    def backends_of(op: str) -> set[str]:
         """The backends of a forward or a backward."""
-        entry = OPS.get("rope" if op == "rope_backward" else op)  # its backward is itself
+        entry = OPS.get("rope" if op == "rope_backward" else op)  # rope is its own backward
         return set() if entry is None else {b for b, row in BACKENDS.items() if entry.is_in(row)}
 
     text = (ROOT / "README.md").read_text("utf-8")
@@ -142,12 +142,12 @@ def test_what_runs_where_is_what_is_registered():
         names, *cells = (cell.strip() for cell in line.strip("|").split("|"))
         for op in re.findall(r"`(\w+)`", names):
             ops_of_page.add(op)
-            forward, backward = on(op.lower()), on(f"{op.lower()}_backward")
+            forward, backward = backends_of(op.lower()), backends_of(f"{op.lower()}_backward")
             for backend, cell in zip(("reference", "cpu", "triton", "cuda"), cells, strict=True):
                 assert (backend in forward) == cell.startswith(("forward", "step")), (op, backend)
                 assert (backend in backward) == cell.endswith("backward"), (op, backend)
-    # of a weight's own method; several ops in one launch, which a decode step on a GPU calls
-    inside = {"dequantize", "glu_round", "rms_norm_round", "rope_append", "rounded_linear"}
-    rows = {op.removesuffix("_backward").removesuffix("_loss") for op in OPS} - inside
+    # the method of a weight; several ops in one launch, which a decode step on a GPU calls
+    internal = {"dequantize", "glu_round", "rms_norm_round", "rope_append", "rounded_linear"}
+    rows = {op.removesuffix("_backward").removesuffix("_loss") for op in OPS} - internal
     assert rows == {op.lower() for op in ops_of_page}
     assert ops_of_page == {*fastlm.ops.__all__} - {"quantize_weight"} | {"AdamW"}

@@ -1,4 +1,4 @@
-"""The structure: an op has the same name everywhere, no import cycles, light stages."""
+"""The structure: no import cycles; stages are defined without heavy imports."""
 
 import ast
 import graphlib
@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def modules() -> dict[str, Path]:
-    """Every module of the package by its name."""
+    """The paths of all modules of the package by name."""
     paths = {}
     for folder, prefix in ((ROOT / "fastlm", "fastlm"), (ROOT / "kernels", "fastlm.kernels")):
         for path in folder.rglob("*.py"):
@@ -22,7 +22,7 @@ def modules() -> dict[str, Path]:
 
 
 def imports(path: Path, paths: dict[str, Path]) -> set[str]:
-    """The package's modules that this file imports, also in functions, not for type checkers."""
+    """The modules of the package that a file imports, also in functions; not under TYPE_CHECKING."""
     names: set[str] = set()
 
     def visit(node: ast.AST) -> None:
@@ -41,7 +41,7 @@ def imports(path: Path, paths: dict[str, Path]) -> set[str]:
     return names & paths.keys()
 
 
-def test_no_import_circle_not_even_inside_functions():
+def test_no_import_cycle_not_even_inside_functions():
     paths = modules()
     graph = {name: imports(path, paths) - {name} for name, path in paths.items()}
     assert len(graph) > 100 and graph["fastlm.model.causal_lm"]

@@ -1,11 +1,11 @@
-"""What tests/conftest.py does to a test that is skipped."""
+"""tests/conftest.py: a skipped test fails where its program is required."""
 
 from types import SimpleNamespace
 
 import pytest
 
 
-def test_a_program_that_has_to_be_there(request, monkeypatch):
+def test_a_missing_required_program_is_a_failure(request, monkeypatch):
     plugins = request.config.pluginmanager.get_plugins()
     (conftest,) = (plugin for plugin in plugins if hasattr(plugin, "REQUIRED"))
     monkeypatch.setattr(conftest, "REQUIRED", ("nginx", "postgresql"))
