@@ -22,7 +22,7 @@ def modules() -> dict[str, Path]:
 
 
 def imports(path: Path, paths: dict[str, Path]) -> set[str]:
-    """The modules of the package that a file imports, also in functions; not under TYPE_CHECKING."""
+    """The modules of the package that a file imports, also in functions; not TYPE_CHECKING ones."""
     names: set[str] = set()
 
     def visit(node: ast.AST) -> None:
