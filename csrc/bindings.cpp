@@ -5,7 +5,7 @@
 FASTLM_BIND(prefer_huge_pages, "output")
 FASTLM_MODULE(m) {
   using namespace pybind11::literals;
-  m.def("want_huge_pages", [](bool wanted) { fastlm::huge_pages_wanted = wanted; }, "wanted"_a);
+  m.def("want_huge_pages", [](bool enabled) { fastlm::use_huge_pages = enabled; }, "wanted"_a);
 }
 
 PYBIND11_MODULE(_cpu, m) {

@@ -137,10 +137,11 @@ struct TensorView {
 using OptionalTensor = std::optional<TensorView>;
 
 // Throws an error with the expected and the actual size: check_size("weight", "size", n, k).
-inline void check_size(const char* argument, const char* what, int64_t expected, int64_t got) {
-  if (expected != got)
-    throw std::invalid_argument(std::string(argument) + ": expected " + what + " " +
-                                std::to_string(expected) + ", got " + std::to_string(got));
+inline void check_size(const char* argument, const char* property, int64_t expected,
+                       int64_t actual) {
+  if (expected != actual)
+    throw std::invalid_argument(std::string(argument) + ": expected " + property + " " +
+                                std::to_string(expected) + ", got " + std::to_string(actual));
 }
 
 inline void check_contiguous(const char* argument, const TensorView& t) {

@@ -1,10 +1,10 @@
 // The pybind11 caster that fills a TensorView from any DLPack producer.
 //
-// Two ways in. `type(x).__dlpack_c_exchange_api__` (torch >= 2.10) fills the view without creating
-// a Python object: 0.1 us; it takes Parameters and tensors that require grad. `x.__dlpack__()`
-// (numpy, jax, cupy) creates a capsule that the caster keeps until the call ends. Rejected:
+// There are two methods. `type(x).__dlpack_c_exchange_api__` (torch >= 2.10) fills the view without
+// creating a Python object, in 0.1 us; it accepts Parameters and tensors that require grad.
+// `x.__dlpack__()` (numpy, jax, cupy) creates a capsule that is kept until the call ends. Rejected:
 // torch/extension.h (seconds of compile time, one build per torch release) and passing data_ptr()
-// integers (they cost the same as a view, and carry no shape to check).
+// integers (they cost the same as a view, and have no shape to check).
 #pragma once
 
 #include <pybind11/pybind11.h>
@@ -21,8 +21,8 @@ struct type_caster<fastlm::TensorView> {
   template <class T>
   using cast_op_type = movable_cast_op_type<T>;
   operator fastlm::TensorView*() { return is_none ? nullptr : &value; }
-  operator fastlm::TensorView&() { return given(); }
-  operator fastlm::TensorView&&() && { return std::move(given()); }
+  operator fastlm::TensorView&() { return reference(); }
+  operator fastlm::TensorView&&() && { return std::move(reference()); }
 
   bool load(handle source, bool) {
     if ((is_none = source.is_none())) return true;
@@ -40,8 +40,9 @@ struct type_caster<fastlm::TensorView> {
       if (!e.matches(PyExc_TypeError)) throw;
       capsule = source.attr("__dlpack__")();
     }
-    // Kept by the call, not by this caster: casters inside an optional or a vector are destroyed
-    // before the function runs. Never renamed "used_": the capsule's destructor frees the tensor.
+    // The call keeps the capsule, not this caster: casters inside an optional or a vector are
+    // destroyed before the function runs. It is never renamed to "used_": the capsule's destructor
+    // frees the tensor.
     loader_life_support::add_patient(capsule);
     if (void* p = PyCapsule_GetPointer(capsule.ptr(), "dltensor_versioned")) {
       auto* managed = static_cast<fastlm::dlpack::ManagedVersioned*>(p);
@@ -62,7 +63,7 @@ struct type_caster<fastlm::TensorView> {
   fastlm::TensorView value;
   bool is_none = false;
 
-  fastlm::TensorView& given() {
+  fastlm::TensorView& reference() {
     if (is_none) throw reference_cast_error();
     return value;
   }

@@ -70,7 +70,7 @@ float* optional_floats(const OptionalTensor& t, const char* argument) {
 }
 
 // A row of the table of tensors, without the step's scalars
-AdamwTensor checked(const AdamwArguments& a) {
+AdamwTensor make_tensor(const AdamwArguments& a) {
   AdamwTensor t{};
   t.n = a.param.numel();
   check_size("grad", "elements:", t.n, a.grad.numel());
@@ -102,7 +102,8 @@ AdamwTensor checked(const AdamwArguments& a) {
   return t;
 }
 
-// Counts the step, and sets its scalars and the key of its random numbers (`reference.step_key`)
+// Increments the step, and sets its scalars and the key of its random numbers
+// (`reference.step_key`)
 void begin_step(AdamwTensor& t, const AdamwArguments& a) {
   const auto& [lr, beta1, beta2, eps, weight_decay, maximize, stochastic] = a.options;
   t.stochastic = stochastic;
@@ -117,8 +118,8 @@ void begin_step(AdamwTensor& t, const AdamwArguments& a) {
   t.sign = maximize ? -1.f : 1.f;
 }
 
-// Writes the chunks of tensor i and returns the place of the next one's.
-AdamwChunk* cut(AdamwChunk* next, int64_t i, int64_t n) {
+// Writes the chunks of tensor i. Returns a pointer past the last one.
+AdamwChunk* write_chunks(AdamwChunk* next, int64_t i, int64_t n) {
   for (int64_t start = 0; start < n; start += ADAMW_CHUNK)
     new (next++) AdamwChunk{i, start, std::min(ADAMW_CHUNK, n - start)};
   return next;
@@ -150,18 +151,18 @@ void adamw(const std::vector<AdamwArguments>& tensors, double max_grad_norm,
   const AdamwTables tables(workspace, count, chunks);
   // Everything is checked before anything is written: a refusal leaves the state unchanged, and a
   // parallel region must not throw.
-  for (int64_t i = 0; i < count; ++i) new (tables.tensors + i) AdamwTensor(checked(tensors[i]));
+  for (int64_t i = 0; i < count; ++i) new (tables.tensors + i) AdamwTensor(make_tensor(tensors[i]));
   float* norm = optional_floats(grad_norm, "grad_norm");
   AdamwChunk* next = tables.chunks;
   for (int64_t i = 0; i < count; ++i) {
     begin_step(tables.tensors[i], tensors[i]);
-    next = cut(next, i, tables.tensors[i].n);
+    next = write_chunks(next, i, tables.tensors[i].n);
   }
   float clip = 1;
   if (norm) {
     if (!have_norm) *norm = norm_of(tables, chunks);
-    const float wanted = float(max_grad_norm) / (*norm + 1e-6f);  // as clip_grad_norm_; NaN stays
-    clip = wanted > 1 ? 1 : wanted;
+    const float ratio = float(max_grad_norm) / (*norm + 1e-6f);  // as clip_grad_norm_; NaN stays
+    clip = ratio > 1 ? 1 : ratio;
   }
   update(tables.tensors, tables.chunks, chunks, clip);
 }

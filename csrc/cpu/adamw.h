@@ -3,13 +3,13 @@
 //   m = beta1 m + (1 - beta1) g,  v = beta2 v + (1 - beta2) g^2,
 //   p = p - (lr wd p + lr / (1 - beta1^t) * m / (sqrt(v / (1 - beta2^t)) + eps))
 //
-// One subtraction from p: multiplying by 1 - lr wd first rounds that factor, the same way each
-// step.
+// p changes by one subtraction: multiplying by 1 - lr wd first would round that factor, the same
+// way in each step.
 //
-// Two passes at most: the sum of squared gradients (only to clip), then one pass that reads g, p,
-// m, v once and writes p, m, v once (a master of bfloat16 is p and 16 bits more). Chunks are
-// independent, so any thread may take any of them. Stores are plain, since the lines have just been
-// read (non-temporal stores were 18 % slower).
+// There are two passes at most: the sum of squared gradients (only to clip), then one pass that
+// reads g, p, m, v once and writes p, m, v once (a master of bfloat16 is p and 16 more bits).
+// Chunks are independent, so any thread may process any of them. Stores are plain, since the lines
+// have just been read (non-temporal stores were 18 % slower).
 //
 // 8-bit states: blocks of 256 values over one float32 scale, the block's largest magnitude; a code
 // is the top bits of the scaled float, so neither a table nor a search is needed:
@@ -32,8 +32,8 @@ FASTLM_INLINE vuint lanes() {
   for (int i = 0; i < VL; ++i) v[i] = uint32_t(i);
   return v;
 }
-// Round to one of the two neighbouring bfloat16 with a probability proportional to nearness; `h` is
-// 32 random bits. Infinities and NaN are kept.
+// Rounds to one of the two neighbouring bfloat16, with a probability proportional to nearness; `h`
+// is 32 random bits. Infinities and NaN do not change.
 FASTLM_INLINE vfloat round_stochastic(vfloat x, vuint h) {
   const vuint u = ((vuint)x + (h >> 16)) & 0xffff0000u;
   return vabs(x) <= splat(std::numeric_limits<float>::max()) ? (vfloat)u : x;
@@ -91,16 +91,16 @@ FASTLM_INLINE vint encode_moment(vfloat x) {  // x in [-1, 1]
   return (c > 0 ? c : low) | ((as_int(x) >> 24) & 128);
 }
 FASTLM_INLINE vint encode_root(vfloat x) {  // x in [0, 1]
-  const vint c = Root::encode(x), least = x > splat(0.f) ? splat_int(1) : splat_int(0);
-  return c > least ? c : least;
+  const vint c = Root::encode(x), min_code = x > splat(0.f) ? splat_int(1) : splat_int(0);
+  return c > min_code ? c : min_code;
 }
 
 template <class T>
-FASTLM_INLINE vfloat load_some(const T* p, int n) {
+FASTLM_INLINE vfloat load_lanes(const T* p, int n) {
   return n == VL ? load(p) : load(p, n);
 }
 template <class T>
-FASTLM_INLINE void store_some(T* p, vfloat v, int n) {
+FASTLM_INLINE void store_lanes(T* p, vfloat v, int n) {
   if (n == VL)
     store(p, v);
   else
@@ -118,7 +118,7 @@ double square_sum(const G* g, int64_t n) {
       a += x * x, b += y * y;
     }
     for (; i < end; i += VL) {
-      const vfloat x = load_some(g + i, int(std::min<int64_t>(VL, end - i)));
+      const vfloat x = load_lanes(g + i, int(std::min<int64_t>(VL, end - i)));
       a += x * x;
     }
     sum += hsum(a + b);
@@ -162,7 +162,7 @@ FASTLM_INLINE void store_halves(void* p, vint v, int n) {
     memcpy(p, &h, size_t(n) * 2);
 }
 FASTLM_INLINE vfloat join_master(const bf16* high, const int16_t* low, int n) {
-  // zero has no lower half: a parameter that the user set to zero still has its last step's
+  // zero has no lower half: where the user set a parameter to zero, the last step's half is stale
   const vuint h = (vuint)load_halves(high, n) << 16, l = (vuint)load_halves(low, n);
   return (vfloat)(h << 1 ? h + l : h);
 }
@@ -191,7 +191,7 @@ struct Weights {
   FASTLM_INLINE vfloat get(int64_t j, int n) const {
     if constexpr (std::is_same_v<P, bf16>)
       if (low) return join_master(param + j, low + j, n);
-    return master ? load_some(master + j, n) : load_some(param + j, n);
+    return master ? load_lanes(master + j, n) : load_lanes(param + j, n);
   }
   FASTLM_INLINE void fetch(int64_t j) const {
     if (master) ahead(master + j);
@@ -201,9 +201,9 @@ struct Weights {
   FASTLM_INLINE void put(int64_t j, vfloat w, int n) const {
     if constexpr (std::is_same_v<P, bf16>)
       if (low) return split_master(w, param + j, low + j, n);
-    if (master) store_some(master + j, w, n);
+    if (master) store_lanes(master + j, w, n);
     if (stochastic) w = round_stochastic(w, mix32((lanes() + uint32_t(j)) * 0x9e3779b9u + key));
-    store_some(param + j, w, n);
+    store_lanes(param + j, w, n);
   }
 };
 
@@ -222,10 +222,10 @@ void adamw_chunk(const AdamwTensor& t, int64_t start, int64_t count, float clip)
           *v = static_cast<float*>(t.exp_avg_sq) + start;
     const auto step = [&](int64_t j, int n) __attribute__((always_inline)) {
       ahead(g + j), ahead(m + j), ahead(v + j), weights.fetch(j);
-      const vfloat grad = load_some(g + j, n) * scale;
-      const vfloat m1 = load_some(m + j, n) * t.beta1 + grad * t.rest1;
-      const vfloat v1 = load_some(v + j, n) * t.beta2 + grad * grad * t.rest2;
-      store_some(m + j, m1, n), store_some(v + j, v1, n);
+      const vfloat grad = load_lanes(g + j, n) * scale;
+      const vfloat m1 = load_lanes(m + j, n) * t.beta1 + grad * t.rest1;
+      const vfloat v1 = load_lanes(v + j, n) * t.beta2 + grad * grad * t.rest2;
+      store_lanes(m + j, m1, n), store_lanes(v + j, v1, n);
       weights.put(j, updated(weights.get(j, n), m1, vsqrt(v1)), n);
     };
     int64_t j = 0;
@@ -246,7 +246,7 @@ void adamw_chunk(const AdamwTensor& t, int64_t start, int64_t count, float clip)
     const float m_scale = t.exp_avg_scale[block], r_scale = t.exp_avg_sq_scale[block];
     vfloat m_max{}, r_max{}, poison{};  // poison: NaN where a state is not finite, else 0
     const auto step = [&](int j, int n) __attribute__((always_inline)) {
-      const vfloat grad = load_some(g + b + j, n) * scale;
+      const vfloat grad = load_lanes(g + b + j, n) * scale;
       const vfloat root = Root::decode(load_codes(r + j, n)) * r_scale;
       const vfloat mm = decode_moment(load_codes(m + j, n)) * (m_scale * t.beta1) + grad * t.rest1;
       const vfloat rr = vsqrt(root * root * t.beta2 + grad * grad * t.rest2);
@@ -257,7 +257,7 @@ void adamw_chunk(const AdamwTensor& t, int64_t start, int64_t count, float clip)
     int j = 0;
     for (; j + VL <= size; j += VL) step(j, VL);
     if (j < size) step(j, size - j);
-    // one bad value makes its whole block NaN, so that it cannot go unnoticed
+    // one value that is not finite makes its whole block NaN, so that it is noticed
     const float bad = hsum(poison), mx = hmax(m_max) + bad, rx = hmax(r_max) + bad;
     t.exp_avg_scale[block] = mx, t.exp_avg_sq_scale[block] = rx;
     const float m_inv = mx > 1e-37f ? 1 / mx : 0, r_inv = rx > 1e-37f ? 1 / rx : 0;
@@ -276,7 +276,7 @@ inline void adamw_update(const AdamwTensor* tensors, const AdamwChunk* chunks, i
                          float clip) {
 #pragma omp parallel
   {
-    // the moments of a weight without gradients decay into denormals, and would stay there
+    // the moments of a weight without gradients decay into denormals
     FlushDenormals flush;
 #pragma omp for schedule(dynamic, 8)
     for (int64_t c = 0; c < count; ++c) {

@@ -1,5 +1,4 @@
-// What an AdamW step works on: every tensor's pointers and scalars, and the chunks they are cut
-// into.
+// The tables of an AdamW step: the pointers and scalars of every tensor, and its chunks.
 #pragma once
 
 #include <cstdint>
@@ -8,8 +7,9 @@
 
 namespace fastlm {
 
-// Elements a thread takes at a time. A multiple of the 8-bit block, fixed so that sums and random
-// numbers do not depend on the thread count; 28 B x 32768 = 0.9 MB, about 30 us of memory time.
+// Elements that a thread processes at a time. It is a multiple of the 8-bit block, and fixed, so
+// that sums and random numbers do not depend on the thread count. 28 B x 32768 = 0.9 MB: about 30
+// us of memory time.
 constexpr int64_t ADAMW_CHUNK = 32768;
 constexpr int64_t ADAMW_BLOCK = 256;  // elements that share one scale of an 8-bit state
 
@@ -19,7 +19,7 @@ struct AdamwTensor {
   const void* grad;
   DType param_type, grad_type;
   float* master;               // float32 copy of a float16 parameter, or null
-  int16_t* master_low;         // what a bfloat16 parameter lacks of its float32 master, or null
+  int16_t* master_low;         // low halves of the float32 masters of bfloat16 parameters, or null
   void *exp_avg, *exp_avg_sq;  // float32; uint8 codes when the scales are not null
   float *exp_avg_scale, *exp_avg_sq_scale;
   int64_t n;
@@ -28,7 +28,7 @@ struct AdamwTensor {
   float root_scale;  // 1 / sqrt(1 - beta2^t)
   float sign;        // -1 to maximize
   bool stochastic;
-  uint32_t key;  // for the random numbers: one per tensor and step
+  uint32_t key;  // of the random numbers: one per tensor and step
 };
 
 struct AdamwChunk {

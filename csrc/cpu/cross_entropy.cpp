@@ -1,7 +1,7 @@
 #include <cstdint>
 
 namespace fastlm {
-constexpr int64_t CROSS_ENTROPY_FEW_ROWS = 64;  // up to so many, statistics fit on the stack
+constexpr int64_t CROSS_ENTROPY_FEW_ROWS = 64;  // statistics of up to this many are on the stack
 }  // namespace fastlm
 
 #define FASTLM_BODY "cpu/cross_entropy.h"
@@ -9,7 +9,7 @@ constexpr int64_t CROSS_ENTROPY_FEW_ROWS = 64;  // up to so many, statistics fit
 
 namespace fastlm {
 
-// The first row whose target is neither a class nor ignored, or -1.
+// Returns the first row with a target that is neither a class nor ignored, or -1.
 int64_t first_bad_target(const TensorView& target, int64_t classes, int64_t ignore_index) {
   const int64_t *t = target.data<int64_t>("target"), n = target.numel();
   for (int64_t i = 0; i < n; ++i)

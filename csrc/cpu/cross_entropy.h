@@ -6,18 +6,18 @@
 //   backward  dz[v] = on_p * e^(z - shift - log_sum) - on_target * (v == target) - on_all *
 //   class_weight[v]
 //
-// Forward reads the logits once: BLOCK of them go from memory to the L1, where their maximum and
-// then their exponentials are taken; the sum so far is rescaled when the maximum grows. Backward
+// Forward reads the logits once: BLOCK of them are loaded into the L1, where their maximum and then
+// their exponentials are computed; the sum so far is rescaled when the maximum grows. Backward
 // reads once and writes once. A row is a sequence of spans, which are summed separately and added
-// in order: a few rows of a large vocabulary keep all threads busy, and the result does not depend
-// on which thread took which span.
+// in order. So a few rows of a large vocabulary keep all threads busy, and the result does not
+// depend on which thread computed which span.
 #include "cpu/base/parallel.h"
 #include "cpu/scores.h"
 
-constexpr int64_t BLOCK = 1024;     // 4 KiB of scores: they stay in the L1 between the two loops
-constexpr int64_t SPAN = 16384;     // classes: 5 us, the least that is worth a task
-constexpr int64_t FEW_ROWS = 8;     // fewer rows are shared among the threads span by span
-constexpr int64_t MOST_SPANS = 32;  // per row in that case: 512 thousand classes
+constexpr int64_t BLOCK = 1024;    // 4 KiB of scores: they stay in the L1 between the two loops
+constexpr int64_t SPAN = 16384;    // classes: 5 us, the smallest task that pays
+constexpr int64_t FEW_ROWS = 8;    // fewer rows are shared among the threads span by span
+constexpr int64_t MAX_SPANS = 32;  // per row in that case: 512 thousand classes
 
 template <class T, class W>
 struct CrossEntropyRow {
@@ -35,11 +35,11 @@ struct SpanSums {
   // Adds two spans relative to the larger maximum. Spans are added in the order of the classes.
   void add(const SpanSums& other) {
     const float top = std::max(m, other.m), now = finite_max(top);
-    const float up = finite_max(m) - now, other_up = finite_max(other.m) - now;
+    const float up = finite_max(m) - now, up_other = finite_max(other.m) - now;
     // a sum of 0 stays 0 where the factor is infinite (a maximum of -inf counts as 0 here)
     sum = (sum != 0 ? sum * std::exp(up) : 0.f) +
-          (other.sum != 0 ? other.sum * std::exp(other_up) : 0.f);
-    weighted += up * weights + other.weighted + other_up * other.weights;
+          (other.sum != 0 ? other.sum * std::exp(up_other) : 0.f);
+    weighted += up * weights + other.weighted + up_other * other.weights;
     weights += other.weights;
     m = top;
   }
@@ -52,20 +52,20 @@ SpanSums cross_entropy_span(const CrossEntropyRow<T, W>& row, int64_t from) {
   float m = NEGATIVE_INFINITY, sum = 0, weight_so_far = 0;
   const int64_t end = std::min(row.classes, from + SPAN);
   for (int64_t v0 = from; v0 < end; v0 += BLOCK) {
-    const int64_t n = std::min(BLOCK, end - v0), whole = n / VL * VL;
+    const int64_t n = std::min(BLOCK, end - v0), full_end = n / VL * VL;
     const T* x = row.logits + v0;
-    vfloat most[2] = {splat(NEGATIVE_INFINITY), splat(NEGATIVE_INFINITY)};
-    for (int64_t j = 0; j < whole; j += VL) {
+    vfloat maxima[2] = {splat(NEGATIVE_INFINITY), splat(NEGATIVE_INFINITY)};
+    for (int64_t j = 0; j < full_end; j += VL) {
       const vfloat s = row.score(load(x + j));
       store(z + j, s);
-      most[j / VL & 1] = vmax(most[j / VL & 1], s);
+      maxima[j / VL & 1] = vmax(maxima[j / VL & 1], s);
     }
-    if (whole < n) {
-      store(z + whole, splat(NEGATIVE_INFINITY));
-      store(z + whole, row.score(load(x + whole, int(n - whole))), int(n - whole));
-      most[0] = vmax(most[0], load(z + whole));
+    if (full_end < n) {
+      store(z + full_end, splat(NEGATIVE_INFINITY));
+      store(z + full_end, row.score(load(x + full_end, int(n - full_end))), int(n - full_end));
+      maxima[0] = vmax(maxima[0], load(z + full_end));
     }
-    const float before = finite_max(m), block_max = hmax(vmax(most[0], most[1]));
+    const float before = finite_max(m), block_max = hmax(vmax(maxima[0], maxima[1]));
     if (block_max > m) m = block_max;
     const float now = finite_max(m);
     if (now != before) {
@@ -137,8 +137,8 @@ inline void cross_entropy_rows(const TensorView& logits, const int64_t* t,
       const auto finish = [=](const Row& row, int64_t i, const SpanSums& s) {
         cross_entropy_finish(row, s, out[0] + i, out[1] + i, out[2] + i, out[3] + i);
       };
-      if (rows < FEW_ROWS && spans > 1 && spans <= MOST_SPANS) {
-        SpanSums sums[FEW_ROWS * MOST_SPANS];
+      if (rows < FEW_ROWS && spans > 1 && spans <= MAX_SPANS) {
+        SpanSums sums[FEW_ROWS * MAX_SPANS];
 #pragma omp parallel
         {
           FlushDenormals flush;
@@ -210,12 +210,13 @@ void cross_entropy_backward_span(const CrossEntropyRow<T, W>& row, int64_t from,
     if (score.cap) g *= score.slope(z);
     return g * score.scale;
   };
-  const int64_t end = std::min(row.classes, from + SPAN), whole = from + (end - from) / VL * VL;
+  const int64_t end = std::min(row.classes, from + SPAN), full_end = from + (end - from) / VL * VL;
   const W* w = row.class_weight;
-  for (int64_t j = from; j < whole; j += VL)
+  for (int64_t j = from; j < full_end; j += VL)
     store(out + j, gradient(load(row.logits + j), w ? load(w + j) : vfloat{}));
-  if (const int k = int(end - whole))
-    store(out + whole, gradient(load(row.logits + whole, k), w ? load(w + whole, k) : vfloat{}), k);
+  if (const int k = int(end - full_end))
+    store(out + full_end,
+          gradient(load(row.logits + full_end, k), w ? load(w + full_end, k) : vfloat{}), k);
   if (const int64_t t = row.target; t >= from && t < end) {
     const vfloat x = splat(to_float(row.logits[t]));
     float g = gradient(x, splat(w ? to_float(w[t]) : 0.f))[0];
@@ -241,8 +242,7 @@ void cross_entropy_rows_backward(F coefficients, const TensorView& logits, const
       parallel_for(rows * spans, rows * classes > 32768, [=](int64_t task) {
         const int64_t i = task / spans, from = task % spans * SPAN;
         const auto [on_p, on_target, on_all] = coefficients(i);
-        if (on_p == 0 && on_target == 0 &&
-            on_all == 0)  // an ignored row is zero whatever its logits
+        if (on_p == 0 && on_target == 0 && on_all == 0)  // an ignored row is zero for any logits
           memset(out + i * classes + from, 0, size_t(std::min(SPAN, classes - from)) * sizeof(T));
         else
           cross_entropy_backward_span(Row{x + i * stride,

@@ -1,4 +1,4 @@
-// THE place that chooses the instruction set. FASTLM_CPU_ISA=<name> forces one.
+// Chooses the instruction set; no other file does. FASTLM_CPU_ISA=<name> forces one.
 #include <cpuid.h>
 
 #include <cstdlib>
@@ -18,8 +18,8 @@ namespace {
 constexpr const char* kNames[kIsaCount] = {"amx",  "avx512", "avx512_fma",
                                            "avx2", "scalar", "amx_emulated"};
 
-// Linux saves the 8 KiB of tile state per thread only after the process has asked for it
-// (arch_prctl ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA = 18). Without that the first tile
+// Linux saves the 8 KiB of tile state per thread only after the process has requested it
+// (arch_prctl ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA = 18). Without the request the first tile
 // instruction raises SIGILL.
 bool request_amx() {
 #if defined(__linux__) && defined(SYS_arch_prctl)
@@ -29,13 +29,13 @@ bool request_amx() {
 #endif
 }
 
-ProductRates rates_here() {
+ProductRates measure_rates() {
   return product_rates(__builtin_cpu_supports("avx512f"), __builtin_cpu_supports("avx512bf16"));
 }
 const ProductChoice& product_choice() {
   static const ProductChoice choice = [] {
     const CpuModel cpu = cpu_model();
-    return choose_product(cpu.vendor, cpu.family, cpu.model, rates_here);
+    return choose_product(cpu.vendor, cpu.family, cpu.model, measure_rates);
   }();
   return choice;
 }
@@ -84,20 +84,20 @@ std::string reason(Isa isa, const Features& f = features()) {
   return "";
 }
 
-Isa parse(const std::string& wanted) {
+Isa parse(const std::string& isa_name) {
   for (int i = 0; i < kIsaCount; ++i)
-    if (wanted == kNames[i]) return static_cast<Isa>(i);
+    if (isa_name == kNames[i]) return static_cast<Isa>(i);
   std::string names;
-  for (const char* known : kNames) names += std::string(names.empty() ? "" : ", ") + known;
-  throw std::invalid_argument("FASTLM_CPU_ISA: expected one of " + names + ", got '" + wanted +
+  for (const char* candidate : kNames) names += std::string(names.empty() ? "" : ", ") + candidate;
+  throw std::invalid_argument("FASTLM_CPU_ISA: expected one of " + names + ", got '" + isa_name +
                               "'");
 }
 
-Isa checked(const std::string& wanted) {
-  const Isa isa = parse(wanted);
-  const std::string why = reason(isa);
-  if (!why.empty())
-    throw std::invalid_argument("FASTLM_CPU_ISA: '" + wanted + "' cannot run here: " + why);
+Isa parse_supported(const std::string& isa_name) {
+  const Isa isa = parse(isa_name);
+  const std::string message = reason(isa);
+  if (!message.empty())
+    throw std::invalid_argument("FASTLM_CPU_ISA: '" + isa_name + "' cannot run here: " + message);
   return isa;
 }
 
@@ -115,7 +115,7 @@ Isa best(const Features& f) {
 
 Isa choose() {
   const char* forced = std::getenv("FASTLM_CPU_ISA");
-  return forced && *forced ? checked(forced) : best(features());
+  return forced && *forced ? parse_supported(forced) : best(features());
 }
 
 Isa& current() {
@@ -127,22 +127,23 @@ Isa& current() {
 
 const char* name(Isa i) { return kNames[static_cast<int>(i)]; }
 Isa isa() { return current(); }
-void set_isa(const std::string& wanted) { current() = checked(wanted); }
-std::string why_not(const std::string& wanted) { return reason(parse(wanted)); }
+void set_isa(const std::string& isa_name) { current() = parse_supported(isa_name); }
+std::string why_not(const std::string& isa_name) { return reason(parse(isa_name)); }
 
-std::pair<std::string, std::string> choice_on(const Features& f) {
+std::pair<std::string, std::string> isa_choice(const Features& f) {
   return {name(best(f)), reason(Isa::amx, f)};
 }
 
 ProductsOfBf16 products_of_bf16() {
-  const ProductRates rates = rates_here();
-  const Isa chosen = best(features());
-  if (chosen == Isa::amx)
+  const ProductRates rates = measure_rates();
+  const Isa best_isa = best(features());
+  if (best_isa == Isa::amx)
     return {"AMX tiles", "this CPU has them", rates.dot_gflops, rates.fma_gflops};
-  if (chosen == Isa::avx512)
+  if (best_isa == Isa::avx512)
     return {"the bf16 dot product", product_choice().because, rates.dot_gflops, rates.fma_gflops};
-  const std::string why = features().avx512_bf16 ? product_choice().because : reason(Isa::avx512);
-  return {"float32 FMA", why, rates.dot_gflops, rates.fma_gflops};
+  const std::string message =
+      features().avx512_bf16 ? product_choice().because : reason(Isa::avx512);
+  return {"float32 FMA", message, rates.dot_gflops, rates.fma_gflops};
 }
 
 std::vector<std::string> supported_isas() {
@@ -174,7 +175,7 @@ FASTLM_MODULE(m) {
   m.def(
       "choice_on",
       [](bool avx2, bool avx512, bool avx512_bf16, bool amx_cpu, bool amx_permission, bool widen) {
-        return choice_on({avx2, avx512, avx512_bf16, amx_cpu, amx_permission, widen});
+        return isa_choice({avx2, avx512, avx512_bf16, amx_cpu, amx_permission, widen});
       },
       "avx2"_a, "avx512"_a, "avx512_bf16"_a, "amx_cpu"_a, "amx_permission"_a, "widen"_a);
   m.def(

@@ -127,8 +127,8 @@ void with_act(const std::string& name, F&& f) {
 struct Matrix {
   int64_t rows, columns;
 };
-// Contiguous tensors of any shape are one row; others are matrices whose rows have a stride. A
-// tensor that is null does not count.
+// Contiguous tensors of any shape are one row; others are matrices with a row stride. A null tensor
+// is ignored.
 inline Matrix matrix_of(std::initializer_list<const TensorView*> tensors) {
   const TensorView& first = **tensors.begin();
   bool contiguous = true;

@@ -8,12 +8,12 @@
 //             dh = rstd * (g - mean(g) - z * mean(g * z)) [+ dh from above]
 //             dweight = sum over rows of dy * z, dbias = sum over rows of dy
 //
-// Without a weight or a bias that step is left out. The forward reads a row three times, the
-// backward twice: once from memory, then from the L1 (a row is at most a few tens of KiB).
+// The weight and the bias are optional. The forward reads a row three times, the backward twice:
+// once from memory, then from the L1 (a row is at most a few tens of KiB).
 //
-// The second walk of the forward sums the deviations from the rounded mean as well as their
-// squares: that is what the mean lacks, and corrects it (Chan, Golub and LeVeque 1983). Rejected:
-// mean(h^2) - mean^2 in one walk, which loses every digit of the variance where the mean is large.
+// The second pass of the forward sums the deviations from the rounded mean as well as their
+// squares. The sum of the deviations corrects the mean (Chan, Golub and LeVeque 1983). Rejected:
+// mean(h^2) - mean^2 in one pass, which loses every digit of the variance where the mean is large.
 //
 // dweight and dbias are summed per block of LAYER_NORM_BLOCK_ROWS rows and then over blocks in
 // order, so they do not depend on the number of threads.
@@ -79,13 +79,13 @@ void layer_norm_row(const T* x, const T* residual, const W* weight, const W* bia
     deviations[u] += d;
     squares[u] += d * d;
   });
-  const float lack = total(deviations) / float(n);
-  const float variance = std::max(total(squares) / float(n) - lack * lack, 0.f);
+  const float correction = total(deviations) / float(n);
+  const float variance = std::max(total(squares) / float(n) - correction * correction, 0.f);
   const float r = 1.f / std::sqrt(variance + eps);
-  *mean = center + lack;
+  *mean = center + correction;
   *rstd = r;
   each_vector(n, [&](int64_t j, int k, int) __attribute__((always_inline)) {
-    vfloat v = (load_lanes(row + j, k) - center) * r - lack * r;
+    vfloat v = (load_lanes(row + j, k) - center) * r - correction * r;
     if (weight) v *= load_lanes(weight + j, k);
     if (bias) v += load_lanes(bias + j, k);
     store_lanes(y + j, v, k);

@@ -1,14 +1,14 @@
 // Products of a bf16 linear layer, y = x w^T + b: forward, gradient of x, gradient of w. Body of
 // linear.cpp, compiled per instruction set.
 //
-//   forward   y  (M, N) = x  (M, K) . w^T (K, N)     A in place, B = w, packed once, whole;
+//   forward   y  (M, N) = x  (M, K) . w^T (K, N)     A in place, B = w, all packed once;
 //   input     dx (M, K) = dy (M, N) . w   (N, K)     threads share the blocks of rows
 //   weight    dw (N, K) = dy^T (N, M) . x (M, K)     CHUNK of M at a time: B = x packed, shared; A
 //                                                    packed by the thread that multiplies it, from
 //                                                    its L2; sums (N, K) in float32 between chunks
 //
 // A packed operand has the order in which it is read, so the speed does not depend on the stride of
-// the caller's rows: rows a power of two apart share a few sets of the L2.
+// the caller's rows: rows at a distance of a power of two share a few sets of the L2.
 //
 // E is the type of gemm.h's operands (bf16 or float).
 #include "cpu/base/gemm.h"
@@ -17,7 +17,7 @@
 using E = Elem<bf16>;
 constexpr int64_t IN_L2 =
     (512 << 10) / int64_t(sizeof(E));  // elements of A per block: half of an L2 of 1 MiB
-constexpr int64_t MOST_ROWS = 512;     // per block: 64 columns of float32 sums are 128 KiB
+constexpr int64_t MAX_ROWS = 512;      // per block: 64 columns of float32 sums are 128 KiB
 constexpr int64_t CHUNK = 1024;        // rows of x and dy at a time: KC of bf16
 constexpr int64_t GROUP = 4 * VL;      // columns that pack_b takes at a time
 
@@ -25,46 +25,47 @@ constexpr int64_t GROUP = 4 * VL;      // columns that pack_b takes at a time
 // same number of blocks.
 inline int64_t block_rows(int64_t m, int64_t padded_k) {
   const int64_t threads = omp_get_max_threads(),
-                most = std::max<int64_t>(ROWS_AT_A_TIME, std::min(MOST_ROWS, IN_L2 / padded_k)),
-                blocks = (m + most * threads - 1) / (most * threads) * threads;
+                max_rows = std::max<int64_t>(ROWS_AT_A_TIME, std::min(MAX_ROWS, IN_L2 / padded_k)),
+                blocks = (m + max_rows * threads - 1) / (max_rows * threads) * threads;
   return round_up((m + blocks - 1) / blocks, ROWS_AT_A_TIME);
 }
 
 // Bytes of a product's shared operands and of each thread's blocks.
-struct LinearRoom {
-  int64_t rows, shared, each;
+struct LinearWorkspace {
+  int64_t rows, shared, bytes_per_thread;
 };
-inline LinearRoom room_for_rows(int64_t m, int64_t n, int64_t k) {
+inline LinearWorkspace workspace_for_rows(int64_t m, int64_t n, int64_t k) {
   const int64_t kp = padded_k<E>(k), rows = block_rows(m, kp);
   return {rows, round_up(packed_b_elements<E>(k, n) * int64_t(sizeof(E)), 64),
           Buffer::size_of<float>(rows * NR) + Buffer::size_of<E>(rows * kp)};
 }
-inline LinearRoom room_for_columns(int64_t m, int64_t n, int64_t k) {
-  const int64_t most = padded_k<E>(std::min(CHUNK, m)), rows = block_rows(n, most);
+inline LinearWorkspace workspace_for_columns(int64_t m, int64_t n, int64_t k) {
+  const int64_t chunk = padded_k<E>(std::min(CHUNK, m)), rows = block_rows(n, chunk);
   return {
       rows,
-      round_up(packed_b_elements<E>(most, k) * int64_t(sizeof(E)), 64) + round_up(n * k * 4, 64),
-      Buffer::size_of<E>(rows * most)};
+      round_up(packed_b_elements<E>(chunk, k) * int64_t(sizeof(E)), 64) + round_up(n * k * 4, 64),
+      Buffer::size_of<E>(rows * chunk)};
 }
 
-// Bytes for y = x w^T of x (m, k), w (n, k), or for its dw; dx is such a y of x (m, n), w^T (k, n).
+// Bytes for y = x w^T of x (m, k), w (n, k), or for its dw; dx is the y of x (m, n) and w^T (k, n).
 inline int64_t linear_workspace(int64_t m, int64_t n, int64_t k, bool weight_gradient) {
-  const LinearRoom room = weight_gradient ? room_for_columns(m, n, k) : room_for_rows(m, n, k);
-  return room.shared + room.each * omp_get_max_threads() + 64;
+  const LinearWorkspace sizes =
+      weight_gradient ? workspace_for_columns(m, n, k) : workspace_for_rows(m, n, k);
+  return sizes.shared + sizes.bytes_per_thread * omp_get_max_threads() + 64;
 }
 
-// The operand itself, where the core multiplies bf16.
+// Returns the operand itself where gemm multiplies bf16, else null.
 template <class T>
-FASTLM_INLINE const E* as_it_lies([[maybe_unused]] const T* p) {
+FASTLM_INLINE const E* in_place([[maybe_unused]] const T* p) {
   if constexpr (std::is_same_v<E, T>)
     return p;
   else
     return nullptr;
 }
 
-// Non-temporal stores for outputs that the L2s cannot hold: a line that is written whole is then
-// not read first. On Intel 1.1 to 1.2 times as fast with tiles, 1.00 to 1.04 widened; not measured
-// elsewhere.
+// Non-temporal stores for outputs that the L2s cannot hold: a full line is then written without
+// being read first. On Intel this is 1.1 to 1.2 times as fast with tiles, 1.00 to 1.04 times with
+// operands widened to float32; not measured elsewhere.
 #if FASTLM_VL == 16 && (defined(FASTLM_AMX) || !defined(FASTLM_BF16_DOT))
 constexpr bool STREAMS = true;
 // Writes NR floats to the bf16 line or lines at `to`.
@@ -94,18 +95,18 @@ FASTLM_INLINE void store_row(bf16* to, const float* from, int64_t n) {
 // out (m, n) = a (m, k) . b (k, n) + bias; rows of a and out have any stride.
 inline void multiply_rows(int64_t m, int64_t n, int64_t k, const bf16* a, int64_t a_stride,
                           const bf16* b, int64_t b_k_stride, int64_t b_n_stride, const bf16* bias,
-                          bf16* out, int64_t out_stride, Workspace room) {
+                          bf16* out, int64_t out_stride, Workspace arena) {
   const int64_t kp = padded_k<E>(k);
-  const auto [rows, _, each] = room_for_rows(m, n, k);
-  E* packed = room.take<E>(packed_b_elements<E>(k, n));
-  room.divide(each);
-  const bool streams = STREAMS && m * n * int64_t(sizeof(bf16)) >= STREAM_BYTES * room.threads &&
+  const auto [rows, _, bytes_per_thread] = workspace_for_rows(m, n, k);
+  E* packed = arena.take<E>(packed_b_elements<E>(k, n));
+  arena.divide(bytes_per_thread);
+  const bool streams = STREAMS && m * n * int64_t(sizeof(bf16)) >= STREAM_BYTES * arena.threads &&
                        out_stride % 32 == 0 && reinterpret_cast<uintptr_t>(out) % 64 == 0;
-#pragma omp parallel num_threads(room.threads) firstprivate(rows)
+#pragma omp parallel num_threads(arena.threads) firstprivate(rows)
   {
-    Buffer memory(room.mine());
+    Buffer memory(arena.thread_part());
     float* c = memory.take<float>(rows * NR);
-    E* own = memory.take<E>(rows * kp);
+    E* packed_a = memory.take<E>(rows * kp);
     TileScope tiles;
 #pragma omp for schedule(static)
     for (int64_t n0 = 0; n0 < n; n0 += GROUP)
@@ -114,9 +115,9 @@ inline void multiply_rows(int64_t m, int64_t n, int64_t k, const bf16* a, int64_
 #pragma omp for schedule(dynamic)
     for (int64_t m0 = 0; m0 < m; m0 += rows) {
       const int64_t count = std::min(rows, m - m0);
-      const E* block = kp == k ? as_it_lies(a + m0 * a_stride) : nullptr;
+      const E* block = kp == k ? in_place(a + m0 * a_stride) : nullptr;
       const int64_t lda = block ? a_stride : kp;
-      if (!block) pack_a<E>(a + m0 * a_stride, a_stride, 1, count, k, own), block = own;
+      if (!block) pack_a<E>(a + m0 * a_stride, a_stride, 1, count, k, packed_a), block = packed_a;
       for (int64_t n0 = 0; n0 < n; n0 += NR) {
         const int64_t width = std::min<int64_t>(NR, n - n0);
         gemm<E>(count, width, k, block, lda, packed + n0 * kp, c, NR, false);
@@ -137,16 +138,16 @@ inline void multiply_rows(int64_t m, int64_t n, int64_t k, const bf16* a, int64_
 
 // dw (n, k) = dy^T (n, m) . x (m, k)
 inline void multiply_columns(int64_t m, int64_t n, int64_t k, const bf16* dy, int64_t dy_stride,
-                             const bf16* x, int64_t x_stride, bf16* dw, Workspace room) {
-  const int64_t most = padded_k<E>(std::min(CHUNK, m));
-  const auto [rows, _, each] = room_for_columns(m, n, k);
-  E* b = room.take<E>(packed_b_elements<E>(most, k));
-  float* c = room.take<float>(n * k);
-  room.divide(each);
-#pragma omp parallel num_threads(room.threads) firstprivate(rows)
+                             const bf16* x, int64_t x_stride, bf16* dw, Workspace arena) {
+  const int64_t chunk = padded_k<E>(std::min(CHUNK, m));
+  const auto [rows, _, bytes_per_thread] = workspace_for_columns(m, n, k);
+  E* b = arena.take<E>(packed_b_elements<E>(chunk, k));
+  float* c = arena.take<float>(n * k);
+  arena.divide(bytes_per_thread);
+#pragma omp parallel num_threads(arena.threads) firstprivate(rows)
   {
-    Buffer memory(room.mine());
-    E* a = memory.take<E>(rows * most);
+    Buffer memory(arena.thread_part());
+    E* a = memory.take<E>(rows * chunk);
     TileScope tiles;
     for (int64_t m0 = 0; m0 < m; m0 += CHUNK) {
       const int64_t count = std::min(CHUNK, m - m0), kp = padded_k<E>(count);

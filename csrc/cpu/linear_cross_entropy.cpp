@@ -7,11 +7,11 @@
 
 namespace fastlm {
 
-// A chunk has a multiple of this many rows, apart from the last.
+// Every chunk but the last has a multiple of this many rows.
 constexpr int64_t CHUNK_ROW_STEP = scalar::RP;
 
-// Bytes of the exponentials and float32 elements of the statistics, with what the threads use, for
-// a chunk of `rows` rows of x (N, D). The layouts are those of the largest instruction set.
+// Bytes of the exponentials, and float32 elements of the statistics and the threads' arrays, for a
+// chunk of `rows` rows of x (N, D). The layouts are those of the largest instruction set.
 std::pair<int64_t, int64_t> linear_cross_entropy_workspace(const TensorView& x, int64_t classes,
                                                            int64_t rows) {
   constexpr int64_t VB = scalar::VB;
@@ -21,9 +21,9 @@ std::pair<int64_t, int64_t> linear_cross_entropy_workspace(const TensorView& x, 
   // two sums per block and row; per thread: blocks of w, of scores, of gradients and of dx; gaps in
   // between
   const int64_t shared = padded * (3 * width + 14) + 2 * blocks + 256 + (1 + 2 * blocks) * padded;
-  const int64_t each = VB * (2 * width + padded + 3 * VB) + VB * padded + 1024;
+  const int64_t per_thread = VB * (2 * width + padded + 3 * VB) + VB * padded + 1024;
   const auto element = [&] { FASTLM_RUN(matrix_element_bytes, x) return int64_t{0}; };
-  return {padded * blocks * VB * element(), shared + omp_get_max_threads() * each};
+  return {padded * blocks * VB * element(), shared + omp_get_max_threads() * per_thread};
 }
 
 }  // namespace fastlm

@@ -4,18 +4,18 @@
 //
 //            R columns (rows of x)            scores     z^T block = w block . x^T, with its
 //          +------------------------+                    E = e^(z - base) and their sum per column;
-//   VB rows|  block of z^T, one     |                    E may be kept
+//   VB rows|  block of z^T, one     |                    E may be stored
 //   of w   |  thread's work         |         gradients  dw block (+)= E . (f x), f turning E into
 //          +------------------------+                    dloss/dz^T; E is transposed; then, all
 //          |  ...                   |                    blocks done, dx = f (E^T . w)
 //
-// E is already the A operand of dw. dloss/dz is f E but for one element per target, which is added
-// to dw and dx in float32. With label smoothing dloss/dz is computed in E's place: its terms may
-// cancel, so they are added before they are rounded.
+// E is already the A operand of dw. dloss/dz is f E except for one element per target, which is
+// added to dw and dx in float32. With label smoothing dloss/dz overwrites E: its terms may cancel,
+// so they are added before they are rounded.
 //
-// `base` is one number per row, not the block's maximum, so that f is one number per row too. It is
-// the largest of a few scores, which equals the row's maximum to within a window in which nothing
-// over- or underflows. Outside that window the chunk is recomputed with the maximum itself.
+// `base` is one number per row, not the block's maximum, so that f is also one number per row. It
+// is the largest of a few scores. Within a window around the row's maximum nothing over- or
+// underflows. Outside that window the chunk is recomputed with the maximum itself.
 //
 // How often an operand is read. (In the head of a 124M model, V 50257 and D 768 in bf16, a chunk of
 // 320 rows has 32 MB of E; w has 77 MB and dw in float32 154 MB.)
@@ -35,10 +35,10 @@
 //              |  ...             |            |  ...                     |
 #include "cpu/linear_scores.h"
 
-constexpr int64_t DB = 256;     // most columns of dx per task: 512 x 256 fp32 in the L2
-constexpr int64_t SAMPLE = 64;  // scores whose maximum is the first `base`: one micro-panel
-constexpr double WINDOW = 50;   // e^50 squared is a float, e^-50 and 16 digits below it are too
-constexpr float LEAST = -128;   // e^-128 is 0 in float, and 0 * -128 is 0 where 0 * -inf is NaN
+constexpr int64_t DB = 256;       // most columns of dx per task: 512 x 256 fp32 in the L2
+constexpr int64_t SAMPLE = 64;    // the first `base` is the maximum of these: one micro-panel
+constexpr double WINDOW = 50;     // e^50 squared is a float, e^-50 and 16 digits below it are too
+constexpr float MIN_LOGP = -128;  // e^-128 is 0 in float, and 0 * -128 is 0 where 0 * -inf is NaN
 
 // Statistics of a chunk: `base` per column, then per block and column the sum of E and the sum of
 // z - base weighted by class_weight or, for the entropy, its mean weighted by E.
@@ -50,7 +50,7 @@ struct ChunkStats {
       : base(stats), sum(base + padded), weighted(sum + blocks * padded), padded(padded) {}
 };
 
-// The class that each row of x should be.
+// The target class of each row of x.
 struct TargetClasses {
   const int64_t* class_of;
   int64_t ignore_index;
@@ -67,23 +67,23 @@ struct TargetClasses {
 template <int P>
 void means_of(const float* z, int64_t count, int64_t n, const float* base, float* sums,
               float* means) {
-  vfloat most[P], sum[P], weighted[P];
+  vfloat maximum[P], sum[P], weighted[P];
 #pragma GCC unroll 8
   for (int p = 0; p < P; ++p)  // finite where every score is -inf
-    most[p] = splat(std::numeric_limits<float>::lowest()), sum[p] = weighted[p] = vfloat{};
+    maximum[p] = splat(std::numeric_limits<float>::lowest()), sum[p] = weighted[p] = vfloat{};
   for (int64_t c = 0; c < count; ++c)
 #pragma GCC unroll 8
-    for (int p = 0; p < P; ++p) most[p] = vmax(most[p], load(z + c * n + p * VL));
+    for (int p = 0; p < P; ++p) maximum[p] = vmax(maximum[p], load(z + c * n + p * VL));
   for (int64_t c = 0; c < count; ++c)
 #pragma GCC unroll 8
     for (int p = 0; p < P; ++p) {
-      const vfloat below = load(z + c * n + p * VL) - most[p], e = vexp(below);
+      const vfloat below = load(z + c * n + p * VL) - maximum[p], e = vexp(below);
       sum[p] += e;
-      weighted[p] += e * vmax(below, splat(LEAST));
+      weighted[p] += e * vmax(below, splat(MIN_LOGP));
     }
 #pragma GCC unroll 8
   for (int p = 0; p < P; ++p) {
-    const vfloat above = most[p] - load(base + p * VL);
+    const vfloat above = maximum[p] - load(base + p * VL);
     store(sums + p * VL, sum[p] * vexp(above));
     store(means + p * VL, weighted[p] / sum[p] + above);
   }
@@ -152,7 +152,7 @@ struct ChunkScores {
     sample_base();
     sum_exponentials();
     if (!is_in_window()) {
-      largest_as_base();
+      set_base_to_maximum();
       sum_exponentials();
     }
     write_results();
@@ -164,7 +164,7 @@ struct ChunkScores {
                   width = std::min<int64_t>(columns, 2 * RP);
 #pragma omp parallel num_threads(workspace.threads)
     {
-      Buffer memory(workspace.mine());
+      Buffer memory(workspace.thread_part());
       E* rows_of_w = memory.take<E>(SAMPLE * padded_k<E>(chunk.width));
       float* z = memory.take<float>(SAMPLE * width);
       TileScope tiles;
@@ -172,7 +172,7 @@ struct ChunkScores {
       for (int64_t i0 = 0; i0 < columns; i0 += width) {
         const ScoreTile t{0, 0, count, i0, std::min(width, columns - i0), z};
         chunk.compute(t, packed, rows_of_w, true);
-        largest(z, count, t.n, max_score + i0);
+        column_maxima(z, count, t.n, max_score + i0);
       }
     }
     set_base(max_score);
@@ -181,9 +181,9 @@ struct ChunkScores {
   }
 
   // base: the largest of all scores of a row. `stats.sum` holds those of the blocks meanwhile.
-  void largest_as_base() const {
+  void set_base_to_maximum() const {
     chunk.each_tile(workspace, packed, columns, [&](const ScoreTile& t) {
-      largest(t.z, t.count, t.n, stats.sum + t.b * padded + t.i0);
+      column_maxima(t.z, t.count, t.n, stats.sum + t.b * padded + t.i0);
     });
     for (int64_t b = 1; b < blocks; ++b)
       for (int64_t i = 0; i < rows; ++i)
@@ -192,7 +192,7 @@ struct ChunkScores {
   }
 
   void set_base(const float* max_score) const {
-    for (int64_t i = 0; i < padded; ++i)  // a padded column's E is 0, whatever the bias is
+    for (int64_t i = 0; i < padded; ++i)  // a padded column's E is 0 for any bias
       stats.base[i] = i >= rows ? -NEGATIVE_INFINITY : finite_max(max_score[i]);
   }
 
@@ -202,7 +202,7 @@ struct ChunkScores {
     return in_window;
   }
 
-  // stats.sum, `total` and, where wanted, E, at_target and stats.weighted.
+  // Computes stats.sum, `total` and, where needed, E, at_target and stats.weighted.
   void sum_exponentials() const {
     chunk.each_tile(workspace, packed, columns, [&](const ScoreTile& t) {
       copy_targets(t);
@@ -319,7 +319,7 @@ struct ColumnFactors {
   FASTLM_INLINE vfloat gradient(vfloat s, int64_t i, float w) const {
     const vfloat logp = s - load(shift + i) - load(log_sum + i);
     vfloat on = load(on_p + i);
-    if (has_entropy) on -= load(on_entropy + i) * (vmax(logp, splat(LEAST)) + load(entropy + i));
+    if (has_entropy) on -= load(on_entropy + i) * (vmax(logp, splat(MIN_LOGP)) + load(entropy + i));
     vfloat e = vexp(logp) * on;
     if (has_all) e -= load(on_all + i) * w;
     return score.cap ? e * score.slope(s) : e;
@@ -400,11 +400,11 @@ struct ChunkGradients {
   }
   ThreadArrays take_arrays(Buffer& memory) const {
     const ThreadSizes n = sizes();
-    ThreadArrays own;
-    own.rows_of_w = memory.take<E>(n.rows_of_w), own.spare = memory.take<E>(n.spare);
-    own.z = memory.take<float>(n.z), own.dw_wide = memory.take<float>(n.dw_wide);
-    own.dbias = memory.take<double>(VB);
-    return own;
+    ThreadArrays arrays;
+    arrays.rows_of_w = memory.take<E>(n.rows_of_w), arrays.spare = memory.take<E>(n.spare);
+    arrays.z = memory.take<float>(n.z), arrays.dw_wide = memory.take<float>(n.dw_wide);
+    arrays.dbias = memory.take<double>(VB);
+    return arrays;
   }
 
   void run(const LossCoefficients& loss, const ChunkStats& stats, const float* at_target) const {
@@ -412,12 +412,12 @@ struct ChunkGradients {
     if (!has_exponentials) chunk.pack_x(packed);
 #pragma omp parallel num_threads(workspace.threads)
     {
-      Buffer memory(workspace.mine());
+      Buffer memory(workspace.thread_part());
       TileScope tiles;
       if (out.dw || out.dw_narrow) pack_scaled_rows();
-      ThreadArrays own = take_arrays(memory);
+      ThreadArrays arrays = take_arrays(memory);
 #pragma omp for schedule(dynamic)
-      for (int64_t b = 0; b < blocks; ++b) block_gradients(b, own);
+      for (int64_t b = 0; b < blocks; ++b) block_gradients(b, arrays);
       if (out.dx) input_gradients(memory);
     }
   }
@@ -433,7 +433,7 @@ struct ChunkGradients {
       f.on_all[i] = real && f.has_all ? loss.on_all[i] * scale : 0.f;
       f.on_entropy[i] = real && f.has_entropy ? loss.on_entropy[i] * scale : 0.f;
       f.entropy[i] = real && f.has_entropy ? loss.entropy[i] : 0.f;
-      // a padded column's scores are the bias: whatever it is, e^(bias - inf) is 0
+      // a padded column's scores are the bias: e^(bias - inf) is 0 for any bias
       f.shift[i] = real ? loss.shift[i] : -NEGATIVE_INFINITY;
       f.log_sum[i] = real ? loss.log_sum[i] : 0.f;
       f.of_row[i] = real ? 1.f : 0.f;
@@ -464,30 +464,30 @@ struct ChunkGradients {
   }
 
   // dw and dbias of a block, and its E^T.
-  void block_gradients(int64_t b, ThreadArrays& own) const {
+  void block_gradients(int64_t b, ThreadArrays& arrays) const {
     const int64_t v0 = b * VB, count = std::min(VB, chunk.classes - v0);
     E* e = exponentials + v0 * padded;  // (count, R padded): E, then dloss/dz^T unless `direct`
-    if (out.dbias) memset(own.dbias, 0, VB * sizeof(double));
+    if (out.dbias) memset(arrays.dbias, 0, VB * sizeof(double));
     if (!has_exponentials)
-      recompute(b, v0, count, e, own);
+      recompute(b, v0, count, e, arrays);
     else if (!direct)
       turn_exponentials(v0, count, e);
-    if (out.dbias) sum_columns(count, e, own.dbias);
-    float* dw = out.dw ? out.dw + v0 * width : out.dw_narrow ? own.dw_wide : nullptr;
+    if (out.dbias) sum_columns(count, e, arrays.dbias);
+    float* dw = out.dw ? out.dw + v0 * width : out.dw_narrow ? arrays.dw_wide : nullptr;
     if (dw) gemm<E>(count, width, rows, e, padded, packed_rows, dw, width, out.accumulate);
-    if (direct) add_targets(v0, count, e, dw, own.dbias);
+    if (direct) add_targets(v0, count, e, dw, arrays.dbias);
     if (out.dw_narrow) store_narrow(dw, count * width, out.dw_narrow + v0 * width);
     if (out.dbias)
       for (int64_t c = 0; c < count; ++c)
-        out.dbias[v0 + c] = float(own.dbias[c] + (out.accumulate ? out.dbias[v0 + c] : 0.f));
+        out.dbias[v0 + c] = float(arrays.dbias[c] + (out.accumulate ? out.dbias[v0 + c] : 0.f));
     if (!out.dx) return;
-    pack_a<E>(static_cast<const E*>(e), 1, padded, padded, count, own.spare);
-    transposed[b] = own.spare, own.spare = e;
+    pack_a<E>(static_cast<const E*>(e), 1, padded, padded, count, arrays.spare);
+    transposed[b] = arrays.spare, arrays.spare = e;
   }
 
   float weight_of(int64_t v) const { return class_weight ? class_weight[v] : 0.f; }
 
-  // E to dloss/dz^T, in place.
+  // Turns E into dloss/dz^T, in place.
   void turn_exponentials(int64_t v0, int64_t count, E* e) const {
     const ColumnFactors f = column;
     const int64_t columns = padded;
@@ -504,13 +504,13 @@ struct ChunkGradients {
       }
   }
 
-  // dloss/dz^T to g, and what its rounding at the targets changed to `dbias`.
-  void recompute(int64_t b, int64_t v0, int64_t count, E* g, const ThreadArrays& own) const {
+  // Writes dloss/dz^T to g, and adds the errors of its rounding at the targets to `dbias`.
+  void recompute(int64_t b, int64_t v0, int64_t count, E* g, const ThreadArrays& arrays) const {
     for (int64_t i0 = 0; i0 < padded; i0 += RC) {
-      const ScoreTile t{b, v0, count, i0, std::min(RC, padded - i0), own.z};
-      chunk.compute(t, packed, own.rows_of_w, i0 == 0);
+      const ScoreTile t{b, v0, count, i0, std::min(RC, padded - i0), arrays.z};
+      chunk.compute(t, packed, arrays.rows_of_w, i0 == 0);
       write_gradients(t, g + i0);
-      write_target_gradients(t, g + i0, own.dbias);
+      write_target_gradients(t, g + i0, arrays.dbias);
     }
   }
 
@@ -581,11 +581,11 @@ struct ChunkGradients {
     int64_t width, across;  // features of a task, tasks in a row
     int64_t height, down;   // rows of a task, tasks in a column
     InputTasks(int64_t rows, int64_t d, int64_t threads) {
-      const int64_t least = (((d + DB - 1) / DB + threads - 1) / threads) * threads;
-      width = std::min(DB, std::max<int64_t>(((d + least - 1) / least + 63) / 64 * 64, 64));
+      const int64_t min_tasks = (((d + DB - 1) / DB + threads - 1) / threads) * threads;
+      width = std::min(DB, std::max<int64_t>(((d + min_tasks - 1) / min_tasks + 63) / 64 * 64, 64));
       across = (d + width - 1) / width;
-      const int64_t wanted = (threads + across - 1) / across;
-      height = std::max(RP, padded_rows((rows + wanted - 1) / wanted));
+      const int64_t tasks_down = (threads + across - 1) / across;
+      height = std::max(RP, padded_rows((rows + tasks_down - 1) / tasks_down));
       down = (rows + height - 1) / height;
     }
   };
@@ -622,7 +622,7 @@ struct ChunkGradients {
   }
 };
 
-// The workspace holds elements of E, whatever its dtype is.
+// Returns the workspace's bytes as elements of E.
 template <class E>
 E* elements_of(const TensorView* t, const char* argument, int64_t elements) {
   if (!t) return nullptr;
@@ -649,8 +649,8 @@ inline void linear_cross_entropy_scores(const TensorView& x, const TensorView& w
     using T = decltype(tag);
     const auto chunk = linear_scores<T>(x, w, bias, softcap, scale);
     const int64_t padded = chunk.padded(), blocks = chunk.blocks();
-    Workspace room(stats);
-    float* of_chunk = room.take<float>(ChunkStats::elements(blocks, padded));
+    Workspace arena(stats);
+    float* of_chunk = arena.take<float>(ChunkStats::elements(blocks, padded));
     ChunkScores<T>(chunk, {target.data<int64_t>("target"), ignore_index},
                    data_or_null<float>(class_weight, "class_weight"),
                    elements_of<Elem<T>>(exponentials, "exponentials", blocks * VB * padded),
@@ -658,7 +658,7 @@ inline void linear_cross_entropy_scores(const TensorView& x, const TensorView& w
                    {at_target.data<float>("at_target"), shift.data<float>("shift"),
                     log_sum.data<float>("log_sum"), nll.data<float>("nll"),
                     smoothed.data<float>("smoothed"), data_or_null<float>(entropy, "entropy")},
-                   room)
+                   arena)
         .run();
   });
 }
@@ -677,8 +677,8 @@ inline void linear_cross_entropy_gradients(
     using T = decltype(tag);
     const auto chunk = linear_scores<T>(x, w, bias, softcap, scale);
     const int64_t padded = chunk.padded(), blocks = chunk.blocks();
-    Workspace room(stats);
-    float* of_chunk = room.take<float>(ChunkStats::elements(blocks, padded));
+    Workspace arena(stats);
+    float* of_chunk = arena.take<float>(ChunkStats::elements(blocks, padded));
     const bool narrow = dw && dw->dtype() != DType::f32;
     if (narrow && accumulate) throw std::invalid_argument("dw: expected float32 to add to");
     const LossCoefficients loss{on_p.data<float>("on_p"),
@@ -694,7 +694,7 @@ inline void linear_cross_entropy_gradients(
         elements_of<Elem<T>>(&exponentials, "exponentials", blocks * VB * padded),
         {data_or_null<T>(dx, "dx"), narrow ? nullptr : data_or_null<float>(dw, "dw"),
          narrow ? dw->data<T>("dw") : nullptr, data_or_null<float>(dbias, "dbias"), accumulate},
-        room)
+        arena)
         .run(loss, ChunkStats(of_chunk, blocks, padded), at_target.data<float>("at_target"));
   });
 }

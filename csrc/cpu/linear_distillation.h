@@ -1,16 +1,16 @@
-// Divergence of the softmaxes of two heads, student and teacher, for one chunk of R rows; the caller
-// loops over chunks. Body of linear_distillation.cpp, compiled per instruction set.
+// Divergence of the softmaxes of two heads, student and teacher, for one chunk of R rows. The
+// caller loops over chunks. Body of linear_distillation.cpp, compiled per instruction set.
 //
 //            R columns (rows of x)
-//          +------------------------+    scores      z^T block = w block . x^T, kept in float32;
+//          +------------------------+    scores      z^T block = w block . x^T, stored in float32;
 //   VB rows|  block of z^T, one     |                maximum and sum of e^z per column while the
 //   of w   |  thread's work         |                block is in the L2. Once per head
 //          +------------------------+    divergence  reads both heads' blocks: the loss's terms, and
-//          |  ...                   |                dloss/dz^T of the student in their place
+//          |  ...                   |                dloss/dz^T of the student overwrites them
 //
-// Scores are transposed, as linear_scores.h says, which has the index legend; here j is a column.
-// dloss/dz^T has the layout of the exponentials of linear_cross_entropy.h, whose gradients multiply
-// dx and dw from it.
+// Scores are transposed, as in linear_scores.h, which has the index legend; here j is a column.
+// dloss/dz^T has the layout of the exponentials of linear_cross_entropy.h, which computes dx and dw
+// from it.
 //
 // With s and t the probabilities:
 //
@@ -19,8 +19,8 @@
 //   jsd      loss = beta sum t log(t / m)             dloss/dz = (1 - beta) s (log(s / m) - mean)
 //                   + (1 - beta) mean                 mean = sum s log(s / m)
 //
-// A mean is known only after all blocks, so reverse and jsd store s (...) and s, and a second sweep
-// over the blocks joins them.
+// A mean is known only after all blocks, so reverse and jsd store s (...) and s, and a second pass
+// over the blocks combines them.
 #include "cpu/linear_scores.h"
 
 enum class Divergence { forward, reverse, jsd };
@@ -50,28 +50,28 @@ struct LogSums {
   }
 };
 
-// scores: (V rounded up to VB, R padded) float32, of which the first V rows are written; lse:
-// (2, R) float32, the log of the sum of e^z as its nearest float and the rest.
+// scores: (V rounded up to VB, R padded) float32; the first V rows are written. lse: (2, R)
+// float32, the log of the sum of e^z as its nearest float and the rest.
 template <class T>
 void linear_distillation_scores_of(const LinearScores<T>& chunk, float* scores, float* lse,
-                                   Workspace room) {
+                                   Workspace arena) {
   using E = Elem<T>;
   const int64_t rp = chunk.padded(), rows = chunk.rows, blocks = vocabulary_blocks(chunk.classes);
-  E* packed = room.take<E>(chunk.packed_elements());
+  E* packed = arena.take<E>(chunk.packed_elements());
   chunk.pack_x(packed);
-  float *most = room.take<float>(blocks * rp), *sum = room.take<float>(blocks * rp);
-  room.divide(Buffer::size_of<E>(VB * padded_k<E>(chunk.width)));
-#pragma omp parallel num_threads(room.threads)
+  float *maxima = arena.take<float>(blocks * rp), *sum = arena.take<float>(blocks * rp);
+  arena.divide(Buffer::size_of<E>(VB * padded_k<E>(chunk.width)));
+#pragma omp parallel num_threads(arena.threads)
   {
-    Buffer memory(room.mine());
+    Buffer memory(arena.thread_part());
     E* rows_of_w = memory.take<E>(VB * padded_k<E>(chunk.width));
     TileScope tiles;
 #pragma omp for schedule(dynamic)
     for (int64_t b = 0; b < blocks; ++b) {
       const int64_t v0 = b * VB, count = std::min(VB, chunk.classes - v0);
-      float *z = scores + v0 * rp, *top = most + b * rp;
+      float *z = scores + v0 * rp, *top = maxima + b * rp;
       chunk.compute({b, v0, count, 0, rp, z}, packed, rows_of_w, true);
-      largest(z, count, rp, top);
+      column_maxima(z, count, rp, top);
       for (int64_t j = 0; j < rp; ++j) top[j] = finite_max(top[j]);
       constexpr int P = RP / VL;
       for (int64_t j = 0; j < rp; j += RP)
@@ -79,12 +79,12 @@ void linear_distillation_scores_of(const LinearScores<T>& chunk, float* scores, 
     }
   }
   for (int64_t i = 0; i < rows; ++i) {
-    float top = most[i];
-    for (int64_t b = 1; b < blocks; ++b) top = std::max(top, most[b * rp + i]);
+    float top = maxima[i];
+    for (int64_t b = 1; b < blocks; ++b) top = std::max(top, maxima[b * rp + i]);
     double total = 0;
     for (int64_t b = 0; b < blocks; ++b)
       if (const float s = sum[b * rp + i]; s != 0)
-        total += s * std::exp(double(most[b * rp + i]) - top);
+        total += s * std::exp(double(maxima[b * rp + i]) - top);
     const double log_of_sum = top + std::log(total);
     lse[i] = float(log_of_sum);
     lse[rows + i] = std::isfinite(log_of_sum) ? float(log_of_sum - lse[i]) : 0.f;
@@ -97,18 +97,19 @@ void linear_distillation_scores_of(const LinearScores<T>& chunk, float* scores, 
 struct Mixture {
   vfloat s, t, of_s, of_t;
 };
-FASTLM_INLINE Mixture mixed(vfloat log_s, vfloat log_t, float beta) {
+FASTLM_INLINE Mixture mixture_of(vfloat log_s, vfloat log_t, float beta) {
   const vfloat d = log_t - log_s, none{}, ratio = vexp(-vabs(d));
   const vint teacher = d > none;
-  const vfloat most = vexp(teacher ? log_t : log_s), least = most == none ? none : most * ratio;
+  const vfloat larger = vexp(teacher ? log_t : log_s),
+               smaller = larger == none ? none : larger * ratio;
   const vfloat g = vlog(1.f + (teacher ? splat(1.f - beta) : splat(beta)) * (ratio - 1.f));
-  return {teacher ? least : most, teacher ? most : least, teacher ? -d - g : -g,
+  return {teacher ? smaller : larger, teacher ? larger : smaller, teacher ? -d - g : -g,
           teacher ? -g : d - g};
 }
 
 // The terms of a block's P vectors of columns; `of_teacher` and `of_student` receive the sums of
-// t log(t / .) and s log(s / .). With `g`, dloss/dz is stored there (forward), or its two parts in
-// the scores' places.
+// t log(t / .) and s log(s / .). With `g`, dloss/dz is stored there (forward), or its two parts
+// overwrite the scores.
 template <Divergence D, int P, class E>
 void divergence_of(int64_t count, int64_t stride, float* zs, float* zt, const LogSums& student,
                    const LogSums& teacher, int64_t j0, const ScoreFunction& score, float beta, E* g,
@@ -136,9 +137,9 @@ void divergence_of(int64_t count, int64_t stride, float* zs, float* zt, const Lo
       } else if constexpr (D == Divergence::reverse) {
         s = vexp(log_s), part = times(s, log_s - log_t);
       } else {
-        const Mixture of = mixed(log_s, log_t, beta);
-        s = of.s, part = times(s, of.of_s);
-        second[p] += times(of.t, of.of_t);
+        const Mixture mixture = mixture_of(log_s, log_t, beta);
+        s = mixture.s, part = times(s, mixture.of_s);
+        second[p] += times(mixture.t, mixture.of_t);
       }
       first[p] += part;
       if (g) store(zs + at, part * slope), store(zt + at, s * slope);
@@ -154,9 +155,9 @@ void divergence_of(int64_t count, int64_t stride, float* zs, float* zt, const Lo
 template <Divergence D, class E>
 void linear_distillation_rows_of(int64_t classes, int64_t rows, int64_t rp, float* zs, float* zt,
                                  const float* lse_s, const float* lse_t, const ScoreFunction& score,
-                                 float beta, float* loss, E* g, Workspace room) {
+                                 float beta, float* loss, E* g, Workspace arena) {
   const int64_t blocks = vocabulary_blocks(classes);
-  const LogSums student(room.take<float>(2 * rp), rp), teacher(room.take<float>(2 * rp), rp);
+  const LogSums student(arena.take<float>(2 * rp), rp), teacher(arena.take<float>(2 * rp), rp);
   for (int64_t i = 0; i < rp; ++i) {
     const bool real = i < rows;
     student.shift[i] = real ? lse_s[i] : -NEGATIVE_INFINITY;
@@ -164,8 +165,8 @@ void linear_distillation_rows_of(int64_t classes, int64_t rows, int64_t rp, floa
     student.log_sum[i] = real ? lse_s[rows + i] : 0.f;
     teacher.log_sum[i] = real ? lse_t[rows + i] : 0.f;
   }
-  float *of_student = room.take<float>(blocks * rp), *of_teacher = room.take<float>(blocks * rp),
-        *mean = room.take<float>(rp);
+  float *of_student = arena.take<float>(blocks * rp), *of_teacher = arena.take<float>(blocks * rp),
+        *mean = arena.take<float>(rp);
 #pragma omp parallel
   {
     FlushDenormals flush;

@@ -1,6 +1,6 @@
-// Scores z^T = score(w . x^T + bias) of one chunk of rows of x, block of classes by block of
-// classes, and the statistics of a block. Included by the bodies of linear_cross_entropy and
-// linear_distillation, whose caller loops over chunks.
+// Scores z^T = score(w . x^T + bias) of one chunk of rows of x, in blocks of classes, and the
+// statistics of a block. The bodies of linear_cross_entropy and linear_distillation include it;
+// their callers loop over chunks.
 //
 //                 R columns (rows of x), i
 //                +--------------+--------------+      A tile is `count` classes x n columns. One
@@ -19,7 +19,7 @@
 //   p   vector of VL columns, or a micro-panel of gemm.h
 //   T   type of x and w; E type of gemm.h's operands: bf16 or float
 //
-// Scores are transposed: so w's rows are the A operand in place, x is packed once per chunk, and
+// Scores are transposed. So w's rows are the A operand in place, x is packed once per chunk, and
 // the statistics of the rows of x are in lanes (no horizontal reduction).
 //
 //   w   read once per chunk from the memory; by every tile of its block after the first from the L2
@@ -40,8 +40,8 @@ constexpr int64_t FEW = 8;   // rows of x up to which reading w takes longer tha
 inline int64_t padded_rows(int64_t r) { return (r + RP - 1) / RP * RP; }
 inline int64_t vocabulary_blocks(int64_t v) { return (v + VB - 1) / VB; }
 
-// z (count, n): dot products of `count` rows of w with R rows of x, which are `ldx` apart and
-// padded with zeros. GROUP rows of w fill a vector of sums; W of them are multiplied side by side:
+// z (count, n): dot products of `count` rows of w with R rows of x, which have the stride `ldx` and
+// are padded with zeros. GROUP rows of w fill a vector of sums; W of them are multiplied at once:
 //
 //   lane of `sums`   0      1     ..  R - 1    |  R      R + 1  ..           | .. VL - 1
 //                    w0.x0  w0.x1 ..  w0.xR-1  |  w1.x0  w1.x1  ..           |
@@ -106,8 +106,8 @@ struct LinearScores {
   // of a thread: rows of w that cannot be used in place
   int64_t block_elements() const { return VB * padded_k<E>(width); }
 
-  // x as B operand of z^T = w . x^T: (K = D) x (N = R); few rows in their own order, padded with
-  // zeros
+  // x as B operand of z^T = w . x^T: (K = D) x (N = R); few rows are not transposed, only padded
+  // with zeros
   void pack_x(E* packed) const {
     if (has_few_rows()) return pack_few_rows(packed);
     const int64_t panel = padded_k<E>(width) * VL, panels = padded() / VL;
@@ -179,7 +179,7 @@ struct LinearScores {
     const int64_t last = blocks();
 #pragma omp parallel num_threads(workspace.threads)
     {
-      Buffer memory(workspace.mine());
+      Buffer memory(workspace.thread_part());
       E* rows_of_w = memory.take<E>(block_elements());
       float* z = memory.take<float>(VB * RC);
       TileScope tiles;
@@ -196,10 +196,11 @@ struct LinearScores {
 };
 
 // The largest of `count` scores per column of z (count, n).
-inline void largest(const float* z, int64_t count, int64_t n, float* most) {
-  for (int64_t j = 0; j < n; j += VL) store(most + j, load(z + j));
+inline void column_maxima(const float* z, int64_t count, int64_t n, float* maxima) {
+  for (int64_t j = 0; j < n; j += VL) store(maxima + j, load(z + j));
   for (int64_t c = 1; c < count; ++c)
-    for (int64_t j = 0; j < n; j += VL) store(most + j, vmax(load(most + j), load(z + c * n + j)));
+    for (int64_t j = 0; j < n; j += VL)
+      store(maxima + j, vmax(load(maxima + j), load(z + c * n + j)));
 }
 
 // Two consecutive vectors.

@@ -2,7 +2,7 @@
 //
 // A number is split into two of bf16, a = hi + lo with |a - hi - lo| <= 2^-18 |a|, and
 //
-//   x w  =  x_lo w_hi + x_hi w_hi + x_hi w_lo        (x_lo w_lo, as small as the rest, is left out)
+//   x w  =  x_lo w_hi + x_hi w_hi + x_hi w_lo     (x_lo w_lo, as small as the error, is left out)
 //
 // in float32 sums (Henry, Tang, Heinecke 2019, "Leveraging the bfloat16 artificial intelligence
 // datatype for higher-precision computations"). A sum's error is some 2^-18 of its largest terms:
@@ -20,8 +20,8 @@ constexpr int64_t SPLIT_K = 10;             // pairs of tiles summed at once: B'
 
 inline int64_t split_rows(int64_t m, int64_t k) {
   const int64_t threads = omp_get_max_threads(),
-                most = std::max<int64_t>(32, std::min(MOST_ROWS, SPLIT_IN_L2 / k) / 32 * 32),
-                blocks = (m + most * threads - 1) / (most * threads) * threads;
+                max_rows = std::max<int64_t>(32, std::min(MAX_ROWS, SPLIT_IN_L2 / k) / 32 * 32),
+                blocks = (m + max_rows * threads - 1) / (max_rows * threads) * threads;
   return round_up((m + blocks - 1) / blocks, 32);
 }
 
@@ -115,12 +115,12 @@ inline void linear_split(const TensorView& x, const TensorView& w, const TensorV
   const float *xs = x.data<float>("x"), *ws = w.data<float>("w"),
               *add = bias ? bias->data<float>("bias") : nullptr;
   float* out = y.data<float>("y");
-  Workspace room(workspace);
-  bf16* b = room.take<bf16>(round_up(n, 32) * kp * 2);
-  room.divide(Buffer::size_of<float>(rows * 32) + Buffer::size_of<bf16>(rows * kp * 2));
-#pragma omp parallel num_threads(room.threads)
+  Workspace arena(workspace);
+  bf16* b = arena.take<bf16>(round_up(n, 32) * kp * 2);
+  arena.divide(Buffer::size_of<float>(rows * 32) + Buffer::size_of<bf16>(rows * kp * 2));
+#pragma omp parallel num_threads(arena.threads)
   {
-    Buffer memory(room.mine());
+    Buffer memory(arena.thread_part());
     float* c = memory.take<float>(rows * 32);
     bf16* a = memory.take<bf16>(rows * kp * 2);
     TileScope tiles;

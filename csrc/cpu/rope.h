@@ -52,8 +52,8 @@ FASTLM_INLINE void rope_interleaved(const T* x, const U* cos, const U* sin, int6
     const int n = int(std::min<int64_t>(VL, width - j));
     const auto at = [&](const auto* p) { return n == VL ? load(p + j) : load(p + j, n); };
     const vfloat a = at(x), c = at(cos), s = at(sin);
-    const vfloat turned = sign > 0 ? swap_pairs(a) * s : swap_pairs(a * s);
-    const vfloat r = a * c + signs * turned;
+    const vfloat swapped = sign > 0 ? swap_pairs(a) * s : swap_pairs(a * s);
+    const vfloat r = a * c + signs * swapped;
     if (n == VL)
       store(y + j, r);
     else
@@ -65,7 +65,7 @@ template <class T, class U>
 void rope_typed(const TensorView* const (&inputs)[2], const TensorView* const (&outputs)[2],
                 const TensorView& cos, const TensorView& sin, bool interleaved, bool inverse) {
   const int64_t batch = inputs[0]->size(0), length = inputs[0]->size(2), width = inputs[0]->size(3),
-                turned = cos.size(-1);
+                rotary = cos.size(-1);
   check_size("cos", "rows, as q:", length, cos.size(-2));  // a trace skips ops/rope.py
   check_size("sin", "rows, as q:", length, sin.size(-2));
   const U *pc = cos.data<U>("cos"), *ps = sin.data<U>("sin");
@@ -88,10 +88,10 @@ void rope_typed(const TensorView* const (&inputs)[2], const TensorView* const (&
       const int64_t x_head = in.stride(1), y_head = out.stride(1);
       for (int64_t h = 0; h < in.size(1); ++h, x += x_head, y += y_head) {
         if (interleaved)
-          rope_interleaved(x, c, s, turned, sign, y);
+          rope_interleaved(x, c, s, rotary, sign, y);
         else
-          rope_half_split(x, c, s, turned / 2, sign, y);
-        if (turned < width) memcpy(y + turned, x + turned, size_t(width - turned) * sizeof(T));
+          rope_half_split(x, c, s, rotary / 2, sign, y);
+        if (rotary < width) memcpy(y + rotary, x + rotary, size_t(width - rotary) * sizeof(T));
       }
     }
   });

@@ -1,8 +1,8 @@
-// Shared by both cross-entropies: scores z = softcap(scale * logit), and the running (maximum, sum
-// of exponentials) of a softmax.
+// Scores z = softcap(scale * logit), and the running (maximum, sum of exponentials) of a softmax,
+// for both cross-entropies.
 //
-// Infinities and NaN give what torch gives: z - max is NaN where both are infinite, and a NaN
-// reaches the sum.
+// Infinities and NaN give the same results as in torch: z - max is NaN where both are infinite, and
+// a NaN reaches the sum.
 struct ScoreFunction {
   float scale, cap;  // cap 0: none
 

@@ -1,4 +1,4 @@
-// AdamW for every tensor of an optimizer: one launch updates all of them, whatever their dtypes.
+// AdamW for every tensor of an optimizer: one launch updates all tensors, of any dtypes.
 //
 // tensors (T, 12) int64, settings (S, 8) float64, chunks (C, 2) int32: fastlm/cuda/adamw_tables.py
 //
@@ -11,8 +11,8 @@
 //     a block      8 warps, four passes: the 8192 elements of a chunk
 //
 // dtypes, masters, 8-bit states and rounding are properties of a tensor and read at run time. The
-// branch is uniform and costs a few instructions, where memory leaves time for a hundred per
-// element. Templates would make a hundred kernels, each with a launch of its own. A thread issues
+// branch is uniform and costs a few instructions, while memory leaves time for a hundred per
+// element. Templates would make a hundred kernels, each with a separate launch. A thread issues
 // all its loads (5 times 32 bytes at most) before it uses any. Formulas and random numbers are
 // those of csrc/cpu/adamw.h, which explains the 8-bit codes. Nothing waits for the host: a step can
 // be captured. Not measured on a GPU.
@@ -49,7 +49,11 @@ enum Column {
   kColumns
 };
 enum Type { kFloat32, kBfloat16, kFloat16 };
-enum Masters { kNone, kWhole, kLowHalves };  // none; float32; the 16 bits that bfloat16 lacks
+enum Masters {
+  kNoMasters,
+  kFloatMasters,
+  kLowHalves
+};  // none; float32; the 16 bits that bfloat16 lacks
 
 struct Kind {
   int param, grad, masters;
@@ -88,18 +92,18 @@ struct Raw {
 // Four elements from `at` and four from kApart later: adjacent lanes read whole sectors of any
 // dtype.
 struct ThreadElements {
-  static constexpr int kApart = kStateBlock / 2, kRun = kEach / 2;
+  static constexpr int kRunStride = kStateBlock / 2, kRun = kEach / 2;
   int64_t at;
-  int left;  // elements of the chunk from `at` on: at most kStateBlock, may be negative
+  int remaining;  // elements of the chunk from `at` on: at most kStateBlock, may be negative
   bool aligned;
 
   DEVICE ThreadElements(int64_t at, int64_t end, bool aligned)
       : at(at),
-        left(end - at < kStateBlock ? static_cast<int>(end - at) : kStateBlock),
+        remaining(end - at < kStateBlock ? static_cast<int>(end - at) : kStateBlock),
         aligned(aligned) {}
-  static DEVICE int offset(int j) { return j / kRun * kApart + j % kRun; }
-  DEVICE bool inside(int j) const { return offset(j) < left; }
-  DEVICE bool whole(int run) const { return aligned && inside(run * kRun + kRun - 1); }
+  static DEVICE int offset(int j) { return j / kRun * kRunStride + j % kRun; }
+  DEVICE bool inside(int j) const { return offset(j) < remaining; }
+  DEVICE bool is_full(int run) const { return aligned && inside(run * kRun + kRun - 1); }
 };
 
 template <int BYTES>
@@ -107,22 +111,22 @@ using Element =
     std::conditional_t<BYTES == 4, uint32_t, std::conditional_t<BYTES == 2, uint16_t, uint8_t>>;
 
 template <int BYTES>
-DEVICE Raw read(const void* from, const ThreadElements& place) {
+DEVICE Raw read(const void* from, const ThreadElements& elements) {
   constexpr int OF_WORD = 4 / BYTES;
-  const auto* p = static_cast<const Element<BYTES>*>(from) + place.at;
+  const auto* p = static_cast<const Element<BYTES>*>(from) + elements.at;
   Raw raw{};
 #pragma unroll
   for (int run = 0; run < 2; ++run) {
-    if (place.whole(run)) {
+    if (elements.is_full(run)) {
       using V = Vector<uint32_t, BYTES>;
-      const V v = load(reinterpret_cast<const V*>(p + run * ThreadElements::kApart));
+      const V v = load(reinterpret_cast<const V*>(p + run * ThreadElements::kRunStride));
 #pragma unroll
       for (int i = 0; i < BYTES; ++i) raw.word[run * BYTES + i] = v.at[i];
       continue;
     }
 #pragma unroll
     for (int j = run * ThreadElements::kRun; j < (run + 1) * ThreadElements::kRun; ++j)
-      if (place.inside(j))
+      if (elements.inside(j))
         raw.word[j / OF_WORD] |= static_cast<uint32_t>(load(p + ThreadElements::offset(j)))
                                  << j % OF_WORD * 8 * BYTES;
   }
@@ -130,29 +134,29 @@ DEVICE Raw read(const void* from, const ThreadElements& place) {
 }
 
 template <int BYTES>
-DEVICE void write(void* to, const ThreadElements& place, const Raw& raw) {
+DEVICE void write(void* to, const ThreadElements& elements, const Raw& raw) {
   constexpr int OF_WORD = 4 / BYTES;
-  auto* p = static_cast<Element<BYTES>*>(to) + place.at;
+  auto* p = static_cast<Element<BYTES>*>(to) + elements.at;
 #pragma unroll
   for (int run = 0; run < 2; ++run) {
-    if (place.whole(run)) {
+    if (elements.is_full(run)) {
       using V = Vector<uint32_t, BYTES>;
       V v;
 #pragma unroll
       for (int i = 0; i < BYTES; ++i) v.at[i] = raw.word[run * BYTES + i];
-      store_global(reinterpret_cast<V*>(p + run * ThreadElements::kApart), v);
+      store_global(reinterpret_cast<V*>(p + run * ThreadElements::kRunStride), v);
       continue;
     }
 #pragma unroll
     for (int j = run * ThreadElements::kRun; j < (run + 1) * ThreadElements::kRun; ++j)
-      if (place.inside(j))
+      if (elements.inside(j))
         store(p + ThreadElements::offset(j),
               static_cast<Element<BYTES>>(raw.word[j / OF_WORD] >> j % OF_WORD * 8 * BYTES));
   }
 }
 
-DEVICE Raw read_floats(const void* from, int type, const ThreadElements& place) {
-  return type == kFloat32 ? read<4>(from, place) : read<2>(from, place);
+DEVICE Raw read_floats(const void* from, int type, const ThreadElements& elements) {
+  return type == kFloat32 ? read<4>(from, elements) : read<2>(from, elements);
 }
 DEVICE uint32_t half_word(const Raw& raw, int j) { return raw.word[j / 2] >> j % 2 * 16 & 0xffff; }
 
@@ -191,10 +195,10 @@ DEVICE Raw of_bytes(const int (&x)[kEach]) {
 
 // ---- 8-bit states -------------------------------------------------------------------------------
 
-// The upper bits of a float in [0, 1], of which MANTISSA are its mantissa
-template <int MANTISSA, int MOST>
+// The upper bits of a float in [0, 1]; MANTISSA of them are its mantissa
+template <int MANTISSA, int MAX>
 struct Code {
-  static constexpr int SHIFT = 23 - MANTISSA, OFFSET = (0x3f800000 >> SHIFT) - MOST;
+  static constexpr int SHIFT = 23 - MANTISSA, OFFSET = (0x3f800000 >> SHIFT) - MAX;
   static DEVICE float decode(int code) {
     return code > 0 ? __int_as_float((code + OFFSET) << SHIFT) : 0.0f;
   }
@@ -225,46 +229,46 @@ DEVICE float inverse_of(float scale) { return scale > 1e-37f ? 1.0f / scale : 0.
 struct Scalars {
   float step_size, decay, beta1, rest1, beta2, rest2, eps, root_scale, sign;
 };
-DEVICE Scalars scalars_of(const float* of) {
-  return {load(of),     load(of + 1), load(of + 2), load(of + 3), load(of + 4),
-          load(of + 5), load(of + 6), load(of + 7), load(of + 8)};
+DEVICE Scalars scalars_of(const float* values) {
+  return {load(values),     load(values + 1), load(values + 2), load(values + 3), load(values + 4),
+          load(values + 5), load(values + 6), load(values + 7), load(values + 8)};
 }
 
 // The new moment and the root of the new second moment of a warp's 256 elements. Reads and
 // overwrites their codes.
-DEVICE void packed_states(const int64_t* row, const ThreadElements& place, const Scalars& s,
+DEVICE void packed_states(const int64_t* row, const ThreadElements& elements, const Scalars& s,
                           const float (&g)[kEach], const Raw& raw_m, const Raw& raw_r,
                           float (&m)[kEach], float (&root)[kEach]) {
-  const int64_t block = place.at / kStateBlock;
+  const int64_t block = elements.at / kStateBlock;
   float* scale_m_at = pointer<float>(row, kMomentScale) + block;
   float* scale_r_at = pointer<float>(row, kRootScale) + block;
   const float scale_m = load(scale_m_at), scale_r = load(scale_r_at);
-  float most_m = 0, most_r = 0, poison = 0;  // poison: NaN where a state is not finite, else 0
+  float max_m = 0, max_r = 0, poison = 0;  // poison: NaN where a state is not finite, else 0
 #pragma unroll
   for (int j = 0; j < kEach; ++j) {
     m[j] = decode_moment(code_at(raw_m, j)) * (scale_m * s.beta1) + g[j] * s.rest1;
     const float before = RootCode::decode(code_at(raw_r, j)) * scale_r;
     root[j] = sqrtf(before * before * s.beta2 + g[j] * g[j] * s.rest2);
-    most_m = fmaxf(most_m, fabsf(m[j])), most_r = fmaxf(most_r, root[j]);
+    max_m = fmaxf(max_m, fabsf(m[j])), max_r = fmaxf(max_r, root[j]);
     poison += (m[j] + root[j]) * 0.0f;
   }
-  // one bad value makes its whole block NaN; a maximum alone would drop it
+  // one value that is not finite makes its whole block NaN; a maximum alone would ignore a NaN
   poison = sum_of_warp(poison);
-  most_m = max_of_warp(most_m) + poison, most_r = max_of_warp(most_r) + poison;
+  max_m = max_of_warp(max_m) + poison, max_r = max_of_warp(max_r) + poison;
   __syncwarp();  // all lanes have read the scales; a shuffle orders no memory access
-  if (threadIdx.x % 32 == 0) store(scale_m_at, most_m), store(scale_r_at, most_r);
-  const float inverse_m = inverse_of(most_m), inverse_r = inverse_of(most_r);
+  if (threadIdx.x % 32 == 0) store(scale_m_at, max_m), store(scale_r_at, max_r);
+  const float inverse_m = inverse_of(max_m), inverse_r = inverse_of(max_r);
   int code_m[kEach], code_r[kEach];
 #pragma unroll
   for (int j = 0; j < kEach; ++j) {
     code_m[j] = encode_moment(m[j] * inverse_m);
     code_r[j] = encode_root(root[j] * inverse_r);
   }
-  write<1>(pointer<void>(row, kMoment), place, of_bytes(code_m));
-  write<1>(pointer<void>(row, kRoot), place, of_bytes(code_r));
+  write<1>(pointer<void>(row, kMoment), elements, of_bytes(code_m));
+  write<1>(pointer<void>(row, kRoot), elements, of_bytes(code_r));
 }
 
-DEVICE void float_states(const int64_t* row, const ThreadElements& place, const Scalars& s,
+DEVICE void float_states(const int64_t* row, const ThreadElements& elements, const Scalars& s,
                          const float (&g)[kEach], const Raw& raw_m, const Raw& raw_v,
                          float (&m)[kEach], float (&root)[kEach]) {
   float v[kEach];
@@ -276,8 +280,8 @@ DEVICE void float_states(const int64_t* row, const ThreadElements& place, const 
     v[j] = v[j] * s.beta2 + g[j] * g[j] * s.rest2;
     root[j] = sqrtf(v[j]);
   }
-  write<4>(pointer<void>(row, kMoment), place, of_floats(m));
-  write<4>(pointer<void>(row, kRoot), place, of_floats(v));
+  write<4>(pointer<void>(row, kMoment), elements, of_floats(m));
+  write<4>(pointer<void>(row, kRoot), elements, of_floats(v));
 }
 
 // A float32 master in two halves. The parameter is its upper 16 bits, rounded to nearest (ties away
@@ -306,9 +310,9 @@ DEVICE float round_stochastic(float w, uint32_t random) {
 }
 
 // Writes eight parameters; `key` is the key of the chunk's random numbers.
-DEVICE void write_params(void* to, const Kind& kind, const ThreadElements& place, float (&w)[kEach],
-                         uint32_t key) {
-  if (kind.param == kFloat32) return write<4>(to, place, of_floats(w));
+DEVICE void write_params(void* to, const Kind& kind, const ThreadElements& elements,
+                         float (&w)[kEach], uint32_t key) {
+  if (kind.param == kFloat32) return write<4>(to, elements, of_floats(w));
   uint32_t bits[kEach];
   if (kind.param == kFloat16) {
 #pragma unroll
@@ -318,13 +322,13 @@ DEVICE void write_params(void* to, const Kind& kind, const ThreadElements& place
     for (int j = 0; j < kEach; ++j) {
       if (kind.rounds) {
         const uint32_t i =
-            static_cast<uint32_t>(place.at % kRandomChunk) + ThreadElements::offset(j);
+            static_cast<uint32_t>(elements.at % kRandomChunk) + ThreadElements::offset(j);
         w[j] = round_stochastic(w[j], mix(i * 0x9e3779b9u + key));
       }
       bits[j] = __bfloat16_as_ushort(__float2bfloat16(w[j]));
     }
   }
-  write<2>(to, place, of_halves(bits));
+  write<2>(to, elements, of_halves(bits));
 }
 
 __global__ void __launch_bounds__(kThreads)
@@ -345,31 +349,32 @@ __global__ void __launch_bounds__(kThreads)
 #pragma unroll 1
   for (int64_t of_warp = start + threadIdx.x / 32 * kStateBlock; of_warp < end;
        of_warp += kThreads * kEach) {
-    const ThreadElements place(of_warp + lane_at, end, kind.aligned);
-    const Raw raw_g = read_floats(pointer<void>(row, kGrad), kind.grad, place);
-    const Raw raw_p = kind.masters == kWhole ? Raw{} : read_floats(param, kind.param, place);
-    const Raw raw_w = kind.masters == kWhole       ? read<4>(master, place)
-                      : kind.masters == kLowHalves ? read<2>(master, place)
-                                                   : Raw{};
+    const ThreadElements elements(of_warp + lane_at, end, kind.aligned);
+    const Raw raw_g = read_floats(pointer<void>(row, kGrad), kind.grad, elements);
+    const Raw raw_p =
+        kind.masters == kFloatMasters ? Raw{} : read_floats(param, kind.param, elements);
+    const Raw raw_w = kind.masters == kFloatMasters ? read<4>(master, elements)
+                      : kind.masters == kLowHalves  ? read<2>(master, elements)
+                                                    : Raw{};
     Raw raw_m, raw_r;
     if (kind.packed) {
-      raw_m = read<1>(pointer<void>(row, kMoment), place);
-      raw_r = read<1>(pointer<void>(row, kRoot), place);
+      raw_m = read<1>(pointer<void>(row, kMoment), elements);
+      raw_r = read<1>(pointer<void>(row, kRoot), elements);
     } else {
-      raw_m = read<4>(pointer<void>(row, kMoment), place);
-      raw_r = read<4>(pointer<void>(row, kRoot), place);
+      raw_m = read<4>(pointer<void>(row, kMoment), elements);
+      raw_r = read<4>(pointer<void>(row, kRoot), elements);
     }
     float g[kEach], m[kEach], root[kEach], w[kEach];
     to_floats(raw_g, kind.grad, g);
 #pragma unroll
     for (int j = 0; j < kEach; ++j) g[j] *= factor;
     if (kind.packed)
-      packed_states(row, place, s, g, raw_m, raw_r, m, root);
+      packed_states(row, elements, s, g, raw_m, raw_r, m, root);
     else
-      float_states(row, place, s, g, raw_m, raw_r, m, root);
+      float_states(row, elements, s, g, raw_m, raw_r, m, root);
     if (kind.masters == kLowHalves)
       join(raw_p, raw_w, w);
-    else if (kind.masters == kWhole)
+    else if (kind.masters == kFloatMasters)
       to_floats(raw_w, kFloat32, w);
     else
       to_floats(raw_p, kind.param, w);
@@ -379,12 +384,12 @@ __global__ void __launch_bounds__(kThreads)
     if (kind.masters == kLowHalves) {
       uint32_t high[kEach], low[kEach];
       split(w, high, low);
-      write<2>(param, place, of_halves(high));
-      write<2>(master, place, of_halves(low));
+      write<2>(param, elements, of_halves(high));
+      write<2>(master, elements, of_halves(low));
       continue;
     }
-    if (kind.masters == kWhole) write<4>(master, place, of_floats(w));
-    write_params(param, kind, place, w, key);
+    if (kind.masters == kFloatMasters) write<4>(master, elements, of_floats(w));
+    write_params(param, kind, elements, w, key);
   }
 }
 
@@ -413,9 +418,9 @@ __global__ void __launch_bounds__(kThreads)
   float sum = 0;  // of 32 squares, which are then added in float64
   const int thread_at = threadIdx.x / 32 * kStateBlock + threadIdx.x % 32 * ThreadElements::kRun;
   for (int64_t at = start + thread_at; at < end; at += kThreads * kEach) {
-    const ThreadElements place(at, end, kind.aligned);
+    const ThreadElements elements(at, end, kind.aligned);
     float g[kEach];
-    to_floats(read_floats(grad, kind.grad, place), kind.grad, g);
+    to_floats(read_floats(grad, kind.grad, elements), kind.grad, g);
 #pragma unroll
     for (int j = 0; j < kEach; ++j) sum += g[j] * g[j];
   }
@@ -436,8 +441,8 @@ __global__ void __launch_bounds__(kNormThreads)
   } else {
     norm = load(grad_norm);
   }
-  const float wanted = max_grad_norm / (norm + 1e-6f);               // as clip_grad_norm_
-  if (threadIdx.x == 0) store(clip, wanted > 1.0f ? 1.0f : wanted);  // NaN stays
+  const float ratio = max_grad_norm / (norm + 1e-6f);              // as clip_grad_norm_
+  if (threadIdx.x == 0) store(clip, ratio > 1.0f ? 1.0f : ratio);  // NaN stays
 }
 
 DEVICE double power(double base, int exponent) {
@@ -460,11 +465,11 @@ __global__ void __launch_bounds__(kBeginThreads)
   const double lr = load(setting), beta1 = load(setting + 1), beta2 = load(setting + 2);
   const double eps = load(setting + 3), decay = load(setting + 4), sign = load(setting + 5);
   const int step = static_cast<int>(before + 1.0f);
-  const double of[9] = {
+  const double values[9] = {
       lr / (1 - power(beta1, step)),    lr * decay, beta1, 1 - beta1, beta2, 1 - beta2, eps,
       1 / sqrt(1 - power(beta2, step)), sign};
 #pragma unroll
-  for (int j = 0; j < 9; ++j) store(scalars + i * ADAMW_SCALARS + j, static_cast<float>(of[j]));
+  for (int j = 0; j < 9; ++j) store(scalars + i * ADAMW_SCALARS + j, static_cast<float>(values[j]));
   const auto seed = static_cast<uint32_t>(load(row + kSeed));
   const auto ordinal = static_cast<uint32_t>(load(row + kOrdinal));
   store(keys + i, mix(mix(seed ^ static_cast<uint32_t>(before)) ^ ordinal));
@@ -480,31 +485,33 @@ void adamw(TensorView tensors, TensorView settings, TensorView chunks, int chunk
   check_size("chunk_size", "a multiple of a block's elements; rest", 0,
              chunk_size % (kThreads * kEach));
 #ifndef __CUDACC__  // the emulator cannot see the tensors behind a table of addresses
-  for (const TensorView& t : read) simt::know(t.dl.data, span(t), "a gradient", false);
-  for (const TensorView& t : written) simt::know(t.dl.data, span(t), "a parameter or state", true);
+  for (const TensorView& t : read) simt::register_tensor(t.dl.data, span(t), "a gradient", false);
+  for (const TensorView& t : written)
+    simt::register_tensor(t.dl.data, span(t), "a parameter or state", true);
 #else
   (void)read, (void)written;
 #endif
   const int count = static_cast<int>(tensors.size(0)), blocks = static_cast<int>(chunks.size(0));
   const auto* rows = input<int64_t>(tensors, "tensors");
   const auto* table = reinterpret_cast<const int2*>(input<int32_t>(chunks, "chunks"));
-  auto* of = output<float>(scalars, "scalars");
+  auto* scalars_out = output<float>(scalars, "scalars");
   auto* random = reinterpret_cast<uint32_t*>(output<int32_t>(keys, "keys"));
   auto* factor = output<float>(clip, "clip");
-  const auto how = [&](const char* name, int grid, int threads) {
+  const auto config = [&](const char* name, int grid, int threads) {
     return Launch{name, dim3(grid), dim3(threads), 0, reinterpret_cast<cudaStream_t>(stream)};
   };
   if (factor) {
     auto* parts = output<double>(sums, "sums");
     if (parts)
-      launch(how("adamw_squares", blocks, kThreads), adamw_squares_kernel, rows, table, parts,
+      launch(config("adamw_squares", blocks, kThreads), adamw_squares_kernel, rows, table, parts,
              chunk_size);
-    launch(how("adamw_norm", 1, kNormThreads), adamw_norm_kernel, parts, blocks, max_grad_norm,
+    launch(config("adamw_norm", 1, kNormThreads), adamw_norm_kernel, parts, blocks, max_grad_norm,
            output<float>(grad_norm, "grad_norm"), factor);
   }
-  launch(how("adamw_begin", ceil_div(count, kBeginThreads), kBeginThreads), adamw_begin_kernel,
-         rows, input<double>(settings, "settings"), of, random, count);
-  launch(how("adamw", blocks, kThreads), adamw_kernel, rows, of, random, table, factor, chunk_size);
+  launch(config("adamw_begin", ceil_div(count, kBeginThreads), kBeginThreads), adamw_begin_kernel,
+         rows, input<double>(settings, "settings"), scalars_out, random, count);
+  launch(config("adamw", blocks, kThreads), adamw_kernel, rows, scalars_out, random, table, factor,
+         chunk_size);
 }
 
 }  // namespace fastlm

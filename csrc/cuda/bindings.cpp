@@ -1,5 +1,5 @@
 // The Python module fastlm._cuda, and fastlm._simt, which runs the same kernels on the emulator.
-// The table of ops.h says what they export; here is how a line of it is bound.
+// The table in ops.h lists their exports; this file defines how a line of it is bound.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -18,7 +18,7 @@ namespace {
 
 #if defined(FASTLM_SIMT)
 struct OneCall {  // one call at a time: the emulator has one list of tensors
-  OneCall() { simt::forget(); }
+  OneCall() { simt::unregister_tensors(); }
   static std::mutex mutex;
   std::lock_guard<std::mutex> lock{mutex};
 };
@@ -49,8 +49,8 @@ void bind_emulator(py::module_& m) {
   // {"kernel file:line read|write|atomic global|shared": (instructions, sectors or passes, least)}
   m.def("report", [] {
     py::dict result;
-    for (const auto& [place, c] : simt::report())
-      result[py::str(place)] = py::make_tuple(c.instructions, c.done, c.least);
+    for (const auto& [site, c] : simt::report())
+      result[py::str(site)] = py::make_tuple(c.instructions, c.transactions, c.min_transactions);
     return result;
   });
   m.def("reset_report", &simt::reset_report);

@@ -13,12 +13,12 @@
 // Aligned vectors of 16 bytes are read at once, head and tail element by element. m is the largest
 // z so far, s the sum of e^(z - m), by powers of 2: one exponential per element and one per vector.
 // A few rows leave most of the GPU idle, so they are split into parts, which a second kernel adds
-// in a fixed order (rejected: atomics, whose order and so whose bits vary). A thread has kUnroll
-// vectors in flight.
+// in a fixed order (rejected: atomics, since their order varies, and with it the bits). A thread
+// has kUnroll vectors in flight.
 //
 // Forward and backward each read the logits once. The gradient is written once, in place where
 // d_logits is logits. The backward's vectors are aligned to d_logits, since an unaligned write
-// costs more than an unaligned read. A row whose coefficients are all 0 is not read. A target that
+// costs more than an unaligned read. A row is not read if all its coefficients are 0. A target that
 // is not a class is not looked up: its row's loss and gradient are NaN. Not measured on a GPU.
 #include <cfloat>
 
@@ -44,14 +44,14 @@ struct LogitTransform {
 
 // z of one logit; slope is dz / d(scale * logit). PLAIN: scale is 1, and no cap.
 template <bool PLAIN>
-DEVICE float score(const LogitTransform& of, float x, float& slope) {
+DEVICE float score(const LogitTransform& transform, float x, float& slope) {
   slope = 1.0f;
   if constexpr (PLAIN) return x;
-  float z = __fmul_rn(x, of.scale);  // rounded, so that z - shift is 0 at the largest
-  if (of.cap != 0.0f) {
+  float z = __fmul_rn(x, transform.scale);  // rounded, so that z - shift is 0 at the largest
+  if (transform.cap != 0.0f) {
     // not 1 - 2 / (e^2x + 1), which cancels for small x
-    const float t = tanhf(z * of.inverse);
-    z = of.cap * t;
+    const float t = tanhf(z * transform.inverse);
+    z = transform.cap * t;
     slope = 1.0f - t * t;
   }
   return z;
@@ -69,14 +69,14 @@ struct RowVectors {
         classes(classes),
         count((before + classes + VEC - 1) / VEC) {}
   DEVICE int begin(int vector) const { return vector * VEC - before; }
-  DEVICE bool whole(int vector) const {
+  DEVICE bool is_full(int vector) const {
     return begin(vector) >= 0 && begin(vector) + VEC <= classes;
   }
   // Returns this thread's element of a partial vector, within from..end - 1, or -1. The first VEC
   // threads take the elements of the first vector, the next VEC those of the last.
   DEVICE int edge(int from, int end) const {
     const int thread = threadIdx.x, vector = thread < VEC ? 0 : count - 1;
-    if (thread >= (count > 1 ? 2 : 1) * VEC || vector < from || vector >= end || whole(vector))
+    if (thread >= (count > 1 ? 2 : 1) * VEC || vector < from || vector >= end || is_full(vector))
       return -1;
     const int at = begin(vector) + thread % VEC;
     return at < classes ? at : -1;
@@ -187,13 +187,13 @@ __global__ void __launch_bounds__(kThreads)
 #pragma unroll
     for (int u = 0; u < kUnroll; ++u) {
       const int k = first + u * kThreads;
-      if (k < end && vectors.whole(k))
+      if (k < end && vectors.is_full(k))
         v[u] = load(reinterpret_cast<const V*>(x + vectors.begin(k)));
     }
 #pragma unroll
     for (int u = 0; u < kUnroll; ++u) {
       const int k = first + u * kThreads;
-      if (k < end && vectors.whole(k)) add_logits<SMOOTH, PLAIN>(p, a, v[u], vectors.begin(k));
+      if (k < end && vectors.is_full(k)) add_logits<SMOOTH, PLAIN>(p, a, v[u], vectors.begin(k));
     }
   }
   if (const int at = vectors.edge(from, end); at >= 0)
@@ -228,7 +228,7 @@ __global__ void __launch_bounds__(32 * kRowsOfBlock)
 // ---- loss of all rows --------------------------------------------------------------------------
 
 // Returns the number of rows that count (float32: exact up to 2^24) to all threads.
-DEVICE float rows_that_count(const CrossEntropyProblem& p) {
+DEVICE float counted_rows(const CrossEntropyProblem& p) {
   float count = 0;
   for (int64_t row = threadIdx.x; row < p.rows; row += kReduceThreads)
     count += load(p.target + row) != p.ignore_index ? 1.0f : 0.0f;
@@ -240,14 +240,14 @@ __global__ void __launch_bounds__(kReduceThreads)
   float sum = 0;
   for (int64_t row = threadIdx.x; row < p.rows; row += kReduceThreads) sum += load(nll + row);
   sum = sum_of_block<kReduceThreads>(sum);
-  if (mean) sum /= rows_that_count(p);
+  if (mean) sum /= counted_rows(p);
   if (threadIdx.x == 0) store(loss, sum);
 }
 
 __global__ void __launch_bounds__(kReduceThreads)
     cross_entropy_share_kernel(CrossEntropyProblem p, const float* d_loss, bool mean,
                                float* share) {
-  const float count = mean ? rows_that_count(p) : 1.0f;
+  const float count = mean ? counted_rows(p) : 1.0f;
   if (threadIdx.x == 0) store(share, load(d_loss) / count);
 }
 
@@ -255,7 +255,7 @@ __global__ void __launch_bounds__(kReduceThreads)
 
 struct GradientFactors {
   const float *on_p, *on_target, *on_all;  // (rows); on_all only for label smoothing
-  bool one;                      // all rows that count have the same on_p and the same on_target
+  bool uniform;                  // all rows that count have the same on_p and the same on_target
   const float *shift, *log_sum;  // (rows)
 };
 
@@ -266,16 +266,16 @@ struct RowFactors {
 
 // False where the row does not count: its gradient is 0, even where a logit is NaN.
 template <bool SMOOTH>
-DEVICE bool read_factors(const CrossEntropyProblem& p, const GradientFactors& of, int64_t row,
+DEVICE bool read_factors(const CrossEntropyProblem& p, const GradientFactors& factors, int64_t row,
                          RowFactors& f) {
   const int64_t label = load(p.target + row);
   const bool valid = label != p.ignore_index, exists = label >= 0 && label < p.classes;
   f.label = valid && exists ? static_cast<int>(label) : -1;
-  f.on_p = !of.one ? load(of.on_p + row) : valid ? load(of.on_p) : 0.0f;
-  f.on_target = !valid ? 0.0f : of.one ? f.on_p : load(of.on_target + row);
-  f.on_all = SMOOTH ? load(of.on_all + row) : 0.0f;
+  f.on_p = !factors.uniform ? load(factors.on_p + row) : valid ? load(factors.on_p) : 0.0f;
+  f.on_target = !valid ? 0.0f : factors.uniform ? f.on_p : load(factors.on_target + row);
+  f.on_all = SMOOTH ? load(factors.on_all + row) : 0.0f;
   if (valid && !exists) f.on_p = __int_as_float(0x7fc00000);
-  f.shift = load(of.shift + row), f.log_sum = load(of.log_sum + row);
+  f.shift = load(factors.shift + row), f.log_sum = load(factors.log_sum + row);
   return f.on_p != 0.0f || f.on_target != 0.0f || f.on_all != 0.0f;
 }
 
@@ -293,7 +293,7 @@ DEVICE float gradient(const CrossEntropyProblem& p, const RowFactors& f, float x
 
 template <bool SMOOTH, bool PLAIN, class T>
 __global__ void __launch_bounds__(kThreads)
-    cross_entropy_backward_kernel(CrossEntropyProblem p, GradientFactors of, const T* logits,
+    cross_entropy_backward_kernel(CrossEntropyProblem p, GradientFactors factors, const T* logits,
                                   T* d_logits, int parts) {
   const int64_t row = blockIdx.x / parts;
   const T* x = logits + row * p.stride;
@@ -305,10 +305,10 @@ __global__ void __launch_bounds__(kThreads)
   const int from = blockIdx.x % parts * kThreads * kUnroll, first = from + threadIdx.x;
   const int edge = vectors.edge(from, from + kThreads * kUnroll);
   RowFactors f;
-  if (!read_factors<SMOOTH>(p, of, row, f)) {
+  if (!read_factors<SMOOTH>(p, factors, row, f)) {
 #pragma unroll
     for (int u = 0; u < kUnroll; ++u)
-      if (const int k = first + u * kThreads; vectors.whole(k))
+      if (const int k = first + u * kThreads; vectors.is_full(k))
         store(reinterpret_cast<V*>(dx + vectors.begin(k)), V{});
     if (edge >= 0) store(dx + edge, T{});
     return;
@@ -317,7 +317,7 @@ __global__ void __launch_bounds__(kThreads)
 #pragma unroll
   for (int u = 0; u < kUnroll; ++u) {
     const int k = first + u * kThreads, at = vectors.begin(k);
-    if (!vectors.whole(k)) continue;
+    if (!vectors.is_full(k)) continue;
     if (together)
       v[u] = load(reinterpret_cast<const V*>(x + at));
     else
@@ -327,7 +327,7 @@ __global__ void __launch_bounds__(kThreads)
 #pragma unroll
   for (int u = 0; u < kUnroll; ++u) {
     const int k = first + u * kThreads, at = vectors.begin(k);
-    if (!vectors.whole(k)) continue;
+    if (!vectors.is_full(k)) continue;
     V result;
 #pragma unroll
     for (int j = 0; j < VEC; ++j)
@@ -366,11 +366,11 @@ template <class F>
 void with_kind(bool smooth, const CrossEntropyProblem& p, DType dtype, F&& f) {
   const bool plain = p.scores.scale == 1.0f && p.scores.cap == 0.0f;
   with_device_float(dtype, "logits", [&](auto element) {
-    const auto with_smooth = [&](auto smooth_or_not) {
+    const auto with_smooth = [&](auto smoothing) {
       if (plain)
-        f(smooth_or_not, std::true_type{}, element);
+        f(smoothing, std::true_type{}, element);
       else
-        f(smooth_or_not, std::false_type{}, element);
+        f(smoothing, std::false_type{}, element);
     };
     if (smooth)
       with_smooth(std::true_type{});
@@ -387,7 +387,7 @@ Launch grid_of(const char* name, int64_t blocks, int threads, Stream stream) {
           reinterpret_cast<cudaStream_t>(stream)};
 }
 
-void backward(const CrossEntropyProblem& p, const GradientFactors& of, bool smooth,
+void backward(const CrossEntropyProblem& p, const GradientFactors& factors, bool smooth,
               const TensorView& logits, const TensorView& d_logits, Stream stream) {
   check_contiguous("d_logits", d_logits);
   check_size("d_logits", "elements", logits.numel(), d_logits.numel());
@@ -397,8 +397,8 @@ void backward(const CrossEntropyProblem& p, const GradientFactors& of, bool smoo
     const int parts =
         ceil_div(p.classes + RowVectors<T>::VEC - 1, kThreads * kUnroll * RowVectors<T>::VEC);
     launch(grid_of("cross_entropy_backward", p.rows * parts, kThreads, stream),
-           cross_entropy_backward_kernel<smoothed, plain, T>, p, of, input<T>(logits, "logits"),
-           output<T>(d_logits, "d_logits"), parts);
+           cross_entropy_backward_kernel<smoothed, plain, T>, p, factors,
+           input<T>(logits, "logits"), output<T>(d_logits, "d_logits"), parts);
   });
 }
 
@@ -415,14 +415,14 @@ void cross_entropy_forward(TensorView logits, TensorView target, OptionalTensor 
   if (!p.rows) return;
   const int parts = partial ? static_cast<int>(partial->numel() / 4 / p.rows) : 1;
   auto* sums = reinterpret_cast<ClassSums*>(output<float>(partial, "partial"));
-  with_kind(smooth, p, logits.dtype(), [&](auto smooth_or_not, auto plain, auto element) {
+  with_kind(smooth, p, logits.dtype(), [&](auto smoothing, auto plain, auto element) {
     using T = decltype(element);
     const T* x = input<T>(logits, "logits");
     launch(grid_of("cross_entropy", p.rows * parts, kThreads, stream),
-           cross_entropy_kernel<smooth_or_not, plain, T>, p, x, parts, out, sums);
+           cross_entropy_kernel<smoothing, plain, T>, p, x, parts, out, sums);
     if (sums)
       launch(grid_of("add_parts", ceil_div(p.rows, kRowsOfBlock), 32 * kRowsOfBlock, stream),
-             add_parts_kernel<smooth_or_not, plain, T>, p, x, parts, out, sums);
+             add_parts_kernel<smoothing, plain, T>, p, x, parts, out, sums);
   });
 }
 
@@ -441,10 +441,11 @@ void cross_entropy_backward(TensorView on_p, TensorView on_target, OptionalTenso
                             float softcap, float scale, TensorView d_logits, Stream stream) {
   const CrossEntropyProblem p =
       problem_of(logits, target, class_weight, ignore_index, softcap, scale);
-  const GradientFactors of{input<float>(on_p, "on_p"),     input<float>(on_target, "on_target"),
-                           input<float>(on_all, "on_all"), false,
-                           input<float>(shift, "shift"),   input<float>(log_sum, "log_sum")};
-  backward(p, of, on_all.has_value(), logits, d_logits, stream);
+  const GradientFactors factors{
+      input<float>(on_p, "on_p"),     input<float>(on_target, "on_target"),
+      input<float>(on_all, "on_all"), false,
+      input<float>(shift, "shift"),   input<float>(log_sum, "log_sum")};
+  backward(p, factors, on_all.has_value(), logits, d_logits, stream);
 }
 
 void cross_entropy_loss_backward(TensorView d_loss, TensorView logits, TensorView target,
@@ -456,9 +457,9 @@ void cross_entropy_loss_backward(TensorView d_loss, TensorView logits, TensorVie
   float* each = output<float>(share, "share");
   launch(grid_of("cross_entropy_share", 1, kReduceThreads, stream), cross_entropy_share_kernel, p,
          input<float>(d_loss, "d_loss"), mean, each);
-  const GradientFactors of{
+  const GradientFactors factors{
       each, each, nullptr, true, input<float>(shift, "shift"), input<float>(log_sum, "log_sum")};
-  backward(p, of, false, logits, d_logits, stream);
+  backward(p, factors, false, logits, d_logits, stream);
 }
 
 }  // namespace fastlm

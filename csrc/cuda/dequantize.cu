@@ -9,14 +9,14 @@ namespace {
 
 constexpr int kThreads = 128;  // 1024 columns: rows of small models fill a block
 
-template <int BITS, class T, bool WHOLE>
+template <int BITS, class T, bool VECTORIZED>
 __global__ void __launch_bounds__(kThreads) dequantize_kernel(DeviceWeight w, T* out) {
   const int64_t row = blockIdx.x;
   const int column = (blockIdx.y * kThreads + threadIdx.x) * 8;
   if (column >= w.k) return;
   uint32_t octet[BITS / 4] = {};
   const uint8_t* from = w.codes + row * w.row_bytes + column * BITS / 8;
-  if constexpr (WHOLE) {
+  if constexpr (VECTORIZED) {
     const auto v = load(reinterpret_cast<const Vector<uint32_t, BITS / 4>*>(from));
 #pragma unroll
     for (int i = 0; i < BITS / 4; ++i) octet[i] = v.at[i];
@@ -38,7 +38,7 @@ __global__ void __launch_bounds__(kThreads) dequantize_kernel(DeviceWeight w, T*
     Vector<T, kVec> v;
 #pragma unroll
     for (int j = 0; j < kVec; ++j) v.at[j] = from_float<T>(q[i + j] * scale + zero);
-    if constexpr (WHOLE) {
+    if constexpr (VECTORIZED) {
       store(reinterpret_cast<Vector<T, kVec>*>(to + i), v);
     } else {
 #pragma unroll
@@ -55,17 +55,17 @@ void dequantize(TensorView qdata, TensorView scales, OptionalTensor zeros, int b
   check_contiguous("out", out);
   check_size("out", "rows", qdata.size(0), out.size(0));
   const DeviceWeight w = weight_of(qdata, scales, zeros, bits, group_size, out.size(1));
-  const Launch how{"dequantize", dim3(w.n, ceil_div(w.k, 8 * kThreads)), dim3(kThreads), 0,
-                   reinterpret_cast<cudaStream_t>(stream)};
+  const Launch config{"dequantize", dim3(w.n, ceil_div(w.k, 8 * kThreads)), dim3(kThreads), 0,
+                      reinterpret_cast<cudaStream_t>(stream)};
   with_device_float(out.dtype(), "out", [&](auto element) {
     using T = decltype(element);
     T* to = output<T>(out, "out");
-    const bool whole = w.k % 8 == 0 && aligned(16, to) && aligned(bits, w.codes);
-    const auto start = [&](auto kernel) { launch(how, kernel, w, to); };
+    const bool vectorized = w.k % 8 == 0 && aligned(16, to) && aligned(bits, w.codes);
+    const auto start = [&](auto kernel) { launch(config, kernel, w, to); };
     if (bits == 4)
-      start(whole ? dequantize_kernel<4, T, true> : dequantize_kernel<4, T, false>);
+      start(vectorized ? dequantize_kernel<4, T, true> : dequantize_kernel<4, T, false>);
     else
-      start(whole ? dequantize_kernel<8, T, true> : dequantize_kernel<8, T, false>);
+      start(vectorized ? dequantize_kernel<8, T, true> : dequantize_kernel<8, T, false>);
   });
 }
 

@@ -7,7 +7,7 @@
 // one element where a row cannot be read in vectors. Activations are computed in float32; silu and
 // the tanh form of gelu are both x times a sigmoid.
 //
-// `glu_round_kernel` returns y in int8, as quantized_linear takes it. That saves a decode step one
+// `glu_round_kernel` returns y in int8, as quantized_linear reads it. That saves a decode step one
 // launch, and y, which is as wide as the MLP, is neither written nor read. Not measured on a GPU.
 #include "cuda/quantized_round.cuh"
 
@@ -22,8 +22,8 @@ DEVICE float activation(float x, int act) {
   if (act == kRelu2) return x < 0.0f ? 0.0f : x * x;
   if (act == kGelu) return 0.5f * x * (1.0f + erff(x * 0.7071067811865476f));
   constexpr float log2e = 1.4426950408889634f, c = 2 * 0.7978845608028654f;  // 2 sqrt(2 / pi)
-  const float of = act == kSilu ? x : c * (x + 0.044715f * x * x * x);
-  return __fdividef(x, 1.0f + exp2_approximate(-log2e * of));
+  const float argument = act == kSilu ? x : c * (x + 0.044715f * x * x * x);
+  return __fdividef(x, 1.0f + exp2_approximate(-log2e * argument));
 }
 
 template <int VEC, class T>
@@ -49,16 +49,16 @@ __global__ void __launch_bounds__(kThreads)
 
 template <class T>
 __global__ void __launch_bounds__(kThreads)
-    glu_round_kernel(const T* gate, const T* up, int64_t gate_stride, int64_t up_stride, bool whole,
-                     int act, int rows, DeviceWeight w, RoundedRows to) {
+    glu_round_kernel(const T* gate, const T* up, int64_t gate_stride, int64_t up_stride,
+                     bool vectorized, int act, int rows, DeviceWeight w, RoundedRows to) {
   const int64_t task = blockIdx.x * static_cast<int64_t>(kThreads / 32) + threadIdx.x / 32;
   const int64_t row = task / w.runs;
   if (row >= rows) return;
   round_run(w, to, row, static_cast<int>(task % w.runs),
             [&](int column, int end, float (&value)[8]) {
               float u[8] = {};
-              load_octet(gate + row * gate_stride + column, whole, end - column, value);
-              load_octet(up + row * up_stride + column, whole, end - column, u);
+              load_octet(gate + row * gate_stride + column, vectorized, end - column, value);
+              load_octet(up + row * up_stride + column, vectorized, end - column, u);
 #pragma unroll
               for (int j = 0; j < 8; ++j)  // zero from `end` on
                 value[j] = to_float(from_float<T>(activation(value[j], act) * u[j]));
@@ -78,14 +78,15 @@ void glu_forward(TensorView gate, TensorView up, int act, TensorView y, Stream s
   check_size("y", "elements", gate.numel(), y.numel());
   check_operands(gate, up, act);
   if (gate.numel() == 0) return;
-  const bool one = gate.contiguous() && up.contiguous();
+  const bool all_contiguous = gate.contiguous() && up.contiguous();
   const auto fits = [](const TensorView& t) {
     return t.ndim() == 2 && (t.stride(1) == 1 || t.size(1) == 1);
   };
-  if (!one && !(fits(gate) && fits(up)))
+  if (!all_contiguous && !(fits(gate) && fits(up)))
     throw std::invalid_argument("gate, up: expected rows whose elements lie side by side");
-  const int64_t rows = one ? 1 : gate.size(0), width = gate.numel() / rows;
-  const int64_t gate_stride = one ? 0 : gate.stride(0), up_stride = one ? 0 : up.stride(0);
+  const int64_t rows = all_contiguous ? 1 : gate.size(0), width = gate.numel() / rows;
+  const int64_t gate_stride = all_contiguous ? 0 : gate.stride(0),
+                up_stride = all_contiguous ? 0 : up.stride(0);
   with_device_float(gate.dtype(), "gate", [&](auto element) {
     using T = decltype(element);
     const T *x = input<T>(gate, "gate"), *u = input<T>(up, "up");
@@ -117,16 +118,16 @@ void glu_round(TensorView gate, TensorView up, int act, TensorView qdata, Tensor
   const int rows = static_cast<int>(gate.size(0));
   const int64_t width = gate.size(1), gate_stride = gate.stride(0), up_stride = up.stride(0);
   const DeviceWeight w = weight_of(qdata, scales, std::nullopt, bits, group_size, width);
-  const RoundedRows to = rounded_of(w, bits, rows, q, x_scale, x_sums);
+  const RoundedRows to = rounded_rows(w, bits, rows, q, x_scale, x_sums);
   with_device_float(gate.dtype(), "gate", [&](auto element) {
     using T = decltype(element);
     const T *x = input<T>(gate, "gate"), *u = input<T>(up, "up");
     constexpr int VEC = 16 / sizeof(T);
-    const bool whole =
+    const bool vectorized =
         aligned(16, x, u) && gate_stride % VEC == 0 && up_stride % VEC == 0 && width % 8 == 0;
     launch({"glu round", dim3(ceil_div(static_cast<int64_t>(rows) * w.runs, kThreads / 32)),
             dim3(kThreads), 0, reinterpret_cast<cudaStream_t>(stream)},
-           glu_round_kernel<T>, x, u, gate_stride, up_stride, whole, act, rows, w, to);
+           glu_round_kernel<T>, x, u, gate_stride, up_stride, vectorized, act, rows, w, to);
   });
 }
 

@@ -1,4 +1,4 @@
-// How host code starts a kernel: pointers of tensors, sizes of the grid, the launch.
+// Starts kernels from host code: pointers of tensors, sizes of the grid, the launch.
 //
 //     launch({"name", grid, block, shared_bytes, stream}, kernel<T>, input<T>(x, "x"), ...);
 //
@@ -56,23 +56,23 @@ struct Launch {
   cudaStream_t stream = nullptr;
 };
 
-inline void succeed(cudaError_t error, const char* what) {
+inline void check_cuda(cudaError_t error, const char* call) {
   if (error != cudaSuccess)
-    throw std::runtime_error(std::string(what) + ": " + cudaGetErrorString(error));
+    throw std::runtime_error(std::string(call) + ": " + cudaGetErrorString(error));
 }
 
 // Launches on the current device; an empty grid launches nothing.
 template <class... P, class... A>
-void launch(const Launch& how, void (*kernel)(P...), A... arguments) {
-  if (!how.grid.x || !how.grid.y || !how.grid.z) return;
-  // A launch gets 48 KiB, static shared memory included, without asking: 16 are left for static
-  if (how.shared > 32 * 1024)
-    succeed(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
-                                 cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                 static_cast<int>(how.shared)),
-            how.name);
-  kernel<<<how.grid, how.block, how.shared, how.stream>>>(static_cast<P>(arguments)...);
-  succeed(cudaGetLastError(), how.name);
+void launch(const Launch& config, void (*kernel)(P...), A... arguments) {
+  if (!config.grid.x || !config.grid.y || !config.grid.z) return;
+  // A launch gets 48 KiB by default, static shared memory included: 16 remain for static
+  if (config.shared > 32 * 1024)
+    check_cuda(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
+                                    cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                    static_cast<int>(config.shared)),
+               config.name);
+  kernel<<<config.grid, config.block, config.shared, config.stream>>>(static_cast<P>(arguments)...);
+  check_cuda(cudaGetLastError(), config.name);
 }
 
 template <class T>
@@ -101,13 +101,13 @@ inline size_t span(const TensorView& t) {
 template <class T>
 T* output(const TensorView& t, const char* argument) {
   T* p = t.data<T>(argument);
-  simt::know(p, span(t), argument, true);
+  simt::register_tensor(p, span(t), argument, true);
   return p;
 }
 template <class T>
 const T* input(const TensorView& t, const char* argument) {
   const T* p = t.data<T>(argument);
-  simt::know(p, span(t), argument, false);
+  simt::register_tensor(p, span(t), argument, false);
   return p;
 }
 

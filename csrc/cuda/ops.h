@@ -1,10 +1,10 @@
-// Everything that the CUDA extension exports, written once. Where a .cu file includes this header,
-// the table declares C++ functions and constants; bindings.cpp defines the three macros otherwise
-// before it includes the header, and the table binds them to Python as well.
+// The exports of the CUDA extension. In a .cu file that includes this header, the table declares
+// C++ functions and constants. bindings.cpp defines the three macros differently before it includes
+// the header, and the table also binds them to Python.
 //
 //     FASTLM_OP(name, (parameters))            launches kernels; returns nothing
 //     FASTLM_QUERY(result, name, (parameters)) computes a size; launches nothing
-//     FASTLM_CONSTANT(name, value)             what the host side must know of a kernel
+//     FASTLM_CONSTANT(name, value)             a constant of a kernel that the host code needs
 //
 // Outputs and workspaces are allocated by the caller (fastlm/cuda/<op>.py); `stream` is a
 // cudaStream_t of the current device. Python passes arguments by position or by the names here.
@@ -31,13 +31,13 @@ using Tensors = const std::vector<TensorView>&;
 using Stream = uintptr_t;
 using StripeAndParts = std::pair<int, int>;
 
-// adamw.cu; sums, grad_norm and clip: to clip gradients (no sums: grad_norm is given); read and
-// written: the tensors that the table points at, for the emulator alone
+// adamw.cu; sums, grad_norm and clip: to clip gradients (no sums: grad_norm is an input); read and
+// written: the tensors to which the table points, for the emulator alone
 FASTLM_OP(adamw,
           (TensorView tensors, TensorView settings, TensorView chunks, int chunk_size,
            TensorView scalars, TensorView keys, OptionalTensor sums, OptionalTensor grad_norm,
            OptionalTensor clip, float max_grad_norm, Tensors read, Tensors written, Stream stream))
-FASTLM_CONSTANT(ADAMW_SCALARS, 16)  // float32 per tensor and step, of which 9 are used
+FASTLM_CONSTANT(ADAMW_SCALARS, 16)  // float32 per tensor and step; 9 are used
 
 // cross_entropy.cu; softcap 0: none; partial (rows, parts, 4) where rows are split
 FASTLM_OP(cross_entropy_forward, (TensorView logits, TensorView target, OptionalTensor class_weight,
@@ -57,8 +57,8 @@ FASTLM_OP(cross_entropy_loss_backward,
 // of a row, in flight in a block: the smallest part to split off; 64 per thread of 256
 FASTLM_CONSTANT(CROSS_ENTROPY_PART_BYTES, 16384)
 
-// glu.cu; act: 0 silu, 1 gelu_tanh, 2 gelu. glu_round: matrices whose rows may be apart; q,
-// x_scale, x_sums as quantized_linear_round
+// glu.cu; act: 0 silu, 1 gelu_tanh, 2 gelu. glu_round: matrices with any row stride; q, x_scale,
+// x_sums as quantized_linear_round
 FASTLM_OP(glu_forward, (TensorView gate, TensorView up, int act, TensorView y, Stream stream))
 FASTLM_OP(glu_round,
           (TensorView gate, TensorView up, int act, TensorView qdata, TensorView scales, int bits,
@@ -74,9 +74,9 @@ FASTLM_OP(paged_append, (TensorView k, TensorView v, TensorView k_cache, TensorV
 FASTLM_OP(paged_attention_forward,
           (TensorView q, TensorView k, TensorView v, TensorView block_table, TensorView seq_lens,
            OptionalTensor k_scale, OptionalTensor v_scale, OptionalTensor sinks,
-           OptionalTensor slopes, OptionalTensor bias, bool causal, float scale, int64_t window,
-           float softcap, int rows, int blocks, int min_tiles, TensorView out, TensorView lse,
-           TensorView workspace, Stream stream))
+           OptionalTensor alibi_slopes, OptionalTensor bias, bool causal, float scale,
+           int64_t window, float softcap, int rows, int blocks, int min_tiles, TensorView out,
+           TensorView lse, TensorView workspace, Stream stream))
 // float32 elements: two slots per block (largest score, sum and out of each row), and its record
 FASTLM_QUERY(int64_t, paged_attention_workspace, (int rows, int blocks, int dv))
 // bytes of shared memory per block of the matrix kernel, for a cache of `bytes` per element
@@ -126,14 +126,14 @@ FASTLM_OP(quantized_linear_round,
            TensorView q, TensorView x_scale, TensorView x_sums, Stream stream))
 FASTLM_OP(dequantize, (TensorView qdata, TensorView scales, OptionalTensor zeros, int bits,
                        int64_t group_size, TensorView out, Stream stream))
-// Most rows of the vector kernel, by the bits of x. Each code of a 4096 x 4096 W costs a lane 4.3
-// instructions at 2 rows (2.4 us in all, as long as loading its bytes takes), 6.2 at 4 rows; the
-// matrix kernel 2.4 at up to 8 rows. int8: 1.5 at 4 rows. float32: no matrix kernel.
+// Maximum rows of the vector kernel, by the bits of x. Each code of a 4096 x 4096 W costs a lane
+// 4.3 instructions at 2 rows (2.4 us in all, as long as loading its bytes takes), 6.2 at 4 rows;
+// the matrix kernel 2.4 at up to 8 rows. int8: 1.5 at 4 rows. float32: no matrix kernel.
 FASTLM_CONSTANT(QUANTIZED_VECTOR_ROWS_16, 2)
 FASTLM_CONSTANT(QUANTIZED_VECTOR_ROWS_8, 4)
 FASTLM_CONSTANT(QUANTIZED_VECTOR_ROWS_32, 4)
-// What int8 rows are padded to: q's columns, for 16-byte reads; the rows of x_scale and x_sums,
-// for the matrix kernel's largest block of x.
+// int8 rows are padded to multiples of these: q's columns, for 16-byte reads; the rows of x_scale
+// and x_sums, for the matrix kernel's largest block of x.
 FASTLM_CONSTANT(ROUNDED_COLUMNS, 16)
 FASTLM_CONSTANT(ROUNDED_ROWS, 64)
 

@@ -4,7 +4,7 @@
 // v. A block is one token; a thread takes 16 bytes of a head of k or v, or one element where those
 // are not aligned. Everything is read and written once. Not measured on a GPU.
 #include "cuda/ops.h"
-#include "cuda/places.cuh"
+#include "cuda/token_slots.cuh"
 
 namespace fastlm {
 namespace {
@@ -42,8 +42,8 @@ DEVICE void append(const AppendedHeads<T, C>& h, int b, int s, int page, int slo
 
 template <int VEC, class T, class C>
 __global__ void __launch_bounds__(kThreads)
-    paged_append_kernel(AppendedHeads<T, C> k, AppendedHeads<T, C> v, Places places, int heads) {
-  const auto [b, s, position, page, slot] = places.of(blockIdx.x);
+    paged_append_kernel(AppendedHeads<T, C> k, AppendedHeads<T, C> v, TokenSlots slots, int heads) {
+  const auto [b, s, position, page, slot] = slots.slot_of(blockIdx.x);
   if (page < 0) return;
   const int of_k = k.width / VEC, of_head = of_k + v.width / VEC;
   for (int i = blockIdx.y * kThreads + threadIdx.x; i < heads * of_head;
@@ -81,11 +81,12 @@ AppendedHeads<T, C> part_of(const char* name, const TensorView& x, const char* c
 }
 
 template <int VEC, class T, class C>
-bool in_vectors(const AppendedHeads<T, C>& h) {
-  bool whole =
+bool fits_vectors(const AppendedHeads<T, C>& h) {
+  bool aligned_rows =
       h.width % VEC == 0 && aligned(VEC * sizeof(T), h.x) && aligned(VEC * sizeof(C), h.cache);
-  for (int i = 0; i < 3; ++i) whole = whole && h.x_step[i] % VEC == 0 && h.cache_step[i] % VEC == 0;
-  return whole;
+  for (int i = 0; i < 3; ++i)
+    aligned_rows = aligned_rows && h.x_step[i] % VEC == 0 && h.cache_step[i] % VEC == 0;
+  return aligned_rows;
 }
 
 }  // namespace
@@ -95,21 +96,23 @@ void paged_append(TensorView k, TensorView v, TensorView k_cache, TensorView v_c
                   OptionalTensor v_scale, Stream stream) {
   check_size("v", "tokens as k", k.size(0) * k.size(1), v.size(0) * v.size(1));
   const int heads = static_cast<int>(k_cache.size(2));
-  const Places places = places_of(positions, block_table, k.size(0), k.size(1), k_cache, v_cache);
+  const TokenSlots slots =
+      token_slots(positions, block_table, k.size(0), k.size(1), k_cache, v_cache);
   const auto start = [&](auto element, auto of_cache) {
     using T = decltype(element);
     using C = decltype(of_cache);
     constexpr int VEC = 16 / sizeof(T);
     const auto keys = part_of<T, C>("k", k, "k_cache", k_cache, "k_scale", k_scale);
     const auto values = part_of<T, C>("v", v, "v_cache", v_cache, "v_scale", v_scale);
-    const bool vectors = in_vectors<VEC>(keys) && in_vectors<VEC>(values);
+    const bool vectors = fits_vectors<VEC>(keys) && fits_vectors<VEC>(values);
     const int work = heads * (keys.width + values.width) / (vectors ? VEC : 1);
-    const Launch how{"paged_append", dim3(positions.numel(), std::min(ceil_div(work, kThreads), 8)),
-                     dim3(kThreads), 0, reinterpret_cast<cudaStream_t>(stream)};
+    const Launch config{"paged_append",
+                        dim3(positions.numel(), std::min(ceil_div(work, kThreads), 8)),
+                        dim3(kThreads), 0, reinterpret_cast<cudaStream_t>(stream)};
     if (vectors)
-      launch(how, paged_append_kernel<VEC, T, C>, keys, values, places, heads);
+      launch(config, paged_append_kernel<VEC, T, C>, keys, values, slots, heads);
     else
-      launch(how, paged_append_kernel<1, T, C>, keys, values, places, heads);
+      launch(config, paged_append_kernel<1, T, C>, keys, values, slots, heads);
   };
   with_device_float(k.dtype(), "k", [&](auto element) {
     if (k_cache.dtype() == DType::i8)

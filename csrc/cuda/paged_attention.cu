@@ -17,9 +17,9 @@ namespace paged {
 namespace {
 
 constexpr int kThreads = 256, kWarps = kThreads / 32;
-constexpr int kMostUnroll = 4;
-constexpr int kFurthest = kMostUnroll * kThreads;  // most keys of a block at once: one per lane
-static_assert(kFurthest >= PAGED_TILE);
+constexpr int kMaxUnroll = 4;
+constexpr int kMaxKeys = kMaxUnroll * kThreads;  // most keys of a block at once: one per lane
+static_assert(kMaxKeys >= PAGED_TILE);
 constexpr int kCombineThreads = 128;
 
 // Eight elements of a row as in memory, in pieces of at most 16 bytes. Words, because nvcc would
@@ -71,7 +71,7 @@ DEVICE void to_floats(const Eight<C>& x, float (&f)[8]) {
 template <int ROWS, class T, class C>
 __global__ void __launch_bounds__(kThreads, 2)
     paged_dot_kernel(PagedProblem<T, C> p, int lanes_log2) {
-  constexpr int kUnroll = sizeof(T) == 4 ? 2 : kMostUnroll;
+  constexpr int kUnroll = sizeof(T) == 4 ? 2 : kMaxUnroll;
   DYNAMIC_SHARED(memory);
   SHARED(float2, sums, kWarps * ROWS);
   float* const outs = reinterpret_cast<float*>(memory);  // (kWarps, ROWS, dv)
@@ -92,7 +92,7 @@ __global__ void __launch_bounds__(kThreads, 2)
       row[r] = row_of<ROWS>(p, piece, r);
       top[r] = -INFINITY;
       sum[r] = 0;
-      if (row[r].there() && column < p.d)
+      if (row[r].exists() && column < p.d)
         to_floats(load_eight(p.q + piece.b * p.q_step.outer + row[r].query * p.q_step.row +
                              row[r].head * p.q_step.head + column),
                   q[r]);
@@ -107,7 +107,7 @@ __global__ void __launch_bounds__(kThreads, 2)
       for (int u = 0; u < kUnroll; ++u) page[u] = page_of(p, piece.b, min(key(from, u), last));
     };
     const int step = kUnroll * kWarps * groups;
-    const KeyRange seen = seen_by_all(p, piece);
+    const KeyRange visible = visible_to_all(p, piece);
     if (piece.begin < piece.end) find_pages(piece.begin);
 #pragma unroll 1  // registers do not hold twice as many keys
     for (int from = piece.begin; from < piece.end; from += step) {
@@ -139,7 +139,7 @@ __global__ void __launch_bounds__(kThreads, 2)
 #pragma unroll
       for (int r = 0; r < ROWS; ++r) {
         float higher = top[r];
-        if (seen.has(from, step)) {
+        if (visible.has(from, step)) {
 #pragma unroll
           for (int u = 0; u < kUnroll; ++u) s[r][u] *= scale;
         } else {
@@ -224,8 +224,8 @@ __global__ void __launch_bounds__(kCombineThreads)
   for (int i = lane; i < slots; i += 32) top = fmaxf(top, load(p.part_sum + at(i)).x);
   top = max_of_warp(top);
   for (int i = lane; i < slots; i += 32) {
-    const float2 one = load(p.part_sum + at(i));
-    sum += one.y * exp2f(one.x - or_zero(top));
+    const float2 partial = load(p.part_sum + at(i));
+    sum += partial.y * exp2f(partial.x - or_zero(top));
   }
   const RowFinish last = finish(p, head, kv_head, top, sum_of_warp(sum));
   for (int c = lane * 4; c < p.dv; c += 128) {
@@ -257,12 +257,12 @@ void start(PagedProblem<T, C>& p, int rows, int blocks, cudaStream_t stream) {
   } else {
     int lanes_log2 = 0;
     while (8 << lanes_log2 < std::max(p.d, p.dv)) ++lanes_log2;
-    const Launch how{"paged_attention", dim3(blocks), dim3(kThreads),
-                     static_cast<size_t>(kWarps) * rows * p.dv * sizeof(float), stream};
+    const Launch config{"paged_attention", dim3(blocks), dim3(kThreads),
+                        static_cast<size_t>(kWarps) * rows * p.dv * sizeof(float), stream};
     if (rows == 1)
-      launch(how, paged_dot_kernel<1, T, C>, p, lanes_log2);
+      launch(config, paged_dot_kernel<1, T, C>, p, lanes_log2);
     else
-      launch(how, paged_dot_kernel<PAGED_DOT_ROWS, T, C>, p, lanes_log2);
+      launch(config, paged_dot_kernel<PAGED_DOT_ROWS, T, C>, p, lanes_log2);
   }
   if (blocks > 1)  // a slot of 16 rows may have 4 of them
     launch({"paged_attention combine", dim3(blocks, std::min(rows, p.rows)), dim3(kCombineThreads),
@@ -287,7 +287,7 @@ int64_t paged_attention_workspace(int rows, int blocks, int dv) {
 
 void paged_attention_forward(TensorView q, TensorView k, TensorView v, TensorView block_table,
                              TensorView seq_lens, OptionalTensor k_scale, OptionalTensor v_scale,
-                             OptionalTensor sinks, OptionalTensor slopes, OptionalTensor bias,
+                             OptionalTensor sinks, OptionalTensor alibi_slopes, OptionalTensor bias,
                              bool causal, float scale, int64_t window, float softcap, int rows,
                              int blocks, int min_tiles, TensorView out, TensorView lse,
                              TensorView workspace, Stream stream) {
@@ -310,7 +310,7 @@ void paged_attention_forward(TensorView q, TensorView k, TensorView v, TensorVie
     p.k_scale = input<float>(k_scale, "k_scale");
     p.v_scale = input<float>(v_scale, "v_scale");
     p.sinks = input<float>(sinks, "sinks");
-    p.slopes = input<float>(slopes, "alibi_slopes");
+    p.alibi_slopes = input<float>(alibi_slopes, "alibi_slopes");
     p.bias = input<float>(bias, "bias");
     p.bias_keys = INT32_MAX;
     if (bias) {
@@ -331,7 +331,7 @@ void paged_attention_forward(TensorView q, TensorView k, TensorView v, TensorVie
     p.scale = scale * paged::kLog2e;
     p.softcap = softcap * paged::kLog2e;
     p.softcap_inverse = softcap > 0 ? 1 / p.softcap : 0;
-    p.plain = !p.softcap && !slopes && !bias;
+    p.plain = !p.softcap && !alibi_slopes && !bias;
     p.causal = causal || window > 0;
     p.work.seq_lens = input<int>(seq_lens, "seq_lens");
     p.work.batch = static_cast<int>(q.size(0));
@@ -341,7 +341,7 @@ void paged_attention_forward(TensorView q, TensorView k, TensorView v, TensorVie
     p.work.longest =
         static_cast<int>(k.size(0) == 0 ? 0
                                         : std::min<int64_t>(block_table.size(1) * k.size(1),
-                                                            INT32_MAX - 2 * paged::kFurthest));
+                                                            INT32_MAX - 2 * paged::kMaxKeys));
     p.work.row_groups = ceil_div(p.rows, rows);
     p.work.units = static_cast<int>(k.size(2)) * p.work.row_groups;
     p.work.min_tiles = min_tiles;

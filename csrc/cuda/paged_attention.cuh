@@ -1,5 +1,5 @@
-// Shared by the kernels of paged_attention: how keys are divided among blocks, which keys a row
-// sees, how partial results of a row are merged.
+// The parts that the kernels of paged_attention share: the division of keys among blocks, the keys
+// that a row sees, the merge of a row's partial results.
 //
 // A unit is the rows of q that read the keys of one sequence and one key head: S * group of them
 // (or one row group of those). The tiles of 64 keys of all units are numbered consecutively, and
@@ -8,11 +8,11 @@
 //     units    | sequence 0, head 0 | 0, 1 | ...      | sequence 1, head 0 | ...
 //     blocks   |     0     |     1     |     2     |     3     |     4     |
 //
-// A block that has a whole unit finishes it. Where several blocks share a unit, each writes its
+// A block that has a full unit finishes it. Where several blocks share a unit, each writes its
 // largest score, sum and out in float32 to a slot: block i uses slot 2 i for a unit that an earlier
-// block began, and slot 2 i + 1 for one that a later block ends. The block that begins such a unit
-// records it, and `paged_combine_kernel` adds the slots in order. Blocks compute their tiles from
-// seq_lens: the host reads nothing from the device.
+// block began, and slot 2 i + 1 for a unit that a later block ends. The block that begins such a
+// unit records it, and `paged_combine_kernel` adds the slots in order. Blocks compute their tiles
+// from seq_lens: the host reads nothing from the device.
 #pragma once
 
 #include <cmath>
@@ -28,10 +28,10 @@ struct PagedWork {
   const int* seq_lens;
   int batch, queries;
   int window;   // 0: none
-  int longest;  // keys that the page table has room for
+  int longest;  // keys that the page table can hold
   int units;    // per sequence: key heads * row_groups
   int row_groups;
-  int min_tiles;  // fewest that are worth a block
+  int min_tiles;  // the fewest tiles of a block
 };
 
 struct QueryStrides {
@@ -64,11 +64,11 @@ struct PagedProblem {
   float* lse;        // (B, H, S)
   float* part;       // (2 blocks, ROWS, Dv)
   float2* part_sum;  // (2 blocks, ROWS): largest score and sum, in units of log2(e)
-  int4* record;      // (blocks,): sequence, unit, slots of the unit that continues behind the block
+  int4* record;      // (blocks,): sequence, unit, slots of the unit that continues after the block
   const int* table;  // (B, ..), row stride table_row
-  const float *k_scale, *v_scale;      // (Hkv,) or null
-  const float *sinks, *slopes, *bias;  // (H,), (H,), (B, H, S, T) or null
-  int64_t bias_step[4];                // strides of sequence, head, query, key
+  const float *k_scale, *v_scale;            // (Hkv,) or null
+  const float *sinks, *alibi_slopes, *bias;  // (H,), (H,), (B, H, S, T) or null
+  int64_t bias_step[4];                      // strides of sequence, head, query, key
   int bias_keys;
   QueryStrides q_step;
   CacheStrides k_step, v_step;
@@ -96,7 +96,7 @@ DEVICE int tiles_of(const KeySpan& k) {
 struct Piece {
   int b, kv_head, row_group;
   int begin, end, all;  // keys begin to end - 1 of the sequence's `all`
-  int slot;             // -1: the whole unit
+  int slot;             // -1: the full unit
 };
 
 template <int THREADS>
@@ -126,7 +126,7 @@ DEVICE int exclusive_sum_of_block(int n, int& total) {
 // Calls attend(piece) for every piece of this block, all threads together.
 template <int THREADS, class F>
 DEVICE void for_each_piece(const PagedWork& w, int4* record, F&& attend) {
-  SHARED(int, found, 2);
+  SHARED(int, location, 2);
   int tiles = 0, total;
   for (int b = threadIdx.x; b < w.batch; b += THREADS) tiles += tiles_of(keys_of(w, b));
   exclusive_sum_of_block<THREADS>(tiles, total);
@@ -134,25 +134,25 @@ DEVICE void for_each_piece(const PagedWork& w, int4* record, F&& attend) {
   const int blocks = gridDim.x, block = blockIdx.x;
   const int share = max((total + blocks - 1) / blocks, w.min_tiles);
   const int first = block * share;
-  int left = min(share, total - first);
+  int remaining = min(share, total - first);
   if (threadIdx.x == 0) store(record + block, int4{0, 0, 0, 0});
-  if (left <= 0) return;
+  if (remaining <= 0) return;
   for (int from = 0, before = 0; before <= first; from += THREADS) {
     const int b = from + threadIdx.x;
     const int n = b < w.batch ? tiles_of(keys_of(w, b)) * w.units : 0;
     const int begin = before + exclusive_sum_of_block<THREADS>(n, total);
     if (begin <= first && first < begin + n) {
-      store(found, b);
-      store(found + 1, first - begin);
+      store(location, b);
+      store(location + 1, first - begin);
     }
     before += total;
   }
   __syncthreads();
-  int b = load(found), at = load(found + 1);
-  while (left > 0) {
+  int b = load(location), at = load(location + 1);
+  while (remaining > 0) {
     const KeySpan keys = keys_of(w, b);
     const int n = tiles_of(keys), unit = at / n, tile = at - unit * n;
-    const int count = min(left, n - tile);
+    const int count = min(remaining, n - tile);
     const bool begins = tile == 0, ends = tile + count == n;
     const int begin = keys.first + tile * PAGED_TILE;
     const int kv_head = unit / w.row_groups;
@@ -165,7 +165,7 @@ DEVICE void for_each_piece(const PagedWork& w, int4* record, F&& attend) {
                       begins && ends ? -1 : 2 * block + begins};
     if (begins && !ends && threadIdx.x == 0)
       store(record + block, int4{b, unit, 1 + (n - count + share - 1) / share, 0});
-    left -= count;
+    remaining -= count;
     at += count;
     if (at == n * w.units) ++b, at = 0;
     attend(piece);
@@ -188,12 +188,12 @@ DEVICE KeyAt key_at(const PagedProblem<T, C>& p, int page, int j) {
           int64_t{page} * p.v_step.page + int64_t{slot} * p.v_step.row};
 }
 
-// A row of q: its position, and the keys that it sees. Values that only options need are read by
-// `score`, because registers are scarce.
+// A row of q: its position, and the keys that it sees. `score` reads the values that only options
+// need, because registers are scarce.
 struct QueryRow {
   int query, head;
   int first, end;
-  DEVICE bool there() const { return query >= 0; }
+  DEVICE bool exists() const { return query >= 0; }
 };
 template <int ROWS, class T, class C>
 DEVICE QueryRow row_of(const PagedProblem<T, C>& p, const Piece& piece, int r) {
@@ -210,20 +210,20 @@ DEVICE QueryRow row_of(const PagedProblem<T, C>& p, const Piece& piece, int r) {
 template <class T, class C>
 DEVICE float score(const PagedProblem<T, C>& p, const Piece& piece, const QueryRow& row, int j,
                    float product, float scale) {
-  const bool sees = j >= row.first && j < min(row.end, piece.end);
+  const bool is_visible = j >= row.first && j < min(row.end, piece.end);
   product *= scale;
   if (!p.plain) {
     if (p.softcap > 0) product = tanhf(product * p.softcap_inverse) * p.softcap;
-    if (p.slopes && sees) {
+    if (p.alibi_slopes && is_visible) {
       const int distance = row.query + piece.all - p.work.queries - j;
-      product -= load(p.slopes + row.head) * kLog2e * fabsf(static_cast<float>(distance));
+      product -= load(p.alibi_slopes + row.head) * kLog2e * fabsf(static_cast<float>(distance));
     }
-    if (p.bias && sees && j < p.bias_keys)
+    if (p.bias && is_visible && j < p.bias_keys)
       product += load(p.bias + piece.b * p.bias_step[0] + row.head * p.bias_step[1] +
                       row.query * p.bias_step[2] + j * p.bias_step[3]) *
                  kLog2e;
   }
-  return sees ? product : -INFINITY;
+  return is_visible ? product : -INFINITY;
 }
 
 // The keys that all rows of a piece see; none where an option changes the scaled product.
@@ -232,7 +232,7 @@ struct KeyRange {
   DEVICE bool has(int begin, int count) const { return begin >= first && begin + count <= end; }
 };
 template <class T, class C>
-DEVICE KeyRange seen_by_all(const PagedProblem<T, C>& p, const Piece& piece) {
+DEVICE KeyRange visible_to_all(const PagedProblem<T, C>& p, const Piece& piece) {
   if (!p.plain) return {0, 0};
   return {p.work.window ? max(piece.all - p.work.window, 0) : 0,
           p.causal ? min(piece.all - p.work.queries + 1, piece.end) : piece.end};
@@ -267,7 +267,7 @@ DEVICE void write_rows(const PagedProblem<T, C>& p, const Piece& piece, const fl
   const int lane = threadIdx.x % 32;
   for (int r = threadIdx.x / 32; r < ROWS; r += THREADS / 32) {
     const QueryRow row = row_of<ROWS>(p, piece, r);
-    if (!row.there()) break;
+    if (!row.exists()) break;
     float2 sum[COPIES];
     float top = -INFINITY, total = 0;
 #pragma unroll
@@ -280,23 +280,24 @@ DEVICE void write_rows(const PagedProblem<T, C>& p, const Piece& piece, const fl
       sum[c].x = exp2f(sum[c].x - or_zero(top));
       total += sum[c].y * sum[c].x;
     }
-    const bool whole = piece.slot < 0;
-    const int64_t to = whole ? (int64_t{piece.b} * p.work.queries + row.query) * p.heads + row.head
-                             : int64_t{piece.slot} * ROWS + r;
+    const bool complete = piece.slot < 0;
+    const int64_t to = complete
+                           ? (int64_t{piece.b} * p.work.queries + row.query) * p.heads + row.head
+                           : int64_t{piece.slot} * ROWS + r;
     RowFinish last{1, 0};
-    if (whole) last = finish(p, row.head, row.head / p.group, top, total);
+    if (complete) last = finish(p, row.head, row.head / p.group, top, total);
     for (int at = lane; at < p.dv; at += 32) {
       float x = 0;
 #pragma unroll
       for (int c = 0; c < COPIES; ++c) x += load(out + (c * ROWS + r) * pitch + at) * sum[c].x;
-      if (whole)
+      if (complete)
         store(p.out + to * p.dv + at, from_float<T>(x * last.factor));
       else
         store(p.part + to * p.dv + at, x);
     }
-    if (lane == 0 && whole)
+    if (lane == 0 && complete)
       store(p.lse + (int64_t{piece.b} * p.heads + row.head) * p.work.queries + row.query, last.lse);
-    if (lane == 0 && !whole) store(p.part_sum + to, float2{top, total});
+    if (lane == 0 && !complete) store(p.part_sum + to, float2{top, total});
   }
 }
 

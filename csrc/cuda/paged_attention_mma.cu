@@ -1,7 +1,7 @@
-// Units of paged_attention with 3 to 64 rows of 16 bits, by m16n8k16. More rows are several units,
-// of which all but the first find K and V in L2. Tiles of 64 keys go through shared memory;
-// cp.async fetches the next one while this one is computed. q stays in shared memory. WM warps
-// share the rows, 16 each; the other warps take other keys of the tile:
+// Units of paged_attention with 3 to 64 rows of 16 bits, by m16n8k16. More rows are several units;
+// all but the first find K and V in L2. Tiles of 64 keys are copied to shared memory; cp.async
+// fetches the next tile while this one is computed. q stays in shared memory. WM warps share the
+// rows, 16 each; the other warps process other keys of the tile:
 //
 //     WM = 1:  rows 0-15    keys 0-15 | 16-31 | 32-47 | 48-63     a warp each, merged at the end
 //     WM = 4:  rows 0-15, 16-31, 32-47, 48-63    keys 0-63 each
@@ -10,7 +10,7 @@
 //
 //     find, copy    offsets of the rows of the tile after next; cp.async of the next tile
 //     multiply_qk   scores of this tile's keys: q k
-//     mask, soften  scale, options, mask; online softmax: probabilities, and what sums rescale by
+//     mask, soften  scale, options, mask; online softmax: probabilities, factors that rescale sums
 //     multiply_pv   out += probabilities v
 //     store, write  out, largest scores and sums of the warps -> shared memory -> merged
 //
@@ -39,13 +39,13 @@
 //
 //     k   elements 4 l .. 4 l + 3 of 16 become slots 2 l, 2 l + 1, 2 l + 8, 2 l + 9 of the sum:
 //         shared memory holds q in that order
-//     v   a transposed pair of keys has columns 2 n and 2 n + 1: even and odd columns are tiles of
-//         their own
+//     v   a transposed pair of keys has columns 2 n and 2 n + 1: even and odd columns are separate
+//         tiles
 //
-// Rows in shared memory are an odd number of 16-byte units apart, so that ldmatrix has no bank
+// Row strides in shared memory are an odd number of 16-byte units, so that ldmatrix has no bank
 // conflict. (By the emulator's counts. With an int8 cache, q and the results of a unit take two
 // passes instead of one, once each; so do copies of rows that are not 2^n times 128 bytes.) K and V
-// are read in whole sectors. Not measured on a GPU.
+// are read in full sectors. Not measured on a GPU.
 #include "cuda/paged_attention.cuh"
 
 namespace fastlm::paged {
@@ -121,7 +121,7 @@ DEVICE void load_q(const PagedProblem<T, C>& p, const TileSizes& size, const Pie
     const int r = i / columns, column = i % columns * 8;
     const QueryRow row = row_of<ROWS>(p, piece, r);
     V x{};
-    if (row.there() && column < p.d)
+    if (row.exists() && column < p.d)
       x = load(reinterpret_cast<const V*>(p.q + piece.b * p.q_step.outer +
                                           row.query * p.q_step.row + row.head * p.q_step.head +
                                           column));
@@ -189,7 +189,7 @@ DEVICE void copy_tile(const PagedProblem<T, C>& p, const TileSizes& size, const 
   cp_async_commit();
 }
 
-// s (16 rows, KEYS) += q k^T. q: the tile, of which the warp has 16 rows from first_row on; k: the
+// s (16 rows, KEYS) += q k^T. q: the tile; the warp has 16 rows of it from first_row on. k: the
 // warp's first key.
 template <int KEYS, class T, class C>
 DEVICE void multiply_qk(const TileSizes& size, const unsigned char* q, int first_row,
@@ -223,12 +223,12 @@ DEVICE void multiply_qk(const TileSizes& size, const unsigned char* q, int first
 }
 
 // Products q k -> scores, in units of log2(e). `from`: the tile's first key. Where all rows see all
-// keys of the tile, that is the scale alone.
+// keys of the tile, only the scale is applied.
 template <int KEYS, class T, class C>
 DEVICE void mask(const PagedProblem<T, C>& p, const Piece& piece, const QueryRow (&row)[2],
-                 const KeyRange& seen, int from, int first_key, float scale,
+                 const KeyRange& visible, int from, int first_key, float scale,
                  float (&s)[KEYS / 8][4]) {
-  if (seen.has(from, PAGED_TILE)) {
+  if (visible.has(from, PAGED_TILE)) {
 #pragma unroll
     for (int n = 0; n < KEYS / 8; ++n)
 #pragma unroll
@@ -245,7 +245,7 @@ DEVICE void mask(const PagedProblem<T, C>& p, const Piece& piece, const QueryRow
 }
 
 // Scores -> probabilities relative to `top`, the largest score so far of a row, which is raised;
-// adds them to a lane's share of `sum`, and rescales that. rescale: what out must be multiplied by.
+// adds them to a lane's share of `sum`, and rescales that. rescale: the factor for out.
 template <int KEYS>
 DEVICE void soften(float (&s)[KEYS / 8][4], float (&top)[2], float (&sum)[2], float (&rescale)[2]) {
 #pragma unroll
@@ -370,7 +370,7 @@ __global__ void __launch_bounds__(kThreads, 2)
     for (int h = 0; h < 2; ++h) row[h] = row_of<kRows>(p, piece, wm * 16 + h * 8 + lane / 4);
     float out[WIDTH / 8][4] = {};
     float top[2] = {-INFINITY, -INFINITY}, sum[2] = {0, 0};
-    const KeyRange seen = seen_by_all(p, piece);
+    const KeyRange visible = visible_to_all(p, piece);
     for (int tile = 0; tile < count; ++tile) {
       cp_async_wait<0>();
       __syncthreads();  // this tile has arrived, and all warps have read the one before
@@ -379,7 +379,7 @@ __global__ void __launch_bounds__(kThreads, 2)
       const unsigned char* const k = k_tiles + tile % 2 * size.k_bytes + first_key * size.k_pitch;
       float s[kKeys / 8][4] = {}, rescale[2];
       multiply_qk<kKeys, T, C>(size, q_tile, wm * 16, k, s);
-      mask<kKeys>(p, piece, row, seen, piece.begin + tile * PAGED_TILE, first_key, scale, s);
+      mask<kKeys>(p, piece, row, visible, piece.begin + tile * PAGED_TILE, first_key, scale, s);
       soften<kKeys>(s, top, sum, rescale);
       // after a few tiles a higher score is rare
       if (__any_sync(kAllLanes, rescale[0] != 1.0f || rescale[1] != 1.0f))
@@ -387,7 +387,7 @@ __global__ void __launch_bounds__(kThreads, 2)
         for (int n = 0; n < WIDTH / 8; ++n)
 #pragma unroll
           for (int i = 0; i < 4; ++i) out[n][i] *= rescale[i / 2];
-      // found here, not beside k: sm_100 has no registers left to hold it (WIDTH 256)
+      // computed here, not next to k: sm_100 has no registers left to hold it (WIDTH 256)
       const unsigned char* const v = v_tiles + tile % 2 * size.v_bytes + first_key * size.v_pitch;
       multiply_pv<kKeys, WIDTH, T, C>(size, s, v, out);
     }
@@ -404,15 +404,15 @@ __global__ void __launch_bounds__(kThreads, 2)
 template <int WM, class T, class C>
 void start(const PagedProblem<T, C>& p, int blocks, cudaStream_t stream) {
   const TileSizes size = sizes_of(p.d, p.dv, sizeof(C));
-  const Launch how{"paged_attention", dim3(blocks), dim3(kThreads), shared_bytes(size, 16 * WM),
-                   stream};
+  const Launch config{"paged_attention", dim3(blocks), dim3(kThreads), shared_bytes(size, 16 * WM),
+                      stream};
   const int width = std::max(size.d_pad, size.dv_pad);
   if (width <= 64)
-    launch(how, paged_mma_kernel<WM, 64, T, C>, p, size);
+    launch(config, paged_mma_kernel<WM, 64, T, C>, p, size);
   else if (width <= 128)
-    launch(how, paged_mma_kernel<WM, 128, T, C>, p, size);
+    launch(config, paged_mma_kernel<WM, 128, T, C>, p, size);
   else
-    launch(how, paged_mma_kernel<WM, 256, T, C>, p, size);
+    launch(config, paged_mma_kernel<WM, 256, T, C>, p, size);
 }
 
 }  // namespace

@@ -255,7 +255,7 @@ DEVICE T from_float(float x) {
 }
 
 // N neighbours that are read and written at once. The alignment is 16 bytes at most: a wider vector
-// (float32 beside 8 elements of 16 bits) takes two accesses.
+// (8 float32, where another operand has 8 elements of 16 bits) takes two accesses.
 template <class T, int N>
 struct alignas(sizeof(T) * N < 16 ? sizeof(T) * N : 16) Vector {
   T at[N];

@@ -127,10 +127,10 @@ DEVICE int tiles_of(const DeviceWeight& w) {  // tiles per row of tiles
   return (w.k + S::kColumns - 1) / S::kColumns;
 }
 
-// Copies consecutive tiles of ROWS rows of BYTES bytes of a matrix to shared memory, STRIDE apart;
-// a thread copies kBytes per pass (a divisor of the matrix's row length in bytes); zeros outside
-// the matrix. The address is advanced from tile to tile: computing it from the tile's number takes
-// 20 instructions.
+// Copies consecutive tiles of ROWS rows of BYTES bytes of a matrix to shared memory, with a row
+// stride of STRIDE bytes and zeros outside the matrix. A thread copies kBytes per pass (a divisor
+// of the matrix's row length in bytes). The address is advanced from tile to tile: computing it
+// from the tile's number takes 20 instructions.
 template <int ROWS, int BYTES, int STRIDE>
 struct Copier {
   const unsigned char* from;  // this thread's first byte in the next tile
@@ -141,7 +141,7 @@ struct Copier {
     from = static_cast<const unsigned char*>(tile) + row * row_bytes + at;
   }
 
-  // rows, bytes: what is left of the matrix from this tile's first on
+  // rows, bytes: the rest of the matrix, from this tile's first on
   template <int kBytes>
   DEVICE void copy(unsigned char* to, int rows, int bytes) {
     constexpr int kRow = BYTES / kBytes,
@@ -154,11 +154,11 @@ struct Copier {
     if (ROWS < kPass && row >= ROWS) return;
 #pragma unroll
     for (int i = 0; i < (ROWS + kPass - 1) / kPass; ++i) {
-      const bool there = at < bytes && row + i * kPass < rows;
+      const bool inside = at < bytes && row + i * kPass < rows;
       if constexpr (kBytes == 1)
-        store(to + i * kPass * STRIDE, there ? load(source) : static_cast<unsigned char>(0));
+        store(to + i * kPass * STRIDE, inside ? load(source) : static_cast<unsigned char>(0));
       else  // all or nothing takes one predicate, a number of bytes 7 instructions
-        cp_async<kBytes>(to + i * kPass * STRIDE, source, there ? kBytes : 0);
+        cp_async<kBytes>(to + i * kPass * STRIDE, source, inside ? kBytes : 0);
       source += kPass * row_bytes;
     }
   }
@@ -315,7 +315,7 @@ template <class T>
 constexpr uint32_t kOnes = std::is_same_v<T, bfloat16> ? 0x3f803f80u : 0x3c003c00u;  // two
 
 // sums[..][t] += the products of UNIT steps from `step` on with 8 rows of x. `x`: this lane's octet
-// of step 0 in row g of them. x_sums, where they are wanted: x times 1 instead of W.
+// of step 0 in row g of them. x_sums, where they are needed: x times 1 instead of W.
 template <class S, int UNIT, int N, class Sum>
 DEVICE void multiply(const uint32_t (&a)[UNIT][S::kTiles][S::kProducts][4], const unsigned char* x,
                      int step, Sum (&sums)[S::kTiles][N][4], int t, bool want_x_sums,
@@ -376,11 +376,11 @@ DEVICE void store_totals(const MatrixThread<S>& thread, const float (&total)[S::
             total[i / 4][t][i % 4]);
 }
 
-// Adds the totals of the warps_k. Writes y, or a part of it where the stripe is not a whole row of
+// Adds the totals of the warps_k. Writes y, or a part of it where the stripe is not a full row of
 // tiles; parts are numbered from the stripe that begins this row.
 template <class S>
 DEVICE void write_output(const MatrixOutput& out, const float* totals, int rows, int n_of_w,
-                         int n_tile, int k_tiles, bool whole) {
+                         int n_tile, int k_tiles, bool full_row) {
   const int first_m = blockIdx.x * S::kM, first_n = n_tile * S::kN;
   const int64_t before = static_cast<int64_t>(blockIdx.y - n_tile * k_tiles / out.stripe) * rows;
   for (int i = threadIdx.x; i < S::kM * S::kN; i += kThreads) {
@@ -390,7 +390,7 @@ DEVICE void write_output(const MatrixOutput& out, const float* totals, int rows,
 #pragma unroll
     for (int k = 0; k < S::kWarpsK; ++k) sum += load(totals + (k * S::kM + m) * S::kSumStride + n);
     const int64_t at = static_cast<int64_t>(first_m + m) * n_of_w + first_n + n;
-    if (!whole) {
+    if (!full_row) {
       store(out.parts + before * n_of_w + at, sum);
     } else {
       if (out.bias) sum += load_float(out.bias, out.bias_dtype, first_n + n);
@@ -560,12 +560,12 @@ std::pair<int, int> quantized_linear_stripe(TensorView x, TensorView qdata, int 
     // two blocks), and with stripes. A stripe has at least 4 tiles, to fill the stages and so that
     // partial sums, written and read, are no more bytes than the codes.
     const int64_t waves = ceil_div(n_tiles * m_tiles, multiprocessors);
-    const int64_t whole = kNT < 8 && waves > 1 ? 0 : waves * tiles;
+    const int64_t uncut_tiles = kNT < 8 && waves > 1 ? 0 : waves * tiles;
     const int64_t all = tiles * n_tiles, blocks = std::max<int64_t>(1, multiprocessors / m_tiles);
     int64_t stripe = std::max<int64_t>(ceil_div(all, blocks), 4);
     if (stripe < tiles) stripe = std::max<int64_t>(stripe, ceil_div(tiles * 64 * rows, k * bits));
     // add_parts takes about as long as 8 tiles (16384 weights each, 0.3 to 0.4 us)
-    if (whole - stripe <= 8) stripe = tiles;
+    if (uncut_tiles - stripe <= 8) stripe = tiles;
     stripe = std::max<int64_t>(stripe, ceil_div(all, 65535));  // limit of a grid's y
     result.first = static_cast<int>(stripe);
     result.second = parts_of(tiles, stripe);
@@ -617,8 +617,8 @@ void quantized_linear_matrix(TensorView x, OptionalTensor x_scale, OptionalTenso
     tile_n = S::kN;
     tile_k = S::kColumns;
     const int64_t tiles = ceil_div(k, tile_k), all = tiles * ceil_div(w.n, tile_n);
-    const int64_t given = parts ? parts->size(0) : 0, wanted = parts_of(tiles, stripe);
-    if (wanted > 1 && given < wanted) check_size("parts", "matrices", wanted, given);
+    const int64_t available = parts ? parts->size(0) : 0, needed = parts_of(tiles, stripe);
+    if (needed > 1 && available < needed) check_size("parts", "matrices", needed, available);
     launch({"quantized_linear matrix", dim3(ceil_div(rows, S::kM), ceil_div(all, stripe)),
             dim3(kThreads), static_cast<size_t>(S::kStages) * S::kStage,
             reinterpret_cast<cudaStream_t>(stream)},

@@ -79,18 +79,18 @@ DEVICE void round_run(const DeviceWeight& w, const RoundedRows& to, int64_t row,
 // Loads the first `left` of 8 elements of a row; the rest of `value` is unchanged. `whole`: the row
 // is aligned, and read in vectors.
 template <class X>
-DEVICE void load_octet(const X* from, bool whole, int left, float (&value)[8]) {
+DEVICE void load_octet(const X* from, bool vectorized, int remaining, float (&value)[8]) {
   constexpr int kVec = 16 / sizeof(X);
 #pragma unroll
   for (int j = 0; j < 8; j += kVec) {
-    if (j >= left) break;
+    if (j >= remaining) break;
     Vector<X, kVec> v{};
-    if (whole) {
+    if (vectorized) {
       v = load(reinterpret_cast<const Vector<X, kVec>*>(from + j));
     } else {
 #pragma unroll
       for (int e = 0; e < kVec; ++e)
-        if (j + e < left) v.at[e] = load(from + j + e);
+        if (j + e < remaining) v.at[e] = load(from + j + e);
     }
 #pragma unroll
     for (int e = 0; e < kVec; ++e) value[j + e] = to_float(v.at[e]);
@@ -101,8 +101,8 @@ DEVICE void load_octet(const X* from, bool whole, int left, float (&value)[8]) {
 
 // Where the int8 rows go: q (rows, columns rounded up to ROUNDED_COLUMNS), x_scale and x_sums
 // (runs, rows rounded up to ROUNDED_ROWS).
-inline RoundedRows rounded_of(const DeviceWeight& w, int bits, int64_t rows, const TensorView& q,
-                              const TensorView& x_scale, const TensorView& x_sums) {
+inline RoundedRows rounded_rows(const DeviceWeight& w, int bits, int64_t rows, const TensorView& q,
+                                const TensorView& x_scale, const TensorView& x_sums) {
   check_contiguous("q", q);
   check_size("q", "rows", rows, q.size(0));
   check_size("q", "columns", round_up(w.k, ROUNDED_COLUMNS), q.size(1));

@@ -29,7 +29,7 @@ struct VectorInput {
   const float* scale;  // (runs, scale_stride), for int8 x
   int rows;
   int64_t x_stride, scale_stride;
-  bool whole;  // rows of x begin and end at multiples of 16 bytes
+  bool aligned_rows;  // rows of x begin and end at multiples of 16 bytes
 };
 
 template <int BITS, class X, int M>
@@ -74,7 +74,7 @@ DEVICE void stage(const VectorInput<X>& p, int first_row, int k, int first, int 
       Unit v{};
       const X* from = p.x + (first_row + m) * p.x_stride + column;
       if (first_row + m < p.rows && column < k) {
-        if (p.whole) {
+        if (p.aligned_rows) {
           v = load(reinterpret_cast<const Unit*>(from));
         } else {
 #pragma unroll
@@ -193,7 +193,7 @@ __global__ void __launch_bounds__(kWarps * 32, std::is_same_v<X, int8_t>&& BITS 
     stage<BITS, X, M>(p, first_m, w.k, slab, min(warps_k, chunks - slab), staged);
     __syncthreads();
     if (slab + warp_k >= chunks) continue;
-    const unsigned char* mine = staged + warp_k * M * S::kStaged + lane * 16;
+    const unsigned char* lane_x = staged + warp_k * M * S::kStaged + lane * 16;
     Sum part[kR][M], sum[M] = {};
     float scale[kR];
 #pragma unroll
@@ -202,16 +202,16 @@ __global__ void __launch_bounds__(kWarps * 32, std::is_same_v<X, int8_t>&& BITS 
     for (int i = 0; i < kR * M; ++i) part[i / M][i % M] = kZero;
 #pragma unroll
     for (int o = 0; o < kOctets; ++o) {
-      multiply<BITS, X, M, kR>(codes, o, mine, part, sum);
+      multiply<BITS, X, M, kR>(codes, o, lane_x, part, sum);
       if (o < kOctets - 1 && !narrow) continue;
-      float factor[M], whole[M];
+      float factor[M], scaled_sum[M];
 #pragma unroll
       for (int m = 0; m < M; ++m) {
         factor[m] = 1;
         if constexpr (kInteger)
           factor[m] = load(p.scale + w.run_of(column + (narrow ? 8 * o : 0)) * p.scale_stride +
                            first_m + m);
-        whole[m] = static_cast<float>(sum[m]) * factor[m];
+        scaled_sum[m] = static_cast<float>(sum[m]) * factor[m];
         if constexpr (kInteger) factor[m] *= 1.0f / kIntegerUnit<BITS>;
         sum[m] = 0;
       }
@@ -224,7 +224,7 @@ __global__ void __launch_bounds__(kWarps * 32, std::is_same_v<X, int8_t>&& BITS 
 #pragma unroll
         for (int m = 0; m < M; ++m) {
           acc[r][m] += value_of(part[r][m]) * (scale[r] * factor[m]);
-          if (w.zeros) acc[r][m] += zero * whole[m];
+          if (w.zeros) acc[r][m] += zero * scaled_sum[m];
           part[r][m] = kZero;
         }
       }

@@ -35,8 +35,8 @@ struct DeviceWeight {
   }
 };
 
-// An element of a tensor whose dtype is known at run time: its bits, and their value. The two are
-// separate so that many loads can be in flight: in one function nvcc would convert, and wait,
+// An element of a tensor with a dtype that is known at run time: its bits, and their value. The two
+// are separate so that many loads can be in flight: in one function nvcc would convert, and wait,
 // inside the branch on the dtype.
 DEVICE uint32_t load_bits(const void* p, DType dtype, int64_t i) {
   if (dtype == DType::f32) return load(static_cast<const uint32_t*>(p) + i);

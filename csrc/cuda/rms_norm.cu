@@ -7,8 +7,8 @@
 // `rms_norm_wide_kernel` reads a row of any width twice. Sums are float32. The norm is of h as
 // stored.
 //
-// `rms_norm_round_kernel` returns y in int8, as quantized_linear takes it, which saves a decode
-// step one launch. The row goes through shared memory, since another warp rounds the columns of a
+// `rms_norm_round_kernel` returns y in int8, as quantized_linear reads it, which saves a decode
+// step one launch. The row is kept in shared memory, since another warp rounds the columns of a
 // run.
 #include "cuda/quantized_round.cuh"
 
@@ -144,17 +144,17 @@ __global__ void __launch_bounds__(kThreads)
 template <int VEC, class T, class W>
 void start(const NormRows<T>& p, const W* weight, float eps, float offset, int rows,
            Stream stream) {
-  const Launch how{"rms_norm", dim3(rows), dim3(kThreads), 0,
-                   reinterpret_cast<cudaStream_t>(stream)};
+  const Launch config{"rms_norm", dim3(rows), dim3(kThreads), 0,
+                      reinterpret_cast<cudaStream_t>(stream)};
   const int vectors = ceil_div(p.width, VEC * kThreads);
   if (vectors <= 1)
-    launch(how, rms_norm_kernel<VEC, 1, T, W>, p, weight, eps, offset);
+    launch(config, rms_norm_kernel<VEC, 1, T, W>, p, weight, eps, offset);
   else if (vectors <= 2)
-    launch(how, rms_norm_kernel<VEC, 2, T, W>, p, weight, eps, offset);
+    launch(config, rms_norm_kernel<VEC, 2, T, W>, p, weight, eps, offset);
   else if (vectors <= 4)
-    launch(how, rms_norm_kernel<VEC, 4, T, W>, p, weight, eps, offset);
+    launch(config, rms_norm_kernel<VEC, 4, T, W>, p, weight, eps, offset);
   else
-    launch(how, rms_norm_wide_kernel<VEC, T, W>, p, weight, eps, offset);
+    launch(config, rms_norm_wide_kernel<VEC, T, W>, p, weight, eps, offset);
 }
 
 int64_t row_stride(const TensorView& t) {  // (rows, width), or contiguous of any shape
@@ -182,9 +182,9 @@ void with_weight(const NormRows<T>& p, const TensorView& weight, F&& f) {
   check_size("weight", "size", p.width, weight.numel());
   const auto with = [&](auto* w) {
     constexpr int kVec = 16 / sizeof(T);
-    const bool whole = aligned(16, p.x, p.residual, p.y, p.h, w) && p.width % kVec == 0 &&
-                       p.x_stride % kVec == 0 && p.residual_stride % kVec == 0;
-    if (whole)
+    const bool vectorized = aligned(16, p.x, p.residual, p.y, p.h, w) && p.width % kVec == 0 &&
+                            p.x_stride % kVec == 0 && p.residual_stride % kVec == 0;
+    if (vectorized)
       f(w, std::integral_constant<int, kVec>{});
     else
       f(w, std::integral_constant<int, 1>{});
@@ -220,7 +220,7 @@ void rms_norm_round(TensorView x, OptionalTensor residual, TensorView weight, fl
                     Stream stream) {
   const DeviceWeight into = weight_of(qdata, scales, std::nullopt, bits, group_size, x.size(-1));
   const int64_t rows = q.size(0);
-  const RoundedRows to = rounded_of(into, bits, rows, q, x_scale, x_sums);
+  const RoundedRows to = rounded_rows(into, bits, rows, q, x_scale, x_sums);
   if (x.numel() == 0) return;
   check_size("x", "elements", rows * into.k, x.numel());
   if (into.k * x.dl.dtype.bits / 8 > RMS_NORM_ROUND_BYTES)
@@ -232,9 +232,10 @@ void rms_norm_round(TensorView x, OptionalTensor residual, TensorView weight, fl
     const NormRows<T> p = rows_of<T>(x, residual, nullptr, h, nullptr);
     with_weight(p, weight, [&](auto* w, auto vec) {
       using W = std::remove_const_t<std::remove_pointer_t<decltype(w)>>;
-      const Launch how{"rms_norm round", dim3(rows), dim3(kThreads), p.width * sizeof(T),
-                       reinterpret_cast<cudaStream_t>(stream)};
-      launch(how, rms_norm_round_kernel<decltype(vec)::value, T, W>, p, w, eps, offset, into, to);
+      const Launch config{"rms_norm round", dim3(rows), dim3(kThreads), p.width * sizeof(T),
+                          reinterpret_cast<cudaStream_t>(stream)};
+      launch(config, rms_norm_round_kernel<decltype(vec)::value, T, W>, p, w, eps, offset, into,
+             to);
     });
   });
 }

@@ -39,7 +39,8 @@ struct RopeProblem {
   RopeHeads<T> q, k;
   RopeTable<U> cos, sin;
   int64_t rows;
-  int length, half, width, each;  // positions, pairs and elements of a head, heads per group
+  int length, half, width,
+      heads_per_group;  // positions, pairs and elements of a head, heads per group
   bool inverse;
 };
 
@@ -61,14 +62,14 @@ template <int VEC, bool INTERLEAVED, class T, class U>
 __global__ void __launch_bounds__(kThreads) rope_kernel(RopeProblem<T, U> p) {
   const int64_t row = static_cast<int64_t>(blockIdx.x) * blockDim.y + threadIdx.y;
   if (row >= p.rows) return;
-  const int of_q = (p.q.heads + p.each - 1) / p.each;
-  const int groups = of_q + (p.k.heads + p.each - 1) / p.each;
+  const int of_q = (p.q.heads + p.heads_per_group - 1) / p.heads_per_group;
+  const int groups = of_q + (p.k.heads + p.heads_per_group - 1) / p.heads_per_group;
   const unsigned position = static_cast<unsigned>(row) / groups;
   const int group = static_cast<unsigned>(row) % groups;
   const int64_t batch = position / p.length, token = position % p.length;
   const RopeHeads<T>& t = group < of_q ? p.q : p.k;
-  const int first_head = (group < of_q ? group : group - of_q) * p.each;
-  const int last_head = min(first_head + p.each, t.heads);
+  const int first_head = (group < of_q ? group : group - of_q) * p.heads_per_group;
+  const int last_head = min(first_head + p.heads_per_group, t.heads);
   const T* x = t.x + batch * t.x_batch + token * t.x_token + first_head * t.x_head;
   T* y = t.y + batch * t.y_batch + token * t.y_token + first_head * t.y_head;
   const int units = p.half / VEC;
@@ -85,16 +86,20 @@ __global__ void __launch_bounds__(kThreads) rope_kernel(RopeProblem<T, U> p) {
       T* to = y + (head - first_head) * t.y_head;
       float v[2 * VEC];
       load_run<VEC>(from + first, v), load_run<VEC>(from + second, v + VEC);
-      Vector<T, VEC> turned[2];
+      Vector<T, VEC> rotated[2];
 #pragma unroll
       for (int j = 0; j < VEC; ++j) {
-        const int one = INTERLEAVED ? 2 * j : j, two = INTERLEAVED ? 2 * j + 1 : VEC + j;
-        const float sin1 = p.inverse ? -s[two] : s[one], sin2 = p.inverse ? -s[one] : s[two];
-        turned[one / VEC].at[one % VEC] = from_float<T>(v[one] * c[one] - v[two] * sin1);
-        turned[two / VEC].at[two % VEC] = from_float<T>(v[two] * c[two] + v[one] * sin2);
+        const int first_index = INTERLEAVED ? 2 * j : j,
+                  second_index = INTERLEAVED ? 2 * j + 1 : VEC + j;
+        const float sin1 = p.inverse ? -s[second_index] : s[first_index],
+                    sin2 = p.inverse ? -s[first_index] : s[second_index];
+        rotated[first_index / VEC].at[first_index % VEC] =
+            from_float<T>(v[first_index] * c[first_index] - v[second_index] * sin1);
+        rotated[second_index / VEC].at[second_index % VEC] =
+            from_float<T>(v[second_index] * c[second_index] + v[first_index] * sin2);
       }
-      store_run<VEC>(to + first, turned[0]);
-      store_run<VEC>(to + second, turned[1]);
+      store_run<VEC>(to + first, rotated[0]);
+      store_run<VEC>(to + second, rotated[1]);
     }
   }
   for (int at = 2 * p.half + threadIdx.x * VEC; at < p.width; at += blockDim.x * VEC)
@@ -124,13 +129,13 @@ RopeTable<U> table_of(const TensorView& t, const char* name) {
 }
 
 template <class T>
-bool whole(const RopeHeads<T>& t, int vec) {
+bool fits_vectors(const RopeHeads<T>& t, int vec) {
   return aligned(vec * sizeof(T), t.x, t.y) && t.x_batch % vec == 0 && t.x_head % vec == 0 &&
          t.x_token % vec == 0 && t.y_batch % vec == 0 && t.y_head % vec == 0 &&
          t.y_token % vec == 0;
 }
 template <class U>
-bool whole(const RopeTable<U>& t, int vec) {
+bool fits_vectors(const RopeTable<U>& t, int vec) {
   return aligned(16, t.at) && t.batch % vec == 0 && t.token % vec == 0;
 }
 
@@ -138,21 +143,22 @@ template <int VEC, class T, class U>
 void start(const RopeProblem<T, U>& p, bool interleaved, Stream stream) {
   const int units = std::max({1, p.half / VEC, (p.width - 2 * p.half + VEC - 1) / VEC});
   const int across = std::min(units, 32), down = kThreads / across;
-  const Launch how{"rope", dim3(ceil_div(p.rows, down)), dim3(across, down), 0,
-                   reinterpret_cast<cudaStream_t>(stream)};
+  const Launch config{"rope", dim3(ceil_div(p.rows, down)), dim3(across, down), 0,
+                      reinterpret_cast<cudaStream_t>(stream)};
   if (interleaved)
-    launch(how, rope_kernel<VEC, true, T, U>, p);
+    launch(config, rope_kernel<VEC, true, T, U>, p);
   else
-    launch(how, rope_kernel<VEC, false, T, U>, p);
+    launch(config, rope_kernel<VEC, false, T, U>, p);
 }
 
 }  // namespace
 
 void rope(TensorView q, TensorView k, TensorView cos, TensorView sin, bool interleaved,
           bool inverse, int heads_of_group, TensorView q_out, TensorView k_out, Stream stream) {
-  const int64_t length = q.size(2), width = q.size(3), each = heads_of_group;
+  const int64_t length = q.size(2), width = q.size(3), heads_per_group = heads_of_group;
   check_size("cos", "positions", length, cos.size(-2));
-  const int64_t groups = ceil_div(q.size(1), each) + ceil_div(k.size(1), each);
+  const int64_t groups =
+      ceil_div(q.size(1), heads_per_group) + ceil_div(k.size(1), heads_per_group);
   const int64_t rows = q.size(0) * length * groups;
   if (rows > INT32_MAX)
     throw std::invalid_argument("q: expected fewer heads and positions, got " +
@@ -169,11 +175,11 @@ void rope(TensorView q, TensorView k, TensorView cos, TensorView sin, bool inter
                                 static_cast<int>(length),
                                 static_cast<int>(cos.size(-1) / 2),
                                 static_cast<int>(width),
-                                static_cast<int>(each),
+                                static_cast<int>(heads_per_group),
                                 inverse};
       constexpr int VEC = 16 / sizeof(U);  // longer runs: half sectors of the tables per lane
-      if (whole(p.q, VEC) && whole(p.k, VEC) && whole(p.cos, VEC) && whole(p.sin, VEC) &&
-          p.half % VEC == 0 && p.width % VEC == 0)
+      if (fits_vectors(p.q, VEC) && fits_vectors(p.k, VEC) && fits_vectors(p.cos, VEC) &&
+          fits_vectors(p.sin, VEC) && p.half % VEC == 0 && p.width % VEC == 0)
         start<VEC>(p, interleaved, stream);
       else
         start<1>(p, interleaved, stream);

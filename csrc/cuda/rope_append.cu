@@ -10,7 +10,7 @@
 #include <algorithm>
 
 #include "cuda/ops.h"
-#include "cuda/places.cuh"
+#include "cuda/token_slots.cuh"
 
 namespace fastlm {
 namespace {
@@ -33,7 +33,7 @@ struct RopeTables {
 template <class T>
 struct RopeAppendProblem {
   TokenHeads<T> q, k, v;
-  Places places;
+  TokenSlots slots;
   RopeTables tables;
 };
 
@@ -44,7 +44,7 @@ DEVICE void copy(const T* from, T* to) {
 
 // Unit `unit` of a head: the pairs first, then the elements past R.
 template <int VEC, class T>
-DEVICE void turn(const T* from, T* to, const RopeTables& tables, int64_t row, int unit) {
+DEVICE void rotate(const T* from, T* to, const RopeTables& tables, int64_t row, int unit) {
   const int at = unit * VEC, half = tables.half;
   if (at >= half) return copy<VEC>(from + at + half, to + at + half);
   const auto x1 = load(reinterpret_cast<const Vector<T, VEC>*>(from + at));
@@ -67,25 +67,25 @@ DEVICE void turn(const T* from, T* to, const RopeTables& tables, int64_t row, in
 
 template <int VEC, class T>
 __global__ void __launch_bounds__(kThreads) rope_append_kernel(RopeAppendProblem<T> p) {
-  const auto [b, s, position, page, slot] = p.places.of(blockIdx.x);
-  const bool kept = page >= 0;
+  const auto [b, s, position, page, slot] = p.slots.slot_of(blockIdx.x);
+  const bool has_slot = page >= 0;
   const int64_t row = min(max(position, 0), p.tables.rows - 1);
   const int of_head = (p.q.width - p.tables.half) / VEC;  // units per head
-  const int of_q = p.q.heads * of_head, of_k = kept ? p.k.heads * of_head : 0;
-  const int of_v = kept ? p.v.heads * (p.v.width / VEC) : 0;
+  const int of_q = p.q.heads * of_head, of_k = has_slot ? p.k.heads * of_head : 0;
+  const int of_v = has_slot ? p.v.heads * (p.v.width / VEC) : 0;
   for (int i = blockIdx.y * kThreads + threadIdx.x; i < of_q + of_k + of_v;
        i += gridDim.y * kThreads) {
     const bool is_q = i < of_q, is_v = i >= of_q + of_k;
     const TokenHeads<T>& t = is_q ? p.q : is_v ? p.v : p.k;
     const int unit = i - (is_q ? 0 : is_v ? of_q + of_k : of_q);
-    const int each = is_v ? t.width / VEC : of_head, head = unit / each;
+    const int units_per_head = is_v ? t.width / VEC : of_head, head = unit / units_per_head;
     const T* from = t.x + b * t.x_step[0] + s * t.x_step[1] + head * t.x_step[2];
     T* to = t.y + (is_q ? b : page) * t.y_step[0] + (is_q ? s : slot) * t.y_step[1] +
             head * t.y_step[2];
     if (is_v)
-      copy<VEC>(from + unit % each * VEC, to + unit % each * VEC);
+      copy<VEC>(from + unit % units_per_head * VEC, to + unit % units_per_head * VEC);
     else
-      turn<VEC>(from, to, p.tables, row, unit % each);
+      rotate<VEC>(from, to, p.tables, row, unit % units_per_head);
   }
 }
 
@@ -105,7 +105,7 @@ TokenHeads<T> rows_of(const char* name, const TensorView& x, const char* to, con
 }
 
 template <class T>
-bool whole(const TokenHeads<T>& t, int vec) {
+bool fits_vectors(const TokenHeads<T>& t, int vec) {
   bool all = t.width % vec == 0 && aligned(vec * sizeof(T), t.x, t.y);
   for (int i = 0; i < 3; ++i) all = all && t.x_step[i] % vec == 0 && t.y_step[i] % vec == 0;
   return all;
@@ -130,7 +130,8 @@ void rope_append(TensorView q, TensorView k, TensorView v, TensorView cos, Tenso
                                 std::to_string(q.size(3)) + ", got " + std::to_string(cos.size(0)) +
                                 " of " + std::to_string(cos.size(1)));
   check_size("k", "elements of a head as q", q.size(3), k.size(3));
-  const Places places = places_of(positions, block_table, q.size(0), q.size(1), k_cache, v_cache);
+  const TokenSlots slots =
+      token_slots(positions, block_table, q.size(0), q.size(1), k_cache, v_cache);
   const RopeTables tables{input<float>(cos, "cos"), input<float>(sin, "sin"),
                           static_cast<int>(cos.size(0)), static_cast<int>(cos.size(1) / 2)};
   with_device_float(q.dtype(), "q", [&](auto element) {
@@ -144,11 +145,11 @@ void rope_append(TensorView q, TensorView k, TensorView v, TensorView cos, Tenso
                             of_v.heads * (of_v.width / VEC);
       launch({"rope_append", dim3(positions.numel(), std::min(ceil_div(units, kThreads), 8)),
               dim3(kThreads), 0, reinterpret_cast<cudaStream_t>(stream)},
-             rope_append_kernel<VEC, T>, RopeAppendProblem<T>{of_q, of_k, of_v, places, tables});
+             rope_append_kernel<VEC, T>, RopeAppendProblem<T>{of_q, of_k, of_v, slots, tables});
     };
     constexpr int VEC = 4;  // 16 bytes of a table
-    if (whole(of_q, VEC) && whole(of_k, VEC) && whole(of_v, VEC) && tables.half % VEC == 0 &&
-        aligned(16, tables.cos, tables.sin))
+    if (fits_vectors(of_q, VEC) && fits_vectors(of_k, VEC) && fits_vectors(of_v, VEC) &&
+        tables.half % VEC == 0 && aligned(16, tables.cos, tables.sin))
       start(std::integral_constant<int, VEC>{});
     else
       start(std::integral_constant<int, 1>{});

@@ -52,7 +52,7 @@ void go(Thread* to, bool ends = false) {
   switch_fiber(from->fiber, to->fiber, ends);
 }
 
-// A thread that is ready; the scheduler's own if none is.
+// Returns a ready thread; the scheduler's if none is ready.
 Thread* choose() {
   const Quiet quiet;
   Scheduler& s = *scheduler;
@@ -76,13 +76,13 @@ void next(bool ends = false) {
 }
 
 // On a GPU a warp arrives at a barrier as a whole: bar.sync counts it as 32 threads.
-void want_whole_warps(const Barrier& barrier) {
+void check_full_warps(const Barrier& barrier) {
   for (const Warp& warp : scheduler->block.warps) {
     const Thread *in = nullptr, *out = nullptr;  // a lane that is in the barrier, one that is not
     for (uint32_t lanes = warp.live; lanes; lanes &= lanes - 1) {
       const Thread* t = warp.thread[__builtin_ctz(lanes)];
-      const bool here = t->waits_at == &barrier && (!in || same(in->site, t->site));
-      (here ? in : out) = t;
+      const bool is_waiting = t->waits_at == &barrier && (!in || same(in->site, t->site));
+      (is_waiting ? in : out) = t;
     }
     if (in && out)
       fail("barrier of a part of a warp: thread " + std::to_string(out->number) + " is not in it",
@@ -91,7 +91,7 @@ void want_whole_warps(const Barrier& barrier) {
 }
 
 void open(Barrier& barrier) {
-  want_whole_warps(barrier);
+  check_full_warps(barrier);
   for (Thread* t : barrier.waiting) t->waits_at = nullptr;
   join_at_barrier(barrier.waiting);
   acquire(&barrier);
@@ -114,7 +114,7 @@ void end_thread() {
   const auto pending = [](const auto& copies) { return !copies.empty(); };
   if (pending(self->open) || std::any_of(self->groups.begin(), self->groups.end(), pending))
     fail("returns with cp.async copies that it has not waited for", self->site);
-  self->done = true;
+  self->finished = true;
   self->warp->live &= ~(1u << self->lane);
   --s.block.live;
   open_if_complete(s.block.barriers[0]);  // as on a GPU, barriers ignore threads that returned
@@ -133,20 +133,20 @@ void thread_main() {
 
 std::string deadlock() {
   std::string message = "deadlock:";
-  std::vector<std::string> seen;
+  std::vector<std::string> reported;
   for (Warp& warp : scheduler->block.warps)
     for (Thread* t : warp.thread) {
-      if (!t || t->done) continue;
-      const std::string where = std::string(t->waits_in) + " at " + text(t->site);
-      if (std::find(seen.begin(), seen.end(), where) != seen.end()) continue;
-      seen.push_back(where);
-      message += (seen.size() > 1 ? ", thread " : " thread ") + std::to_string(t->number) +
-                 " waits in " + where;
+      if (!t || t->finished) continue;
+      const std::string wait = std::string(t->waits_in) + " at " + text(t->site);
+      if (std::find(reported.begin(), reported.end(), wait) != reported.end()) continue;
+      reported.push_back(wait);
+      message += (reported.size() > 1 ? ", thread " : " thread ") + std::to_string(t->number) +
+                 " waits in " + wait;
     }
   return message;
 }
 
-std::string place(const Thread& t) {
+std::string describe(const Thread& t) {
   const uint3 b = scheduler->block.index;
   char buffer[160];
   std::snprintf(buffer, sizeof buffer, " [kernel %s, block %u,%u,%u, thread %u,%u,%u]",
@@ -188,7 +188,7 @@ void run_block(Scheduler& s, const Launch& launch, uint64_t number) {
     t.number = i;
     t.block = &block;
     t.warp = &block.warps[i / 32];
-    t.done = false;
+    t.finished = false;
     t.waits_at = nullptr;
     t.open.clear();
     t.groups.clear();
@@ -202,15 +202,15 @@ void run_block(Scheduler& s, const Launch& launch, uint64_t number) {
   }
   self = &s.main;
   adopt(s.main.fiber);
-  // s.ready orders what came before the block before its threads, s.main their ends before what
-  // follows
+  // s.ready orders the code before the block before its threads, s.main orders the ends of the
+  // threads before the code after it
   release(&s.ready);
   next();
   acquire(&s.main);
   if (s.fault.empty() && block.live) {
     for (int i = 0; i < threads; ++i)
-      if (!s.threads[i]->done) {
-        s.fault = deadlock() + place(*s.threads[i]);
+      if (!s.threads[i]->finished) {
+        s.fault = deadlock() + describe(*s.threads[i]);
         break;
       }
   }
@@ -232,8 +232,8 @@ std::vector<Launch>& dry_launches() {
 void run(const Launch& launch, const std::function<void()>& kernel) {
   const int64_t threads = int64_t(launch.block.x) * launch.block.y * launch.block.z;
   const int64_t blocks = int64_t(launch.grid.x) * launch.grid.y * launch.grid.z;
-  const auto refuse = [&](const std::string& what) {
-    throw Fault(what + " [kernel " + launch.name + "]");
+  const auto refuse = [&](const std::string& message) {
+    throw Fault(message + " [kernel " + launch.name + "]");
   };
   if (launch.block.x > 1024 || launch.block.y > 1024 || launch.block.z > 64 || threads < 1 ||
       threads > 1024)
@@ -241,7 +241,7 @@ void run(const Launch& launch, const std::function<void()>& kernel) {
            std::to_string(launch.block.z) + " threads a block");
   if (launch.grid.y > 65535 || launch.grid.z > 65535 || launch.grid.x > 2147483647u)
     refuse("grid over the limit of an axis");
-  if (launch.shared > kMostDynamic)
+  if (launch.shared > kMaxDynamic)
     refuse(std::to_string(launch.shared) + " bytes of dynamic shared memory");
   if (options().dry) return dry_launches().push_back(launch);
   // blocks in a random order, so that no kernel relies on one
@@ -261,9 +261,9 @@ void run(const Launch& launch, const std::function<void()>& kernel) {
   release(const_cast<Launch*>(&launch));  // ThreadSanitizer does not see OpenMP's own barriers
 #pragma omp parallel if (!options().races)
   {
-    static thread_local std::unique_ptr<Scheduler> mine;
-    if (!mine) mine = std::make_unique<Scheduler>();
-    scheduler = mine.get();
+    static thread_local std::unique_ptr<Scheduler> of_thread;
+    if (!of_thread) of_thread = std::make_unique<Scheduler>();
+    scheduler = of_thread.get();
     acquire(const_cast<Launch*>(&launch));
     const SegvStack stack;
     Scheduler& s = *scheduler;
@@ -286,9 +286,9 @@ void run(const Launch& launch, const std::function<void()>& kernel) {
   if (!fault.empty()) throw Fault(fault);
 }
 
-void fail(const std::string& what, const Site& site) {
+void fail(const std::string& message, const Site& site) {
   Scheduler& s = *scheduler;
-  s.fault = what + " at " + text(site) + place(*self);
+  s.fault = message + " at " + text(site) + describe(*self);
 #if defined(SIMT_TSAN)  // ThreadSanitizer cannot abandon fibers
   std::fprintf(stderr, "simt: %s\n", s.fault.c_str());
   std::_Exit(1);

@@ -3,7 +3,7 @@
 // A thread stops only at a barrier, at a warp collective, at an atomic, and now and then at a
 // checked access. The launch's seed decides which thread continues (seed 0: first come, first
 // served). The same seed gives the same order, also on several cores: blocks are independent, and
-// each has its own random numbers.
+// each has a separate random generator.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -35,7 +35,7 @@ struct EmulatorOptions {
   bool count = false;  // bank conflicts and memory transactions; see count.h
   bool races = false;  // in global memory; blocks run one at a time
   bool dry = false;    // launches are recorded, nothing runs
-  int preempt = 16;    // every so many checked accesses, on average, another thread runs; 0: never
+  int preempt = 16;    // mean number of checked accesses between switches of threads; 0: never
   int64_t max_steps = 2'000'000'000;  // switches after which a launch counts as stuck
 };
 EmulatorOptions& options();
@@ -58,11 +58,12 @@ struct Warp {
   uint32_t mask[32];
   void* argument[32];
   Operation operation[32];
-  // Clocks that order accesses (order.h). clocks[v]: everything in warp v up to that count came
-  // before what this warp does now; clocks[own] counts barriers. seen[l][m]: the number of
-  // __syncwarps of lane m that came before what lane l does now; seen[l][l] counts its own.
+  // Clocks that order accesses (order.h). clocks[v]: everything in warp v up to that count comes
+  // before this warp's current position; at its own index a warp counts its barriers.
+  // syncs_before[l][m]: the number of __syncwarps of lane m that come before the current position
+  // of lane l; syncs_before[l][l] counts those of lane l.
   std::vector<uint32_t> clocks;
-  uint32_t seen[32][32] = {};
+  uint32_t syncs_before[32][32] = {};
 };
 
 struct Copy {  // cp.async
@@ -77,8 +78,8 @@ struct Thread {
   int lane = 0, number = 0;  // index in the warp, in the block
   Block* block = nullptr;
   Warp* warp = nullptr;
-  bool done = true;
-  const char* waits_in = nullptr;  // what it waits for, and where: for the report of a deadlock
+  bool finished = true;
+  const char* waits_in = nullptr;  // the operation that waits, for the report of a deadlock
   Barrier* waits_at = nullptr;
   Site site;
   std::vector<Copy> open;                // copies since the last commit
@@ -101,7 +102,7 @@ struct Block {
   int live = 0;  // threads that have not returned
   std::vector<Warp> warps;
   Barrier barriers[16];
-  // what threads of other blocks had done, and the fence of this block's threads that published it
+  // views of threads of other blocks, and the fence of this block's threads that acquired each
   std::vector<std::pair<std::shared_ptr<const View>, Moment>> acquired;
   Shared* shared = nullptr;
   Counts* counts = nullptr;
@@ -122,8 +123,8 @@ std::vector<Launch>& dry_launches();
 // Runs every block of the grid, one per OpenMP thread at a time. Throws the first Fault.
 void run(const Launch& launch, const std::function<void()>& kernel);
 
-// Ends the launch: `what` with kernel, block and thread.
-[[noreturn]] void fail(const std::string& what, const Site& site);
+// Ends the launch with `message`, and the kernel, block and thread.
+[[noreturn]] void fail(const std::string& message, const Site& site);
 
 uint32_t random_number();  // from the block's generator
 void yield();              // lets another thread run

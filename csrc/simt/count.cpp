@@ -35,10 +35,10 @@ Count shared_cost(const Notes& lanes) {
       const auto a = reinterpret_cast<uintptr_t>(lanes[i]->address);
       for (uintptr_t w = a / 4; w <= (a + lanes[i]->size - 1) / 4; ++w) words[w % 32].insert(w);
     }
-    size_t most = 1;
-    for (const auto& bank : words) most = std::max(most, bank.size());
-    count.done += most;
-    ++count.least;
+    size_t passes = 1;
+    for (const auto& bank : words) passes = std::max(passes, bank.size());
+    count.transactions += passes;
+    ++count.min_transactions;
   }
   return count;
 }
@@ -59,23 +59,23 @@ void Counts::end(const char* kernel, const Block& block) {
   static const char* verbs[] = {"read", "write", "atomic"};
   const std::lock_guard lock(mutex);
   for (size_t w = 0; w < block.warps.size(); ++w) {
-    // place in the source, kind -> k-th access there -> lanes
-    std::map<std::tuple<std::string, unsigned, unsigned, int, bool>, std::vector<Notes>> places;
+    // site in the source, kind -> k-th access there -> lanes
+    std::map<std::tuple<std::string, unsigned, unsigned, int, bool>, std::vector<Notes>> sites;
     for (size_t t = 32 * w; t < std::min<size_t>(32 * w + 32, notes.size()); ++t) {
-      std::map<std::tuple<const char*, unsigned, unsigned, int, bool>, size_t> seen;
+      std::map<std::tuple<const char*, unsigned, unsigned, int, bool>, size_t> counted;
       for (const Note& n : notes[t]) {
         const int access = static_cast<int>(n.access);
         const auto key =
             std::tuple(n.site.file_name(), n.site.line(), n.site.column(), access, n.shared);
         auto& instructions =
-            places[{n.site.file_name(), n.site.line(), n.site.column(), access, n.shared}];
-        const size_t k = seen[key]++;
+            sites[{n.site.file_name(), n.site.line(), n.site.column(), access, n.shared}];
+        const size_t k = counted[key]++;
         if (instructions.size() <= k) instructions.resize(k + 1);
         instructions[k].push_back(&n);
       }
     }
-    for (const auto& [place, instructions] : places) {
-      const auto& [file, line, column, access, shared] = place;
+    for (const auto& [location, instructions] : sites) {
+      const auto& [file, line, column, access, shared] = location;
       const size_t slash = file.rfind('/');
       const std::string name =
           std::string(kernel) + " " + file.substr(slash == std::string::npos ? 0 : slash + 1) +
@@ -84,8 +84,8 @@ void Counts::end(const char* kernel, const Block& block) {
       for (const Notes& lanes : instructions) {
         const Count c = shared ? shared_cost(lanes) : global_cost(lanes);
         sum.instructions += c.instructions;
-        sum.done += c.done;
-        sum.least += c.least;
+        sum.transactions += c.transactions;
+        sum.min_transactions += c.min_transactions;
       }
     }
   }

@@ -1,9 +1,9 @@
-// What the memory instructions of a kernel cost, counted from their addresses.
+// Counts the cost of a kernel's memory instructions from their addresses.
 //
-// Lanes do not run in step here, so the k-th access of each lane of a warp at one place of the
-// source counts as one instruction. Global: the 32-byte sectors that it touches, and the fewest
+// Lanes do not run in step here, so the k-th access of each lane of a warp at one site of the
+// source counts as one instruction. Global: the 32-byte sectors that it accesses, and the minimum
 // that could hold its bytes. Shared: the passes over the 32 banks of 4 bytes (8-byte accesses take
-// half warps, 16-byte accesses quarters), and the fewest possible.
+// half warps, 16-byte accesses quarters), and the minimum.
 #pragma once
 
 #include <map>
@@ -15,7 +15,7 @@
 namespace simt {
 
 struct Count {
-  int64_t instructions = 0, done = 0, least = 0;  // sectors or passes
+  int64_t instructions = 0, transactions = 0, min_transactions = 0;  // sectors or passes
 };
 
 struct Counts {

@@ -1,5 +1,5 @@
-// CUDA's own names for device code, on the host: indices, barriers, shuffles, votes, atomics, and
-// the mathematics that the CUDA headers leave to nvcc. Only names that a kernel uses are here.
+// CUDA's names for device code, on the host: indices, barriers, shuffles, votes, atomics, and the
+// mathematics that the CUDA headers leave to nvcc. Only names that a kernel uses are here.
 #pragma once
 
 #include <bit>
@@ -78,7 +78,7 @@ namespace simt {
 template <class T, class F>
 T atomic(T* p, F&& change, const Site& site) {
   check(p, sizeof(T), sizeof(T), Access::atomic, site);
-  meet_blocks(p);
+  exchange_views(p);
   T before, after;
   __atomic_load(p, &before, __ATOMIC_RELAXED);
   do after = change(before);

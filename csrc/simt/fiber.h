@@ -1,4 +1,4 @@
-// A fiber: a stack and the place where it stopped. Each CUDA thread runs on one.
+// A fiber: a stack and the address where it stopped. Each CUDA thread runs on one.
 //
 // On x86-64 a switch is fifteen instructions; elsewhere it is ucontext, which enters the kernel for
 // the signal mask. Every switch is reported to AddressSanitizer and ThreadSanitizer.
@@ -13,7 +13,7 @@
 namespace simt {
 
 struct Fiber {
-  void* sp = nullptr;  // where it stopped
+  void* sp = nullptr;  // the stack pointer at which it stopped
   char* stack = nullptr;
   size_t size = 0;             // of the stack
   bool adopted = false;        // the stack is the OS thread's

@@ -27,7 +27,7 @@ namespace simt {
 namespace {
 
 constexpr size_t kPage = 4096;
-constexpr size_t kStaticRoom = 2 * kMostStatic;  // room for alignment and gaps too
+constexpr size_t kStaticCapacity = 2 * kMaxStatic;  // with alignment and gaps
 constexpr size_t kGap = 64;    // between shared variables, so that an overrun is found
 constexpr int kPoison = 0xff;  // NaN as float32, bfloat16 and float16; -1 as an integer
 
@@ -68,7 +68,7 @@ void refuse_race(const Stamp& before, const void* p, const Site& site) {
   if (before.block != self->block->number) who += " of block " + std::to_string(before.block);
   fail(who + (access_of(before) == Access::read ? " read" : " wrote") +
            " these bytes, and nothing orders the two (" +
-           (shared.contains(p) ? shared.place(p) : hex(p)) + ")",
+           (shared.contains(p) ? shared.describe(p) : hex(p)) + ")",
        site);
 }
 
@@ -108,20 +108,20 @@ void access_global(const void* address, size_t size, Access access, const Site& 
 
 }  // namespace
 
-// A free stamp, or one to overwrite: one of two stamps of a warp, if another warp has one.
-Stamp& Word::room(const Stamp& wanted) {
+// Returns a free stamp, or one to overwrite: one of two stamps of a warp, if another warp has one.
+Stamp& Word::slot_for(const Stamp& stamp) {
   for (Stamp& s : stamps)
     if (!s.bytes) return s;
-  const auto alike = [](const Stamp& a, const Stamp& b) {
+  const auto same_kind = [](const Stamp& a, const Stamp& b) {
     return a.access == b.access && a.bytes == b.bytes;
   };
   for (Stamp& s : stamps)
     for (const Stamp& other : stamps)
-      if (&s < &other && alike(s, wanted) && alike(other, wanted) && s.block == other.block &&
+      if (&s < &other && same_kind(s, stamp) && same_kind(other, stamp) && s.block == other.block &&
           s.thread / 32 == other.thread / 32)
         return s;
   for (Stamp& s : stamps)
-    if (alike(s, wanted)) return s;
+    if (same_kind(s, stamp)) return s;
   return stamps[random_number() % std::size(stamps)];
 }
 
@@ -129,7 +129,7 @@ void Word::touch(uint8_t bytes, Access access, const void* p, const Site& site) 
   for (Stamp& s : stamps) {
     if (!(s.bytes & bytes)) continue;
     const Access before = access_of(s);
-    if (ordered(s)) {  // whatever comes after this access also comes after that one
+    if (ordered(s)) {  // every access after this one also comes after that one
       if (access != Access::read || before == Access::read) s.bytes &= ~bytes;
     } else if (before != access || access == Access::write) {
       refuse_race(s, p, site);
@@ -138,7 +138,7 @@ void Word::touch(uint8_t bytes, Access access, const void* p, const Site& site) 
   Stamp stamp = now();
   stamp.bytes = bytes;
   stamp.access = static_cast<uint16_t>(access);
-  room(stamp) = stamp;
+  slot_for(stamp) = stamp;
   if (access != Access::read) written |= bytes;
 }
 
@@ -147,12 +147,12 @@ void begin_races() {
   begin_order();
 }
 
-void know(const void* begin, size_t bytes, const char* name, bool writable) {
+void register_tensor(const void* begin, size_t bytes, const char* name, bool writable) {
   const char* p = static_cast<const char*>(begin);
   ranges.push_back({p, p + bytes, name, writable});
 }
 
-void forget() { ranges.clear(); }
+void unregister_tensors() { ranges.clear(); }
 
 void check(const void* address, size_t size, size_t alignment, Access access, const Site& site) {
   const Quiet quiet;
@@ -183,26 +183,26 @@ void check_constant(const void* address, const char* instruction, const Site& si
       fail(std::string(instruction) + ": of '" + r.name + "', which is an output", site);
 }
 
-// [guard][static variables][guard][dynamic, at the end of its room][guard]
+// [guard][static variables][guard][dynamic, at the end of its capacity][guard]
 Shared::Shared() {
-  const size_t dynamic_room = (kMostDynamic + 2 * kPage - 1) / kPage * kPage;
-  size = kPage + kStaticRoom + kPage + dynamic_room + kPage;
+  const size_t dynamic_capacity = (kMaxDynamic + 2 * kPage - 1) / kPage * kPage;
+  size = kPage + kStaticCapacity + kPage + dynamic_capacity + kPage;
   void* p = mmap(nullptr, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
   if (p == MAP_FAILED) throw std::bad_alloc();
   base = static_cast<unsigned char*>(p);
   mprotect(base, kPage, PROT_NONE);
-  mprotect(base + kPage + kStaticRoom, kPage, PROT_NONE);
+  mprotect(base + kPage + kStaticCapacity, kPage, PROT_NONE);
   mprotect(base + size - kPage, kPage, PROT_NONE);
 }
 
 Shared::~Shared() { munmap(base, size); }
 
 void Shared::begin(size_t bytes) {
-  SIMT_UNPOISON(base + kPage, kStaticRoom);
+  SIMT_UNPOISON(base + kPage, kStaticCapacity);
   std::memset(base + kPage, kPoison, used);
   used = static_bytes = 0;
   variables.clear();
-  SIMT_POISON(base + kPage, kStaticRoom);
+  SIMT_POISON(base + kPage, kStaticCapacity);
   std::fill(slots.begin(), slots.end(), nullptr);
   // the largest alignment that any instruction needs of a shared address
   dynamic = base + size - kPage - (bytes + 127) / 128 * 128;
@@ -221,8 +221,7 @@ void* Shared::variable(size_t id, size_t bytes, size_t alignment, const Site& si
     used = (used + alignment - 1) / alignment * alignment;
     if (used % (2 * alignment) == 0) used += alignment;  // no better aligned than requested
     static_bytes += bytes;
-    if (static_bytes + dynamic_bytes >
-        (dynamic_bytes > kDynamicUnasked ? kMostDynamic : kMostStatic))
+    if (static_bytes + dynamic_bytes > (dynamic_bytes > kDefaultDynamic ? kMaxDynamic : kMaxStatic))
       fail(std::to_string(static_bytes) + " bytes of static shared memory beside " +
                std::to_string(dynamic_bytes) + " of dynamic",
            site);
@@ -240,10 +239,10 @@ size_t new_variable() {
   return count++;
 }
 
-std::string Shared::place(const void* p) const {
+std::string Shared::describe(const void* p) const {
   const auto* c = static_cast<const unsigned char*>(p);
   const unsigned char* first = base + kPage;
-  if (c >= first + kStaticRoom)
+  if (c >= first + kStaticCapacity)
     return "byte " + std::to_string(c - dynamic) + " of " + std::to_string(dynamic_bytes) +
            " dynamic ones of shared memory";
   return "byte " + std::to_string(c - first) + " of " + std::to_string(used) +
@@ -255,13 +254,13 @@ void Shared::inside(const void* p, size_t bytes, const Site& site) const {
   for (const auto& [begin, end] : variables)
     if (c >= begin && c + bytes <= end) return;
   if (c >= dynamic && c + bytes <= dynamic + dynamic_bytes) return;
-  fail("out of bounds: " + std::to_string(bytes) + " bytes at " + place(p), site);
+  fail("out of bounds: " + std::to_string(bytes) + " bytes at " + describe(p), site);
 }
 
 Word& Shared::word(size_t offset) {
   const size_t of_static = offset - kPage, of_dynamic = offset - this->offset(dynamic);
-  auto& words = of_static < kStaticRoom ? static_words : dynamic_words;
-  const size_t number = (of_static < kStaticRoom ? of_static : of_dynamic) / 4;
+  auto& words = of_static < kStaticCapacity ? static_words : dynamic_words;
+  const size_t number = (of_static < kStaticCapacity ? of_static : of_dynamic) / 4;
   if (words.size() <= number) words.resize(number + 1);
   return words[number];
 }

@@ -1,12 +1,12 @@
 // Checks every access to memory.
 //
 // An access by load, store, an atomic, ldmatrix or cp.async must be inside a tensor that the host
-// code registered with `know`, or inside the block's shared memory, which is poisoned when the
-// block begins and must be written before it is read. A shadow word for every 4 bytes records which
-// threads wrote and read them. Two accesses by different threads, one of which writes, must be
-// ordered (order.h); so a race is found whatever order the threads ran in. EmulatorOptions::races
-// includes global memory; blocks then run one at a time. Accesses past these functions (`p[i]`) are
-// checked only by the sanitizers and by the poison.
+// code registered with `register_tensor`, or inside the block's shared memory, which is poisoned
+// when the block begins and must be written before it is read. A shadow word for every 4 bytes
+// records which threads wrote and read them. Two accesses by different threads, one of which
+// writes, must be ordered (order.h); so a race is found in any order of the threads.
+// EmulatorOptions::races includes global memory; blocks then run one at a time. Accesses that
+// bypass these functions (`p[i]`) are checked only by the sanitizers and by the poison.
 #pragma once
 
 #include <cstddef>
@@ -19,19 +19,19 @@
 
 namespace simt {
 
-constexpr size_t kMostStatic = 48 << 10;
-constexpr size_t kMostDynamic = 227 << 10;    // static memory counts towards both limits
-constexpr size_t kDynamicUnasked = 32 << 10;  // above this, cuda/launch.h requests kMostDynamic
+constexpr size_t kMaxStatic = 48 << 10;
+constexpr size_t kMaxDynamic = 227 << 10;     // static memory counts towards both limits
+constexpr size_t kDefaultDynamic = 32 << 10;  // above this, cuda/launch.h requests kMostDynamic
 
 enum class Access : uint16_t { read, write, atomic };
 
 // A thread's access to some of the 4 bytes (one bit each; 0: no access) and its time.
 using Stamp = Moment;
 
-// The shadow of 4 bytes. It has room for the writer of each half and two readers. Two readers (or
+// The shadow of 4 bytes. It stores the writer of each half and two readers. Two readers (or
 // atomics) of different warps, or of different lanes, represent any number of them, since a later
 // write that is ordered after both is ordered after all. Of many readers of smaller pieces some are
-// forgotten.
+// dropped.
 struct Word {
   Stamp stamps[4];
   uint8_t written = 0, in_flight = 0;  // one bit per byte
@@ -39,7 +39,7 @@ struct Word {
   void touch(uint8_t bytes, Access access, const void* p, const Site& site);
 
  private:
-  Stamp& room(const Stamp& wanted);
+  Stamp& slot_for(const Stamp& stamp);
 };
 
 // Refuses an access that is misaligned, out of bounds, reads unwritten shared memory, or is not
@@ -52,9 +52,9 @@ void check_global(const void* address, const char* instruction, const Site& site
 // read-only cache.
 void check_constant(const void* address, const char* instruction, const Site& site);
 
-// Registers a tensor that kernels may access, until `forget`. `name` must stay valid.
-void know(const void* begin, size_t bytes, const char* name, bool writable);
-void forget();
+// Registers a tensor that kernels may access, until `unregister_tensors`. `name` must stay valid.
+void register_tensor(const void* begin, size_t bytes, const char* name, bool writable);
+void unregister_tensors();
 
 struct Shared {
   Shared();
@@ -70,7 +70,7 @@ struct Shared {
   void* variable(size_t id, size_t bytes, size_t alignment, const Site& site);
   unsigned char* dynamic = nullptr;
 
-  std::string place(const void* p) const;  // for a message
+  std::string describe(const void* p) const;  // for a message
 
   void access(const void* p, size_t bytes, Access access, const Site& site);
   void begin_copy(const Copy& copy);                  // cp.async: no access until the end

@@ -10,20 +10,20 @@
 namespace simt {
 namespace {
 
-std::unordered_map<const void*, Views> meeting_places;  // blocks run one at a time
+std::unordered_map<const void*, Views> views_by_address;  // blocks run one at a time
 
-// Whether `before` comes before what `thread` of its block does now, by these clocks.
+// Whether `before` comes before the current position of `thread` of its block, by these clocks.
 bool within_block(const Moment& before, int thread, const std::vector<uint32_t>& clocks,
-                  const uint32_t* seen) {
-  const int its_warp = before.thread / 32, own = thread / 32;
-  if (its_warp != own) return clocks[its_warp] >= before.clock;
-  return before.syncs < seen[before.thread % 32] || before.clock < clocks[own];
+                  const uint32_t* syncs_before) {
+  const int other_warp = before.thread / 32, own_index = thread / 32;
+  if (other_warp != own_index) return clocks[other_warp] >= before.clock;
+  return before.syncs < syncs_before[before.thread % 32] || before.clock < clocks[own_index];
 }
 
 bool covers(const View& view, const Moment& before) {
   if (before.block != view.at.block) return false;
   if (before.thread == view.at.thread) return before.fences < view.at.fences;
-  return within_block(before, view.at.thread, view.clocks, view.seen);
+  return within_block(before, view.at.thread, view.clocks, view.syncs_before);
 }
 
 void add(Views& views, const std::shared_ptr<const View>& view) {
@@ -38,7 +38,7 @@ Moment now() {
   Moment m;
   m.block = self->block->number;
   m.clock = warp.clocks[self->number / 32];
-  m.syncs = warp.seen[self->lane][self->lane];
+  m.syncs = warp.syncs_before[self->lane][self->lane];
   m.fences = self->fences;
   m.thread = self->number;
   return m;
@@ -47,36 +47,37 @@ Moment now() {
 bool ordered(const Moment& before) {
   const Block& block = *self->block;
   if (before.block == block.number)
-    return before.thread == self->number ||
-           within_block(before, self->number, self->warp->clocks, self->warp->seen[self->lane]);
+    return before.thread == self->number || within_block(before, self->number, self->warp->clocks,
+                                                         self->warp->syncs_before[self->lane]);
   return std::any_of(block.acquired.begin(), block.acquired.end(),
                      [&](const auto& a) { return covers(*a.first, before) && ordered(a.second); });
 }
 
-// Whatever every warp with a thread among these did so far comes before what they do from now on.
+// Orders everything so far of every warp with a thread among these before everything that they do
+// from now on.
 void join_at_barrier(const std::vector<Thread*>& threads) {
   std::vector<Warp>& warps = threads[0]->block->warps;
-  std::vector<uint32_t> joined(warps.size(), 0);
+  std::vector<uint32_t> merged(warps.size(), 0);
   for (Thread* t : threads)
-    for (size_t w = 0; w < joined.size(); ++w) joined[w] = std::max(joined[w], t->warp->clocks[w]);
+    for (size_t w = 0; w < merged.size(); ++w) merged[w] = std::max(merged[w], t->warp->clocks[w]);
   for (Thread* t : threads) {
     auto& clocks = t->warp->clocks;
-    const size_t own = t->warp - warps.data();
-    if (clocks[own] > joined[own]) continue;  // done for another lane of this warp
-    clocks = joined;
-    ++clocks[own];
+    const size_t own_index = t->warp - warps.data();
+    if (clocks[own_index] > merged[own_index]) continue;  // done for another lane of this warp
+    clocks = merged;
+    ++clocks[own_index];
   }
 }
 
-void join_at_syncwarp(uint32_t (&seen)[32][32], uint32_t mask) {
-  uint32_t joined[32] = {};
+void join_at_syncwarp(uint32_t (&syncs_before)[32][32], uint32_t mask) {
+  uint32_t merged[32] = {};
   for (uint32_t lanes = mask; lanes; lanes &= lanes - 1) {
     const int lane = __builtin_ctz(lanes);
-    ++seen[lane][lane];
-    for (int l = 0; l < 32; ++l) joined[l] = std::max(joined[l], seen[lane][l]);
+    ++syncs_before[lane][lane];
+    for (int l = 0; l < 32; ++l) merged[l] = std::max(merged[l], syncs_before[lane][l]);
   }
   for (uint32_t lanes = mask; lanes; lanes &= lanes - 1)
-    std::memcpy(seen[__builtin_ctz(lanes)], joined, sizeof joined);
+    std::memcpy(syncs_before[__builtin_ctz(lanes)], merged, sizeof merged);
 }
 
 void fence() {
@@ -90,19 +91,19 @@ void fence() {
   if (!++t.fences) fail("more fences of a thread than are followed: 65535", t.site);
   for (const auto& [view, acquired] : block.acquired)
     if (ordered(acquired)) add(t.released, view);
-  View own{now(), t.warp->clocks, {}};
-  std::memcpy(own.seen, t.warp->seen[t.lane], sizeof own.seen);
-  add(t.released, std::make_shared<const View>(own));
+  View own_index{now(), t.warp->clocks, {}};
+  std::memcpy(own_index.syncs_before, t.warp->syncs_before[t.lane], sizeof own_index.syncs_before);
+  add(t.released, std::make_shared<const View>(own_index));
 }
 
-void meet_blocks(const void* address) {
+void exchange_views(const void* address) {
   if (!options().races) return;
   const Quiet quiet;
-  Views& place = meeting_places[address];
-  for (const auto& [who, view] : place) add(self->read, view);
-  for (const auto& [who, view] : self->released) add(place, view);
+  Views& published = views_by_address[address];
+  for (const auto& [who, view] : published) add(self->read, view);
+  for (const auto& [who, view] : self->released) add(published, view);
 }
 
-void begin_order() { meeting_places.clear(); }
+void begin_order() { views_by_address.clear(); }
 
 }  // namespace simt

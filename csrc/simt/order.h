@@ -1,4 +1,4 @@
-// The happens-before order that the kernel itself establishes, whatever order threads ran in.
+// The happens-before order that the kernel itself establishes, in any order of the threads.
 //
 // - lanes of one warp: by a barrier or a __syncwarp of both (a shuffle, a vote or a matrix
 //   instruction orders nothing);
@@ -15,8 +15,8 @@ namespace simt {
 
 struct Thread;
 
-// A point in a thread's run: the counts of its warp's barriers and of its own __syncwarps and
-// fences. The spare bits beside the thread's number are for memory.h, which stores many of these.
+// A point in a thread's run: the counts of its warp's barriers, and of the thread's __syncwarps and
+// fences. The spare bits next to the thread's number are for memory.h, which stores many of these.
 struct Moment {
   uint32_t block = 0, clock = 0, syncs = 0;
   uint16_t fences = 0, thread : 10 = 0, bytes : 4 = 0, access : 2 = 0;
@@ -27,17 +27,17 @@ static_assert(sizeof(Moment) == 16);
 struct View {
   Moment at;
   std::vector<uint32_t> clocks;
-  uint32_t seen[32];
+  uint32_t syncs_before[32];
 };
 using Views = std::map<std::pair<uint32_t, uint16_t>, std::shared_ptr<const View>>;  // latest ones
 
 Moment now();                        // the running thread's
-bool ordered(const Moment& before);  // whether it comes before what the running thread does now
+bool ordered(const Moment& before);  // whether it comes before the running thread's position
 
 void join_at_barrier(const std::vector<Thread*>& threads);
-void join_at_syncwarp(uint32_t (&seen)[32][32], uint32_t mask);
+void join_at_syncwarp(uint32_t (&syncs_before)[32][32], uint32_t mask);
 void fence();
-void meet_blocks(const void* address);  // at an atomic
-void begin_order();                     // begins a launch
+void exchange_views(const void* address);  // between blocks, at an atomic
+void begin_order();                        // begins a launch
 
 }  // namespace simt

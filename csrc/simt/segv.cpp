@@ -6,7 +6,7 @@
 
 #include "simt/block.h"
 
-#if defined(__SANITIZE_ADDRESS__) || defined(SIMT_TSAN)  // they have handlers of their own
+#if defined(__SANITIZE_ADDRESS__) || defined(SIMT_TSAN)  // the sanitizers install handlers
 #define SIMT_HANDLES_FAULTS 0
 #else
 #define SIMT_HANDLES_FAULTS 1
@@ -57,10 +57,10 @@ SegvGuard::~SegvGuard() {
 
 SegvStack::SegvStack() {
 #if SIMT_HANDLES_FAULTS
-  stack_t ours = {};
-  ours.ss_sp = stack;
-  ours.ss_size = sizeof stack;
-  sigaltstack(&ours, &before);
+  stack_t alternate = {};
+  alternate.ss_sp = stack;
+  alternate.ss_size = sizeof stack;
+  sigaltstack(&alternate, &before);
 #endif
 }
 

@@ -15,7 +15,7 @@ class SegvGuard {  // per launch: installs the handler
   struct sigaction before_segv, before_bus;
 };
 
-class SegvStack {  // per OS thread: the handler's stack, since the fiber's own may have overflowed
+class SegvStack {  // per OS thread: the handler's stack, since the fiber's may have overflowed
  public:
   SegvStack();
   ~SegvStack();

@@ -1,8 +1,8 @@
 // simt: CUDA kernels on a CPU, with the checks of a debugger.
 //
-// A .cu file that takes its instructions from csrc/cuda/ptx.cuh compiles with g++ against this
-// header. Every CUDA thread is a fiber. The threads of a block take turns in an order drawn with a
-// seed, and wait for each other at warp collectives and barriers. docs/simt.md lists what this
+// A .cu file that uses the instructions of csrc/cuda/ptx.cuh compiles with g++ against this header.
+// Every CUDA thread is a fiber. The threads of a block run in turn, in a random order by a seed,
+// and wait for each other at warp collectives and barriers. docs/simt.md lists the errors that this
 // finds. It cannot find an error that the emulator and a kernel share (fragment layouts were never
 // run on a GPU), nor effects of the hardware's weak memory order, registers or timing.
 //

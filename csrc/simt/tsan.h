@@ -1,5 +1,5 @@
-// Lets ThreadSanitizer check kernels, not the emulator: `Quiet` hides the emulator's own work,
-// `release` and `acquire` tell that it orders two CUDA threads. All empty without SIMT_TSAN.
+// Lets ThreadSanitizer check kernels, not the emulator: `Quiet` hides the emulator's work,
+// `release` and `acquire` report that it orders two CUDA threads. All are empty without SIMT_TSAN.
 #pragma once
 
 #if defined(SIMT_TSAN)

@@ -83,7 +83,7 @@ uint32_t ballot(uint32_t mask, bool predicate, const Site& site) {
 
 void sync_warp(uint32_t mask, const Site& site) {
   const Operation join = [](void** arguments, uint32_t lanes, const Site&) {
-    join_at_syncwarp(static_cast<Warp*>(arguments[__builtin_ctz(lanes)])->seen, lanes);
+    join_at_syncwarp(static_cast<Warp*>(arguments[__builtin_ctz(lanes)])->syncs_before, lanes);
   };
   collective(mask, "__syncwarp", self->warp, join, site);
 }

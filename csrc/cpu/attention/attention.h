@@ -1,11 +1,11 @@
 // Softmax attention, forward and backward, dense, packed and paged. Body of attention.cpp; the
 // options and their order are in fastlm/ops/attention.py.
 //
-//   attention_sequence.h   where the sequences lie; which keys a row sees
-//   attention_scores.h    softcap, ALiBi, bias, dropout on a row of scores
-//   attention_forward.h   blocks of queries against blocks of packed keys (training, prefill)
-//   attention_chunks.h    a few queries against a long cache, which is read once, in place
-//   attention_backward.h  gradients
+//   attention_sequence.h   addresses of the sequences; the keys that a row sees
+//   attention_scores.h     softcap, ALiBi, bias, dropout on a row of scores
+//   attention_forward.h    blocks of queries against blocks of packed keys (training, prefill)
+//   attention_chunks.h     a few queries against a long cache, which is read once, in place
+//   attention_backward.h   gradients
 //
 // Names: b batch, h query head, i query row, j key; S, T lengths of q and k; D, Dv widths of a
 // head. Types: T of q, C of k and v, E of the operands of the products (gemm.h).
@@ -20,7 +20,8 @@ namespace attention_body {
 #include "cpu/attention/attention_chunks.h"
 #include "cpu/attention/attention_backward.h"
 
-// Floats of a workspace of so many bytes, of which up to 63 are skipped to reach a cache line.
+// Returns the floats of a workspace of `bytes`. Up to 63 more bytes are skipped to reach a cache
+// line.
 inline int64_t workspace_floats(int64_t bytes) { return bytes ? (bytes + 64 + 3) / 4 : 0; }
 
 template <class T, class C>
@@ -32,7 +33,7 @@ int64_t forward(const AttentionInputs& in, const TensorView& out, const TensorVi
   const SequenceOffsets offsets(in, s);
   const SequenceLengths lengths(s, offsets);
   const ChunkSizes chunks(s, lengths);
-  const bool by_chunks = decodes(s, o, lengths.most_q);
+  const bool by_chunks = decodes(s, o, lengths.max_q);
   if (!memory) {
     const int64_t bytes = bytes_of_sequences<T, C>(s) +
                           (by_chunks ? chunks.bytes() : bytes_by_blocks<T, C>(s, lengths));
@@ -44,9 +45,9 @@ int64_t forward(const AttentionInputs& in, const TensorView& out, const TensorVi
   AttentionSequence<T, C> few[FEW_SEQUENCES];
   auto* sequences = s.B <= FEW_SEQUENCES ? few : workspace.take<AttentionSequence<T, C>>(s.B);
   make_sequences(in, s, offsets, sequences);
-  const AttentionLayout& of = in.layout;
-  const float* k_scale = of.k_scale ? of.k_scale->data<float>("k_scale") : nullptr;
-  const float* v_scale = of.v_scale ? of.v_scale->data<float>("v_scale") : nullptr;
+  const AttentionLayout& layout = in.layout;
+  const float* k_scale = layout.k_scale ? layout.k_scale->data<float>("k_scale") : nullptr;
+  const float* v_scale = layout.v_scale ? layout.v_scale->data<float>("v_scale") : nullptr;
   T* p_out = out.data<T>("out");
   float* p_lse = lse.data<float>("lse");
   if (by_chunks)
@@ -56,8 +57,8 @@ int64_t forward(const AttentionInputs& in, const TensorView& out, const TensorVi
   return 0;
 }
 
-// Returns 0. Without a workspace it only does that where it needs none; otherwise it returns the
-// float32 elements that it needs, and has done nothing: the caller calls again.
+// Returns 0. A call without a workspace that needs one computes nothing, and returns the float32
+// elements that it needs: the caller then calls again.
 inline int64_t attention_forward(const TensorView& q, const TensorView& k, const TensorView& v,
                                  const AttentionLayout* layout, const AttentionExtras* extras,
                                  const AttentionOptions& options, const TensorView& out,
@@ -114,7 +115,7 @@ int64_t backward(const AttentionInputs& in, const TensorView& dout, const Tensor
   return 0;
 }
 
-// dout like out, dlse (may be absent) like lse. Returns what attention_forward returns.
+// dout like out, dlse (may be absent) like lse. The result is that of attention_forward.
 inline int64_t attention_backward(const TensorView& dout, const TensorView* dlse,
                                   const TensorView& q, const TensorView& k, const TensorView& v,
                                   const TensorView& out, const TensorView& lse,

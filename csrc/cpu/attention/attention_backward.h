@@ -2,14 +2,14 @@
 //
 //   dV = P^T dO        dS = P (dP - delta)        dQ = scale dS K        dK = scale dS^T Q
 //
-// A task is one key head of one sequence (one SPAN of its keys where heads alone give too few
-// tasks) and takes its query heads in order, so every sum has one fixed order. Each block of keys
-// and queries takes five products; scores and P stay in the L2:
+// A task is one key head of one sequence, or one SPAN of its keys where heads alone give too few
+// tasks. It processes its query heads in order, so every sum has one fixed order. Each block of
+// keys and queries needs five products; scores and P stay in the L2:
 //
 //   S  (q, k) = Q . K^T         A = Q in place             B = packed K^T
 //   dP (q, k) = dO . V^T        A = dO in place            B = packed V^T
 //   dV^T (Dv, k) += dO^T . P    A = dO^T                   B = P, packed as it is computed
-//   dK^T (D, k)  += Q^T . dS    A = Q^T                    B = dS, likewise
+//   dK^T (D, k)  += Q^T . dS    A = Q^T                    B = dS, packed as it is computed
 //   dQ (q, D)    += dS . K      A = dS                     B = packed K
 //
 // Rejected: dK = dS^T Q with dS as A, which needs a transposition of dS in the inner loop.
@@ -20,19 +20,19 @@ constexpr int64_t SPAN = 512;     // keys per task when there are fewer than MIN
 constexpr int64_t MIN_TASKS = 8;  // key heads x sequences that keep the cores of one socket busy
 
 FASTLM_INLINE int64_t spans_of(const AttentionShape& s, const SequenceLengths& lengths) {
-  return s.B * s.Hkv >= MIN_TASKS ? 1 : std::max<int64_t>(1, (lengths.most_k + SPAN - 1) / SPAN);
+  return s.B * s.Hkv >= MIN_TASKS ? 1 : std::max<int64_t>(1, (lengths.max_k + SPAN - 1) / SPAN);
 }
 
-// Where packing costs more than the products (one token: 5 us of packing, 0.3 of products), rows
-// are computed one by one, in float32 on the stack.
+// Rows are computed one by one, in float32 on the stack, where packing costs more than the products
+// (one token: 5 us of packing, 0.3 of products).
 constexpr int64_t FEW = 8;             // queries and keys
 constexpr int64_t FEW_WIDE = 256;      // D and Dv
 constexpr int64_t FEW_WORK = 1 << 18;  // products; more are worth waking all threads
 
 FASTLM_INLINE bool are_few(const AttentionShape& s, const SequenceLengths& lengths) {
-  const int64_t most_q = lengths.most_q, most_k = lengths.most_k;
-  return s.B <= FEW_SEQUENCES && most_q <= FEW && most_k <= FEW && s.D <= FEW_WIDE &&
-         s.Dv <= FEW_WIDE && s.B * s.H * most_q * most_k * (s.D + s.Dv) <= FEW_WORK;
+  const int64_t max_q = lengths.max_q, max_k = lengths.max_k;
+  return s.B <= FEW_SEQUENCES && max_q <= FEW && max_k <= FEW && s.D <= FEW_WIDE &&
+         s.Dv <= FEW_WIDE && s.B * s.H * max_q * max_k * (s.D + s.Dv) <= FEW_WORK;
 }
 
 struct GradientStrides {
@@ -90,7 +90,7 @@ FASTLM_INLINE float delta_of(const T* g, const T* y, int64_t Dv) {
   return hsum(sum);
 }
 
-// Rows r .. r + KP of a tile (rows apart by BK) to the panels of a B operand with `packed_k` rows.
+// Rows r .. r + KP of a tile (row stride BK) to the panels of a B operand with `packed_k` rows.
 template <class E>
 FASTLM_INLINE void panel_rows(const float* tile, int64_t r, [[maybe_unused]] int64_t rows,
                               int64_t n, int64_t packed_k, E* panels) {
@@ -163,14 +163,14 @@ struct BackwardSizes {
 
 template <class T>
 BackwardSizes<Elem<T>> sizes_of(const AttentionShape& s, const SequenceLengths& lengths) {
-  return {s, lengths.most_q, spans_of(s, lengths) == 1 ? lengths.most_k : SPAN,
+  return {s, lengths.max_q, spans_of(s, lengths) == 1 ? lengths.max_k : SPAN,
           std::is_same_v<Elem<T>, T>};
 }
 
 // Sizes of a task of `backward_bias`, which takes one block of keys at a time.
 template <class T>
 BackwardSizes<Elem<T>> sizes_for_bias(const AttentionShape& s, const SequenceLengths& lengths) {
-  return {s, lengths.most_q, BK, std::is_same_v<Elem<T>, T>};
+  return {s, lengths.max_q, BK, std::is_same_v<Elem<T>, T>};
 }
 
 // With several spans, the dq of each: spans x rows of all queries x H x padded D floats.
@@ -350,10 +350,10 @@ void backward_all(const AttentionShape& s, const ScoreOptions& o, const Gradient
   const BackwardSizes<E> size = sizes_of<T>(s, lengths);
   workspace.divide(size.bytes(s));
   // below it a second thread costs more than it saves: 10 products of 131072 are 10 us
-  const bool worthwhile = s.B * s.H * lengths.most_q * lengths.most_k * (s.D + s.Dv) > 262144;
+  const bool worthwhile = s.B * s.H * lengths.max_q * lengths.max_k * (s.D + s.Dv) > 262144;
 #pragma omp parallel num_threads(workspace.threads) if (worthwhile)
   {
-    Buffer memory(workspace.mine());
+    Buffer memory(workspace.thread_part());
     BackwardTask<T> task(s, o, grad, size, dout, out, lse, memory);
     TileScope tiles;
 #pragma omp for schedule(dynamic) collapse(3)
@@ -470,9 +470,9 @@ void backward_few(const AttentionShape& s, const ScoreOptions& o, const Gradient
     }
 }
 
-// to[r][j] += tile (rows, n), whose rows are BK apart; a stride `row` or `key` of 0 sums over that
-// index. A tile is summed before it is added: adding thousands of elements to one large sum lost
-// ten times as much to rounding.
+// to[r][j] += tile (rows, n), row stride BK; a stride `row` or `key` of 0 sums over that index. A
+// tile is summed before it is added: adding thousands of elements to one large sum lost ten times
+// as much to rounding.
 inline void add_tile(const float* tile, int64_t rows, int64_t n, int64_t row, int64_t key,
                      float* sums, float* to) {
   if (row && key) {
@@ -515,12 +515,12 @@ void backward_bias(const AttentionShape& s, const ScoreOptions& o, const Gradien
   float* p_dbias = dbias.data<float>("dbias");
   const auto stride = [&](int i) { return dbias.size(i) == 1 ? 0 : dbias.stride(i); };
   const int64_t bias_b = dbias.size(0), bias_h = dbias.size(1), row = stride(2), key = stride(3);
-  const int64_t blocks = row ? (lengths.most_q + BQ - 1) / BQ : 1, G = s.H / s.Hkv;
+  const int64_t blocks = row ? (lengths.max_q + BQ - 1) / BQ : 1, G = s.H / s.Hkv;
   const BackwardSizes<E> size = sizes_for_bias<T>(s, lengths);
   workspace.divide(size.bytes(s));
 #pragma omp parallel num_threads(workspace.threads)
   {
-    Buffer memory(workspace.mine());
+    Buffer memory(workspace.thread_part());
     BackwardTask<T> task(s, o, grad, size, dout, out, lse, memory);
     TileScope tiles;
 #pragma omp for schedule(dynamic) collapse(3)

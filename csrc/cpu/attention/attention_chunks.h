@@ -1,9 +1,9 @@
 // Decoding: a few rows of one sequence and key head against a long cache. The rows are S queries x
 // the heads that share the key head, at most MAX_ROWS; with one query any number of heads, MAX_ROWS
 // at a time. Reading the cache is the bottleneck, so keys and values are read once, in place and in
-// their own dtype, without packing. The cache is cut into chunks of CHUNK keys, so that one
-// sequence and head keeps several threads busy. The chunk is fixed: results do not depend on the
-// number of threads.
+// the dtype of the cache, without packing. The cache is divided into chunks of CHUNK keys, so that
+// one sequence and head keeps several threads busy. The size of a chunk is fixed: results do not
+// depend on the number of threads.
 //
 //   partial of a chunk, per row: m, l, O (Dv)   ->   combined in the chunks' order
 
@@ -60,12 +60,12 @@ void weigh_rows(const float* P, int64_t ldp, const C* v, int64_t stride, int64_t
     for (int r = 0; r < R; ++r)
       for (int w = 0; w < W; ++w)
         acc[r][w] = d + w * VL < Dv ? load(O + r * ldo + d + w * VL) : vfloat{};
-    const bool whole = d + W * VL <= Dv;
+    const bool full = d + W * VL <= Dv;
     for (int64_t j = 0; j < count; ++j) {
       vfloat x[W];
 #pragma GCC unroll 4
       for (int w = 0; w < W; ++w)
-        x[w] = whole             ? load_cached(v + j * stride + d + w * VL, VL)
+        x[w] = full              ? load_cached(v + j * stride + d + w * VL, VL)
                : d + w * VL < Dv ? load_cached(v + j * stride + d + w * VL, Dv - d - w * VL)
                                  : vfloat{};
 #pragma GCC unroll 8
@@ -166,24 +166,24 @@ void decode_chunk(const AttentionSequence<T, C>& p, const AttentionShape& s, con
     memcpy(partial + r * ldp + 2, O + r * ldo, size_t(ldo) * sizeof(float));
 }
 
-// Combines row r of `chunks` partials, `apart` floats apart, to out and lse. A partial's m is
+// Combines row r of `chunks` partials, `stride_c` floats apart, to out and lse. A partial's m is
 // overwritten by its weight.
 template <class T>
-void combine_chunks(float* partial, int64_t chunks, int64_t apart, float sink, float scale,
+void combine_chunks(float* partial, int64_t chunks, int64_t stride_c, float sink, float scale,
                     int64_t Dv, T* out, float* lse) {
   float m = sink, l = 0;
-  for (int64_t c = 0; c < chunks; ++c) m = std::max(m, partial[c * apart]);
+  for (int64_t c = 0; c < chunks; ++c) m = std::max(m, partial[c * stride_c]);
   const float offset = m == -INFINITE ? 0.f : m;
   if (sink != -INFINITE) l = std::exp2((sink - offset) * LOG2E);
   for (int64_t c = 0; c < chunks; ++c) {
-    float& weight = partial[c * apart];  // 1 where it is the largest, as always with one chunk
+    float& weight = partial[c * stride_c];  // 1 where it is the largest, as always with one chunk
     weight = weight == m ? 1.f : std::exp2((weight - offset) * LOG2E);
-    l += partial[c * apart + 1] * weight;
+    l += partial[c * stride_c + 1] * weight;
   }
   for (int64_t d = 0; d < Dv; d += VL) {
     vfloat sum{};
     for (int64_t c = 0; c < chunks; ++c)
-      sum += load(partial + c * apart + 2 + d) * partial[c * apart];
+      sum += load(partial + c * stride_c + 2 + d) * partial[c * stride_c];
     const vfloat x = sum * (l == 0 ? 0.f : scale / l);
     if (Dv - d >= VL)
       store(out + d, x);
@@ -200,8 +200,8 @@ struct ChunkSizes {
   int64_t chunks, groups, sets, partial, thread;  // partial: floats of a task; thread: bytes
 
   ChunkSizes(const AttentionShape& s, const SequenceLengths& lengths)
-      : chunks(std::max<int64_t>(1, (lengths.most_k + CHUNK - 1) / CHUNK)),
-        groups((s.H / s.Hkv * lengths.most_q + MAX_ROWS - 1) / MAX_ROWS),
+      : chunks(std::max<int64_t>(1, (lengths.max_k + CHUNK - 1) / CHUNK)),
+        groups((s.H / s.Hkv * lengths.max_q + MAX_ROWS - 1) / MAX_ROWS),
         sets(s.B * s.Hkv * groups),
         partial(MAX_ROWS * (2 + round_up(s.Dv, VL))),
         thread(Buffer::size_of<float>(MAX_ROWS * round_up(s.D, VL)) +
@@ -222,12 +222,12 @@ void forward_by_chunks(const AttentionShape& s, const ScoreOptions& o,
                        const AttentionSequence<T, C>* sequences, const ChunkSizes& sizes,
                        const float* k_scale, const float* v_scale, T* out, float* lse,
                        Workspace workspace) {
-  // sequence b, key head g, its rows from row0 on; their partials are `chunks` x `apart` floats
+  // sequence b, key head g, its rows from row0 on; their partials are `chunks` x `stride_c` floats
   const int64_t chunks = sizes.chunks, groups = sizes.groups, sets = sizes.sets, G = s.H / s.Hkv,
-                apart = sizes.partial, ldp = apart / MAX_ROWS, tasks = sets * chunks;
+                stride_c = sizes.partial, ldp = stride_c / MAX_ROWS, tasks = sets * chunks;
   int64_t total = 0;
   for (int64_t b = 0; b < s.B; ++b) total += sequences[b].keys;
-  float* all = chunks > 1 ? workspace.take<float>(tasks * apart) : nullptr;
+  float* all = chunks > 1 ? workspace.take<float>(tasks * stride_c) : nullptr;
   const bool on_stack = sizes.on_stack();
   workspace.divide(on_stack ? 0 : sizes.thread);
   const auto combine = [&](int64_t set, float* partials) {
@@ -236,7 +236,7 @@ void forward_by_chunks(const AttentionShape& s, const ScoreOptions& o,
     const AttentionSequence<T, C>& p = sequences[b];
     for (int64_t r = 0; r < std::min(MAX_ROWS, G * p.queries - row0); ++r) {
       const int64_t h = g * G + (row0 + r) / p.queries, i = (row0 + r) % p.queries;
-      combine_chunks(partials + r * ldp, chunks, apart, o.sinks ? o.sinks[h] : -INFINITE,
+      combine_chunks(partials + r * ldp, chunks, stride_c, o.sinks ? o.sinks[h] : -INFINITE,
                      v_scale ? v_scale[g] : 1.f, s.Dv, out + s.out.at(b, h, p.q0 + i),
                      lse + s.lse.at(b, h, p.q0 + i));
     }
@@ -244,7 +244,7 @@ void forward_by_chunks(const AttentionShape& s, const ScoreOptions& o,
   const auto attend = [&](int64_t t, Buffer& memory) {
     const int64_t set = t / chunks, b = set / groups / s.Hkv, g = set / groups % s.Hkv;
     memory.clear();
-    float* partial = chunks == 1 ? memory.take<float>(apart) : all + t * apart;
+    float* partial = chunks == 1 ? memory.take<float>(stride_c) : all + t * stride_c;
     decode_chunk(sequences[b], s, o, b, g, set % groups * MAX_ROWS, t % chunks,
                  k_scale ? k_scale[g] : 1.f, partial, memory);
     if (chunks == 1) combine(set, partial);
@@ -255,19 +255,20 @@ void forward_by_chunks(const AttentionShape& s, const ScoreOptions& o,
     Buffer memory(on_stack ? local : workspace.p);
     FlushDenormals flush;
     for (int64_t t = 0; t < tasks; ++t) attend(t, memory);
-    for (int64_t set = 0; chunks > 1 && set < sets; ++set) combine(set, all + set * chunks * apart);
+    for (int64_t set = 0; chunks > 1 && set < sets; ++set)
+      combine(set, all + set * chunks * stride_c);
     return;
   }
 #pragma omp parallel num_threads(workspace.threads)
   {
     alignas(64) char local[ON_STACK];
-    Buffer memory(on_stack ? local : workspace.mine());
+    Buffer memory(on_stack ? local : workspace.thread_part());
     FlushDenormals flush;
 #pragma omp for schedule(dynamic)
     for (int64_t t = 0; t < tasks; ++t) attend(t, memory);
     if (chunks > 1) {
 #pragma omp for
-      for (int64_t set = 0; set < sets; ++set) combine(set, all + set * chunks * apart);
+      for (int64_t set = 0; set < sets; ++set) combine(set, all + set * chunks * stride_c);
     }
   }
 }

@@ -182,7 +182,8 @@ struct ForwardBlock {
 
 // Bytes of forward_by_blocks' workspace: the packed keys, then each thread's arrays. The keys count
 // as float32 also where E is half of that: with a smaller block glibc's trim threshold stays low,
-// and memory freed after a call went back to Linux every time (713 page faults, +22 % of a prefill).
+// and memory freed after a call was returned to Linux every time (713 page faults, +22 % of a
+// prefill).
 template <class T, class C>
 int64_t bytes_by_blocks(const AttentionShape& s, const SequenceLengths& lengths) {
   using E = Elem<T>;
@@ -201,15 +202,15 @@ void forward_by_blocks(const AttentionShape& s, const ScoreOptions& o,
   E* K = workspace.take<E>(packed.elements(lengths.all_packed) * s.Hkv);
   E* V = K + lengths.all_packed * s.Hkv * packed.D;
   workspace.divide(ForwardBlock<E, T, C>::bytes(s));
-  const int64_t q_blocks = (lengths.most_q + Q_BLOCK - 1) / Q_BLOCK,
-                k_blocks = (lengths.most_k + KV_BLOCK - 1) / KV_BLOCK, G = s.H / s.Hkv;
+  const int64_t q_blocks = (lengths.max_q + Q_BLOCK - 1) / Q_BLOCK,
+                k_blocks = (lengths.max_k + KV_BLOCK - 1) / KV_BLOCK, G = s.H / s.Hkv;
   // the rows of key head g of sequence b begin at packed(b) * Hkv + g * rows(b)
   const auto start = [&](const AttentionSequence<T, C>& p, int64_t g) {
     return p.packed * s.Hkv + g * round_up(p.keys, ROW_PAD);
   };
 #pragma omp parallel num_threads(workspace.threads)
   {
-    Buffer memory(workspace.mine());
+    Buffer memory(workspace.thread_part());
     ForwardBlock<E, T, C> block(s, o, packed, k_scale, v_scale, memory);
     TileScope tiles;
 #pragma omp for schedule(dynamic) collapse(3)

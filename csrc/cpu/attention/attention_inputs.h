@@ -1,5 +1,5 @@
-// The operands of all three attention ops, which share one body (attention.h), as Python passes
-// them: structs come from tuples. Nothing here depends on the instruction set.
+// The operands of all three attention ops, which share one body (attention.h). Python passes the
+// structs as tuples. Nothing here depends on the instruction set.
 #pragma once
 
 #include "tuple_caster.h"
@@ -15,7 +15,7 @@ struct AttentionOptions {
   double dropout_p;
 };
 
-// Where the sequences are; None: dense. Which tensors are present tells the ops apart.
+// The layout of the sequences; None: dense. The tensors that are present determine the op.
 //   dense:   q (B, H, S, D), k, v (B, Hkv, T, D | Dv)
 //   packed:  q (total_q, H, D), k, v (total_k, Hkv, D | Dv) and both cu_seqlens (B + 1) int32
 //   paged:   q (B, S, H, D), k, v (pages, page_size, Hkv, D | Dv), block_table (B, max_pages) and

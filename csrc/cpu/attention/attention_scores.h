@@ -67,7 +67,7 @@ struct ScoreOptions : AttentionOptions {
   bool dropout = false;
   uint64_t seed = 0;
   uint32_t threshold = 0;  // a word below it drops
-  float kept = 1;          // 1 / (1 - p)
+  float keep_scale = 1;    // 1 / (1 - p)
 
   // No option but scale > 0: the row maximum can be taken before scaling.
   bool plain() const { return scale > 0 && softcap == 0 && !alibi_slopes && !bias.p; }
@@ -90,21 +90,21 @@ inline ScoreOptions score_options(const AttentionInputs& in) {
   if (extras.seed) {
     o.dropout = true;
     o.seed = uint64_t(*extras.seed->data<int64_t>("seed"));
-    // p = 1 drops everything: the factor is 0 whatever the word
+    // p = 1 drops everything: the factor is 0 for every word
     o.threshold = uint32_t(std::min(o.dropout_p * 4294967296.0, 4294967295.0));
-    o.kept = o.dropout_p < 1 ? float(1 / (1 - o.dropout_p)) : 0.f;
+    o.keep_scale = o.dropout_p < 1 ? float(1 / (1 - o.dropout_p)) : 0.f;
   }
   return o;
 }
 
 // Applies scale, softcap, ALiBi and bias to the scores s of row i of head h of sequence b, keys
 // j0 .. j0 + n, and multiplies by `unit`. `slope`, unless null, receives the softcap's derivative.
-// `place` is the key at the query's own position.
+// `position` is the key at the query's position.
 inline void finish_scores(const ScoreOptions& o, float scale, int64_t b, int64_t h, int64_t i,
-                          int64_t place, int64_t j0, int64_t n, float* s, float* slope) {
+                          int64_t position, int64_t j0, int64_t n, float* s, float* slope) {
   const float alibi = o.alibi_slopes ? o.alibi_slopes[h] : 0.f;
   const int64_t bias = b * o.bias.batch + h * o.bias.head + i * o.bias.row + j0 * o.bias.key;
-  vfloat distance = splat(float(place - j0)) - __builtin_convertvector(iota(), vfloat);
+  vfloat distance = splat(float(position - j0)) - __builtin_convertvector(iota(), vfloat);
   for (int64_t j = 0; j < n; j += VL, distance -= float(VL)) {
     vfloat x = load(s + j) * scale;
     if (o.softcap > 0) {
@@ -156,6 +156,7 @@ inline void dropout_row(const ScoreOptions& o, int64_t b, int64_t h, int64_t i, 
                     vuint{} + uint32_t(h), vuint{} + uint32_t(b)};
       philox(c, o.seed);
       for (int word = 0; word < 4; ++word)
-        store(factor + j + word * 16 + lane, c[word] >= o.threshold ? splat(o.kept) : vfloat{});
+        store(factor + j + word * 16 + lane,
+              c[word] >= o.threshold ? splat(o.keep_scale) : vfloat{});
     }
 }

@@ -55,15 +55,15 @@ struct AttentionShape {
 
   FASTLM_INLINE KeySpan span(int64_t i, int64_t S, int64_t keys) const {
     if (!causal && window == 0) return {0, keys};
-    const int64_t last = i + keys - S;  // the key at the query's own place
+    const int64_t last = i + keys - S;  // the key at the query's position
     const int64_t end = std::clamp<int64_t>(last + 1, 0, keys);
     return {window ? std::clamp<int64_t>(last - window + 1, 0, end) : 0, end};
   }
 };
 
-constexpr int64_t FEW_SEQUENCES = 16;  // so many sequences are on the stack: 3 KiB
+constexpr int64_t FEW_SEQUENCES = 16;  // up to this many sequences are on the stack: 3 KiB
 
-// Of the workspace, for more sequences than that.
+// Bytes of the workspace for more sequences than that.
 template <class T, class C>
 int64_t bytes_of_sequences(const AttentionShape& s) {
   return s.B <= FEW_SEQUENCES ? 0 : round_up(s.B * int64_t(sizeof(AttentionSequence<T, C>)), 64);
@@ -118,10 +118,10 @@ inline void check_pages(const AttentionInputs& in, const int32_t* table, int64_t
                                   std::to_string(table[p]) + " for sequence " + std::to_string(b));
 }
 
-inline void check_lengths(const int32_t* lens, int64_t n, int64_t room) {
+inline void check_lengths(const int32_t* lens, int64_t n, int64_t capacity) {
   for (int64_t b = 0; b < n; ++b)
-    if (lens[b] < 0 || lens[b] > room)
-      throw std::invalid_argument("seq_lens: expected 0 to " + std::to_string(room) +
+    if (lens[b] < 0 || lens[b] > capacity)
+      throw std::invalid_argument("seq_lens: expected 0 to " + std::to_string(capacity) +
                                   " (pages a sequence x page size), got " +
                                   std::to_string(lens[b]) + " for sequence " + std::to_string(b));
 }
@@ -132,15 +132,15 @@ struct SequenceOffsets {
   int64_t queries = 0, keys = 0;  // of each sequence, unless it is packed; keys: unless paged
 
   SequenceOffsets(const AttentionInputs& in, const AttentionShape& s) {
-    const AttentionLayout& of = in.layout;
-    if (of.cu_seqlens_q) {
-      cu_q = of.cu_seqlens_q->data<int32_t>("cu_seqlens_q");
-      cu_k = of.cu_seqlens_k->data<int32_t>("cu_seqlens_k");
+    const AttentionLayout& layout = in.layout;
+    if (layout.cu_seqlens_q) {
+      cu_q = layout.cu_seqlens_q->data<int32_t>("cu_seqlens_q");
+      cu_k = layout.cu_seqlens_k->data<int32_t>("cu_seqlens_k");
       check_offsets("cu_seqlens_q", cu_q, s.B + 1, in.q.size(0));
       check_offsets("cu_seqlens_k", cu_k, s.B + 1, in.k.size(0));
-    } else if (of.block_table) {
-      lens = of.seq_lens->data<int32_t>("seq_lens");
-      check_lengths(lens, s.B, of.block_table->size(1) * in.k.size(1));
+    } else if (layout.block_table) {
+      lens = layout.seq_lens->data<int32_t>("seq_lens");
+      check_lengths(lens, s.B, layout.block_table->size(1) * in.k.size(1));
       queries = in.q.size(1);
     } else {
       queries = in.q.size(2), keys = in.k.size(2);
@@ -151,13 +151,13 @@ struct SequenceOffsets {
 };
 
 struct SequenceLengths {
-  int64_t most_q = 0, most_k = 0;        // of the longest sequence
+  int64_t max_q = 0, max_k = 0;          // of the longest sequence
   int64_t all_rows = 0, all_packed = 0;  // queries and packed keys of all sequences
 
-  SequenceLengths(const AttentionShape& s, const SequenceOffsets& of) {
+  SequenceLengths(const AttentionShape& s, const SequenceOffsets& offsets) {
     for (int64_t b = 0; b < s.B; ++b) {
-      const int64_t queries = of.queries_of(b), keys = of.keys_of(b);
-      most_q = std::max(most_q, queries), most_k = std::max(most_k, keys);
+      const int64_t queries = offsets.queries_of(b), keys = offsets.keys_of(b);
+      max_q = std::max(max_q, queries), max_k = std::max(max_k, keys);
       all_rows += queries, all_packed += round_up(keys, ROW_PAD);
     }
   }
@@ -165,20 +165,21 @@ struct SequenceLengths {
 
 // Fills sequences[B]. Checks every page before anything is read through it.
 template <class T, class C>
-void make_sequences(const AttentionInputs& in, const AttentionShape& s, const SequenceOffsets& of,
-                    AttentionSequence<T, C>* sequences) {
+void make_sequences(const AttentionInputs& in, const AttentionShape& s,
+                    const SequenceOffsets& offsets, AttentionSequence<T, C>* sequences) {
   const T* q = in.q.data<T>("q");
   const C *k = in.k.data<C>("k"), *v = in.v.data<C>("v");
-  const int32_t* tables = of.lens ? in.layout.block_table->data<int32_t>("block_table") : nullptr;
+  const int32_t* tables =
+      offsets.lens ? in.layout.block_table->data<int32_t>("block_table") : nullptr;
   int64_t packed = 0, before = 0;
   for (int64_t b = 0; b < s.B; ++b) {
     AttentionSequence<T, C>& p = sequences[b];
     const int32_t* table = nullptr;
-    p.q0 = of.cu_q ? of.cu_q[b] : 0, p.k0 = of.cu_k ? of.cu_k[b] : 0;
-    p.queries = of.queries_of(b), p.keys = of.keys_of(b);
+    p.q0 = offsets.cu_q ? offsets.cu_q[b] : 0, p.k0 = offsets.cu_k ? offsets.cu_k[b] : 0;
+    p.queries = offsets.queries_of(b), p.keys = offsets.keys_of(b);
     if (tables) {
       table = tables + b * in.layout.block_table->stride(0);
-      check_pages(in, table, b, of.lens[b]);
+      check_pages(in, table, b, offsets.lens[b]);
     }
     p.q = q + s.q.at(b, 0, p.q0);
     p.k = {k, s.k.head, s.k.row, table, table ? in.k.size(1) : 0, s.k.batch};

@@ -5,9 +5,9 @@
 //     FASTLM_OP(<op>_forward, "x weight y")
 //
 // The body is included once per instruction set, inside namespace fastlm::<isa> and inside a target
-// region, so the file as a whole is compiled for the baseline and only these functions use the wide
+// region. So the file is compiled for the baseline, and only these functions use the wide
 // registers. A global -mavx512f would put AVX-512 into inline functions of the standard library,
-// and old machines would raise SIGILL; for the same reason every standard header is included here,
+// and old machines would raise SIGILL. For the same reason every standard header is included here,
 // before the first region, and a body includes none.
 //
 // simd.h (vectors of VL floats, load and store of float, bf16, f16) is included before a body. A
@@ -37,7 +37,7 @@ extern "C" void __asan_poison_memory_region(const volatile void* p, size_t bytes
 extern "C" void __asan_unpoison_memory_region(const volatile void* p, size_t bytes);
 #define FASTLM_READS(p, bytes) __asan_loadN(p, size_t(bytes))
 #define FASTLM_WRITES(p, bytes) __asan_storeN(p, size_t(bytes))
-#define FASTLM_GUARD 64  // bytes between two parts of one allocation, which nothing may touch
+#define FASTLM_GUARD 64  // bytes between two parts of one allocation: no access is allowed
 #define FASTLM_POISON(p, bytes) __asan_poison_memory_region(p, size_t(bytes))
 #define FASTLM_UNPOISON(p, bytes) __asan_unpoison_memory_region(p, size_t(bytes))
 #else

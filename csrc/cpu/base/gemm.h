@@ -1,13 +1,13 @@
-// The matrix core that every op with a matrix product shares. One thread; an op splits its work and
-// calls this on blocks, inside a region that holds a `TileScope` (tiles on AMX, no denormals).
+// The matrix product that all ops share. It runs on one thread: an op divides its work and calls
+// this on blocks, inside a region that holds a `TileScope` (tiles on AMX, no denormals).
 //
 //     C (M, N) float32  =  A (M, K) . B (K, N)      or  +=
 //
 //   E  type of the operands: bf16 where the machine has a bf16 dot product and the tensor is bf16,
 //      otherwise float (`Elem<T>` says which). Sums are float32 everywhere.
-//   A  row-major, rows `lda` elements apart, K padded to `padded_k<E>(K)` with zeros (finite is not
-//      enough: NaN * 0). A bf16 tensor whose K is a multiple of K_STEP is used in place; anything
-//      else goes through pack_a.
+//   A  row-major, row stride `lda`, K padded to `padded_k<E>(K)` with zeros (finite is not enough:
+//      NaN * 0). A bf16 tensor with a K that is a multiple of K_STEP is used in place; any other
+//      operand is packed by pack_a.
 //   B  packed by pack_b into panels of VL columns: [N/VL][K/KP][VL][KP]; KP = 2 for bf16 (one
 //      32-bit lane holds two consecutive k), 1 for float. Columns beyond N are zero.
 //
@@ -199,16 +199,16 @@ FASTLM_INLINE vfloat sums_of(vfloat* r) {
 // One vector of a row: KP * VL elements from p as E, zero from element n on.
 template <class E, class S>
 FASTLM_INLINE vint row_words(const S* p, int64_t n) {
-  constexpr int whole = KP<E> * VL;
+  constexpr int full = KP<E> * VL;
   if constexpr (sizeof(E) == 4)
-    return as_int(n >= whole ? load(p) : load(p, int(n)));
+    return as_int(n >= full ? load(p) : load(p, int(n)));
   else {
-    alignas(64) E t[whole] = {};
+    alignas(64) E t[full] = {};
     if constexpr (sizeof(S) == sizeof(E) && KP<S> == KP<E>) {
-      if (n >= whole) return load_words(p);
+      if (n >= full) return load_words(p);
       memcpy(t, p, size_t(n) * sizeof(E));
     } else {
-      for (int half = 0; half < whole; half += VL)
+      for (int half = 0; half < full; half += VL)
         if (n > half)
           store(t + half, n - half >= VL ? load(p + half) : load(p + half, int(n - half)));
     }
@@ -240,8 +240,8 @@ FASTLM_INLINE vint column_words(const S* p, [[maybe_unused]] int64_t next,
   }
 }
 
-// Packs B[k][n] = source[k * k_stride + n * n_stride] into panels. Any strides work; wherever speed
-// matters one of them is 1.
+// Packs B[k][n] = source[k * k_stride + n * n_stride] into panels. Any strides work; where speed
+// matters, one of them is 1.
 template <class E, class S>
 void pack_b(const S* source, int64_t k_stride, int64_t n_stride, int64_t k, int64_t n, E* packed) {
   const int64_t kp = padded_k<E>(k);
@@ -332,8 +332,8 @@ void pack_a(const S* source, int64_t m_stride, int64_t k_stride, int64_t m, int6
 }
 
 FASTLM_INLINE vfloat broadcast(const float* a) { return splat(*a); }
-// c + a * b rounded once. Left to itself, GCC fuses or not by the shape of the loop, and a row's
-// sum would depend on how many rows it is multiplied with.
+// c + a * b rounded once. Without this, GCC would fuse or not by the shape of the loop, and a row's
+// sum would depend on the number of rows in its block.
 FASTLM_INLINE vfloat multiply_add(vfloat c, vfloat a, vfloat b, float) {
 #if FASTLM_VL == 16
   return (vfloat)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
@@ -362,9 +362,8 @@ constexpr bool FETCH_A = true;
 
 // acc += A . B of ROWS x (PANELS * VL) over k elements. The loops are unrolled by pragma so that
 // `acc` stays in registers. Unless the L2 has them (`FETCH_A`), the loop prefetches the rows of A
-// at `next`: those of the next block, or the same ones again. They must be rows of A: another
-// thread may be writing to the lines beyond, and a prefetch would take them from its cache (1.6x
-// slower).
+// at `next`: those of the next block, or the same ones. They must be rows of A: another thread may
+// be writing to the lines beyond, and a prefetch would take them from its cache (1.6x slower).
 template <class E, int ROWS, int PANELS>
 FASTLM_INLINE void products(int64_t k, const E* __restrict a, int64_t lda, const E* next,
                             const E* __restrict b, int64_t panel, vfloat (&acc)[ROWS][PANELS]) {
@@ -416,7 +415,7 @@ void micro(int64_t k, const E* __restrict a, int64_t lda, const E* next, const E
     for (int p = 0; p < PANELS; ++p) store(c + r * ldc + p * VL, acc[r][p]);
 }
 
-// A last panel of fewer than VL columns goes through `edge`.
+// A last panel of fewer than VL columns is computed in `edge`.
 template <class E, int PANELS>
 void micro_rows(int rows, int64_t k, const E* a, int64_t lda, const E* next, const E* b,
                 int64_t panel, float* c, int64_t ldc, int last, bool accumulate) {
@@ -456,16 +455,16 @@ void micro_rows(int rows, int64_t k, const E* a, int64_t lda, const E* next, con
 
 #ifdef FASTLM_AMX
 // 32 x 32 of C with four accumulator tiles: two tiles of A and two of B per 32 k, each used twice.
-// `rows`, `columns` below 32 go through `edge`, so that no row of A or C beyond the matrix is
-// touched.
+// `rows`, `columns` below 32 are computed in `edge`, so that no row of A or C beyond the matrix is
+// accessed.
 inline void tile_block(int64_t k, const bf16* a, int64_t lda, const bf16* b, int64_t panel,
                        float* c, int64_t ldc, int rows, int columns, bool accumulate) {
   alignas(64) float edge[32 * 32];
   alignas(64) bf16 a_edge[32 * 32];
-  const bool whole = rows == 32 && columns == 32;
-  float* d = whole ? c : edge;
-  const int64_t ldd = whole ? ldc : 32;
-  if (!whole) {
+  const bool full = rows == 32 && columns == 32;
+  float* d = full ? c : edge;
+  const int64_t ldd = full ? ldc : 32;
+  if (!full) {
     memset(edge, 0, sizeof edge);
     if (accumulate)
       for (int r = 0; r < rows; ++r) memcpy(edge + r * 32, c + r * ldc, size_t(columns) * 4);
@@ -500,7 +499,7 @@ inline void tile_block(int64_t k, const bf16* a, int64_t lda, const bf16* b, int
   }
   tile_store<0>(d, ldd * 4), tile_store<1>(d + 16, ldd * 4);
   tile_store<2>(d + 16 * ldd, ldd * 4), tile_store<3>(d + 16 * ldd + 16, ldd * 4);
-  if (!whole)
+  if (!full)
     for (int r = 0; r < rows; ++r) memcpy(c + r * ldc, edge + r * 32, size_t(columns) * 4);
 }
 #endif

@@ -1,4 +1,4 @@
-// The int8 matrix core of quantized_linear.h, one thread:
+// The int8 matrix product of quantized_linear.h, on one thread:
 //
 //     C (M, N) float32  (+)=  sum over runs r of
 //         scale(m, r) * (scale(n, r) * A_r (M, K_r) int8 . B_r (K_r, N)  +  zero(n, r) * sum(A_r))
@@ -8,7 +8,7 @@
 //
 //   A  rows of int8, run after run, each run padded with zeros to K_STEP8: `Rounded`
 //   B  panels of VL columns; in a panel, run after run, [K_r/4][VL][4]. VNNI multiplies unsigned by
-// signed, so there B holds what the weight stores: nibbles, or bytes with the sign bit flipped;
+//      signed, so there B holds the weight's nibbles, or its bytes with the sign bit flipped;
 //      elsewhere B is signed. int4 keeps the order of its nibbles, the even k of 8 and then the odd
 //      ones; A has the same order.
 //
@@ -97,17 +97,17 @@ FASTLM_INLINE int32_t hsum(vint v) {
 // scale = absmax / 127 of a run; inverse = 127 / absmax. A run with NaN has the scale NaN.
 template <class T>
 FASTLM_INLINE float int8_scale(const T* x, int64_t k, float* inverse) {
-  vint most{};  // magnitudes compare as integers, with NaN above all
+  vint max_bits{};  // magnitudes compare as integers, with NaN above all
   for (int64_t i = 0; i < k; i += VL) {
     const int count = int(std::min<int64_t>(VL, k - i));
     const vint bits = as_int(count == VL ? load(x + i) : load(x + i, count)) & 0x7fffffff;
 #if FASTLM_VL == 16
-    most = (vint)_mm512_max_epi32((__m512i)most, (__m512i)bits);
+    max_bits = (vint)_mm512_max_epi32((__m512i)max_bits, (__m512i)bits);
 #else
-    most = bits > most ? bits : most;
+    max_bits = bits > max_bits ? bits : max_bits;
 #endif
   }
-  const int32_t top = hmax(most);
+  const int32_t top = hmax(max_bits);
   float absmax;
   memcpy(&absmax, &top, 4);
   if (absmax < 1e-30f) absmax = 1e-30f;  // keeps 127 / absmax finite for a run of zeros
@@ -176,7 +176,7 @@ FASTLM_INLINE int32_t to_int8(const T* x, int64_t k, int64_t padded, float inver
   return hsum((vint)sum);
 }
 
-// Groups cut into runs of at most RUN_MAX columns; x has one scale per run.
+// Groups are divided into runs of at most RUN_MAX columns; x has one scale per run.
 struct Run {
   int32_t length, group;  // padded columns
 };
@@ -203,8 +203,8 @@ struct Runs {
   }
 };
 
-// x rounded: rows of q, `row` bytes apart, and three numbers per run and row, in the order in which
-// the kernel reads them: (M / MR, count, [scale | sum | start], MR).
+// x rounded: rows of q, with a stride of `row` bytes, and three numbers per run and row, in the
+// order in which the kernel reads them: (M / MR, count, [scale | sum | start], MR).
 struct Rounded {
   int8_t* q;
   float* numbers;
@@ -415,16 +415,17 @@ inline void tile_block_int8(const Block8& block, const Rounded& x, int64_t m, in
 }
 #endif
 
-// C (m, n), n <= NR8, rows NR8 apart, (+)= a block times the rows of x from `from` on (without
-// tiles a multiple of MR). Calls done(m0, rows) after each block of rows, while it is in the L1.
-template <int BITS, class Done>
+// C (m, n), n <= NR8, row stride NR8, (+)= a block times the rows of x from `from` on (without
+// tiles a multiple of MR). Calls epilogue(m0, rows) after each block of rows, while it is in the
+// L1.
+template <int BITS, class Epilogue>
 void gemm_int8(int64_t m, int64_t n, const Block8& block, const Rounded& x, int64_t from, float* c,
-               bool accumulate, const Done& done) {
+               bool accumulate, const Epilogue& epilogue) {
 #ifdef FASTLM_AMX
   for (int64_t m0 = 0; m0 < m; m0 += 32) {
     const int rows = int(std::min<int64_t>(32, m - m0));
     tile_block_int8(block, x, from + m0, rows, n > VL, c + m0 * NR8, accumulate);
-    done(m0, rows);
+    epilogue(m0, rows);
   }
 #else
   for (int64_t m0 = 0; m0 < m; m0 += MR) {
@@ -433,7 +434,7 @@ void gemm_int8(int64_t m, int64_t n, const Block8& block, const Rounded& x, int6
       micro_int8_rows<BITS, NP8>(rows, block, x, from + m0, c + m0 * NR8, accumulate);
     else
       micro_int8_rows<BITS, 1>(rows, block, x, from + m0, c + m0 * NR8, accumulate);
-    done(m0, rows);
+    epilogue(m0, rows);
   }
 #endif
 }

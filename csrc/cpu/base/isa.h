@@ -1,4 +1,5 @@
-// Which instruction set the CPU kernels run on: one ordered list, best first, one override.
+// The choice of the instruction set for the CPU kernels: one ordered list, best first, and one
+// override.
 #pragma once
 
 #include <string>
@@ -7,8 +8,8 @@
 
 namespace fastlm {
 
-// Best first, except that the faster of avx512 and avx512_fma is chosen (product_rate.h): they have
-// the same vectors; one multiplies bf16 by its dot product, the other widened to float32.
+// Best first, except that the faster of avx512 and avx512_fma is chosen (product_rate.h). Both have
+// the same vectors. avx512 multiplies bf16 by its dot product, avx512_fma widens it to float32.
 // amx_emulated is the amx code with software tiles (amx.h): it is never chosen, only forced, for
 // tests on machines without AMX.
 enum class Isa { amx, avx512, avx512_fma, avx2, scalar, amx_emulated };
@@ -22,14 +23,14 @@ struct Features {
 };
 
 const char* name(Isa);
-Isa isa();                                    // the one in use
-void set_isa(const std::string& isa);         // force one; throws if this machine cannot run it
+Isa isa();                                    // the instruction set in use
+void set_isa(const std::string& isa);         // forces one; throws if this machine cannot run it
 std::vector<std::string> supported_isas();    // best first, then amx_emulated where it can run
 std::string why_not(const std::string& isa);  // why it cannot run here; "" when it can
-// The choice for a machine with these features, and why not amx: for tests of the choice
-std::pair<std::string, std::string> choice_on(const Features&);
+// The choice for a machine with these features, and the reason why it is not amx: for tests
+std::pair<std::string, std::string> isa_choice(const Features&);
 
-// How bf16 is multiplied by default, the reason, and the rate of either way on one core
+// How bf16 is multiplied by default, the reason, and the rates of both methods on one core
 struct ProductsOfBf16 {
   std::string by, because;
   double dot_gflops, fma_gflops;

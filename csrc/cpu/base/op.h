@@ -1,20 +1,20 @@
-// How a C++ function becomes a function of the Python module fastlm._cpu: one line at the foot of
-// the file that defines it. The names of the arguments are written once, here; a function pointer
-// tells their types.
+// Binds a C++ function to the Python module fastlm._cpu, by one line at the foot of the file that
+// defines it. That line has the names of the arguments; their types follow from the function
+// pointer.
 //
 //     FASTLM_OP(rms_norm_forward, "x residual weight eps offset y h rstd")
-//         a kernel body (each_isa.h): a table with its versions, one per instruction set, of which
-//         a call runs the one in use
+//         a kernel body (each_isa.h): a table with one version per instruction set; a call runs
+//         that of the instruction set in use
 //     FASTLM_BIND(first_bad_target, "target classes ignore_index")
 //         a function that is compiled once
 //     FASTLM_CONSTANT(RMS_NORM_BLOCK_ROWS)
-//         a number that the host side in Python needs to know
+//         a constant that the host code in Python needs
 //     FASTLM_MODULE(m) { pybind11::class_<DecodePlan>(m, "DecodePlan") ...; }
 //         anything else
 //
-// A reference (const TensorView&) is a tensor that must be there; a pointer (const TensorView*) is
-// null where Python passes None. No call holds the interpreter's lock. Rejected: declarations in a
-// header and one m.def per function in bindings.cpp, which spelled every signature five times.
+// A reference (const TensorView&) is a required tensor; a pointer (const TensorView*) is null where
+// Python passes None. No call holds the interpreter's lock. Rejected: declarations in a header and
+// one m.def per function in bindings.cpp, which repeated every signature five times.
 #pragma once
 
 #include <pybind11/pybind11.h>
@@ -72,8 +72,9 @@ void bind(pybind11::module_& m, const char* name, const char* names, R (*functio
   define(m, name, names, function, std::index_sequence_for<A...>{});
 }
 template <class R, class... A>
-void bind(pybind11::module_& m, const char* name, const char* names, const IsaTable<R, A...>& of) {
-  const IsaTable<R, A...>* table = &of;
+void bind(pybind11::module_& m, const char* name, const char* names,
+          const IsaTable<R, A...>& versions) {
+  const IsaTable<R, A...>* table = &versions;
   define(
       m, name, names,
       [table](A... arguments) -> R { return (*table)(std::forward<A>(arguments)...); },

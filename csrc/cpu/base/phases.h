@@ -1,20 +1,20 @@
-// Work in phases, on threads that may lose their cores at any time. A phase ends when its units are
-// done, not when its threads have arrived.
+// Runs work in phases, on threads that may lose their cores at any time. A phase ends when its
+// units are done, not when its threads have arrived at a barrier.
 //
-// next_    (phase << 32 | first unclaimed unit)   advanced by compare and swap, which claims units
-//            of a phase atomically
-//   undone_  units of the phase not yet reported as done   the thread that takes it to 0 opens the
-//            next phase
+//   next_     (phase << 32 | first unclaimed unit)   advanced by compare and swap, which claims
+//             units of a phase atomically
+//   pending_  units of the phase not yet reported as done   the thread that takes it to 0 opens the
+//             next phase
 //
 // A thread that has not reported its claim keeps its phase open, so it may read and write the data
-// of that phase; a thread without a claim touches nothing. A thread that lost its core finds the
-// current phase when it returns. A release sequence on `undone_` carries the results of all units
-// to the thread that opens the next phase; the store of `next_` carries them to the threads that
-// claim there.
+// of that phase; a thread without a claim accesses nothing. A thread that lost its core finds the
+// current phase when it runs again. A release sequence on `pending_` carries the results of all
+// units to the thread that opens the next phase; the store of `next_` carries them to the threads
+// that claim units there.
 //
 // A thread without work spins for a while, then sleeps until a phase opens. Its core is free
-// meanwhile, and the scheduler credits it that time, so it wakes at once when the thread it waited
-// for is done. With sched_yield it would use up its time and queue after the other processes.
+// meanwhile, and the scheduler credits it that time, so it wakes at once when the thread for which
+// it waited is done. With sched_yield it would use up its time and queue after other processes.
 #pragma once
 
 #include <immintrin.h>
@@ -46,53 +46,53 @@ class Phases {
   template <class Program>
   void work(Program& program, int threads) {
     const auto last = uint64_t(program.phases());
-    int64_t mine = 0;  // units done here and not yet reported: they keep the phase open
-    for (uint64_t seen = next_.load(std::memory_order_acquire); seen >> 32 < last;) {
-      const int phase = int(seen >> 32);
-      const int64_t from = int64_t(seen & UINT32_MAX), left = program.units(phase) - from;
-      if (left > 0) {
+    int64_t completed = 0;  // units done by this thread and not yet reported: the phase stays open
+    for (uint64_t state = next_.load(std::memory_order_acquire); state >> 32 < last;) {
+      const int phase = int(state >> 32);
+      const int64_t from = int64_t(state & UINT32_MAX), remaining = program.units(phase) - from;
+      if (remaining > 0) {
         // guided self-scheduling: large pieces first, for few claims and long reads, then small
         // ones, so that threads end at the same time
-        const int64_t count = (left + threads - 1) / threads;
-        if (!next_.compare_exchange_weak(seen, seen + uint64_t(count), std::memory_order_acq_rel,
+        const int64_t count = (remaining + threads - 1) / threads;
+        if (!next_.compare_exchange_weak(state, state + uint64_t(count), std::memory_order_acq_rel,
                                          std::memory_order_acquire))
           continue;
         program.run(phase, from, from + count);
-        mine += count;
-        seen = next_.load(std::memory_order_acquire);
+        completed += count;
+        state = next_.load(std::memory_order_acquire);
         continue;
       }
-      if (mine && undone_.fetch_sub(mine, std::memory_order_acq_rel) == mine)
+      if (completed && pending_.fetch_sub(completed, std::memory_order_acq_rel) == completed)
         open(program, phase + 1);
-      mine = 0;
-      seen = wait(seen);
+      completed = 0;
+      state = wait(state);
     }
   }
 
  private:
   // Some 20 us (AMD) to 80 us (Intel): longer than the smallest units of a phase, which is how long
   // running threads wait for each other.
-  static constexpr int LOOKS = 2000;
+  static constexpr int SPINS = 2000;
 
   template <class Program>
   void open(const Program& program, int phase) {
     const int last = program.phases();
     while (phase < last && program.units(phase) == 0) ++phase;
-    undone_.store(phase < last ? program.units(phase) : 0, std::memory_order_relaxed);
+    pending_.store(phase < last ? program.units(phase) : 0, std::memory_order_relaxed);
     next_.store(uint64_t(phase) << 32, std::memory_order_seq_cst);
-    // either the kernel's check, before the sleep, comes after the store, or this load sees the
-    // sleeper
+    // either the kernel's check before the sleep comes after this store, or this load sees the
+    // sleeping thread
     if (sleepers_.load(std::memory_order_seq_cst))
       syscall(SYS_futex, phase_word(), FUTEX_WAKE_PRIVATE, INT_MAX, nullptr, nullptr, 0);
   }
 
-  // `next_` once another phase than that of `seen` is open.
-  uint64_t wait(uint64_t seen) {
-    const uint64_t phase = seen >> 32;
-    for (int looks = 0;; ++looks) {
+  // Returns `next_` once another phase than that of `state` is open.
+  uint64_t wait(uint64_t state) {
+    const uint64_t phase = state >> 32;
+    for (int spins = 0;; ++spins) {
       const uint64_t now = next_.load(std::memory_order_acquire);
       if (now >> 32 != phase) return now;
-      if (looks < LOOKS) {
+      if (spins < SPINS) {
         _mm_pause();
         continue;
       }
@@ -108,7 +108,7 @@ class Phases {
   static_assert(sizeof(std::atomic<uint64_t>) == 8 && __BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__);
   alignas(64) std::atomic<uint64_t> next_{0};
   std::atomic<int> sleepers_{0};
-  alignas(64) std::atomic<int64_t> undone_{0};
+  alignas(64) std::atomic<int64_t> pending_{0};
 };
 
 }  // namespace fastlm

@@ -11,7 +11,7 @@ inline Rows rows_of(const char* argument, const TensorView& t) {
   return {count, t.size(-1), t.size(-1)};
 }
 
-// Calls f(pointer to the weight), whose type is float or T; null without a weight.
+// Calls f(pointer to the weight); the pointer is to float or T, and null without a weight.
 template <class T, class F>
 void with_weight(const TensorView* weight, F&& f) {
   if (!weight)

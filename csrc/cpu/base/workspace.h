@@ -2,7 +2,7 @@
 // allocates: in a parallel region a failure would end the process.
 FASTLM_INLINE int64_t round_up(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
 
-// The caller's memory for one call, handed out array by array.
+// The caller's memory for one call, allocated array by array.
 struct Buffer {
   char* const begin;
   char* p;
@@ -18,7 +18,7 @@ struct Buffer {
     FASTLM_POISON(out + n, p - reinterpret_cast<char*>(out + n));
     return out;
   }
-  // Makes all of it available again.
+  // Releases all arrays.
   void clear() {
     FASTLM_UNPOISON(begin, p - begin);
     p = begin;
@@ -29,12 +29,12 @@ struct Buffer {
   }
 };
 
-// The workspace of a call: arrays that its threads share, then a part for each thread.
+// The workspace of a call: arrays that its threads share, then one part for each thread.
 struct Workspace {
   char* p;
   int64_t bytes;
   int threads = 0;
-  int64_t each = 0;
+  int64_t bytes_per_thread = 0;
   explicit Workspace(void* memory = nullptr, int64_t bytes = 0)
       : p(static_cast<char*>(memory)), bytes(bytes) {}
   explicit Workspace(const TensorView& t)
@@ -45,19 +45,19 @@ struct Workspace {
 
   template <class X>
   X* take(int64_t n) {
-    const int64_t taken = round_up(n * int64_t(sizeof(X)), 64);
-    check(taken);
+    const int64_t size = round_up(n * int64_t(sizeof(X)), 64);
+    check(size);
     X* out = reinterpret_cast<X*>(p);
-    p += taken, bytes -= taken;
+    p += size, bytes -= size;
     return out;
   }
   // Divides the rest into equal parts; the region must run on no more threads than there are parts.
   void divide(int64_t bytes_a_thread) {
     check(bytes_a_thread);
-    each = bytes_a_thread, threads = omp_get_max_threads();
-    if (each > 0) threads = int(std::min<int64_t>(threads, bytes / each));
+    bytes_per_thread = bytes_a_thread, threads = omp_get_max_threads();
+    if (bytes_per_thread > 0) threads = int(std::min<int64_t>(threads, bytes / bytes_per_thread));
   }
-  char* mine() const { return p + omp_get_thread_num() * each; }
+  char* thread_part() const { return p + omp_get_thread_num() * bytes_per_thread; }
 
  private:
   void check(int64_t needed) const {

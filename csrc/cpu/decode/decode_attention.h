@@ -20,8 +20,8 @@
 // L2.
 //
 // int8 keys and values have a scale each, absmax / 127 over their features. Queries are rounded in
-// the same way, so a score is a sum of integers times two scales. Values become floats in registers;
-// their scales multiply the weights. A key that is not finite has such a scale, so the result is
+// the same way, so a score is a sum of integers times two scales. Values become floats in
+// registers; their scales multiply the weights. A key that is not finite has such a scale, so the result is
 // NaN.
 //
 //   partial of a head and chunk: max, sum, O (D)    combined in the chunks' order by `combine`
@@ -45,7 +45,7 @@ struct DecodeAttention {
   float *partials, *max, *sum;  // (M, heads, chunks, partial_size); (M, heads, chunks)
   float* q;                     // (M, heads, query_size): where `begin_row` has run, else null
   const float *q_norm, *k_norm;
-  bool norm_whole;
+  bool norm_all_heads;
   float eps, scale, softcap;
   const float *cos, *sin;
   int64_t rotary_width;
@@ -59,13 +59,13 @@ struct DecodeAttention {
     return (window ? std::max<int64_t>(0, shortest - window) : 0) / DECODE_KEYS;
   }
   int64_t last_chunk() const { return (longest - 1) / DECODE_KEYS; }
-  // Where key j of row m and key head g is in `key_scales`, and its value in `value_scales`.
+  // Index of key j of row m and key head g in `key_scales`, and of its value in `value_scales`.
   int64_t slot(int64_t m, int64_t g, int64_t j) const {
     const int64_t page = table[m * max_pages + j / page_size];
     return (page * kv_heads + g) * page_size + j % page_size;
   }
-  // The same in `keys` and `values`.
-  int64_t place(int64_t m, int64_t g, int64_t j) const { return slot(m, g, j) * head_dim; }
+  // Index of its first element in `keys` and `values`.
+  int64_t offset(int64_t m, int64_t g, int64_t j) const { return slot(m, g, j) * head_dim; }
   int64_t run_end(int64_t j, int64_t end) const {
     return std::min(end, (j / page_size + 1) * page_size);
   }
@@ -112,7 +112,7 @@ void prepare_head(const DecodeAttention<C>& a, const float* all, int64_t heads, 
                   const float* norm, int64_t position, float factor, float* out) {
   const int64_t D = a.head_dim;
   const float* x = all + h * D;
-  if (norm && a.norm_whole)
+  if (norm && a.norm_all_heads)
     scale_by(x, norm + h * D, rms_factor(all, heads * D, a.eps), D, out);
   else if (norm)
     rms_norm_into(x, norm, a.eps, D, out);
@@ -141,8 +141,8 @@ FASTLM_INLINE void prefetch_row(const C* row, int64_t n) {
 template <class C>
 constexpr bool SCALED = std::is_same_v<C, int8_t>;
 
-// scores[r][j] = q[r] . k[j], VL keys at a time. `ahead`: what is read next, prefetched at the same
-// offsets: the values.
+// scores[r][j] = q[r] . k[j], VL keys at a time. `ahead`: the values, which are read next; they are
+// prefetched at the same offsets.
 template <int R, int FIXED, class C>
 void dot_keys(const float* q, int64_t ldq, const C* k, const C* ahead, int64_t count, int64_t width,
               float* scores) {
@@ -185,8 +185,8 @@ void dot_keys(const float* q, int64_t ldq, const C* k, const C* ahead, int64_t c
   }
 }
 
-// A query of int8 in the room of one of floats: `int8_floats` of integers, zeros from D on, its
-// scale, and where its sums begin (int32): -OFFSET<8> times its sum.
+// A query of int8 is stored in the memory of one of floats: `int8_floats` of integers, zeros from D
+// on, its scale, and the start of its sums (int32): -OFFSET<8> times its sum.
 inline int64_t int8_floats(int64_t head_dim) { return (head_dim + 4 * VL - 1) / (4 * VL) * VL; }
 
 FASTLM_INLINE vint lanes_of(const int8_t* p, int64_t n) {  // zeros beyond n bytes
@@ -254,7 +254,7 @@ void weigh_values(const float* P, const C* v, const C* ahead, int64_t count, int
       for (int r = 0; r < R; ++r)
         for (int w = 0; w < W; ++w)
           if (d + w * VL < D) acc[r][w] = load(O + r * ldo + d + w * VL);
-    const bool whole = FIXED % (W * VL) == 0 && FIXED ? true : d + W * VL <= D;
+    const bool full = FIXED % (W * VL) == 0 && FIXED ? true : d + W * VL <= D;
     for (int64_t j = 0; j < count; ++j) {
       if (d == 0) prefetch_row(ahead + j * D, D);
       vfloat p[R];
@@ -264,7 +264,7 @@ void weigh_values(const float* P, const C* v, const C* ahead, int64_t count, int
       for (int w = 0; w < W; ++w) {
         const C* at = v + j * D + d + w * VL;
         const int64_t left = D - d - w * VL;
-        const vfloat x = whole      ? load(at)
+        const vfloat x = full       ? load(at)
                          : left > 0 ? load(at, int(std::min<int64_t>(VL, left)))
                                     : vfloat{};
 #pragma GCC unroll 4
@@ -307,7 +307,7 @@ float put(const float* x, int64_t D, C* to) {
   return scale;
 }
 
-// Writes the new key and value of row m and key head g to the cache; `key`: room for one.
+// Writes the new key and value of row m and key head g to the cache; `key`: scratch for one key.
 template <class C>
 void append(const DecodeAttention<C>& a, int64_t m, int64_t g, float* key) {
   const int64_t D = a.head_dim, position = a.lengths[m], slot = a.slot(m, g, position);
@@ -337,7 +337,7 @@ void prepare_queries(const DecodeAttention<C>& a, int64_t m, int64_t g, float* q
   }
 }
 
-// What the tasks of row m and key head g share, for all of them; `key`: room for one.
+// Prepares what the tasks of row m and key head g share; `key`: scratch for one key.
 template <class C>
 void begin_row(const DecodeAttention<C>& a, int64_t m, int64_t g, float* key) {
   append(a, m, g, key);
@@ -378,14 +378,14 @@ FASTLM_INLINE void chunk_scores(const DecodeAttention<C>& a, const DecodeChunk& 
     const int64_t slot = a.slot(t.m, t.g, j);
     const C *k = a.keys + slot * D, *ahead = a.values + slot * D;
     in_fours(t.ratio, [&](auto R, int64_t r) {
-      const float* own = q + r * ldq;
+      const float* query = q + r * ldq;
       float* S = scores + r * DECODE_KEYS + (j - t.low);
       const auto dot = [&](auto fixed) {
         if constexpr (SCALED<C>)
-          dot_int8_keys<R.value, fixed.value>(own, ldq, k, ahead, a.key_scales + slot, end - j, D,
+          dot_int8_keys<R.value, fixed.value>(query, ldq, k, ahead, a.key_scales + slot, end - j, D,
                                               S);
         else
-          dot_keys<R.value, fixed.value>(own, ldq, k, ahead, end - j, D, S);
+          dot_keys<R.value, fixed.value>(query, ldq, k, ahead, end - j, D, S);
       };
       D == 64 ? dot(std::integral_constant<int, 64>{}) : dot(std::integral_constant<int, 0>{});
     });
@@ -419,35 +419,35 @@ FASTLM_INLINE void exponentials(float* s, int64_t count, float softcap, float* m
 // The partials' O: the values weighted by `scores`, run by run
 template <class C>
 FASTLM_INLINE void weigh_chunk(const DecodeAttention<C>& a, const DecodeChunk& t, float* scores) {
-  const int64_t D = a.head_dim, apart = a.chunks * partial_size(D);  // between heads
+  const int64_t D = a.head_dim, head_stride = a.chunks * partial_size(D);  // between heads
   for (int64_t j = t.low, end; j < t.high; j = end) {
     end = a.run_end(j, t.high);
     const int64_t next = std::min(j + DECODE_KEYS, a.lengths[t.m]);
-    const C *v = a.values + a.place(t.m, t.g, j), *ahead = a.keys + a.place(t.m, t.g, next);
+    const C *v = a.values + a.offset(t.m, t.g, j), *ahead = a.keys + a.offset(t.m, t.g, next);
     if constexpr (SCALED<C>)
       scale_weights(scores + (j - t.low), a.value_scales + a.slot(t.m, t.g, j), t.ratio, end - j);
     in_fours(t.ratio, [&](auto R, int64_t r) {
       const float* P = scores + r * DECODE_KEYS + (j - t.low);
       float* O = a.partial(t.m, t.g * t.ratio + r, t.c);
       if (D == 64)
-        weigh_values<R.value, 64>(P, v, ahead, end - j, D, j == t.low, O, apart);
+        weigh_values<R.value, 64>(P, v, ahead, end - j, D, j == t.low, O, head_stride);
       else
-        weigh_values<R.value, 0>(P, v, ahead, end - j, D, j == t.low, O, apart);
+        weigh_values<R.value, 0>(P, v, ahead, end - j, D, j == t.low, O, head_stride);
     });
   }
 }
 
 // The partials of a chunk. Without `begin_row`, the task with the newest key first writes that key
-// and value to the cache; `own_q`: room for the queries; `scores` (ratio, DECODE_KEYS).
+// and value to the cache; `thread_q`: scratch for the queries; `scores` (ratio, DECODE_KEYS).
 template <class C>
-void attend_chunk(const DecodeAttention<C>& a, int64_t m, int64_t g, int64_t c, float* own_q,
+void attend_chunk(const DecodeAttention<C>& a, int64_t m, int64_t g, int64_t c, float* thread_q,
                   float* scores) {
   const DecodeChunk t(a, m, g, c);
   if (t.high <= t.low) return;  // `combine` does not read the partial of an empty chunk
-  const float* q = a.q ? a.q + (m * a.heads + g * t.ratio) * query_size(a.head_dim) : own_q;
+  const float* q = a.q ? a.q + (m * a.heads + g * t.ratio) * query_size(a.head_dim) : thread_q;
   if (!a.q) {
-    if (t.high == a.length(m)) append(a, m, g, own_q);
-    prepare_queries(a, m, g, own_q);
+    if (t.high == a.length(m)) append(a, m, g, thread_q);
+    prepare_queries(a, m, g, thread_q);
   }
   chunk_scores(a, t, q, scores);
   for (int64_t r = 0; r < t.ratio; ++r) {

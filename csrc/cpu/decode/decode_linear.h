@@ -3,9 +3,9 @@
 constexpr int64_t PANEL_LANES =
     256;  // transposed W at a time: 16 KiB of 64-byte vectors, in the L1
 constexpr int64_t PANEL_BYTES = (PANEL_LANES + VL) * 4 * VL;  // whole vectors are written
-constexpr int64_t AHEAD = 16;                // rows of W that are prefetched: the next tile
-constexpr int MOST_ROWS = VL == 16 ? 8 : 4;  // of x in one pass: two accumulators each in registers
-constexpr int PANELS = VL == 8 ? 2 : 1;      // of VL rows of W at once: a load of x serves them all
+constexpr int64_t AHEAD = 16;               // rows of W that are prefetched: the next tile
+constexpr int MAX_ROWS = VL == 16 ? 8 : 4;  // of x in one pass: two accumulators each in registers
+constexpr int PANELS = VL == 8 ? 2 : 1;     // of VL rows of W at once: a load of x serves them all
 
 struct Activations {  // M rows of x
   float* x;           // (M, stride), zero from K to the next multiple of 16
@@ -83,7 +83,7 @@ inline void round_row(const DecodeLinear& l, const Activations& a, const Activat
 // Runs [first, last) of PANELS x VL rows of W, transposed.
 struct TilePart {
   const uint8_t* panel;
-  int64_t apart;  // bytes from a panel to the next one
+  int64_t panel_stride;  // bytes from a panel to the next one
   RunAt first;
   int64_t end;        // column
   const char* table;  // of this tile, at its first of these rows
@@ -117,7 +117,7 @@ FASTLM_INLINE vint broadcast4(const int8_t* p) {
 FASTLM_INLINE void pin(__m256i& v) { asm("" : "+x"(v)); }
 
 template <int BITS, int ROWS>
-FASTLM_INLINE void add_dots(const uint8_t* w, int64_t apart, int64_t lanes, const int8_t* x,
+FASTLM_INLINE void add_dots(const uint8_t* w, int64_t panel_stride, int64_t lanes, const int8_t* x,
                             int64_t stride, vint (&sums)[ROWS][PANELS]) {
   const __m256i ones = _mm256_set1_epi16(1);
   if constexpr (BITS == 4) {
@@ -127,7 +127,7 @@ FASTLM_INLINE void add_dots(const uint8_t* w, int64_t apart, int64_t lanes, cons
       __m256i pairs[ROWS][PANELS] = {};
       const auto add = [&](int64_t i) __attribute__((always_inline)) {
         vint v[PANELS];
-        for (int p = 0; p < PANELS; ++p) v[p] = load_lanes(w + p * apart + i * 4 * VL);
+        for (int p = 0; p < PANELS; ++p) v[p] = load_lanes(w + p * panel_stride + i * 4 * VL);
 #pragma GCC unroll 2
         for (int odd = 0; odd < 2; ++odd)
 #pragma GCC unroll 8
@@ -153,7 +153,7 @@ FASTLM_INLINE void add_dots(const uint8_t* w, int64_t apart, int64_t lanes, cons
     for (int64_t l = 0; l < lanes; ++l) {
       __m256i v[PANELS], size[PANELS];
       for (int p = 0; p < PANELS; ++p) {
-        v[p] = (__m256i)load_lanes(w + p * apart + l * 4 * VL);
+        v[p] = (__m256i)load_lanes(w + p * panel_stride + l * 4 * VL);
         size[p] = _mm256_abs_epi8(v[p]);
       }
 #pragma GCC unroll 8
@@ -218,13 +218,13 @@ void int8_product(const TilePart& part, const Activations& a, const Activations:
   for (RunAt run = part.first; run.begin < part.end; run.next()) {
     const int64_t i = run.index * a.rows;
     const int64_t lanes = (run.length + PER_LANE<BITS> - 1) / PER_LANE<BITS>;
-    for (int p = 0; p < PANELS; ++p) part.prefetch(w + p * part.apart, lanes);
+    for (int p = 0; p < PANELS; ++p) part.prefetch(w + p * part.panel_stride, lanes);
     vint sums[ROWS][PANELS];
 #pragma GCC unroll 8
     for (int r = 0; r < ROWS; ++r)
       for (int p = 0; p < PANELS; ++p)
         sums[r][p] = BITS == 4 && OFFSETS ? vint{} : splat_int(start[i + r]);
-    add_dots<BITS, ROWS>(w, part.apart, lanes, q + run.begin, a.stride, sums);
+    add_dots<BITS, ROWS>(w, part.panel_stride, lanes, q + run.begin, a.stride, sums);
     w += lanes * 4 * VL;
     const int64_t g = run.group * (1 + OFFSETS);
 #pragma GCC unroll 2
@@ -245,13 +245,14 @@ void int8_product(const TilePart& part, const Activations& a, const Activations:
 }
 
 #if FASTLM_VL == 8
-// int8_product of nibbles with a scale for every 32 columns, with the same bits. There, what a group
-// costs at its end is as much as half of its products, so it is written without a loop over lanes.
+// int8_product of nibbles with a scale for every 32 columns, with the same bits. The end of such a
+// group costs as much as half of its products, so it is written without a loop over lanes.
 template <bool OFFSETS, int ROWS>
 void nibbles_by_32(const TilePart& part, const Activations& a, const Activations::Format& x,
                    int64_t m, float* out) {
   const __m256i ones = _mm256_set1_epi16(1), low = _mm256_set1_epi8(15);
-  const int64_t runs = (part.end - part.first.begin) / 32, stride = a.stride, apart = part.apart;
+  const int64_t runs = (part.end - part.first.begin) / 32, stride = a.stride,
+                panel_stride = part.panel_stride;
   const int64_t first = part.first.index * a.rows + m;
   const int8_t* q = x.q + m * stride + part.first.begin;
   const float *scale = x.scale + first, *sum = x.sum + first;
@@ -262,13 +263,13 @@ void nibbles_by_32(const TilePart& part, const Activations& a, const Activations
     for (int p = 0; p < PANELS; ++p)
       f[r][p] = part.first.begin ? load(out + r * DECODE_TILE + p * VL) : vfloat{};
   for (int64_t g = part.first.index * (1 + OFFSETS), i = 0; i < runs; ++i, g += 1 + OFFSETS) {
-    for (int p = 0; p < PANELS; ++p) part.prefetch(w + p * apart, 4);
+    for (int p = 0; p < PANELS; ++p) part.prefetch(w + p * panel_stride, 4);
     __m256i pairs[ROWS][PANELS];
 #pragma GCC unroll 8
     for (int half = 0; half < 8; ++half) {  // even and odd columns of four lanes
       __m256i nibbles[PANELS];
       for (int p = 0; p < PANELS; ++p) {
-        const __m256i v = (__m256i)load_lanes(w + p * apart + half / 2 * 4 * VL);
+        const __m256i v = (__m256i)load_lanes(w + p * panel_stride + half / 2 * 4 * VL);
         nibbles[p] = _mm256_and_si256(half % 2 ? _mm256_srli_epi16(v, 4) : v, low);
       }
 #pragma GCC unroll 4
@@ -322,7 +323,7 @@ void float_product(const TilePart& part, int p, const Activations& a, const Acti
   vfloat f[ROWS];
   for (int r = 0; r < ROWS; ++r) f[r] = part.first.begin ? load(out + r * DECODE_TILE) : vfloat{};
   const float *row = a.x + m * a.stride, *sum = x.sum + m;
-  const uint8_t* w = part.panel + p * part.apart;
+  const uint8_t* w = part.panel + p * part.panel_stride;
   for (RunAt run = part.first; run.begin < part.end; run.next()) {
     const int64_t begin = run.begin, i = run.index * a.rows;
     const int64_t lanes = (run.length + PER_LANE<BITS> - 1) / PER_LANE<BITS>;
@@ -350,7 +351,7 @@ void float_product(const TilePart& part, int p, const Activations& a, const Acti
 template <class F>
 FASTLM_INLINE void in_passes(int64_t rows, F f) {
   int64_t m = 0;
-  if constexpr (MOST_ROWS == 8)
+  if constexpr (MAX_ROWS == 8)
     for (; rows - m >= 8; m += 8) f(std::integral_constant<int, 8>{}, m);
   for (; rows - m >= 4; m += 4) f(std::integral_constant<int, 4>{}, m);
   if (rows - m >= 2) f(std::integral_constant<int, 2>{}, m), m += 2;
@@ -411,13 +412,13 @@ void quantized_tile(const DecodeLinear& l, int64_t n, const Activations& a,
                 l.groups * (1 + OFFSETS)};
   if (l.tile_lanes == VL) {
     part.panel = l.tiles + n * l.lanes() * 4;
-    part.apart = VL * l.lanes() * 4;
-    part.ahead = PANELS * part.apart;
+    part.panel_stride = VL * l.lanes() * 4;
+    part.ahead = PANELS * part.panel_stride;
     return multiply(part);
   }
   for (RunAt run = part.first; run; part.first = run) {
-    const int64_t most = run.begin + PANEL_LANES * PER_LANE<BITS>;
-    for (; run && run.begin + run.length <= most; run.next()) part.end = run.begin + run.length;
+    const int64_t limit = run.begin + PANEL_LANES * PER_LANE<BITS>;
+    for (; run && run.begin + run.length <= limit; run.next()) part.end = run.begin + run.length;
     const int64_t lane0 = part.first.begin / PER_LANE<BITS>,
                   lanes = (part.end + PER_LANE<BITS> - 1) / PER_LANE<BITS> - lane0;
     for (int p = 0; p < PANELS; ++p)

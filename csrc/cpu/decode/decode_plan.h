@@ -1,4 +1,4 @@
-// What a decode step needs to know about a model: pointers and sizes; it owns no memory. Python
+// The description of a model for decode steps: pointers and sizes; it owns no memory. Python
 // (fastlm/model/cpu_decode.py) builds it once per model and keeps the tensors alive.
 #pragma once
 
@@ -40,12 +40,12 @@ struct DecodeLinear {
 
 struct DecodeLayer {
   const float* norms[4] = {};  // before and after attention, before and after the MLP; may be null
-  std::vector<DecodeLinear> qkv;  // in order: q, k, v, or what they are joined into
+  std::vector<DecodeLinear> qkv;  // in order: q, k, v, or one linear that joins them
   DecodeLinear out, gate, up, down;
   const float *q_norm = nullptr, *k_norm = nullptr;
-  bool norm_whole = false;  // q_norm over all heads at once, not over each
-  int64_t window = 0;       // keys a query sees; 0: all
-  int rotary = -1;          // index of the cos and sin tables; -1: no rotary embedding
+  bool norm_all_heads = false;  // q_norm over all heads at once, not over each
+  int64_t window = 0;           // keys a query sees; 0: all
+  int rotary = -1;              // index of the cos and sin tables; -1: no rotary embedding
 
   int parts(const DecodeLinear** of_qkv) const {  // their number
     for (size_t i = 0; i < qkv.size(); ++i) of_qkv[i] = &qkv[i];

@@ -99,9 +99,9 @@ void DecodePlan::add_layer(const std::vector<OptionalTensor>& norms,
   check_size("down", "columns:", gate.n, down.k);
   for (const DecodeLinear* back : {&out, &down}) check_size("out, down", "rows:", hidden, back->n);
   layer.qkv = qkv, layer.out = out, layer.gate = gate, layer.up = up, layer.down = down;
-  layer.norm_whole = q_norm && q_norm->numel() != head_dim;
-  const int64_t q_size = layer.norm_whole ? heads * head_dim : head_dim;
-  const int64_t k_size = layer.norm_whole ? kv_heads * head_dim : head_dim;
+  layer.norm_all_heads = q_norm && q_norm->numel() != head_dim;
+  const int64_t q_size = layer.norm_all_heads ? heads * head_dim : head_dim;
+  const int64_t k_size = layer.norm_all_heads ? kv_heads * head_dim : head_dim;
   layer.q_norm = floats("q_norm", q_norm, q_size);
   layer.k_norm = floats("k_norm", k_norm, k_size);
   layer.window = window, layer.rotary = rotary;

@@ -1,5 +1,6 @@
-// M tokens through the whole decoder, in one parallel region: the next one of a sequence each, or
-// several that follow each other, a prompt's. Body of decode_step.cpp, compiled per instruction set.
+// Runs M tokens through the full decoder, in one parallel region: the next token of each sequence,
+// or several consecutive tokens of one, as of a prompt. Body of decode_step.cpp, compiled per
+// instruction set.
 //
 //   prepare  residual, norm        ->  x (M, K), rounded to int8 where the weight needs that
 //   project  x . W^T, in tiles of 16 rows of W, each tile by one thread, for all M rows
@@ -8,20 +9,20 @@
 //     prepare -> qkv | rope, cache, attention | prepare -> out | prepare -> gate, up, act |
 //     prepare -> down |
 //
-// A sequence's rows find the keys of those before them in the cache, so with several rows of one
-// sequence, writing keys and values is a phase before attention. So it is with many rows, since the
-// queries are then turned once, not in every task of attention.
+// A row reads the keys of its sequence's earlier rows from the cache. So with several rows of one
+// sequence, writing keys and values is a phase before attention. The same holds with many rows,
+// since the queries are then rotated once, not in every task of attention.
 //
-// A phase ends when its work is done, not when all threads have arrived (phases.h); any thread may
-// do any part of it. With few rows, every thread that works in a phase prepares all rows for
-// itself, which is cheaper than fetching them from another core; with many rows, preparing is a
-// phase of its own. The residual stream, products and sums are float32. A row's result does not
-// depend on the other rows, and no result depends on the number of threads: no sum is split between
-// threads, and attention is cut into chunks of DECODE_KEYS keys wherever it runs.
+// A phase ends when its work is done, not when all threads have arrived at a barrier (phases.h);
+// any thread may do any part of it. With few rows, every thread that works in a phase prepares all
+// rows for itself, which is cheaper than fetching them from another core; with many rows, preparing
+// is a separate phase. The residual stream, products and sums are float32. A step is
+// batch-invariant, and no result depends on the number of threads: no sum is split between threads,
+// and attention always runs in chunks of DECODE_KEYS keys.
 //
-// A step is an OpenMP region, so it shares torch's threads and follows set_num_threads; a thread
-// pool of its own would spin on the cores where torch's threads spin. Only the end of the region,
-// once per step, waits for every thread.
+// A step is an OpenMP region, so it shares torch's threads and follows set_num_threads; a separate
+// thread pool would spin on the cores where torch's threads spin. Only the end of the region, once
+// per step, waits for every thread.
 //
 // W is read from the memory once per step, in place; 16 of its rows are transposed, so that each
 // lane computes one output and no sum crosses lanes:
@@ -55,7 +56,7 @@ constexpr int64_t SPLIT_ROWS = 4;  // of x: from this many on, threads share the
 struct DecodeWork {  // arrays of one step; everything is written before it is read
   float *qkv, *q, *branch, *inner, *partials, *max, *sum;  // q: null without `split`
   float* streams[2];  // residual streams of two versions, for a thread that missed a phase
-  struct Slot {       // what `prepare` makes: one, or one per thread
+  struct Slot {       // the output of `prepare`: one, or one per thread
     float* stream;
     Activations x;
   }* slots;
@@ -78,9 +79,9 @@ struct Arena {
 
 inline int64_t round16(int64_t n) { return (n + 15) / 16 * 16; }
 
-// Divides up the workspace at `base` and returns its size; base null: only the size.
-inline int64_t lay_out(const DecodePlan& p, int64_t rows, int64_t longest, int threads, bool split,
-                       char* base, DecodeWork& w) {
+// Divides the workspace at `base` and returns its size; base null: only returns the size.
+inline int64_t divide_workspace(const DecodePlan& p, int64_t rows, int64_t longest, int threads,
+                                bool split, char* base, DecodeWork& w) {
   Arena a{base};
   const int64_t q_width = p.heads * p.head_dim, kv_width = p.kv_heads * p.head_dim;
   const int64_t chunks = (longest + DECODE_KEYS - 1) / DECODE_KEYS, ratio = p.heads / p.kv_heads;
@@ -111,19 +112,19 @@ inline int64_t lay_out(const DecodePlan& p, int64_t rows, int64_t longest, int t
     if (base) w.slots[s] = slot;
   }
   for (int t = 0; t < threads; ++t) {
-    DecodeWork::Thread own{};
-    own.panel = a.take<uint8_t>(PANELS * PANEL_BYTES);
-    own.out = a.take<float>(2 * rows * DECODE_TILE);
-    own.q = a.take<float>(ratio * query_size(p.head_dim));
-    own.scores = a.take<float>(ratio * DECODE_KEYS);
-    if (base) w.threads[t] = own;
+    DecodeWork::Thread scratch{};
+    scratch.panel = a.take<uint8_t>(PANELS * PANEL_BYTES);
+    scratch.out = a.take<float>(2 * rows * DECODE_TILE);
+    scratch.q = a.take<float>(ratio * query_size(p.head_dim));
+    scratch.scores = a.take<float>(ratio * DECODE_KEYS);
+    if (base) w.threads[t] = scratch;
   }
   return a.used;
 }
 
 inline int64_t decode_workspace(const DecodePlan& p, int64_t rows, int64_t longest, int threads) {
   DecodeWork w;
-  return lay_out(p, rows, longest, threads, rows >= SPLIT_ROWS, nullptr, w);
+  return divide_workspace(p, rows, longest, threads, rows >= SPLIT_ROWS, nullptr, w);
 }
 
 // A step's operands, checked (`decode_batch`).
@@ -157,7 +158,7 @@ struct DecodeStep : DecodeBatch {
   enum Kind { QKV, ATTEND, OUT, GLU, DOWN, KINDS };  // phases of a layer; the head comes last
 
   DecodeWork::Slot& slot() const { return w.slots[split() ? 0 : thread]; }
-  DecodeWork::Thread& own() const { return w.threads[thread]; }
+  DecodeWork::Thread& scratch() const { return w.threads[thread]; }
   // the work of every layer, then the head's; with SPLIT_ROWS, each after its preparation
   int works() const { return int(p.layers.size()) * KINDS + 1; }
 
@@ -229,8 +230,8 @@ struct DecodeStep : DecodeBatch {
       const int64_t last = first + tiles(l);
       for (int64_t u = std::max(from, first); u < std::min(to, last); ++u) {
         const int64_t n = (u - first) * DECODE_TILE, width = std::min(DECODE_TILE, l.n - n);
-        tile_product(l, n, slot().x, format_of(linears, i), rows, own().panel, own().out);
-        copy_tile(own().out, rows, width, y + column + n, stride);
+        tile_product(l, n, slot().x, format_of(linears, i), rows, scratch().panel, scratch().out);
+        copy_tile(scratch().out, rows, width, y + column + n, stride);
       }
       first = last, column += l.n;
     }
@@ -239,12 +240,12 @@ struct DecodeStep : DecodeBatch {
   // inner = act(gate) * up
   void project_glu(const DecodeLayer& layer, int64_t from, int64_t to) {
     const DecodeLinear* const both[] = {&layer.gate, &layer.up};
-    float *gate = own().out, *up = gate + rows * DECODE_TILE;
+    float *gate = scratch().out, *up = gate + rows * DECODE_TILE;
     const int act = p.act == "silu" ? 0 : p.act == "gelu_tanh" ? 1 : p.act == "gelu" ? 2 : 3;
     for (int64_t u = from; u < to; ++u) {
       const int64_t n = u * DECODE_TILE, width = std::min(DECODE_TILE, layer.gate.n - n);
-      tile_product(layer.gate, n, slot().x, 0, rows, own().panel, gate);
-      tile_product(layer.up, n, slot().x, format_of(both, 1), rows, own().panel, up);
+      tile_product(layer.gate, n, slot().x, 0, rows, scratch().panel, gate);
+      tile_product(layer.up, n, slot().x, format_of(both, 1), rows, scratch().panel, up);
       for (int64_t i = 0; i < rows * DECODE_TILE; i += VL)
         store(gate + i, activate(act, load(gate + i)) * load(up + i));
       copy_tile(gate, rows, width, w.inner + n, layer.gate.n);
@@ -264,8 +265,8 @@ struct DecodeStep : DecodeBatch {
     const int64_t n_all = p.head.n;
     for (int64_t u = from; u < to; ++u) {
       const int64_t n = u * DECODE_TILE, width = std::min(DECODE_TILE, n_all - n);
-      float* out = own().out;
-      tile_product(p.head, n, slot().x, 0, logits_count, own().panel, out);
+      float* out = scratch().out;
+      tile_product(p.head, n, slot().x, 0, logits_count, scratch().panel, out);
       if (p.logit_softcap > 0)
         for (int64_t i = 0; i < logits_count * DECODE_TILE; i += VL)
           store(out + i, vtanh(load(out + i) * (1.f / p.logit_softcap)) * p.logit_softcap);
@@ -300,7 +301,7 @@ struct DecodeStep : DecodeBatch {
     a.shortest = shortest, a.longest = longest, a.window = layer.window;
     a.chunks = a.last_chunk() + 1, a.partials = w.partials;
     a.max = w.max, a.sum = w.sum, a.q = w.q;
-    a.q_norm = layer.q_norm, a.k_norm = layer.k_norm, a.norm_whole = layer.norm_whole;
+    a.q_norm = layer.q_norm, a.k_norm = layer.k_norm, a.norm_all_heads = layer.norm_all_heads;
     a.eps = p.eps, a.scale = p.scale, a.softcap = p.softcap;
     if (layer.rotary >= 0) {
       a.cos = rotary[size_t(2 * layer.rotary)], a.sin = rotary[size_t(2 * layer.rotary + 1)];
@@ -332,8 +333,8 @@ struct DecodeStep : DecodeBatch {
     }
   }
 
-  // Prepares the operand of `work` for rows [from, to); of the head's, for those of `logits_indices`; of
-  // attention's, for pairs of a row and a key head.
+  // Prepares the operand of `work` for rows [from, to). The head's operand is prepared for the rows
+  // of `logits_indices`, attention's for pairs of a row and a key head.
   void prepare_rows(int work, int64_t from, int64_t to) {
     if (work == works() - 1)
       return prepare({&p.head}, from, to, [&](int64_t i, float*, float* row) {
@@ -361,7 +362,8 @@ struct DecodeStep : DecodeBatch {
       case ATTEND: {
         if (!split()) return;  // the tasks do it
         const DecodeAttention<C> a = attention(i);
-        for (int64_t t = from; t < to; ++t) begin_row(a, t / p.kv_heads, t % p.kv_heads, own().q);
+        for (int64_t t = from; t < to; ++t)
+          begin_row(a, t / p.kv_heads, t % p.kv_heads, scratch().q);
         return;
       }
       case OUT: {
@@ -397,11 +399,11 @@ struct DecodeStep : DecodeBatch {
         const int64_t first = a.first_chunk(), chunks = a.last_chunk() + 1 - first;
         for (int64_t t = from; t < to; ++t) {
           if (chained)  // rows of a sequence after each other, for their keys in the L1
-            attend_chunk(a, t % rows, t / rows % p.kv_heads, first + t / rows / p.kv_heads, own().q,
-                         own().scores);
+            attend_chunk(a, t % rows, t / rows % p.kv_heads, first + t / rows / p.kv_heads,
+                         scratch().q, scratch().scores);
           else
             attend_chunk(a, t / chunks / p.kv_heads, t / chunks % p.kv_heads, first + t % chunks,
-                         own().q, own().scores);
+                         scratch().q, scratch().scores);
         }
         return;
       }
@@ -423,8 +425,8 @@ void check_range(const char* argument, const T* x, int64_t count, int64_t end) {
                                   std::to_string(end) + "), got " + std::to_string(x[i]));
 }
 
-// Throws where an operand does not have the plan's or the others' sizes. Values are checked in
-// `decode_batch`.
+// Throws where an operand's size differs from the plan's or from another operand's. Values are
+// checked in `decode_batch`.
 inline void check_decode_sizes(const DecodePlan& p, const TensorView& tokens,
                                const TensorView& lengths, const TensorView& table,
                                const TensorView& cache, const TensorView& logits_indices,
@@ -444,8 +446,8 @@ inline void check_decode_sizes(const DecodePlan& p, const TensorView& tokens,
 }
 
 // The scales of an int8 cache, null for another.
-inline float* checked_scales(const DecodePlan& p, const TensorView& cache,
-                             const OptionalTensor& scales) {
+inline float* scales_of_cache(const DecodePlan& p, const TensorView& cache,
+                              const OptionalTensor& scales) {
   const bool scaled = cache.dtype() == DType::i8;
   if (scales.has_value() != scaled)
     throw std::invalid_argument(std::string("scales: expected ") + (scaled ? "those" : "none") +
@@ -472,7 +474,7 @@ inline void check_decode_values(const DecodePlan& p, const DecodeBatch& s) {
 // Whether some row continues the one before it: it has one more cached token, and the page that the
 // one before writes to.
 inline bool is_chained(const DecodeBatch& s) {
-  for (int64_t m = 1; m < s.rows; ++m) {  // the page that a row writes to is its own
+  for (int64_t m = 1; m < s.rows; ++m) {  // two sequences never write to one page
     const int64_t page = s.lengths[m - 1] / s.page_size;
     if (s.lengths[m] == s.lengths[m - 1] + 1 &&
         s.table[m * s.max_pages + page] == s.table[(m - 1) * s.max_pages + page])
@@ -481,7 +483,7 @@ inline bool is_chained(const DecodeBatch& s) {
   return false;
 }
 
-// The tables of the rotary embedding, of which every layer that has one needs a pair.
+// Adds the tables of the rotary embedding: a pair for every layer that has one.
 inline void add_rotary(const DecodePlan& p, const std::vector<TensorView>& rotary, DecodeBatch& s) {
   if (rotary.size() > 16) throw std::invalid_argument("rotary: expected at most 8 pairs of tables");
   for (size_t i = 0; i < rotary.size(); ++i) {
@@ -507,7 +509,7 @@ inline DecodeBatch decode_batch(const DecodePlan& p, const TensorView& tokens,
                                 const TensorView& logits_indices, const TensorView& logits) {
   check_decode_sizes(p, tokens, lengths, table, cache, logits_indices, logits);
   DecodeBatch s{};
-  s.scales = checked_scales(p, cache, scales);
+  s.scales = scales_of_cache(p, cache, scales);
   s.rows = tokens.numel(), s.logits_count = logits_indices.numel(), s.max_pages = table.size(1);
   s.pages = cache.size(2), s.page_size = cache.size(4);
   s.tokens = tokens.data<int64_t>("tokens"), s.lengths = lengths.data<int64_t>("lengths");
@@ -526,22 +528,22 @@ inline DecodeBatch decode_batch(const DecodePlan& p, const TensorView& tokens,
 inline DecodeWork decode_work(const DecodePlan& p, const DecodeBatch& s, int threads,
                               const TensorView& workspace) {
   DecodeWork work;
-  const int64_t bytes = lay_out(p, s.rows, s.longest, threads, s.split(), nullptr, work);
+  const int64_t bytes = divide_workspace(p, s.rows, s.longest, threads, s.split(), nullptr, work);
   char* base = reinterpret_cast<char*>(workspace.data<uint8_t>("workspace"));
   char* aligned = reinterpret_cast<char*>((reinterpret_cast<uintptr_t>(base) + 63) / 64 * 64);
   if (aligned - base + bytes > workspace.numel())
     throw std::invalid_argument("workspace: expected " + std::to_string(bytes + 64) +
                                 " bytes, got " + std::to_string(workspace.numel()));
-  lay_out(p, s.rows, s.longest, threads, s.split(), aligned, work);
+  divide_workspace(p, s.rows, s.longest, threads, s.split(), aligned, work);
   return work;
 }
 
 // tokens (M) int64; lengths (M) int64: cached tokens of each row; table (M, max_pages) int32: its
-// pages in order, none of which another sequence's row writes to; cache (layers, 2, pages, kv_heads,
-// page_size, head_dim), where each row's next key and value are written; scales, of an int8 cache,
-// (layers, 2, pages, kv_heads, page_size) float32; rotary: cos, sin, cos, sin .. (positions, R)
-// float32; logits_indices (L) int64: rows; logits (L, V) float32, theirs. Rows of one sequence follow each
-// other, in order.
+// pages in order (rows of another sequence write to none of them); cache (layers, 2, pages,
+// kv_heads, page_size, head_dim): each row's next key and value are written to it; scales, of an
+// int8 cache, (layers, 2, pages, kv_heads, page_size) float32; rotary: cos, sin, cos, sin ..
+// (positions, R) float32; logits_indices (L) int64: rows; logits (L, V) float32 of these rows. Rows
+// of one sequence are consecutive and in order.
 inline void decode_step(const DecodePlan& p, const TensorView& tokens, const TensorView& lengths,
                         const TensorView& table, const TensorView& cache,
                         const OptionalTensor& scales, const std::vector<TensorView>& rotary,

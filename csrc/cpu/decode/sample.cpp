@@ -18,8 +18,9 @@ const T* of_vocab(const char* argument, const OptionalTensor& t, int64_t vocab) 
 
 TokenSampler::TokenSampler(int64_t vocab, double temperature, int64_t top_k, double top_p,
                            double min_p, double repetition_penalty, double presence_penalty,
-                           double frequency_penalty, std::vector<int64_t> ends, OptionalTensor seen,
-                           OptionalTensor counts, OptionalTensor bias)
+                           double frequency_penalty, std::vector<int64_t> ends,
+                           OptionalTensor repetition_mask, OptionalTensor counts,
+                           OptionalTensor bias)
     : vocab(vocab),
       temperature(float(temperature)),
       repetition_penalty(float(repetition_penalty)),
@@ -29,7 +30,7 @@ TokenSampler::TokenSampler(int64_t vocab, double temperature, int64_t top_k, dou
       top_p(top_p),
       min_p(min_p),
       ends(std::move(ends)),
-      seen(of_vocab<bool>("seen", seen, vocab)),
+      repetition_mask(of_vocab<bool>("seen", repetition_mask, vocab)),
       counts(of_vocab<float>("counts", counts, vocab)),
       bias(of_vocab<float>("bias", bias, vocab)) {
   if (vocab < 1)

@@ -1,16 +1,16 @@
-// The next token of each row of logits, with the row's own options: penalties, a grammar's mask,
-// temperature, top-k, top-p, min-p, one uniform number. Body of sample.cpp, compiled per instruction
-// set. The definition is fastlm/inference/sampling.py (torch), in the same order and with the same
-// rounding, but for exponentials: where no top-k limits the sum over the vocabulary, they are
-// float32 here as there, of another polynomial.
+// Samples the next token of each row of logits, with the row's options: penalties, a grammar's
+// mask, temperature, top-k, top-p, min-p, one uniform number. Body of sample.cpp, compiled per
+// instruction set. The definition is fastlm/inference/sampling.py (torch), in the same order and
+// with the same rounding, except for exponentials: where no top-k limits the sum over the
+// vocabulary, both are float32, but by different polynomials.
 //
 //   x       logits; a copy where penalties, mask or temperature change them        V floats
 //   tops    the largest x of each block of SAMPLE_BLOCK tokens
-//   sums    of exp(x - largest), likewise, float64; only where a probability is asked for
+//   sums    sum of exp(x - largest) of each block, float64; only where a probability is needed
 //
-//   greedy       the first x that is the largest: in the first block whose top is it
-//   no filter    the block, then the token, at which the running sum exceeds u of the whole
-//   filters      candidates sorted by x, as many as the filters look at; the token likewise
+//   greedy       the first x that is the largest, in the first block that has it as its top
+//   no filter    the block, then the token, at which the running sum exceeds u times the total
+//   filters      candidates sorted by x, as many as the filters need; then as without a filter
 //
 // The logits are read once from the L2 or L3 for `tops`, and again for each of the others: exp, and
 // the collection of candidates, which skips blocks below its threshold.
@@ -51,7 +51,7 @@ inline SampleScratch scratch_at(char* base, int64_t vocab) {
   return s;
 }
 
-// One row: x (vocab), and what was found of it.
+// One row: x (vocab), its largest element and the sum of its exponentials.
 struct SampledRow {
   const TokenSampler& options;
   const SampleScratch& scratch;
@@ -72,9 +72,10 @@ struct SampledRow {
     float* y = scratch.x;
     memcpy(y, x, size_t(n) * sizeof(float));
     x = y;
-    if (o.seen)
+    if (o.repetition_mask)
       for (int64_t i = 0; i < n; ++i)
-        if (o.seen[i]) y[i] = y[i] > 0 ? y[i] / o.repetition_penalty : y[i] * o.repetition_penalty;
+        if (o.repetition_mask[i])
+          y[i] = y[i] > 0 ? y[i] / o.repetition_penalty : y[i] * o.repetition_penalty;
     if (o.counts)
       for (int64_t i = 0; i < n; ++i)
         if (o.counts[i] != 0) {
@@ -83,15 +84,15 @@ struct SampledRow {
         }
     if (o.bias)
       for (int64_t i = 0; i < n; ++i) y[i] += o.bias[i];
-    const float never = -std::numeric_limits<float>::infinity();
+    const float minus_infinity = -std::numeric_limits<float>::infinity();
     if (mask) {
-      const int64_t known = std::min(n, mask_size);
-      for (int64_t i = 0; i < known; ++i) y[i] = mask[i] ? y[i] : never;
-      std::fill(y + known, y + n, never);
+      const int64_t masked = std::min(n, mask_size);
+      for (int64_t i = 0; i < masked; ++i) y[i] = mask[i] ? y[i] : minus_infinity;
+      std::fill(y + masked, y + n, minus_infinity);
     }
     if (!may_end)
       for (int64_t token : o.ends)
-        if (token >= 0 && token < n) y[token] = never;
+        if (token >= 0 && token < n) y[token] = minus_infinity;
     if (divides) {
       int64_t i = 0;
       for (; i + VL <= n; i += VL) store(y + i, load(y + i) / o.temperature);
@@ -109,12 +110,12 @@ struct SampledRow {
       const int64_t end = block_end(b);
       float top = -std::numeric_limits<float>::infinity();
       if (i + VL <= end) {
-        vfloat most = splat(top);
+        vfloat block_max = splat(top);
         for (; i + VL <= end; i += VL) {
           const vfloat v = load(x + i);
-          most = vmax(most, v), nan |= v != v;
+          block_max = vmax(block_max, v), nan |= v != v;
         }
-        top = hmax(most);
+        top = hmax(block_max);
       }
       for (; i < end; ++i) top = std::max(top, x[i]), nan_in_tail |= std::isnan(x[i]);
       scratch.tops[b] = top;
@@ -156,23 +157,23 @@ struct SampledRow {
   double log_total() const { return double(largest) + std::log(total); }
 
   int64_t draw(double u) const {
-    const double wanted = u * total;
+    const double bound = u * total;
     double before = 0;
     int64_t b = 0, last = 0;  // last: the last block that has a probability
-    for (; b < blocks() && before + scratch.sums[b] <= wanted; ++b) {
+    for (; b < blocks() && before + scratch.sums[b] <= bound; ++b) {
       if (scratch.sums[b] > 0) last = b;
       before += scratch.sums[b];
     }
-    double rest = wanted - before;
+    double rest = bound - before;
     if (b == blocks()) b = last, rest = scratch.sums[last];
     float p[SAMPLE_BLOCK];
     const int64_t count = exponentials(b, p);
-    double reached = 0;
+    double cumulative = 0;
     int64_t likely = 0;  // the last token that has a probability, where rounding exceeds them all
     for (int64_t i = 0; i < count; ++i) {
-      reached += p[i];
+      cumulative += p[i];
       if (p[i] > 0) likely = i;
-      if (reached > rest) break;
+      if (cumulative > rest) break;
     }
     return b * SAMPLE_BLOCK + likely;
   }
@@ -191,14 +192,14 @@ struct SampledRow {
 
   // Calls f(candidate) in order until it returns false, for at most `most` of the likeliest.
   template <class F>
-  void likeliest(int64_t most, F f) const {
+  void visit_likeliest(int64_t max_count, F f) const {
     int64_t visited = 0;
     // nats below the largest: most rows need few candidates
     for (float nats : {5.f, 10.f, std::numeric_limits<float>::infinity()}) {
       const int64_t count = collect(largest - nats);
       Candidate* c = scratch.candidates;
       int64_t sorted = 0;
-      for (int64_t i = 0; i < std::min(count, most); ++i) {
+      for (int64_t i = 0; i < std::min(count, max_count); ++i) {
         if (i == sorted) {
           sorted = std::min(count, std::max<int64_t>({64, 2 * sorted, visited}));
           if (sorted < count) std::nth_element(c + i, c + sorted, c + count);
@@ -208,17 +209,17 @@ struct SampledRow {
         if (!f(c[i])) return;
         ++visited;
       }
-      if (visited == most || count == vocab()) return;
+      if (visited == max_count || count == vocab()) return;
     }
   }
 
   int64_t draw_filtered(double u) const {
     const TokenSampler& o = options;
-    const int64_t most = o.top_k > 0 ? std::min(o.top_k, vocab()) : vocab();
+    const int64_t max_count = o.top_k > 0 ? std::min(o.top_k, vocab()) : vocab();
     double log_sum = 0;
     if (o.top_k > 0) {
       double sum = 0;
-      likeliest(most, [&](const Candidate& c) {
+      visit_likeliest(max_count, [&](const Candidate& c) {
         sum += std::exp(double(c.x) - double(largest));
         return true;
       });
@@ -226,23 +227,23 @@ struct SampledRow {
     } else {
       log_sum = log_total();
     }
-    std::vector<double> reached;  // sums of probabilities
+    std::vector<double> cumulative;  // sums of probabilities
     std::vector<int32_t> ids;
     double sum = 0, first = 0;
-    likeliest(most, [&](const Candidate& c) {
+    visit_likeliest(max_count, [&](const Candidate& c) {
       const double p = std::exp(double(c.x) - log_sum);
-      if (ids.empty()) {  // always kept: where denormals are zero, a tiny top_p is 0
+      if (ids.empty()) {  // the first is never filtered: a denormal top_p is flushed to 0
         first = p;
       } else {
         if (o.top_p >= 0 && o.top_p < 1 && (sum + p) - p >= o.top_p) return false;
         if (o.min_p >= 0 && p < o.min_p * first) return false;
       }
       sum += p;
-      reached.push_back(sum), ids.push_back(c.id);
+      cumulative.push_back(sum), ids.push_back(c.id);
       return true;
     });
-    const auto place = std::upper_bound(reached.begin(), reached.end(), u * sum);
-    return ids[size_t(std::min<int64_t>(place - reached.begin(), int64_t(ids.size()) - 1))];
+    const auto position = std::upper_bound(cumulative.begin(), cumulative.end(), u * sum);
+    return ids[size_t(std::min<int64_t>(position - cumulative.begin(), int64_t(ids.size()) - 1))];
   }
 
   SampledToken choose(double u, int64_t logprobs) {
@@ -259,7 +260,7 @@ struct SampledRow {
     const double log_sum = log_total();
     logprob = double(x[token]) - log_sum;
     if (logprobs > 0)
-      likeliest(std::min(logprobs, vocab()), [&](const Candidate& c) {
+      visit_likeliest(std::min(logprobs, vocab()), [&](const Candidate& c) {
         if (std::isfinite(c.x)) top.emplace_back(c.id, double(c.x) - log_sum);
         return true;
       });
@@ -299,7 +300,7 @@ inline std::vector<SampledToken> sample(const TensorView& logits,
   const SampleRow* inputs = rows.data();
   const std::pair<const bool*, int64_t>* mask_of = masks.data();
   SampledToken* outputs = results.data();
-  // a thread of its own earns its region from 0.1 ms on: so long reads of 2^17 logits take
+  // a parallel region pays from 0.1 ms a thread on, which is the time to read 2^17 logits
   const bool worthwhile = count > 1 && count * width >= 1 << 18;
   parallel_for(count, worthwhile, [=](int64_t i) {
     const auto& [row, options, u, mask, may_end, logprobs] = inputs[i];

@@ -66,8 +66,8 @@ bool fill(const float* scales, const float* zeros, int64_t n, int64_t groups, in
 
 }  // namespace
 
-// scales, and zeros if any, (n, groups) float32, as the table of a DecodeLinear. Whether the table's
-// dtype holds every number of it exactly.
+// Writes scales, and zeros if any, (n, groups) float32, to the table of a DecodeLinear. Returns
+// whether the table's dtype holds every number exactly.
 bool scale_table(TensorView scales, OptionalTensor zeros, int bits, TensorView table) {
   const int64_t n = scales.size(0), groups = scales.size(1);
   check_contiguous("scales", scales);

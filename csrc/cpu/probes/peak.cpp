@@ -1,5 +1,5 @@
 // The rate of each multiplying instruction with operands in registers, on all threads: the ceilings
-// that a benchmark divides by.
+// by which a benchmark divides.
 #include "cpu/probes/peak.h"
 
 #include <immintrin.h>
@@ -13,19 +13,19 @@ namespace fastlm {
 static_assert(PEAK_SUMS == 12, "the pragmas below unroll by it");
 // An empty asm keeps each sum in its register. Values are not zero, because zeros run faster.
 // `multiply` reads sum, a, b.
-#define FASTLM_PEAK(function, isa, vector, one, multiply)                       \
-  __attribute__((target(isa), noinline)) void function(int64_t steps) {         \
-    vector a = one, b = one, sums[PEAK_SUMS];                                   \
-    asm volatile("" : "+v"(a), "+v"(b));                                        \
-    _Pragma("GCC unroll 12") for (int i = 0; i < PEAK_SUMS; ++i) sums[i] = one; \
-    for (int64_t step = 0; step < steps; ++step) {                              \
-      _Pragma("GCC unroll 12") for (int i = 0; i < PEAK_SUMS; ++i) {            \
-        vector& sum = sums[i];                                                  \
-        asm volatile("" : "+v"(a)); /* keeps the product in the loop */         \
-        sum = multiply;                                                         \
-        asm volatile("" : "+v"(sum));                                           \
-      }                                                                         \
-    }                                                                           \
+#define FASTLM_PEAK(function, isa, vector, value_of_one, multiply)                       \
+  __attribute__((target(isa), noinline)) void function(int64_t steps) {                  \
+    vector a = value_of_one, b = value_of_one, sums[PEAK_SUMS];                          \
+    asm volatile("" : "+v"(a), "+v"(b));                                                 \
+    _Pragma("GCC unroll 12") for (int i = 0; i < PEAK_SUMS; ++i) sums[i] = value_of_one; \
+    for (int64_t step = 0; step < steps; ++step) {                                       \
+      _Pragma("GCC unroll 12") for (int i = 0; i < PEAK_SUMS; ++i) {                     \
+        vector& sum = sums[i];                                                           \
+        asm volatile("" : "+v"(a)); /* keeps the product in the loop */                  \
+        sum = multiply;                                                                  \
+        asm volatile("" : "+v"(sum));                                                    \
+      }                                                                                  \
+    }                                                                                    \
   }
 
 FASTLM_PEAK(fp32_avx512, "avx512f", __m512, _mm512_set1_ps(1e-3f), _mm512_fmadd_ps(a, b, sum))
@@ -103,7 +103,7 @@ std::vector<std::string> peak_instructions() {
   return names;
 }
 
-// Operations done.
+// Returns the number of operations.
 double run_peak(const std::string& instruction, int64_t steps) {
   for (const Instruction& i : instructions()) {
     if (instruction != i.name) continue;

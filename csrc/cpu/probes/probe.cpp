@@ -1,5 +1,5 @@
-// Functions for tests and benchmarks of the extension itself: the bare matrix core, the machine's
-// ceilings, the cost of a bound call, the threads.
+// Functions for tests and benchmarks of the extension itself: the bare matrix product, the
+// machine's ceilings, the cost of a bound call, the threads.
 #include <vector>
 
 #define FASTLM_BODY "cpu/probes/probe.h"
@@ -20,7 +20,7 @@ int thread_count() {
   return n;
 }
 
-// Of all, those to which a denormal number is zero.
+// Returns the number of threads to which a denormal number is zero.
 int threads_that_flush() {
   int n = 0;
 #pragma omp parallel

@@ -1,4 +1,4 @@
-// The matrix core alone, and the ceilings of the machine, which a benchmark divides by. Body of
+// The bare matrix product, and the ceilings of the machine by which a benchmark divides. Body of
 // probe.cpp.
 #include "cpu/base/gemm.h"
 
@@ -34,8 +34,8 @@ inline void matmul(const TensorView& a, const TensorView& b, const TensorView& c
   });
 }
 
-// Multiply-adds on operands in the L1, on all threads: the most that gemm() could reach. The data
-// is random, because zeros run faster. Returns floating-point operations done; the caller takes the
+// Multiply-adds on operands in the L1, on all threads: the upper bound of gemm(). The data is
+// random, because zeros run faster. Returns the floating-point operations; the caller takes the
 // time.
 template <class E>
 double multiply_elements_in_l1(int64_t repeats) {

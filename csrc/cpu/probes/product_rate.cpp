@@ -18,23 +18,23 @@ constexpr int ATTEMPTS = 20;  // the fastest counts: another process may take th
 double gflops(void (*loop)(int64_t), double operations) {
   const auto start = std::chrono::steady_clock::now();
   loop(STEPS);
-  const std::chrono::duration<double> took = std::chrono::steady_clock::now() - start;
-  return operations * PEAK_SUMS * STEPS / took.count() * 1e-9;
+  const std::chrono::duration<double> elapsed = std::chrono::steady_clock::now() - start;
+  return operations * PEAK_SUMS * STEPS / elapsed.count() * 1e-9;
 }
 
-struct Known {
+struct KnownCpu {
   const char* vendor;
   int family, first_model, last_model;
   bool widen;
 };
 // Measured on these machines (docs/log.md); 143 is the same core as 207.
-constexpr Known KNOWN[] = {
+constexpr KnownCpu KNOWN_CPUS[] = {
     {"AuthenticAMD", 25, 0, 255, false},  // Zen 4 (Zen 3 has neither instruction)
     {"AuthenticAMD", 26, 0, 255, false},  // Zen 5
     {"GenuineIntel", 6, 143, 143, true},  // Sapphire Rapids
     {"GenuineIntel", 6, 207, 207, true},  // Emerald Rapids
 };
-constexpr double CLEAR = 1.3;  // a ratio beyond any noise
+constexpr double CLEAR = 1.3;  // a ratio above any noise
 
 }  // namespace
 
@@ -49,7 +49,7 @@ ProductRates product_rates(bool avx512, bool avx512_bf16) {
 
 ProductChoice choose_product(const std::string& vendor, int family, int model,
                              const std::function<ProductRates()>& measure) {
-  for (const Known& k : KNOWN)
+  for (const KnownCpu& k : KNOWN_CPUS)
     if (vendor == k.vendor && family == k.family && model >= k.first_model && model <= k.last_model)
       return {k.widen, "known of " + vendor + " family " + std::to_string(family) + " model " +
                            std::to_string(model)};

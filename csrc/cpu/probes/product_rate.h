@@ -1,5 +1,5 @@
-// The cost of a bf16 product on this core: by the dot product instruction, or widened to float32
-// and by FMA. On Intel's cores the dot product has half the rate of FMA, on AMD's twice.
+// The cost of a bf16 product on this core: by the dot product instruction, or by FMA on operands
+// widened to float32. On Intel's cores the dot product has half the rate of FMA, on AMD's twice.
 #pragma once
 
 #include <functional>

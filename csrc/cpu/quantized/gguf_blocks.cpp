@@ -1,5 +1,5 @@
-// Blocks of 32 values of a GGUF file as the parts of a QuantizedWeight: one pass that reads every
-// byte of the file once and writes every byte of the result once.
+// Unpacks blocks of 32 values of a GGUF file to the parts of a QuantizedWeight, in one pass that
+// reads every byte of the file once and writes every byte of the result once.
 #include <cstring>
 #include <stdexcept>
 #include <string>

@@ -145,20 +145,23 @@ FASTLM_INLINE void dot(vint (&sum)[CHAINS], const vint (&u)[V], const int8_t* x)
 }
 FASTLM_INLINE vfloat sum_to_float(vint s) { return __builtin_convertvector(s, vfloat); }
 
-// How the lanes of a chunk share scales: the same for all chunks of a weight.
+// How the lanes of a chunk share scales. It is the same for all chunks of a weight.
 template <int BITS>
 struct LaneGroups {
   int64_t size, groups;
-  bool one;   // a chunk is within one group
-  int shift;  // log2(lanes per group) where a chunk holds whole groups, else -1
+  bool single_group;  // a chunk is within one group
+  int shift;          // log2(lanes per group) where a chunk holds whole groups, else -1
   LaneGroups(int64_t size, int64_t groups)
-      : size(size), groups(groups), one(groups == 1 || size % CHUNK<BITS> == 0), shift(-1) {
+      : size(size),
+        groups(groups),
+        single_group(groups == 1 || size % CHUNK<BITS> == 0),
+        shift(-1) {
     const int64_t lanes = size / PER_LANE<BITS>;
-    if (!one && lanes > 0 && VL % lanes == 0) shift = __builtin_ctz(unsigned(lanes));
+    if (!single_group && lanes > 0 && VL % lanes == 0) shift = __builtin_ctz(unsigned(lanes));
   }
   // Scales of the lanes of the chunk that begins at column k in group g of a row.
   FASTLM_INLINE vfloat scales(const Scales& all, int64_t row, int64_t k, int64_t g) const {
-    if (one) return all.everywhere(row + g);
+    if (single_group) return all.everywhere(row + g);
     vfloat s;
     if (shift >= 0) {
       s = all.lanes(row + g, int(std::min<int64_t>(VL >> shift, groups - g)));
@@ -183,10 +186,11 @@ void dot_row(const Weight& w, int64_t n, const X* x, int64_t x_stride, float* ou
   using Sum = std::conditional_t<sizeof(X) == 1, vint, vfloat>;
   constexpr int CHAINS = MX <= 2 ? 2 : 1;  // independent sums: few rows need more in flight
   constexpr int64_t x_step = X_VECS<BITS, X> * 4 * VL / int64_t(sizeof(X));
-  const int64_t chunks = (w.k + CHUNK<BITS> - 1) / CHUNK<BITS>, whole = w.row_bytes / (4 * VL);
+  const int64_t chunks = (w.k + CHUNK<BITS> - 1) / CHUNK<BITS>,
+                full_chunks = w.row_bytes / (4 * VL);
   const LaneGroups<BITS> lanes(w.size, w.groups);
   // chunks under one scale, of W and of x
-  const int64_t group = w.groups == 1 ? chunks : lanes.one ? w.size / CHUNK<BITS> : 1;
+  const int64_t group = w.groups == 1 ? chunks : lanes.single_group ? w.size / CHUNK<BITS> : 1;
   const int64_t run = sizeof(X) == 1 ? std::min(group, RUN_MAX / CHUNK<BITS>) : group;
   const int64_t groups_a_run = lanes.shift >= 0 ? VL >> lanes.shift : 1;
   const uint8_t* row = w.row(n);
@@ -194,7 +198,7 @@ void dot_row(const Weight& w, int64_t n, const X* x, int64_t x_stride, float* ou
   const auto add_chunk = [&](int64_t c, Sum(&sum)[MX][CHAINS]) __attribute__((always_inline)) {
     const uint8_t* p = row + c * 4 * VL;
     __builtin_prefetch(p + DOT_AHEAD);
-    const vint v = c < whole ? load_lanes(p) : load_lanes(p, w.row_bytes - c * 4 * VL);
+    const vint v = c < full_chunks ? load_lanes(p) : load_lanes(p, w.row_bytes - c * 4 * VL);
     Sum u[VECS<BITS, X>];
     unpack<BITS>(v, u, X{});
 #pragma GCC unroll 4
@@ -215,7 +219,7 @@ void dot_row(const Weight& w, int64_t n, const X* x, int64_t x_stride, float* ou
     }
   };
   if (run ==
-      1) {  // a loop of its own: an inner loop of one round costs a third (int4, groups of 128)
+      1) {  // a separate loop: an inner loop of one round costs a third (int4, groups of 128)
     for (int64_t c = 0, g = 0; c < chunks; ++c, g += groups_a_run) {
       Sum sum[MX][CHAINS] = {};
       add_chunk(c, sum);
@@ -272,14 +276,14 @@ struct DotForm {
            round_up(m * w.groups * 4, 64);
   }
   int64_t shared() const { return bytes() <= ON_STACK ? 0 : bytes(); }
-  int64_t each() const { return 0; }
+  int64_t bytes_per_thread() const { return 0; }
 
-  void operator()(const T* x, int64_t x_stride, const float* bias, T* y, Workspace room) const {
+  void operator()(const T* x, int64_t x_stride, const float* bias, T* y, Workspace arena) const {
     alignas(64) char local[ON_STACK];
-    if (bytes() <= ON_STACK) room = Workspace(local, ON_STACK);
-    X* arranged = room.take<X>(m * stride);
-    char* rows = room.take<char>(rounded());
-    float* sums = room.take<float>(m * w.groups);
+    if (bytes() <= ON_STACK) arena = Workspace(local, ON_STACK);
+    X* arranged = arena.take<X>(m * stride);
+    char* rows = arena.take<char>(rounded());
+    float* sums = arena.take<float>(m * w.groups);
     const int64_t tasks = (w.n + DOT_ROWS - 1) / DOT_ROWS;
     const auto prepare = [&](int64_t i) {
       const T* row = x + i * x_stride;

@@ -15,7 +15,7 @@ bool tiles_lose(int64_t group_size, int act_bits) {
 }  // namespace
 
 // One row of up to this many columns is arranged on the stack (ON_STACK of quantized_dot.h) in any
-// format: a decode step need not ask for the size of its workspace, 0.6 us of 28.
+// format: a decode step need not query the size of its workspace, 0.6 us of 28.
 constexpr int64_t QUANTIZED_ROW_ON_STACK = 8192;
 
 void quantized_linear(const TensorView& x, const TensorView& qdata, const TensorView& scales,

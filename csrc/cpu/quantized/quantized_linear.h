@@ -37,7 +37,7 @@ FASTLM_INLINE int64_t dot_max_rows(const Weight& w) {
 // and measurements).
 template <int BITS, class T, class F>
 void with_form(int64_t m, const Weight& w, int act_bits, int form, F f) {
-  const auto dot = [&](int64_t most) { return form ? form == 1 : m <= most; };
+  const auto dot = [&](int64_t max_rows) { return form ? form == 1 : m <= max_rows; };
   if (act_bits == 8) {
     if (dot(dot_max_rows<BITS, int8_t>(w)))
       f(DotForm<BITS, int8_t, T>{m, w});
@@ -58,8 +58,8 @@ void with_form(int64_t m, const Weight& w, int bits, int act_bits, int form, F f
     with_form<8, T>(m, w, act_bits, form, f);
 }
 
-inline int64_t floats_of(int64_t shared, int64_t each) {
-  const int64_t bytes = shared + each * omp_get_max_threads();
+inline int64_t floats_of(int64_t shared, int64_t bytes_per_thread) {
+  const int64_t bytes = shared + bytes_per_thread * omp_get_max_threads();
   return bytes ? bytes / 4 + 16 : 0;  // one more cache line, to align the first array
 }
 
@@ -72,7 +72,7 @@ inline int64_t quantized_linear_workspace(const TensorView& x, int64_t n, int bi
   int64_t floats = 0;
   with_float(x.dtype(), "x", [&](auto tag) {
     with_form<decltype(tag)>(rows.count, w, bits, act_bits, form, [&](const auto& form) {
-      floats = floats_of(form.shared(), form.each());
+      floats = floats_of(form.shared(), form.bytes_per_thread());
     });
   });
   return floats;
@@ -108,7 +108,7 @@ inline int64_t quantized_linear_backward_workspace(const TensorView& dy) {
   int64_t floats = 0;
   with_float(dy.dtype(), "dy", [&](auto tag) {
     using Form = InputGradient<decltype(tag)>;
-    floats = floats_of(Form::shared(rows.count, rows.width), Form::each());
+    floats = floats_of(Form::shared(rows.count, rows.width), Form::bytes_per_thread());
   });
   return floats;
 }

@@ -52,7 +52,7 @@ struct GroupOfPanel {
   }
 };
 #ifdef FASTLM_BF16_DOT
-// Bytes are moved to their place in B before they become floats: two columns of eight lanes per
+// Bytes are moved to their position in B before they become floats: two columns of eight lanes per
 // vector, the halves of a vector of pairs. That is half the operations of the above. A byte stays
 // the highest of its word, 2^24 times too large, which the scale undoes (a shift costs 20 %); a
 // scale below 2^-102 becomes zero.
@@ -91,7 +91,7 @@ template <int BITS, class E>
 void dequantize_panel(const Weight& w, int64_t n, int rows, int64_t k0, int64_t kb,
                       const float* scales, const float* zeros, int64_t ahead, E* out) {
   constexpr int64_t LANE = PER_LANE<BITS>;
-  const int64_t kp = padded_k<E>(kb), whole = kp / LANE * LANE;
+  const int64_t kp = padded_k<E>(kb), full_end = kp / LANE * LANE;
   vint t[VL];
   const auto lanes_at = [&](int64_t k) __attribute__((always_inline)) {
     const int64_t j = k / LANE % VL;
@@ -102,9 +102,9 @@ void dequantize_panel(const Weight& w, int64_t n, int rows, int64_t k0, int64_t 
     return GroupOfPanel<BITS, E>(scales + g * VL, zeros ? zeros + g * VL : nullptr);
   };
   int64_t k = 0, g = k0 / w.size;
-  for (; k < whole; ++g) {
+  for (; k < full_end; ++g) {
     const auto group = group_of(g);
-    const int64_t end = g + 1 < w.groups ? std::min(whole, (g + 1) * w.size - k0) : whole;
+    const int64_t end = g + 1 < w.groups ? std::min(full_end, (g + 1) * w.size - k0) : full_end;
     for (; k < end; k += LANE) group.dequantize(lanes_at(k), out + k * VL);
   }
   if (k == kp) return;
@@ -143,25 +143,25 @@ struct PanelForm {
   int64_t table = PANEL_N / VL * w.groups * VL;  // scales per task
 
   int64_t shared() const { return in_place ? 0 : round_up(m * kp * int64_t(sizeof(E)), 64); }
-  int64_t each() const {
+  int64_t bytes_per_thread() const {
     return Buffer::size_of<E>(PANEL_N * block_k) + Buffer::size_of<float>(block_m * PANEL_N) +
            2 * Buffer::size_of<float>(table);
   }
 
-  void operator()(const T* x, int64_t x_stride, const float* bias, T* y, Workspace room) const {
-    E* packed = in_place ? nullptr : room.take<E>(m * kp);
+  void operator()(const T* x, int64_t x_stride, const float* bias, T* y, Workspace arena) const {
+    E* packed = in_place ? nullptr : arena.take<E>(m * kp);
     const E* a = in_place ? reinterpret_cast<const E*>(x) : packed;
     const int64_t lda = in_place ? x_stride : kp;
-    room.divide(each());
+    arena.divide(bytes_per_thread());
     const int64_t blocks_n = (w.n + PANEL_N - 1) / PANEL_N;
-#pragma omp parallel num_threads(room.threads)
+#pragma omp parallel num_threads(arena.threads)
     {
       if (packed) {
 #pragma omp for schedule(static)
         for (int64_t i = 0; i < m; ++i)
           pack_a<E>(x + i * x_stride, x_stride, 1, 1, w.k, packed + i * kp);
       }
-      Buffer memory(room.mine());
+      Buffer memory(arena.thread_part());
       E* b = memory.take<E>(PANEL_N * block_k);
       float* c = memory.take<float>(block_m * PANEL_N);
       float* scales = memory.take<float>(table);
@@ -177,7 +177,7 @@ struct PanelForm {
         const auto rows = [&](int64_t p) { return int(std::min<int64_t>(VL, nb - p * VL)); };
         const int64_t panel_table = w.groups * VL;
         // the rows of this thread's next task: about as many tasks ahead as there are threads
-        const int64_t next = n0 + PANEL_N * room.threads;
+        const int64_t next = n0 + PANEL_N * arena.threads;
         w.scales.prefetch(next * w.groups, PANEL_N * w.groups);
         w.zeros.prefetch(next * w.groups, PANEL_N * w.groups);
         for (int64_t p = 0; p * VL < nb; ++p) {
@@ -234,22 +234,22 @@ struct InputGradient {
   static int64_t shared(int64_t m, int64_t n) {
     return round_up(m * padded_k<E>(n) * int64_t(sizeof(E)), 64);
   }
-  static int64_t each() {
+  static int64_t bytes_per_thread() {
     return Buffer::size_of<float>(PART * PANEL_N) + Buffer::size_of<float>(PANEL_M * PANEL_N) +
            Buffer::size_of<E>(PART * PANEL_N);
   }
 
-  void operator()(const T* dy, int64_t dy_stride, T* dx, Workspace room) const {
+  void operator()(const T* dy, int64_t dy_stride, T* dx, Workspace arena) const {
     const int64_t np = padded_k<E>(w.n), blocks_k = (w.k + PANEL_N - 1) / PANEL_N,
                   blocks_m = (m + PANEL_M - 1) / PANEL_M;
-    E* a = room.take<E>(m * np);
-    room.divide(each());
-#pragma omp parallel num_threads(room.threads)
+    E* a = arena.take<E>(m * np);
+    arena.divide(bytes_per_thread());
+#pragma omp parallel num_threads(arena.threads)
     {
 #pragma omp for schedule(static)
       for (int64_t i = 0; i < m; ++i)
         pack_a<E>(dy + i * dy_stride, dy_stride, 1, 1, w.n, a + i * np);
-      Buffer memory(room.mine());
+      Buffer memory(arena.thread_part());
       float* wide = memory.take<float>(PART * PANEL_N);
       float* c = memory.take<float>(PANEL_M * PANEL_N);
       E* b = memory.take<E>(PART * PANEL_N);

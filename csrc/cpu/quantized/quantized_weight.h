@@ -1,13 +1,13 @@
-// How kernels read a QuantizedWeight (fastlm/ops/quantized_weight.py). Included by the bodies that
-// do.
+// Reads a QuantizedWeight (fastlm/ops/quantized_weight.py) in kernels. The bodies that need it
+// include it.
 //
 //   A lane is 4 bytes of a row: PER_LANE consecutive k (8 of int4, 4 of int8), all in one group.
 //   A chunk is VL lanes, one vector.
 //
 //     row n   [ lane 0 | lane 1 | ... ]      int4 lane: byte b holds k = 2b (low), 2b + 1 (high)
 //
-// A product with a row may take its columns in any order that x has too, so the dot form
-// (quantized_linear.h) multiplies a chunk in place; the panel form transposes VL x VL lanes.
+// A product with a row may process its columns in any order if x has the same order. So the dot
+// form (quantized_linear.h) multiplies a chunk in place; the panel form transposes VL x VL lanes.
 template <int BITS>
 constexpr int PER_LANE = 32 / BITS;
 template <int BITS>

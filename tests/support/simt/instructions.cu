@@ -173,21 +173,21 @@ OP(sums, 1, 4) {
 // ---- atomics and their results. x: an integer, a float
 
 OP(atomics, 2, 6) {
-  SHARED(int, whole, 1);
+  SHARED(int, total, 1);
   SHARED(unsigned, positive, 1);
   SHARED(float, real, 1);
   if (r.t == 0) {
-    store(whole, 0);
+    store(total, 0);
     store(positive, 0u);
     store(real, 0.0f);
   }
   __syncthreads();
-  r.put(0, atomicAdd(whole, static_cast<int>(r.word(0))));
+  r.put(0, atomicAdd(total, static_cast<int>(r.word(0))));
   r.put(1, atomicAdd(positive, 1u));
   r.put(2, atomicAdd(real, r.number(1)));
   __syncthreads();
   if (r.t == 0) {
-    r.put(3, load(whole));
+    r.put(3, load(total));
     r.put(4, load(positive));
     r.put(5, load(real));
   }
@@ -348,9 +348,9 @@ extern "C" const char* run(const char* name, int x_threads, int y_threads, int z
 #ifndef __CUDACC__
       simt::options().seed = seed;
       simt::options().races = seed % 2 == 0;
-      simt::forget();
-      simt::know(x, sizeof(*x) * threads * in, "x", false);
-      simt::know(y, sizeof(*y) * threads * out, "y", true);
+      simt::unregister_tensors();
+      simt::register_tensor(x, sizeof(*x) * threads * in, "x", false);
+      simt::register_tensor(y, sizeof(*y) * threads * out, "y", true);
 #endif
       launch({name, 1, dim3(x_threads, y_threads, z_threads), sizeof(uint32_t) * threads}, c.kernel,
              x, y);

@@ -113,11 +113,11 @@ __global__ void writes_half_words(const float* x, float* y, int) {
   const int t = threadIdx.x;
   store(s + t, uint16_t{1});
   __syncthreads();
-  const uint16_t one = load(s + (t ^ 32));
+  const uint16_t neighbour = load(s + (t ^ 32));
   __syncthreads();
   store(s + t, uint16_t{2});
   if (!BUG || t % 2) __syncwarp(t % 2 ? 0xaaaaaaaau : 0x55555555u);
-  store(y + t, load(x + t) + one + load(s + (t & 32) + (t + 2) % 32));
+  store(y + t, load(x + t) + neighbour + load(s + (t & 32) + (t + 2) % 32));
 }
 
 template <bool BUG>  // one of many lanes reads late
@@ -506,8 +506,8 @@ __global__ void strides(const float* x, float* y, int stride) {
 int main(int argc, char** argv) {
   if (argc < 2) return 2;
   alignas(128) static float x[64], y[64];
-  simt::know(x, sizeof x, "x", false);
-  simt::know(y, sizeof y, "y", true);
+  simt::register_tensor(x, sizeof x, "x", false);
+  simt::register_tensor(y, sizeof y, "y", true);
   if (!strcmp(argv[1], "wild")) {
     simt::launch({"touches_nothing_at_all", 1, 32}, touches_nothing_at_all,
                  reinterpret_cast<float*>(64));
@@ -522,9 +522,9 @@ int main(int argc, char** argv) {
     for (int stride : {1, 32, 33}) {
       simt::reset_report();
       simt::launch({"strides", 1, 32}, strides, x, y, stride);
-      for (const auto& [place, c] : simt::report())
-        printf("%d\t%s\t%d\t%d\t%d\n", stride, place.c_str(), int(c.instructions), int(c.done),
-               int(c.least));
+      for (const auto& [site, c] : simt::report())
+        printf("%d\t%s\t%d\t%d\t%d\n", stride, site.c_str(), int(c.instructions),
+               int(c.transactions), int(c.min_transactions));
     }
     return 0;
   }

@@ -1,24 +1,24 @@
-// The places of a decode step's tokens in a cache of pages.
+// The slots of a decode step's tokens in a paged cache.
 #pragma once
 
 #include "cuda/launch.h"
 
 namespace fastlm {
 
-struct Places {
+struct TokenSlots {
   const int* positions;  // (B, S)
   const int* table;      // (B, table_pages) page numbers, row stride table_row
   int64_t table_row;
   int tokens, pages, page_size, table_pages;  // tokens: per sequence
 
-  struct Place {
+  struct TokenSlot {
     int b, s;        // sequence, token of it
-    int position;    // as given
-    int page, slot;  // page -1: the token has no place
+    int position;    // as passed
+    int page, slot;  // page -1: the token has no slot
   };
-  // Returns the place of token i of B S.
-  DEVICE Place of(int i) const {
-    Place to{i / tokens, i % tokens, load(positions + i), -1, 0};
+  // Returns the slot of token i of B S.
+  DEVICE TokenSlot slot_of(int i) const {
+    TokenSlot to{i / tokens, i % tokens, load(positions + i), -1, 0};
     const int entry = to.position / page_size;
     if (to.position < 0 || entry >= table_pages) return to;
     const int page = load(table + to.b * table_row + entry);
@@ -29,10 +29,10 @@ struct Places {
 
 // ---- host
 
-// Returns the places of `sequences` of `tokens` each, in caches (pages, page_size, ..).
-inline Places places_of(const TensorView& positions, const TensorView& block_table,
-                        int64_t sequences, int64_t tokens, const TensorView& k_cache,
-                        const TensorView& v_cache) {
+// Returns the slots of `sequences` of `tokens` each, in caches (pages, page_size, ..).
+inline TokenSlots token_slots(const TensorView& positions, const TensorView& block_table,
+                              int64_t sequences, int64_t tokens, const TensorView& k_cache,
+                              const TensorView& v_cache) {
   check_contiguous("positions", positions);
   check_size("positions", "entries, one a token", sequences * tokens, positions.numel());
   check_size("block_table", "rows", sequences, block_table.size(0));
