@@ -110,7 +110,7 @@ class Server:
             allow_private_network=True,  # a public page may call this machine
         )  # fmt: skip
         self.app = Starlette(
-            routes=routes, 
+            routes=routes,
             middleware=[cors, request_middleware] if self.origins else [request_middleware],
             lifespan=self._lifespan,
             exception_handlers={HTTPException: _http_error, ApiError: _reraise},

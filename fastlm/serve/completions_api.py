@@ -92,25 +92,16 @@ async def _submit(
     for length in lengths:
         server.metrics.prompt_length.observe(length)
     response = response_class(
-        request,
-        id,
-        served_model.name,
-        stream,
-        served_model.tokenizer,
-        output_format,
-        log_fields["prompt_tokens"],
-        echoes,
-    )
+        request, id, served_model.name, stream, served_model.tokenizer, output_format,
+        log_fields["prompt_tokens"], echoes,
+    )  # fmt: skip
     if server.monitor is not None:
         state.observer.response = response
     return response
 
 
 def build_requests(
-    served_model: "ServedModel",
-    request: GenerationRequest,
-    limits: "RequestLimits",
-    client: str,
+    served_model: "ServedModel", request: GenerationRequest, limits: "RequestLimits", client: str,
     cache_salt: bytes,
 ) -> tuple[list[int], list[PromptEcho], OutputFormat | None, list[Request]]:  # fmt: skip
     """Return the lengths of a request's prompts, their echoes, the format of its answers, and the

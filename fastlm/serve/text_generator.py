@@ -130,16 +130,16 @@ class TextGenerator:
         are those of the longest request."""
         limit, model = self.context_limit, self.model
         lengths = [min(len(r.prompt) + r.max_new_tokens, limit) for r in requests]
-        pages = sum(length // BLOCK_SIZE + 2 for length in lengths)
+        num_blocks = sum(length // BLOCK_SIZE + 2 for length in lengths)
         longest = max(lengths, default=2) if model.model.depends_on_length else None
         last = self._engine
-        if last is not None and last.block_manager.num_blocks >= pages:
+        if last is not None and last.block_manager.num_blocks >= num_blocks:
             if longest in (None, last.context_limit):
                 return last
         context = default_num_blocks(
             model.config, 1, dtype=model.dtype, device=model.device, max_model_len=longest
         )
         last = self._engine = None  # free the old engine first
-        blocks = max(pages, context)
-        self._engine = Engine(model, self.tokenizer, num_blocks=blocks, max_model_len=longest)
+        num_blocks = max(num_blocks, context)
+        self._engine = Engine(model, self.tokenizer, num_blocks=num_blocks, max_model_len=longest)
         return self._engine

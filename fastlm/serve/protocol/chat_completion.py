@@ -225,24 +225,21 @@ class ChatCompletionRequest(GenerationRequest):
         return self
 
     def _output_format(self) -> OutputFormat | None:
-        """The format of the text, of the calls, or of either, where a call is optional."""
+        """Return the format of the text, of the calls, or of either if a call is optional."""
         if not self.tools and self.tool_choice not in (None, "auto", "none"):
             raise field_error("tool_choice", "expected with tools")
         if self.tool_choice == "none" or not self.tools:
             self.tools = None
-        output_format, response, at = (
-            super()._output_format(),
-            self.response_format or {},
-            self.format_field,
-        )
-        if (kind := response.get("type") or "text") != "text":
-            schema = (response.get("json_schema") or {}).get("schema")
+        output_format, response_format = super()._output_format(), self.response_format or {}
+        field = self.format_field
+        if (kind := response_format.get("type") or "text") != "text":
+            schema = (response_format.get("json_schema") or {}).get("schema")
             if output_format is not None:
                 name = output_format.param.partition(".")[0]
-                raise field_error(name, f"expected this or {at}, got both")
+                raise field_error(name, f"expected this or {field}, got both")
             if kind == "json_schema" and schema is None:
-                raise field_error(f"{at}.json_schema.schema", "expected a schema, got nothing")
-            output_format = OutputFormat(kind, schema if kind == "json_schema" else None, at)
+                raise field_error(f"{field}.json_schema.schema", "expected a schema, got nothing")
+            output_format = OutputFormat(kind, schema if kind == "json_schema" else None, field)
         calls = self._calls_format()
         if (
             self.tools is None
@@ -258,7 +255,7 @@ class ChatCompletionRequest(GenerationRequest):
         return OutputFormat("calls_or", (self.tools, parallel, output_format), output_format.param)
 
     def _calls_format(self) -> OutputFormat | None:
-        """The format of an answer that must be a call, or of calls with constraints."""
+        """Return the format of an answer that must be a call, or whose calls have constraints."""
         tools, choice = self.tools, self.tool_choice
         if tools is None:
             return None
@@ -271,12 +268,12 @@ class ChatCompletionRequest(GenerationRequest):
                 "calls", (tools, parallel), "tools" if strict else "parallel_tool_calls"
             )
         name = choice["function"]["name"] if isinstance(choice, dict) else None
-        named = [tool for tool in tools if name in (None, tool["function"]["name"])]
-        if not named:
+        matching = [tool for tool in tools if name in (None, tool["function"]["name"])]
+        if not matching:
             raise field_error(
                 "tool_choice.function.name", f"expected one of the tools, got {name!r}"
             )
-        return OutputFormat("call", named, "tool_choice")
+        return OutputFormat("call", matching, "tool_choice")
 
     @property
     def num_logprobs(self) -> int | None:

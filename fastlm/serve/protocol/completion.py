@@ -125,8 +125,8 @@ class GenerationRequest(SamplingRequest):
         output_format = self.output_format
         for field in ("ignore_eos", "min_tokens"):
             if output_format is not None and getattr(self, field):
-                ends = "since that format decides where the answer ends"
-                raise field_error(field, f"expected without {output_format.param}, {ends}")
+                reason = "since that format decides where the answer ends"
+                raise field_error(field, f"expected without {output_format.param}, {reason}")
         return self
 
     @cached_property
@@ -137,13 +137,15 @@ class GenerationRequest(SamplingRequest):
     def _output_format(self) -> OutputFormat | None:
         if self.structured_outputs is None:
             return None
-        at, forms = "structured_outputs", dict(self.structured_outputs)
-        items = [(kind, value) for kind, value in forms.items() if value is not None]
+        outputs = dict(self.structured_outputs)
+        items = [(kind, value) for kind, value in outputs.items() if value is not None]
         if len(items) != 1:
             kinds = ", ".join(StructuredOutputs.__annotations__)
-            raise field_error(at, f"expected one of {kinds}, got {len(items)}")
+            raise field_error("structured_outputs", f"expected one of {kinds}, got {len(items)}")
         ((kind, value),) = items
-        return OutputFormat("json_schema" if kind == "json" else kind, value, f"{at}.{kind}")
+        return OutputFormat(
+            "json_schema" if kind == "json" else kind, value, f"structured_outputs.{kind}"
+        )
 
     @property
     def include_usage(self) -> bool:
