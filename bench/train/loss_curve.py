@@ -36,8 +36,8 @@ def text_tokens(vocabulary: int, count: int) -> Tensor:
         words += re.findall(r"\w+|[^\w\s]|\n", path.read_text("utf-8", errors="replace"))
         if len(words) > count:
             break
-    kept = {w: i + 1 for i, (w, _) in enumerate(Counter(words).most_common(vocabulary - 1))}
-    return torch.tensor([kept.get(w, 0) for w in words[:count]])
+    tokens = {w: i + 1 for i, (w, _) in enumerate(Counter(words).most_common(vocabulary - 1))}
+    return torch.tensor([tokens.get(w, 0) for w in words[:count]])
 
 
 def learning_rate(step: int, steps: int) -> float:

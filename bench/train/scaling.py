@@ -190,7 +190,7 @@ def work(
     )  # fmt: skip
     model = fastlm.CausalLM(config, seed=0)
     layers = sum(p.numel() for p in model.model.layers.parameters())
-    whole = sum(p.numel() for p in model.parameters())
+    total = sum(p.numel() for p in model.parameters())
     options = TrainOptions(
         max_steps=8, gradient_accumulation_steps=micro * size, dtype=dtype, validations=0,
         sample_at=(), parallel=way, save_steps=1000,
@@ -201,7 +201,7 @@ def work(
     objective = PretrainObjective(model, sampler, None, options)
     train(objective, options, run, on_event=lambda event: marks.append(loopback()))
     if rank == 0:
-        log.put((layers, whole, (marks[-2] - marks[1]) / (len(marks) - 3) / size))
+        log.put((layers, total, (marks[-2] - marks[1]) / (len(marks) - 3) / size))
 
 
 def roll_out(rank: int, size: int, port: int, kind: str, log) -> None:
@@ -263,10 +263,10 @@ def told_by(run, size: int, port: int, *options):
     ]
     for process in started:
         process.start()
-    found = log.get(timeout=300)
+    results = log.get(timeout=300)
     for process in started:
         process.join()
-    return found
+    return results
 
 
 def measure() -> None:
@@ -284,28 +284,28 @@ def measure() -> None:
         write_shards(docs, Numbers(), folder / "shards")
         print("| | bytes sent per process and step | formula | ratio |\n|---|---|---|---|")
         for port, (way, dtype, size, micro) in enumerate(cases, 29600):
-            layers, whole, found = told_by(work, size, port, folder, way, dtype, micro)
+            layers, total, sent = told_by(work, size, port, folder, way, dtype, micro)
             wide = 4 if dtype == "float32" else 2
             within = 2 if way == "hsdp" else size
             share = (within - 1) / within
             if way == "ddp":
-                expected = 2 * share * 4 * whole
+                expected = 2 * share * 4 * total
             else:  # gloo scatters by a whole all-reduce: twice the bytes
-                gathered = wide * (2 * layers + (whole - layers))
-                expected = micro * share * (gathered + 2 * 4 * whole)
+                gathered = wide * (2 * layers + (total - layers))
+                expected = micro * share * (gathered + 2 * 4 * total)
                 if way == "hsdp":
-                    expected += micro * 4 * whole / within
+                    expected += micro * 4 * total / within
             print(
-                f"| {way}, {dtype}, {size} processes, {micro} micro-batch each | {found:,.0f} |"
-                f" {expected:,.0f} | {found / expected:.3f} |"
+                f"| {way}, {dtype}, {size} processes, {micro} micro-batch each | {sent:,.0f} |"
+                f" {expected:,.0f} | {sent / expected:.3f} |"
             )  # fmt: skip
         for port, (kind, size) in enumerate(product(("grpo", "ppo"), (2, 4)), 29700):
-            tokens, answers, found = told_by(roll_out, size, port, kind)
+            tokens, answers, sent = told_by(roll_out, size, port, kind)
             per_token = 20 if kind == "ppo" else 16
             expected = (size - 1) * ((per_token * tokens + 13 * answers) / size + 2000)
             print(
-                f"| a round of {kind}, {size} processes, {tokens:,} tokens | {found:,.0f} |"
-                f" {expected:,.0f} | {found / expected:.3f} |"
+                f"| a round of {kind}, {size} processes, {tokens:,} tokens | {sent:,.0f} |"
+                f" {expected:,.0f} | {sent / expected:.3f} |"
             )
 
 

@@ -73,10 +73,12 @@ class CharGPT(nn.Module):
         return F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum")
 
 
-def evaluate(model: nn.Module, data: Tensor, bytes_per_character: float, every: int = 1) -> float:
+def evaluate(
+    model: nn.Module, data: Tensor, bytes_per_character: float, interval: int = 1
+) -> float:
     """Bits per byte of `data`, or of every `every`-th of its windows."""
     stride, nats, scored = BLOCK // 2, 0.0, 0
-    begins = list(range(0, len(data) - 1, stride))[::every]
+    begins = list(range(0, len(data) - 1, stride))[::interval]
     with torch.no_grad():
         for at in range(0, len(begins), 256):
             rows = torch.full((len(begins[at : at + 256]), 2, BLOCK), -100)
@@ -94,12 +96,12 @@ def evaluate(model: nn.Module, data: Tensor, bytes_per_character: float, every: 
 
 def train_plain(data: Path, seconds: float) -> list[tuple[float, float]]:
     """[(seconds of training, held-out bits per byte)]; the last is for the whole held-out text."""
-    train, held = (
+    train, heldout = (
         "".join(d.text for d in read_documents(data / name)) for name in (TRAIN, HELDOUT)
     )
-    code = {c: i for i, c in enumerate(sorted(set(train + held)))}
-    train_ids, held_ids = (torch.tensor([code[c] for c in text]) for text in (train, held))
-    bytes_per_character = len(held.encode()) / len(held)
+    code = {c: i for i, c in enumerate(sorted(set(train + heldout)))}
+    train_ids, held_ids = (torch.tensor([code[c] for c in text]) for text in (train, heldout))
+    bytes_per_character = len(heldout.encode()) / len(heldout)
     torch.manual_seed(1337)
     plain = CharGPT(len(code))
     model = torch.compile(plain)

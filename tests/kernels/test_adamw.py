@@ -131,8 +131,8 @@ def test_packed_states_keep_what_they_promise(n, spread, root):
     assert ((x - y).abs() <= x.abs() * (half_step + 1e-6))[inside].all()
     assert ((x - y).abs() <= smallest)[~inside].all()
     assert (y[x == 0] == 0).all() and (not root or (y[x > 0] > 0).all())
-    again, same = reference.pack_state(y, root=root)
-    assert torch.equal(reference.unpack_state(again, same, root=root), y)
+    repacked, same = reference.pack_state(y, root=root)
+    assert torch.equal(reference.unpack_state(repacked, same, root=root), y)
 
 
 def test_the_kernel_has_the_definitions_constants():
@@ -248,13 +248,16 @@ def test_tables_are_kept_until_what_they_say_changes(kernel, uploaded):
 def test_capture_of_a_graph_wants_its_tables_made(kernel, uploaded, monkeypatch):
     """A step that needs a copy from the host is refused, and nothing is written."""
     params, optimizer = trained(kernel.device, 50, 3)
-    kept, message = [p.detach().clone() for p in params], "step: expected, in the capture of a CUDA"
+    saved, message = (
+        [p.detach().clone() for p in params],
+        "step: expected, in the capture of a CUDA",
+    )
     monkeypatch.setattr(adamw_tables, "_captured", [])
     with monkeypatch.context() as capture:
         capture.setattr(adamw_tables, "_is_capturing", lambda device: True)
         with pytest.raises(InputError, match=message):
             optimizer.step()
-    assert all(torch.equal(p, k) for p, k in zip(params, kept)) and not adamw_tables._captured
+    assert all(torch.equal(p, k) for p, k in zip(params, saved)) and not adamw_tables._captured
     optimizer.step()
     monkeypatch.setattr(adamw_tables, "_is_capturing", lambda device: True)
     optimizer.step()
@@ -269,8 +272,8 @@ def test_capture_of_a_graph_wants_its_tables_made(kernel, uploaded, monkeypatch)
 def test_lr_of_the_device_is_read_at_every_step(kernel):
     """A captured step reads it in this way. On a GPU `AdamW` passes such a tensor on unchanged."""
     lr = torch.tensor(1e-2, device=kernel.device)
-    one, g = torch.ones(20, device=kernel.device), torch.randn(20, device=kernel.device)
-    by_tensor, by_number = (tensor(one.clone(), g, weight_decay=0.1) for _ in range(2))
+    step, g = torch.ones(20, device=kernel.device), torch.randn(20, device=kernel.device)
+    by_tensor, by_number = (tensor(step.clone(), g, weight_decay=0.1) for _ in range(2))
     for value in (1e-2, 1e-3, 0.5):
         lr.fill_(value)
         for t, rate in ((by_tensor, lr), (by_number, lr.item())):

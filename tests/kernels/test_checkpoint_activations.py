@@ -28,15 +28,15 @@ def model(dtype=torch.bfloat16, **options):
     return fastlm.CausalLM(config, seed=0).to(dtype).train()
 
 
-def step(net, again, **call):
+def step(net, recomputed, **call):
     """The loss and gradients of one step, and the bytes that the forward saved for the backward."""
-    net.model.checkpoint_activations = again
+    net.model.checkpoint_activations = recomputed
     torch.manual_seed(5)
     ids = torch.randint(0, tiny_run.VOCAB, (2, 24), generator=torch.Generator().manual_seed(0))
-    kept: dict[int, int] = {}
+    stored: dict[int, int] = {}
 
     def pack(t):
-        kept[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+        stored[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
         return t
 
     with saved_tensors_hooks(pack, lambda t: t):
@@ -45,11 +45,11 @@ def step(net, again, **call):
     draws = torch.rand(3)
     grads = [p.grad for p in net.parameters()]
     net.zero_grad(set_to_none=True)
-    return (loss.detach(), *grads, draws), sum(kept.values())
+    return (loss.detach(), *grads, draws), sum(stored.values())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("again", [1, 3, True, 99])
+@pytest.mark.parametrize("recomputed", [1, 3, True, 99])
 @pytest.mark.parametrize(
     "options, call",
     [
@@ -60,16 +60,18 @@ def step(net, again, **call):
     ],
     ids=["llama", "dropout", "gemma2", "documents"],
 )
-def test_the_same_bits(dtype, again, options, call):
+def test_the_same_bits(dtype, recomputed, options, call):
     net = model(dtype, **options)
-    (plain, most), (found, least) = (step(net, value, **call) for value in (False, again))
-    assert all(torch.equal(a, b) for a, b in zip(plain, found))
-    assert least < most
+    (plain, max_bytes), (actual, min_bytes) = (
+        step(net, value, **call) for value in (False, recomputed)
+    )
+    assert all(torch.equal(a, b) for a, b in zip(plain, actual))
+    assert min_bytes < max_bytes
 
 
 def test_each_layer_saves_memory():
     net = model()
-    sizes = [step(net, again)[1] for again in (0, 1, 2, 3, True)]
+    sizes = [step(net, recomputed)[1] for recomputed in (0, 1, 2, 3, True)]
     assert sizes == sorted(sizes, reverse=True) and sizes[-1] < 0.5 * sizes[0]
 
 
@@ -94,15 +96,15 @@ def test_evaluation_computes_nothing_twice():
 def test_a_training_with_it_has_the_same_weights(tmp_path):
     tiny_run.shards(tmp_path)
     weights = []
-    for again in (0, 2):
+    for recomputed in (0, 2):
         net = model(torch.float32)
         sampler = BatchSampler(TokenDataset(tmp_path / "train"), 2, 16, seed=7)
         options = replace(
             tiny_run.OPTIONS, max_steps=3, validations=0, sample_at=(),
-            checkpoint_activations=again,
+            checkpoint_activations=recomputed,
         )  # fmt: skip
-        train(PretrainObjective(net, sampler, None, options), options, tmp_path / f"{again}")
-        assert net.model.checkpoint_activations == again
+        train(PretrainObjective(net, sampler, None, options), options, tmp_path / f"{recomputed}")
+        assert net.model.checkpoint_activations == recomputed
         weights.append(net.state_dict())
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
 

@@ -68,8 +68,10 @@ def test_orthogonalize_brings_singular_values_near_one():
         out = orthogonalize(matrix)
         assert out.shape == matrix.shape and out.dtype == torch.float32
         values = torch.linalg.svdvals(out)
-        least = 0.65 if matrix.shape[0] != matrix.shape[1] else 0.1  # a square one has some near 0
-        assert least < float(values.min()) and float(values.max()) < 1.2
+        minimum = (
+            0.65 if matrix.shape[0] != matrix.shape[1] else 0.1
+        )  # a square one has some near 0
+        assert minimum < float(values.min()) and float(values.max()) < 1.2
         u, _, vt = torch.linalg.svd(matrix.double(), full_matrices=False)
         rows, columns = u.T @ out.double() @ vt.T, torch.eye(min(matrix.shape))
         assert float((rows * (1 - columns)).abs().max()) < 0.02  # its singular vectors
@@ -180,17 +182,17 @@ def test_the_rest_is_adamws_and_one_norm_clips_both():
 def test_states_go_round(dtype):
     model, optimizer = mixed(dtype)
     learn(model, optimizer, 0, 3)
-    again, loaded = mixed(dtype)
-    again.load_state_dict(model.state_dict())
+    reloaded, loaded = mixed(dtype)
+    reloaded.load_state_dict(model.state_dict())
     loaded.load_state_dict(copy.deepcopy(optimizer.state_dict()))
     revived = pickle.loads(pickle.dumps(optimizer))
     assert revived._muon_defaults == optimizer._muon_defaults and revived.max_grad_norm == 1.0
-    for net, opt in ((model, optimizer), (again, loaded)):
+    for net, opt in ((model, optimizer), (reloaded, loaded)):
         learn(net, opt, 3, 5)
-    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters()))
-    one, two = optimizer.state_dict()["state"], loaded.state_dict()["state"]
-    assert {k for s in one.values() for k in s} >= {"momentum_buffer", "exp_avg", "exp_avg_sq"}
-    assert all(torch.equal(one[i][k], two[i][k]) for i in one for k in one[i])
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), reloaded.parameters()))
+    state, two = optimizer.state_dict()["state"], loaded.state_dict()["state"]
+    assert {k for s in state.values() for k in s} >= {"momentum_buffer", "exp_avg", "exp_avg_sq"}
+    assert all(torch.equal(state[i][k], two[i][k]) for i in state for k in state[i])
     with pytest.raises(InputError, match=r"momentum_buffer: expected shape .*, got NoneType"):
         plain = fastlm.AdamW(model.parameters()).state_dict()
         for i, p in enumerate(model.parameters()):
@@ -217,12 +219,12 @@ def test_a_training_resumes_to_the_same_bits(tmp_path):
         if event.get("step") == 5:
             os.kill(os.getpid(), signal.SIGINT)
 
-    whole, result = start("whole")
+    uninterrupted, result = start("whole")
     assert result.loss is not None and result.loss < 3.4
     with pytest.raises(TrainingInterrupted):
         start("cut", press)
     cut, _ = start("cut")
-    assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), cut.parameters()))
+    assert all(torch.equal(a, b) for a, b in zip(uninterrupted.parameters(), cut.parameters()))
     with pytest.raises(InputError, match="optimizer was 'muon', now 'adamw'"):
         options = replace(options, optimizer="adamw")
         start("cut")

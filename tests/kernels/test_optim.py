@@ -42,9 +42,9 @@ def test_as_exact_as_torch(maximize, max_grad_norm):
     c = torch.optim.AdamW(truth, **options, maximize=maximize)
     for _ in range(5):
         give_grads(mine, theirs, truth)
-        kept = [p.grad.clone() for p in mine]
+        grads = [p.grad.clone() for p in mine]
         a.step()
-        assert all(torch.equal(p.grad, g) for p, g in zip(mine, kept))
+        assert all(torch.equal(p.grad, g) for p, g in zip(mine, grads))
         if max_grad_norm is not None:
             clip_grad_norm_(theirs, max_grad_norm)
             norm = clip_grad_norm_(truth, max_grad_norm)
@@ -176,16 +176,16 @@ def test_checkpoints_go_to_torch_and_back(mine_first, tmp_path):
         lambda ps: torch.optim.AdamW(groups(ps), lr=1e-2),
     ]
     first, second = makers if mine_first else makers[::-1]
-    whole, part = clones(params), clones(params)
+    full, part = clones(params), clones(params)
     opt = first(part)
     trained(opt, part, 3, seed=1)
     torch.save(opt.state_dict(), tmp_path / "optimizer.pt")
     resumed = second(part)
     resumed.load_state_dict(torch.load(tmp_path / "optimizer.pt", weights_only=True))
     actual = trained(resumed, part, 3, seed=2)
-    opt = first(whole)
-    trained(opt, whole, 3, seed=1)
-    expected = trained(opt, whole, 3, seed=2)
+    opt = first(full)
+    trained(opt, full, 3, seed=1)
+    expected = trained(opt, full, 3, seed=2)
     for a, b in zip(actual, expected):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
     assert resumed.param_groups[0]["weight_decay"] == 0.0
@@ -204,21 +204,21 @@ def test_checkpoints_go_to_torch_and_back(mine_first, tmp_path):
 )
 def test_resume_gives_the_same_bits(dtype, options):
     params = parameters(dtype)
-    whole, part = clones(params), clones(params)
-    opt = AdamW(whole, lr=1e-2, **options)
-    trained(opt, whole, 3, seed=1)
-    expected = trained(opt, whole, 3, seed=2)
+    uninterrupted, part = clones(params), clones(params)
+    opt = AdamW(uninterrupted, lr=1e-2, **options)
+    trained(opt, uninterrupted, 3, seed=1)
+    expected = trained(opt, uninterrupted, 3, seed=2)
     opt = AdamW(part, lr=1e-2, **options)
     trained(opt, part, 3, seed=1)
     saved = opt.state_dict()
-    kept, own = copy.deepcopy(saved), copy.deepcopy(list(opt.state.values()))
+    kept, loaded = copy.deepcopy(saved), copy.deepcopy(list(opt.state.values()))
     resumed = AdamW(part, lr=1e-2, **options)
     resumed.load_state_dict(saved)
     actual = trained(resumed, part, 3, seed=2)
     # loading aliased neither what was saved nor the optimizer that it came from
     for now, before in (
         (saved["state"].values(), kept["state"].values()),
-        (opt.state.values(), own),
+        (opt.state.values(), loaded),
     ):
         for a, b in zip(now, before):
             assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
@@ -230,7 +230,7 @@ def test_schedulers_tensor_lr_closure_deepcopy_and_missing_grads():
     opt = AdamW([p, q], lr=torch.tensor(1e-2), max_grad_norm=float("inf"))
     theirs = clones([p])
     peer = torch.optim.AdamW(theirs, lr=1e-2)
-    kept = q.detach().clone()
+    saved = q.detach().clone()
     schedules = [torch.optim.lr_scheduler.CosineAnnealingLR(o, 10) for o in (opt, peer)]
     for _ in range(5):
         give_grads([p], theirs)
@@ -239,7 +239,7 @@ def test_schedulers_tensor_lr_closure_deepcopy_and_missing_grads():
         for s in schedules:
             s.step()
     torch.testing.assert_close(p, theirs[0], rtol=1e-5, atol=1e-6)
-    assert torch.equal(q, kept) and q not in opt.state
+    assert torch.equal(q, saved) and q not in opt.state
     twin = copy.deepcopy(opt)
     assert twin.max_grad_norm == float("inf") and len(twin.state) == 1
     opt.zero_grad()
@@ -250,10 +250,10 @@ def test_schedulers_tensor_lr_closure_deepcopy_and_missing_grads():
 def test_options_per_group():
     a, b = parameters(shapes=[(64, 64), (64, 64)])
     opt = AdamW([{"params": [a], "state_bits": 8}, {"params": [b], "lr": 0.0, "weight_decay": 0.0}])
-    kept = b.detach().clone()
+    saved = b.detach().clone()
     give_grads([a, b])
     opt.step()
-    assert "exp_avg_code" in opt.state[a] and "exp_avg" in opt.state[b] and torch.equal(b, kept)
+    assert "exp_avg_code" in opt.state[a] and "exp_avg" in opt.state[b] and torch.equal(b, saved)
 
 
 def test_float64_runs_on_the_reference_beside_float32():
@@ -396,8 +396,8 @@ def test_masters_kept_before_the_cast():
         assert torch.equal(p, saved["state"][i]["master"].bfloat16())
     other = AdamW(module.parameters(), master_weights=True)
     other.load_state_dict(saved)
-    for i, again in other.state_dict()["state"].items():
-        assert torch.equal(again["master"], saved["state"][i]["master"])
+    for i, reloaded in other.state_dict()["state"].items():
+        assert torch.equal(reloaded["master"], saved["state"][i]["master"])
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

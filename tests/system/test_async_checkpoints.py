@@ -24,16 +24,16 @@ OPTIONS = replace(PLAIN, async_checkpoints=True)
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    where = tmp_path_factory.mktemp("data")
-    tiny_run.shards(where)
-    return where
+    folder = tmp_path_factory.mktemp("data")
+    tiny_run.shards(folder)
+    return folder
 
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")
-def whole(data, tmp_path_factory):
+def uninterrupted(data, tmp_path_factory):
     """A run that writes in its own thread."""
     torch.set_num_threads(1)
     run = tmp_path_factory.mktemp("whole")
@@ -51,33 +51,33 @@ def tensors(run):
 def slow(monkeypatch, seconds=0.2, fail=0):
     """Slow down every write, and count those under way. The `fail`-th meets a full disk."""
     save_file, lock = folder.save_file, threading.Lock()
-    seen = {"now": 0, "most": 0, "all": 0, "threads": set()}
+    calls = {"now": 0, "most": 0, "all": 0, "threads": set()}
 
     def patched(*args, **kwargs):
         with lock:
-            seen["now"] += 1
-            seen["all"] += 1
-            seen["most"] = max(seen["most"], seen["now"])
-            seen["threads"].add(threading.current_thread().name)
-            number = seen["all"]
+            calls["now"] += 1
+            calls["all"] += 1
+            calls["most"] = max(calls["most"], calls["now"])
+            calls["threads"].add(threading.current_thread().name)
+            number = calls["all"]
         time.sleep(seconds)
         with lock:
-            seen["now"] -= 1
+            calls["now"] -= 1
         if number == fail:
             raise OSError(28, "No space left on device")
         return save_file(*args, **kwargs)
 
     monkeypatch.setattr(folder, "save_file", patched)
-    return seen
+    return calls
 
 
-def test_the_same_checkpoints_from_one_thread_beside(data, tmp_path, whole, monkeypatch):
+def test_the_same_checkpoints_from_one_thread_beside(data, tmp_path, uninterrupted, monkeypatch):
     """The weights change while a checkpoint is written: it holds those of its step."""
-    seen, beside = slow(monkeypatch), []
-    start(data, tmp_path, OPTIONS, on_event=lambda event: beside.append(seen["now"]))
-    assert tensors(tmp_path) == tensors(whole)
-    assert seen["most"] == 1 and seen["threads"] == {"fastlm-writer_0"}
-    assert sum(beside) > 3  # lines written meanwhile
+    threads, background = slow(monkeypatch), []
+    start(data, tmp_path, OPTIONS, on_event=lambda event: background.append(threads["now"]))
+    assert tensors(tmp_path) == tensors(uninterrupted)
+    assert threads["most"] == 1 and threads["threads"] == {"fastlm-writer_0"}
+    assert sum(background) > 3  # lines written meanwhile
     assert not [t for t in threading.enumerate() if t.name.startswith("fastlm-writer")]
 
 
@@ -99,7 +99,7 @@ def test_an_error_of_the_last_write_is_raised(data, tmp_path, monkeypatch):
     assert list_checkpoints(tmp_path)[-1].name == "step-00000025"
 
 
-def test_ctrl_c_waits_for_what_is_being_written(data, tmp_path, whole, monkeypatch):
+def test_ctrl_c_waits_for_what_is_being_written(data, tmp_path, uninterrupted, monkeypatch):
     slow(monkeypatch)
 
     def press(event):
@@ -111,7 +111,7 @@ def test_ctrl_c_waits_for_what_is_being_written(data, tmp_path, whole, monkeypat
     names = [path.name for path in list_checkpoints(tmp_path)]
     assert names == ["step-00000005", "step-00000006"]
     start(data, tmp_path, OPTIONS)
-    assert tensors(tmp_path) == tensors(whole)
+    assert tensors(tmp_path) == tensors(uninterrupted)
 
 
 def test_a_training_that_diverges_names_the_checkpoint_under_way(data, tmp_path, monkeypatch):
@@ -138,7 +138,7 @@ FORKS.set_forkserver_preload(["torch", "fastlm.train.pretrain"])
 @pytest.mark.parametrize(
     "point, count", [("step", 12), ("step", 23), ("write", 2), ("rename", 3), ("rename", 5)]
 )
-def test_killed_anywhere_it_goes_on_to_the_same_bits(data, tmp_path, whole, point, count):
+def test_killed_anywhere_it_goes_on_to_the_same_bits(data, tmp_path, uninterrupted, point, count):
     args = (data, tmp_path, point, count, OPTIONS)
     child = FORKS.Process(target=tiny_run.start_and_die, args=args)
     child.start()
@@ -147,13 +147,13 @@ def test_killed_anywhere_it_goes_on_to_the_same_bits(data, tmp_path, whole, poin
     for path in list_checkpoints(tmp_path):
         folder.load_tensors(path)  # whole
     start(data, tmp_path, OPTIONS)
-    assert tensors(tmp_path) == tensors(whole)
+    assert tensors(tmp_path) == tensors(uninterrupted)
 
 
 def test_the_writer():
     done: list[int] = []
-    for beside in (False, True):
-        with CheckpointWriter(beside) as writer:
+    for background in (False, True):
+        with CheckpointWriter(background) as writer:
             for i in range(3):
                 writer.submit(lambda i=i: (time.sleep(0.02), done.append(i)))
     assert done == [0, 1, 2] * 2

@@ -60,21 +60,21 @@ def bests(run):
 
 
 @pytest.fixture(scope="module")
-def whole(data, tmp_path_factory):
+def uninterrupted(data, tmp_path_factory):
     torch.set_num_threads(1)
     run = tmp_path_factory.mktemp("whole")
     return run, *start(data, run)
 
 
-def test_the_best_is_the_lowest_of_the_curve(data, whole, tmp_path):
-    run, last, result = whole
+def test_the_best_is_the_lowest_of_the_curve(data, uninterrupted, tmp_path):
+    run, last, result = uninterrupted
     values = curve(run)
     step = min(values, key=values.__getitem__)
     assert 0 < step < 24 and values[24] > values[step] + 0.1  # it did get worse
     assert (result.best_step, result.best_loss) == (step, values[step])
     assert bests(run) == [f"best-{step:08d}"]
-    tensors, told = load_tensors(run / "checkpoints" / f"best-{step:08d}")
-    assert told["val_loss"] == values[step]
+    tensors, validations = load_tensors(run / "checkpoints" / f"best-{step:08d}")
+    assert validations["val_loss"] == values[step]
     options = replace(OPTIONS, keep="best", save_best=False, save_steps=2, save_total_limit=30)
     model, _ = start(data, tmp_path, options)
     checkpoint, _ = load_tensors(checkpoint_path(tmp_path, step))
@@ -84,11 +84,11 @@ def test_the_best_is_the_lowest_of_the_curve(data, whole, tmp_path):
     assert not torch.equal(tensors["mix.weight"], last.state_dict()["mix.weight"])
 
 
-def test_a_finished_training_can_still_be_asked_for_its_best(data, whole):
-    run, _, result = whole
-    model, again = start(data, run, replace(OPTIONS, keep="best"))
+def test_a_finished_training_can_still_be_asked_for_its_best(data, uninterrupted):
+    run, _, result = uninterrupted
+    model, reloaded = start(data, run, replace(OPTIONS, keep="best"))
     tensors, _ = load_tensors(run / "checkpoints" / f"best-{result.best_step:08d}")
-    assert again.steps == 24
+    assert reloaded.steps == 24
     assert torch.equal(model.state_dict()["mix.weight"], tensors["mix.weight"])
 
 
@@ -98,7 +98,7 @@ def test_without_the_option_there_is_none(data, tmp_path):
 
 
 @pytest.mark.parametrize("at", [1, 13, 17])
-def test_cut_off_anywhere_it_ends_with_the_same_best(data, whole, tmp_path, at):
+def test_cut_off_anywhere_it_ends_with_the_same_best(data, uninterrupted, tmp_path, at):
     def press(event):
         if event.get("step") == at and "loss" in event:
             os.kill(os.getpid(), signal.SIGINT)
@@ -106,8 +106,10 @@ def test_cut_off_anywhere_it_ends_with_the_same_best(data, whole, tmp_path, at):
     with pytest.raises(TrainingInterrupted):
         start(data, tmp_path, on_event=press)
     _, result = start(data, tmp_path)
-    assert result.best_step == whole[2].best_step and bests(tmp_path) == bests(whole[0])
-    assert curve(tmp_path) == curve(whole[0])
+    assert result.best_step == uninterrupted[2].best_step and bests(tmp_path) == bests(
+        uninterrupted[0]
+    )
+    assert curve(tmp_path) == curve(uninterrupted[0])
 
 
 FORKS = multiprocessing.get_context("forkserver")
@@ -115,16 +117,20 @@ FORKS.set_forkserver_preload(["torch", "fastlm.train.pretrain"])
 
 
 @pytest.mark.parametrize("count", [2, 5])
-def test_killed_at_a_rename_it_ends_with_the_same_best(data, whole, tmp_path, count):
+def test_killed_at_a_rename_it_ends_with_the_same_best(data, uninterrupted, tmp_path, count):
     args = (data, tmp_path, "rename", count, OPTIONS)
     child = FORKS.Process(target=tiny_run.start_and_die, args=args)
     child.start()
     child.join(120)
     assert child.exitcode == -signal.SIGKILL
     _, result = start(data, tmp_path)
-    assert result.best_step == whole[2].best_step and bests(tmp_path) == bests(whole[0])
+    assert result.best_step == uninterrupted[2].best_step and bests(tmp_path) == bests(
+        uninterrupted[0]
+    )
     assert not [p for p in (tmp_path / "checkpoints").iterdir() if p.name.startswith(".")]
-    weights = [list_checkpoints(r)[-1] / "tensors.safetensors" for r in (tmp_path, whole[0])]
+    weights = [
+        list_checkpoints(r)[-1] / "tensors.safetensors" for r in (tmp_path, uninterrupted[0])
+    ]
     assert weights[0].read_bytes() == weights[1].read_bytes()
 
 

@@ -63,9 +63,9 @@ def test_the_loss_is_the_formula_on_logits(kind) -> None:
         keep = torch.tensor(e.loss_mask[1:])
         target = torch.tensor(e.ids[1:]).long()[keep]
         with use_backend("reference"):
-            own = model(ids).logits[0][keep]
+            logits = model(ids).logits[0][keep]
             other = game.teacher(ids).logits[0][keep]
-        s, t = ((x / 1.7).log_softmax(-1) for x in (own, other))
+        s, t = ((x / 1.7).log_softmax(-1) for x in (logits, other))
         if kind == "forward":
             rows = (t.exp() * (t - s)).sum(-1)
         elif kind == "reverse":
@@ -76,7 +76,7 @@ def test_the_loss_is_the_formula_on_logits(kind) -> None:
         total = (
             total
             + rows.sum()
-            + 0.5 * torch.nn.functional.cross_entropy(own, target, reduction="sum")
+            + 0.5 * torch.nn.functional.cross_entropy(logits, target, reduction="sum")
         )
     expected = torch.autograd.grad(total / count, list(model.parameters()))
     for split in (1, 3):  # whatever the micro-batches
@@ -104,9 +104,9 @@ def test_its_own_samples() -> None:
     assert (
         game.scalars([game.measurements()])["on_policy_fraction"] == 1 and (labels >= 0).sum() >= 3
     )
-    again = objective(DistillOptions(on_policy_fraction=1.0, max_new_tokens=5))
-    again.trained.float()
-    assert torch.equal(again.next_batches(1)[0][0], ids)
+    repeated = objective(DistillOptions(on_policy_fraction=1.0, max_new_tokens=5))
+    repeated.trained.float()
+    assert torch.equal(repeated.next_batches(1)[0][0], ids)
     half = objective(DistillOptions(on_policy_fraction=0.5))
     half.trained.float(), half.teacher.float()
     shares = set()
@@ -127,8 +127,8 @@ def test_the_student_comes_closer_and_continues_to_the_same_bits(
     inputs = {"model": student, "teacher": teacher}
     result = stage(tmp_path / "whole", **inputs)
     lines = [json.loads(x) for x in (tmp_path / "whole" / "metrics.jsonl").read_text().splitlines()]
-    held = [line["val_loss"] for line in lines if "val_loss" in line]
-    assert held[-1] < 0.9 * held[0] and result["steps"] == 12
+    validations = [line["val_loss"] for line in lines if "val_loss" in line]
+    assert validations[-1] < 0.9 * validations[0] and result["steps"] == 12
 
     def press(event):
         if event.get("step") == 5 and "loss" in event:
@@ -137,10 +137,10 @@ def test_the_student_comes_closer_and_continues_to_the_same_bits(
     with pytest.raises(TrainingInterrupted):
         stage(tmp_path / "cut", on_event=press, **inputs)
     stage(tmp_path / "cut", **inputs)
-    whole, cut = (
+    uninterrupted, cut = (
         (tmp_path / n / "model" / "model.safetensors").read_bytes() for n in ("whole", "cut")
     )
-    assert whole == cut
+    assert uninterrupted == cut
 
 
 def test_the_command(models, data, tmp_path) -> None:

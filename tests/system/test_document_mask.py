@@ -63,13 +63,15 @@ def test_the_loss_is_that_of_each_document_alone(data):
     loss = masked.loss(batch, masked.num_items(batch))
     loss.backward()
     assert masked.num_items(batch) == labels.numel()
-    found = {name: p.grad.clone() for name, p in net.named_parameters()}
+    actual = {name: p.grad.clone() for name, p in net.named_parameters()}
     net.zero_grad()
-    alone = sum(net(i[None], shift_labels=t[None], num_items=labels.numel()).loss for i, t in parts)
-    alone.backward()
-    assert float(loss.detach()) == pytest.approx(float(alone.detach()), rel=1e-6)
+    single = sum(
+        net(i[None], shift_labels=t[None], num_items=labels.numel()).loss for i, t in parts
+    )
+    single.backward()
+    assert float(loss.detach()) == pytest.approx(float(single.detach()), rel=1e-6)
     for name, p in net.named_parameters():
-        torch.testing.assert_close(found[name], p.grad, rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(actual[name], p.grad, rtol=1e-4, atol=1e-6)
     unmasked = objective(net, data, mask=False)
     plain = unmasked.read(*unmasked.next_batches(1))
     leaking = net(plain[0], shift_labels=plain[1]).loss
@@ -111,9 +113,9 @@ def test_windows_without_a_boundary_take_the_plain_path(tmp_path):
 
 def test_validation_ends_the_context_with_the_document(data):
     net, heldout = model(), TokenDataset(data / "heldout")
-    whole = heldout.read(0, heldout.tokens).tolist()
-    labels = torch.tensor(whole)
-    ids = torch.tensor([EOS, *whole[:-1]])
+    unmasked = heldout.read(0, heldout.tokens).tolist()
+    labels = torch.tensor(unmasked)
+    ids = torch.tensor([EOS, *unmasked[:-1]])
     with torch.no_grad():
         nats = sum(
             float(net(i[None], shift_labels=t[None], num_items=1).loss)
@@ -138,11 +140,11 @@ def test_a_run_goes_on_to_the_same_bits_and_refuses_another_mask(data, tmp_path)
         if event.get("step") == 3 and "loss" in event:
             os.kill(os.getpid(), signal.SIGINT)
 
-    whole = run(tmp_path / "whole")
+    uninterrupted = run(tmp_path / "whole")
     with pytest.raises(TrainingInterrupted):
         run(tmp_path / "cut", on_event=press)
     cut = run(tmp_path / "cut")
-    assert all(torch.equal(whole[name], cut[name]) for name in whole)
+    assert all(torch.equal(uninterrupted[name], cut[name]) for name in uninterrupted)
     assert list_checkpoints(tmp_path / "cut")
     with pytest.raises(InputError, match="document_mask was True, now False"):
         run(tmp_path / "cut", mask=False)

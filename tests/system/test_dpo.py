@@ -71,47 +71,47 @@ def options(**changes) -> Dpo:
     return replace(TINY, **changes)
 
 
-def objective(terms: DpoOptions, batch_size: int = 2, judged=None) -> DpoObjective:
+def objective(terms: DpoOptions, batch_size: int = 2, examples=None) -> DpoObjective:
     """On a model that is not its reference any more."""
     model = CausalLM(config(64), seed=3)
-    judged = judged or (LABELS if terms.loss_type == "kto" else PAIRS)
-    made = DpoObjective(
-        model, judged, judged, TrainOptions(max_steps=1), terms, batch_size=batch_size, seed=4,
+    examples = examples or (LABELS if terms.loss_type == "kto" else PAIRS)
+    dpo_objective = DpoObjective(
+        model, examples, examples, TrainOptions(max_steps=1), terms, batch_size=batch_size, seed=4,
         base="", tokenizer=None, prompt=(),
     )  # fmt: skip
-    made.measure_reference(torch.float32)
+    dpo_objective.measure_reference(torch.float32)
     with torch.no_grad():
         for parameter in model.parameters():
             draw = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(7))
             parameter.add_(0.05 * draw)
-    return made
+    return dpo_objective
 
 
-def logp(model: CausalLM, one: Example) -> torch.Tensor:
+def logp(model: CausalLM, answer: Example) -> torch.Tensor:
     """The log-probability of an answer, one sequence at a time, from its logits in float64."""
-    ids = torch.tensor(one.ids.tolist())
+    ids = torch.tensor(answer.ids.tolist())
     logits = model(ids[None]).logits[0].double().log_softmax(-1)
-    learnt = torch.tensor(one.loss_mask.tolist()).nonzero()[:, 0]
+    learnt = torch.tensor(answer.loss_mask.tolist()).nonzero()[:, 0]
     return logits[learnt - 1, ids[learnt]].sum()
 
 
-def naive(model, reference, terms: DpoOptions, judged) -> torch.Tensor:
+def naive(model, reference, terms: DpoOptions, examples) -> torch.Tensor:
     """The mean loss, written from the papers' formulas."""
     t, losses = terms, []
     if t.loss_type == "kto":
-        others = [logp(model, j.answers[1]) - logp(reference, j.answers[1]) for j in judged]
+        others = [logp(model, j.answers[1]) - logp(reference, j.answers[1]) for j in examples]
         kl = torch.stack(others).mean().clamp(min=0).detach()
-    for one in judged:
-        policy = [logp(model, answer) for answer in one.answers]
+    for preference in examples:
+        policy = [logp(model, answer) for answer in preference.answers]
         with torch.no_grad():
-            before = [logp(reference, answer) for answer in one.answers]
+            before = [logp(reference, answer) for answer in preference.answers]
         ratios = [a - b for a, b in zip(policy, before)]
         if t.loss_type == "kto":
-            weight = t.desirable_weight if one.desirable else t.undesirable_weight
-            sign = 1 if one.desirable else -1
+            weight = t.desirable_weight if preference.desirable else t.undesirable_weight
+            sign = 1 if preference.desirable else -1
             losses.append(weight * (1 - torch.sigmoid(sign * t.beta * (ratios[0] - kl))))
             continue
-        lengths = [int(answer.loss_mask.sum()) for answer in one.answers]
+        lengths = [int(answer.loss_mask.sum()) for answer in preference.answers]
         if t.length_normalise:
             ratios = [ratio / n for ratio, n in zip(ratios, lengths)]
         h = ratios[0] - ratios[1]
@@ -126,44 +126,44 @@ def naive(model, reference, terms: DpoOptions, judged) -> torch.Tensor:
     return torch.stack(losses).mean()
 
 
-def step(made: DpoObjective, micro_batches: int) -> tuple[float, list[torch.Tensor]]:
-    made.trained.zero_grad()
-    batches = made.next_batches(micro_batches)
-    count, total = sum(map(made.num_items, batches)), 0.0
+def step(trained: DpoObjective, micro_batches: int) -> tuple[float, list[torch.Tensor]]:
+    trained.trained.zero_grad()
+    batches = trained.next_batches(micro_batches)
+    count, total = sum(map(trained.num_items, batches)), 0.0
     for batch in batches:
-        loss = made.loss(batch, count)
+        loss = trained.loss(batch, count)
         loss.backward()
         total += float(loss.detach())
-    return total, [p.grad.clone() for p in made.trained.parameters() if p.grad is not None]
+    return total, [p.grad.clone() for p in trained.trained.parameters() if p.grad is not None]
 
 
 @pytest.mark.parametrize("name", TERMS)
 def test_the_loss_is_the_formula_whatever_the_micro_batches(name) -> None:
     """Against logits in memory, one sequence at a time; in every split of a step."""
     terms = TERMS[name]
-    judged = LABELS if terms.loss_type == "kto" else PAIRS
-    made = objective(terms, batch_size=len(judged))
-    model, reference = made.trained, CausalLM(config(64), seed=3)
-    truth = naive(model.double(), reference.double(), terms, judged)
+    examples = LABELS if terms.loss_type == "kto" else PAIRS
+    trained = objective(terms, batch_size=len(examples))
+    model, reference = trained.trained, CausalLM(config(64), seed=3)
+    truth = naive(model.double(), reference.double(), terms, examples)
     truth.backward()
     expected = [p.grad.float() for p in model.parameters() if p.grad is not None]
-    for size in (len(judged), 2, 1):
-        found, gradients = step(objective(terms, size), -(-len(judged) // size))
-        assert found == pytest.approx(float(truth.detach()), rel=1e-4)
+    for size in (len(examples), 2, 1):
+        actual, gradients = step(objective(terms, size), -(-len(examples) // size))
+        assert actual == pytest.approx(float(truth.detach()), rel=1e-4)
         for a, b in zip(gradients, expected, strict=True):
             torch.testing.assert_close(a, b, rtol=2e-3, atol=2e-6)
 
 
 def test_a_step_counts_pairs_and_tokens() -> None:
-    made = objective(TERMS["sigmoid"], batch_size=3)
-    batches = made.next_batches(9)
-    assert [made.num_items(batch) for batch in batches] == [3, 2]
+    trained = objective(TERMS["sigmoid"], batch_size=3)
+    batches = trained.next_batches(9)
+    assert [trained.num_items(batch) for batch in batches] == [3, 2]
     learnt = sum(answer.num_loss_tokens for pair in PAIRS for answer in pair.answers)
-    assert sum(made.tokens(batch) for batch in batches) == learnt
+    assert sum(trained.tokens(batch) for batch in batches) == learnt
     for batch in batches:
-        made.loss(batch, 5)
-    scalars = made.scalars([made.measurements()])
-    logps = [float(logp(made.trained, pair.answers[0]).detach()) for pair in PAIRS]
+        trained.loss(batch, 5)
+    scalars = trained.scalars([trained.measurements()])
+    logps = [float(logp(trained.trained, pair.answers[0]).detach()) for pair in PAIRS]
     assert scalars["logp_chosen"] == pytest.approx(np.mean(logps), rel=1e-5)
     lengths = [pair.answers[1].num_loss_tokens for pair in PAIRS]
     assert scalars["length_rejected"] == pytest.approx(np.mean(lengths))
@@ -171,9 +171,9 @@ def test_a_step_counts_pairs_and_tokens() -> None:
         scalars["reward_chosen"] - scalars["reward_rejected"], abs=1e-6
     )
     with torch.no_grad():
-        validation = made.validate()
-    assert validation["val_loss"] == pytest.approx(step(made, 9)[0], rel=1e-5)
-    right = np.mean([float(v) for m in made.step_measurements for v in m["accuracy"]])
+        validation = trained.validate()
+    assert validation["val_loss"] == pytest.approx(step(trained, 9)[0], rel=1e-5)
+    right = np.mean([float(v) for m in trained.step_measurements for v in m["accuracy"]])
     assert validation["val_accuracy"] == pytest.approx(right)
     assert validation["val_accuracy_error"] == pytest.approx((right * (1 - right) / 4) ** 0.5)
 
@@ -181,20 +181,22 @@ def test_a_step_counts_pairs_and_tokens() -> None:
 def test_every_reference_is_measured_once() -> None:
     """Also of held-out rows beyond val_tokens, which a resumed training may validate on."""
     model = CausalLM(config(64), seed=3)
-    made = DpoObjective(
+    trained = DpoObjective(
         model, PAIRS, PAIRS, TrainOptions(max_steps=1, val_tokens=1), DpoOptions(),
         batch_size=2, seed=4, base="", tokenizer=None, prompt=(),
     )  # fmt: skip
-    made.measure_reference(torch.float32)
+    trained.measure_reference(torch.float32)
     with torch.no_grad():
-        expected = torch.tensor([[float(logp(model, a)) for a in one.answers] for one in PAIRS])
+        expected = torch.tensor(
+            [[float(logp(model, a)) for a in example.answers] for example in PAIRS]
+        )
         model.model.embed_tokens.weight.mul_(2)
-    for reference in (made.reference, made.reference_heldout):
+    for reference in (trained.reference, trained.reference_heldout):
         torch.testing.assert_close(reference, expected, rtol=1e-5, atol=1e-5)
-    state = made.state_dict()
-    again = objective(TERMS["sigmoid"])
-    again.load_state_dict(state)
-    assert again.reference is not None and torch.equal(again.reference, made.reference)
+    state = trained.state_dict()
+    resumed = objective(TERMS["sigmoid"])
+    resumed.load_state_dict(state)
+    assert resumed.reference is not None and torch.equal(resumed.reference, trained.reference)
 
 
 def test_a_pair_has_its_prompt_once() -> None:
@@ -221,13 +223,13 @@ def test_a_shared_prompt_changes_no_log_probability(window) -> None:
     assert packed[0].shape[1] < sum(len(e.ids) - 1 for pair in pairs for e in pair)
     ids, labels, cu_seqlens = packed
     logps = model.logprobs(ids, labels, cu_seqlens=cu_seqlens, keys=keys)[0]
-    found = torch.stack([part.sum() for part in logps.tensor_split(cu_seqlens[1:-1].long())])
+    actual = torch.stack([part.sum() for part in logps.tensor_split(cu_seqlens[1:-1].long())])
     expected = torch.stack([logp(model, e) for pair in pairs for e in pair])
-    torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(actual.double(), expected, rtol=1e-5, atol=1e-5)
     scale = torch.tensor([1.0, -0.5, 2.0, 0.3])
     parameters = list(model.parameters())
     for a, b in zip(
-        torch.autograd.grad((found * scale).sum(), parameters),
+        torch.autograd.grad((actual * scale).sum(), parameters),
         torch.autograd.grad((expected * scale).sum(), parameters),
         strict=True,
     ):
@@ -249,10 +251,12 @@ def test_keys_that_cannot_be_are_refused() -> None:
 
 
 def test_an_answer_to_another_prompt_keeps_its_own_prompt() -> None:
-    assert len(LABELS) == 10 and [one.desirable for one in LABELS] == [True, False] * 5
-    prompts = [one.answers[0].ids[: one.answers[0].loss_mask.argmax()].tolist() for one in LABELS]
-    for i, one in enumerate(LABELS):
-        own, other = one.answers
+    assert len(LABELS) == 10 and [label.desirable for label in LABELS] == [True, False] * 5
+    prompts = [
+        label.answers[0].ids[: label.answers[0].loss_mask.argmax()].tolist() for label in LABELS
+    ]
+    for i, label in enumerate(LABELS):
+        answer_ids, other = label.answers
         start = len(prompts[i])
         assert other.ids[:start].tolist() == prompts[i] and other.loss_mask.argmax() == start
         (source,) = [
@@ -260,7 +264,7 @@ def test_an_answer_to_another_prompt_keeps_its_own_prompt() -> None:
             for j, there in enumerate(LABELS)
             if there.answers[0].ids[len(prompts[j]) :].tolist() == other.ids[start:].tolist()
         ]
-        assert prompts[source] != prompts[i] and own.ids[:start].tolist() == prompts[i]
+        assert prompts[source] != prompts[i] and answer_ids.ids[:start].tolist() == prompts[i]
     with pytest.raises(
         InputError, match="expected answers to two prompts or more for kto, got one"
     ):
@@ -319,23 +323,23 @@ def test_the_better_answer_is_learnt(base, tmp_path, loss) -> None:
             messages = [{"role": "user", "content": row["prompt"]},
                         {"role": "assistant", "content": row[side]}]  # fmt: skip
             ((ids, mask),) = words.encode_conversation(messages)
-            one = Example(np.array(ids), np.array(mask))
+            pair = Example(np.array(ids), np.array(mask))
             with torch.no_grad():
-                gains.append(float(logp(trained, one) - logp(before, one)))
+                gains.append(float(logp(trained, pair) - logp(before, pair)))
         right += gains[0] > gains[1]
     assert right >= 14
 
 
 @pytest.mark.parametrize("loss, seen", [("sigmoid", 2), ("sigmoid", 7), ("kto", 5)])
-def test_the_same_command_continues_to_the_same_bits(base, data, tmp_path, loss, seen) -> None:
+def test_the_same_command_continues_to_the_same_bits(base, data, tmp_path, loss, kill_step) -> None:
     """Stopped by Ctrl-C within an epoch. The reference is that of before, though the weights that
     training continues from are others.
     """
     stage = options(data=(data,), loss_type=loss, epochs=3, gradient_accumulation_steps=2)
-    whole = stage(tmp_path / "whole", model=base)
+    uninterrupted = stage(tmp_path / "whole", model=base)
 
     def interrupt(event) -> None:
-        if "loss" in event and event["step"] == seen:
+        if "loss" in event and event["step"] == kill_step:
             os.kill(os.getpid(), signal.SIGINT)
 
     with pytest.raises(TrainingInterrupted):
@@ -343,7 +347,7 @@ def test_the_same_command_continues_to_the_same_bits(base, data, tmp_path, loss,
     cut = stage(tmp_path / "cut", model=base)
     files = [tmp_path / name / "model" / "model.safetensors" for name in ("whole", "cut")]
     assert files[0].read_bytes() == files[1].read_bytes()
-    assert cut["metrics"] == whole["metrics"] and cut["steps"] == whole["steps"]
+    assert cut["metrics"] == uninterrupted["metrics"] and cut["steps"] == uninterrupted["steps"]
     lines = [
         [
             {k: v for k, v in json.loads(line).items()
@@ -515,7 +519,7 @@ def test_loss_and_gradient_are_those_of_trl(base, tmp_path, name) -> None:
     features = list(trainer.train_dataset)
     loss = trainer.compute_loss(theirs, trainer.data_collator(features))
     loss.backward()
-    judged = [
+    examples = [
         PreferenceExample(tuple(
             example(row["prompt_ids"] + row[side], len(row["prompt_ids"]))
             for side in ("chosen_ids", "rejected_ids")
@@ -523,17 +527,17 @@ def test_loss_and_gradient_are_those_of_trl(base, tmp_path, name) -> None:
         for row in features
     ]  # fmt: skip
     model = CausalLM.from_pretrained(base, dtype=torch.float32)
-    made = DpoObjective(
-        model, judged, [], TrainOptions(max_steps=1), terms, batch_size=4, seed=0, base="",
+    trained = DpoObjective(
+        model, examples, [], TrainOptions(max_steps=1), terms, batch_size=4, seed=0, base="",
         tokenizer=None, prompt=(),
     )  # fmt: skip
-    made.measure_reference(torch.float32)
+    trained.measure_reference(torch.float32)
     model.load_state_dict(theirs.state_dict(), strict=False)
-    found, _ = step(made, 2)
-    assert found == pytest.approx(float(loss.detach()), rel=1e-4)
-    known = dict(theirs.named_parameters())
+    actual, _ = step(trained, 2)
+    assert actual == pytest.approx(float(loss.detach()), rel=1e-4)
+    expected = dict(theirs.named_parameters())
     for parameter_name, parameter in model.named_parameters():
         torch.testing.assert_close(
-            parameter.grad, known[parameter_name].grad, rtol=2e-3, atol=2e-6,
+            parameter.grad, expected[parameter_name].grad, rtol=2e-3, atol=2e-6,
             msg=lambda m, n=parameter_name: f"{n}: {m}",
         )  # fmt: skip

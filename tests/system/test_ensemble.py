@@ -99,10 +99,10 @@ def test_ppo_continues_to_the_same_bits(base, rewards, data, tmp_path) -> None:
     with pytest.raises(InputError, match="is of another run: scorer_identity was"):
         more(tmp_path / "cut", **inputs)
     stage(tmp_path / "cut", **inputs)
-    whole, cut = (
+    uninterrupted, cut = (
         (tmp_path / n / "model" / "model.safetensors").read_bytes() for n in ("whole", "cut")
     )
-    assert whole == cut
+    assert uninterrupted == cut
     assert [x["ensemble_std"] for x in steps(tmp_path / "cut")] == spreads
     # the lowest of three different scores is below their mean
     first = {}

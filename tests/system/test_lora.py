@@ -34,8 +34,8 @@ IDS = torch.tensor([[5, 9, 2, 33, 17, 60, 4], [1, 2, 3, 4, 5, 6, 7]])
 
 
 def model_of(seed: int = 3, **changes) -> CausalLM:
-    given = {**config(64, 0).to_dict(), **changes}
-    return CausalLM(ModelConfig.from_dict(given), seed=seed)
+    options = {**config(64, 0).to_dict(), **changes}
+    return CausalLM(ModelConfig.from_dict(options), seed=seed)
 
 
 @pytest.fixture(scope="module")
@@ -263,13 +263,15 @@ def test_peft_loads_our_adapter(model, saved, tmp_path, kind) -> None:
     with torch.no_grad():
         theirs = peft(IDS).logits
     torch.testing.assert_close(theirs, logits(model), rtol=1e-4, atol=1e-5)
-    again = load_adapter(CausalLM.from_pretrained(saved), tmp_path / "adapter")
+    reloaded = load_adapter(CausalLM.from_pretrained(saved), tmp_path / "adapter")
     assert (
-        torch.equal(logits(again), logits(model))
-        and lora_layers(again).keys() == lora_layers(model).keys()
+        torch.equal(logits(reloaded), logits(model))
+        and lora_layers(reloaded).keys() == lora_layers(model).keys()
     )
-    whole = CausalLM.from_pretrained(tmp_path / "adapter")  # finds its base
-    assert not lora_layers(whole) and torch.equal(logits(whole), logits(merge_lora(model)))
+    merged_model = CausalLM.from_pretrained(tmp_path / "adapter")  # finds its base
+    assert not lora_layers(merged_model) and torch.equal(
+        logits(merged_model), logits(merge_lora(model))
+    )
 
 
 THEIRS = {
@@ -280,11 +282,11 @@ THEIRS = {
 }
 
 
-def peft_adapter(saved: Path, folder: Path, **given):
+def peft_adapter(saved: Path, folder: Path, **options):
     from peft import LoraConfig, get_peft_model
 
     torch.manual_seed(5)
-    lora = LoraConfig(task_type="CAUSAL_LM", r=4, lora_alpha=6, **given)
+    lora = LoraConfig(task_type="CAUSAL_LM", r=4, lora_alpha=6, **options)
     peft = get_peft_model(transformers_model(saved), lora).eval()
     with torch.no_grad():
         for name, p in peft.named_parameters():
@@ -302,8 +304,8 @@ def test_we_load_pefts_adapter(saved, tmp_path, kind) -> None:
     model = load_adapter(CausalLM.from_pretrained(saved), tmp_path / "theirs")
     torch.testing.assert_close(logits(model), theirs, rtol=1e-4, atol=1e-5)
     save_adapter(model, tmp_path / "ours", base=saved)
-    again = CausalLM.from_pretrained(tmp_path / "ours")
-    torch.testing.assert_close(logits(again), theirs, rtol=1e-4, atol=1e-5)
+    reloaded = CausalLM.from_pretrained(tmp_path / "ours")
+    torch.testing.assert_close(logits(reloaded), theirs, rtol=1e-4, atol=1e-5)
 
 
 REFUSED_OF_PEFT = {
@@ -319,8 +321,8 @@ REFUSED_OF_PEFT = {
 @warned
 @pytest.mark.parametrize("message", REFUSED_OF_PEFT)
 def test_options_of_peft_that_are_refused(saved, tmp_path, message) -> None:
-    given = REFUSED_OF_PEFT[message]
-    peft_adapter(saved, tmp_path / "theirs", target_modules=["q_proj", "v_proj"], **given)
+    config = REFUSED_OF_PEFT[message]
+    peft_adapter(saved, tmp_path / "theirs", target_modules=["q_proj", "v_proj"], **config)
     with pytest.raises(InputError, match=re.escape(message)):
         load_adapter(CausalLM.from_pretrained(saved), tmp_path / "theirs")
 
@@ -380,14 +382,14 @@ def test_refused_configs(adapter, saved, message) -> None:
 
 def test_a_base_that_is_not_there(adapter, saved) -> None:
     file = adapter / "adapter_config.json"
-    given = json.loads(file.read_text())
-    assert given["base_model_name_or_path"] == str(saved)
+    config = json.loads(file.read_text())
+    assert config["base_model_name_or_path"] == str(saved)
     saved = saved.rename(saved.with_name("elsewhere"))  # neither there nor where it lay from here
     for name in ("HuggingFaceTB/SmolLM2-135M", None):
-        file.write_text(json.dumps({**given, "base_model_name_or_path": name}))
+        file.write_text(json.dumps({**config, "base_model_name_or_path": name}))
         with pytest.raises(InputError, match="base_model_name_or_path: expected a model on this"):
             CausalLM.from_pretrained(adapter)
-    file.write_text(json.dumps({**given, "base_model_name_or_path": str(adapter)}))
+    file.write_text(json.dumps({**config, "base_model_name_or_path": str(adapter)}))
     with pytest.raises(InputError, match="expected a full model, got an adapter"):
         CausalLM.from_pretrained(adapter)
 
@@ -459,8 +461,8 @@ def talker(base, tmp_path_factory) -> Path:
     weights would learn nothing.
     """
     folder = tmp_path_factory.mktemp("talker")
-    said = [*QUESTIONS.values()]
-    rows = [{"prompt": q, "completion": a} for q, a in zip(QUESTIONS, [*said[1:], said[0]])]
+    messages = [*QUESTIONS.values()]
+    rows = [{"prompt": q, "completion": a} for q, a in zip(QUESTIONS, [*messages[1:], messages[0]])]
     (folder / "other.jsonl").write_text("\n".join(map(json.dumps, rows)))
     options(data=(str(folder / "other.jsonl"),))(folder / "sft", model=base)
     return folder / "sft" / "model"
@@ -524,13 +526,13 @@ def test_it_resumes_to_the_same_bits(base, data, tmp_path, given, dtype) -> None
     ],
 )
 def test_what_is_kept_of_a_quantized_base_is_said(base, tmp_path, format, bits, lines) -> None:
-    source, said = base, []
+    source, warnings = base, []
     if format:
         model = CausalLM.from_pretrained(base)
         fastlm.quantize(model, format, group_size=32).save_pretrained(source := tmp_path / "q")
-    given = LoraOptions(lora_rank=4, base_bits=bits, base_group_size=32)
-    model = given.load_trained(source, dtype="float32", seed=0, warn=said.append)
-    assert len(said) == len(lines) and all(map(str.startswith, said, lines))
+    options = LoraOptions(lora_rank=4, base_bits=bits, base_group_size=32)
+    model = options.load_trained(source, dtype="float32", seed=0, warn=warnings.append)
+    assert len(warnings) == len(lines) and all(map(str.startswith, warnings, lines))
     layers = {m.base_layer for m in lora_layers(model).values()}
     found = {(m.bits, m.act_bits) for m in layers if isinstance(m, QuantizedLinear)}
     expected = int(format[1]) if format else bits
@@ -596,8 +598,10 @@ def test_merge_is_a_command(base, data, tmp_path) -> None:
     assert done.exit_code == 0, done.output
     assert not (tmp_path / "whole" / "adapter_config.json").exists()
     files = [tmp_path / "whole", tmp_path / "sft" / "model"]
-    one, two = map(CausalLM.from_pretrained, files)
-    assert torch.equal(logits(one), logits(two)) and one.config.stop_ids == two.config.stop_ids
+    folder, two = map(CausalLM.from_pretrained, files)
+    assert (
+        torch.equal(logits(folder), logits(two)) and folder.config.stop_ids == two.config.stop_ids
+    )
     assert answers(tmp_path / "whole") == answers(tmp_path / "sft" / "model")
     config = tmp_path / "sft" / "model" / "adapter_config.json"
     config.write_text(config.read_text().replace(str(base), "/nowhere"))
@@ -606,7 +610,7 @@ def test_merge_is_a_command(base, data, tmp_path) -> None:
     assert refused.exit_code == 2 and "expected a model on this machine" in refused.output
     done = CliRunner().invoke(app, [*arguments, "--base", str(base)])
     assert done.exit_code == 0 and torch.equal(
-        logits(CausalLM.from_pretrained(tmp_path / "whole")), logits(one)
+        logits(CausalLM.from_pretrained(tmp_path / "whole")), logits(folder)
     )
     plain = CliRunner().invoke(app, ["merge", "-m", str(base), "-o", str(tmp_path / "no")])
     assert plain.exit_code == 2 and "model: expected a LoRA adapter" in plain.output

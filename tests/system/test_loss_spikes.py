@@ -31,13 +31,13 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 def broken_at(monkeypatch, step):
     """Multiply the loss of the batch whose first window is that of `step`; the gradient with it."""
     forward = tiny_run.TinyLM.forward
-    seen = {}
+    steps = {}
 
     def broken(self, input_ids, **kwargs):
         out = forward(self, input_ids, **kwargs)
         key = input_ids.numpy().tobytes()
         if self.training and hasattr(out, "loss"):
-            if seen.setdefault(key, len(seen)) == 2 * (step - 1):
+            if steps.setdefault(key, len(steps)) == 2 * (step - 1):
                 out.loss = out.loss * 10
         return out
 
@@ -58,9 +58,9 @@ def test_a_spike_is_far_above_a_full_window():
     assert spikes.check(2.0) is None and spikes.losses == [1.0, 2.0, 1.0, 2.0]
     assert spikes.check(2.99) is None
     spikes.losses = [1.0, 2.0, 1.0, 2.0]
-    told = spikes.check(3.01)  # mean 1.5, deviation 0.5
+    message = spikes.check(3.01)  # mean 1.5, deviation 0.5
     assert (
-        told
+        message
         == "the loss 3.01 is 3.0 standard deviations above the mean 1.5 of the previous 4 steps"
     )
     assert spikes.losses == [2.0, 1.0, 2.0, 3.01]
@@ -72,11 +72,11 @@ def test_a_spike_is_far_above_a_full_window():
 
 def test_a_warning_names_the_batch_and_changes_nothing(data, tmp_path, monkeypatch):
     broken_at(monkeypatch, BAD)
-    seen = []
-    tiny_run.start(data, tmp_path / "warn", OPTIONS, on_event=seen.append)
-    told = [e["warning"] for e in seen if "warning" in e]
-    assert len(told) == 1 and told[0].startswith(f"step {BAD}: the loss ")
-    assert "windows from 88 of" in told[0]  # 11 steps with 2 batches of 4
+    events = []
+    tiny_run.start(data, tmp_path / "warn", OPTIONS, on_event=events.append)
+    warnings = [e["warning"] for e in events if "warning" in e]
+    assert len(warnings) == 1 and warnings[0].startswith(f"step {BAD}: the loss ")
+    assert "windows from 88 of" in warnings[0]  # 11 steps with 2 batches of 4
     marked = [line for line in lines(tmp_path / "warn") if "spike" in line]
     assert [(m["step"], "skipped" in m) for m in marked] == [(BAD, False)]
     assert "windows from 88 of" in marked[0]["spike"]

@@ -87,9 +87,9 @@ def objective(kind: str, rules: RolloutOptions = RULES, prompts=PROMPTS, score=s
 
 
 def lines(run) -> list[dict]:
-    found = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     clock = ("seconds", "tokens_per_second", "progress")
-    return [{k: v for k, v in line.items() if k not in clock} for line in found]
+    return [{k: v for k, v in line.items() if k not in clock} for line in records]
 
 
 # ---- rollouts
@@ -109,25 +109,25 @@ def test_answers_have_the_log_probabilities_that_training_computes() -> None:
 
 
 def test_as_many_answers_run_as_there_are_rows(monkeypatch) -> None:
-    model, most = model_of().eval(), []
+    model, batch_sizes = model_of().eval(), []
     model.config.eos_token_id = None
     step = Engine.step
 
     def counted(engine):
         busy = step(engine)
-        most.append(len(engine.scheduler.running))
+        batch_sizes.append(len(engine.scheduler.running))
         return busy
 
     monkeypatch.setattr(Engine, "step", counted)
     answers = sample_completions(model, [[5, 6, 7]] * 16, max_new_tokens=8, seed=1, max_num_seqs=16)
-    assert len(answers) == 16 and max(most) == 16
+    assert len(answers) == 16 and max(batch_sizes) == 16
 
 
 def test_an_answer_does_not_depend_on_its_batch() -> None:
     model = model_of().eval()
-    whole = sample_completions(model, PROMPTS, max_new_tokens=5, seed=9)
+    together = sample_completions(model, PROMPTS, max_new_tokens=5, seed=9)
     parts = sample_completions(model, PROMPTS, max_new_tokens=5, seed=9, max_num_seqs=1)
-    assert [a.token_ids for a in whole] == [a.token_ids for a in parts]
+    assert [a.token_ids for a in together] == [a.token_ids for a in parts]
     with pytest.raises(InputError, match="prompts: expected at most 2 tokens, so that"):
         sample_completions(model, PROMPTS, max_new_tokens=30)
 
@@ -151,7 +151,7 @@ def test_answers_share_their_prompt(window) -> None:
     model = model_of(sliding_window=window, num_hidden_layers=2, attention_dropout=0.0)
     prompts = [[1, 5, 2, 4], [1, 5, 2, 4], [6], [6], [1, 5, 2, 4], [1, 5, 2, 4], [1, 5, 2, 4]]
     answers = [[7, 0], [6, 5, 3], [4], [2, 0], [1], [3, 3], [2, 7, 1, 0]]
-    found = []
+    results = []
     for share in (False, True):
         packed = pack_rollouts(prompts, answers, torch.device("cpu"), share_prompts=share)
         assert (packed.keys is not None) == share
@@ -159,8 +159,8 @@ def test_answers_share_their_prompt(window) -> None:
         model.zero_grad()
         (logp * packed.mask * torch.linspace(1, 2, 4)).sum().backward()
         grads = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
-        found.append((packed.ids.numel(), packed.mask, logp.detach(), grads))
-    (long, mask, logp, grads), (short, *shared) = found
+        results.append((packed.ids.numel(), packed.mask, logp.detach(), grads))
+    (long, mask, logp, grads), (short, *shared) = results
     assert (long, short) == (30, 21)
     torch.testing.assert_close(shared, [mask, logp, grads], rtol=1e-4, atol=1e-5)
 
@@ -268,8 +268,8 @@ def test_cut_off_anywhere_it_continues_to_the_same_bits(kind, tmp_path) -> None:
         train(game(), replace(OPTIONS, max_steps=12), run)
         assert lines(run) == lines(tmp_path / "whole")
         last = [list_checkpoints(tmp_path / p)[-1] for p in ("whole", run.name)]
-        whole, cut = ((path / "tensors.safetensors").read_bytes() for path in last)
-        assert whole == cut
+        uninterrupted, cut = ((path / "tensors.safetensors").read_bytes() for path in last)
+        assert uninterrupted == cut
     steps = lines(tmp_path / "whole")
     assert len({line["beta"] for line in steps}) > 1  # the controller moved
     assert len({line["round"] for line in steps}) > 2
@@ -293,26 +293,26 @@ class SimulatedProcesses(SingleProcess):
 def test_a_round_does_not_depend_on_the_number_of_processes(kind) -> None:
     """Some of 16 processes have no answer. Score metrics are means over all answers."""
     rules = replace(RULES, missing_eos_penalty=-0.5)
-    seen: list[int] = []
+    lengths: list[int] = []
 
     def score(places, answers):
-        seen[:] = [len(a.token_ids) for a in answers]
+        lengths[:] = [len(a.token_ids) for a in answers]
         return sevens(places, answers)
 
-    found = {}
+    results = {}
     for size in (1, 2, 5, 16):
-        game = objective(kind, rules, score=score, score_metrics=lambda: {"said": np.mean(seen)})
+        game = objective(kind, rules, score=score, score_metrics=lambda: {"said": np.mean(lengths)})
         game.world = SimulatedProcesses(size)
         game.next_batches(1)
-        found[size] = game, game.validate()
-    whole, validated = found.pop(1)
-    assert whole.round_metrics["said"] == pytest.approx(whole.round_metrics["length"])
-    for game, held in found.values():
-        assert [a.token_ids for a in game.completions] == [a.token_ids for a in whole.completions]
-        assert game.round_metrics == pytest.approx(whole.round_metrics, rel=1e-5, abs=1e-6)
-        assert held == pytest.approx(validated, rel=1e-12)
-        assert game.columns.keys() == whole.columns.keys()
-        for name, column in whole.columns.items():
+        results[size] = game, game.validate()
+    single, validated = results.pop(1)
+    assert single.round_metrics["said"] == pytest.approx(single.round_metrics["length"])
+    for game, validation in results.values():
+        assert [a.token_ids for a in game.completions] == [a.token_ids for a in single.completions]
+        assert game.round_metrics == pytest.approx(single.round_metrics, rel=1e-5, abs=1e-6)
+        assert validation == pytest.approx(validated, rel=1e-12)
+        assert game.columns.keys() == single.columns.keys()
+        for name, column in single.columns.items():
             torch.testing.assert_close(game.columns[name], column, rtol=1e-4, atol=1e-5)
 
 
@@ -321,7 +321,7 @@ def test_a_step_does_not_depend_on_its_micro_batches(kind) -> None:
     """Twelve answers give the same loss and gradient as 1, 2, 4 and 12 micro-batches of 1, 3, 2 and
     5 processes. The answers differ in length, and padded positions hold NaN.
     """
-    found = {}
+    results = {}
     for size, ranks in ((12, 1), (6, 3), (3, 2), (1, 5)):
         game = objective(kind, replace(RULES, batch_size=size))
         game.trained.double()
@@ -344,11 +344,11 @@ def test_a_step_does_not_depend_on_its_micro_batches(kind) -> None:
                 total += float(loss.detach())
             measured.append(game.measurements())
         gradients = [p.grad for p in game.trained.parameters() if p.grad is not None]
-        found[size] = (total, gradients, game.scalars(measured))
-    total, gradients, scalars = found.pop(12)
+        results[size] = (total, gradients, game.scalars(measured))
+    total, gradients, scalars = results.pop(12)
     assert any(float(g.abs().max()) > 1e-4 for g in gradients)
-    for one, some, measured in found.values():
-        assert one == pytest.approx(total, rel=1e-5, abs=1e-7)
+    for loss_sum, some, measured in results.values():
+        assert loss_sum == pytest.approx(total, rel=1e-5, abs=1e-7)
         assert measured == pytest.approx(scalars, rel=1e-4, abs=1e-6)
         for a, b in zip(some, gradients, strict=True):
             torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
@@ -358,11 +358,14 @@ def test_every_answer_is_learnt_once_per_pass_and_every_prompt_once_per_epoch() 
     game = objective("dapo")
     rounds = []
     for _ in range(4):
-        taken = []
+        advantages = []
         for _ in range(8):  # two passes of twelve answers, three at a time
             (batch,) = game.next_batches(1)
-            taken += batch.columns["advantages"][:, 0].tolist()
-        assert sorted(taken[:12]) == sorted(taken[12:]) and taken[:12] != taken[12:]
+            advantages += batch.columns["advantages"][:, 0].tolist()
+        assert (
+            sorted(advantages[:12]) == sorted(advantages[12:])
+            and advantages[:12] != advantages[12:]
+        )
         rounds += game.prompt_indices[:: RULES.num_generations]
     assert [sorted(rounds[i : i + 4]) for i in range(0, 12, 4)] == [[0, 1, 2, 3]] * 3
 
@@ -371,37 +374,37 @@ def test_every_answer_is_learnt_once_per_pass_and_every_prompt_once_per_epoch() 
 
 
 def test_policy_and_value_model_are_clipped_by_one_norm(tmp_path, monkeypatch) -> None:
-    seen = {}
+    norms = {}
     step = AdamW.step
 
     def watched(self):
         grads = [p.grad for group in self.param_groups for p in group["params"]]
-        seen["norm"] = torch.cat([g.flatten() for g in grads if g is not None]).norm().item()
-        seen["count"] = sum(g is not None for g in grads)
+        norms["norm"] = torch.cat([g.flatten() for g in grads if g is not None]).norm().item()
+        norms["count"] = sum(g is not None for g in grads)
         step(self)
 
     monkeypatch.setattr(AdamW, "step", watched)
     game = objective("ppo", ppo={"vf_coef": 0.5})
     train(game, replace(OPTIONS, max_steps=1, max_grad_norm=1e-3), tmp_path)
     (line,) = [line for line in lines(tmp_path) if "loss" in line]
-    assert line["grad_norm"] == pytest.approx(seen["norm"], rel=1e-5) and seen["norm"] > 1e-3
+    assert line["grad_norm"] == pytest.approx(norms["norm"], rel=1e-5) and norms["norm"] > 1e-3
     trained = {id(p) for m in (game.policy, game.value_model) for p in m.parameters()}
-    assert seen["count"] == len(trained)
+    assert norms["count"] == len(trained)
 
 
 @pytest.mark.parametrize("stage", [Ppo, Grpo])
 def test_adams_epsilon(stage, tmp_path, monkeypatch) -> None:
-    made = []
+    epsilons = []
     init = AdamW.__init__
 
     def watched(self, *args, **options):
-        made.append(options["eps"])
+        epsilons.append(options["eps"])
         init(self, *args, **options)
 
     monkeypatch.setattr(AdamW, "__init__", watched)
     options = stage(data=("x.jsonl",), max_steps=100, sample_at=()).train_options(8)
     train(objective("ppo"), replace(options, max_steps=1), tmp_path)
-    assert made == [1e-5]
+    assert epsilons == [1e-5]
 
 
 def test_ppo_estimates_by_plain_loops() -> None:
@@ -426,20 +429,20 @@ def test_ppo_estimates_by_plain_loops() -> None:
         row[-1] += score
         rewards.append(row)
         values.append(value[0].tolist())
-    every = [r for row in rewards for r in row]
-    mean, variance = np.mean(every), np.var(every)
+    flat = [r for row in rewards for r in row]
+    mean, variance = np.mean(flat), np.var(flat)
     advantages, returns = [], []
     for row, value in zip(rewards, values, strict=True):
         row = [(r - mean) / math.sqrt(variance + 1e-8) + mean for r in row]
-        found: list[float] = []
+        actual: list[float] = []
         for t in reversed(range(len(row))):
             after = value[t + 1] if t + 1 < len(row) else 0.0
             delta = row[t] + 0.9 * after - value[t]
-            found.insert(0, delta + 0.9 * 0.8 * (found[0] if found else 0.0))
-        advantages.append(found)
-        returns.append([a + v for a, v in zip(found, value)])
-    every = [a for row in advantages for a in row]
-    mean, variance = np.mean(every), np.var(every)
+            actual.insert(0, delta + 0.9 * 0.8 * (actual[0] if actual else 0.0))
+        advantages.append(actual)
+        returns.append([a + v for a, v in zip(actual, value)])
+    flat = [a for row in advantages for a in row]
+    mean, variance = np.mean(flat), np.var(flat)
     for i, row in enumerate(advantages):
         expected = [(a - mean) / math.sqrt(variance + 1e-8) for a in row]
         assert game.columns["advantages"][i, : len(row)].tolist() == pytest.approx(
@@ -455,7 +458,7 @@ def test_ppo_estimates_by_plain_loops() -> None:
 
 def by_prompt(places, answers: list[Completion]) -> list[float]:
     """Far from 0, and different for each prompt: what a value model can know."""
-    return [2.0 + place % 2 + c for place, c in zip(places, copied(places, answers), strict=True)]
+    return [2.0 + index % 2 + c for index, c in zip(places, copied(places, answers), strict=True)]
 
 
 @pytest.mark.parametrize("shared", [False, True])
@@ -498,10 +501,10 @@ def test_a_value_model_that_explains_nothing_raises_an_alarm() -> None:
         game.next_batches(1)
     assert [line.partition(":")[0] for line in warned] == ["round 4", "round 9"]
     assert "for 5 rounds the value model has predicted the returns worse" in warned[0]
-    again = objective("ppo", replace(RULES, num_iterations=1), score=drifting, ppo=ppo)
-    again.load_state_dict(game.state_dict())
-    assert (again.bad_rounds, again.offset) == (game.bad_rounds, game.offset)
-    assert again.offset == pytest.approx(10, abs=1)
+    resumed = objective("ppo", replace(RULES, num_iterations=1), score=drifting, ppo=ppo)
+    resumed.load_state_dict(game.state_dict())
+    assert (resumed.bad_rounds, resumed.offset) == (game.bad_rounds, game.offset)
+    assert resumed.offset == pytest.approx(10, abs=1)
 
 
 def test_the_value_model_alone_learns_in_its_warmup(tmp_path) -> None:
@@ -521,14 +524,14 @@ def test_the_value_model_alone_learns_in_its_warmup(tmp_path) -> None:
 
 def _gaps(game) -> list[list[float]]:
     """logp - ref_logp of each answer of the round."""
-    found = []
+    gaps = []
     for i in range(len(game.completions)):
         prompt = game.prompts[game.prompt_indices[i]]
         packed = pack_rollouts([prompt], [game.completions[i].token_ids], game.policy.device)
         with torch.no_grad():
             logp = game.logprobs(game.policy, packed)[0]
-            found.append((logp - game.logprobs(game.reference, packed)[0])[0].tolist())
-    return found
+            gaps.append((logp - game.logprobs(game.reference, packed)[0])[0].tolist())
+    return gaps
 
 
 def test_the_first_round_is_on_the_reference() -> None:
@@ -580,13 +583,13 @@ def other_sampler(monkeypatch, off: float, temperature: float = 1.0):
 
 @pytest.mark.parametrize("kind", ["dapo", "ppo", "rloo"])
 def test_a_mismatch_of_sampling_and_training_is_corrected(kind, monkeypatch) -> None:
-    told: list[str] = []
-    plain = objective(kind, warn=told.append)
+    warnings: list[str] = []
+    plain = objective(kind, warn=warnings.append)
     plain.next_batches(4)
-    assert not told and plain.round_metrics["mismatch"] < 1e-5
+    assert not warnings and plain.round_metrics["mismatch"] < 1e-5
     for off in (0.2, 5.0):
         other_sampler(monkeypatch, off)
-        game = objective(kind, warn=told.append)
+        game = objective(kind, warn=warnings.append)
         game.next_batches(4)
         assert game.round_metrics["mismatch"] == pytest.approx(off, abs=1e-5)
         weight = min(math.exp(off), online.MAX_IMPORTANCE_WEIGHT)
@@ -597,20 +600,20 @@ def test_a_mismatch_of_sampling_and_training_is_corrected(kind, monkeypatch) -> 
             weight = weight[:, None].expand_as(mask)[mask]
         expected, got = (g.columns["advantages"][mask] for g in (plain, game))
         torch.testing.assert_close(got, weight * expected, rtol=1e-4, atol=1e-6)
-    assert len(told) == 2 and "truncated importance weights" in told[0]
+    assert len(warnings) == 2 and "truncated importance weights" in warnings[0]
 
 
 def test_a_negative_kl_estimate_raises_an_alarm(monkeypatch) -> None:
     """A sampler that sharpens prefers what the reference likes: its k1 is negative."""
-    told: list[str] = []
+    warnings: list[str] = []
     game = objective(
-        "rloo", replace(RULES, num_generations=40, mismatch_threshold=9.0), warn=told.append
+        "rloo", replace(RULES, num_generations=40, mismatch_threshold=9.0), warn=warnings.append
     )
     with torch.no_grad():
         game.policy.lm_head.weight.mul_(0.5)  # flatter than the reference
     other_sampler(monkeypatch, 0.0, 0.2)
     game.next_batches(1)
-    assert game.round_metrics["kl"] < 0 and "standard errors below 0" in told[0]
+    assert game.round_metrics["kl"] < 0 and "standard errors below 0" in warnings[0]
 
 
 def test_a_round_ends_early_where_the_update_moves_too_far() -> None:
@@ -634,8 +637,8 @@ def test_the_kl_coefficient_follows_its_target() -> None:
         mask = torch.ones(12, 1)
         game.completions = [Completion([1])] * 12
         logp = torch.full((12, 1), kl)
-        kept = {"logp": logp, "ref_logp": torch.zeros(12, 1), "difference": torch.zeros(12, 1)}
-        game._check_round(np.ones(12), kept, mask.bool())
+        tokens = {"logp": logp, "ref_logp": torch.zeros(12, 1), "difference": torch.zeros(12, 1)}
+        game._check_round(np.ones(12), tokens, mask.bool())
         assert game.next_beta == pytest.approx(0.4 * (1 + (factor - 1) * 12 / 120), rel=1e-5)
 
 

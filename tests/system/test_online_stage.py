@@ -136,8 +136,8 @@ def test_the_last_good_policy_is_kept(base, data, tmp_path) -> None:
         stage(tmp_path, model=base)
     assert not (tmp_path / "model").exists()
     good, _ = load_tensors(raised.value.checkpoint)
-    kept = CausalLM.from_pretrained(tmp_path / "last-good")
-    for name, parameter in kept.named_parameters():
+    saved = CausalLM.from_pretrained(tmp_path / "last-good")
+    for name, parameter in saved.named_parameters():
         assert torch.equal(parameter, good[f"model.{name}"])
 
 
@@ -233,10 +233,10 @@ def test_a_value_model_begins_as_the_reward_model(base, reward_model) -> None:
 @pytest.mark.parametrize("tied", [True, False])
 def test_a_value_model_shares_what_is_frozen_and_has_no_head(tied) -> None:
     policy = CausalLM(config(64, 0, tie_word_embeddings=tied), seed=1)
-    whole = build_value_model(policy).trunk
-    assert whole is not None and not hasattr(whole, "lm_head")
+    trunk_copy = build_value_model(policy).trunk
+    assert trunk_copy is not None and not hasattr(trunk_copy, "lm_head")
     mine = {name: p for name, p in policy.named_parameters() if not name.startswith("lm_head")}
-    theirs = dict(whole.named_parameters())
+    theirs = dict(trunk_copy.named_parameters())
     assert mine.keys() == theirs.keys()
     assert not {p.data_ptr() for p in mine.values()} & {p.data_ptr() for p in theirs.values()}
     assert hasattr(policy, "lm_head") is not tied  # the policy keeps its own
@@ -244,12 +244,12 @@ def test_a_value_model_shares_what_is_frozen_and_has_no_head(tied) -> None:
     quantize(add_lora(policy, 2), "w4a16", group_size=16, embeddings=16, head=16)
     trunk = build_value_model(policy).trunk
     assert trunk is not None
-    held = {name: t.data_ptr() for name, t in named_tensors(trunk)}
+    tensors = {name: t.data_ptr() for name, t in named_tensors(trunk)}
     for name, tensor in named_tensors(policy):
         if not name.startswith("lm_head"):
             trained = name.endswith((".lora_A", ".lora_B"))
-            assert (held.pop(name) != tensor.data_ptr()) == trained, name
-    assert not held
+            assert (tensors.pop(name) != tensor.data_ptr()) == trained, name
+    assert not tensors
     ids = torch.tensor([[5, 9, 2, 33]])
     assert torch.equal(trunk.hidden(ids), policy.hidden(ids))
 
@@ -275,8 +275,8 @@ def test_ppo_with_adapters_continues_to_the_same_bits(base, data, tmp_path) -> N
 
     with pytest.raises(TrainingInterrupted):
         stage(tmp_path / "cut", model=base, on_event=press)
-    kept = load_tensors(next((tmp_path / "cut" / "checkpoints").glob("step-*")))[0]
-    names = {name for name in kept if name.startswith("model.")}
+    saved = load_tensors(next((tmp_path / "cut" / "checkpoints").glob("step-*")))[0]
+    names = {name for name in saved if name.startswith("model.")}
     assert all(".lora_" in name or ".head." in name for name in names) and len(names) > 4
     assert {name.split(".")[1] for name in names} == {"policy", "value"}
     stage(tmp_path / "cut", model=base)
@@ -286,19 +286,19 @@ def test_ppo_with_adapters_continues_to_the_same_bits(base, data, tmp_path) -> N
 
 
 def test_prompts(tmp_path) -> None:
-    asked = {"role": "user", "content": "why?"}
+    prompts = {"role": "user", "content": "why?"}
     rows = [
-        {"prompt": "why?"}, {"question": "why?", "answer": "so"}, {"prompt": [asked]},
-        {"messages": [asked, {"role": "assistant", "content": "so"}]}, {"messages": [asked]},
+        {"prompt": "why?"}, {"question": "why?", "answer": "so"}, {"prompt": [prompts]},
+        {"messages": [prompts, {"role": "assistant", "content": "so"}]}, {"messages": [prompts]},
         {"instruction": "why?", "output": "so"}, {"prompt": "why?", "chosen": "a", "rejected": "b"},
     ]  # fmt: skip
     file = write(tmp_path / "rows.jsonl", rows)
-    found = list(read_prompts((file,), cache=tmp_path))
-    assert [prompt.messages for prompt in found] == [[asked]] * len(rows)
-    assert [prompt.row for prompt in found] == rows
+    actual = list(read_prompts((file,), cache=tmp_path))
+    assert [prompt.messages for prompt in actual] == [[prompts]] * len(rows)
+    assert [prompt.row for prompt in actual] == rows
     for row, message in (
         ({"prompt": "  "}, "line 1: prompt: expected text from the user, got an empty message"),
-        ({"prompt": [asked, asked]}, "expected assistant after user, got user"),
+        ({"prompt": [prompts, prompts]}, "expected assistant after user, got user"),
         ({"text": "x"}, "expected an object with a prompt or messages, got 'text'"),
     ):
         with pytest.raises(InputError, match=message):

@@ -33,13 +33,13 @@ def rows(count=96):
     """Learnable rows of unequal length: a token always has the same successor."""
     draw = torch.Generator().manual_seed(2)
     table = torch.randint(3, 99, (99,), generator=draw).tolist()
-    made = []
+    sequences = []
     for i in range(count):
         row = torch.randint(3, 99, (1,), generator=draw).tolist()
         while len(row) < 6 + i % 9:
             row.append(table[row[-1]])
-        made.append(row)
-    return made
+        sequences.append(row)
+    return sequences
 
 
 def losses(trainer, **options):
@@ -110,13 +110,13 @@ def test_adamw_of_bfloat16_in_trainer_resumes(tmp_path):
     optimizer = (fastlm.AdamW, {"lr": RATE, "master_weights": True, "state_bits": 8})
     options = {"save_strategy": "steps", "save_steps": 25, "max_grad_norm": 0}
     _, fast = pair(dtype=torch.bfloat16)
-    whole = losses(trainer_of(fast, tmp_path, optimizer, **options))
-    assert whole[-5:].mean() < 0.7 * whole[0]
-    _, again = pair(dtype=torch.bfloat16)
-    trainer = trainer_of(again, tmp_path, optimizer, **options)
+    uninterrupted = losses(trainer_of(fast, tmp_path, optimizer, **options))
+    assert uninterrupted[-5:].mean() < 0.7 * uninterrupted[0]
+    _, second = pair(dtype=torch.bfloat16)
+    trainer = trainer_of(second, tmp_path, optimizer, **options)
     resumed = losses(trainer, resume_from_checkpoint=str(tmp_path / "checkpoint-25"))
-    assert torch.equal(resumed[-25:], whole[-25:])
-    for a, b in zip(fast.parameters(), again.parameters(), strict=True):
+    assert torch.equal(resumed[-25:], uninterrupted[-25:])
+    for a, b in zip(fast.parameters(), second.parameters(), strict=True):
         assert torch.equal(a, b)
 
 
@@ -131,11 +131,11 @@ def sft_trainer(model, folder, *, lora=None, trainer=None, **options):
         tokenizer_object=Tokenizer(WordLevel(names, unk_token="t3")), pad_token="t0",
         bos_token="t1", eos_token="t2",
     )  # fmt: skip
-    given = {"bf16": False, "save_strategy": "no", "max_length": 32, **ARGUMENTS, **options}
+    arguments = {"bf16": False, "save_strategy": "no", "max_length": 32, **ARGUMENTS, **options}
     dataset = datasets.Dataset.from_dict({"input_ids": rows()})
     torch.manual_seed(4)  # LoRA's own weights
     return (trainer or trl.SFTTrainer)(
-        model, trl.SFTConfig(str(folder), **given), train_dataset=dataset,
+        model, trl.SFTConfig(str(folder), **arguments), train_dataset=dataset,
         eval_dataset=dataset.select(range(8)), processing_class=tokenizer, peft_config=lora,
     )  # fmt: skip
 
@@ -156,9 +156,9 @@ def test_sft_trainer(tmp_path, monkeypatch, mode):
     a = sft_losses(plain, tmp_path, **options)
     calls = []
 
-    def counted(*arguments, **named):
+    def counted(*arguments, **kwargs):
         calls.append(1)
-        return attention(*arguments, **named)
+        return attention(*arguments, **kwargs)
 
     monkeypatch.setattr(attention_interface, "attention", counted)
     b = sft_losses(fast, tmp_path, **options)
@@ -180,9 +180,9 @@ def test_sft_trainer_with_the_loss_of_the_model(tmp_path, monkeypatch, mode):
     theirs = sft_trainer(plain, tmp_path, **options)
     calls = []
 
-    def counted(*arguments, **named):
+    def counted(*arguments, **kwargs):
         calls.append(1)
-        return linear_cross_entropy(*arguments, **named)
+        return linear_cross_entropy(*arguments, **kwargs)
 
     monkeypatch.setattr(forwards, "linear_cross_entropy", counted)
     ours = sft_trainer(fast, tmp_path, trainer=SFTTrainer, **options)

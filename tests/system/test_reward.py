@@ -109,12 +109,12 @@ def test_the_loss_is_the_formula_whatever_the_micro_batches(margins) -> None:
     for size in (5, 2, 1):
         model = model_of()
         model.load_state_dict(state)
-        made = objective(model, size, margins)
-        batches = made.next_batches(9)
-        count, total = sum(map(made.num_items, batches)), 0.0
+        trained = objective(model, size, margins)
+        batches = trained.next_batches(9)
+        count, total = sum(map(trained.num_items, batches)), 0.0
         assert count == 9
         for batch in batches:
-            loss = made.loss(batch, count)
+            loss = trained.loss(batch, count)
             loss.backward()
             total += float(loss.detach())
         assert total == pytest.approx(float(truth.detach()), rel=1e-5)
@@ -122,7 +122,7 @@ def test_the_loss_is_the_formula_whatever_the_micro_batches(margins) -> None:
         for a, b in zip(gradients, expected, strict=True):
             torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-6)
         with torch.no_grad():
-            assert made.validate()["val_loss"] == pytest.approx(total, rel=1e-5)
+            assert trained.validate()["val_loss"] == pytest.approx(total, rel=1e-5)
 
 
 def test_the_head_is_drawn_from_its_distribution() -> None:
@@ -172,9 +172,9 @@ def test_transformers_gives_the_same_scores(tmp_path, tied) -> None:
     sequences = [[5, 6, 7, 0], [8, 9, 10, 11, 12, 0]]
     model.normalise(model.score(sequences))
     model.save_pretrained(tmp_path)
-    again = RewardModel.from_pretrained(tmp_path)
-    assert torch.equal(again.score(sequences), model.score(sequences)) and not again.training
-    assert (again.mean, again.std) == (model.mean, model.std)
+    reloaded = RewardModel.from_pretrained(tmp_path)
+    assert torch.equal(reloaded.score(sequences), model.score(sequences)) and not reloaded.training
+    assert (reloaded.mean, reloaded.std) == (model.mean, model.std)
     theirs = AutoModelForSequenceClassification.from_pretrained(tmp_path)
     assert type(theirs).__name__ == "LlamaForSequenceClassification"
     settings = json.loads((tmp_path / "config.json").read_text())
@@ -194,13 +194,13 @@ def test_transformers_gives_the_same_scores(tmp_path, tied) -> None:
 
 
 def test_calibration() -> None:
-    found = calibration([math.log(3)] * 3 + [-math.log(3)] + [0.0] * 2 + [9.0])
-    assert [b["count"] for b in found["bins"]] == [2, 4, 1] and found["pairs"] == 7
-    tie, three_quarters, sure = found["bins"]
+    actual = calibration([math.log(3)] * 3 + [-math.log(3)] + [0.0] * 2 + [9.0])
+    assert [b["count"] for b in actual["bins"]] == [2, 4, 1] and actual["pairs"] == 7
+    tie, three_quarters, sure = actual["bins"]
     assert (tie["predicted"], tie["observed"]) == (0.5, 0.5)
     assert three_quarters["predicted"] == pytest.approx(0.75) and three_quarters["observed"] == 0.75
     assert sure["observed"] == 1.0
-    assert found["ece"] == pytest.approx((1 - 1 / (1 + math.exp(-9))) / 7)
+    assert actual["ece"] == pytest.approx((1 - 1 / (1 + math.exp(-9))) / 7)
     wrong = calibration([-9.0] * 5)
     assert wrong["ece"] == pytest.approx(1 / (1 + math.exp(-9)))
     assert calibration([1e9, -1e9])["bins"][0]["predicted"] == 1.0
@@ -216,31 +216,31 @@ def test_a_calibration_error_is_compared_with_that_of_a_calibrated_model() -> No
         return calibration(sharpness * np.where(right, margins, -margins))
 
     small = [drawn(40) for _ in range(60)]
-    mean = np.mean([found["ece"] for found in small])
+    mean = np.mean([actual["ece"] for actual in small])
     assert mean > 0.09  # without any fault of the model
-    assert abs(np.mean([found["excess"] for found in small])) < 0.02  # 3 standard errors
-    assert np.mean([found["null"]["p"] <= 0.05 for found in small]) < 0.15
+    assert abs(np.mean([actual["excess"] for actual in small])) < 0.02  # 3 standard errors
+    assert np.mean([actual["null"]["p"] <= 0.05 for actual in small]) < 0.15
     large, sure = drawn(20_000), drawn(400, sharpness=3)  # normal from 2,000 pairs of a bin on
     assert large["null"]["mean"] < 0.01 and large["null"]["p"] > 0.01
     assert sure["ece"] > sure["null"]["p95"] and sure["null"]["p"] < 0.001 < sure["excess"]
 
 
 def test_length_bias() -> None:
-    lengths, given = [1, 2, 4, 8], [4.0, 3.0, 1.0, 2.0]
-    found = length_bias(lengths, given, [(0, 1), (3, 2), (2, 3), (0, 3)])
-    assert found["correlation"] == pytest.approx(np.corrcoef(lengths, given)[0, 1])
-    assert found["shorter"] == {"pairs": 3, "accuracy": pytest.approx(2 / 3)}
-    assert found["longer"] == {"pairs": 1, "accuracy": 1.0}
+    lengths, arguments = [1, 2, 4, 8], [4.0, 3.0, 1.0, 2.0]
+    actual = length_bias(lengths, arguments, [(0, 1), (3, 2), (2, 3), (0, 3)])
+    assert actual["correlation"] == pytest.approx(np.corrcoef(lengths, arguments)[0, 1])
+    assert actual["shorter"] == {"pairs": 3, "accuracy": pytest.approx(2 / 3)}
+    assert actual["longer"] == {"pairs": 1, "accuracy": 1.0}
     assert length_bias([2, 2], [1.0, 3.0], [(0, 1)])["correlation"] is None
 
 
 def test_standard_errors() -> None:
     right = torch.tensor([1.0, 1.0, 0.0, 1.0])
-    alone = accuracy_error(right, ["a", "b", "c", "d"])
-    assert alone == pytest.approx(math.sqrt(0.75 * 0.25 / 3))
+    single = accuracy_error(right, ["a", "b", "c", "d"])
+    assert single == pytest.approx(math.sqrt(0.75 * 0.25 / 3))
     # a row counted twice is not twice the evidence
     twice = accuracy_error(right.repeat(2), ["a", "b", "c", "d"] * 2)
-    assert twice == pytest.approx(alone)
+    assert twice == pytest.approx(single)
     assert accuracy_error(right, ["a"] * 4) == 0
     better, worse = torch.tensor([3.0, 2.0, 0.5]), torch.tensor([1.0, 2.0])
     share, error = pairwise_accuracy(better, worse)
@@ -285,16 +285,16 @@ def test_scores_have_mean_0_and_standard_deviation_1_on_the_training(trained) ->
         for i in (0, 1)
     ]
     assert len(conversations) == 2 * result["comparisons"]
-    found = scores(model, tokenizer, conversations).double()
-    assert abs(float(found.mean())) < 1e-5
-    assert float(found.std(correction=0)) == pytest.approx(1, abs=1e-5)
+    actual = scores(model, tokenizer, conversations).double()
+    assert abs(float(actual.mean())) < 1e-5
+    assert float(actual.std(correction=0)) == pytest.approx(1, abs=1e-5)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_the_same_command_continues_to_the_same_bits(base, tmp_path, dtype) -> None:
     data = write(tmp_path / "pairs.jsonl", polite_pairs(24))
     stage = options(data=(data,), dtype=dtype, epochs=2)
-    whole = stage(tmp_path / "whole", model=base)
+    uninterrupted = stage(tmp_path / "whole", model=base)
 
     def interrupt(event) -> None:
         if "loss" in event and event["step"] == 4:
@@ -309,7 +309,7 @@ def test_the_same_command_continues_to_the_same_bits(base, tmp_path, dtype) -> N
         for file in ("model.safetensors", "config.json")
     ]
     assert files[:2] == files[2:]
-    assert cut["calibration"] == whole["calibration"]
+    assert cut["calibration"] == uninterrupted["calibration"]
 
 
 def test_lists_and_ties(base, tmp_path) -> None:
@@ -389,6 +389,11 @@ def test_a_recipe_shows_it(base, tmp_path) -> None:
     done = CliRunner().invoke(app, ["run", str(recipe), "--out", str(tmp_path / "run")])
     assert done.exit_code == 0, done.output
     page = (tmp_path / "run" / "report.html").read_text()
-    for text in ("Reward model", "expected calibration error", "observed share", "shorter one"):
+    for text in (
+        "Reward model",
+        "expected calibration error",
+        "observed share",
+        "answer is shorter",
+    ):
         assert text in page
     assert RewardModel.from_pretrained(tmp_path / "run" / "reward").std > 0

@@ -132,11 +132,11 @@ def loss_of(model, parts: list[list[Example]], count: int) -> tuple[float, list[
 
 def test_loss_and_gradient_do_not_depend_on_the_packing(model) -> None:
     count = sum(e.num_loss_tokens for e in EXAMPLES)
-    alone = loss_of(model, [[e] for e in EXAMPLES], count)
+    single = loss_of(model, [[e] for e in EXAMPLES], count)
     for parts in ([EXAMPLES], [EXAMPLES[:1], EXAMPLES[1:]], [EXAMPLES[::-1]]):
         packed = loss_of(model, parts, count)
-        assert packed[0] == pytest.approx(alone[0], rel=1e-5)
-        for a, b in zip(packed[1], alone[1], strict=True):
+        assert packed[0] == pytest.approx(single[0], rel=1e-5)
+        for a, b in zip(packed[1], single[1], strict=True):
             torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
 
 
@@ -172,8 +172,8 @@ def test_an_epoch_takes_every_example_once(model) -> None:
     ahead = [*objective.next_batches(2), *objective.next_batches(2)]
     assert len(ahead) == 3  # the rest of the epoch, then the next one
     objective.load_state_dict(state)
-    again = [*objective.next_batches(2), *objective.next_batches(2)]
-    for a, b in zip(ahead, again, strict=True):
+    resumed = [*objective.next_batches(2), *objective.next_batches(2)]
+    for a, b in zip(ahead, resumed, strict=True):
         assert all(map(torch.equal, a, b))
 
 
@@ -215,13 +215,13 @@ def test_weights_of_one_change_nothing() -> None:
 
 
 @pytest.mark.parametrize(
-    "given, steps",
+    "changes, steps",
     [({}, 13), ({"epochs": 2.0}, 26), ({"epochs": 0.5}, 7), ({"max_steps": 100}, 100),
      ({"max_steps": 100, "epochs": 1.0}, 13), ({"max_steps": 5, "epochs": 1.0}, 5),
      ({"max_tokens": 999}, None)],
 )  # fmt: skip
-def test_epochs_are_steps(given, steps) -> None:
-    stage = Sft(data=("x.jsonl",), batch_size=4, gradient_accumulation_steps=2, **given)
+def test_epochs_are_steps(changes, steps) -> None:
+    stage = Sft(data=("x.jsonl",), batch_size=4, gradient_accumulation_steps=2, **changes)
     assert stage.train_options(101).max_steps == steps  # 26 micro-batches an epoch
 
 
@@ -230,12 +230,12 @@ def test_epochs_are_steps(given, steps) -> None:
 
 def answers(folder: Path) -> list[str]:
     model, tokenizer = CausalLM.from_pretrained(folder), Tokenizer.load(folder)
-    found = []
+    texts = []
     for question in QUESTIONS:
         ids = tokenizer.encode_chat([{"role": "user", "content": question}])
         out = model.generate(torch.tensor([ids]), max_new_tokens=40, temperature=0)[0].tolist()
-        found.append(tokenizer.decode(out[len(ids) :], special=True))
-    return found
+        texts.append(tokenizer.decode(out[len(ids) :], special=True))
+    return texts
 
 
 def test_a_model_learns_to_answer_and_to_stop(base, data, tmp_path) -> None:
@@ -254,13 +254,13 @@ def test_the_same_command_continues_to_the_same_bits(base, data, tmp_path) -> No
     """Stopped twice by Ctrl-C."""
     from fastlm.train.loop import TrainingInterrupted
 
-    whole = options(data=(data,), epochs=10)(tmp_path / "whole", model=base)
-    seen = 0
+    uninterrupted = options(data=(data,), epochs=10)(tmp_path / "whole", model=base)
+    steps = 0
 
     def interrupt(event) -> None:
-        nonlocal seen
-        seen += "loss" in event
-        if "loss" in event and seen in (3, 9):
+        nonlocal steps
+        steps += "loss" in event
+        if "loss" in event and steps in (3, 9):
             import os
             import signal
 
@@ -272,7 +272,7 @@ def test_the_same_command_continues_to_the_same_bits(base, data, tmp_path) -> No
     cut = options(data=(data,), epochs=10)(tmp_path / "cut", model=base)
     files = [tmp_path / name / "model" / "model.safetensors" for name in ("whole", "cut")]
     assert files[0].read_bytes() == files[1].read_bytes()
-    assert cut["loss"] == whole["loss"] and cut["steps"] == 20
+    assert cut["loss"] == uninterrupted["loss"] and cut["steps"] == 20
 
 
 def test_a_mixture_is_counted_by_source(base, data, tmp_path) -> None:
@@ -360,7 +360,7 @@ def test_held_out_conversations_are_not_learnt(base, tmp_path) -> None:
 def test_the_part_of_a_row_depends_on_its_prompt_alone() -> None:
     rows = [parse_conversation({"prompt": str(i), "completion": "a"}) for i in range(200)]
     places = [hash_fraction(row) for row in rows]
-    assert 20 < sum(place < 0.2 for place in places) < 60
+    assert 20 < sum(fraction < 0.2 for fraction in places) < 60
     copy = parse_conversation({"id": 7, "messages": [
         {"role": "user", "content": "5"}, {"role": "assistant", "content": "b"},
     ]})  # fmt: skip
@@ -427,13 +427,13 @@ def test_rows_that_the_template_refuses(base, tmp_path) -> None:
     stage = options(data=(str(file),), chat_template=str(template), epochs=1)
     with pytest.raises(InputError, match=r"chat\.jsonl, line 2: chat_template: .*no system"):
         stage(tmp_path / "out", model=base)
-    told: list[dict] = []
+    messages: list[dict] = []
     result = options(data=stage.data, chat_template=str(template), epochs=1, skip_bad=True)(
-        tmp_path / "out", model=base, on_event=told.append
+        tmp_path / "out", model=base, on_event=messages.append
     )
     assert result["counts"] == {"refused by the chat template": 1}
     assert result["conversations"] == 2
-    assert any("line 2" in event.get("warning", "") for event in told)
+    assert any("line 2" in event.get("warning", "") for event in messages)
 
 
 # ---- options and commands
@@ -511,8 +511,8 @@ def test_a_recipe_fine_tunes_what_it_pretrained(tmp_path) -> None:
     assert fastlm.CausalLM.from_pretrained(run / "sft").config.stop_ids
     page = (run / "report.html").read_text()
     assert "Fine-tuning" in page and "training conversations" in page
-    again = CliRunner().invoke(app, ["run", str(recipe), "--out", str(run)])
-    assert again.exit_code == 0 and "sft" in again.output
+    rerun = CliRunner().invoke(app, ["run", str(recipe), "--out", str(run)])
+    assert rerun.exit_code == 0 and "sft" in rerun.output
     other = Path(data)
     other.write_text(other.read_text() + '\n{"prompt": "new", "completion": "row"}')
     plan = CliRunner().invoke(app, ["run", str(recipe), "--out", str(run), "--dry-run"])

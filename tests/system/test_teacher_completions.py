@@ -81,10 +81,10 @@ def test_the_student_learns_what_the_teacher_says(stage, teacher, student, tmp_p
         ids = tokenizer.encode_chat(
             [{k: v for k, v in m.items() if k != "weight"} for m in prompt], date=stage.date
         )
-        (whole,) = model.generate(
+        (uninterrupted,) = model.generate(
             [ids], max_new_tokens=12, temperature=0.0, stop_ids=tuple(tokenizer.stop_ids)
         )
-        assert answer["content"] == tokenizer.decode(whole[len(ids) : -1])
+        assert answer["content"] == tokenizer.decode(uninterrupted[len(ids) : -1])
         right += answer["content"].startswith("please")
         assert [m.get("weight", 1) for m in prompt if m["role"] == "assistant"] in ([], [0])
     assert right >= 10  # the teacher's answers, not the data's
@@ -92,8 +92,8 @@ def test_the_student_learns_what_the_teacher_says(stage, teacher, student, tmp_p
     assert result["rows_read"] == len(WORDS) == len(rows) + dropped
     assert result["conversations"] + result["heldout"] == len(rows)
     lines = (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()
-    held = [x["val_loss"] for x in map(json.loads, lines) if "val_loss" in x]
-    assert held[-1] < 0.7 * held[0]
+    validations = [x["val_loss"] for x in map(json.loads, lines) if "val_loss" in x]
+    assert validations[-1] < 0.7 * validations[0]
 
 
 def test_it_continues_in_the_midst_of_the_answers(
@@ -104,9 +104,9 @@ def test_it_continues_in_the_midst_of_the_answers(
     stage(tmp_path / "whole", **inputs)
     assert len(list((tmp_path / "whole" / "teacher-completions").iterdir())) == 3
 
-    def cut(items, what="", **options):
+    def cut(items, label="", **options):
         for i, item in enumerate(items):
-            if what == "sampling from the teacher" and i == 1:
+            if label == "sampling from the teacher" and i == 1:
                 raise KeyboardInterrupt
             yield item
 
@@ -211,8 +211,10 @@ def test_answers_to_a_forgotten_prompt_are_removed(stage, teacher, student, tmp_
     assert len(names) > 8
     going, talk = names[2], f"c{names[5][1:]}"
     report = forget([tmp_path / "out"], [going, talk], dry_run=True)
-    (found,) = report.removed
-    assert found["kind"] == "row" and found["count"] == 2 and rows_of(tmp_path / "out") == before
+    (removed,) = report.removed
+    assert (
+        removed["kind"] == "row" and removed["count"] == 2 and rows_of(tmp_path / "out") == before
+    )
     forget([tmp_path / "out"], [going, talk])
     left = [row for i, row in enumerate(before) if i not in (2, 5)]
     assert rows_of(tmp_path / "out") == left

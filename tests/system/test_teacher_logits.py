@@ -107,9 +107,9 @@ def test_a_16_bit_head() -> None:
     t, v = torch.randn(64, 32, dtype=torch.float64), torch.randn(300, 32, dtype=torch.float64) / 4
     ids, top, rest = likeliest(t, v, 16, 1.0, None)
 
-    def run(dtype: torch.dtype, own: bool):
+    def run(dtype: torch.dtype, head_gradients: bool):
         x, y = (a.to(dtype).requires_grad_() for a in (h, w))
-        if own:
+        if head_gradients:
             logp = logprobs_at(x, y, ids)
         else:
             logp = (x @ y.T).to(torch.promote_types(dtype, torch.float32)).log_softmax(-1)
@@ -119,8 +119,8 @@ def test_a_16_bit_head() -> None:
 
     truth = run(torch.float64, False)
     ours, naive = (
-        [float((a - b).abs().max()) for a, b in zip(run(torch.bfloat16, own), truth)]
-        for own in (True, False)
+        [float((a - b).abs().max()) for a, b in zip(run(torch.bfloat16, head_gradients), truth)]
+        for head_gradients in (True, False)
     )
     for got, bound, times in zip(ours, naive, (2, 3, 3)):
         assert got <= times * bound + 1e-6
@@ -179,9 +179,9 @@ def test_all_tokens_have_no_rest(teacher, tmp_path) -> None:
 
 def test_an_interrupted_folder_is_completed(teacher, tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(teacher_logits, "FORWARD_TOKENS", 4)  # one example at a time
-    whole = write_logits(tmp_path / "whole", teacher, EXAMPLES, header(teacher))
+    uninterrupted = write_logits(tmp_path / "whole", teacher, EXAMPLES, header(teacher))
 
-    def cut(items, what, unit):
+    def cut(items, label, unit):
         yield items[0]
         raise KeyboardInterrupt
 
@@ -191,21 +191,21 @@ def test_an_interrupted_folder_is_completed(teacher, tmp_path, monkeypatch) -> N
     (first,) = (tmp_path / "cut").iterdir()
     begun = first.read_bytes()
     assert EXAMPLES[0] in TeacherLogits(tmp_path / "cut")
-    seen = []
+    batches = []
 
-    def count(items, what, unit):
-        seen.extend(items)
+    def count(items, label, unit):
+        batches.extend(items)
         return items
 
     stored = write_logits(*call, track=count, shard_bytes=1)
     files = sorted((tmp_path / "cut").iterdir())
-    assert len(seen) == 2 and len(files) == 3 and first.read_bytes() == begun
-    assert stored.identity(EXAMPLES) == whole.identity(EXAMPLES)
-    assert stored.identity(EXAMPLES[:2]) != whole.identity(EXAMPLES)
+    assert len(batches) == 2 and len(files) == 3 and first.read_bytes() == begun
+    assert stored.identity(EXAMPLES) == uninterrupted.identity(EXAMPLES)
+    assert stored.identity(EXAMPLES[:2]) != uninterrupted.identity(EXAMPLES)
     first.unlink()
-    again = write_logits(*call)
+    resumed = write_logits(*call)
     assert sorted((tmp_path / "cut").iterdir()) == files and first.read_bytes() == begun
-    assert again.identity(EXAMPLES) == whole.identity(EXAMPLES)
+    assert resumed.identity(EXAMPLES) == uninterrupted.identity(EXAMPLES)
 
 
 def test_a_kill_loses_a_minute(teacher, tmp_path, monkeypatch) -> None:
@@ -214,7 +214,7 @@ def test_a_kill_loses_a_minute(teacher, tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(teacher_logits.time, "monotonic", lambda: next(clock))
     there = []
 
-    def watch(items, what, unit):
+    def watch(items, label, unit):
         for item in items:
             yield item
             there.append(len(list(tmp_path.iterdir())))  # after the batch
@@ -291,8 +291,10 @@ def test_it_continues_to_the_same_bits_and_is_used_again(models, stage, tmp_path
     student, teacher = models
     inputs = {"model": student, "teacher": teacher}
     stage(tmp_path / "whole", **inputs)
-    held = [line["val_loss"] for line in metrics_of(tmp_path / "whole") if "val_loss" in line]
-    assert held[-1] < 0.9 * held[0]
+    validations = [
+        line["val_loss"] for line in metrics_of(tmp_path / "whole") if "val_loss" in line
+    ]
+    assert validations[-1] < 0.9 * validations[0]
 
     def press(event):
         if event.get("step") == 5 and "loss" in event:
@@ -304,11 +306,11 @@ def test_it_continues_to_the_same_bits_and_is_used_again(models, stage, tmp_path
     assert weights_of(tmp_path / "cut") == weights_of(tmp_path / "whole")
     # without the teacher, from the other run's folder
     logits = str(tmp_path / "whole" / "teacher-logits")
-    again = replace(stage, teacher_top_k=None, teacher_logits=logits)
-    again(tmp_path / "again", model=student)
+    reused = replace(stage, teacher_top_k=None, teacher_logits=logits)
+    reused(tmp_path / "again", model=student)
     assert weights_of(tmp_path / "again") == weights_of(tmp_path / "whole")
     # its rows are part of the training
-    cut = replace(again, max_steps=3)
+    cut = replace(reused, max_steps=3)
     cut(tmp_path / "short", model=student)
     other = replace(stage, teacher_top_k=8, max_steps=1)
     other(tmp_path / "other", **inputs)
@@ -334,15 +336,15 @@ def test_all_tokens_are_the_teacher_in_memory(models, stage, tmp_path) -> None:
 
 def test_refused(models, stage, tmp_path) -> None:
     student, teacher = models
-    made = write_logits(
+    logits = write_logits(
         tmp_path / "made", CausalLM.from_pretrained(teacher, dtype=torch.float32), EXAMPLES,
         TeacherHeader("x", Tokenizer.load(student).vocab_size, 4, 2.0),
     )  # fmt: skip
-    stored = replace(stage, teacher_top_k=None, teacher_logits=str(made.folder), temperature=2.0)
+    stored = replace(stage, teacher_top_k=None, teacher_logits=str(logits.folder), temperature=2.0)
     write_logits(
         tmp_path / "small", CausalLM(config(64), seed=0), EXAMPLES, TeacherHeader("x", 64, 4, 2.0)
     )
-    for changed, given, message in (
+    for changed, changes, message in (
         (
             replace(stage, divergence="jsd"),
             teacher,
@@ -367,6 +369,6 @@ def test_refused(models, stage, tmp_path) -> None:
         (replace(stored, teacher_logits=str(tmp_path / "small")), None, "expected vocab_size"),
         (replace(stored, teacher_logits=str(tmp_path / "none")), None, "expected shards in .*none"),
     ):
-        inputs = {"model": student, **({} if given is None else {"teacher": given})}
+        inputs = {"model": student, **({} if changes is None else {"teacher": changes})}
         with pytest.raises(InputError, match=message):
             changed(tmp_path / "out", **inputs)

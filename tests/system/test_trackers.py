@@ -136,9 +136,9 @@ class FakeTrackio(ModuleType):
 def fake(monkeypatch) -> FakeTrackio:
     for variable in module.REMOTE_VARIABLES:
         monkeypatch.delenv(variable, raising=False)
-    made = FakeTrackio()
-    monkeypatch.setitem(sys.modules, "trackio", made)
-    return made
+    runs = FakeTrackio()
+    monkeypatch.setitem(sys.modules, "trackio", runs)
+    return runs
 
 
 @pytest.fixture
@@ -158,10 +158,10 @@ def logs_of(trackio: Any, project: str) -> dict[str, list[dict[str, Any]]]:
     if isinstance(trackio, FakeTrackio):
         return {run.name: run.logs for run in runs}
     storage = importlib.import_module("trackio.sqlite_storage").SQLiteStorage
-    found = {run.name: storage.get_logs(project, run.name) for run in runs}
+    lines = {run.name: storage.get_logs(project, run.name) for run in runs}
     return {
         name: [{k: v for k, v in log.items() if k != "timestamp"} for log in logs]
-        for name, logs in found.items()
+        for name, logs in lines.items()
     }
 
 
@@ -169,16 +169,16 @@ def mirror_twice(data: Path, tmp_path: Path, trackio: Any) -> None:
     """Each folder has one run in trackio, with all its steps, after a kill and after a resume."""
     run, other = tmp_path / "project" / "sft", tmp_path / "project" / "dpo"
     die(data, run)
-    told: list[dict[str, Any]] = []
+    messages: list[dict[str, Any]] = []
     start(data, other, replace(OPTIONS, max_steps=3, report_to=("trackio",)))
     for steps in (12, 24):
         options = replace(OPTIONS, max_steps=steps, report_to=("trackio",))
-        start(data, run, options, on_event=told.append)
+        start(data, run, options, on_event=messages.append)
         logs = logs_of(trackio, "project")
         assert logs.keys() == {"sft", "dpo"}
         numbers = [{k: v for k, v in line.items() if k != "sample"} for line in lines(run)]
         assert [log for log in logs["sft"] if len(log) > 1] == [n for n in numbers if len(n) > 1]
-    assert not [event for event in told if "warning" in event]
+    assert not [event for event in messages if "warning" in event]
 
 
 def test_trackio_has_one_run_per_folder(data, tmp_path, fake, capsys) -> None:
@@ -197,7 +197,7 @@ def test_the_real_trackio_has_one_run_per_folder_and_calls_nobody(
 
 
 def test_a_tracker_that_fails_ends_nothing_and_warns_once(data, tmp_path, monkeypatch) -> None:
-    told: list[dict[str, Any]] = []
+    messages: list[dict[str, Any]] = []
 
     class Failing:
         def __init__(self, run_dir: Path):
@@ -212,8 +212,8 @@ def test_a_tracker_that_fails_ends_nothing_and_warns_once(data, tmp_path, monkey
             raise AssertionError("of a tracker that was given up")
 
     monkeypatch.setitem(module.TRACKERS, "tensorboard", Failing)
-    assert start(data, tmp_path, BOARD, on_event=told.append).steps == 24
-    (warning,) = [event["warning"] for event in told if "warning" in event]
+    assert start(data, tmp_path, BOARD, on_event=messages.append).steps == 24
+    (warning,) = [event["warning"] for event in messages if "warning" in event]
     assert warning == (
         "report_to: tensorboard failed and is disabled: OSError: [Errno 28] No space left on device"
     )

@@ -67,13 +67,13 @@ def test_schedules():
 
 
 def test_a_run_learns_and_writes_every_step(data, tmp_path):
-    seen = []
-    result = start(data, tmp_path, on_event=seen.append)
+    received = []
+    result = start(data, tmp_path, on_event=received.append)
     written = events(tmp_path)
     assert [e["step"] for e in written if "loss" in e] == list(range(1, 25))
     assert [e["step"] for e in written if "val_loss" in e] == [0, 6, 12, 18, 24]
     assert [e["step"] for e in written if "sample" in e] == [0, 12, 24]
-    assert len(seen) == len(written)
+    assert len(received) == len(written)
     values = [e["val_loss"] for e in written if "val_loss" in e]
     assert values[-1] < values[0] - 0.3
     assert result.steps == 24 and result.tokens == 24 * 2 * 4 * tiny_run.SEQ
@@ -115,8 +115,8 @@ def test_the_batch_grows_and_a_run_cut_off_in_between_goes_on_alike(data, tmp_pa
             os.kill(os.getpid(), signal.SIGINT)
 
     result = start(data, tmp_path / "whole", options)
-    seen = [0, *(e["tokens"] for e in events(tmp_path / "whole"))]
-    batches = [(b - a) // (4 * tiny_run.SEQ) for a, b in itertools.pairwise(seen)]
+    sizes = [0, *(e["tokens"] for e in events(tmp_path / "whole"))]
+    batches = [(b - a) // (4 * tiny_run.SEQ) for a, b in itertools.pairwise(sizes)]
     assert batches == [1] * 6 + [2] * 6 + [3] * 12 and result.steps == 24
     with pytest.raises(TrainingInterrupted):
         start(data, tmp_path / "cut", options, on_event=press)
@@ -210,8 +210,8 @@ def test_other_moments_to_look_and_save_go_on_from_the_same_checkpoint(
     assert names == ["step-00000014", "step-00000021", "step-00000024"]
 
 
-@pytest.mark.parametrize("where", ["loss", "gradient norm"])
-def test_non_finite_names_step_batch_and_checkpoint(data, tmp_path, monkeypatch, where):
+@pytest.mark.parametrize("quantity", ["loss", "gradient norm"])
+def test_non_finite_names_step_batch_and_checkpoint(data, tmp_path, monkeypatch, quantity):
     calls = 0
     forward = tiny_run.TinyLM.forward
 
@@ -220,7 +220,7 @@ def test_non_finite_names_step_batch_and_checkpoint(data, tmp_path, monkeypatch,
         out = forward(self, *args, **kwargs)
         calls += self.training
         if calls == 23:  # the first micro-batch of step 12
-            if where == "loss":
+            if quantity == "loss":
                 out.loss = out.loss * math.nan
             else:
                 out.loss.register_hook(lambda g: g * math.inf)
@@ -231,7 +231,7 @@ def test_non_finite_names_step_batch_and_checkpoint(data, tmp_path, monkeypatch,
         start(data, tmp_path)
     text = str(e.value)
     assert "\n" not in text
-    assert f"step 12: the {where} is " in text
+    assert f"step 12: the {quantity} is " in text
     assert "windows from 88 of" in text  # 11 steps with 2 batches of 4
     assert text.endswith("step-00000010")
     assert [p.name for p in list_checkpoints(tmp_path)] == ["step-00000005", "step-00000010"]
@@ -308,16 +308,16 @@ def test_token_budget_ends_the_run_and_spreads_the_schedule(
 )
 def test_progress_counts_what_the_budget_counts(data, tmp_path, clock, budget, unit, total):
     """Every announced tick arrives, so the time left is that of the whole run."""
-    seen = []
+    bars = []
 
     def track(ticks, description, total, unit):
-        seen.append((total, unit))
+        bars.append((total, unit))
         for tick in ticks:
-            seen.append(tick)
+            bars.append(tick)
             yield tick
 
     start(data, tmp_path, replace(OPTIONS, **budget), track=track, on_event=clock.event)
-    assert seen[0] == (total, unit) and len(seen) == 1 + total
+    assert bars[0] == (total, unit) and len(bars) == 1 + total
 
 
 def test_budget_and_warmup_begin_with_the_first_step(data, tmp_path, clock):

@@ -64,14 +64,14 @@ def copied(model: CausalLM, theirs) -> None:
     model.load_state_dict(theirs.state_dict(), strict=False)
 
 
-def step(made) -> float:
+def step(trained) -> float:
     """The loss of a step, whose gradient is left in the parameters."""
-    batches = made.next_batches(9)
+    batches = trained.next_batches(9)
     assert len(batches) > 1  # TRL has one
-    count = sum(map(made.num_items, batches))
+    count = sum(map(trained.num_items, batches))
     total = 0.0
     for batch in batches:
-        loss = made.loss(batch, count)
+        loss = trained.loss(batch, count)
         loss.backward()
         total += float(loss.detach())
     return total
@@ -79,14 +79,14 @@ def step(made) -> float:
 
 def apart(model: CausalLM, theirs) -> float:
     """The largest difference of gradients, relative to the largest gradient of the parameter."""
-    known = dict(theirs.named_parameters())
-    found = 0.0
+    reference = dict(theirs.named_parameters())
+    actual = 0.0
     for name, parameter in model.named_parameters():
-        expected = known[name].grad
+        expected = reference[name].grad
         assert parameter.grad is not None and expected.abs().max() > 1e-6
         difference = (parameter.grad - expected).abs().max() / expected.abs().max()
-        found = max(found, float(difference))
-    return found
+        actual = max(actual, float(difference))
+    return actual
 
 
 TURNS = [
@@ -123,13 +123,16 @@ def test_sft_on_the_assistants_tokens(base, tmp_path) -> None:
     tokenizer = Tokenizer.load(base)
     examples = []
     for conversation, ids, labels in zip(conversations, batch["input_ids"], batch["labels"]):
-        ((own, mask),) = tokenizer.encode_conversation(conversation)
-        assert own == ids[: len(own)].tolist()
-        assert mask == (labels[: len(own)] != -100).tolist() and (labels[len(own) :] == -100).all()
-        examples.append(Example(np.array(own, np.int32), np.array(mask)))
+        ((tokens, mask),) = tokenizer.encode_conversation(conversation)
+        assert tokens == ids[: len(tokens)].tolist()
+        assert (
+            mask == (labels[: len(tokens)] != -100).tolist()
+            and (labels[len(tokens) :] == -100).all()
+        )
+        examples.append(Example(np.array(tokens, np.int32), np.array(mask)))
     model = CausalLM.from_pretrained(base, dtype=torch.float32)
-    found = step(SftObjective(model, examples, [], ONCE, batch_size=3, **COMMON))
-    assert found == pytest.approx(float(loss.detach()), rel=1e-5)
+    actual = step(SftObjective(model, examples, [], ONCE, batch_size=3, **COMMON))
+    assert actual == pytest.approx(float(loss.detach()), rel=1e-5)
     assert apart(model, theirs) < 1e-4
 
 
@@ -156,7 +159,7 @@ def test_kto(base, tmp_path) -> None:
     features = list(trainer.train_dataset)
     loss = trainer.compute_loss(theirs, trainer.data_collator(features))
     loss.backward()
-    judged = [
+    examples = [
         PreferenceExample(
             tuple(
                 example(row["prompt_ids"] + row[side], len(row["prompt_ids"]))
@@ -167,12 +170,12 @@ def test_kto(base, tmp_path) -> None:
         for row in features
     ]
     model = CausalLM.from_pretrained(base, dtype=torch.float32)
-    made = DpoObjective(model, judged, [], ONCE, terms, batch_size=4, **COMMON)
-    made.measure_reference(torch.float32)
+    trained = DpoObjective(model, examples, [], ONCE, terms, batch_size=4, **COMMON)
+    trained.measure_reference(torch.float32)
     copied(model, theirs)
-    found = step(made)
-    assert found == pytest.approx(float(loss.detach()), rel=1e-5)
-    assert made.scalars([made.measurements()])["kl"] > 0.01  # the reference point takes part
+    actual = step(trained)
+    assert actual == pytest.approx(float(loss.detach()), rel=1e-5)
+    assert trained.scalars([trained.measurements()])["kl"] > 0.01  # the reference point takes part
     assert apart(model, theirs) < 1e-4
 
 
@@ -186,11 +189,11 @@ SCORES = [1.0, 0.0, 0.5, -1.0, 2.0, 0.25]
 def completions(end: int) -> list[list[int]]:
     """Three to each prompt, of other lengths, one without an end."""
     draw = torch.Generator().manual_seed(3)
-    found = [
+    rows = [
         [*torch.randint(5, 250, (n,), generator=draw).tolist(), end] for n in (2, 4, 1, 5, 3, 2)
     ]
-    found[1] = [*found[1][:-1], 17, 18]
-    return found
+    rows[1] = [*rows[1][:-1], 17, 18]
+    return rows
 
 
 def rollouts_of_trl(kind, configuration, base, tmp_path, **options):
@@ -216,8 +219,8 @@ def rollouts_of_trl(kind, configuration, base, tmp_path, **options):
         processing_class=words,
     )  # fmt: skip
     move(theirs, 0.02, 5)
-    one = "RLOO" in kind.__name__
-    trainer._generate_single_turn = lambda *given: answers if one else (answers, None)
+    single_result = "RLOO" in kind.__name__
+    trainer._generate_single_turn = lambda *args: answers if single_result else (answers, None)
     trainer.current_gradient_accumulation_steps = 1  # as `train` sets it
     theirs.train()
     batch = trainer._generate_and_score_completions([row for row in rows for _ in range(GROUP)])
@@ -227,11 +230,11 @@ def rollouts_of_trl(kind, configuration, base, tmp_path, **options):
     return trainer, theirs, batch, prompts[::GROUP]
 
 
-def rollouts_of_fastlm(base, theirs, asked, end: int, **group) -> GrpoObjective:
+def rollouts_of_fastlm(base, theirs, prompts_of_trl, end: int, **group) -> GrpoObjective:
     """The objective on the same completions and scores, its round measured with TRL's weights."""
-    known = completions(end)
+    completions_by_prompt = completions(end)
     beta = group.pop("beta")
-    scored = {tuple(answer): score for answer, score in zip(known, SCORES)}
+    scored = {tuple(answer): score for answer, score in zip(completions_by_prompt, SCORES)}
 
     def score(places: Sequence[int], answers: Sequence[Completion]) -> list[float]:
         del places
@@ -242,14 +245,16 @@ def rollouts_of_fastlm(base, theirs, asked, end: int, **group) -> GrpoObjective:
 
         def _sample(self, prompts, temperature, longest, seed=0) -> list[Completion]:
             assert (temperature, longest) == (1.0, LONGEST)
-            places = [asked.index(prompt) * GROUP + i % GROUP for i, prompt in enumerate(prompts)]
-            taken = [known[place] for place in places]
+            places = [
+                prompts_of_trl.index(prompt) * GROUP + i % GROUP for i, prompt in enumerate(prompts)
+            ]
+            used = [completions_by_prompt[index] for index in places]
             return [
                 Completion(
                     tokens, logprobs=[TokenLogprob(token, 0.0, []) for token in tokens],
                     finish_reason="stop" if tokens[-1] == end else "length",
                 )
-                for tokens in taken
+                for tokens in used
             ]  # fmt: skip
 
     policy = CausalLM.from_pretrained(base, dtype=torch.float32)
@@ -260,15 +265,15 @@ def rollouts_of_fastlm(base, theirs, asked, end: int, **group) -> GrpoObjective:
         **group,
     )  # fmt: skip
     copied(policy, theirs)
-    made = Given(policy, reference, asked, [], score, options, base="")
-    made._begin_round()
-    return made
+    trained = Given(policy, reference, prompts_of_trl, [], score, options, base="")
+    trained._begin_round()
+    return trained
 
 
-def same_advantages(made: GrpoObjective, batch, prompts) -> None:
-    order = [prompts.index(made.prompts[i]) for i in made.prompt_indices[::GROUP]]
+def same_advantages(trained: GrpoObjective, batch, prompts) -> None:
+    order = [prompts.index(trained.prompts[i]) for i in trained.prompt_indices[::GROUP]]
     expected = batch["advantages"].view(2, GROUP)[order].flatten()
-    torch.testing.assert_close(made.columns["advantages"][:, 0], expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(trained.columns["advantages"][:, 0], expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("beta", [0.0, 0.2])
@@ -286,16 +291,16 @@ def test_grpo(base, tmp_path, monkeypatch, theirs_type, ours_type, scale, beta) 
         scale_rewards=scale, use_bias_correction_kl=False,
     )  # fmt: skip
     end = trainer.processing_class.eos_token_id
-    made = rollouts_of_fastlm(base, theirs, prompts, end, loss_type=ours_type, beta=beta)
-    same_advantages(made, batch, prompts)
+    trained = rollouts_of_fastlm(base, theirs, prompts, end, loss_type=ours_type, beta=beta)
+    same_advantages(trained, batch, prompts)
     move(theirs, 0.02, 6)
-    copied(made.policy, theirs)
+    copied(trained.policy, theirs)
     loss = trainer.compute_loss(theirs, batch)
     loss.backward()
     monkeypatch.setattr(online_objectives, "grpo_loss", partial(grpo_loss, kl_gradient="k3"))
-    assert step(made) == pytest.approx(float(loss.detach()), rel=1e-4, abs=1e-6)
-    assert 0 < made.scalars([made.measurements()])["clip_fraction"] < 1
-    assert apart(made.policy, theirs) < 1e-4
+    assert step(trained) == pytest.approx(float(loss.detach()), rel=1e-4, abs=1e-6)
+    assert 0 < trained.scalars([trained.measurements()])["clip_fraction"] < 1
+    assert apart(trained.policy, theirs) < 1e-4
 
 
 def test_the_kl_of_grpo_has_the_gradient_of_trls_default(base, tmp_path, monkeypatch) -> None:
@@ -309,17 +314,17 @@ def test_the_kl_of_grpo_has_the_gradient_of_trls_default(base, tmp_path, monkeyp
     )
     assert trainer.args.use_bias_correction_kl
     end = trainer.processing_class.eos_token_id
-    made = rollouts_of_fastlm(base, theirs, prompts, end, loss_type="dapo", beta=0.2)
+    trained = rollouts_of_fastlm(base, theirs, prompts, end, loss_type="dapo", beta=0.2)
     loss = trainer.compute_loss(theirs, batch)
     loss.backward()
     # advantages cancel: what is left is near the float32 rounding of terms near 1
-    assert step(made) == pytest.approx(float(loss.detach()), rel=1e-4, abs=1e-6)
-    assert apart(made.policy, theirs) < 1e-4
+    assert step(trained) == pytest.approx(float(loss.detach()), rel=1e-4, abs=1e-6)
+    assert apart(trained.policy, theirs) < 1e-4
     monkeypatch.setattr(online_objectives, "grpo_loss", partial(grpo_loss, kl_gradient="k3"))
-    made.policy.zero_grad()
-    made.next_index = 0
-    step(made)
-    assert apart(made.policy, theirs) > 3e-4
+    trained.policy.zero_grad()
+    trained.next_index = 0
+    step(trained)
+    assert apart(trained.policy, theirs) > 3e-4
 
 
 @pytest.mark.parametrize("beta", [0.0, 0.2])
@@ -331,12 +336,12 @@ def test_rloo(base, tmp_path, beta) -> None:
         trl.RLOOTrainer, trl.RLOOConfig, base, tmp_path, beta=beta
     )
     end = trainer.processing_class.eos_token_id
-    made = rollouts_of_fastlm(base, theirs, prompts, end, loss_type="rloo", beta=beta)
-    same_advantages(made, batch, prompts)
+    trained = rollouts_of_fastlm(base, theirs, prompts, end, loss_type="rloo", beta=beta)
+    same_advantages(trained, batch, prompts)
     move(theirs, 0.004, 6)
-    copied(made.policy, theirs)
+    copied(trained.policy, theirs)
     loss = trainer.compute_loss(theirs, batch)
     loss.backward()
     # sums of terms near 1 that cancel, of log-probabilities near -30 in float32
-    assert step(made) == pytest.approx(float(loss.detach()), abs=1e-5)
-    assert apart(made.policy, theirs) < 1e-3
+    assert step(trained) == pytest.approx(float(loss.detach()), abs=1e-5)
+    assert apart(trained.policy, theirs) < 1e-3

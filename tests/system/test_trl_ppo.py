@@ -45,20 +45,20 @@ class Round:
         return torch.tensor(self.found[name], dtype=torch.float64)
 
 
-def close(found: Tensor, expected: Tensor) -> None:
+def close(actual: Tensor, expected: Tensor) -> None:
     """TRL computes in float32, of numbers around 1 that were summed a few times."""
-    torch.testing.assert_close(found.double(), expected.double(), rtol=2e-5, atol=2e-6)
+    torch.testing.assert_close(actual.double(), expected.double(), rtol=2e-5, atol=2e-6)
 
 
 def at(x: Tensor, places: Tensor) -> Tensor:
     return x.gather(1, places[:, None])[:, 0]
 
 
-def shrunk(mask: Tensor, found: Tensor) -> Tensor:
+def shrunk(mask: Tensor, actual: Tensor) -> Tensor:
     """``found``, whitened with the biased variance, as with the unbiased one of TRL."""
     count = int(mask.sum())
-    mean = found[mask].mean()
-    return torch.where(mask, mean + (found - mean) * ((count - 1) / count) ** 0.5, 0.0)
+    mean = actual[mask].mean()
+    return torch.where(mask, mean + (actual - mean) * ((count - 1) / count) ** 0.5, 0.0)
 
 
 def test_rewards(name) -> None:
@@ -76,8 +76,8 @@ def test_whitening(name) -> None:
     r = Round(name)
     close(shrunk(r.mask, losses.whiten(r["advantages"], r.mask)), r["whitened_advantages"])
     if r.found["whiten_rewards"]:
-        found = losses.whiten(r["rewards_before"], r.later, shift_mean=False)
-        close(shrunk(r.later, found), r["rewards"])
+        actual = losses.whiten(r["rewards_before"], r.later, shift_mean=False)
+        close(shrunk(r.later, actual), r["rewards"])
         close(r["rewards"][r.later].mean(), r["rewards_before"][r.later].mean())
 
 
@@ -99,20 +99,20 @@ def test_the_estimate_of_a_round_differs_by_one_position(name) -> None:
         return  # over other positions, thus with another mean and variance
     gamma, lam = OPTIONS["gamma"], OPTIONS["lam"]
     policy = CausalLM(config(16), seed=0)
-    made = PpoObjective(
+    trained = PpoObjective(
         policy, None, [[1]], [], lambda places, answers: [],
         PpoOptions(beta=OPTIONS["kl_coef"], gamma=gamma, lam=lam, whiten_advantages=False),
         base="", value_model=build_value_model(policy, shared=True),
     )  # fmt: skip
-    made.offset = 0.0  # TRL's values are those of its head
-    kept = {"logp": r["logprobs"], "ref_logp": r["ref_logprobs"], "values": r["values"],
+    trained.offset = 0.0  # TRL's values are those of its head
+    tokens = {"logp": r["logprobs"], "ref_logp": r["ref_logprobs"], "values": r["values"],
             "difference": torch.zeros_like(r["logprobs"])}  # fmt: skip
-    ours = made.estimate(r["scores"], r.mask, kept)["advantages"]
+    ours = trained.estimate(r["scores"], r.mask, tokens)["advantages"]
     close(ours[r.full], r["advantages"][r.full])
     after = at(r["values"], r.end)
     apart = gamma * after + gamma * lam * (r["scores"] - after) - r["scores"]
-    found = at(r["advantages"], r.last) - at(ours, r.last)
-    close(found[~r.full], apart[~r.full])
+    actual = at(r["advantages"], r.last) - at(ours, r.last)
+    close(actual[~r.full], apart[~r.full])
     assert apart[~r.full].abs().min() > 1e-3
 
 
@@ -121,10 +121,10 @@ def test_an_answer_without_an_end(name) -> None:
     r = Round(name)
     ended = torch.tensor(r.found["ended"])
     assert ended.any() and not ended.all()
-    taken = torch.where(ended, 0.0, OPTIONS["missing_eos_penalty"])
-    close(r["scores_of_model"] - taken, r["scores"])
+    used = torch.where(ended, 0.0, OPTIONS["missing_eos_penalty"])
+    close(r["scores_of_model"] - used, r["scores"])
     policy = CausalLM(config(16), seed=0)
-    made = PpoObjective(
+    trained = PpoObjective(
         policy, None, [[1]], [], lambda places, answers: r["scores_of_model"].tolist(),
         PpoOptions(missing_eos_penalty=-0.5), base="",
         value_model=build_value_model(policy, shared=True),
@@ -132,7 +132,7 @@ def test_an_answer_without_an_end(name) -> None:
     answers = [
         Completion([1], finish_reason="stop" if end else "length") for end in r.found["ended"]
     ]
-    ours = torch.tensor(made._score(made.score, range(len(answers)), answers))
+    ours = torch.tensor(trained._score(trained.score, range(len(answers)), answers))
     close(ours, torch.where(ended, r["scores_of_model"], -0.5))
 
 
@@ -158,14 +158,14 @@ def test_losses_and_gradients_of_the_updates(name) -> None:
             clip_range=OPTIONS["cliprange_value"],
         )  # fmt: skip
         ((policy_loss + OPTIONS["vf_coef"] * value_loss) / 2).backward()
-        for found, expected in (
+        for actual, expected in (
             (policy_loss, "policy_loss"), (value_loss, "value_loss"),
             (of_policy["clip_fraction"], "policy_clip_fraction"),
             (of_value["clip_fraction"], "value_clip_fraction"),
             (logp.grad, "new_logprobs_gradient"), (values.grad, "vpred_gradient"),
         ):  # fmt: skip
-            assert found is not None
-            close(found.detach(), torch.tensor(update[expected], dtype=torch.float64))
+            assert actual is not None
+            close(actual.detach(), torch.tensor(update[expected], dtype=torch.float64))
     clips = [u[n] for u in updates for n in ("policy_clip_fraction", "value_clip_fraction")]
     assert sum(0 < clip < 1 for clip in clips) >= 3  # the clips are at work
 
@@ -175,7 +175,7 @@ def test_a_step_is_a_mean_over_its_tokens(name) -> None:
     r = Round(name)
     parts = r.found["updates"][:2]  # one step of TRL
     counts = [int(r.mask[part["rows"]].sum()) for part in parts]
-    found = sum(
+    actual = sum(
         losses.ppo_policy_loss(
             torch.tensor(part["logprobs"]), r["logprobs"][part["rows"]],
             r["whitened_advantages"][part["rows"]], r.mask[part["rows"]],
@@ -185,5 +185,5 @@ def test_a_step_is_a_mean_over_its_tokens(name) -> None:
     )  # fmt: skip
     means = [part["policy_loss"] for part in parts]
     expected = (counts[0] * means[0] + counts[1] * means[1]) / sum(counts)
-    close(torch.as_tensor(found), torch.tensor(expected))
+    close(torch.as_tensor(actual), torch.tensor(expected))
     assert counts[0] != counts[1] and abs(expected - sum(means) / 2) > 1e-3

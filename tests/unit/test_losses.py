@@ -139,39 +139,39 @@ def test_loss_gradient_and_metrics_do_not_depend_on_the_split(name, seed, cuts, 
     count = int((mask.any(1) if "sequence" in name else mask).sum())
     loss = TOKEN_LOSSES[name]
     whole_x = x.clone().requires_grad_()
-    whole, metrics = loss(whole_x, *others, mask, count)
-    whole.backward()
+    expected, metrics = loss(whole_x, *others, mask, count)
+    expected.backward()
     split_x = x.clone().requires_grad_()
     total, parts = 0.0, []
     bounds = [0, *sorted(cuts), len(mask)]
     for begin, end in pairwise(bounds):
         part = [padded(t[begin:end], padding) for t in (split_x, *others, mask)]
-        one, found = loss(*part, count)
-        one.backward()
-        total = total + one.detach()
-        parts.append(found)
-    assert_same(total, whole.detach())
+        part_loss, actual = loss(*part, count)
+        part_loss.backward()
+        total = total + part_loss.detach()
+        parts.append(actual)
+    assert_same(total, expected.detach())
     assert_same(split_x.grad, whole_x.grad)
-    for key, found in losses.pool_metrics(parts).items():
-        assert_same(found, metrics[key])
+    for key, actual in losses.pool_metrics(parts).items():
+        assert_same(actual, metrics[key])
 
 
 @pytest.mark.parametrize("name", TOKEN_LOSSES)
 def test_masked_positions_are_never_read(name) -> None:
     mask, tensors = ragged(1)
     count = int(mask.sum())
-    seen = []
+    results = []
     for fill in (NAN, math.inf, 1e30, 0.0):
         x, *others = (t.masked_fill(~mask, fill) for t in tensors)
         x.requires_grad_()
         loss, metrics = TOKEN_LOSSES[name](x, *others, mask, count)
         loss.backward()
         assert x.grad is not None and (x.grad[~mask] == 0).all()
-        seen.append([loss.detach(), x.grad, *metrics.values()])
-    for other in seen[1:]:
-        for a, b in zip(seen[0], other, strict=True):
+        results.append([loss.detach(), x.grad, *metrics.values()])
+    for other in results[1:]:
+        for a, b in zip(results[0], other, strict=True):
             assert torch.equal(a, b)
-    assert torch.isfinite(seen[0][0])
+    assert torch.isfinite(results[0][0])
 
 
 @pytest.mark.parametrize("name", TOKEN_LOSSES)
@@ -194,10 +194,10 @@ def test_kl_penalty() -> None:
         "k2": lambda p, q: (p - q) ** 2 / 2,
         "k3": lambda p, q: math.exp(q - p) - 1 - (q - p),
     }.items():
-        found = losses.kl_penalty(logp, ref, kind, mask=mask)
-        assert (found[~mask] == 0).all()
+        actual = losses.kl_penalty(logp, ref, kind, mask=mask)
+        assert (actual[~mask] == 0).all()
         for b, t in tokens_of(mask):
-            assert_same(found[b, t], formula(float(logp[b, t]), float(ref[b, t])))
+            assert_same(actual[b, t], formula(float(logp[b, t]), float(ref[b, t])))
     (grad,) = gradient(
         lambda p: losses.kl_penalty(p, torch.zeros_like(p), "k3"),
         torch.tensor([-1000.0, -21.0, -1.0, 30.0, 1000.0], dtype=torch.float64),
@@ -217,8 +217,8 @@ def test_only_k2_has_the_gradient_of_the_kl() -> None:
     drawn = logp.exp().detach()
     for kind in ("k1", "k2", "k3"):
         expected = (drawn * losses.kl_penalty(logp, ref, kind)).sum()
-        (found,) = torch.autograd.grad(expected, logits, retain_graph=True)
-        near = torch.allclose(found, truth, rtol=1e-10, atol=1e-12)
+        (actual,) = torch.autograd.grad(expected, logits, retain_graph=True)
+        near = torch.allclose(actual, truth, rtol=1e-10, atol=1e-12)
         assert near == (kind == "k2"), kind
     # grpo_loss: k3's value, the KL's gradient
     mask = torch.ones(5, 1, dtype=torch.bool)
@@ -230,8 +230,8 @@ def test_only_k2_has_the_gradient_of_the_kl() -> None:
         )[0]
         for i, p in enumerate(drawn)
     )
-    (found,) = torch.autograd.grad(loss, logits, retain_graph=True)
-    assert_same(found, truth)
+    (actual,) = torch.autograd.grad(loss, logits, retain_graph=True)
+    assert_same(actual, truth)
     (k3_gradient,) = torch.autograd.grad(
         sum(
             p * losses.grpo_loss(
@@ -262,10 +262,10 @@ def test_gae_is_the_sum_of_discounted_deltas(gamma, lam) -> None:
         r, v = ([float(t[b, p]) for p in places] for t in (rewards, values))
         v.append(0.0)
         delta = [r[i] + gamma * v[i + 1] - v[i] for i in range(len(r))]
-        for i, place in enumerate(places):
+        for i, index in enumerate(places):
             expected = sum((gamma * lam) ** (j - i) * delta[j] for j in range(i, len(r)))
-            assert_same(advantages[b, place], expected)
-            assert_same(returns[b, place], expected + v[i])
+            assert_same(advantages[b, index], expected)
+            assert_same(returns[b, index], expected + v[i])
 
 
 def test_gae_with_lambda_one_is_reward_to_go_minus_value() -> None:
@@ -279,13 +279,13 @@ def test_gae_with_lambda_one_is_reward_to_go_minus_value() -> None:
 @pytest.mark.parametrize("shift_mean", [True, False])
 def test_whiten(shift_mean) -> None:
     mask, (x,) = ragged(6, names=1)
-    kept = x[mask]
-    found = losses.whiten(x, mask, shift_mean=shift_mean)
-    std = kept.var(unbiased=False).add(1e-8).sqrt()
-    expected = (kept - kept.mean()) / std + (0 if shift_mean else kept.mean())
-    assert_same(found[mask], expected)
-    assert (found[~mask] == 0).all()
-    assert_same(found[mask].mean(), 0 if shift_mean else kept.mean())
+    selected = x[mask]
+    actual = losses.whiten(x, mask, shift_mean=shift_mean)
+    std = selected.var(unbiased=False).add(1e-8).sqrt()
+    expected = (selected - selected.mean()) / std + (0 if shift_mean else selected.mean())
+    assert_same(actual[mask], expected)
+    assert (actual[~mask] == 0).all()
+    assert_same(actual[mask].mean(), 0 if shift_mean else selected.mean())
 
 
 def test_whiten_of_one_token_and_of_none() -> None:
@@ -320,19 +320,19 @@ def test_ppo_policy_loss(dual) -> None:
 
 def test_ppo_policy_loss_of_the_sampling_policy_is_the_policy_gradient() -> None:
     mask, (logp, advantages) = ragged(8, names=2)
-    (found,) = gradient(
+    (actual,) = gradient(
         lambda x: losses.ppo_policy_loss(x, logp, advantages, mask, num_items=1)[0], logp
     )
-    assert_same(found, torch.where(mask, -advantages, 0))
+    assert_same(actual, torch.where(mask, -advantages, 0))
 
 
 def test_a_token_whose_ratio_is_clipped_has_no_gradient() -> None:
     logp = torch.tensor([[0.5, 0.5, -0.5, -0.5, 100.0, -100.0]], dtype=torch.float64)
     advantages = torch.tensor([[1.0, -1.0, 1.0, -1.0, 1.0, -1.0]], dtype=torch.float64)
-    (found,) = gradient(
+    (actual,) = gradient(
         lambda x: losses.ppo_policy_loss(x, torch.zeros_like(x), advantages, x == x)[0], logp
     )
-    assert (found != 0).tolist() == [[False, True, True, False, False, False]]
+    assert (actual != 0).tolist() == [[False, True, True, False, False, False]]
 
 
 def test_ppo_value_loss() -> None:
@@ -364,10 +364,10 @@ def test_a_value_within_the_clip_range_does_not_count_as_clipped() -> None:
 @pytest.mark.parametrize("scale", [True, False])
 def test_grpo_advantages(scale) -> None:
     rewards = torch.tensor([1.0, 0.0, 0.0, 1.0, 5.0, 5.0, 5.0, 5.0], dtype=torch.float64)
-    found = losses.grpo_advantages(rewards, 4, scale=scale)
+    actual = losses.grpo_advantages(rewards, 4, scale=scale)
     std = math.sqrt(4 * 0.25 / 3)
     first = [x / (std + 1e-4) if scale else x for x in (0.5, -0.5, -0.5, 0.5)]
-    assert_same(found, torch.tensor([*first, 0, 0, 0, 0], dtype=torch.float64))
+    assert_same(actual, torch.tensor([*first, 0, 0, 0, 0], dtype=torch.float64))
 
 
 @pytest.mark.parametrize("reward", [1000.1, 100.1, 5.3, 12345.67])
@@ -425,7 +425,7 @@ def test_dpo_loss(kind, by_length) -> None:
     tensors = torch.randn(4, 6, generator=g, dtype=torch.float64) * 5
     lengths = (torch.arange(1, 7), torch.arange(7, 1, -1)) if by_length else None
     smoothing = 0.1 if kind == "smoothed" else 0.0
-    found = losses.dpo_loss(
+    actual = losses.dpo_loss(
         *tensors,
         beta=0.3,
         label_smoothing=smoothing,
@@ -442,7 +442,7 @@ def test_dpo_loss(kind, by_length) -> None:
             "ipo": (h - 1 / 0.6) ** 2,
             "hinge": max(0.0, 1 - 0.3 * h),
         }[kind]
-        assert_same(found[i], expected)
+        assert_same(actual[i], expected)
 
 
 def test_dpo_loss_does_not_train_the_reference() -> None:
@@ -456,35 +456,35 @@ def test_kto_loss() -> None:
     ref = torch.tensor([0.0, 0.5, 0.0, -1.0], dtype=torch.float64)
     good = torch.tensor([True, False, True, False])
     for kl in (0.7, -3.0):
-        found = losses.kto_loss(
+        actual = losses.kto_loss(
             logp, ref, good, kl, beta=0.5, desirable_weight=1.5, undesirable_weight=0.8
         )
         for i in range(4):
             gain = 0.5 * (float(logp[i] - ref[i]) - max(kl, 0.0))
             sigmoid = 1 / (1 + math.exp(-gain))
-            assert_same(found[i], 1.5 * (1 - sigmoid) if good[i] else 0.8 * sigmoid)
+            assert_same(actual[i], 1.5 * (1 - sigmoid) if good[i] else 0.8 * sigmoid)
 
 
 def test_bradley_terry_loss() -> None:
     chosen, rejected = torch.randn(2, 5, dtype=torch.float64)
     for margin in (None, 0.5, torch.rand(5, dtype=torch.float64)):
-        found = losses.bradley_terry_loss(chosen, rejected, margin=margin)
+        actual = losses.bradley_terry_loss(chosen, rejected, margin=margin)
         by = torch.zeros(5) if margin is None else torch.as_tensor(margin).expand(5)
         for i in range(5):
-            assert_same(found[i], -log_sigmoid(float(chosen[i] - rejected[i] - by[i])))
+            assert_same(actual[i], -log_sigmoid(float(chosen[i] - rejected[i] - by[i])))
 
 
 def test_plackett_luce_loss() -> None:
     scores = torch.randn(3, 4, dtype=torch.float64)
     ranks = torch.tensor([[2, 0, 1, 3], [1, -1, 0, -1], [0, -1, -1, -1]])
-    found = losses.plackett_luce_loss(scores.masked_fill(ranks < 0, NAN), ranks)
+    actual = losses.plackett_luce_loss(scores.masked_fill(ranks < 0, NAN), ranks)
     for row in range(3):
         order = [int((ranks[row] == k).nonzero()) for k in range(int(ranks[row].max()) + 1)]
         expected = 0.0
         for k, answer in enumerate(order):
             rest = sum(math.exp(float(scores[row, j])) for j in order[k:])
             expected -= float(scores[row, answer]) - math.log(rest)
-        assert_same(found[row], expected)
+        assert_same(actual[row], expected)
     assert_same(
         losses.plackett_luce_loss(scores[:, :2], torch.tensor([[0, 1], [1, 0], [0, 1]])),
         losses.bradley_terry_loss(scores[[0, 1, 2], [0, 1, 0]], scores[[0, 1, 2], [1, 0, 1]]),

@@ -79,8 +79,8 @@ class Bandit:
         return self.measured
 
     def scalars(self, measured):
-        (alone,) = measured
-        return alone
+        (measurement,) = measured
+        return measurement
 
     def pending_steps(self):
         return 0
@@ -108,9 +108,9 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def lines(run):
-    found = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     clock = ("seconds", "tokens_per_second", "progress")
-    return [{k: v for k, v in line.items() if k not in clock} for line in found]
+    return [{k: v for k, v in line.items() if k not in clock} for line in records]
 
 
 def test_a_policy_learns_from_its_own_rollouts(tmp_path):
@@ -138,8 +138,8 @@ def test_cut_off_within_its_rollouts_it_continues_to_the_same_bits(tmp_path, ste
     train(Bandit(), OPTIONS, tmp_path / "cut")
     assert lines(tmp_path / "cut") == lines(tmp_path / "whole")
     last = [list_checkpoints(tmp_path / name)[-1] for name in ("whole", "cut")]
-    whole, cut = ((path / "tensors.safetensors").read_bytes() for path in last)
-    assert whole == cut and b"objective.arms" in whole
+    uninterrupted, cut = ((path / "tensors.safetensors").read_bytes() for path in last)
+    assert uninterrupted == cut and b"objective.arms" in uninterrupted
 
 
 def test_a_group_has_its_own_rate(tmp_path):

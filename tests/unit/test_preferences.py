@@ -200,21 +200,21 @@ REFUSED = {
 @pytest.mark.parametrize("shape", PAIRS)
 def test_pairs(shape) -> None:
     row, prompt = PAIRS[shape]
-    found = parse_preference(row, "here")
-    assert isinstance(found, Comparison)
-    (pair,) = found.pairs()
+    actual = parse_preference(row, "here")
+    assert isinstance(actual, Comparison)
+    (pair,) = actual.pairs()
     assert (pair.prompt, pair.answers, pair.ranks) == (prompt, ([GOOD], [BAD]), (0, 1))
-    assert pair.location == "here" and found.corrected == (shape == "correction")
-    assert parse_preference(found.to_row(), "here") == pair
+    assert pair.location == "here" and actual.corrected == (shape == "correction")
+    assert parse_preference(actual.to_row(), "here") == pair
 
 
 @pytest.mark.parametrize("shape", LABELS)
 @pytest.mark.parametrize("good", [True, False])
 def test_labels(shape, good) -> None:
     row, prompt = LABELS[shape]
-    found = parse_preference({**row, "label": good})
-    assert found == LabelledAnswer(prompt, [GOOD], good)
-    assert parse_preference(found.to_row()) == found
+    actual = parse_preference({**row, "label": good})
+    assert actual == LabelledAnswer(prompt, [GOOD], good)
+    assert parse_preference(actual.to_row()) == actual
 
 
 @pytest.mark.parametrize("message", REFUSED)
@@ -227,23 +227,23 @@ def test_refused(message) -> None:
 def test_ranks_come_from_scores_and_skip_none() -> None:
     ranks = {}
     for scores in ([0.5, 2, -1], [3, 3, 1], [1, 1, 3]):
-        found = parse_preference({**LIST, "scores": scores})
-        assert found.scores == tuple(map(float, scores))
-        ranks[tuple(scores)] = found.ranks
+        actual = parse_preference({**LIST, "scores": scores})
+        assert actual.scores == tuple(map(float, scores))
+        ranks[tuple(scores)] = actual.ranks
     assert list(ranks.values()) == [(1, 0, 2), (0, 0, 1), (1, 1, 0)]
     assert parse_preference({**LIST, "ranks": [0, 0, 2]}).ranks == (0, 0, 1)  # as in sport
 
 
 def test_a_list_becomes_pairs_and_labels() -> None:
     row = {**LIST, "answers": ["5", "4", "6", "four"], "scores": [1, 3, -1, 3], "rater": "ann"}
-    found = parse_preference({**row, "tools": [CALL]}, "here")
-    pairs = [(p.answers[0][0]["content"], p.answers[1][0]["content"]) for p in found.pairs()]
+    actual = parse_preference({**row, "tools": [CALL]}, "here")
+    pairs = [(p.answers[0][0]["content"], p.answers[1][0]["content"]) for p in actual.pairs()]
     assert pairs == [("4", "5"), ("4", "6"), ("four", "5"), ("four", "6"), ("5", "6")]
-    assert [p.margin for p in found.pairs()] == [2, 4, 2, 4, 2]
-    assert {(p.rater, p.location, len(p.tools)) for p in found.pairs()} == {("ann", "here", 1)}
-    labels = [(label.answer[0]["content"], label.desirable) for label in found.labels()]
+    assert [p.margin for p in actual.pairs()] == [2, 4, 2, 4, 2]
+    assert {(p.rater, p.location, len(p.tools)) for p in actual.pairs()} == {("ann", "here", 1)}
+    labels = [(label.answer[0]["content"], label.desirable) for label in actual.labels()]
     assert labels == [("4", True), ("6", False), ("four", True)]
-    assert parse_preference(found.to_row(), "here") == found
+    assert parse_preference(actual.to_row(), "here") == actual
 
 
 def test_margins() -> None:
@@ -261,9 +261,9 @@ def test_margins() -> None:
 def test_conversations_learn_the_answer_alone() -> None:
     answer = [*CALLED, GOOD]
     row = {"prompt": [USER, POOR, USER], "chosen": answer, "rejected": [BAD], "tools": [CALL]}
-    found = parse_preference(row, "here")
-    best = found.demonstration()
-    assert best == found.conversation(0) != found.conversation(1)
+    actual = parse_preference(row, "here")
+    best = actual.demonstration()
+    assert best == actual.conversation(0) != actual.conversation(1)
     assert best.messages == [USER, POOR, USER, *answer]
     assert best.loss_mask == [False] * 3 + [True, False, True]
     assert (best.tools, best.location) == ([CALL], "here")
@@ -307,17 +307,17 @@ def test_rows_of_all_shapes_in_files(tmp_path) -> None:
     rows += [{**row, "label": True} for row, _ in LABELS.values()]
     (tmp_path / "a.json").write_text(json.dumps(rows))
     (tmp_path / "b.jsonl").write_text("\n".join(map(json.dumps, [*rows, {"prompt": "x"}, TEXTS])))
-    counts, told = RowCounts(), []
-    found = list(
+    counts, messages = RowCounts(), []
+    actual = list(
         read_preferences(
-            [str(tmp_path)], cache=tmp_path, skip_bad=True, rows=counts, on_skip=told.append
+            [str(tmp_path)], cache=tmp_path, skip_bad=True, rows=counts, on_skip=messages.append
         )
     )
-    assert len(found) == 2 * len(rows) + 1
-    assert found[len(rows) - 1].location == f"{tmp_path / 'a.json'}, element {len(rows)}"
+    assert len(actual) == 2 * len(rows) + 1
+    assert actual[len(rows) - 1].location == f"{tmp_path / 'a.json'}, element {len(rows)}"
     assert (counts.total, dict(counts.by_reason)) == (2 * len(rows) + 2, {"malformed": 1})
     line = f"{tmp_path / 'b.jsonl'}, line {len(rows) + 1}: {WANTED}'prompt'"
-    assert told == [line]
+    assert messages == [line]
     with pytest.raises(InputError) as refusal:
         list(read_preferences([str(tmp_path)], cache=tmp_path))
     assert str(refusal.value) == line
