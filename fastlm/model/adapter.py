@@ -1,9 +1,9 @@
 """LoRA adapters in the format of PEFT: adapter_config.json and adapter_model.safetensors.
 
-Which layers are adapted follows from the names of the tensors, and an option of PEFT that would
-change what is computed is refused by its name. An adapter that fastlm wrote also states in
-adapter_base.json which weights it belongs to, and where they lie from its folder. Rejected: the
-header of the safetensors file, whose entries that library writes in another order each time.
+The names of the tensors determine which layers are adapted. An option of PEFT that would change the
+result is refused by its name. An adapter that fastlm wrote also has adapter_base.json, with a
+digest of the base's weights and the path to them, relative to its folder. Rejected: the header of
+the safetensors file, since that library writes its entries in another order each time.
 """
 
 import os
@@ -49,18 +49,18 @@ if TYPE_CHECKING:
 
 PREFIX = "base_model.model."  # PEFT's wrappers around the model
 DIGEST = "base_digest"  # key in adapter_base.json
-# What of PEFT's LoraConfig may have any value besides: it changes nothing once trained
+# Fields of PEFT's LoraConfig that may have any value: they change nothing after training
 _IGNORED = {
     *("base_model_name_or_path", "auto_mapping", "peft_version", "revision", "inference_mode"),
     *("layers_pattern", "megatron_config", "megatron_core", "qalora_group_size", "runtime_config"),
     *("loftq_config", "eva_config", "corda_config", "lora_ga_config", "ensure_weight_tying"),
 }
-# Initialisations that change the base's weights as well: the adapter does not fit the original
+# Initialisations that also change the base's weights: the adapter does not fit the original base
 _CHANGES_BASE = ("pissa", "olora", "loftq", "corda", "lora_ga")
 
 
 class PeftConfig(TypedDict, total=False):
-    """What is read of adapter_config.json."""
+    """The fields of adapter_config.json that are read."""
 
     peft_type: Required[Literal["LORA"]]
     task_type: Literal["CAUSAL_LM"] | None
@@ -76,33 +76,33 @@ class PeftConfig(TypedDict, total=False):
 
 
 class Generation(TypedDict, total=False):
-    """What is read of an adapter's generation_config.json."""
+    """The fields of an adapter's generation_config.json that are read."""
 
     eos_token_id: int | list[int] | None
 
 
 def save_adapter(model: "CausalLM", folder: str | Path, *, base: str | Path = "") -> None:
-    """Write the adapters of a model (`fastlm.model.lora.add_lora`) as PEFT does; PEFT's
+    """Write the adapters of a model (`fastlm.model.lora.add_lora`) in PEFT's format. PEFT's
     ``PeftModel.from_pretrained(base_model, folder)`` loads them, and so does `load_adapter`.
 
-    ``base`` is where the model without them was loaded from: a path, or a name such as
-    ``model:smollm2``. ``CausalLM.from_pretrained(folder)`` looks for it there. Other files of an
-    existing folder stay; a model in it is replaced.
+    ``base``: the model without adapters, as a path or a name such as ``model:smollm2``, where
+    ``CausalLM.from_pretrained(folder)`` looks for it. Other files of an existing folder stay; a
+    model in it is replaced.
 
     Raises InputError: a model without adapters, a folder that cannot be written.
     """
     adapters, lora, folder = lora_layers(model), model.lora, Path(folder)
     if lora is None or not adapters:
-        raise InputError("model: expected one with adapters (add_lora), got one without")
+        raise InputError("model: expected a model with adapters (add_lora), got one without")
     tensors = {
         f"{PREFIX}{name}.{part}.weight": getattr(module, part)
         for name, module in adapters.items()
         for part in ("lora_A", "lora_B")
     }
-    name, more = str(base), {DIGEST: lora.base_digest} if lora.base_digest else {}
+    name, base_info = str(base), {DIGEST: lora.base_digest} if lora.base_digest else {}
     if name and not name.startswith("model:") and Path(name).exists():
-        name = str(Path(name).resolve())  # PEFT takes a relative one from the working directory
-        more[BASE_PATH] = os.path.relpath(name, folder.resolve())
+        name = str(Path(name).resolve())  # PEFT resolves a relative one in the working directory
+        base_info[BASE_PATH] = os.path.relpath(name, folder.resolve())
     config = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -125,8 +125,8 @@ def save_adapter(model: "CausalLM", folder: str | Path, *, base: str | Path = ""
         save_file(unshare_tensors(tensors), part / ADAPTER, metadata={"format": "pt"})
         shutil.copymode(part / ADAPTER_CONFIG, part / ADAPTER)  # safetensors: only the owner
         (part / ADAPTER_BASE).unlink(missing_ok=True)  # not written through a hard link
-        if more:
-            write_json(part / ADAPTER_BASE, more)
+        if base_info:
+            write_json(part / ADAPTER_BASE, base_info)
         if ends := sorted(model.config.stop_ids):  # training may have added some to the base's
             (part / GENERATION).unlink(missing_ok=True)  # not written through a hard link
             write_json(part / GENERATION, {"eos_token_id": ends})
@@ -136,25 +136,25 @@ def save_adapter(model: "CausalLM", folder: str | Path, *, base: str | Path = ""
 
 
 def _target_modules(model: "CausalLM", adapted: set[str]) -> list[str]:
-    """The shortest names that stand for exactly these modules."""
+    """Return the shortest names that match exactly these modules."""
     kinds = sorted({name.rpartition(".")[2] for name in adapted})
     plain = {name.removesuffix(".base_layer") for name in linear_layers(model)}
-    meant = {name for name in plain if name.rpartition(".")[2] in kinds}
-    return kinds if meant == adapted else sorted(adapted)
+    matched = {name for name in plain if name.rpartition(".")[2] in kinds}
+    return kinds if matched == adapted else sorted(adapted)
 
 
 def load_adapter(model: "CausalLM", folder: str | Path) -> "CausalLM":
-    """Put the adapter in ``folder``, of fastlm or PEFT, on its base model, in place; return the
-    model, whose other weights are frozen. It gets the end tokens that the adapter was trained with.
+    """Attach the adapter in ``folder``, of fastlm or PEFT, to its base model, in place. Return the
+    model; its other weights are frozen. It gets the end tokens of the adapter's training.
 
-    Raises InputError: an adapter of another kind than LoRA, an option that fastlm does not have
-    (DoRA, trained biases or modules, ranks per layer), an adapter of another base: the message
-    names the module, shape or digest that differs.
+    Raises InputError: an adapter that is not LoRA, an option that fastlm lacks (DoRA, trained
+    biases or modules, ranks per layer), an adapter of another base. The message names the module,
+    shape or digest that differs.
     """
     check_no_adapters(model)
     folder = Path(folder)
     config = _config(folder / ADAPTER_CONFIG)
-    here = weights_digest(model)
+    model_digest = weights_digest(model)
     pairs = _pairs(folder / ADAPTER)
     file = folder / ADAPTER_BASE
     digest = read_json(file).get(DIGEST) if file.is_file() else None
@@ -162,7 +162,8 @@ def load_adapter(model: "CausalLM", folder: str | Path) -> "CausalLM":
     if file.is_file():  # the end tokens that an adapter of fastlm was trained with
         ends = read_document(file, Generation).get("eos_token_id")
     dropout, use_rslora = config.get("lora_dropout") or 0.0, bool(config.get("use_rslora"))
-    lora = LoraConfig(config["r"], config["lora_alpha"], dropout, use_rslora, digest or here)
+    base_digest = digest or model_digest
+    lora = LoraConfig(config["r"], config["lora_alpha"], dropout, use_rslora, base_digest)
     linears = linear_layers(model)
     adapters = {}
     for name, pair in pairs.items():
@@ -184,10 +185,10 @@ def load_adapter(model: "CausalLM", folder: str | Path) -> "CausalLM":
             f"{folder}: expected an adapter of {name} by target_modules, got none; the adapter is"
             " of another base"
         )
-    if digest and here and digest != here:
+    if digest and model_digest and digest != model_digest:
         raise InputError(
-            f"{folder}: expected the base model with the digest {digest}, got one with {here}: its"
-            " weights are others"
+            f"{folder}: expected the base model with the digest {digest}, got one with"
+            f" {model_digest}: its weights differ"
         )
     if ends is not None:
         model.config.eos_token_id = ends
@@ -204,12 +205,12 @@ def _config(path: Path) -> PeftConfig:
         )
     for key, value in config.items():
         if value and key not in PeftConfig.__annotations__ and key not in _IGNORED:
-            raise InputError(f"{path}: {key}: fastlm's LoRA does not have it, got {value!r:.60}")
+            raise InputError(f"{path}: {key}: not supported by fastlm's LoRA, got {value!r:.60}")
     return config
 
 
 def _pairs(file: Path) -> dict[str, dict[str, Tensor]]:
-    """Module name -> its lora_A and lora_B."""
+    """Return lora_A and lora_B by the name of their module."""
     if not file.is_file() and file.with_suffix(".bin").is_file():
         raise InputError(f"{file.parent}: expected {ADAPTER}, got a pickle (convert it first)")
     pairs: dict[str, dict[str, Tensor]] = {}
@@ -236,8 +237,8 @@ def _pairs(file: Path) -> dict[str, dict[str, Tensor]]:
 
 
 def _targets(linears: Mapping[str, Any], config: PeftConfig) -> set[str]:
-    """The linear layers that target_modules names; none where it is a regular expression or only
-    some layers are adapted.
+    """Return the linear layers that target_modules names. The result is empty where it is a regular
+    expression or only some layers are adapted.
     """
     targets = config.get("target_modules")
     if config.get("layers_to_transform") is not None or config.get("exclude_modules"):

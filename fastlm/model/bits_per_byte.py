@@ -1,11 +1,11 @@
-"""Held-out bits per byte: how well a model compresses text it has not seen, whatever its tokenizer.
+"""Held-out bits per byte: how well a model compresses unseen text, independent of its tokenizer.
 
     bits_per_byte = sum of -log2 p(token | tokens before) / bytes of the text
 
-Every token is predicted once, end-of-text tokens included (they count as bits, not as bytes).
-Windows overlap: only the last ``stride`` tokens of a window of ``seq_len`` are scored; the tokens
-before them are context. xz and zstd on the same text are the yardstick; they do not have to encode
-the document boundaries.
+Every token is predicted once, also end-of-text tokens (which count as bits, not as bytes). Windows
+overlap: only the last ``stride`` tokens of a window of ``seq_len`` are scored; the tokens before
+them are context. xz and zstd on the same text are the baselines; they need not encode the document
+boundaries.
 """
 
 import lzma
@@ -27,7 +27,8 @@ IGNORE = -100
 
 @dataclass(frozen=True)
 class BitsPerByte:
-    """``loss`` is nats per token, ``bytes`` the size of the text that ``tokens`` stand for."""
+    """The result of `evaluate`. ``loss``: nats per token. ``bytes``: the size of the text of
+    ``tokens``."""
 
     bits_per_byte: float
     loss: float
@@ -39,8 +40,8 @@ def windows(tokens: int, seq_len: int, stride: int) -> list[tuple[int, int]]:
     """Return (begin, first scored) of windows ``tokens[begin : begin + seq_len]``. Together they
     score each token once.
 
-    The last window begins earlier than its turn, so that all are ``seq_len`` long (or there is only
-    one).
+    The last window begins earlier than its stride, so that all windows have ``seq_len`` tokens (or
+    there is only one).
     """
     result, scored = [], 0
     while scored < tokens:
@@ -61,11 +62,12 @@ def evaluate(
     document_mask: bool = False,
     track=silent,
 ) -> BitsPerByte:
-    """Evaluate the whole data set, or evenly spaced windows of about ``max_tokens`` tokens in all.
+    """Evaluate the complete data set, or evenly spaced windows of about ``max_tokens`` tokens in
+    total.
 
-    ``stride`` defaults to ``seq_len``: no overlap. With ``max_tokens`` the number of bytes follows
-    from that of the average token. With ``document_mask`` a token's context ends where its document
-    begins (`fastlm.data.shards.document_offsets`).
+    ``stride`` defaults to ``seq_len``: no overlap. With ``max_tokens``, the number of bytes is
+    estimated from the average bytes per token. With ``document_mask``, the context of a token ends
+    where its document begins (`fastlm.data.shards.document_offsets`).
     """
     stride = seq_len if stride is None else stride
     for name, value in (("seq_len", seq_len), ("batch_size", batch_size)):
@@ -73,22 +75,23 @@ def evaluate(
             raise InputError(f"{name}: expected 1 or more, got {value}")
     if not 1 <= stride <= seq_len:
         raise InputError(f"stride: expected 1 to seq_len = {seq_len}, got {stride}")
-    chosen = windows(dataset.tokens, seq_len, stride)
+    scored_windows = windows(dataset.tokens, seq_len, stride)
     if max_tokens is not None:
-        chosen = chosen[:: max(1, math.ceil(dataset.tokens / max_tokens))]
+        scored_windows = scored_windows[:: max(1, math.ceil(dataset.tokens / max_tokens))]
     device = next(model.parameters()).device
     nats, tokens = 0.0, 0
     was_training = model.training
     model.eval()
     with torch.no_grad():
-        batches = [chosen[i : i + batch_size] for i in range(0, len(chosen), batch_size)]
+        starts = range(0, len(scored_windows), batch_size)
+        batches = [scored_windows[i : i + batch_size] for i in starts]
         for batch in track(batches, "held-out bits per byte", unit="batches"):
             rows = [window(dataset, begin, scored, seq_len, stride) for begin, scored in batch]
             ids = torch.from_numpy(np.stack([r[0] for r in rows])).to(device)
             labels = torch.from_numpy(np.stack([r[1] for r in rows])).to(device)
             offsets = document_offsets(ids, dataset.eos_id) if document_mask else None
-            inside = {} if offsets is None else {"cu_seqlens": offsets}
-            nats += float(model(ids, shift_labels=labels, num_items=1, **inside).loss)
+            options = {} if offsets is None else {"cu_seqlens": offsets}
+            nats += float(model(ids, shift_labels=labels, num_items=1, **options).loss)
             tokens += int((labels != IGNORE).sum())
     model.train(was_training)
     size = dataset.bytes_of_text * (tokens / dataset.tokens)

@@ -1,7 +1,7 @@
-"""LoRA (Hu et al. 2021, arXiv:2106.09685): trained matrices of low rank beside frozen linear
-layers, and QLoRA (Dettmers et al. 2023, arXiv:2305.14314): the same beside 4-bit layers.
+"""LoRA (Hu et al. 2021, arXiv:2106.09685): trained low-rank matrices next to frozen linear layers.
+QLoRA (Dettmers et al. 2023, arXiv:2305.14314): the same next to 4-bit layers.
 
-Rejected: PEFT on fastlm's modules. It knows neither `fastlm.ops.linear` nor `QuantizedLinear`.
+Rejected: PEFT on fastlm's modules. It supports neither `fastlm.ops.linear` nor `QuantizedLinear`.
 """
 
 import hashlib
@@ -23,15 +23,15 @@ from fastlm.ops.quantized_weight import QuantizedWeight
 if TYPE_CHECKING:
     from fastlm.model.causal_lm import CausalLM
 
-ALL = "all-linear"  # PEFT's word for every linear layer but the head
+ALL = "all-linear"  # PEFT's word for all linear layers except the head
 _HEAD = "lm_head"
-MAX_ALPHA = torch.finfo(torch.float32).max  # a larger factor is no number to the weights' dtypes
+MAX_ALPHA = torch.finfo(torch.float32).max  # a larger factor overflows the weights' dtypes
 
 
 @dataclass(frozen=True)
 class LoraConfig:
-    """How a model was adapted, under PEFT's names. ``base_digest`` identifies the frozen weights;
-    None where `weights_digest` cannot.
+    """The options of the adapters of a model, under PEFT's names. ``base_digest`` identifies the
+    frozen weights; None where `weights_digest` returns None.
     """
 
     r: int = 16
@@ -60,7 +60,7 @@ class LoraLinear(nn.Module):
     """``base_layer(x) + scaling * F.linear(F.linear(dropout(x), lora_A), lora_B)``.
 
     `base_layer` (Linear or QuantizedLinear) is frozen. `lora_A` (r, in_features) and `lora_B`
-    (out_features, r) are used in x's dtype. `enabled` False leaves out the second summand.
+    (out_features, r) are used in x's dtype. `enabled` False drops the second summand.
     """
 
     def __init__(self, base_layer: nn.Module, lora_A: Tensor, lora_B: Tensor, config: LoraConfig):
@@ -80,8 +80,8 @@ class LoraLinear(nn.Module):
 
     @torch.no_grad()
     def merge(self, dtype: torch.dtype) -> Linear:
-        """One layer that computes the same up to rounding. The sum is rounded once, to the base's
-        dtype, or to `dtype` where that is quantized.
+        """Return one layer that computes the same up to rounding. The sum is rounded once, to the
+        base's dtype, or to `dtype` where the base is quantized.
         """
         base: Any = self.base_layer
         weight = base.weight
@@ -108,28 +108,28 @@ def add_lora(
     use_rslora: bool = False,
     seed: int | None = None,
 ) -> "CausalLM":
-    """Freeze the model and put a `LoraLinear` in place of each target, in place; return the model.
+    """Freeze the model and replace each target by a `LoraLinear`, in place. Return the model.
 
-    A is kaiming_uniform(a=sqrt(5)), B is zero, so that the model computes what it computed before.
-    Both are float32, 4 * rank * (in_features + out_features) bytes a layer. For QLoRA, quantize the
+    A is kaiming_uniform(a=sqrt(5)), and B is zero, so the model computes the same as before. Both
+    are float32, 4 * rank * (in_features + out_features) bytes a layer. For QLoRA, quantize the
     model before or after (``fastlm.quantize(model, "w4a16", embeddings=16, head=16)``).
 
     Args:
         rank, alpha: the update is ``alpha / rank * B A``, with use_rslora ``alpha / sqrt(rank)``.
         targets: the last parts of module names ("q_proj", "down_proj"), or "all-linear": all linear
-            layers but the head.
+            layers except the head.
         dropout: share of the inputs of A that is dropped in training.
-        seed: of A; None uses torch's generator.
+        seed: the seed of A; None: torch's generator.
 
     Raises InputError: a target that no linear layer has, the head or the embedding as a target, a
     model with adapters.
     """
     check_no_adapters(model)
     config = LoraConfig(rank, alpha, dropout, use_rslora, weights_digest(model))
-    found = target_layers(model, targets)
+    layers = target_layers(model, targets)
     generator = None if seed is None else torch.Generator().manual_seed(seed)
     adapters = {}
-    for name, base in found.items():
+    for name, base in layers.items():
         bound = base.in_features**-0.5  # of kaiming_uniform with a=sqrt(5)
         a = torch.empty(rank, base.in_features, device="cpu")
         a.uniform_(-bound, bound, generator=generator)
@@ -140,9 +140,7 @@ def add_lora(
 def attach_lora(
     model: "CausalLM", adapters: dict[str, tuple[Tensor, Tensor]], config: LoraConfig
 ) -> "CausalLM":
-    """Freeze the model and put a `LoraLinear` with these A and B in place of each linear layer
-    named.
-    """
+    """Freeze the model and replace each named linear layer by a `LoraLinear` with these A and B."""
     model.requires_grad_(False)
     for name, (a, b) in adapters.items():
         base = model.get_submodule(name)
@@ -155,11 +153,11 @@ def attach_lora(
 def check_no_adapters(model: nn.Module) -> None:
     """Raise InputError if the model has adapters."""
     if lora_layers(model):
-        raise InputError("model: expected one without adapters, got one that has some")
+        raise InputError("model: expected a model without adapters, got one with adapters")
 
 
 def linear_layers(model: nn.Module) -> dict[str, Any]:
-    """Module name -> linear layer, of all that an adapter may stand beside."""
+    """Return all linear layers that may have an adapter, by module name."""
     return {
         name: module
         for name, module in model.named_modules()
@@ -168,36 +166,36 @@ def linear_layers(model: nn.Module) -> dict[str, Any]:
 
 
 def target_layers(model: nn.Module, targets: str | Sequence[str]) -> dict[str, Any]:
-    """Module name -> linear layer, of those that `targets` of `add_lora` names."""
+    """Return the linear layers that `targets` of `add_lora` names, by module name."""
     linears = linear_layers(model)
-    wanted = (targets,) if isinstance(targets, str) else tuple(targets)
-    if wanted == (ALL,):
+    names = (targets,) if isinstance(targets, str) else tuple(targets)
+    if names == (ALL,):
         return linears
     kinds = sorted({name.rpartition(".")[2] for name in linears})
-    for target in wanted:
+    for target in names:
         if not any(matches(name, target) for name in linears):
             raise InputError(
                 f"targets: expected {ALL} or some of {', '.join(kinds)}, got {target!r:.60}"
             )
-    if not wanted:
+    if not names:
         raise InputError(f"targets: expected {ALL} or some of {', '.join(kinds)}, got none")
-    return {n: m for n, m in linears.items() if any(matches(n, target) for target in wanted)}
+    return {n: m for n, m in linears.items() if any(matches(n, target) for target in names)}
 
 
 def matches(name: str, target: str) -> bool:
-    """Whether a name of ``targets`` stands for this module."""
+    """Return whether ``target`` matches the name of this module."""
     return name == target or name.endswith(f".{target}")
 
 
 def lora_layers(model: nn.Module) -> dict[str, LoraLinear]:
-    """Module name -> adapted layer."""
+    """Return the adapted layers by module name."""
     return {n: m for n, m in model.named_modules() if isinstance(m, LoraLinear)}
 
 
 def merge_lora(model: "CausalLM") -> "CausalLM":
-    """Add each adapter to its layer (`LoraLinear.merge`), in place; return the model, which is a
-    plain CausalLM with nothing frozen. What is quantized in a model with adapters is dequantized to
-    the model's dtype. Without adapters, the model is returned as it is.
+    """Add each adapter to its layer (`LoraLinear.merge`), in place. Return the model, which is a
+    plain CausalLM without frozen parameters. Quantized weights of a model with adapters are
+    dequantized to the model's dtype. A model without adapters is returned as it is.
     """
     adapters, dtype = lora_layers(model), model.dtype
     for name, module in adapters.items():
@@ -226,23 +224,23 @@ def _linear(weight: Tensor, bias: nn.Parameter | None) -> Linear:
 
 @contextmanager
 def without_adapter(model: nn.Module) -> Iterator[None]:
-    """Context in which the model computes what its frozen base computes: the reference of DPO or
-    PPO, without a second model in memory.
+    """Return a context in which the model computes the result of its frozen base: the reference
+    model of DPO or PPO, without a second model in memory.
     """
     adapters = lora_layers(model).values()
-    before = [module.enabled for module in adapters]
+    previous = [module.enabled for module in adapters]
     for module in adapters:
         module.enabled = False
     try:
         yield
     finally:
-        for module, enabled in zip(adapters, before):
+        for module, enabled in zip(adapters, previous):
             module.enabled = enabled
 
 
 def weights_digest(model: nn.Module) -> str | None:
-    """Identify weights of float32 or bfloat16 by their values in bfloat16, so that it does not
-    matter in which of the two they were loaded; None with weights of other dtypes.
+    """Return a hash of float32 or bfloat16 weights, by their values in bfloat16, so that both
+    dtypes have the same one. None: there are weights of other dtypes.
     """
     if any(isinstance(m, QuantizedLinear) for m in model.modules()):
         return None

@@ -1,5 +1,5 @@
-"""Counterparts of nn.Linear and nn.Embedding that hold a `QuantizedWeight` in buffers, and how they
-come into a model: one by one, or from a saved configuration.
+"""Modules like nn.Linear and nn.Embedding that hold a `QuantizedWeight` in buffers, and functions
+that put them into a model: one by one, or from a saved configuration.
 """
 
 from collections.abc import Mapping
@@ -14,17 +14,18 @@ from fastlm.errors import InputError
 from fastlm.ops.linear import Linear
 from fastlm.ops.quantized_weight import QuantizedWeight
 
-REPLACED = (nn.Linear, Linear, nn.Embedding)
+REPLACEABLE = (nn.Linear, Linear, nn.Embedding)
 
 
 def check_act_bits(act_bits: int) -> int:
+    """Return ``act_bits``. InputError: neither 8 nor 16."""
     if act_bits not in (8, 16):
         raise InputError(f"act_bits: expected 8 or 16, got {act_bits!r}")
     return act_bits
 
 
 class _Quantized(nn.Module):
-    """Buffers `qdata`, `scales`, `zeros`; ``state_dict`` names are ``<name>.qdata`` and so on.
+    """A module with buffers `qdata`, `scales`, `zeros`; ``state_dict`` has ``<name>.qdata`` etc.
 
     ``.to(dtype)`` and ``.half()`` do not change the buffers' dtypes: scales are part of the format,
     not activations.
@@ -43,17 +44,17 @@ class _Quantized(nn.Module):
 
     @property
     def weight(self) -> QuantizedWeight:
-        """The buffers as one weight; no copy."""
+        """The buffers as one weight, without a copy."""
         return QuantizedWeight(
             self.qdata, self.scales, self.zeros, self.bits, self.group_size, self.shape
         )
 
     def _apply(self, fn, recurse=True):
-        kept = dict(self.named_buffers(recurse=False))
+        previous = dict(self.named_buffers(recurse=False))
         super()._apply(fn, recurse)
         for name, buffer in self.named_buffers(recurse=False):
-            if buffer.dtype != kept[name].dtype:
-                setattr(self, name, kept[name].to(buffer.device))
+            if buffer.dtype != previous[name].dtype:
+                setattr(self, name, previous[name].to(buffer.device))
         return self
 
 
@@ -84,12 +85,12 @@ class QuantizedLinear(_Quantized):
 
 
 class QuantizedEmbedding(_Quantized):
-    """``F.embedding(ids, weight.dequantize(dtype))``: only the rows looked up are dequantized, into
-    `dtype`.
+    """``F.embedding(ids, weight.dequantize(dtype))``: it dequantizes only the rows that are looked
+    up, to `dtype`.
 
     `padding_idx` changes no value: it only stops a gradient, and the weight has none. A head tied
-    to the embedding is a `QuantizedLinear` on the same `QuantizedWeight`: the buffers are shared.
-    `act_bits` is for a head that has no module of its own.
+    to the embedding is a `QuantizedLinear` on the same `QuantizedWeight`: they share the buffers.
+    `act_bits` is for a head without a module of its own.
     """
 
     def __init__(
@@ -108,7 +109,7 @@ class QuantizedEmbedding(_Quantized):
         return out.view(*ids.shape, self.embedding_dim)
 
     def _apply(self, fn, recurse=True):
-        # .bfloat16() and the like set the dtype of the rows looked up, as they do for nn.Embedding
+        # .bfloat16() and the like set the dtype of the returned rows, as for nn.Embedding
         self.dtype = fn(torch.empty(0, dtype=self.dtype)).dtype
         return super()._apply(fn, recurse)
 
@@ -125,10 +126,11 @@ def set_quantized_weight(
     act_bits: int = 16,
     dtype: torch.dtype | None = None,
 ) -> nn.Module:
-    """Replace the nn.Linear or nn.Embedding `name` by `weight`, keeping its bias; return the model.
+    """Replace the nn.Linear or nn.Embedding `name` by a module with `weight` and the same bias.
+    Return the model.
 
-    `dtype`: dtype of the rows that an embedding returns, by default its own. InputError: no such
-    module, another shape.
+    `dtype`: the dtype of the rows that an embedding returns; default: that of its weight.
+    InputError: no such module, another shape.
     """
     old = _module(model, name)
     if old.weight.shape != weight.shape:
@@ -152,6 +154,7 @@ def set_quantized_weight(
 
 
 def replace_module(model: nn.Module, name: str, new: nn.Module) -> None:
+    """Replace the module ``name`` of a model."""
     parent, _, child = name.rpartition(".")
     setattr(model.get_submodule(parent), child, new)
 
@@ -161,7 +164,7 @@ def _module(model: nn.Module, name: str) -> nn.Linear | nn.Embedding:
         module = model.get_submodule(name)
     except AttributeError:
         raise InputError(f"{name} is not a module of the model") from None
-    if type(module) not in REPLACED:
+    if type(module) not in REPLACEABLE:
         raise InputError(f"{name}: expected nn.Linear or nn.Embedding, got {type(module).__name__}")
     assert isinstance(module, nn.Linear | nn.Embedding)
     return module
@@ -170,8 +173,8 @@ def _module(model: nn.Module, name: str) -> nn.Linear | nn.Embedding:
 def quantization_config(
     model: nn.Module, format: str, *, group_size: int | None, method: str = "rtn"
 ) -> dict[str, Any]:
-    """Return what config.json states about a quantized model: enough to read its weights and
-    rebuild its modules.
+    """Return the entry of config.json about a quantized model. It is enough to read the weights and
+    rebuild the modules.
     """
     kinds = {QuantizedLinear: "linear", QuantizedEmbedding: "embedding"}
     modules = {
@@ -191,11 +194,11 @@ def quantization_config(
 def load_quantized(
     model: nn.Module, state: Mapping[str, Tensor], config: Mapping[str, Any]
 ) -> nn.Module:
-    """Replace modules as ``quantization_config`` says and fill the whole model from `state`,
-    strictly.
+    """Replace modules by quantized ones as in ``quantization_config``, and load all weights from
+    `state`, strictly.
 
     `state` has ``<name>.qdata``, ``<name>.scales`` and, if asymmetric, ``<name>.zeros`` for
-    quantized modules. A tied head may be absent from it; it then shares the embedding's weight.
+    quantized modules. A tied head may be missing; it then shares the embedding's weight.
     """
     if config.get("quant_method") != "fastlm":
         raise InputError(

@@ -18,23 +18,22 @@ if TYPE_CHECKING:
     from fastlm.tokenizer.tokenizer import Tokenizer
 
 HEAD = "score.weight"  # Hugging Face's name of the head
-MEAN, STD = "score_mean", "score_std"  # of the head's output, entries of config.json
+MEAN, STD = "score_mean", "score_std"  # of the head's output; keys of config.json
 BATCH_TOKENS = 8192  # of one forward of `score`
 
 
 class RewardModel(nn.Module):
     """Scores sequences: ``(h w - mean) / std``, h (E) the last layer's normed output at the last
-    token, w (E) the head. `normalise` sets mean and std; they begin as 0 and 1.
+    token, w (E) the head. `normalise` sets mean and std, which are 0 and 1 at first.
 
     The head is drawn from N(0, 1 / (E + 1)) (Stiennon et al. 2020, arXiv:2009.01325), by ``seed``
-    alone. It has no bias: a loss of comparisons does not depend on one, and ``mean`` takes its
-    place.
+    alone. It has no bias: a loss of comparisons does not depend on one, and ``mean`` replaces it.
     """
 
     def __init__(self, config: ModelConfig, *, seed: int | None = None):
         super().__init__()
-        # tied: no head of a language model among the parameters. No padding token that ends an
-        # answer: transformers would score the token before it
+        # Tied: so there is no language model head among the parameters. The padding token must not
+        # end answers: transformers would score the token before it
         pad = None if config.pad_token_id in config.stop_ids else config.pad_token_id
         self.trunk = CausalLM(
             replace(config, tie_word_embeddings=True, pad_token_id=pad), seed=seed
@@ -66,36 +65,40 @@ class RewardModel(nn.Module):
 
     @classmethod
     def from_causal_lm(cls, model: CausalLM, *, seed: int | None = None) -> "RewardModel":
-        """Take over the layers of ``model`` (they are shared, not copied), with a new head."""
+        """Return a reward model with the layers of ``model`` (shared, not copied) and a new
+        head."""
         with torch.device("meta"):
-            made = cls(model.config)
-        made.trunk.model = model.model
-        made.head = nn.Linear(model.config.hidden_size, 1, bias=False, device=model.device)
-        made._draw_head(seed)
-        return made
+            reward_model = cls(model.config)
+        reward_model.trunk.model = model.model
+        head = nn.Linear(model.config.hidden_size, 1, bias=False, device=model.device)
+        reward_model.head = head
+        reward_model._draw_head(seed)
+        return reward_model
 
     @classmethod
     def from_pretrained(
         cls, path: str | Path, *, dtype: torch.dtype | None = None
     ) -> "RewardModel":
-        """Load, in eval mode, what `save_pretrained` wrote. InputError: see `load_state`; a model
+        """Load a folder of `save_pretrained`, in eval mode. InputError: see `load_state`; a model
         without a head of one score.
         """
         config_dict, tensors = load_state(path, keep_quantized=False)
         config = ModelConfig.from_dict(config_dict)
         with torch.device("meta"):
-            made = cls(config)
+            reward_model = cls(config)
         state: dict[str, Any] = dict(tensors)
         state = {
             "head.weight" if name == HEAD else f"trunk.{name}": tensor.to(dtype or tensor.dtype)
             for name, tensor in state.items()
         }
-        wanted = (1, config.hidden_size)
-        came = tuple(state["head.weight"].shape) if "head.weight" in state else "none"
-        if came != wanted:
-            raise InputError(f"{path}: expected a reward model, with {HEAD} {wanted}, got {came}")
-        made.load_state_dict(state, strict=False, assign=True)  # `load_state` has checked them
-        return made.eval()
+        expected = (1, config.hidden_size)
+        shape = tuple(state["head.weight"].shape) if "head.weight" in state else "none"
+        if shape != expected:
+            raise InputError(
+                f"{path}: expected a reward model, with {HEAD} {expected}, got {shape}"
+            )
+        reward_model.load_state_dict(state, strict=False, assign=True)  # `load_state` checked them
+        return reward_model.eval()
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write a Hugging Face folder that transformers' AutoModelForSequenceClassification loads.
@@ -121,8 +124,8 @@ class RewardModel(nn.Module):
         save_hf(folder, config, state)
 
     def normalise(self, scores: Tensor) -> None:
-        """Set mean and std so that these scores, which this model gave, would have mean 0 and
-        standard deviation 1 (over n). Where all are equal, only the mean changes.
+        """Set mean and std so that these scores of this model get mean 0 and standard deviation 1
+        (over n). Where all are equal, only the mean changes.
         """
         raw = scores.double() * self.std + self.mean
         std = float(raw.std(correction=0))
@@ -143,9 +146,9 @@ class RewardModel(nn.Module):
     @torch.no_grad()
     def score(self, sequences: Sequence[Sequence[int]]) -> Tensor:
         """Return the score at the last token of each sequence of ids, (B,) float32, without
-        gradients. No padding is involved: the last token is that of the list.
+        gradients. There is no padding: the last token is that of the list.
 
-        InputError names an empty sequence, or one beyond the context.
+        InputError: an empty sequence, or one beyond the context.
         """
         limit = self.trunk.context_limit
         for i, sequence in enumerate(sequences):
@@ -176,13 +179,13 @@ def scores(
     **variables: Any,
 ) -> Tensor:
     """Return the score of the last answer of each conversation (messages), (B,) float32."""
-    return model.score([scored_tokens(tokenizer, one, **variables) for one in conversations])
+    return model.score([scored_tokens(tokenizer, c, **variables) for c in conversations])
 
 
 def scored_tokens(
     tokenizer: "Tokenizer", messages: Sequence[Mapping[str, Any]], **variables: Any
 ) -> list[int]:
-    """Return what is scored of a conversation: the text that the chat template writes, up to the
+    """Return the tokens of a conversation that are scored: the chat template's text, up to the
     token that ends the last answer. ``variables``: see `Tokenizer.encode_conversation`.
     """
     learnt = [False] * (len(messages) - 1) + [True]

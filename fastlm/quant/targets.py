@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from fastlm.checkpoint.config import ModelConfig
 from fastlm.errors import InputError
-from fastlm.model.quantized_modules import REPLACED
+from fastlm.model.quantized_modules import REPLACEABLE
 from fastlm.ops.quantized_weight import QuantizedWeight, check_group_size
 from fastlm.quant.options import FORMATS, QuantizeOptions
 
@@ -65,7 +65,7 @@ def select_targets(
     shared: dict[int, tuple[str, int]] = {}
     names = []
     for name, module in model.named_modules(remove_duplicate=False):
-        if type(module) not in REPLACED:
+        if type(module) not in REPLACEABLE:
             continue
         assert isinstance(module, nn.Linear | nn.Embedding)
         names.append(name)

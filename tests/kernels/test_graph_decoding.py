@@ -214,7 +214,7 @@ def test_what_a_graph_reads_stays(monkeypatch):
     model.bfloat16().model.fuse()
     assert model.model.layers[0].self_attn.fused.bias is not bias
     (step,) = steps.steps.steps.values()
-    assert set(read) <= {t.data_ptr() for t in step.kept}
+    assert set(read) <= {t.data_ptr() for t in step.references}
 
 
 @pytest.mark.parametrize("tied", [False, True])
