@@ -1,1 +1,1 @@
-"""A model in another program's format: GGUF for llama.cpp, compressed-tensors for vLLM."""
+"""Write a model in another program's format: GGUF for llama.cpp, compressed-tensors for vLLM."""

@@ -1,8 +1,8 @@
 """Write a quantized model for vLLM and transformers: compressed-tensors, pack-quantized.
 
-The layout is in `fastlm.checkpoint.compressed_tensors`. The layers' matrices keep their integers
-and scales. Embedding and head are written as floats: vLLM reads no others. Rounding of activations
-is not written: the files hold weights.
+`fastlm.checkpoint.compressed_tensors` describes the layout. The layers' matrices keep their
+integers and scales. Embedding and head are written as floats, because vLLM reads no others.
+Rounding of activations is not written: the files contain only weights.
 """
 
 from collections import Counter
@@ -18,9 +18,9 @@ from fastlm.errors import InputError
 from fastlm.ops.quantized_weight import QuantizedWeight
 from fastlm.quant.targets import check_layers
 
-GROUPS = (128, 64, 32)  # those of vLLM's kernels
-OUTSIDE = ("model.embed_tokens.weight", "lm_head.weight")
-# what vLLM multiplies as one matrix, of one scheme
+GROUPS = (128, 64, 32)  # of vLLM's kernels
+FLOAT_WEIGHTS = ("model.embed_tokens.weight", "lm_head.weight")
+# matrices that vLLM multiplies as one; they need the same scheme
 FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 
 
@@ -30,13 +30,13 @@ def save_compressed_tensors(
     state: Mapping[str, Tensor | QuantizedWeight],
     dtype: torch.dtype,
 ) -> dict[str, Any]:
-    """Write the folder; ``dtype`` is that of embedding and head if they are quantized.
+    """Write the folder. ``dtype``: of embedding and head if they are quantized.
 
     Returns {"formats": format -> weights, "dequantized": names written as floats}.
 
     InputError, before anything is written: nothing is quantized; a group size that vLLM lacks or
-    that does not divide a row (the message names one that would work); offsets that are not whole
-    steps; layers of different schemes that vLLM fuses.
+    that does not divide a row (the message names one that works); offsets that are not a whole
+    number of steps; layers that vLLM fuses but with different schemes.
     """
     layers = check_compressed_tensors(state)
     zeros = {name: _zero_points(name, weight) for name, weight in layers.items()}
@@ -62,9 +62,9 @@ def save_compressed_tensors(
     for name, weight in layers.items():
         bits, group = _layout(weight)
         schemes.setdefault((bits, group, zeros[name] is None), []).append(name)
-    # readers look for weight_packed in every linear layer that is not named here
-    outside = {name.removesuffix(".weight") for name in OUTSIDE}
-    floats = [name for name in matrices if name not in layers and name not in outside]
+    # readers expect weight_packed in every linear layer that is not in "ignore"
+    excluded = {name.removesuffix(".weight") for name in FLOAT_WEIGHTS}
+    floats = [name for name in matrices if name not in layers and name not in excluded]
     entry = {
         "quant_method": "compressed-tensors",
         "format": "pack-quantized",
@@ -85,30 +85,32 @@ def save_compressed_tensors(
         },
     }
     save_hf(folder, config, tensors, quantization_config=entry)
-    formats = Counter(_named(_layout(weight)) for weight in layers.values())
+    formats = Counter(_layout_text(_layout(weight)) for weight in layers.values())
     return {"formats": dict(formats), "dequantized": dequantized}
 
 
 def check_compressed_tensors(
     state: Mapping[str, Tensor | QuantizedWeight],
 ) -> dict[str, QuantizedWeight]:
-    """Return the layers that are written quantized; check their shapes and groups. InputError: as
-    `save_compressed_tensors`, but for offsets.
+    """Return the layers that are written quantized, after a check of their shapes and groups.
+    InputError: as `save_compressed_tensors`, except for offsets.
     """
     layers = {
         name.removesuffix(".weight"): weight
         for name, weight in state.items()
-        if isinstance(weight, QuantizedWeight) and name not in OUTSIDE
+        if isinstance(weight, QuantizedWeight) and name not in FLOAT_WEIGHTS
     }
     if not layers:
         raise InputError("model: expected quantized layers for compressed-tensors, got none")
     widths = {name: weight.shape[1] for name, weight in layers.items()}
     check_layers(widths, lambda name: _check_layout(name, layers[name], list(widths.values())))
     for names in _fused(_matrices(state)):
-        found = [_layout(layers[name]) if name in layers else None for name in names]
-        if len(set(found)) > 1:
+        layouts = [_layout(layers[name]) if name in layers else None for name in names]
+        if len(set(layouts)) > 1:
             parts = [name.rpartition(".")[2] for name in names]
-            got = ", ".join(f"{part} {_named(layout)}" for part, layout in zip(parts, found))
+            got = ", ".join(
+                f"{part} {_layout_text(layout)}" for part, layout in zip(parts, layouts)
+            )
             raise InputError(
                 f"{names[0].rpartition('.')[0]}: expected one format for {', '.join(parts)}, which"
                 f" vLLM fuses, for compressed-tensors, got {got}"
@@ -121,7 +123,7 @@ def _matrices(state: Mapping[str, Tensor | QuantizedWeight]) -> list[str]:
 
 
 def _fused(matrices: Sequence[str]) -> Iterator[list[str]]:
-    """The names of layers that vLLM multiplies as one."""
+    """Yield the names of layers that vLLM multiplies as one."""
     for parts in FUSED:
         for first in (name for name in matrices if name.endswith(f".{parts[0]}")):
             parent = first.rpartition(".")[0]
@@ -129,11 +131,11 @@ def _fused(matrices: Sequence[str]) -> Iterator[list[str]]:
 
 
 def _layout(weight: QuantizedWeight) -> tuple[int, int | None]:
-    """Bits and group size; None: one scale for a row."""
+    """Return bits and group size; None: one scale per row."""
     return weight.bits, weight.group_size if weight.group_size < weight.shape[1] else None
 
 
-def _named(layout: tuple[int, int | None] | None) -> str:
+def _layout_text(layout: tuple[int, int | None] | None) -> str:
     return "float" if layout is None else f"w{layout[0]} group {layout[1] or 'row'}"
 
 
@@ -141,10 +143,10 @@ def _check_layout(name: str, weight: QuantizedWeight, widths: list[int]) -> None
     k, group = weight.shape[1], weight.group_size
     if group < k and (group not in GROUPS or k % group):
         fits = [g for g in GROUPS if all(width % g == 0 for width in widths)]
-        would = f"--group-size {fits[0]} would work" if fits else "--group-size -1 would work"
+        hint = f"--group-size {fits[0]} would work" if fits else "--group-size -1 would work"
         raise InputError(
             f"{name}: expected groups of 32, 64 or 128 that divide its {k} columns for"
-            f" compressed-tensors, got {group}: {would}"
+            f" compressed-tensors, got {group}: {hint}"
         )
     if k * weight.bits % 32:
         raise InputError(
@@ -154,13 +156,13 @@ def _check_layout(name: str, weight: QuantizedWeight, widths: list[int]) -> None
 
 
 def _zero_points(name: str, weight: QuantizedWeight) -> Tensor | None:
-    """Return the zero points (N, G), None if symmetric. InputError: offsets of no whole steps."""
+    """Return the zero points (N, G), None if symmetric. InputError: offsets of fractional steps."""
     if weight.zeros is None:
         return None
     half = 2 ** (weight.bits - 1)
     scales, offsets = weight.scales.double(), weight.zeros.double()
     zeros = (half - offsets / torch.where(scales == 0, 1.0, scales)).round()
-    # the offset may be rounded to its own dtype, a 2^-8 part
+    # the offset may be rounded to its dtype, by a share of 2^-8
     same = (scales * (half - zeros) - offsets).abs() <= 2**-8 * offsets.abs()
     if not bool((same & (zeros >= 0) & (zeros < 2 * half)).all()):
         raise InputError(
@@ -179,8 +181,9 @@ def _parts(weight: QuantizedWeight, zeros: Tensor | None) -> dict[str, Tensor]:
         "weight_shape": torch.tensor([n, k]),
     }
     if zeros is not None:
-        per = 32 // weight.bits
-        fields = torch.nn.functional.pad(zeros.t(), (0, -n % per)).unflatten(1, (-1, per))
+        fields_per_word = 32 // weight.bits
+        fields = torch.nn.functional.pad(zeros.t(), (0, -n % fields_per_word))
+        fields = fields.unflatten(1, (-1, fields_per_word))
         words = (fields << torch.arange(0, 32, weight.bits)).sum(-1)
         signed = torch.where(words >= 2**31, words - 2**32, words).to(torch.int32)
         parts["weight_zero_point"] = signed.t().contiguous()
@@ -188,7 +191,7 @@ def _parts(weight: QuantizedWeight, zeros: Tensor | None) -> dict[str, Tensor]:
 
 
 def _shortest(scales: Tensor) -> Tensor:
-    """The scales in the first of bfloat16, float16 and float32 that holds them."""
+    """Return the scales in the first exact dtype of bfloat16, float16 and float32."""
     for dtype in (torch.bfloat16, torch.float16):
         if bool((scales.to(dtype).double() == scales.double()).all()):
             return scales.to(dtype)

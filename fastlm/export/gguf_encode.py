@@ -1,4 +1,4 @@
-"""Weights as GGUF's block formats, without quantizing again.
+"""Encode weights as GGUF's block formats, without quantizing again.
 
     QuantizedWeight              block format
     4 bits, symmetric            Q4_0   d = scale
@@ -6,9 +6,9 @@
     8 bits, symmetric            Q8_0   d = scale
 
 A block has 32 columns, so a group must be a multiple of 32 (its blocks repeat the scale) and 32
-must divide a row. d and m are float16: a scale that float16 does not hold is rounded, which
-`rounded` counts (bfloat16 scales of usual weights are all held). Scales below 2^-14 lose bits;
-where this moves weights, the matrix is refused.
+must divide a row. d and m are float16. A scale that float16 cannot represent is rounded, which
+`rounded` counts; the bfloat16 scales of usual weights are all exact. Scales below 2^-14 lose bits.
+If this changes weights, the matrix is refused.
 """
 
 import numpy as np
@@ -20,9 +20,9 @@ from fastlm.errors import InputError
 from fastlm.ops.quantized_weight import QuantizedWeight
 
 BLOCK = 32
-MOVED = 2**-8  # share of a scale: bfloat16's own rounding
-# share of a matrix's largest scale below which rounding moves nothing that counts: dead rows
-NOTHING = 2**-16
+MAX_ERROR = 2**-8  # as a share of a scale: bfloat16's rounding error
+# smaller errors, as a share of a matrix's largest scale, are ignored: those of dead rows
+IGNORED_ERROR = 2**-16
 DENSE = {
     torch.float32: GGMLQuantizationType.F32,
     torch.float16: GGMLQuantizationType.F16,
@@ -30,11 +30,11 @@ DENSE = {
 }
 
 
-def kind_of(name: str, weight: Tensor | QuantizedWeight) -> GGMLQuantizationType:
-    """The format that holds ``weight``. InputError: none does; the message names the group size
-    that would work.
+def block_format(name: str, weight: Tensor | QuantizedWeight) -> GGMLQuantizationType:
+    """Return the format of ``weight``. InputError: no format can store it; the message names the
+    group size that would work.
     """
-    if isinstance(weight, Tensor):  # llama.cpp wants vectors in float32
+    if isinstance(weight, Tensor):  # llama.cpp needs vectors in float32
         return GGMLQuantizationType.F32 if weight.dim() == 1 else DENSE[weight.dtype]
     _, k = weight.shape
     if k % BLOCK:
@@ -57,16 +57,17 @@ def kind_of(name: str, weight: Tensor | QuantizedWeight) -> GGMLQuantizationType
 
 
 def row_bytes(kind: GGMLQuantizationType, k: int) -> int:
+    """Return the bytes of a row of ``k`` values."""
     block, size = GGML_QUANT_SIZES[kind]
     return k // block * size
 
 
-def encode(name: str, weight: Tensor | QuantizedWeight) -> tuple[np.ndarray, int]:
-    """``(data, rounded)``: the tensor as GGUF stores it (bytes (N, bytes of a row), or float32 and
-    float16 arrays), and how many scales and offsets float16 does not hold exactly. InputError:
-    scales that float16 moves by more than `MOVED`.
+def encode_tensor(name: str, weight: Tensor | QuantizedWeight) -> tuple[np.ndarray, int]:
+    """Return ``(data, rounded)``: the tensor as GGUF stores it (bytes (N, bytes of a row), or
+    float32 and float16 arrays), and the number of scales and offsets that float16 rounds.
+    InputError: float16 changes scales by more than `MAX_ERROR`.
     """
-    kind = kind_of(name, weight)
+    kind = block_format(name, weight)
     if isinstance(weight, Tensor):
         data = weight.detach().cpu().contiguous()
         if kind is GGMLQuantizationType.BF16:
@@ -84,9 +85,9 @@ def encode(name: str, weight: Tensor | QuantizedWeight) -> tuple[np.ndarray, int
             raise InputError(f"{name}: expected scales up to 65504, got {field.abs().max():.3g}")
         error, steps = (half.double() - field).abs(), fields[0].abs()
         size = torch.maximum(field.abs(), steps)  # an offset may be near 0
-        if bool((error > MOVED * size + NOTHING * steps.max()).any()):
+        if bool((error > MAX_ERROR * size + IGNORED_ERROR * steps.max()).any()):
             raise InputError(
-                f"{name}: expected scales that float16 holds within {100 * MOVED:.2g} %, got"
+                f"{name}: expected scales that float16 holds within {100 * MAX_ERROR:.2g} %, got"
                 f" {steps[steps > 0].min():.3g}"
             )
         rounded += int((error > 0).sum())

@@ -1,4 +1,4 @@
-"""The tokenizer of a model as GGUF metadata: the reverse of `fastlm.tokenizer.gguf_vocab`."""
+"""Convert a tokenizer to GGUF metadata: the reverse of `fastlm.tokenizer.gguf_vocab`."""
 
 import json
 from typing import Any
@@ -19,8 +19,8 @@ NORMAL, UNUSED = 1, 5
 PREFERRED = ("gpt-2", "llama-bpe", "dbrx", "qwen2", "smollm")  # of names with the same patterns
 
 
-def vocabulary(tokenizer: Tokenizer, config: ModelConfig) -> dict[str, Any]:
-    """The ``tokenizer.*`` entries, one token for each row of the embedding.
+def gguf_vocabulary(tokenizer: Tokenizer, config: ModelConfig) -> dict[str, Any]:
+    """Return the ``tokenizer.*`` entries, one token for each row of the embedding.
 
     InputError: not byte-level BPE, or a split pattern that llama.cpp does not have.
     """
@@ -74,23 +74,23 @@ def _first(*ids: int | None) -> int | None:
 
 
 def _ends(tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
-    """The ids that transformers' ``encode`` puts before and after a text."""
-    plain, whole = tokenizer.encode("a"), tokenizer.encode("a", special=True)
-    at = next((i for i in range(len(whole)) if whole[i : i + len(plain)] == plain), 0)
-    return whole[:at], whole[at + len(plain) :]
+    """Return the ids that transformers' ``encode`` adds before and after a text."""
+    plain, special = tokenizer.encode("a"), tokenizer.encode("a", special=True)
+    start = next((i for i in range(len(special)) if special[i : i + len(plain)] == plain), 0)
+    return special[:start], special[start + len(plain) :]
 
 
 def pre_tokenizer(state: dict[str, Any]) -> str:
-    """llama.cpp's name for how the tokenizer.json ``state`` splits a text."""
+    """Return llama.cpp's name of the split pattern of the tokenizer.json ``state``."""
     normalizer = (state.get("normalizer") or {}).get("type")
-    if normalizer not in (None, "NFC"):  # llama.cpp normalizes nothing: NFC is the usual text
+    if normalizer not in (None, "NFC"):  # llama.cpp does not normalize; most text is NFC anyway
         raise InputError(f"tokenizer: expected no normalizer for GGUF, got {normalizer}")
     patterns = tuple(_patterns(state.get("pre_tokenizer") or {}))
-    whole = bool(state["model"].get("ignore_merges"))
+    ignore_merges = bool(state["model"].get("ignore_merges"))
     names = [
         name
         for name, split in PRE_TOKENIZERS.items()
-        if split == patterns and (name in WHOLE_WORDS) == whole
+        if split == patterns and (name in WHOLE_WORDS) == ignore_merges
     ]
     if not names:
         raise InputError(

@@ -1,8 +1,9 @@
 """Write a model and its tokenizer as a GGUF file that llama.cpp runs: the reverse of
 `fastlm.checkpoint.gguf_models`.
 
-The file is read back by that module before it gets its name. What GGUF or llama.cpp cannot say of a
-model (biases in the MLP, another pattern of windows) shows as a difference there and is refused.
+That module reads the file back before it is renamed to its final name. Traits that GGUF or
+llama.cpp cannot express (biases in the MLP, another pattern of windows) are differences there and
+are refused.
 """
 
 from collections import Counter
@@ -32,16 +33,16 @@ from fastlm.checkpoint.gguf_models import (
     swap_rows,
 )
 from fastlm.errors import InputError
-from fastlm.export.gguf_encode import encode, kind_of, row_bytes
-from fastlm.export.gguf_vocab_write import vocabulary
+from fastlm.export.gguf_encode import block_format, encode_tensor, row_bytes
+from fastlm.export.gguf_vocab_write import gguf_vocabulary
 from fastlm.files import make_folder, save_atomic
 from fastlm.ops.quantized_weight import QuantizedWeight
 from fastlm.quant.targets import check_layers
 from fastlm.tokenizer.tokenizer import Tokenizer
 
 State = Mapping[str, Tensor | QuantizedWeight]
-# what a file does not say and llama.cpp does not use
-UNSAID = (
+# fields that a file does not store and llama.cpp does not use
+NOT_STORED = (
     *("extra", "initializer_range", "attention_dropout", "max_window_layers"),
     *("bos_token_id", "eos_token_id", "pad_token_id", "use_sliding_window"),
 )
@@ -53,42 +54,43 @@ FILE_TYPES = {  # general.file_type, by the format of most weights
 def save_gguf(
     path: str | Path, config: ModelConfig, state: State, tokenizer: Tokenizer | None, name: str
 ) -> dict[str, Any]:
-    """Write ``path``. Returns {"formats": format -> weights, "rounded_scales": how many scales
-    float16 does not hold}.
+    """Write ``path``. Returns {"formats": format -> weights, "rounded_scales": number of
+    scales that float16 rounds}.
 
-    InputError, before anything is written: a weight that no block format holds (`kind_of`), a
-    tokenizer that llama.cpp cannot split like; after it: a config that GGUF cannot say.
+    InputError, before anything is written: a weight that no block format can store
+    (`block_format`), a tokenizer with a split pattern that llama.cpp lacks; afterwards: a config
+    that GGUF cannot express.
     """
     architecture = _architecture(config)
     kinds = check_gguf(config, state)
     metadata = _metadata(config, architecture)
     if tokenizer is not None:
-        metadata |= vocabulary(tokenizer, config)
+        metadata |= gguf_vocabulary(tokenizer, config)
     names = {key: gguf_name(key, config) for key in state}
     tables = _rope_tables(config)
     formats = Counter(kinds[key].name for key in state if len(state[key].shape) == 2)
-    main = formats.most_common(1)[0][0]
+    main_format = formats.most_common(1)[0][0]
     rounded = 0
 
     def write(part: Path) -> None:
         nonlocal rounded
         writer = gguf.GGUFWriter(part, architecture)
         writer.add_name(name)
-        writer.add_file_type(FILE_TYPES[main])
+        writer.add_file_type(FILE_TYPES[main_format])
         writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
         for key, value in metadata.items():
             add_value(writer, key, value)
         for key, table in tables.items():
             writer.add_tensor_info(key, table.shape, table.dtype, table.nbytes)
         for key, weight in state.items():
-            _announce(writer, names[key], kinds[key], tuple(weight.shape))
+            _add_tensor_info(writer, names[key], kinds[key], tuple(weight.shape))
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
         for table in tables.values():
             writer.write_tensor_data(table)
         for key, weight in state.items():
-            data, count = encode(key, _as_llama_cpp(key, weight, config, architecture))
+            data, count = encode_tensor(key, _as_llama_cpp(key, weight, config, architecture))
             rounded += count
             writer.write_tensor_data(data)
         writer.close()
@@ -100,12 +102,12 @@ def save_gguf(
 
 
 def check_gguf(config: ModelConfig, state: State) -> dict[str, GGMLQuantizationType]:
-    """Return the format of each weight, by its shape and groups. InputError: a weight that no block
-    format holds, RoPE that GGUF does not have.
+    """Return the format of each weight from its shape and groups. InputError: a weight that no
+    block format can store, RoPE that GGUF lacks.
     """
     _metadata(config, _architecture(config))
     widths = {key: weight.shape[-1] for key, weight in state.items()}
-    return check_layers(widths, lambda key: kind_of(key, state[key]))
+    return check_layers(widths, lambda key: block_format(key, state[key]))
 
 
 def _architecture(config: ModelConfig) -> str:
@@ -115,7 +117,7 @@ def _architecture(config: ModelConfig) -> str:
 
 
 def gguf_name(name: str, config: ModelConfig) -> str:
-    """llama.cpp's name of a tensor of the model."""
+    """Return llama.cpp's name of a tensor of the model."""
     module, _, suffix = name.rpartition(".")
     for short, long in TOP.items():
         if module == long:
@@ -173,7 +175,7 @@ def _rope_tables(config: ModelConfig) -> dict[str, np.ndarray]:
 
 
 def _as_llama_cpp(name: str, weight: Any, config: ModelConfig, architecture: str) -> Any:
-    """The rows of q and k as interleaved RoPE needs them, and one added to Gemma's norms."""
+    """Reorder the rows of q and k for interleaved RoPE, and add one to Gemma's norms."""
     if architecture in INTERLEAVED and ".self_attn.q_proj." in name:
         return swap_rows(weight, config.num_attention_heads, interleave=True)
     if architecture in INTERLEAVED and ".self_attn.k_proj." in name:
@@ -183,7 +185,7 @@ def _as_llama_cpp(name: str, weight: Any, config: ModelConfig, architecture: str
     return weight
 
 
-def _announce(
+def _add_tensor_info(
     writer: gguf.GGUFWriter, name: str, kind: GGMLQuantizationType, shape: tuple[int, ...]
 ) -> None:
     plain = {GGMLQuantizationType.F32: np.float32, GGMLQuantizationType.F16: np.float16}
@@ -201,21 +203,21 @@ def add_value(writer: gguf.GGUFWriter, key: str, value: Any) -> None:
 
 
 def _check(part: Path, path: str | Path, config: ModelConfig) -> None:
-    """Refuse a model that the file describes otherwise."""
-    came = ModelConfig.from_dict(gguf_config(GGUFFile(part)))
-    skipped = {*UNSAID, *(() if _windowed(config) else ("sliding_window",))}
+    """Refuse a model that the file describes differently."""
+    stored = ModelConfig.from_dict(gguf_config(GGUFFile(part)))
+    skipped = {*NOT_STORED, *(() if _windowed(config) else ("sliding_window",))}
     if config.model_type == "mistral":  # without windows it is a llama
         skipped.add("model_type")
     for field in fields(ModelConfig):
-        wanted, told = (_single(getattr(c, field.name)) for c in (config, came))
-        if field.name == "rope_parameters" and wanted.get("rope_type") == "longrope":
-            wanted.pop("original_max_position_embeddings", None)  # a field of its own
-            told.pop("original_max_position_embeddings", None)
-        if field.name not in skipped and wanted != told:
+        expected, actual = (_single_precision(getattr(c, field.name)) for c in (config, stored))
+        if field.name == "rope_parameters" and expected.get("rope_type") == "longrope":
+            expected.pop("original_max_position_embeddings", None)  # a separate field
+            actual.pop("original_max_position_embeddings", None)
+        if field.name not in skipped and expected != actual:
             raise InputError(
                 f"{path}: {field.name}: expected a model that GGUF can describe, got"
                 f" {getattr(config, field.name)!r:.80} (llama.cpp would read"
-                f" {getattr(came, field.name)!r:.80})"
+                f" {getattr(stored, field.name)!r:.80})"
             )
 
 
@@ -223,10 +225,10 @@ def _windowed(config: ModelConfig) -> bool:
     return "sliding_attention" in config.layer_types
 
 
-def _single(value: Any) -> Any:
-    """Floats as the file stores them; of dicts and lists, those inside."""
+def _single_precision(value: Any) -> Any:
+    """Convert floats to the file's precision, also inside dicts and lists."""
     if isinstance(value, float | int) and not isinstance(value, bool):
         return np.float32(value)
     if isinstance(value, dict):
-        return {key: _single(inner) for key, inner in value.items() if inner is not None}
-    return [_single(inner) for inner in value] if isinstance(value, list) else value
+        return {key: _single_precision(inner) for key, inner in value.items() if inner is not None}
+    return [_single_precision(inner) for inner in value] if isinstance(value, list) else value

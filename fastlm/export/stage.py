@@ -27,7 +27,7 @@ class Export(Stage):
     outputs = {"exported": "."}
     result = {"format": str, "bytes": int, "formats": dict}
     notes = (
-        "Nothing is quantized again: a weight that the format cannot hold is refused, with the"
+        "Nothing is quantized again: a weight that the format cannot store is refused, with the"
         f" group size that would work. gguf writes {GGUF_FILE} into the folder."
     )
 
@@ -67,19 +67,21 @@ class Export(Stage):
         state = model.weights()
         if self.format == "gguf":
             name = Path(source.source).stem.removeprefix("model:") or "model"
-            told = save_gguf(ctx.out / GGUF_FILE, model.config, state, tokenizer, name)
+            export_info = save_gguf(ctx.out / GGUF_FILE, model.config, state, tokenizer, name)
             size = (ctx.out / GGUF_FILE).stat().st_size
         else:
-            told = save_compressed_tensors(ctx.out, model.config.to_dict(), state, model.dtype)
+            export_info = save_compressed_tensors(
+                ctx.out, model.config.to_dict(), state, model.dtype
+            )
             tokenizer.save(ctx.out)
             size = sum(file.stat().st_size for file in ctx.out.glob("*.safetensors"))
-            rounds = [m for m in model.modules() if getattr(m, "act_bits", 16) == 8]
-            told["activations_unrounded"] = bool(rounds)
-        return {"format": self.format, "bytes": size, **told}
+            rounding_modules = [m for m in model.modules() if getattr(m, "act_bits", 16) == 8]
+            export_info["activations_unrounded"] = bool(rounding_modules)
+        return {"format": self.format, "bytes": size, **export_info}
 
     def summary(self, result: Mapping[str, Any], ctx: StageContext) -> str:
-        kinds = ", ".join(f"{count} {kind}" for kind, count in result["formats"].items())
-        text = f"{ctx.out}: {result['format']}, {result['bytes'] / 1e6:,.2f} MB, weights: {kinds}"
+        weights = ", ".join(f"{count} {format}" for format, count in result["formats"].items())
+        text = f"{ctx.out}: {result['format']}, {result['bytes'] / 1e6:,.2f} MB, weights: {weights}"
         if names := result.get("dequantized"):
             text += f"; as floats: {', '.join(names)}"
         if result.get("activations_unrounded"):

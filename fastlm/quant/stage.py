@@ -282,8 +282,8 @@ class Quantize(QuantizeOptions, Stage):
         ids = distill_ids[: max(1, self.calibration_tokens // distill_ids.shape[1])]
         if 2 * ids.numel() < self.calibration_tokens:
             ctx.warning(
-                f"calibration: {', '.join(sources)} has {ids.numel():,} tokens in windows of"
-                f" {ids.shape[1]}, expected {self.calibration_tokens:,}"
+                f"calibration: expected {self.calibration_tokens:,} tokens, got {ids.numel():,} in"
+                f" windows of {ids.shape[1]} from {', '.join(sources)}"
             )
         return ids, distill_ids
 

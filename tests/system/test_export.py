@@ -12,7 +12,7 @@ from fastlm.checkpoint.config import ModelConfig
 from fastlm.checkpoint.folder import load_state
 from fastlm.checkpoint.gguf_file import GGUFFile
 from fastlm.errors import InputError
-from fastlm.export.gguf_encode import encode
+from fastlm.export.gguf_encode import encode_tensor
 from fastlm.export.gguf_vocab_write import pre_tokenizer
 from fastlm.export.gguf_write import save_gguf
 from fastlm.model.causal_lm import CausalLM
@@ -107,9 +107,9 @@ def test_block_formats(bits, symmetric, group):
     )
     if group == 40 or (bits == 8 and not symmetric):
         with pytest.raises(InputError, match=r"--group-size 32|without offsets"):
-            encode("w", weight)
+            encode_tensor("w", weight)
         return
-    data, rounded = encode("w", weight)
+    data, rounded = encode_tensor("w", weight)
     kind = {(4, True): "Q4_0", (4, False): "Q4_1", (8, True): "Q8_0"}[bits, symmetric]
     came = gguf.quants.dequantize(data, gguf.GGMLQuantizationType[kind])
     want = weight.dequantize(torch.float64).numpy()
@@ -123,14 +123,14 @@ def test_block_formats(bits, symmetric, group):
 
 def test_scales_that_float16_lacks_are_counted_or_refused():
     weight = quantize_weight(torch.randn(4, 64), 4, group_size=32, scale_dtype=torch.float32)
-    assert encode("w", weight)[1] == 8
+    assert encode_tensor("w", weight)[1] == 8
     weight.scales[0] *= 1e-9  # a dead row
-    assert encode("w", weight)[1] == 8
+    assert encode_tensor("w", weight)[1] == 8
     with pytest.raises(InputError, match=r"w: expected scales that float16 holds within 0.39 %"):
-        encode("w", quantize_weight(2e-6 * torch.randn(4, 64), 4, group_size=32))
+        encode_tensor("w", quantize_weight(2e-6 * torch.randn(4, 64), 4, group_size=32))
     weight.scales *= 1e6
     with pytest.raises(InputError, match="w: expected scales up to 65504"):
-        encode("w", weight)
+        encode_tensor("w", weight)
 
 
 @pytest.mark.parametrize(
