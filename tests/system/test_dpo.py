@@ -330,7 +330,7 @@ def test_the_better_answer_is_learnt(base, tmp_path, loss) -> None:
     assert right >= 14
 
 
-@pytest.mark.parametrize("loss, seen", [("sigmoid", 2), ("sigmoid", 7), ("kto", 5)])
+@pytest.mark.parametrize("loss, kill_step", [("sigmoid", 2), ("sigmoid", 7), ("kto", 5)])
 def test_the_same_command_continues_to_the_same_bits(base, data, tmp_path, loss, kill_step) -> None:
     """Stopped by Ctrl-C within an epoch. The reference is that of before, though the weights that
     training continues from are others.
