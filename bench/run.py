@@ -208,14 +208,15 @@ def section(results: dict, isa: str | None = None, flag: str = "") -> str:
         f"Measured by `{command}` on {host['date']}: {host['cpu']}, {host['threads']} threads, "
         f"instruction set {host['cpu_isa']}, torch {host['torch']}, "
         f"commit {commits_of(results)}.",
-        "Medians of rounds in which both sides take turns; below a ratio of 1 the peer wins. "
-        "The share is of the best instruction for the work's accuracy, on registers, measured in "
-        "the same run, or of reading memory: above 100 % the data was in a cache. In end-to-end "
-        "runs the best peer is bold. A row is unsteady if other processes disturbed it twice.",
-        "How to read a row. Attention: (batch, query heads/key heads, length, head size); "
-        "`M x K -> N`: M rows of K inputs, N outputs; w4a16: weights of 4 bits, activations of 16; "
-        "spread: (upper - lower quartile) / median of the least steady variant. "
-        "Other variants of fastlm are listed with the peers and do not count for the ratio.",
+        "Medians of rounds in which both sides take turns. Below a ratio of 1 the peer is faster. "
+        "The share is relative to the best instruction for the accuracy of the work, measured on "
+        "registers in the same run, or to reading memory; above 100 % the data was in a cache. In "
+        "end-to-end runs the best peer is bold. A row is marked unsteady if other processes "
+        "disturbed it twice.",
+        "Shapes: attention has (batch, query heads/key heads, length, head size); `M x K -> N` has "
+        "M rows of K inputs and N outputs; w4a16 has weights of 4 bits and activations of 16. The "
+        "spread is (upper - lower quartile) / median of the least steady variant. Other variants "
+        "of fastlm are listed with the peers and do not count for the ratio.",
         table(rows),
     ]
     if isa:

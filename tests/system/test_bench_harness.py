@@ -1,4 +1,4 @@
-"""bench/: what a figure is based on, and what its command line refuses."""
+"""bench/: how figures are computed, and errors of its command lines."""
 
 import importlib
 import json
@@ -36,7 +36,7 @@ OPS += (
     "rms_norm",
     "rope",
 )
-OWN = {
+SMALL_SHAPES = {
     "attention": (1, 2, 5, 16),
     "cross_entropy": (3, 7),
     "glu": (3, 8),
@@ -73,7 +73,7 @@ def one_case(name="fwd", shape="4 x 8", **more):
         (["--shape", "8,8,0"], "--shape: expected b,h,s,[d]"),
     ],
 )
-def test_refused_in_one_line(monkeypatch, capsys, arguments, message):
+def test_a_wrong_argument_is_an_error_of_one_line(monkeypatch, capsys, arguments, message):
     def make_cases(b: int, h: int, s: int, d: int = 0):
         return [one_case()]
 
@@ -83,7 +83,7 @@ def test_refused_in_one_line(monkeypatch, capsys, arguments, message):
 
 
 @pytest.mark.parametrize("text", ["8,9,10", "8x9x10", "8, 9, 10"])
-def test_own_shape(monkeypatch, capsys, text):
+def test_shape_from_the_command_line(monkeypatch, capsys, text):
     def make_cases(b: int, h: int, s: int, d: int = 11):
         return [one_case(shape=f"{b} {h} {s} {d}")]
 
@@ -100,7 +100,7 @@ def test_json_goes_to_the_file_alone(monkeypatch, capsys, tmp_path):
 
 
 def test_a_file_of_results_has_a_row_per_line(tmp_path):
-    """And a line for each value of a long object, and of one that holds rows."""
+    """Each value of a long object, and of an object that contains rows, also has its own line."""
     path, row = tmp_path / "rows.json", {"name": "fwd", "times": [{"ms": 1.5}, {"ms": None}]}
     long = {f"{i} clients": {"tokens_per_second": [1.25] * 40} for i in range(3)}
     results = {"op": "rope", "few": {}, "none": [], "gaps": [1.5, 2.0], "rows": [row, row],
@@ -120,20 +120,20 @@ def test_collected_without_operands(monkeypatch, op):
     assert module.cases()
 
 
-@pytest.mark.parametrize("op", OWN)
+@pytest.mark.parametrize("op", SMALL_SHAPES)
 def test_variants_do_the_same_work(op):
     """On a custom small shape every variant runs and returns the same number of elements."""
     module = importlib.import_module(op)
-    for case in module.shape_cases(*OWN[op]):
-        made = {}
+    for case in module.shape_cases(*SMALL_SHAPES[op]):
+        sizes = {}
         for name, call in case.calls().items():
             if "compile" in name:
                 continue
             out = call()
-            made[name] = [t.numel() for t in (out if isinstance(out, (tuple, list)) else [out])]
-        assert len(made) > 1
-        assert len({str(sizes) for sizes in made.values()}) == 1, (case.name, made)
-    for function in vars(module).values():  # copies of weights, which stand in no cache of a CPU
+            sizes[name] = [t.numel() for t in (out if isinstance(out, (tuple, list)) else [out])]
+        assert len(sizes) > 1
+        assert len({str(size) for size in sizes.values()}) == 1, (case.name, sizes)
+    for function in vars(module).values():  # free the cached copies of weights
         getattr(function, "cache_clear", lambda: None)()
 
 
@@ -169,10 +169,10 @@ def test_share_is_of_the_best_instruction_for_the_dtype():
 
 
 def rates(*calls, until):
-    """The best rate of each call, from short runs in turns until they satisfy `until` or are 400.
+    """The best rate of each call. Short runs take turns until `until(rates)`, at most 400 times.
 
-    By the time of one thread: with other processes two threads are seldom on their cores at once.
-    Other work only ever lowers a rate, so more runs correct a bad one and hide no wrong ceiling.
+    Rates are per second of one thread, because other processes seldom let two threads run at the
+    same time. Other work only lowers a rate: more runs correct it and hide no wrong ceiling.
     """
 
     def once(call):
@@ -222,7 +222,7 @@ def test_a_ceiling_is_of_the_whole_product():
 
 def test_every_instruction_has_a_ceiling():
     extension = backend.cpu_extension
-    chosen = extension.isa()
+    current_isa = extension.isa()
     try:
         for isa in backend.cpu_isas():
             extension.set_isa(isa)
@@ -230,7 +230,7 @@ def test_every_instruction_has_a_ceiling():
             assert "fp32 FMA" in names
             assert all(extension.run_peak(n, 10) > extension.run_peak(n, 5) > 0 for n in names)
     finally:
-        extension.set_isa(chosen)
+        extension.set_isa(current_isa)
     with pytest.raises(ValueError, match="instruction: expected one of"):
         extension.run_peak("fp64 FMA", 1)
 
@@ -239,12 +239,12 @@ def test_every_instruction_has_a_ceiling():
     ("later", "expected"),
     [
         ([102.0], {"fp32 FMA": 102.0}),
-        ([150.0, 152.0], {"fp32 FMA": 152.0}),  # the first was measured while other work ran
+        ([150.0, 152.0], {"fp32 FMA": 152.0}),  # other work ran during the first measurement
         ([50.0, 150.0, 50.0], {}),
-        ([None], {}),  # others used the cores
+        ([None], {}),  # other processes used the cores
     ],
 )
-def test_ceilings_that_differ_are_measured_again_or_left_out(monkeypatch, later, expected):
+def test_ceilings_that_differ_are_measured_again_or_omitted(monkeypatch, later, expected):
     values = iter(later)
     monkeypatch.setattr(
         ceilings, "ceilings", lambda: {"fp32 FMA": v} if (v := next(values)) else {}
@@ -252,7 +252,7 @@ def test_ceilings_that_differ_are_measured_again_or_left_out(monkeypatch, later,
     assert ceilings.confirm_ceilings({"fp32 FMA": 100.0}) == expected
 
 
-def test_other_processes_are_seen(monkeypatch):
+def test_other_processes_are_detected(monkeypatch):
     used = iter([100.0, 101.5])
     monkeypatch.setattr(ceilings, "total_cpu_seconds", lambda: next(used))
     process_seconds = {os.getpid(): iter([10.0, 10.2]), 7: iter([5.0, 5.3])}
@@ -283,7 +283,7 @@ def test_the_processes_that_use_the_cores_are_named(monkeypatch):
     assert ceilings.busiest({}, 0.5) == ""
 
 
-def test_what_is_wrong_is_said_before_the_wait(monkeypatch, capsys, tmp_path):
+def test_a_wrong_argument_is_reported_before_the_wait(monkeypatch, capsys, tmp_path):
     def wait(busy):
         raise AssertionError("waited")
 
@@ -317,8 +317,9 @@ def test_an_unsteady_row_is_measured_again(monkeypatch):
         )
 
     assert row(noisy, calm).unsteady == ""
-    still = row(noisy, noisy)
-    assert still.unsteady == "spread 60%" and "unsteady: spread 60%" in harness.table([still])
+    unsteady = row(noisy, noisy)
+    assert unsteady.unsteady == "spread 60%"
+    assert "unsteady: spread 60%" in harness.table([unsteady])
 
 
 def results(path, **milliseconds):
@@ -330,7 +331,7 @@ def results(path, **milliseconds):
     return str(path)
 
 
-def test_compare_flags_what_is_beyond_the_spread(monkeypatch, capsys, tmp_path):
+def test_compare_marks_changes_above_the_spread(monkeypatch, capsys, tmp_path):
     before = results(tmp_path / "a.json", first=1.0, second=1.0, third=1.0, gone=1.0)
     after = results(tmp_path / "b.json", first=0.8, second=1.08, third=1.3)
     picture = tmp_path / "c.png"
@@ -374,9 +375,9 @@ def test_two_checkouts_take_turns(monkeypatch, capsys):
 
 
 def test_every_variant_has_a_process_of_its_own():
-    one, other = (turns.Worker(n, partial, (os.getpid,), 1) for n in ("one", "other"))
-    assert len({one(), other(), os.getpid()}) == 3 and one() == one.process.pid
-    one.stop(), other.stop()
+    first, second = (turns.Worker(n, partial, (os.getpid,), 1) for n in ("first", "second"))
+    assert len({first(), second(), os.getpid()}) == 3 and first() == first.process.pid
+    first.stop(), second.stop()
     with pytest.raises(SystemExit, match="third: its process ended with 3"):
         turns.Worker("third", partial, (os._exit, 3), 1)()
 
@@ -386,9 +387,9 @@ def test_the_better_peer_counts_in_decode():
         {"users": 1, "engine": e, "version": "", "missing": "", "prefill": p, "decode": d}
         for e, p, d in (("fastlm", 40, 30), ("llama.cpp", 20, 9), ("own benchmark", 10, 10))
     ]
-    shown = decode.table(rows).splitlines()
-    assert "| **20** | 2.00x | 9 | 3.33x |" in shown[3]
-    assert "| 10 | 4.00x | **10** | 3.00x |" in shown[4]
+    lines = decode.table(rows).splitlines()
+    assert "| **20** | 2.00x | 9 | 3.33x |" in lines[3]
+    assert "| 10 | 4.00x | **10** | 3.00x |" in lines[4]
 
 
 MODEL = """
@@ -407,7 +408,7 @@ def make():
 """
 
 
-def test_profile_of_ones_own_model(monkeypatch, tmp_path, capsys):
+def test_profile_of_a_model_from_a_file(monkeypatch, tmp_path, capsys):
     file = tmp_path / "net.py"
     file.write_text(MODEL)
     limits = {"fp32 FMA": 1e9, "read": 1e9}
@@ -423,8 +424,8 @@ def test_profile_of_ones_own_model(monkeypatch, tmp_path, capsys):
 
 
 def test_profile_finds_own_linears(monkeypatch):
-    least_rows = sys.modules["fastlm.ops.linear"]._MIN_ROWS
-    monkeypatch.setitem(least_rows, backend.cpu_isa(), (1, 1))  # fastlm's own product runs
+    min_rows = sys.modules["fastlm.ops.linear"]._MIN_ROWS
+    monkeypatch.setitem(min_rows, backend.cpu_isa(), (1, 1))  # fastlm's own product runs
     x, weight = (torch.randn(2048, 64).bfloat16().requires_grad_() for _ in range(2))
     with torch.profiler.profile() as profiled:
         ops.linear(x, weight).sum().backward()
@@ -437,8 +438,8 @@ def test_profile_finds_own_linears(monkeypatch):
     assert gradients > milliseconds["the rest"], milliseconds
 
 
-def test_a_token_s_bytes_of_weights(tmp_path, monkeypatch):
-    """All but an embedding that is looked up; with a tied head that is the whole file's."""
+def test_weight_bytes_per_token(tmp_path, monkeypatch):
+    """All tensors except an embedding that is only looked up; with a tied head all tensors."""
     small = {"HIDDEN": 64, "INNER": 64, "HEADS": 2, "KV_HEADS": 1}
     for name, value in small.items():
         monkeypatch.setattr(random_gguf, name, value)
@@ -448,7 +449,7 @@ def test_a_token_s_bytes_of_weights(tmp_path, monkeypatch):
     sizes = {n: i.size for n, i in GGUFFile(tmp_path / "untied.gguf").tensors.items()}
     assert decode.weight_bytes(tmp_path / "untied.gguf") == sum(sizes.values()) - 49152 * 2 * 20
     rows = [{"users": 1, "engine": "fastlm", "decode": 10.0}]
-    found = decode.bandwidth(rows, tmp_path / "untied.gguf", 4e9)
-    assert found["share"] == pytest.approx(10 * found["weight_bytes"] / 4e9)
+    bandwidth = decode.bandwidth(rows, tmp_path / "untied.gguf", 4e9)
+    assert bandwidth["share"] == pytest.approx(10 * bandwidth["weight_bytes"] / 4e9)
     tied = smollm2()
     assert decode.weight_bytes(tied) == sum(i.size for i in GGUFFile(tied).tensors.values())
