@@ -118,8 +118,8 @@ def test_hosts_are_what_is_declared(row):
         definition = entry.load(BACKENDS["reference"])
         names = [*inspect.signature(definition).parameters]
         parameters = [*inspect.signature(host).parameters.values()]
-        own = [NAMES.get(p.name, p.name) for p in parameters]
-        assert own[: len(names)] == names, f"{module}.{entry.function}"
+        host_names = [NAMES.get(p.name, p.name) for p in parameters]
+        assert host_names[: len(names)] == names, f"{module}.{entry.function}"
         # for other host functions of the backend
         assert all(p.default is None for p in parameters[len(names) :])
 

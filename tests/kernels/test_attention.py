@@ -170,7 +170,7 @@ REFUSALS = [
 
 @pytest.mark.parametrize("wrong, message", REFUSALS, ids=[m[:24] for _, m in REFUSALS])
 def test_refusals(wrong, message):
-    given = {"q": (2, 4, 5, 8), "k": (2, 2, 5, 8), "v": (2, 2, 5, 8)} | wrong
-    given = {n: torch.randn(x) if isinstance(x, tuple) else x for n, x in given.items()}
+    shapes = {"q": (2, 4, 5, 8), "k": (2, 2, 5, 8), "v": (2, 2, 5, 8)} | wrong
+    shapes = {n: torch.randn(x) if isinstance(x, tuple) else x for n, x in shapes.items()}
     with pytest.raises(InputError, match=message):
-        ops.attention(given.pop("q"), given.pop("k"), given.pop("v"), **given)
+        ops.attention(shapes.pop("q"), shapes.pop("k"), shapes.pop("v"), **shapes)

@@ -52,9 +52,9 @@ def test_caches_of_pages(dtype):
     cache, tokens = torch.zeros(2, 8, 2, 16), q[:, :2, :3].transpose(1, 2).to(dtype)
     positions = torch.arange(3).expand(2, 3)
     with torch.autocast("cpu", dtype):
-        found = ops.paged_attention(narrow, *caches, pages, lengths)
+        actual = ops.paged_attention(narrow, *caches, pages, lengths)
         ops.paged_append(tokens, tokens, cache, cache.clone(), pages, positions)
-    assert torch.equal(found, ops.paged_attention(narrow.float(), *caches, pages, lengths))
+    assert torch.equal(actual, ops.paged_attention(narrow.float(), *caches, pages, lengths))
     assert torch.equal(cache[:, :3], tokens.float())
 
 
@@ -121,13 +121,13 @@ def test_trains(patched, optimizer, dtype):
             losses, skipped = trained(model.train(), ids, precision, optimizer, spoiled)
             assert skipped == ([] if spoiled is None else [spoiled])
             results.append(losses)
-    exact, found = results
+    exact, actual = results
     if spoiled is not None:  # a skipped step leaves the weights to the next one
-        assert abs(found[spoiled + 1] - found[spoiled]) < 1e-3
-        found, exact = torch.cat((found[: spoiled + 1], found[spoiled + 2 :])), exact[:-1]
+        assert abs(actual[spoiled + 1] - actual[spoiled]) < 1e-3
+        actual, exact = torch.cat((actual[: spoiled + 1], actual[spoiled + 2 :])), exact[:-1]
     assert exact[-1] < exact[0] - 0.3
     # a few times a bfloat16 product's error of 2^-9; less than 2 % of what ten steps learn
-    torch.testing.assert_close(found, exact, rtol=0, atol=2e-2)
+    torch.testing.assert_close(actual, exact, rtol=0, atol=2e-2)
 
 
 @each_dtype

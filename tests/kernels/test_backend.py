@@ -118,8 +118,8 @@ def test_subclass_in_any_place_dispatches(function, tensors):
     with torch.no_grad():
         expected = function(*tensors)
         for i in range(len(tensors)):
-            given = [Wrapped(t) if i == j else t for j, t in enumerate(tensors)]
-            assert torch.equal(function(*given), expected)
+            arguments = [Wrapped(t) if i == j else t for j, t in enumerate(tensors)]
+            assert torch.equal(function(*arguments), expected)
 
 
 @differentiable
@@ -162,12 +162,12 @@ def test_inductor(function, tensors):
 
 def test_other_threads_follow_torch():
     """OpenMP keeps the number of threads per thread; torch sets it in the calling thread."""
-    before, seen = torch.get_num_threads(), []
+    before, counts = torch.get_num_threads(), []
 
     def work():
         with torch.no_grad():
             ops.glu(rows, rows)
-        seen.append(_cpu.thread_count())
+        counts.append(_cpu.thread_count())
 
     try:
         torch.set_num_threads(1)
@@ -176,7 +176,7 @@ def test_other_threads_follow_torch():
         thread.join()
     finally:
         torch.set_num_threads(before)
-    assert seen == [1]
+    assert counts == [1]
 
 
 def test_worker_processes():
@@ -257,7 +257,7 @@ def test_cuda_functions_run_on_their_tensors_device(monkeypatch):
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(torch.cuda, "device", made_current)
     run = backend.guard_device(lambda *args: args)
-    here, there = torch.zeros(1), Elsewhere()
-    assert run(here, 3) == (here, 3) and entered == []
-    assert run(there, 3) == (there, 3) and run([there], 3) == ([there], 3)
-    assert entered == [there.device] * 2
+    cpu_tensor, cuda_tensor = torch.zeros(1), Elsewhere()
+    assert run(cpu_tensor, 3) == (cpu_tensor, 3) and entered == []
+    assert run(cuda_tensor, 3) == (cuda_tensor, 3) and run([cuda_tensor], 3) == ([cuda_tensor], 3)
+    assert entered == [cuda_tensor.device] * 2

@@ -45,14 +45,14 @@ def test_refuses_what_is_not_a_tensor_and_wrong_dtypes():
 
 
 def test_structs_from_tuples():
-    q, one = torch.randn(1, 1, 2, 8), np.ones(1, np.float32)
+    q, ones = torch.randn(1, 1, 2, 8), np.ones(1, np.float32)
     numbers = True, 8**-0.5, 0, 0.0, 0.0
     out, lse = torch.empty_like(q), torch.empty(1, 1, 2)
 
     def run(extras, options):
         return _cpu.attention_forward(q, q, q, None, extras, options, out, lse, None)
 
-    assert run((None, one, None, None), numbers) == 0  # this size needs no workspace
+    assert run((None, ones, None, None), numbers) == 0  # this size needs no workspace
     assert torch.equal(out, ops.attention(q, q, q, causal=True, alibi_slopes=torch.ones(1)))
     assert run(None, numbers) == 0
     assert torch.equal(out, ops.attention(q, q, q, causal=True))
@@ -82,9 +82,9 @@ class Producer:
 
     def __dlpack__(self, **options):
         self.log.append(f"take {self.name}")
-        made = self.array.copy()
-        weakref.finalize(made, self.log.append, f"free {self.name}")
-        return made.__dlpack__(**options)
+        copy = self.array.copy()
+        weakref.finalize(copy, self.log.append, f"free {self.name}")
+        return copy.__dlpack__(**options)
 
 
 def test_capsules_live_until_the_call_ends():
@@ -92,8 +92,8 @@ def test_capsules_live_until_the_call_ends():
     x, residual, w = np.ones((4, 8), "f"), np.full((4, 8), 2, "f"), np.ones(8, "f")
     y, h, rstd = np.zeros((4, 8), "f"), np.zeros((4, 8), "f"), np.zeros(4, "f")
     log = []
-    given = [Producer(n, a, log) for n, a in (("x", x), ("residual", residual), ("w", w))]
-    _cpu.rms_norm_forward(*given, 0.0, 0.0, y, h, rstd)
+    producers = [Producer(n, a, log) for n, a in (("x", x), ("residual", residual), ("w", w))]
+    _cpu.rms_norm_forward(*producers, 0.0, 0.0, y, h, rstd)
     assert log[:3] == ["take x", "take residual", "take w"]
     assert sorted(log[3:]) == ["free residual", "free w", "free x"]
     assert (h == 3).all() and (y == 1).all()
@@ -192,8 +192,8 @@ REFUSED_TILES = "the kernel refused the permission to use AMX tiles"
     ],
 )
 def test_best_of_what_there_is(features, expected, why_not_amx):
-    picked, why = _cpu.choice_on(*features)
-    assert picked == expected and why.startswith(why_not_amx) and bool(why) == bool(why_not_amx)
+    isa, reason = _cpu.choice_on(*features)
+    assert isa == expected and reason.startswith(why_not_amx) and bool(reason) == bool(why_not_amx)
 
 
 @pytest.mark.parametrize(
@@ -330,15 +330,15 @@ def test_operator_is_skipped_only_where_nothing_watches(monkeypatch):
 
     class Watch(TorchDispatchMode):
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            seen.append(func)
+            operators.append(func)
             return func(*args, **(kwargs or {}))
 
-    seen: list = []
+    operators: list = []
     gate, up = torch.randn(2, 3, 40)
     glu = torch.ops.fastlm.glu.default
     with Watch():
         want = ops.glu(gate, up)
-    assert glu in seen
+    assert glu in operators
     callers = []
     select = backend.select
     monkeypatch.setattr(

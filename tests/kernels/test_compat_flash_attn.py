@@ -47,19 +47,19 @@ WINDOWS = [(-1, -1), (3, 0), (3, -1), (-1, 2), (2, 1), (0, 0), (-1, 0), (100, 10
 @pytest.mark.parametrize("name", SIGNATURES)
 def test_signature(name):
     function = getattr(door, name, None) or getattr(door.bert_padding, name)
-    found = inspect.signature(function).parameters.values()
-    assert ", ".join(str(p.replace(annotation=p.empty)) for p in found) == SIGNATURES[name]
+    parameters = inspect.signature(function).parameters.values()
+    assert ", ".join(str(p.replace(annotation=p.empty)) for p in parameters) == SIGNATURES[name]
 
 
 def visible(rows, keys, causal=False, window_size=(-1, -1)):
     """Query i sees [i + keys - rows - left, i + keys - rows + right], inclusive."""
     left, right = window_size
     right = 0 if causal else right
-    seen = [
+    mask_rows = [
         [(left < 0 or j >= i - left) and (right < 0 or j <= i + right) for j in range(keys)]
         for i in range(keys - rows, keys)
     ]
-    return torch.tensor(seen, dtype=torch.bool).view(rows, keys)
+    return torch.tensor(mask_rows, dtype=torch.bool).view(rows, keys)
 
 
 def naive(
@@ -78,10 +78,10 @@ def naive(
         distance = (torch.arange(rows)[:, None] + keys - rows - torch.arange(keys)).abs()
         slopes = alibi_slopes.double().reshape(-1, q.shape[1], 1, 1)
         s = s - slopes * distance
-    seen = visible(rows, keys, **mask)
-    s = torch.where(seen, s, -1e30)
-    lse = torch.where(seen.any(-1), s.logsumexp(-1), -torch.inf)
-    return ((s.softmax(-1) * seen) @ v).transpose(1, 2), lse
+    mask_ = visible(rows, keys, **mask)
+    s = torch.where(mask_, s, -1e30)
+    lse = torch.where(mask_.any(-1), s.logsumexp(-1), -torch.inf)
+    return ((s.softmax(-1) * mask_) @ v).transpose(1, 2), lse
 
 
 def tensors(batch, rows, keys, heads, kv_heads, width=16, dtype=torch.float32):
@@ -104,9 +104,9 @@ def check(function, truth, leaves, tolerance=2e-5):
     near(out, expected, tolerance)
     near(lse, expected_lse, tolerance)
     upstream = torch.randn(out.shape)
-    found = torch.autograd.grad(out, leaves, upstream)
+    actual = torch.autograd.grad(out, leaves, upstream)
     expected_gradients = torch.autograd.grad(expected, doubles, upstream.double())
-    for a, b in zip(found, expected_gradients):
+    for a, b in zip(actual, expected_gradients):
         near(a, b, tolerance)
 
 
@@ -114,13 +114,13 @@ def check(function, truth, leaves, tolerance=2e-5):
 def test_causal_masks_of_the_documentation(rows, keys):
     """Aligned at the bottom right. A row whose mask is all zero returns zero."""
     drawn = {(2, 5): ["11110", "11111"], (5, 2): ["00", "00", "00", "10", "11"]}[rows, keys]
-    seen = torch.tensor([[int(c) for c in row] for row in drawn]).bool()
+    mask_ = torch.tensor([[int(c) for c in row] for row in drawn]).bool()
     q, k = torch.zeros(1, rows, 1, 8), torch.zeros(1, keys, 1, 8)
     v = torch.eye(keys, 8)[None, :, None]  # the output shows which keys took part
     out = flash_attn_func(q, k, v, causal=True)[0, :, 0, :keys]
-    assert torch.equal(out > 0, seen)
-    assert torch.equal(out[~seen.any(1)], torch.zeros(int((~seen.any(1)).sum()), keys))
-    assert torch.equal(visible(rows, keys, causal=True), seen)
+    assert torch.equal(out > 0, mask_)
+    assert torch.equal(out[~mask_.any(1)], torch.zeros(int((~mask_.any(1)).sum()), keys))
+    assert torch.equal(visible(rows, keys, causal=True), mask_)
 
 
 @pytest.mark.parametrize("window_size", WINDOWS, ids=str)
@@ -226,8 +226,8 @@ def test_padding(kind):
     for b, row in enumerate(mask.bool()):
         assert not padded[b, ~row].any()
         if row.any():
-            alone = flash_attn_func(*x[b, row][None].unbind(2), causal=True)[0]
-            torch.testing.assert_close(padded[b, row], alone, rtol=1e-5, atol=1e-5)
+            expected = flash_attn_func(*x[b, row][None].unbind(2), causal=True)[0]
+            torch.testing.assert_close(padded[b, row], expected, rtol=1e-5, atol=1e-5)
     (gradient,) = torch.autograd.grad(padded.square().sum(), x)
     assert gradient[mask.bool()].abs().sum() > 0 and not gradient[~mask.bool()].any()
 
@@ -247,9 +247,9 @@ def test_padding_with_rows_kept_unused():
 
 def paged(k, lengths, page_size, pages):
     """Packed keys in shuffled pages, with NaN in unused slots; and the table."""
-    most = -(-max(lengths) // page_size)
+    max_pages = -(-max(lengths) // page_size)
     cache = torch.full((pages, page_size, *k.shape[1:]), torch.nan)
-    table = torch.randperm(pages)[: len(lengths) * most].view(len(lengths), most).int()
+    table = torch.randperm(pages)[: len(lengths) * max_pages].view(len(lengths), max_pages).int()
     for b, part in enumerate(k.split(lengths)):
         for j, row in enumerate(part):
             cache[table[b, j // page_size], j % page_size] = row
@@ -318,14 +318,14 @@ def test_kvcache(options, layout, new, rows):
     )
     for b in range(2):
         length = int(seqlens[b])
-        seen = [c[indices[b]].flatten(0, 1).double() for c in before]
+        sequences = [c[indices[b]].flatten(0, 1).double() for c in before]
         if new:
-            for cache, more in zip(seen, (k[b].double(), v[b].double())):
+            for cache, more in zip(sequences, (k[b].double(), v[b].double())):
                 cache[length : length + rows] = more
             length += rows
-            for cache, kept_cache in zip(caches, seen):
+            for cache, kept_cache in zip(caches, sequences):
                 near(cache[indices[b]].flatten(0, 1), kept_cache, 1e-6)
-        kv = (t[None, :length] for t in seen)
+        kv = (t[None, :length] for t in sequences)
         expected, expected_lse = naive(q[b].double()[None], *kv, **options)
         near(out[b], expected[0])
         near(lse[b], expected_lse[0])
@@ -338,9 +338,9 @@ def test_kvcache(options, layout, new, rows):
 def test_kvcache_lengths():
     """One number for all sequences; the whole cache if none is given."""
     q, k_cache, v_cache = (t.detach() for t in tensors(2, 1, 8, 4, 2))
-    whole = flash_attn_with_kvcache(q, k_cache, v_cache)
-    assert torch.equal(whole, flash_attn_with_kvcache(q, k_cache, v_cache, cache_seqlens=8))
-    near(whole, naive(*(t.double() for t in (q, k_cache, v_cache)))[0])
+    full_cache = flash_attn_with_kvcache(q, k_cache, v_cache)
+    assert torch.equal(full_cache, flash_attn_with_kvcache(q, k_cache, v_cache, cache_seqlens=8))
+    near(full_cache, naive(*(t.double() for t in (q, k_cache, v_cache)))[0])
     five = torch.tensor([5, 5], dtype=torch.int32)
     expected = flash_attn_with_kvcache(q, k_cache, v_cache, cache_seqlens=five, num_splits=2)
     assert torch.equal(flash_attn_with_kvcache(q, k_cache, v_cache, cache_seqlens=5), expected)
@@ -416,8 +416,8 @@ def test_compiles_in_one_graph():
 def cached(**changes):
     q, k, v = (t.detach() for t in tensors(2, 2, 2, 4, 2))
     cache = torch.zeros(2, 8, 2, 16)
-    given = {"k_cache": cache, "v_cache": cache.clone(), "k": k, "v": v, "cache_seqlens": 3}
-    return flash_attn_with_kvcache(q, **(given | changes))
+    arguments = {"k_cache": cache, "v_cache": cache.clone(), "k": k, "v": v, "cache_seqlens": 3}
+    return flash_attn_with_kvcache(q, **(arguments | changes))
 
 
 @pytest.mark.parametrize(
@@ -492,9 +492,9 @@ REFUSED = {
 def test_a_refused_append_writes_nothing(message):
     q, k, v = (t.detach() for t in tensors(2, 2, 2, 4, 2))
     caches = {name: torch.zeros(2, 8, 2, 16) for name in ("k_cache", "v_cache")}
-    given = {"q": q, **caches, "k": k, "v": v, "cache_seqlens": 3, "causal": True}
+    arguments = {"q": q, **caches, "k": k, "v": v, "cache_seqlens": 3, "causal": True}
     with pytest.raises(InputError, match=message) as caught:
-        flash_attn_with_kvcache(**(given | REFUSED[message]))
+        flash_attn_with_kvcache(**(arguments | REFUSED[message]))
     assert "\n" not in str(caught.value)
     assert not any(cache.any() for cache in caches.values())
 

@@ -61,8 +61,8 @@ SIGNATURES = {
 
 @pytest.mark.parametrize("name", SIGNATURES)
 def test_signature(name):
-    found = inspect.signature(getattr(door, name)).parameters.values()
-    assert ", ".join(str(p.replace(annotation=p.empty)) for p in found) == SIGNATURES[name]
+    parameters = inspect.signature(getattr(door, name)).parameters.values()
+    assert ", ".join(str(p.replace(annotation=p.empty)) for p in parameters) == SIGNATURES[name]
 
 
 ROWS, CLASSES, WIDTH, IGNORED = 13, 37, 8, 5
@@ -121,14 +121,14 @@ def test_losses(options, ignore_index, fused):
     if fused:
         module = LigerFusedLinearCrossEntropyLoss(ce_weight=weight, **options)
         loss = module(head, x, target, bias)
-        again = liger_fused_linear_cross_entropy(
+        repeated = liger_fused_linear_cross_entropy(
             x, head, target, bias, ce_weight=weight, accum_dtype=torch.float32, chunk_mem_const=2,
             **options,
         )  # fmt: skip
     else:
         module = LigerCrossEntropyLoss(weight=weight, **options)
         loss = module(leaves[0], target)
-        again = liger_cross_entropy(leaves[0], target, weight, **options)
+        repeated = liger_cross_entropy(leaves[0], target, weight, **options)
     assert not module.state_dict() and not list(module.parameters())
     doubles = [t.detach().double().requires_grad_() for t in leaves]
     expected = truth(
@@ -138,12 +138,12 @@ def test_losses(options, ignore_index, fused):
         scale=options.get("lse_square_scale", 0.0), reduction=options.get("reduction", "mean"),
         softcap=options.get("softcap"),
     )  # fmt: skip
-    assert torch.equal(loss, again) and loss.dtype == torch.float32
+    assert torch.equal(loss, repeated) and loss.dtype == torch.float32
     torch.testing.assert_close(loss.double(), expected, rtol=1e-5, atol=1e-5)
     upstream = torch.randn(loss.shape)  # not 1, and of either sign
-    found = torch.autograd.grad(loss, leaves, upstream)
+    actual = torch.autograd.grad(loss, leaves, upstream)
     expected_gradients = torch.autograd.grad(expected, doubles, upstream.double())
-    for a, b in zip(found, expected_gradients):
+    for a, b in zip(actual, expected_gradients):
         torch.testing.assert_close(a.double(), b, rtol=1e-4, atol=1e-5)
 
 
@@ -228,15 +228,15 @@ def test_rotary(batch):
     upstream = torch.randn(2, 4, 9, 16)
     (expected_gradients,) = torch.autograd.grad(expected[0], q, upstream)
     places = torch.arange(9)[None]
-    for found in (
+    for actual in (
         liger_rotary_pos_emb(q, k, cos, sin, places),
         door.liger_rope(q, k, cos, sin, places),
         liger_rotary_pos_emb(q, k, cos[:, None], sin[:, None]),
         liger_rotary_pos_emb(q, k, cos[:, :, None], sin[:, :, None], places, 2),
     ):
-        for a, b in zip(found, expected):
+        for a, b in zip(actual, expected):
             torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
-        (gradient,) = torch.autograd.grad(found[0], q, upstream)
+        (gradient,) = torch.autograd.grad(actual[0], q, upstream)
         torch.testing.assert_close(gradient, expected_gradients, rtol=1e-6, atol=1e-6)
 
 
@@ -268,13 +268,13 @@ def test_apply_to_models(name):
     """The requested ops are patched if the model has a place for them. Attention is unchanged."""
     kind = name.removeprefix("apply_liger_kernel_to_")
     family = {"gemma3_text": "gemma3", "qwen3_moe": "qwen2_moe"}.get(kind, kind)
-    apply, found = getattr(door, name), dict(FAMILIES[family][1])
+    apply, expected_ops = getattr(door, name), dict(FAMILIES[family][1])
     model = model_of(family)
     apply(model=model)
-    del found["attention"]
-    assert patched_ops(model) == found
+    del expected_ops["attention"]
+    assert patched_ops(model) == expected_ops
     apply(model=model, rope=False, fused_linear_cross_entropy=False)
-    assert patched_ops(model).keys() == found.keys() - {"rope", "linear_cross_entropy"}
+    assert patched_ops(model).keys() == expected_ops.keys() - {"rope", "linear_cross_entropy"}
     act = "geglu" if "gemma" in kind else "swiglu"
     none = {"rope": False, "cross_entropy": False, "rms_norm": False, act: False}
     apply(**none, fused_linear_cross_entropy=True, model=model)
@@ -301,15 +301,15 @@ def test_apply_without_a_model_patches_those_that_are_built(llama_classes, tmp_p
     before.save_pretrained(tmp_path)
     door.apply_liger_kernel_to_llama()
     assert patched_ops(before) == {} and patched_ops(model_of("mistral")) == {}
-    found = dict(FAMILIES["llama"][1])
-    del found["attention"]
+    expected_ops = dict(FAMILIES["llama"][1])
+    del expected_ops["attention"]
     with torch.no_grad():
         for load in (
             lambda: LlamaForCausalLM.from_pretrained(tmp_path),
             lambda: AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32),
         ):
             model = load().eval()
-            assert patched_ops(model) == found and type(model).__name__ == "LlamaForCausalLM"
+            assert patched_ops(model) == expected_ops and type(model).__name__ == "LlamaForCausalLM"
             ids = tokens()
             torch.testing.assert_close(model(ids).logits, before(ids).logits, rtol=1e-4, atol=1e-5)
     door.apply_liger_kernel_to_llama(rope=False, swiglu=False)  # replaces the first choice

@@ -117,9 +117,9 @@ def test_target_out_of_range(bad, name):
 
 def test_one_class_of_probability_1_is_that_class():
     logits, target = torch.randn(2, 5, 40), torch.randint(0, 40, (2, 5))
-    one = F.one_hot(target, 40).float()
+    one_hot = F.one_hot(target, 40).float()
     for options in ({}, {"reduction": "none"}):
-        soft, hard = (both(ops.cross_entropy, logits, t, **options) for t in (one, target))
+        soft, hard = (both(ops.cross_entropy, logits, t, **options) for t in (one_hot, target))
         torch.testing.assert_close(soft, hard)
 
 
@@ -127,9 +127,9 @@ def test_one_class_of_probability_1_is_that_class():
 def test_loss_with_and_without_a_gradient_are_the_same_bits(kernel, dtype, options):
     for rows in (1, 7):
         logits, target = make(rows, 123, dtype, device=kernel.device)
-        alone = ops.cross_entropy(logits, target, **options)
+        without_gradient = ops.cross_entropy(logits, target, **options)
         with_gradient = ops.cross_entropy(logits.requires_grad_(), target, **options)
-        assert torch.equal(alone, with_gradient)
+        assert torch.equal(without_gradient, with_gradient)
 
 
 def test_leading_dimensions_int32_and_a_row_alone(kernel, dtype):
@@ -138,8 +138,8 @@ def test_leading_dimensions_int32_and_a_row_alone(kernel, dtype):
     loss = ops.cross_entropy(logits, target, reduction="none")
     flat = ops.cross_entropy(logits.flatten(0, 1), target.flatten().int(), reduction="none")
     assert torch.equal(loss, flat.view(4, 5))
-    one = ops.cross_entropy(logits[0, 0], target[0, 0], reduction="none", return_lse=True)
-    assert one[0].shape == one[1].shape == ()
+    row = ops.cross_entropy(logits[0, 0], target[0, 0], reduction="none", return_lse=True)
+    assert row[0].shape == row[1].shape == ()
 
 
 def test_num_items_as_tensor_and_other_ignore_index():
@@ -234,11 +234,11 @@ def test_blocks_of_the_reference_under_transforms(monkeypatch, options):
             torch.func.jacfwd(gradient)(logits),
         )
 
-    whole = everything()
-    assert whole[-1].abs().sum() > 0.1
+    all_expected = everything()
+    assert all_expected[-1].abs().sum() > 0.1
     monkeypatch.setattr(blocks, "SCORES", 14)  # two rows
-    for found, expected in zip(everything(), whole, strict=True):
-        torch.testing.assert_close(found, expected)
+    for actual, expected in zip(everything(), all_expected, strict=True):
+        torch.testing.assert_close(actual, expected)
 
 
 def test_backward_refuses_a_loss_without_statistics():

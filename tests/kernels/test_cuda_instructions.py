@@ -162,13 +162,17 @@ def test_a_shuffle_of_some_lanes(call, rng):
 def test_votes(call, rng, p):
     x = (rng.random((64, 2)) < p).astype(np.uint32) * 6  # any number but 0 is true
     y = call("votes", x, 6).astype(np.int64).reshape(2, 32, 6)
-    for got, (one, every) in zip(y, (x.reshape(2, 32, 2) != 0).transpose(0, 2, 1), strict=True):
-        ballot = (one.astype(np.int64) << LANES).sum()
+    for got, (lane_values, warp_values) in zip(
+        y, (x.reshape(2, 32, 2) != 0).transpose(0, 2, 1), strict=True
+    ):
+        ballot = (lane_values.astype(np.int64) << LANES).sum()
         assert (got[:, 0] == ballot).all()
-        assert ((got[:, 1] != 0) == one.any()).all() and ((got[:, 2] != 0) == every.all()).all()
+        assert ((got[:, 1] != 0) == lane_values.any()).all() and (
+            (got[:, 2] != 0) == warp_values.all()
+        ).all()
         assert (got[:8, 3] == ballot & 0xFF).all()
-        assert ((got[:8, 4] != 0) == one[:8].any()).all()
-        assert ((got[:8, 5] != 0) == every[:8].all()).all()
+        assert ((got[:8, 4] != 0) == lane_values[:8].any()).all()
+        assert ((got[:8, 5] != 0) == warp_values[:8].all()).all()
 
 
 def test_sums_and_maxima(call, rng):
@@ -181,13 +185,13 @@ def test_sums_and_maxima(call, rng):
 
 
 def test_atomics(call, rng):
-    whole = rng.integers(-1000, 1000, 128).astype(np.int32)
+    integers = rng.integers(-1000, 1000, 128).astype(np.int32)
     real = rng.integers(1, 1000, 128).astype(np.float32)
-    y = call("atomics", np.stack([whole.view(np.uint32), real.view(np.uint32)], 1), 6)
+    y = call("atomics", np.stack([integers.view(np.uint32), real.view(np.uint32)], 1), 6)
     assert sorted(y[:, 1]) == list(range(128))
     order = np.argsort(floats(y[:, 2]))  # each returns the sum of the preceding ones
     assert (floats(y[:, 2])[order] == np.cumsum(real[order]) - real[order]).all()
-    assert y.view(np.int32)[0, 3] == whole.sum() and y[0, 4] == 128
+    assert y.view(np.int32)[0, 3] == integers.sum() and y[0, 4] == 128
     assert floats(y[0, 5:]) == real.sum()
     assert set(y.view(np.int32)[:, 0]) <= {0, *range(-128000, 128000)}
 
@@ -374,11 +378,11 @@ def test_numbers(call, rng):
 
 
 def test_numbers_at_the_edges(call):
-    inf, nan, most = np.inf, np.nan, np.finfo(np.float32).max
+    inf, nan, largest = np.inf, np.nan, np.finfo(np.float32).max
     b = np.float32(
         [nan, inf, -inf, 3e9, -3e9, 0.5, 1.5, -0.5, -2.5, 2147483520, -126, -127, 130, 1]
     )
-    c = np.array([1, 1, 1, 1, 1, 1, nan, 1, 1, inf, most, 2.0**127, 1, nan], np.float32)
+    c = np.array([1, 1, 1, 1, 1, 1, nan, 1, 1, inf, largest, 2.0**127, 1, nan], np.float32)
     x = np.stack([np.ones_like(b), b, c], 1)
     y = call("numbers", x, 14)
     # cvt.rni.s32.f32: ties to even, clamped, NaN to 0
@@ -410,7 +414,7 @@ def test_conversions(call, rng, name):
     expected = source.to(dtype)
     got = torch.from_numpy(y[:, 0].astype(np.uint16).view(np.int16)).view(dtype)
     assert torch.equal(got.isnan(), source.isnan())
-    whole = ~source.isnan()
-    assert torch.equal(got[whole].view(torch.int16), expected[whole].view(torch.int16))
+    not_nan = ~source.isnan()
+    assert torch.equal(got[not_nan].view(torch.int16), expected[not_nan].view(torch.int16))
     back = torch.from_numpy((x & 0xFFFF).astype(np.uint16).view(np.int16)).view(dtype).float()
     assert torch.equal(torch.from_numpy(floats(y[:, 1])).nan_to_num(9), back.nan_to_num(9))

@@ -87,11 +87,11 @@ def test_families(case):
 
 
 def test_a_prompt_beside_a_narrow_cache_is_attended_in_bfloat16(monkeypatch):
-    model, seen = model_of("gemma2"), []
+    model, dtypes = model_of("gemma2"), []
     ours = layers.varlen_attention
 
     def spy(q, k, v, *rest, **options):
-        seen.append({q.dtype, k.dtype, v.dtype})
+        dtypes.append({q.dtype, k.dtype, v.dtype})
         return ours(q, k, v, *rest, **options)
 
     monkeypatch.setattr(layers, "varlen_attention", spy)
@@ -107,7 +107,7 @@ def test_a_prompt_beside_a_narrow_cache_is_attended_in_bfloat16(monkeypatch):
     count = model.config.num_hidden_layers
     wide = {torch.float32}
     narrow = {torch.bfloat16} if backend.multiplies_bf16() else wide  # AVX2 widens bfloat16
-    assert seen == 3 * count * [wide] + count * [narrow] + 2 * count * [wide]
+    assert dtypes == 3 * count * [wide] + count * [narrow] + 2 * count * [wide]
     pairs = zip(logits[torch.float16], logits[torch.float32], strict=True)
     errors = [error_of(got, expected) for got, expected in pairs]
     assert 0 < max(errors) < 2 * ULP[torch.bfloat16]
@@ -127,9 +127,9 @@ def test_offsets(bits, act_bits, isa):
     model = model_of(intermediate_size=2600, num_hidden_layers=2)
     for name, module in list(model.named_modules()):
         if isinstance(module, torch.nn.Linear | torch.nn.Embedding):
-            own = 12 - bits if name.endswith("v_proj") else bits
+            other_bits = 12 - bits if name.endswith("v_proj") else bits
             group = -1 if name.endswith("down_proj") else 24
-            weight = quantize_weight(module.weight, own, group_size=group, symmetric=False)
+            weight = quantize_weight(module.weight, other_bits, group_size=group, symmetric=False)
             set_quantized_weight(model, name, weight, act_bits=act_bits)
     assert_steps_equal_modules(model, rows=2, act_bits=act_bits)
 
@@ -183,11 +183,11 @@ def test_same_bits(format, isa):
         model = fastlm.quantize(model, format, group_size=32)
     ids, cache = prefilled(model, 11, 140, 142)
     tokens = ids[:, 140].contiguous()
-    alone = {}
+    caches = {}
     for row in (0, 10):
-        alone[row] = RowCache(model, 1, 142, dtype=torch.float32)
-        alone[row].data.copy_(cache.data[:, :, row : row + 1])
-        alone[row].length = 140
+        caches[row] = RowCache(model, 1, 142, dtype=torch.float32)
+        caches[row].data.copy_(cache.data[:, :, row : row + 1])
+        caches[row].length = 140
     threads = torch.get_num_threads()
     first = None
     try:
@@ -196,9 +196,9 @@ def test_same_bits(format, isa):
             logits = copy_of(model, cache).logits(tokens)
             first = logits if first is None else first
             assert torch.equal(first, logits)
-            for row in alone:
-                own = copy_of(model, alone[row]).logits(tokens[row : row + 1])
-                assert torch.equal(own[0], first[row])
+            for row in caches:
+                expected = copy_of(model, caches[row]).logits(tokens[row : row + 1])
+                assert torch.equal(expected[0], first[row])
     finally:
         torch.set_num_threads(threads)
 
@@ -223,11 +223,11 @@ def test_pages(case, page_size, dtype, isa):
     for row, length in enumerate(lengths):
         for j in range(length):
             data[:, :, table[row, j // page_size], :, j % page_size] = cache.data[:, :, 0, :, j]
-        own = torch.full_like(cache.data[..., : length + 1, :], torch.nan)
-        own[..., :length, :] = cache.data[..., :length, :]
-        steps = cpu_decode.CpuDecodeRunner(model, plan, *pages_of(own, dtype))
-        one = tokens[row : row + 1], torch.tensor([length]), torch.zeros(1, 1, dtype=torch.int32)
-        expected.append(steps.logits(*one))
+        unread = torch.full_like(cache.data[..., : length + 1, :], torch.nan)
+        unread[..., :length, :] = cache.data[..., :length, :]
+        steps = cpu_decode.CpuDecodeRunner(model, plan, *pages_of(unread, dtype))
+        single = tokens[row : row + 1], torch.tensor([length]), torch.zeros(1, 1, dtype=torch.int32)
+        expected.append(steps.logits(*single))
     table[:, -1] = torch.where(torch.tensor(lengths) < page_size * (pages - 1), -7, table[:, -1])
     steps = cpu_decode.CpuDecodeRunner(model, plan, *pages_of(data, dtype))
     got = steps.logits(tokens, torch.tensor(lengths), table)
@@ -262,9 +262,9 @@ def test_several_tokens_of_a_sequence(case, format, dtype, isa):
             of = torch.tensor([i for i, a, b in cut for _ in range(a, b)])
             at = torch.tensor([j for _, a, b in cut for j in range(a, b)])
             ends = [sum(b - a for _, a, b in cut[: i + 1]) - 1 for i in range(len(cut))]
-            told = steps.logits(texts[of, at], at, tables[of], logits_indices=torch.tensor(ends))
-            assert told.shape == (len(cut), 97)
-            out |= {(i, b): row for (i, _, b), row in zip(cut, told, strict=True)}
+            logits = steps.logits(texts[of, at], at, tables[of], logits_indices=torch.tensor(ends))
+            assert logits.shape == (len(cut), 97)
+            out |= {(i, b): row for (i, _, b), row in zip(cut, logits, strict=True)}
         return out, pages
 
     one_by_one, keys = run([[(i, j, j + 1)] for i in range(2) for j in range(150)])
@@ -273,9 +273,9 @@ def test_several_tokens_of_a_sequence(case, format, dtype, isa):
         [[(1, 0, 2), (0, 0, 1)], [(0, 1, 3)], [(1, 2, 150), (0, 3, 150)]],
         [[(0, 0, 64)], [(0, 64, 150)], [(1, 0, 149)], [(1, 149, 150)]],
     ):
-        out, own = run(cuts)
-        assert all(torch.equal(row, one_by_one[place]) for place, row in out.items())
-        for mine, theirs in zip(own, keys, strict=True):
+        out, actual = run(cuts)
+        assert all(torch.equal(row, one_by_one[position]) for position, row in out.items())
+        for mine, theirs in zip(actual, keys, strict=True):
             if theirs is not None:
                 assert torch.equal(mine.nan_to_num(7.0), theirs.nan_to_num(7.0))
     steps = cpu_decode.CpuDecodeRunner(model, plan, *keys)
@@ -292,10 +292,10 @@ class Filled(RowCache):
     def __init__(self, model, data, length):
         super().__init__(model, data.shape[2], data.shape[4])
         self.data.copy_(data)
-        self.given, self.length = torch.empty_like(data[..., 0, :]), length
+        self.written, self.length = torch.empty_like(data[..., 0, :]), length
 
     def append(self, layer, k, v):
-        self.given[layer] = torch.stack((k, v))[:, 0].transpose(1, 2)
+        self.written[layer] = torch.stack((k, v))[:, 0].transpose(1, 2)
         return self.keys_and_values(layer, k.dtype)
 
 
@@ -326,7 +326,7 @@ def test_int8_keys(case, head_dim, isa, monkeypatch):
             patch.setattr(layers, "varlen_attention", rounded)
             expected = next_logits(truth, ids[:, i : i + 1], filled)
         errors.append(error_of(got, expected))
-        error = (filled.given - filled.data[..., i, :]).abs() / scales[..., i, None]
+        error = (filled.written - filled.data[..., i, :]).abs() / scales[..., i, None]
         assert 0.3 < error.max()
         assert errors[-1] > NEAR or error.max() <= 0.5 + 1e-3
         cpu_decode.CpuDecodeRunner(model, plan, wide).logits(*step)
@@ -430,8 +430,8 @@ def test_plan_follows_what_leaves_no_trace(quantized):
         assert changed()
     assert not changed()
     # held by the plan, so no new tensor can have such an address
-    known = {t.data_ptr() for t in plans[-1].tensors}
-    assert {t.data_ptr() for t in (*model.parameters(), *model.buffers())} <= known
+    pointers = {t.data_ptr() for t in plans[-1].tensors}
+    assert {t.data_ptr() for t in (*model.parameters(), *model.buffers())} <= pointers
 
 
 def test_plan_follows_the_weights():
@@ -478,9 +478,9 @@ def test_why_not():
     model.model.layers[0].mlp.up_proj = Adapter(60, 52, bias=False)
     assert "model.layers.0.mlp.up_proj is Adapter" in str(cpu_decode.unsupported_reason(model))
     assert len(model.generate([[1]], max_new_tokens=3)[0]) == 4  # uses the modules
-    own = model_of()
-    own.model.layers[2].mlp.forward = torch.zeros_like
-    assert cpu_decode.unsupported_reason(own) == "model.layers.2.mlp has a forward of its own"
+    changed = model_of()
+    changed.model.layers[2].mlp.forward = torch.zeros_like
+    assert cpu_decode.unsupported_reason(changed) == "model.layers.2.mlp has a forward of its own"
     hook = torch.nn.modules.module.register_module_forward_hook(lambda *a: None)
     try:
         assert cpu_decode.unsupported_reason(model_of()) == "all modules have hooks"

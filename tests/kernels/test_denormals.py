@@ -151,11 +151,11 @@ def slow_ones():
 def test_denormals_cost_nothing(name):
     """Without flushing these took 2 to 4 times as long on the machine where they were written."""
     with backend.use_cpu_isa(name), threads(1):
-        for what, pair in slow_ones().items():
+        for label, pair in slow_ones().items():
             best = [float("inf")] * 2
             for _ in range(15):
                 for i, call in enumerate(pair):
                     start = time.thread_time()
                     call()
                     best[i] = min(best[i], time.thread_time() - start)
-            assert best[1] < 1.7 * best[0], f"{what}: {best[1] * 1e6:.0f} us, {best[0] * 1e6:.0f}"
+            assert best[1] < 1.7 * best[0], f"{label}: {best[1] * 1e6:.0f} us, {best[0] * 1e6:.0f}"

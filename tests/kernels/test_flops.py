@@ -47,11 +47,11 @@ def test_linear_distillation_as_the_products_written_out():
         log_t = (teacher @ teacher_weight.T).log_softmax(-1)
         return F.kl_div((x @ w.T).log_softmax(-1), log_t, log_target=True, reduction="sum")
 
-    def own(x, w):
+    def loss(x, w):
         return ops.linear_distillation(x, w, teacher, teacher_weight)
 
-    assert count(own, x, w) == count(plain, x, w) > 0
-    assert count(lambda w: own(x, w), w) == count(lambda w: plain(x, w), w)
+    assert count(loss, x, w) == count(plain, x, w) > 0
+    assert count(lambda w: loss(x, w), w) == count(lambda w: plain(x, w), w)
 
 
 def test_linear_and_quantized_linear_as_the_product():

@@ -28,8 +28,8 @@ def linearize(function, tensors, tangents):
 
 def dual(function, tensors, tangents):
     with forward_ad.dual_level():
-        given = [forward_ad.make_dual(t, u) for t, u in zip(tensors, tangents)]
-        return forward_ad.unpack_dual(function(*given))
+        duals = [forward_ad.make_dual(t, u) for t, u in zip(tensors, tangents)]
+        return forward_ad.unpack_dual(function(*duals))
 
 
 def dual_with_grad(function, tensors, tangents):
@@ -80,11 +80,11 @@ def test_second_derivative_forward_over_reverse(function, tensors):
         )
 
     with backend.use_backend("reference"):
-        _, found = torch.func.jvp(gradient, tuple(tensors), tuple(tangents))
+        _, actual = torch.func.jvp(gradient, tuple(tensors), tuple(tangents))
         up, down = (
             gradient(*(t + sign * step * u for t, u in zip(tensors, tangents))) for sign in (1, -1)
         )
-    for f, a, b in zip(found, up, down):
+    for f, a, b in zip(actual, up, down):
         torch.testing.assert_close(f, (a - b) / (2 * step), rtol=1e-5, atol=1e-6)
 
 
@@ -92,10 +92,10 @@ def test_paged_attention():
     function, (q,) = CALLS["paged_attention, int8"]
     q, t = q.double(), torch.randn_like(q).double()
     with backend.use_backend("reference"):
-        _, found = torch.func.jvp(function, (q,), (t,))
+        _, actual = torch.func.jvp(function, (q,), (t,))
         expected = (function(q + 1e-5 * t) - function(q - 1e-5 * t)) / 2e-5
-    assert found.abs().max() > 0
-    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-8)
+    assert actual.abs().max() > 0
+    torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-8)
 
 
 def test_queries_that_see_nothing_have_no_tangent():
@@ -165,5 +165,5 @@ def test_models(patched):
     gradients = torch.autograd.grad(loss(parameters), list(parameters.values()))
     expected = sum((t * g).sum() for t, g in zip(tangents.values(), gradients))
     detached = {n: p.detach() for n, p in parameters.items()}
-    _, found = torch.func.jvp(loss, (detached,), (tangents,))
-    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    _, actual = torch.func.jvp(loss, (detached,), (tangents,))
+    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)

@@ -23,15 +23,15 @@ def test_every_gate(op, kernel, act):
     gate = torch.arange(-(2**15), 2**15, few, dtype=torch.int16).view(torch.bfloat16)
     gate = gate[gate.isfinite() & (gate.abs() < 1e18)]  # gelu_tanh's x^3 overflows beyond, as torch
     gate = gate.to(kernel.device)
-    one = torch.ones_like(gate)
+    ones = torch.ones_like(gate)
     actual, _ = run(
         lambda gate, up: ops.glu(gate, up, act=act),
-        [gate.float(), one.float()],
-        [one],
+        [gate.float(), ones.float()],
+        [ones],
         differentiable=kernel.language not in op.forward_only,
     )
     truth, _ = run(
-        lambda gate, up: activation(gate, act) * up, [gate.double(), one.double()], [one]
+        lambda gate, up: activation(gate, act) * up, [gate.double(), ones.double()], [ones]
     )
     for name, a, t in zip(("y", "dgate", "dup"), actual, truth):
         error = (a.double() - t).abs() / t.abs().clamp_min(1.0)
@@ -56,14 +56,14 @@ def test_halves_of_one_projection(op, kernel, dtype, width):
     gate, up = both.chunk(2, -1)
     odd = torch.cat([up, up[..., :1]], -1)[..., :width]
     differentiable = kernel.language not in op.forward_only
-    one = torch.ones((), device=kernel.device, dtype=dtype).expand(2, 3, width)
+    upstream = torch.ones((), device=kernel.device, dtype=dtype).expand(2, 3, width)
     assert ops.glu(gate, up).is_contiguous()
     expected, _ = run(
-        ops.glu, [gate.contiguous(), up.contiguous()], [one], differentiable=differentiable
+        ops.glu, [gate.contiguous(), up.contiguous()], [upstream], differentiable=differentiable
     )
     for views in ((gate, up), (gate, odd), (gate.mT.contiguous().mT, up)):
-        found, _ = run(ops.glu, views, [one], differentiable=differentiable)
-        assert_same(expected, found, "views")
+        actual, _ = run(ops.glu, views, [upstream], differentiable=differentiable)
+        assert_same(expected, actual, "views")
     assert torch.equal(ops.glu(odd, gate), ops.glu(up, gate))
 
 

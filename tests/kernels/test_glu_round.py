@@ -18,11 +18,11 @@ def test_halves_of_one_projection(kernel, dtype):
     for k in (512, 77):
         gate, up = torch.randn(3, 2 * k, device=kernel.device).to(dtype).chunk(2, -1)
         into = ops.quantize_weight(torch.randn(5, k, device=kernel.device), 4, group_size=-1)
-        found, expected = (
+        actual, expected = (
             glu_round(*both, into.qdata, into.scales, "gelu", 4, into.group_size)
             for both in ((gate, up), (gate.contiguous(), up.contiguous()))
         )
-        assert_same([t[:, :3] for t in expected], [t[:, :3] for t in found], "halves")
+        assert_same([t[:, :3] for t in expected], [t[:, :3] for t in actual], "halves")
 
 
 def test_a_run_with_nan_or_infinity_is_nan(kernel):
@@ -33,13 +33,13 @@ def test_a_run_with_nan_or_infinity_is_nan(kernel):
     q, scale, sums = glu_round(gate, up, *format)
     broken_gate, broken_up = gate.clone(), up.clone()
     broken_up[0, 40], broken_gate[1, 3] = torch.inf, torch.nan
-    found = glu_round(broken_gate, broken_up, *format)
+    actual = glu_round(broken_gate, broken_up, *format)
     nan = torch.tensor([[False, True], [True, False]], device=kernel.device)  # runs, rows
-    for a, b in zip(found[1:], (scale, sums)):
+    for a, b in zip(actual[1:], (scale, sums)):
         assert torch.equal(a[:, :2].isnan(), nan)
         assert torch.equal(a[:, :2][~nan], b[:, :2][~nan])
-    assert (found[0][0, 32:] == 0).all() and (found[0][1, :32] == 0).all()
-    assert torch.equal(found[0][0, :32], q[0, :32]) and torch.equal(found[0][1, 32:], q[1, 32:])
+    assert (actual[0][0, 32:] == 0).all() and (actual[0][1, :32] == 0).all()
+    assert torch.equal(actual[0][0, :32], q[0, :32]) and torch.equal(actual[0][1, 32:], q[1, 32:])
 
 
 def test_opcheck():

@@ -288,8 +288,8 @@ def test_the_engine_by_graphs(monkeypatch, format):
 
     def generated():
         engine = Engine(model, num_blocks=8)
-        found = [result.token_ids for result in engine.generate(requests)]
-        return type(engine._batch.runner), found
+        answers = [result.token_ids for result in engine.generate(requests)]
+        return type(engine._batch.runner), answers
 
     graphs = records(monkeypatch)
     kind, got = generated()
@@ -297,10 +297,10 @@ def test_the_engine_by_graphs(monkeypatch, format):
     monkeypatch.setattr(cuda_decode.CudaDecodeRunner, "_record", lambda self, step: None)
     assert generated() == (kind, got)
     monkeypatch.setattr(cuda_decode, "unsupported_reason", lambda model: "for this test")
-    kind, found = generated()
+    kind, actual = generated()
     assert kind is ModuleDecodeRunner
     if format != "w8a8":  # as in `test_generation_by_a_graph`
-        assert found == got
+        assert actual == got
 
 
 def test_a_step_on_pages_does_not_wait():

@@ -37,8 +37,8 @@ def every_variant_runs(cases):
         assert "fastlm" in case.variants and len(case.variants) > 1, case.name
         for name, call in case.variants.items():
             if name != "torch.compile":
-                made = call()
-                assert not isinstance(made, torch.Tensor) or made.isfinite().all(), name
+                result = call()
+                assert not isinstance(result, torch.Tensor) or result.isfinite().all(), name
 
 
 def fail():
@@ -77,11 +77,11 @@ def run_main(monkeypatch, capsys, *arguments):
 
 
 def test_one_fault_costs_one_case(no_card, monkeypatch, capsys):
-    code, found, lines = run_main(monkeypatch, capsys)
-    rows = [line["row"] for line in found if "row" in line]
+    code, records, lines = run_main(monkeypatch, capsys)
+    rows = [line["row"] for line in records if "row" in line]
     assert [row["name"] for row in rows] == ["first", "last"] * 2
     assert rows[0]["missing"] == {"torch.compile": "RuntimeError: no such kernel"}
-    assert [line["failed"] for line in found if "failed" in line] == ["ours fails 1"] * 2
+    assert [line["failed"] for line in records if "failed" in line] == ["ours fails 1"] * 2
     assert code and any("| last |" in line for line in lines)
 
 
@@ -89,14 +89,14 @@ def test_a_lost_context_starts_a_new_process(no_card, monkeypatch, capsys):
     monkeypatch.setattr(gpu, "context_is_lost", lambda: True)
     started = []
     monkeypatch.setattr(os, "execv", lambda *a: started.append(a[1]) or exit(1))
-    code, found, _ = run_main(monkeypatch, capsys, "--seconds", "100", "--smoke")
+    code, records, _ = run_main(monkeypatch, capsys, "--seconds", "100", "--smoke")
     assert code == 1 and started[0][-1] == "other" and "--failed" in started[0]
-    assert [line["failed"] for line in found if "failed" in line]
+    assert [line["failed"] for line in records if "failed" in line]
 
 
 def test_ends_in_time(no_card, monkeypatch, capsys):
-    code, found, _ = run_main(monkeypatch, capsys, "--seconds", "0")
-    assert not code and found[-1] == {"out of time": ["op", "other"]}
+    code, records, _ = run_main(monkeypatch, capsys, "--seconds", "0")
+    assert not code and records[-1] == {"out of time": ["op", "other"]}
 
 
 def test_a_machine_without_git(monkeypatch):

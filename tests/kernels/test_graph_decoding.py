@@ -53,8 +53,8 @@ def steps_of(model, cache):
 
 
 def errors_of(model, rows=3, length=9, count=3):
-    ids, cache, own = prefilled(model, rows, length, length + count)
-    steps = steps_of(model, own)
+    ids, cache, module_cache = prefilled(model, rows, length, length + count)
+    steps = steps_of(model, module_cache)
     errors = []
     with torch.inference_mode():
         for i in range(length, length + count):
@@ -93,52 +93,52 @@ def test_norm_and_gate_round_at_once(cuda, monkeypatch, case):
     model = model_of(case, tie_word_embeddings=False)
     model = fastlm.quantize(model, "w8a8", group_size=16).to(cuda)
     ids, *caches = prefilled(model, 2, 5, 8)
-    made = []
+    calls = []
     for name in ("rms_norm_round", "glu_round"):
         ours = getattr(layers, name)
-        monkeypatch.setattr(layers, name, lambda *a, f=ours, n=name: (made.append(n), f(*a))[1])
+        monkeypatch.setattr(layers, name, lambda *a, f=ours, n=name: (calls.append(n), f(*a))[1])
     logits = []
     with torch.inference_mode():
         for cache in caches:
             steps = steps_of(model, cache)
             logits.append(steps.logits(ids[:, 5].contiguous()).clone())
             monkeypatch.setattr(layers.FusedProjection, "can_round_input", lambda *_: False)
-    assert made == ["rms_norm_round", "rms_norm_round", "glu_round"] * 3
+    assert calls == ["rms_norm_round", "rms_norm_round", "glu_round"] * 3
     assert torch.equal(*logits)
 
 
 def shapes(arguments):
     """The arguments as far as the host sees them, without values of tensors and addresses."""
 
-    def known(a):
+    def shape(a):
         if isinstance(a, torch.Tensor):
             return tuple(a.shape)
         return len(a) if isinstance(a, torch.UntypedStorage) else a  # from the tests' guards
 
-    return str(tree_map(known, arguments))
+    return str(tree_map(shape, arguments))
 
 
 class Operators(TorchDispatchMode):
-    def __init__(self, made):
+    def __init__(self, calls):
         super().__init__()
-        self.made = made
+        self.calls = calls
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        self.made.append((str(function), shapes(args)))
+        self.calls.append((str(function), shapes(args)))
         return function(*args, **(kwargs or {}))
 
 
 class Launches:
     """The extension, with a record of its calls."""
 
-    def __init__(self, extension, made):
-        self.extension, self.made = extension, made
+    def __init__(self, extension, calls):
+        self.extension, self.calls = extension, calls
 
     def __getattr__(self, name):
         function = getattr(self.extension, name)
 
         def call(*args):
-            self.made.append((name, shapes(args)))
+            self.calls.append((name, shapes(args)))
             return function(*args)
 
         return call if callable(function) else function
@@ -155,25 +155,28 @@ def test_every_step_is_the_same_to_the_host(cuda, monkeypatch, format):
     model = model.to(cuda)
     ids, cache, _ = prefilled(model, 2, 5, 200)
     steps = steps_of(model, cache)
-    made, looks = [], []
+    calls, looks = [], []
     with torch.inference_mode():
         steps.logits(ids[:, 5].contiguous())
         (step,) = steps.steps.steps.values()
         name = extension().__name__
-        monkeypatch.setitem(sys.modules, name, Launches(sys.modules[name], made))
+        monkeypatch.setitem(sys.modules, name, Launches(sys.modules[name], calls))
         for look in ("item", "tolist", "__bool__", "__int__", "__float__", "nonzero"):
             ours = getattr(torch.Tensor, look)
             monkeypatch.setattr(
                 torch.Tensor, look, lambda *a, f=ours, n=look: (looks.append(n), f(*a))[1]
             )
         plain, operators = [], []
-        for place in (6, 63, 150):  # one tile of keys, and several
-            for of_step, watch in ((plain, contextlib.nullcontext()), (operators, Operators(made))):
-                step.positions.fill_(place)
+        for position in (6, 63, 150):  # one tile of keys, and several
+            for of_step, watch in (
+                (plain, contextlib.nullcontext()),
+                (operators, Operators(calls)),
+            ):
+                step.positions.fill_(position)
                 with watch:
                     step.run()
-                of_step.append(list(made))
-                made.clear()
+                of_step.append(list(calls))
+                calls.clear()
     assert len(plain[0]) > 15 and plain[0] == plain[1] == plain[2]
     assert len(operators[0]) > 60 and operators[0] == operators[1] == operators[2]
     assert not looks

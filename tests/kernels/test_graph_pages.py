@@ -71,10 +71,10 @@ def test_a_graph_reads_the_rows_of_its_step(recorder, case, expected):
     modules = ModuleDecodeRunner(model, pages[2])
     for rows in STEPS:
         inputs = inputs_of(rows)
-        own = torch.tensor(expected or range(len(rows)))
-        got = ours.logits(*inputs, logits_indices=expected and own)
-        assert torch.equal(got, plain.logits(*inputs, logits_indices=own))
-        torch.testing.assert_close(got, modules.logits(*inputs, logits_indices=own), **NEAR)
+        indices = torch.tensor(expected or range(len(rows)))
+        got = ours.logits(*inputs, logits_indices=expected and indices)
+        assert torch.equal(got, plain.logits(*inputs, logits_indices=indices))
+        torch.testing.assert_close(got, modules.logits(*inputs, logits_indices=indices), **NEAR)
         assert torch.equal(pages[0].data, pages[1].data)
         torch.testing.assert_close(pages[0].data, pages[2].data, **NEAR)
     assert [graph.replays for graph in recorder.graphs] == [4, 1]  # of four rows, of one
@@ -97,8 +97,8 @@ def test_rows_that_pad_change_nothing(cuda):
     assert places == {(3, 5), (1, 70 - BLOCK_SIZE), (2, 0)}
     for row in range(3):
         part = slice(row, row + 1)
-        alone = steps.logits(tokens[part], lengths[part], table[part])
-        torch.testing.assert_close(together[part], alone, **NEAR)
+        unpadded = steps.logits(tokens[part], lengths[part], table[part])
+        torch.testing.assert_close(together[part], unpadded, **NEAR)
 
 
 def test_logits_that_are_wanted_stay(recorder):
@@ -108,9 +108,9 @@ def test_logits_that_are_wanted_stay(recorder):
     for _ in range(2):
         steps.logits(*inputs_of(STEPS[0]), logits_indices=rows)
     first = steps.logits(*inputs_of(STEPS[0]), logits_indices=rows)
-    kept = first.clone()
+    copy = first.clone()
     second = steps.logits(*inputs_of(STEPS[0]), logits_indices=rows)
-    assert torch.equal(first, kept) and not torch.equal(first, second)
+    assert torch.equal(first, copy) and not torch.equal(first, second)
     assert recorder.graphs[0].replays == 3
 
 

@@ -52,11 +52,11 @@ def test_leading_dimensions(kernel):
 def test_only_one_gradient(op, kernel, needed):
     """What is frozen gets no gradient, and the others' bits stay."""
     tensors = [torch.randn(n, device=kernel.device) for n in ((70, 33), (33,), (33,))]
-    (_, *every), (dy,) = run(ops.layer_norm, tensors)
+    (_, *grads), (dy,) = run(ops.layer_norm, tensors)
     at = ("x", "weight", "bias").index(needed)
     leaves = [t.requires_grad_(i == at) for i, t in enumerate(tensors)]
     ops.layer_norm(*leaves).backward(dy)
-    assert torch.equal(leaves[at].grad, every[at])
+    assert torch.equal(leaves[at].grad, grads[at])
     assert all(t.grad is None for i, t in enumerate(leaves) if i != at)
 
 

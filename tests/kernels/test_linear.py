@@ -31,7 +31,7 @@ module = sys.modules["fastlm.ops.linear"]
 
 
 @pytest.fixture
-def own():
+def fastlm_product():
     """Use fastlm's own products for any number of rows with gradients and every instruction set."""
     with fastlm_products((1, math.inf)):
         yield
@@ -49,7 +49,7 @@ def run(function, x, weight, bias, dy):
     return [y.detach(), *torch.autograd.grad(y, learnable, dy)]
 
 
-def test_the_own_product_ran(own, kernel, monkeypatch):
+def test_the_own_product_ran(fastlm_product, kernel, monkeypatch):
     calls = []
     for name in ("linear_forward", "linear_input_gradient", "linear_weight_gradient"):
         real = getattr(backend.cpu_extension, name)
@@ -63,7 +63,7 @@ def test_the_own_product_ran(own, kernel, monkeypatch):
     assert calls == ["linear_forward", "linear_weight_gradient"] and x.grad is None
 
 
-def test_outputs_past_the_caches_are_the_same_bits(own, kernel):
+def test_outputs_past_the_caches_are_the_same_bits(fastlm_product, kernel):
     """Whole cache lines of a large output, ragged columns, and a y that begins within a line."""
     rows, k, n = 1100, 40, 992
     x, weight, bias, _ = inputs(rows, k, n)
@@ -101,15 +101,15 @@ def test_split_float32_is_near_float32(tiles, monkeypatch, shape):
 def test_split_float32_is_the_same_bits_on_two_threads(tiles):
     x, weight = torch.randn(1030, 96), torch.randn(70, 96)
     with torch.inference_mode(), module.split_float32():
-        one = ops.linear(x, weight)
+        expected = ops.linear(x, weight)
         parts = torch.cat([ops.linear(part, weight) for part in x.split(515)])
         threads = torch.get_num_threads()
         torch.set_num_threads(2)
         try:
-            assert torch.equal(ops.linear(x, weight), one)
+            assert torch.equal(ops.linear(x, weight), expected)
         finally:
             torch.set_num_threads(threads)
-    assert torch.equal(one, parts)
+    assert torch.equal(expected, parts)
 
 
 def test_split_float32_only_where_it_says(tiles):
@@ -125,11 +125,11 @@ def test_split_float32_only_where_it_says(tiles):
                 assert not module.uses_split_float32(x, weight)
     with torch.no_grad():
         assert not module.uses_split_float32(x, weight)
-    y, room = torch.empty(300, 8), torch.empty(0)
+    y, workspace = torch.empty(300, 8), torch.empty(0)
     with backend.use_cpu_isa("scalar"), pytest.raises(ValueError, match="expected tiles"):
-        backend.cpu_extension.linear_split(x, weight, None, y, room)
+        backend.cpu_extension.linear_split(x, weight, None, y, workspace)
     with pytest.raises(ValueError, match="workspace"):
-        backend.cpu_extension.linear_split(x, weight, None, y, room)
+        backend.cpu_extension.linear_split(x, weight, None, y, workspace)
 
 
 def test_other_dtypes_are_torchs(kernel):
@@ -142,7 +142,7 @@ def test_other_dtypes_are_torchs(kernel):
         assert node is not None and type(node).__name__ == "AddmmBackward0"
 
 
-def test_empty(own):
+def test_empty(fastlm_product):
     for rows, k, n in ((0, 8, 4), (3, 8, 0), (3, 0, 4)):
         x, weight, bias, dy = (
             torch.empty(rows, k),
@@ -156,7 +156,7 @@ def test_empty(own):
         assert (y == 1).all() and (db == rows).all()
 
 
-def test_nan_and_infinity_stay_in_their_rows(own, kernel):
+def test_nan_and_infinity_stay_in_their_rows(fastlm_product, kernel):
     x, w, _, _ = inputs(64, 32, 16, bias=False)
     w.requires_grad_()
     clean = ops.linear(x, w)
@@ -172,14 +172,14 @@ def test_runs_where_it_is_faster(kernel, monkeypatch):
     calls = []
     extension, real = backend.cpu_extension, backend.cpu_extension.linear_forward
     monkeypatch.setattr(extension, "linear_forward", lambda *a: (calls.append(1), real(*a))[1])
-    for learns, least in zip(
+    for learns, min_rows in zip(
         (True, False), module._MIN_ROWS.get(kernel.variant, (math.inf, math.inf))
     ):
         for rows in {1, 40, 70, 1030}:
             x, weight, bias, _ = inputs(rows, 16, 8)
             calls.clear()
             ops.linear(x, weight.requires_grad_(learns), bias)
-            assert bool(calls) == (rows >= least), (rows, learns)
+            assert bool(calls) == (rows >= min_rows), (rows, learns)
             calls.clear()
             ops.linear(x.float(), weight.detach().float(), bias.float())
             assert not calls
@@ -196,7 +196,7 @@ def test_follows_autocast():
     assert w.grad is not None and w.grad.dtype == torch.float32
 
 
-def test_opcheck(own):  # not the contract's: while a mode records, products are torch's
+def test_opcheck(fastlm_product):  # not the contract's: while a mode records, products are torch's
     x, w, b, dy = inputs(6, 32, 8)
     leaves = [t.requires_grad_() for t in (x, w, b)]
     torch.library.opcheck(torch.ops.fastlm.linear.default, leaves)
@@ -225,7 +225,7 @@ def test_compiles_without_break_or_recompile():  # in a graph products are torch
 
 
 @pytest.mark.parametrize("act", [None, "silu"])
-def test_leading_dimensions(own, kernel, act):
+def test_leading_dimensions(fastlm_product, kernel, act):
     x, w, b, _ = inputs(24, 32, 16)
     w.requires_grad_()
     flat, deep = ops.linear(x, w, b, act=act), ops.linear(x.view(4, 3, 2, 32), w, b, act=act)
@@ -233,17 +233,17 @@ def test_leading_dimensions(own, kernel, act):
 
 
 def test_onednn_serves_where_no_gradient_is_needed(monkeypatch):
-    seen = []
+    calls = []
     real = torch.ops.mkldnn._linear_pointwise
     monkeypatch.setattr(
-        torch.ops.mkldnn, "_linear_pointwise", lambda *a: seen.append(a[3:]) or real(*a)
+        torch.ops.mkldnn, "_linear_pointwise", lambda *a: calls.append(a[3:]) or real(*a)
     )
     x, w, b, _ = (t.float() for t in inputs(37, 33, 45))
     ops.linear(x, w, b, act="gelu_tanh")
-    assert seen == [("gelu", [], "tanh")]
+    assert calls == [("gelu", [], "tanh")]
     ops.linear(x, w, b, act="relu2")  # oneDNN has none
     ops.linear(x.clone().requires_grad_(), w, b, act="gelu")
-    assert len(seen) == 1
+    assert len(calls) == 1
 
 
 def test_refusals():
@@ -262,7 +262,7 @@ def test_refusals():
         ops.linear(x, w[:, :7], act="silu")
 
 
-def test_defaults_of_torch_do_not_reach_the_workspace(own):
+def test_defaults_of_torch_do_not_reach_the_workspace(fastlm_product):
     case = inputs(20, 24, 8)
     expected = run(ops.linear, *case)
     before = torch.get_default_dtype()
@@ -275,20 +275,20 @@ def test_defaults_of_torch_do_not_reach_the_workspace(own):
     assert all(torch.equal(a, b) for a, b in zip(results, expected, strict=True))
 
 
-def test_keeps_only_what_the_backward_needs(own):
+def test_keeps_only_what_the_backward_needs(fastlm_product):
     x, w, b, dy = inputs(20, 24, 8)
-    kept = []
-    hooks = torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t)
+    saved = []
+    hooks = torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t)
     for learns, expected in (((w,), [x]), ((x,), [w]), ((x, w, b), [x, w])):
-        leaves = [t.detach().requires_grad_(any(t is one for one in learns)) for t in (x, w, b)]
-        kept.clear()
+        leaves = [t.detach().requires_grad_(any(t is leaf for leaf in learns)) for t in (x, w, b)]
+        saved.clear()
         with hooks:
             y = ops.linear(*leaves)
-        assert [t.data_ptr() for t in kept] == [t.data_ptr() for t in expected]
+        assert [t.data_ptr() for t in saved] == [t.data_ptr() for t in expected]
         y.backward(dy)
 
 
-def test_without_a_gradient_and_under_transforms_it_is_torchs(own):
+def test_without_a_gradient_and_under_transforms_it_is_torchs(fastlm_product):
     x, w, b, _ = inputs(20, 24, 8)
     assert torch.equal(ops.linear(x, w, b), F.linear(x, w, b))
     w.requires_grad_()
@@ -304,7 +304,7 @@ def test_without_a_gradient_and_under_transforms_it_is_torchs(own):
     assert ours is not None and torch.equal(ours, theirs)
 
 
-def test_triton_leaves_products_to_torch(own, triton):
+def test_triton_leaves_products_to_torch(fastlm_product, triton):
     tensors = [None if t is None else t.to(triton) for t in inputs(65, 80, 130)]
     mine, torchs = run(ops.linear, *tensors), run(F.linear, *tensors)
     assert all(torch.equal(a, b) for a, b in zip(mine, torchs, strict=True))

@@ -114,8 +114,8 @@ def test_not_finite_stays_in_its_row(kernel, gradients, dtype):
 
 def test_every_row_ignored(kernel, gradients):
     x, w, bias, target = make(3, 8, 20, ignored=0, device=kernel.device)
-    loss, *found = both(x, w, bias, torch.full_like(target, -100))
-    assert loss.isnan() and all((g == 0).all() for g in found)
+    loss, *actual = both(x, w, bias, torch.full_like(target, -100))
+    assert loss.isnan() and all((g == 0).all() for g in actual)
 
 
 @on("triton")
@@ -130,10 +130,10 @@ def test_class_that_does_not_exist(kernel, gradients):
 def test_only_what_is_needed(kernel, gradients, needed, reduction):
     """Only needed gradients are computed: a frozen head (LoRA), a frozen trunk."""
     x, w, bias, target = make(20, 16, 40, device=kernel.device)
-    whole = both(x, w, bias, target, reduction=reduction)
+    expected = both(x, w, bias, target, reduction=reduction)
     leaf = {"x": x, "w": w, "bias": bias}[needed].requires_grad_()
     loss(x, w, bias, target, reduction=reduction).sum().backward()
-    torch.testing.assert_close(leaf.grad, whole[1 + ["x", "w", "bias"].index(needed)])
+    torch.testing.assert_close(leaf.grad, expected[1 + ["x", "w", "bias"].index(needed)])
 
 
 def test_leading_dimensions_other_dtypes_and_tied_weight(kernel, dtype):
@@ -243,9 +243,9 @@ def test_small_products_same_bits_on_one_and_two_threads(monkeypatch):
     arguments, first = make(8, 64, 2000, ignored=0), None
     for n in (1, 2, 2):
         with threads(n):
-            found = both(*arguments)
-        first = first or found
-        assert_same(first, found, f"{n} threads")
+            actual = both(*arguments)
+        first = first or actual
+        assert_same(first, actual, f"{n} threads")
 
 
 @pytest.mark.parametrize("name", ["cpu", "reference"])
@@ -321,6 +321,6 @@ def test_memory_is_an_eighth(dtype, rows, monkeypatch):
     with TensorPeak() as plain:
         F.cross_entropy(F.linear(x, w).float(), target).backward()
     assert plain.peak_bytes >= 12 * rows * classes
-    beside = 4 * (rows + classes) * width * 4 + 10 * rows * 4
-    assert fused.peak_bytes <= rows * classes * 12 / 8 + beside
+    other_bytes = 4 * (rows + classes) * width * 4 + 10 * rows * 4
+    assert fused.peak_bytes <= rows * classes * 12 / 8 + other_bytes
     assert fused.peak_bytes >= 128 * classes * 4  # something was counted

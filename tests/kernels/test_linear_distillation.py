@@ -51,11 +51,11 @@ def test_rows_left_out_are_never_read(kernel, dtype, kind):
     mask[:2] = torch.tensor([True, False])
     clean = both(tensors, kind=kind, mask=mask)
     tensors[0][~mask], tensors[2][~mask] = float("nan"), float("inf")
-    found = both(tensors, kind=kind, mask=mask)
-    assert_same(clean, found, "rows left out")
-    assert not found[1][~mask].any() and found[1][mask].any(1).all()
+    actual = both(tensors, kind=kind, mask=mask)
+    assert_same(clean, actual, "rows left out")
+    assert not actual[1][~mask].any() and actual[1][mask].any(1).all()
     for same in (mask.long(), mask.float(), mask.to(torch.uint8)):
-        assert torch.equal(found[0], ops.linear_distillation(*tensors, kind=kind, mask=same))
+        assert torch.equal(actual[0], ops.linear_distillation(*tensors, kind=kind, mask=same))
 
 
 @pytest.mark.parametrize("name", ["cpu", "reference"])
@@ -63,17 +63,17 @@ def test_rows_left_out_are_never_read(kernel, dtype, kind):
 def test_masks_with_few_rows_and_none(name, kind):
     tensors = make(6, (8, 5), 20)
     with backend.use_backend(name):
-        one = torch.tensor([0, 0, 1, 0, 0, 0])
-        alone = [t[2:3] if i % 2 == 0 else t for i, t in enumerate(tensors)]
-        for a, b in zip(both(tensors, kind=kind, mask=one), both(alone, kind=kind)):
+        single_row = torch.tensor([0, 0, 1, 0, 0, 0])
+        row_tensors = [t[2:3] if i % 2 == 0 else t for i, t in enumerate(tensors)]
+        for a, b in zip(both(tensors, kind=kind, mask=single_row), both(row_tensors, kind=kind)):
             torch.testing.assert_close(a[2:3] if a.shape == (6, 8) else a, b)
         none = [t[:0] if i % 2 == 0 else t for i, t in enumerate(tensors)]
-        cases = [(tensors, {"mask": 0 * one}), (none, {}), (none, {"mask": one[:0]})]
+        cases = [(tensors, {"mask": 0 * single_row}), (none, {}), (none, {"mask": single_row[:0]})]
         for given_, options in cases:
             for items in (None, 4, torch.tensor([4])):
-                found = both(given_, kind=kind, num_items=items, **options)
-                assert found[0] == 0 and found[0].shape == ()
-                assert not found[1].any() and not found[2].any() and found[2].shape == (20, 8)
+                actual = both(given_, kind=kind, num_items=items, **options)
+                assert actual[0] == 0 and actual[0].shape == ()
+                assert not actual[1].any() and not actual[2].any() and actual[2].shape == (20, 8)
 
 
 @each_kind
@@ -82,14 +82,14 @@ def test_micro_batches_add_up(kind):
     tensors = make(30, (12, 9), 70)
     mask = torch.rand(30) < 0.6
     items = mask.sum()
-    whole = both(tensors, kind=kind, mask=mask)
+    expected = both(tensors, kind=kind, mask=mask)
     parts = []
     for rows in (slice(0, 7), slice(7, 30)):
         some = [t[rows] if i % 2 == 0 else t for i, t in enumerate(tensors)]
         parts.append(both(some, kind=kind, mask=mask[rows], num_items=items))
     first, second = parts
     joined = [first[0] + second[0], torch.cat((first[1], second[1])), first[2] + second[2]]
-    for a, b in zip(whole, joined):
+    for a, b in zip(expected, joined):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
 
 
@@ -134,11 +134,11 @@ def test_probability_zero_contributes_nothing(kernel, kind):
 def test_only_what_is_needed(kernel, needed, kind):
     """A frozen head (LoRA), a frozen trunk; a teacher that requires a gradient gets none."""
     tensors = make(20, (16, 12), 40, device=kernel.device)
-    whole = both(tensors, upstream=1.0, kind=kind)
+    expected = both(tensors, upstream=1.0, kind=kind)
     for t in (tensors[needed], *tensors[2:]):
         t.requires_grad_()
     ops.linear_distillation(*tensors, kind=kind).backward()
-    torch.testing.assert_close(tensors[needed].grad, whole[1 + needed])
+    torch.testing.assert_close(tensors[needed].grad, expected[1 + needed])
     assert tensors[2].grad is None and tensors[3].grad is None
 
 
@@ -146,8 +146,8 @@ def test_only_what_is_needed(kernel, needed, kind):
 def test_leading_dimensions(kernel, dtype, kind):
     tensors = make(6, (32, 12), 33, dtype, device=kernel.device)
     deep = [t.view(2, 3, -1) if i % 2 == 0 else t for i, t in enumerate(tensors)]
-    found, flat = both(deep, kind=kind), both(tensors, kind=kind)
-    assert_same(flat, [found[0], found[1].flatten(0, 1), found[2]], "flat")
+    actual, flat = both(deep, kind=kind), both(tensors, kind=kind)
+    assert_same(flat, [actual[0], actual[1].flatten(0, 1), actual[2]], "flat")
 
 
 @each_kind
@@ -183,8 +183,8 @@ def test_float16_under_a_grad_scaler(kernel, kind, temperature):
 def test_autocast():
     tensors = make(9, (8, 6), 20)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        found = ops.linear_distillation(*tensors)
-    assert torch.equal(found, ops.linear_distillation(*(t.bfloat16() for t in tensors)))
+        actual = ops.linear_distillation(*tensors)
+    assert torch.equal(actual, ops.linear_distillation(*(t.bfloat16() for t in tensors)))
 
 
 MEMORY = """
@@ -283,5 +283,7 @@ def test_memory_is_a_quarter_of_the_logits(dtype, rows, monkeypatch):
             x, w, x, w, None, "jsd", 0.5, 1.0, None, None, 1.0, True, True
         )
     bytes_ = 8 if dtype == torch.float32 else 10
-    beside = 4 * (rows + classes) * width * 4 + 12 * rows * 4
-    assert rows * classes * bytes_ / 8 <= peak.peak_bytes <= rows * classes * bytes_ / 4 + beside
+    other_bytes = 4 * (rows + classes) * width * 4 + 12 * rows * 4
+    assert (
+        rows * classes * bytes_ / 8 <= peak.peak_bytes <= rows * classes * bytes_ / 4 + other_bytes
+    )

@@ -80,14 +80,14 @@ def test_masked_classes(op, kernel, dtype):
     other classes alone.
     """
     call = op.build_for(table.case(9, 32, 199, ignored=0.0), dtype, kernel.language, kernel.device)
-    kept = torch.tensor([i for i in range(100, 300) if i != 257], device=kernel.device)
+    classes_left = torch.tensor([i for i in range(100, 300) if i != 257], device=kernel.device)
     masked = torch.randn(300, 32, device=kernel.device, requires_grad=True)
     of_masked = torch.full((300,), -math.inf, device=kernel.device, requires_grad=True)
 
     def function(x, w, target, bias):
-        w = masked.to(w.dtype).index_copy(0, kept, w)
-        bias = of_masked.to(bias.dtype).index_copy(0, kept, bias)
-        return call.function(x, w, kept[target], bias)
+        w = masked.to(w.dtype).index_copy(0, classes_left, w)
+        bias = of_masked.to(bias.dtype).index_copy(0, classes_left, bias)
+        return call.function(x, w, classes_left[target], bias)
 
     check(call._replace(function=function))
     x, w, target, bias = call.leaves
@@ -103,22 +103,22 @@ def test_masked_classes(op, kernel, dtype):
 def test_ignored_rows_are_not_read(kernel, dtype):
     x, w, bias, target = make(14, 32, 300, dtype, ignored=0, device=kernel.device)
     target[::3] = -100
-    kept = target != -100
+    valid = target != -100
     x[::6], x[3::6] = math.nan, math.inf
     upstream = torch.randn(2, 14, device=kernel.device)
     upstream[:, ::3] = math.nan
     mine = both(x, w, bias, target, upstream)
-    alone = both(x[kept], w, bias, target[kept], upstream[:, kept])
-    assert not any(t[~kept].any() for t in mine[:3])
-    found = [t[kept] for t in mine[:3]] + mine[3:]
+    expected = both(x[valid], w, bias, target[valid], upstream[:, valid])
+    assert not any(t[~valid].any() for t in mine[:3])
+    actual = [t[valid] for t in mine[:3]] + mine[3:]
     if kernel.language == "cpu":
-        assert_same(alone, found, "the other rows")
+        assert_same(expected, actual, "the other rows")
     else:  # other products of torch's
-        for a, b in zip(found, alone):
+        for a, b in zip(actual, expected):
             torch.testing.assert_close(a, b)
-    another = target.masked_fill(~kept, 2).masked_fill(target == 2, 3)
+    another = target.masked_fill(~valid, 2).masked_fill(target == 2, 3)
     mine = both(x, w, bias, another, upstream, ignore_index=2)
-    assert not mine[0][~kept].any() and mine[0][kept].all() and mine[3].isfinite().all()
+    assert not mine[0][~valid].any() and mine[0][valid].all() and mine[3].isfinite().all()
 
 
 @pytest.mark.parametrize("name", ["cpu", "reference"])
@@ -150,10 +150,10 @@ def test_class_that_does_not_exist(kernel):
 def test_only_what_is_needed(kernel, needed):
     """Only needed gradients are computed: a frozen head (LoRA), a frozen trunk."""
     x, w, bias, target = make(20, 16, 40, device=kernel.device)
-    whole = both(x, w, bias, target, torch.ones(2, 20))
+    expected = both(x, w, bias, target, torch.ones(2, 20))
     leaf = {"x": x, "w": w, "bias": bias}[needed].requires_grad_()
     sum(t.sum() for t in fused(x, w, target, linear_bias=bias)).backward()
-    torch.testing.assert_close(leaf.grad, whole[2 + ["x", "w", "bias"].index(needed)])
+    torch.testing.assert_close(leaf.grad, expected[2 + ["x", "w", "bias"].index(needed)])
 
 
 def test_leading_dimensions_and_int32(kernel, dtype):

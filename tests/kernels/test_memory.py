@@ -84,8 +84,8 @@ def test_value_is_not_kept(cover):
     with recompute(value, make) if cover else nullcontext():
         out = first(value).sum() + second(value).sum()
     del value
-    kept = bytes_in_use() - before
-    assert kept < 8 << 20 if cover else kept > 32 << 20
+    growth = bytes_in_use() - before
+    assert growth < 8 << 20 if cover else growth > 32 << 20
     out.backward()
     assert calls == cover  # one call for both
     want = torch.autograd.grad(first(x * 2).sum() + second(x * 2).sum(), x)[0]
@@ -99,19 +99,19 @@ def test_checkpointing_still_saves_memory(monkeypatch):
     x = torch.randn(1, 400, 48, requires_grad=True)
     layer, context = model.model.layers[0], layers.ForwardContext(None, None, None, [None, None])
 
-    def kept():
+    def saved_bytes():
         before = bytes_in_use()
         stream, branch = torch.utils.checkpoint.checkpoint(
             lambda x: layer(x, None, context), x, use_reentrant=False
         )
-        found = bytes_in_use() - before
+        growth = bytes_in_use() - before
         grad = torch.autograd.grad((stream + branch).sum(), x)[0]
-        return found, grad
+        return growth, grad
 
-    kept()
-    mine, grad = kept()
+    saved_bytes()
+    mine, grad = saved_bytes()
     monkeypatch.setattr(layers, "_saves_for_backward", lambda x: False)
-    plain, want = kept()
+    plain, want = saved_bytes()
     assert mine < 1.5 * plain and torch.equal(grad, want)
 
 

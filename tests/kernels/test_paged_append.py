@@ -83,8 +83,8 @@ def test_the_kernel_refuses_too(op, kernel):
     with pytest.raises(ValueError, match=r"k_scale: expected one for each key head .* got none"):
         paged_append(k, v, *codes, table, positions, None, None)
     with pytest.raises(ValueError, match="v_cache: expected dtype int8, got float32"):
-        one = torch.ones(2, device=kernel.device)
-        paged_append(k, v, codes[0], caches[1], table, positions, one, one)
+        ones = torch.ones(2, device=kernel.device)
+        paged_append(k, v, codes[0], caches[1], table, positions, ones, ones)
 
 
 _cache = torch.zeros(1, 4, 2, 8)

@@ -55,9 +55,9 @@ def test_lengths_and_pages_out_of_bounds_stay_inside(kernel, queries):
     good = ops.paged_attention(q, k, v, table, lens)
     table[1, 2], lens[1] = 2**31 - 1, 2**20
     assert torch.equal(ops.paged_attention(q, k, v, table, lens)[0], good[0])
-    whole = ops.paged_attention(q, k, v, table, lens)
+    expected = ops.paged_attention(q, k, v, table, lens)
     lens = lens + torch.tensor([0, 2**32], device=lens.device)
-    assert torch.equal(ops.paged_attention(q, k, v, table, lens), whole)
+    assert torch.equal(ops.paged_attention(q, k, v, table, lens), expected)
 
 
 @on("triton", "cuda")
@@ -106,9 +106,9 @@ def test_table_much_wider_than_the_sequences(kernel, queries, monkeypatch):
     make = torch.Tensor.new_empty
 
     def recorded(self, *size, **options):
-        made = make(self, *size, **options)
-        sizes.append(made.numel())
-        return made
+        buffer = make(self, *size, **options)
+        sizes.append(buffer.numel())
+        return buffer
 
     monkeypatch.setattr(torch.Tensor, "new_empty", recorded)
     with torch.no_grad():
@@ -280,16 +280,16 @@ def test_what_it_does_not_serve(kernel, monkeypatch, shape, change):
 @on("cuda")
 def test_served_and_not_in_turn(kernel, monkeypatch):
     """The predicate is asked for each call, once."""
-    asked, launches, holds = [], [], host.SUPPORT.predicate
-    served = host.SUPPORT._replace(predicate=lambda *a: (asked.append(1), holds(*a))[1])
-    monkeypatch.setitem(backend.OPS["paged_attention"].supports, "cuda", served)
+    checks, launches, predicate = [], [], host.SUPPORT.predicate
+    support = host.SUPPORT._replace(predicate=lambda *a: (checks.append(1), predicate(*a))[1])
+    monkeypatch.setitem(backend.OPS["paged_attention"].supports, "cuda", support)
     monkeypatch.setattr(backend, "_candidates", not_forced())
     monkeypatch.setattr(backend, "_selected", {})
     monkeypatch.setattr(host, "stream", lambda t: (launches.append(t.shape[-1]), stream(t))[1])
     for width in (16, 20, 24):
         parts = move(kernel, pages([40], 16, 1, width, width, torch.float16))
         ops.paged_attention(torch.zeros(1, 1, 2, width, device=kernel.device).half(), *parts)
-    assert len(asked) == 3 and launches == [16, 24]
+    assert len(checks) == 3 and launches == [16, 24]
 
 
 @on("cuda")
@@ -324,14 +324,15 @@ def test_reads_whole_sectors_without_bank_conflicts(kernel, heads):
         simt.set_options()
     file = "paged_attention_mma.cu" if heads == 8 else "paged_attention.cu"
     counts = {
-        place: cost
-        for place, cost in simt.report().items()
-        if place.startswith(f"paged_attention {file}") and (heads == 8 or "read global" in place)
+        location: cost
+        for location, cost in simt.report().items()
+        if location.startswith(f"paged_attention {file}")
+        and (heads == 8 or "read global" in location)
     }
     # 200 keys and values of 256 bytes, and q
-    read = sum(done for place, (_, done, _) in counts.items() if "read global" in place)
+    read = sum(done for location, (_, done, _) in counts.items() if "read global" in location)
     assert 200 * 2 * 8 <= read <= 1.3 * 200 * 2 * 8
-    assert {place: cost for place, cost in counts.items() if cost[1] != cost[2]} == {}
+    assert {location: cost for location, cost in counts.items() if cost[1] != cost[2]} == {}
 
 
 # ---- refusals

@@ -35,8 +35,8 @@ pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
 @each_family
 def test_computes_the_same(family):
     plain, fast = pair(family)
-    _, found, layers = FAMILIES[family]
-    assert patched_ops(fast) == found | linears(plain)
+    _, expected_ops, layers = FAMILIES[family]
+    assert patched_ops(fast) == expected_ops | linears(plain)
     assert sum((variant_of(m) or "  ")[1] == "layer" for m in fast.modules()) == layers
     ids = tokens()
     labels = ids.masked_fill(torch.rand(ids.shape) < 0.2, -100)
@@ -83,37 +83,39 @@ def test_says_what_it_did(caplog):
     """One line, which is shown even without logging set up if only norms were found."""
     caplog.set_level(logging.INFO, "fastlm")
     model = fastlm.patch(model_of())
-    own = fastlm.patch(nn.Sequential(nn.RMSNorm(8), nn.Linear(8, 8)))
-    fastlm.patch(own, ops=("rms_norm",))
-    everything, norms, chosen = caplog.records
+    small = fastlm.patch(nn.Sequential(nn.RMSNorm(8), nn.Linear(8, 8)))
+    fastlm.patch(small, ops=("rms_norm",))
+    everything, norms, selected = caplog.records
     assert all(r.name == "fastlm" for r in caplog.records)
     for op, n in fastlm.patched_ops(model).items():
         assert f"{op} {n}" in everything.getMessage()
     assert everything.getMessage().startswith("patched LlamaForCausalLM: ")
-    assert everything.levelno == chosen.levelno == logging.INFO
+    assert everything.levelno == selected.levelno == logging.INFO
     assert norms.levelno == logging.WARNING
     assert norms.getMessage() == (
         "patched Sequential: rms_norm 1, linear 1; nothing was recognised for layer_norm, rope,"
         " glu, attention, linear_cross_entropy"
     )
-    assert chosen.getMessage() == "patched Sequential: rms_norm 1"
+    assert selected.getMessage() == "patched Sequential: rms_norm 1"
 
 
 def test_says_what_it_left(caplog):
     """A mixture's experts and a loss that is not recognised, the latter as a warning."""
     caplog.set_level(logging.INFO, "fastlm")
     model = fastlm.patch(model_of("mixtral"))
-    found = fastlm.patched_ops(model)
-    assert found.left == {"MixtralTopKRouter": 2, "MixtralExperts": 2} and not found.keeps_logits
-    assert "; as before: MixtralTopKRouter 2, MixtralExperts 2" in str(found)
+    patched = fastlm.patched_ops(model)
+    assert (
+        patched.left == {"MixtralTopKRouter": 2, "MixtralExperts": 2} and not patched.keeps_logits
+    )
+    assert "; as before: MixtralTopKRouter 2, MixtralExperts 2" in str(patched)
     assert fastlm.patched_ops(model_of()).left == {}
     other = model_of()
     other.loss_function = lambda **_: None
-    kept = fastlm.patched_ops(fastlm.patch(other))
+    with_logits = fastlm.patched_ops(fastlm.patch(other))
     line = "the loss was not recognised: training stores the logits"
-    assert kept.keeps_logits and line in str(kept) and kept.left == {}
+    assert with_logits.keeps_logits and line in str(with_logits) and with_logits.left == {}
     assert [r.levelno for r in caplog.records] == [logging.INFO, logging.WARNING]
-    for record, printed in zip(caplog.records, (found, kept)):
+    for record, printed in zip(caplog.records, (patched, with_logits)):
         assert str(printed) in record.getMessage()
 
 
@@ -151,7 +153,7 @@ def test_a_second_call_replaces_the_first():
 def test_kernels_run_and_no_logits_exist(monkeypatch):
     """A training step runs every op, and no tensor is as large as the logits."""
     _, model = pair(vocab_size=5000)
-    ids, seen, largest = tokens(), set(), 0
+    ids, op_names, largest = tokens(), set(), 0
     from torch.utils._python_dispatch import TorchDispatchMode
 
     class Watch(TorchDispatchMode):
@@ -159,7 +161,7 @@ def test_kernels_run_and_no_logits_exist(monkeypatch):
             nonlocal largest
             out = function(*args, **(kwargs or {}))
             if function.namespace == "fastlm":
-                seen.add(function.__name__.partition(".")[0])
+                op_names.add(function.__name__.partition(".")[0])
             for t in out if isinstance(out, tuple | list) else (out,):
                 if torch.is_tensor(t) and t.dim() and t.shape[0] in (2, 40, 38):
                     largest = max(largest, t.numel())
@@ -168,7 +170,7 @@ def test_kernels_run_and_no_logits_exist(monkeypatch):
     with Watch():
         model(ids, labels=ids).loss.backward()
     forward = {"rms_norm", "rope", "glu", "attention", "linear_cross_entropy"}
-    assert seen >= forward | {"rms_norm_backward", "glu_backward", "attention_backward"}
+    assert op_names >= forward | {"rms_norm_backward", "glu_backward", "attention_backward"}
     assert largest < 38 * 5000
 
 
@@ -243,8 +245,8 @@ def test_an_evaluation_has_logits():
         expected, out = plain(ids, labels=ids), fast(ids, labels=ids)
         torch.testing.assert_close(out.logits, expected.logits, rtol=1e-4, atol=1e-4)
         torch.testing.assert_close(out.loss, expected.loss, rtol=1e-6, atol=1e-6)
-        alone = fast(ids, labels=ids, skip_logits=True)
-        assert alone.logits is None and torch.allclose(alone.loss, out.loss)
+        loss_only = fast(ids, labels=ids, skip_logits=True)
+        assert loss_only.logits is None and torch.allclose(loss_only.loss, out.loss)
         assert fast.train()(ids, labels=ids).logits is None
         assert fast(ids, labels=ids, skip_logits=False).logits is not None
         assert fast(ids, skip_logits=True).logits is not None  # without labels there is no loss
@@ -282,30 +284,30 @@ def test_what_needs_logits_has_them():
 
 def test_hooks_see_what_they_saw():
     plain, fast = pair()
-    ids, seen = tokens(), {}
+    ids, inputs = tokens(), {}
     for model in (plain, fast):
         for name, module in model.named_modules():
             if name.endswith(("layernorm", "mlp", "self_attn", "layers.1")):
                 module.register_forward_hook(
-                    lambda m, i, o, k=(model, name): seen.__setitem__(
+                    lambda m, i, o, k=(model, name): inputs.__setitem__(
                         k, o[0] if "attn" in k[1] else o
                     )
                 )
         model(ids)
-    for (model, name), out in list(seen.items()):
+    for (model, name), out in list(inputs.items()):
         if model is plain:
-            torch.testing.assert_close(seen[fast, name], out, rtol=1e-4, atol=1e-4)
+            torch.testing.assert_close(inputs[fast, name], out, rtol=1e-4, atol=1e-4)
 
 
 def test_hooks_on_the_activation():
     """A GLU whose activation has hooks, as set to inspect neurons, runs the model's own code."""
     plain, fast = pair()
-    ids, seen = tokens(), []
+    ids, outputs = tokens(), []
     for model in (plain, fast):
         act = model.model.layers[0].mlp.act_fn
-        act.register_forward_hook(lambda m, i, o: seen.append(o) or o * 2)
+        act.register_forward_hook(lambda m, i, o: outputs.append(o) or o * 2)
     torch.testing.assert_close(fast(ids).logits, plain(ids).logits, rtol=1e-4, atol=1e-4)
-    assert len(seen) == 2
+    assert len(outputs) == 2
 
 
 def test_unpatch_refuses_what_lies_on_top():
@@ -313,11 +315,11 @@ def test_unpatch_refuses_what_lies_on_top():
     model = fastlm.patch(model_of())
     norm, ids = model.model.norm, tokens()
     torch.nn.utils.parametrize.register_parametrization(norm, "weight", nn.Identity())
-    expected, found = model(ids).logits, patched_ops(model)
+    expected, patched = model(ids).logits, patched_ops(model)
     for function in (fastlm.unpatch, fastlm.patch):
         with pytest.raises(InputError, match="ParametrizedLlamaRMSNorm made on top of it"):
             function(model)
-    assert patched_ops(model) == found and torch.equal(model(ids).logits, expected)
+    assert patched_ops(model) == patched and torch.equal(model(ids).logits, expected)
     torch.nn.utils.parametrize.remove_parametrizations(norm, "weight")
     assert patched_ops(fastlm.unpatch(model)) == {}
 
@@ -333,11 +335,11 @@ def test_copies_and_pickles(tmp_path):
     plain, fast = pair("gemma2")
     ids = tokens()
     expected = fast(ids, labels=ids).loss
-    for again in (copy.deepcopy(fast), pickle.loads(pickle.dumps(fast))):
-        assert patched_ops(again) == patched_ops(fast)
-        assert torch.equal(again(ids, labels=ids).loss, expected)
-        fastlm.unpatch(again)
-        assert torch.equal(again(ids).logits, plain(ids).logits)
+    for duplicate in (copy.deepcopy(fast), pickle.loads(pickle.dumps(fast))):
+        assert patched_ops(duplicate) == patched_ops(fast)
+        assert torch.equal(duplicate(ids, labels=ids).loss, expected)
+        fastlm.unpatch(duplicate)
+        assert torch.equal(duplicate(ids).logits, plain(ids).logits)
     assert patched_ops(fast)
     fast.save_pretrained(tmp_path)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path)

@@ -105,9 +105,9 @@ def test_packed_sequences(family):
     (a, ga), (b, gb) = (gradients(m, **inputs) for m in (plain, fast))
     torch.testing.assert_close(b.loss, a.loss, rtol=1e-6, atol=1e-6)
     assert_equal_gradients(ga, gb)
-    alone = plain(ids[:1, 12:]).logits
+    expected = plain(ids[:1, 12:]).logits
     packed = fast(ids, position_ids=positions, use_cache=False).logits[:1, 12:]
-    torch.testing.assert_close(packed, alone, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(packed, expected, rtol=1e-4, atol=1e-4)
 
 
 def test_packed_sequences_by_offsets():

@@ -132,7 +132,7 @@ class ScaledLayer(Layer):
 
 
 @pytest.mark.parametrize(
-    "module, found",
+    "module, expected_ops",
     [
         (Linears(), {"glu": 1}),
         (Clamped(), {}),
@@ -151,10 +151,10 @@ class ScaledLayer(Layer):
     ],
     ids=lambda m: type(m).__name__ if isinstance(m, nn.Module) else "",
 )
-def test_what_computes_another_thing_elsewhere(module, found):
+def test_what_computes_another_thing_elsewhere(module, expected_ops):
     """They differ in training, with another argument, for large numbers, or with other buffers."""
     module, state = copy.deepcopy(module), torch.get_rng_state()
-    if found:
+    if expected_ops:
         fastlm.patch(module)
     else:
         with pytest.raises(InputError, match="found none among"):
@@ -162,8 +162,8 @@ def test_what_computes_another_thing_elsewhere(module, found):
     layers = sum((variant_of(m) or "  ")[1] == "layer" for m in module.modules())
     ran = patched_ops(module)
     ran.pop("linear", None)
-    assert ran == {k: v for k, v in found.items() if k != "layer"}
-    assert layers == found.get("layer", 0)
+    assert ran == {k: v for k, v in expected_ops.items() if k != "layer"}
+    assert layers == expected_ops.get("layer", 0)
     assert torch.equal(torch.get_rng_state(), state)
 
 
@@ -205,10 +205,10 @@ def test_a_rotation_told_more():
     """An apply_rotary_pos_emb that gets unsqueeze_dim as a positional argument."""
     from fastlm.hf.forwards import _attention
 
-    seen = []
+    arguments = []
 
     def apply_rotary_pos_emb(q, k, cos, sin, unsqueeze_dim=1):
-        seen.append(unsqueeze_dim)
+        arguments.append(unsqueeze_dim)
         return q, k
 
     names = {"apply_rotary_pos_emb": apply_rotary_pos_emb}
@@ -216,4 +216,4 @@ def test_a_rotation_told_more():
     base = type("Base", (), {"forward": names["forward"]})
     q = torch.randn(1, 2, 3, 8)
     forward = _attention(base, interleaved=False, implementation=None)
-    assert forward(None, q, q) == (q, q) and seen == [2]
+    assert forward(None, q, q) == (q, q) and arguments == [2]

@@ -32,10 +32,10 @@ def test_gradient_checkpointing(family, reentrant):
     _, expected = gradients(fast.train(), input_ids=ids, labels=ids)
     fast.gradient_checkpointing_enable({"use_reentrant": reentrant})
     fast.enable_input_require_grads()
-    _, found = gradients(fast, input_ids=ids, labels=ids)
-    assert all(torch.equal(found[n], g) for n, g in expected.items())
+    _, actual = gradients(fast, input_ids=ids, labels=ids)
+    assert all(torch.equal(actual[n], g) for n, g in expected.items())
     _, plainly = gradients(plain.train(), input_ids=ids, labels=ids)
-    assert_equal_gradients(plainly, found)
+    assert_equal_gradients(plainly, actual)
 
 
 @each_family
@@ -79,8 +79,8 @@ def test_compiles_in_one_graph(family):
     _, expected = gradients(plain, input_ids=ids, labels=ids)
     fast.zero_grad()
     compiled(input_ids=ids, labels=ids).loss.backward()
-    found = {n: p.grad for n, p in fast.named_parameters() if p.grad is not None}
-    assert_equal_gradients(expected, found)
+    actual = {n: p.grad for n, p in fast.named_parameters() if p.grad is not None}
+    assert_equal_gradients(expected, actual)
     ops = {n.split(".")[1] for n in names if n.startswith("fastlm.")}
     assert ops == {"rms_norm", "rope", "glu", "attention", "linear_cross_entropy"}
 
@@ -102,9 +102,9 @@ def test_new_shapes_are_not_compiled_again(family, labels):
         if labels:
             fast.zero_grad()
             out.loss.backward()
-            found = {n: p.grad for n, p in fast.named_parameters() if p.grad is not None}
+            actual = {n: p.grad for n, p in fast.named_parameters() if p.grad is not None}
             _, expected = gradients(fast, **inputs)
-            assert_equal_gradients(expected, found)
+            assert_equal_gradients(expected, actual)
         else:
             torch.testing.assert_close(out.logits, fast(**inputs).logits, rtol=1e-5, atol=1e-5)
     assert counts[1:] == [counts[1]] * 4 and counts[1] <= 2 * counts[0]
@@ -189,8 +189,8 @@ def test_trainer(tmp_path, mode):
 def test_trainer_computes_metrics(tmp_path):
     """An evaluation whose compute_metrics reads the logits."""
 
-    def accuracy(found):
-        return {"accuracy": (found.predictions.argmax(-1) == found.label_ids).mean()}
+    def accuracy(predictions):
+        return {"accuracy": (predictions.predictions.argmax(-1) == predictions.label_ids).mean()}
 
     metrics = []
     for model in pair():
@@ -202,8 +202,8 @@ def test_trainer_computes_metrics(tmp_path):
             model, arguments, eval_dataset=Rows(4), compute_metrics=accuracy
         )
         trainer.remove_callback(transformers.PrinterCallback)
-        found = trainer.evaluate()
-        metrics.append([found["eval_accuracy"], found["eval_loss"]])
+        scores = trainer.evaluate()
+        metrics.append([scores["eval_accuracy"], scores["eval_loss"]])
     torch.testing.assert_close(*metrics, rtol=1e-4, atol=0)
 
 
@@ -218,8 +218,10 @@ def test_lora(first):
     else:
         fast = fastlm.patch(peft.get_peft_model(fast, config))
     fast.load_state_dict(plain.state_dict())
-    found = patched_ops(fast)
-    assert found.pop("linear") >= linears(model_of())["linear"] and found == FAMILIES["llama"][1]
+    patched = patched_ops(fast)
+    assert (
+        patched.pop("linear") >= linears(model_of())["linear"] and patched == FAMILIES["llama"][1]
+    )
     ids = tokens()
     (a, ga), (b, gb) = (gradients(m, input_ids=ids, labels=ids) for m in (plain, fast))
     torch.testing.assert_close(b.loss, a.loss, rtol=1e-6, atol=1e-6)

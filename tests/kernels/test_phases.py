@@ -12,12 +12,12 @@ from paths import ROOT, SUPPORT
 def test_each_unit_once_and_the_same_results(tmp_path, sanitize):
     program = tmp_path / "phases"
     source = ["-I", ROOT / "csrc", SUPPORT / "phases.cpp", "-o", program]
-    built = subprocess.run(
+    build = subprocess.run(
         ["g++", "-std=c++17", "-O2", "-pthread", *sanitize, *source], capture_output=True, text=True
     )
-    if sanitize and "tsan" in built.stderr:
+    if sanitize and "tsan" in build.stderr:
         pytest.skip("this g++ comes without ThreadSanitizer")
-    assert built.returncode == 0, built.stderr
+    assert build.returncode == 0, build.stderr
     results = {}
     for threads in (1, 2, 3, 4, 7):
         done = subprocess.run(

@@ -65,8 +65,8 @@ def started(kernel, monkeypatch):
     def noting(name):
         return lambda *a: (names.append(name), getattr(extension, name)(*a))[1]
 
-    known = [n for n in dir(extension) if n.startswith(("quantized_linear", "dequantize"))]
-    recorder = SimpleNamespace(**{n: noting(n) for n in known})
+    functions = [n for n in dir(extension) if n.startswith(("quantized_linear", "dequantize"))]
+    recorder = SimpleNamespace(**{n: noting(n) for n in functions})
     monkeypatch.setattr(module, "extension", lambda: recorder)
     return names
 
@@ -209,10 +209,10 @@ def test_rows_between_16_bytes(kernel, dtype):
     for x in (base[:8, 3:259], base[:8, 4:260], base[::9, :256], base[:1, 1:257], base[:0, :256]):
         for act_bits in (8, 16):
             q = weight(18, 256, 4)
-            found, expected = (
+            actual, expected = (
                 ops.quantized_linear(t, q, act_bits=act_bits) for t in (x, x.clone())
             )
-            assert_like([expected], [found], "views")
+            assert_like([expected], [actual], "views")
 
 
 def test_int8_activations_are_near_the_unrounded_product(kernel, dtype):
@@ -267,14 +267,14 @@ def test_every_code_is_exact(kernel, dtype, bits, m):
         assert torch.equal(ops.quantized_linear(x, q), codes[:, first : first + m].t().to(dtype))
 
 
-@pytest.mark.parametrize(("k", "group_size", "alone"), [(256, 32, 32), (1536, -1, 512)])
+@pytest.mark.parametrize(("k", "group_size", "outlier_columns"), [(256, 32, 32), (1536, -1, 512)])
 @pytest.mark.parametrize("m", [2, 40])
-def test_an_outlier_costs_only_its_own_run(kernel, dtype, k, group_size, alone, m):
+def test_an_outlier_costs_only_its_own_run(kernel, dtype, k, group_size, outlier_columns, m):
     """With one scale per row the others would be 127 / 1000 of a step each, i.e. zero."""
     q = weight(30, k, 8, group_size)
     x = torch.rand(m, k).to(dtype) + 1
     x[:, 0] = 1000
-    codes = q.qdata.clone().index_fill_(1, torch.arange(alone), 0)
+    codes = q.qdata.clone().index_fill_(1, torch.arange(outlier_columns), 0)
     rest = QuantizedWeight(codes, q.scales, None, 8, q.group_size, (30, k))
     truth = F.linear(x.double(), dequantized(rest))
     noise = ops.quantized_linear(x, rest, act_bits=8).double() - truth
@@ -312,11 +312,11 @@ def test_cuda_rounds_as_the_reference(kernel, dtype, bits):
     for group_size, k in ((8, 104), (40, 123), (520, 1100), (-1, 1100)):
         q = weight(1, k, bits, group_size)
         x = rows_with_ties(k, dtype)
-        found = module_of(kernel).int8_rows(x, q.qdata, q.scales, bits, q.group_size)
+        actual = module_of(kernel).int8_rows(x, q.qdata, q.scales, bits, q.group_size)
         expected = reference.int8_rows(x, bits, q.group_size)
-        assert [t.shape for t in found] == [t.shape for t in expected]
-        assert torch.equal(found[0], expected[0])
-        for a, b in zip(found[1:], expected[1:]):  # columns are padded
+        assert [t.shape for t in actual] == [t.shape for t in expected]
+        assert torch.equal(actual[0], expected[0])
+        for a, b in zip(actual[1:], expected[1:]):  # columns are padded
             assert torch.equal(a[:, :5], b[:, :5])
 
 

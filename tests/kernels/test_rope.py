@@ -25,14 +25,14 @@ def test_heads_as_views_of_projections(kernel, dtype):
         (across, across[:, :1]),
     ]  # fmt: skip
     for a, b in views:
-        given = (a, b, cos[:, : a.shape[-1]], sin[:, : a.shape[-1]])
-        found = ops.rope(*given)
-        assert_same(ops.rope(*(t.contiguous() for t in given)), found, "views")
+        arguments = (a, b, cos[:, : a.shape[-1]], sin[:, : a.shape[-1]])
+        actual = ops.rope(*arguments)
+        assert_same(ops.rope(*(t.contiguous() for t in arguments)), actual, "views")
         fakes = FakeTensorMode()
-        promised = [fakes.from_tensor(t) for t in given]
+        promised = [fakes.from_tensor(t) for t in arguments]
         with fakes:
             promised = ops.rope(*promised)
-        assert [t.stride() for t in found] == [t.stride() for t in promised]
+        assert [t.stride() for t in actual] == [t.stride() for t in promised]
     assert ops.rope(q, k, cos, sin)[0].transpose(1, 2).is_contiguous()
 
 
@@ -45,8 +45,10 @@ def test_gradient_of_another_memory_order(kernel):
     def function(q):
         return ops.rope(q, q[:, :1].detach(), cos, sin)[0]
 
-    (_, expected), (_, found) = (run(function, [across], [d])[0] for d in (dout.contiguous(), dout))
-    assert torch.equal(found, expected)
+    (_, expected), (_, actual) = (
+        run(function, [across], [d])[0] for d in (dout.contiguous(), dout)
+    )
+    assert torch.equal(actual, expected)
 
 
 def test_no_query_or_key_heads(kernel, dtype):
@@ -132,10 +134,10 @@ def test_fake_of_the_reference_knows_the_strides():
     cos, sin = torch.randn(2, 6, 8).unbind(0)
     across = torch.randn(2, 3, 8, 6).transpose(-1, -2)
     for q in (across, torch.randn(2, 6, 3, 8).transpose(1, 2), torch.randn(2, 3, 6, 16)[..., ::2]):
-        given, fakes = (q, q[:, :1], cos, sin), FakeTensorMode()
-        promised = [fakes.from_tensor(t) for t in given]
+        arguments, fakes = (q, q[:, :1], cos, sin), FakeTensorMode()
+        promised = [fakes.from_tensor(t) for t in arguments]
         with backend.use_backend("reference"):
-            real = ops.rope(*given)
+            real = ops.rope(*arguments)
             with fakes:
                 promised = ops.rope(*promised)
         assert [t.stride() for t in real] == [t.stride() for t in promised]
@@ -150,8 +152,8 @@ def test_half_of_a_whole_rotation_is_not_a_partial_one(interleaved):
     cos, sin = tables(5, 8, interleaved=interleaved, batch=2)
     once = [t[..., ::2] if interleaved else t[..., :8] for t in tables(5, 16, batch=2)]
     partial = ops.rope(q, k, cos, sin, interleaved=interleaved)
-    said = ops.rope(q, k, cos, sin, interleaved=interleaved, rotary_dim=8)
-    assert all(torch.equal(a, b) for a, b in zip(partial, said))
+    explicit = ops.rope(q, k, cos, sin, interleaved=interleaved, rotary_dim=8)
+    assert all(torch.equal(a, b) for a, b in zip(partial, explicit))
     with pytest.raises(InputError, match=r"cos: expected every angle twice .* got \(2, 5, 8\)"):
         ops.rope(q, k, *once, interleaved=interleaved)
     turned = ops.rope(q, k, *once, interleaved=interleaved, rotary_dim=8)

@@ -74,8 +74,8 @@ def test_it_chooses_what_torch_chooses(isa, sampling):
         for masks in ((None,), (mask, None)):
             assert_same(logits, lambda v=vocab, m=masks: rows_of(sampling, 4, v, masks=m))
         if vocab > 7:
-            chosen = assert_same(logits, lambda v=vocab: rows_of(sampling, 4, v, may_end=False))
-            assert not {0, vocab - 1} & {choice.token for choice in chosen}
+            tokens = assert_same(logits, lambda v=vocab: rows_of(sampling, 4, v, may_end=False))
+            assert not {0, vocab - 1} & {choice.token for choice in tokens}
 
 
 def test_long_rows_on_several_threads(isa):
@@ -97,17 +97,17 @@ def test_ties_go_to_the_first_token(isa):
 
 
 @pytest.mark.parametrize("sampling", [OPTIONS[i] for i in (0, 1, 4, 8)])
-@pytest.mark.parametrize("place", [0, 13, 998])  # 998: behind the last whole vector
-def test_rows_that_are_not_finite(isa, sampling, place):
+@pytest.mark.parametrize("position", [0, 13, 998])  # 998: behind the last whole vector
+def test_rows_that_are_not_finite(isa, sampling, position):
     logits = torch.randn(5, 999)
-    logits[0, place] = math.nan
-    logits[1, place] = math.inf
+    logits[0, position] = math.nan
+    logits[1, position] = math.inf
     logits[2] = -math.inf
     logits[3] = -math.inf
-    logits[3, place] = 1.0
-    chosen = assert_same(logits, lambda: rows_of(sampling, 5, 999))
-    assert [choice.token for choice in chosen[:4]] == [-1, -1, -1, place]
-    assert chosen[4].token >= 0 and chosen[3].logprob.top == [(place, 0.0)]
+    logits[3, position] = 1.0
+    tokens = assert_same(logits, lambda: rows_of(sampling, 5, 999))
+    assert [choice.token for choice in tokens[:4]] == [-1, -1, -1, position]
+    assert tokens[4].token >= 0 and tokens[3].logprob.top == [(position, 0.0)]
 
 
 def test_draws_follow_the_probabilities(isa):
@@ -127,12 +127,14 @@ def test_refusals():
     extension = backend.cpu_extension
     (row,) = rows_of(Sampling(), 1, 8)
     inputs = [(0, row.options.cpp, 0.5, None, True, -1)]
-    room = torch.empty(extension.sample_workspace(8), dtype=torch.uint8)
+    workspace = torch.empty(extension.sample_workspace(8), dtype=torch.uint8)
     with pytest.raises(ValueError, match=r"vocab: expected at most 7, got 8"):
-        extension.sample(torch.zeros(1, 7), inputs, room)
+        extension.sample(torch.zeros(1, 7), inputs, workspace)
     with pytest.raises(ValueError, match=r"rows: expected rows in \[0, 0\), got 0"):
-        extension.sample(torch.zeros(0, 8), inputs, room)
+        extension.sample(torch.zeros(0, 8), inputs, workspace)
     with pytest.raises(ValueError, match=r"workspace: expected \d+ bytes, got 64"):
-        extension.sample(torch.zeros(1, 8), inputs, room[:64])
+        extension.sample(torch.zeros(1, 8), inputs, workspace[:64])
     with pytest.raises(ValueError, match=r"mask: expected dtype bool, got uint8"):
-        extension.sample(torch.zeros(1, 8), [(*inputs[0][:3], room, *inputs[0][4:])], room)
+        extension.sample(
+            torch.zeros(1, 8), [(*inputs[0][:3], workspace, *inputs[0][4:])], workspace
+        )

@@ -62,13 +62,13 @@ def wide(model):
 @torch.no_grad()
 def one_by_one(model, pairs, limit=None):
     """(log-likelihood, greedy) of each pair from whole logits."""
-    found = []
+    results = []
     for context, continuation in pairs:
-        whole = [*context, *continuation][-(limit or 10**9) - 1 :]
-        logits = model(torch.tensor([whole[:-1]])).logits[0, -len(continuation) :].double()
-        chosen = logits.log_softmax(-1)[range(len(continuation)), continuation]
-        found.append((float(chosen.sum()), logits.argmax(-1).tolist() == continuation))
-    return found
+        window = [*context, *continuation][-(limit or 10**9) - 1 :]
+        logits = model(torch.tensor([window[:-1]])).logits[0, -len(continuation) :].double()
+        logprobs = logits.log_softmax(-1)[range(len(continuation)), continuation]
+        results.append((float(logprobs.sum()), logits.argmax(-1).tolist() == continuation))
+    return results
 
 
 def random_pairs(seed=0, count=24, longest=30):
@@ -88,11 +88,11 @@ def random_pairs(seed=0, count=24, longest=30):
     return pairs
 
 
-def assert_equal(found, truth, pairs, scale=1e-4):
-    for one, (logprob, greedy), (_, continuation) in zip(found, truth, pairs, strict=True):
-        assert abs(one.logprob - logprob) < scale * len(continuation), (one, logprob)
-        assert one.tokens == len(continuation)
-        assert one.greedy is None or one.greedy == greedy
+def assert_equal(actual, truth, pairs, scale=1e-4):
+    for likelihood, (logprob, greedy), (_, continuation) in zip(actual, truth, pairs, strict=True):
+        assert abs(likelihood.logprob - logprob) < scale * len(continuation), (likelihood, logprob)
+        assert likelihood.tokens == len(continuation)
+        assert likelihood.greedy is None or likelihood.greedy == greedy
 
 
 @pytest.mark.parametrize("tokens", (8, 4096))
@@ -106,15 +106,15 @@ def test_likelihoods_are_those_of_each_pair_alone(case, tokens, tokenizer):
     pairs = pairs + best
     truth += one_by_one(model if case == "w8a16" else wide(model), best)
     scorer = Scorer(model, tokenizer, tokens=tokens)
-    found = scorer.token_loglikelihoods(pairs, greedy=True)
-    assert_equal(found, truth, pairs)
-    assert sum(one.greedy for one in found) >= 9
-    assert found == scorer.token_loglikelihoods(pairs, greedy=True)  # the same bits
+    actual = scorer.token_loglikelihoods(pairs, greedy=True)
+    assert_equal(actual, truth, pairs)
+    assert sum(likelihood.greedy for likelihood in actual) >= 9
+    assert actual == scorer.token_loglikelihoods(pairs, greedy=True)  # the same bits
     if case == "llama":
         order = random.Random(1).sample(range(len(pairs)), len(pairs))
-        again = scorer.token_loglikelihoods([pairs[i] for i in order], greedy=True)
-        assert [again[order.index(i)] for i in range(len(pairs))] == found
-        assert all(one.greedy is None for one in scorer.token_loglikelihoods(pairs))
+        reordered = scorer.token_loglikelihoods([pairs[i] for i in order], greedy=True)
+        assert [reordered[order.index(i)] for i in range(len(pairs))] == actual
+        assert all(likelihood.greedy is None for likelihood in scorer.token_loglikelihoods(pairs))
 
 
 @torch.no_grad()
@@ -131,17 +131,17 @@ def test_a_sure_model_is_greedy_where_it_is_sure(tokenizer):
     pairs = [(c, greedy_tokens(model, c, 3)) for c, _ in random_pairs(1, 20)]
     pairs += [(c, [*t[:2], (t[2] + 1) % 290]) for c, t in pairs]
     truth = one_by_one(wide(model), pairs)
-    found = Scorer(model, tokenizer).token_loglikelihoods(pairs, greedy=True)
-    assert [one.greedy for one in found] == [greedy for _, greedy in truth]
-    assert sum(one.logprob > -0.5 for one in found) >= 3  # the rule is in use
+    actual = Scorer(model, tokenizer).token_loglikelihoods(pairs, greedy=True)
+    assert [likelihood.greedy for likelihood in actual] == [greedy for _, greedy in truth]
+    assert sum(likelihood.logprob > -0.5 for likelihood in actual) >= 3  # the rule is in use
 
 
 def test_each_hears_of_every_pair_and_the_model_stays_as_it_was(tokenizer):
     model, pairs = make_model().train(), random_pairs()
-    heard = {}
+    reported = {}
     scorer = Scorer(model, tokenizer, tokens=64)
-    found = scorer.token_loglikelihoods(pairs, on_result=heard.__setitem__)
-    assert [heard[i] for i in range(len(pairs))] == found
+    actual = scorer.token_loglikelihoods(pairs, on_result=reported.__setitem__)
+    assert [reported[i] for i in range(len(pairs))] == actual
     assert model.training and all(p.grad is None for p in model.parameters())
     with pytest.raises(InputError, match=r"pairs\[1\]: expected a continuation"):
         scorer.token_loglikelihoods([pairs[0], ([5], [])])
@@ -151,9 +151,9 @@ def test_each_hears_of_every_pair_and_the_model_stays_as_it_was(tokenizer):
 def test_contexts_beyond_the_limit_lose_their_beginning(tokenizer):
     model = make_model(max_position_embeddings=24)
     pairs = [(list(range(3, 3 + n)), [7, 8, 9]) for n in (10, 21, 22, 23, 60)]
-    found = Scorer(model, tokenizer).token_loglikelihoods(pairs, greedy=True)
-    assert [one.truncated_tokens for one in found] == [0, 0, 0, 1, 38]
-    assert_equal(found, one_by_one(wide(model), pairs, 24), pairs)
+    actual = Scorer(model, tokenizer).token_loglikelihoods(pairs, greedy=True)
+    assert [likelihood.truncated_tokens for likelihood in actual] == [0, 0, 0, 1, 38]
+    assert_equal(actual, one_by_one(wide(model), pairs, 24), pairs)
     shorter = Scorer(model, tokenizer, limit=12).token_loglikelihoods(pairs)
     assert_equal(shorter, one_by_one(wide(model), pairs, 12), pairs)
     with pytest.raises(InputError, match=r"pairs\[0\]: expected a continuation of at most"):
@@ -166,17 +166,17 @@ def test_long_texts_are_read_in_windows(tokenizer):
     model = make_model(max_position_embeddings=16)
     scorer = Scorer(model, tokenizer)
     texts = ["", "the bird", "the river is near the tree, " * 5]
-    found = scorer.rolling(texts)
-    for text, one in zip(texts, found, strict=True):
+    actual = scorer.rolling(texts)
+    for text, likelihood in zip(texts, actual, strict=True):
         ids = tokenizer.encode(text)
-        assert one.tokens == len(ids)
+        assert likelihood.tokens == len(ids)
         windows = []
         for at in range(0, len(ids), 16):
             end = min(at + 16, len(ids))
-            whole = [tokenizer.eos_id, *ids][max(0, end - 16) : end]
-            windows.append((whole[: len(whole) - (end - at - 1)], ids[at:end]))
+            window = [tokenizer.eos_id, *ids][max(0, end - 16) : end]
+            windows.append((window[: len(window) - (end - at - 1)], ids[at:end]))
         truth = sum(logprob for logprob, _ in one_by_one(wide(model), windows))
-        assert abs(one.logprob - truth) < 1e-4 * max(1, len(ids))
+        assert abs(likelihood.logprob - truth) < 1e-4 * max(1, len(ids))
 
 
 def test_tokens_of_pairs(tokenizer):
@@ -188,33 +188,36 @@ def test_tokens_of_pairs(tokenizer):
         (a, b[len(a) :]), (a, b[len(a) :]), (eos, a), (eos, tokenizer.encode("  the")),
     ]  # fmt: skip
     chat = scorer.encode([("what? ", "a bird")], chat=True)
-    asked = tokenizer.encode_chat([{"role": "user", "content": "what? "}])
-    assert chat == [(asked, tokenizer.encode("a bird"))]
+    chat_ids = tokenizer.encode_chat([{"role": "user", "content": "what? "}])
+    assert chat == [(chat_ids, tokenizer.encode("a bird"))]
     with pytest.raises(InputError, match=r"pairs\[0\]: expected a continuation"):
         scorer.loglikelihoods([("the", "")])
 
 
 def test_bos_prefix_and_special_tokens(tokenizer):
-    own = with_bos(tokenizer)
-    model, bos = make_model(), own.bos_id
-    the, bird = own.encode("the"), own.encode("the bird")
+    bos_tokenizer = with_bos(tokenizer)
+    model, bos = make_model(), bos_tokenizer.bos_id
+    the, bird = bos_tokenizer.encode("the"), bos_tokenizer.encode("the bird")
     rest = bird[len(the) :]
     pairs = [("the", " bird"), ("", "the bird"), ("", f"{BOS}the"), (f"{BOS}the", " bird")]
-    literal = own.encode(BOS)
-    assert Scorer(model, own).encode(pairs) == [
-        ([bos, *the], rest), ([bos], bird), ([bos], own.encode(f"{BOS}the")),
+    literal = bos_tokenizer.encode(BOS)
+    assert Scorer(model, bos_tokenizer).encode(pairs) == [
+        ([bos, *the], rest), ([bos], bird), ([bos], bos_tokenizer.encode(f"{BOS}the")),
         ([bos, *literal, *the], rest),
     ]  # fmt: skip
     # as transformers reads them, and no second BOS
-    assert Scorer(model, own, parse_special=True).encode(pairs) == [
+    assert Scorer(model, bos_tokenizer, parse_special=True).encode(pairs) == [
         ([bos, *the], rest), ([bos], bird), ([bos], the), ([bos, *the], rest),
     ]  # fmt: skip
-    assert Scorer(model, own, add_bos=False).encode(pairs)[:2] == [(the, rest), ([bos], bird)]
-    assert Scorer(model, own, prefix=5).encode(pairs)[1] == ([5], bird)
+    assert Scorer(model, bos_tokenizer, add_bos=False).encode(pairs)[:2] == [
+        (the, rest),
+        ([bos], bird),
+    ]
+    assert Scorer(model, bos_tokenizer, prefix=5).encode(pairs)[1] == ([5], bird)
     plain = Scorer(model, tokenizer, parse_special=True)
     assert plain.encode([("", "<|endoftext|>the")]) == [([tokenizer.eos_id], the)]
     with pytest.raises(InputError, match="prefix: expected 0 to 289, got 290"):
-        Scorer(model, own, prefix=290)
+        Scorer(model, bos_tokenizer, prefix=290)
     with pytest.raises(InputError, match="add_bos: expected a tokenizer with BOS"):
         Scorer(model, tokenizer, add_bos=True)
 
@@ -223,18 +226,23 @@ def test_batches_hold_every_sequence_within_their_bounds():
     draw = random.Random(4)
     sequences = [context + continuation for context, continuation in random_pairs(5, 60)]
     draw.shuffle(sequences)
-    for tokens, keys, most in ((8, 10**6, None), (64, 100, None), (4096, 10**6, 3), (64, 10**6, 1)):
+    for tokens, keys, max_members in (
+        (8, 10**6, None),
+        (64, 100, None),
+        (4096, 10**6, 3),
+        (64, 10**6, 1),
+    ):
         members = []
-        for batch in prefix_batches(sequences, tokens=tokens, keys=keys, max_sequences=most):
+        for batch in prefix_batches(sequences, tokens=tokens, keys=keys, max_sequences=max_members):
             members += batch.members
             ids = batch.ids[0].tolist()
             for i, rows in zip(batch.members, batch.rows, strict=True):
                 assert [ids[row] for row in rows] == sequences[i]
-            alone = len(batch.members) == 1
-            assert len(ids) <= tokens or alone
-            assert len(batch.members) <= (most or 10**6)
+            is_single = len(batch.members) == 1
+            assert len(ids) <= tokens or is_single
+            assert len(batch.members) <= (max_members or 10**6)
             if batch.keys is not None:
-                assert len(batch.keys[0]) <= keys or alone
+                assert len(batch.keys[0]) <= keys or is_single
                 assert int(batch.keys[1][-1]) == len(batch.keys[0])
             assert np.array_equal(np.diff(batch.cu_seqlens) > 0, np.ones(len(batch.cu_seqlens) - 1))
         assert sorted(members) == list(range(len(sequences)))
@@ -248,24 +256,24 @@ def test_answers_depend_on_prompt_and_seed(tokenizer):
     ]
     done = []
     drawn = scorer.generate(prompts, temperature=1.0, on_result=done.append)
-    assert {one.text for one in done} == {one.text for one in drawn} and len(done) == 5
-    assert len({one.text for one in drawn[:4]}) > 1
+    assert {answer.text for answer in done} == {answer.text for answer in drawn} and len(done) == 5
+    assert len({answer.text for answer in drawn[:4]}) > 1
     assert scorer.generate(prompts[2:], temperature=1.0) == drawn[2:]
     best = scorer.generate(prompts)
     assert best[0].text == best[1].text
     ids = tokenizer.encode("the bird")
     assert not best[0].ended and best[0].text == tokenizer.decode(greedy_tokens(model, ids, 9))
-    own = [EvalPrompt("the bird", 9, sampling=Sampling(0.0)), EvalPrompt("the bird", 9, seed=3)]
-    assert scorer.generate(own, temperature=1.0) == [best[0], drawn[3]]
+    seeded = [EvalPrompt("the bird", 9, sampling=Sampling(0.0)), EvalPrompt("the bird", 9, seed=3)]
+    assert scorer.generate(seeded, temperature=1.0) == [best[0], drawn[3]]
 
 
 def test_answers_end_at_stop_strings_and_special_tokens(tokenizer):
     model = make_model()
     scorer = Scorer(model, tokenizer)
-    (whole,) = scorer.generate([EvalPrompt("the bird", 12)])
-    stop = whole.text[3:5]
+    (full,) = scorer.generate([EvalPrompt("the bird", 12)])
+    stop = full.text[3:5]
     (cut,) = scorer.generate([EvalPrompt("the bird", 12, stop=(stop,))])
-    assert cut.ended and cut.text == whole.text[: whole.text.index(stop)]
+    assert cut.ended and cut.text == full.text[: full.text.index(stop)]
     # the special token that this model writes is not in the text of an answer
     with torch.no_grad():
         bird = tokenizer.encode("the bird")
@@ -284,12 +292,12 @@ def test_prompts_leave_room_and_chats_go_through_the_template(tokenizer):
     scorer = Scorer(model, tokenizer)
     long = EvalPrompt("the river is near the tree " * 9, 20)
     ids = tokenizer.encode(long.text)
-    (one,) = scorer.generate([long])
-    assert one.truncated_prompt_tokens == len(ids) + 20 - 32 and len(one.token_ids) <= 20
-    (kept,) = scorer.generate(
-        [EvalPrompt(tokenizer.decode(ids[one.truncated_prompt_tokens :]), 20)]
+    (answer,) = scorer.generate([long])
+    assert answer.truncated_prompt_tokens == len(ids) + 20 - 32 and len(answer.token_ids) <= 20
+    (long_answer,) = scorer.generate(
+        [EvalPrompt(tokenizer.decode(ids[answer.truncated_prompt_tokens :]), 20)]
     )
-    assert (kept.text, kept.truncated_prompt_tokens) == (one.text, 0)
+    assert (long_answer.text, long_answer.truncated_prompt_tokens) == (answer.text, 0)
     (half,) = scorer.generate([EvalPrompt("the " * 40, 99)])
     assert len(half.token_ids) <= 16
     chat = scorer.generate([EvalPrompt("it?", 6, chat=True), EvalPrompt("it?", 6)])
@@ -305,12 +313,12 @@ def test_split_float32_moves_likelihoods_by_little(tokenizer, monkeypatch, case,
     monkeypatch.setattr(sys.modules["fastlm.ops.linear"], "_MIN_SPLIT_ROWS", 1)
     model = make_model(case)
     pairs = [(TEXT[:60], TEXT[i : i + 9 + i % 7]) for i in range(30)]
-    asked = [Scorer(model, tokenizer, split_float32=on) for on in (True, False)]
+    scorers = [Scorer(model, tokenizer, split_float32=on) for on in (True, False)]
     with backend.use_cpu_isa(isa):
-        split, plain = (s.loglikelihoods(pairs, greedy=True) for s in asked)
+        split, plain = (s.loglikelihoods(pairs, greedy=True) for s in scorers)
     moved = [abs(a.logprob - b.logprob) for a, b in zip(split, plain, strict=True)]
     assert 0 < max(moved) < 1e-3
     assert [a.greedy for a in split] == [b.greedy for b in plain]
-    assert ["_split_head" in vars(s) for s in asked] == [True, False]
-    head, wide = model.head_matrix(torch.float32), vars(asked[0])["_split_head"]
+    assert ["_split_head" in vars(s) for s in scorers] == [True, False]
+    head, wide = model.head_matrix(torch.float32), vars(scorers[0])["_split_head"]
     assert torch.equal(wide[:, : head.shape[1]], head.bfloat16())

@@ -88,12 +88,12 @@ def faults(output: str) -> dict[tuple[str, bool], list[str]]:
 def test_every_planted_bug_is_found_whatever_the_order(planted):
     runs = faults(run(planted, "both", SEEDS).stdout)
     assert {name for name, _ in runs} == SAYS.keys()
-    for (name, bug), found in runs.items():
-        assert len(found) == SEEDS
+    for (name, bug), reports in runs.items():
+        assert len(reports) == SEEDS
         if not bug:
-            assert set(found) == {""}, name
+            assert set(reports) == {""}, name
             continue
-        for fault in found:
+        for fault in reports:
             assert any(words in fault for words in SAYS[name]), (name, fault)
             assert f"kernel {name}, block " in fault and ", thread " in fault
             assert "at planted.cu:" in fault
@@ -114,7 +114,9 @@ def test_a_wild_pointer_ends_the_process_with_kernel_and_thread(planted):
 
 def test_counts_bank_conflicts_and_sectors(planted):
     lines = [line.split("\t") for line in run(planted, "count").stdout.splitlines()]
-    counts = {(int(s), place.split(":")[1][4:]): tuple(map(int, rest)) for s, place, *rest in lines}
+    counts = {
+        (int(s), location.split(":")[1][4:]): tuple(map(int, rest)) for s, location, *rest in lines
+    }
     # 32 lanes, 4 bytes each: instructions, passes or sectors, their minimum
     assert counts[1, "write shared"] == counts[33, "write shared"] == (1, 1, 1)
     assert counts[32, "write shared"] == counts[32, "read shared"] == (1, 32, 1)

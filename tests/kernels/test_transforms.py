@@ -37,8 +37,8 @@ def pulled_back(function, tensors, dy):
     return torch.autograd.grad(function(*leaves), leaves, dy)
 
 
-def assert_all_equal(found, expected):
-    for a, b in zip(found, expected, strict=True):
+def assert_all_equal(actual, expected):
+    for a, b in zip(actual, expected, strict=True):
         assert torch.equal(a, b)
 
 
@@ -47,8 +47,8 @@ def test_grad_and_vjp_run_the_kernels(function, tensors):
     dy = cotangent(function, tensors)
     expected = pulled_back(function, tensors, dy)
     everything = tuple(range(len(tensors)))
-    found = torch.func.grad(lambda *t: (function(*t) * dy).sum(), everything)(*tensors)
-    assert_all_equal(found, expected)
+    actual = torch.func.grad(lambda *t: (function(*t) * dy).sum(), everything)(*tensors)
+    assert_all_equal(actual, expected)
     _, pull = torch.func.vjp(function, *tensors)
     assert_all_equal(pull(dy), expected)  # after the transform its wrappers are invalid
 
@@ -79,9 +79,9 @@ def test_vmap_of_nothing_is_refused():
 def test_batched_backward(function, tensors):
     dy = torch.stack([cotangent(function, tensors) for _ in range(2)])
     leaves = [t.detach().clone().requires_grad_() for t in tensors]
-    found = torch.autograd.grad(function(*leaves), leaves, dy, is_grads_batched=True)
+    actual = torch.autograd.grad(function(*leaves), leaves, dy, is_grads_batched=True)
     expected = [torch.stack(g) for g in zip(*(pulled_back(function, tensors, d) for d in dy))]
-    for a, b in zip(found, expected):  # torch's own rules use other products
+    for a, b in zip(actual, expected):  # torch's own rules use other products
         torch.testing.assert_close(a, b)
 
 
@@ -118,8 +118,8 @@ def test_a_graph_break_does_not_compile_each_op_again():
     torch._dynamo.reset()
     compiled = torch.compile(torch.func.grad(loss), backend="aot_eager")
     with torch._dynamo.config.patch(recompile_limit=2, fail_on_recompile_limit_hit=True):
-        found = compiled(q, k, v)
-    assert torch.equal(found, torch.func.grad(three_ops)(q, k, v))
+        actual = compiled(q, k, v)
+    assert torch.equal(actual, torch.func.grad(three_ops)(q, k, v))
 
 
 # ops that are not linear in their first tensor
@@ -150,8 +150,8 @@ def test_trace(name):
     """The trace records the op, so it also returns the op's results for other values."""
     function, tensors = CALLS[name]
     for needs_grad in (False, True)[: 1 if "paged" in name else 2]:
-        given = [t.clone().requires_grad_(needs_grad) for t in tensors]
-        traced = torch.jit.trace(lambda *t: function(*t), given)
+        leaves = [t.clone().requires_grad_(needs_grad) for t in tensors]
+        traced = torch.jit.trace(lambda *t: function(*t), leaves)
         others = [(2 * t).detach().requires_grad_(needs_grad) for t in tensors]
         assert torch.equal(traced(*others), function(*others))
         if needs_grad:
@@ -198,15 +198,15 @@ def test_per_sample_gradients_of_a_model(patched):
     parameters = {n: p.detach() for n, p in model.named_parameters()}
 
     def loss(parameters, ids):
-        given = ids[None]
-        return torch.func.functional_call(model, parameters, (given,), {"labels": given}).loss
+        batch = ids[None]
+        return torch.func.functional_call(model, parameters, (batch,), {"labels": batch}).loss
 
-    found = torch.vmap(torch.func.grad(loss), (None, 0))(parameters, ids)
+    actual = torch.vmap(torch.func.grad(loss), (None, 0))(parameters, ids)
     for i, row in enumerate(ids):
         model.zero_grad()
         model(row[None], labels=row[None]).loss.backward()
         for name, parameter in model.named_parameters():
-            torch.testing.assert_close(found[name][i], parameter.grad)
+            torch.testing.assert_close(actual[name][i], parameter.grad)
 
 
 # (t moves a tensor to the device under test)
@@ -246,9 +246,9 @@ def test_meta_tensors_give_shapes(call, autocasts):
 
     expected = results(lambda t: t)
     with torch.autocast("cpu", torch.bfloat16, enabled=autocasts):
-        found = results(lambda t: t.to("meta"))
-    for there, here in zip(found, expected, strict=True):
-        assert there.is_meta and there.shape == here.shape and there.dtype == here.dtype
+        actual = results(lambda t: t.to("meta"))
+    for meta, real in zip(actual, expected, strict=True):
+        assert meta.is_meta and meta.shape == real.shape and meta.dtype == real.dtype
 
 
 @pytest.mark.parametrize("patched", [False, True])

@@ -33,9 +33,9 @@ def call(triton):
 
 
 def select_config(call):
-    with launch.record_launches() as made:
+    with launch.record_launches() as launches:
         call()
-    return next(m.config for m in made if m.name == "_forward")
+    return next(m.config for m in launches if m.name == "_forward")
 
 
 def prefers(**expected):
@@ -94,10 +94,11 @@ def test_a_candidate_that_changes_the_result_is_out(cache, call):
 def test_a_candidate_that_spills_is_out(cache, call, monkeypatch):
     @contextlib.contextmanager
     def spilling():
-        with launch.record_launches() as made:
-            yield made
-        made[:] = [
-            m._replace(kernel=SimpleNamespace(n_spills=4 * (m.config.num_warps == 8))) for m in made
+        with launch.record_launches() as launches:
+            yield launches
+        launches[:] = [
+            m._replace(kernel=SimpleNamespace(n_spills=4 * (m.config.num_warps == 8)))
+            for m in launches
         ]
 
     monkeypatch.setattr(tune, "record_launches", spilling)

@@ -23,11 +23,11 @@ def test_is_attention_of_each_sequence(kernel, dtype):
     out, lse = ops.varlen_attention(q, k, v, offsets(lengths), causal=True, return_lse=True)
     for start, n in zip(offsets(lengths).tolist(), lengths):
         part = slice(start, start + n)
-        alone, alone_lse = ops.attention(
+        expected, expected_lse = ops.attention(
             *(t[part].transpose(0, 1)[None] for t in (q, k, v)), causal=True, return_lse=True
         )
-        assert torch.equal(out[part], alone[0].transpose(0, 1))
-        assert torch.equal(lse[:, part], alone_lse[0])
+        assert torch.equal(out[part], expected[0].transpose(0, 1))
+        assert torch.equal(lse[:, part], expected_lse[0])
 
 
 def test_nan_stays_in_its_sequence(kernel, dtype):
@@ -36,9 +36,9 @@ def test_nan_stays_in_its_sequence(kernel, dtype):
     cu = offsets(lengths, torch.int64).to(kernel.device)
     out = ops.varlen_attention(q, k, v, cu, causal=True)
     k[20:23], v[20:23] = float("nan"), float("nan")
-    again = ops.varlen_attention(q, k, v, cu, causal=True)
-    assert torch.equal(again[:20], out[:20]) and torch.equal(again[23:], out[23:])
-    assert again[20:23].isnan().all()
+    actual = ops.varlen_attention(q, k, v, cu, causal=True)
+    assert torch.equal(actual[:20], out[:20]) and torch.equal(actual[23:], out[23:])
+    assert actual[20:23].isnan().all()
 
 
 @on("triton")
@@ -48,8 +48,8 @@ def test_any_hint_gives_the_same(kernel, longest):
     q, k, v = (torch.randn(63, h, 16).to(kernel.device) for h in (4, 2, 2))
     cu = offsets([20, 3, 40]).to(kernel.device)
     expected = ops.varlen_attention(q, k, v, cu, causal=True)
-    found = ops.varlen_attention(q, k, v, cu, causal=True, max_seqlen_q=longest)
-    torch.testing.assert_close(found, expected)
+    actual = ops.varlen_attention(q, k, v, cu, causal=True, max_seqlen_q=longest)
+    torch.testing.assert_close(actual, expected)
 
 
 @on("triton")
