@@ -1,4 +1,4 @@
-"""adamw: what its table of cases (cases/adamw.py) does not say. test_optim.py tests the class."""
+"""Tests of adamw beyond its table of cases (cases/adamw.py). test_optim.py tests the class."""
 
 import pytest
 import torch

@@ -1,5 +1,6 @@
-"""A backend from outside (tests/support/metal: a row and a host function), and that host functions
-and declarations agree in every backend.
+"""Tests of a backend from outside (tests/support/metal: a row and a host function).
+
+They also check that host functions and declarations agree in every backend.
 """
 
 import importlib
@@ -25,7 +26,7 @@ def added():
     backend.remove("metal")
 
 
-def test_is_picked(added):
+def test_is_selected(added):
     x, w = torch.randn(3, 8, requires_grad=True), torch.randn(8)
     with backend.use_backend("reference"):
         expected = ops.rms_norm(x, w, residual=x)
@@ -40,8 +41,8 @@ def test_is_picked(added):
     assert backend.backend_for("rms_norm", x) == "metal" and backend.has_kernel("rms_norm", x)
 
 
-def test_what_it_does_not_serve(added):
-    """The next backend runs; where metal is forced it raises."""
+def test_unsupported_arguments(added):
+    """The next backend runs. If metal is forced, the call raises."""
     wide, w = torch.randn(2, 1025), torch.ones(1025)
     expected = "'metal' is forced but cannot run "
     ops.rms_norm(wide, w)
@@ -71,7 +72,7 @@ def test_is_in_info(added):
     assert info["ops"]["glu"]["unavailable"]["metal"] == "glu has no metal implementation"
 
 
-def test_nothing_is_left_of_it():
+def test_remove():
     def table():
         info = inventory.info()
         return info["backends"], info["ops"]
@@ -106,8 +107,8 @@ NAMES = {"numbers": "options", "dh_above": "dh"}
 
 @pytest.mark.parametrize("row", ROWS.values(), ids=ROWS)
 def test_hosts_are_what_is_declared(row):
-    """Each declared host function exists, with the definition's parameters, and no other has the
-    name of one."""
+    """Each declared host function exists, with the definition's parameters. No other function has
+    the name of one."""
     for entry in OPS.values():
         module = f"{row.package}.{entry.module}"
         exists = importlib.util.find_spec(module) is not None

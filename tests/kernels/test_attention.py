@@ -1,4 +1,4 @@
-"""attention: what its table of cases (cases/attention.py) does not say."""
+"""Tests of attention beyond its table of cases (cases/attention.py)."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""Ops and models under ``torch.autocast``: they accept its dtypes, and they train."""
+"""Tests of ops and models under ``torch.autocast``: they accept its dtypes, and they train."""
 
 import pytest
 import torch
@@ -47,7 +47,7 @@ def test_gradients_of_mixed_dtypes_come_in_their_own(dtype):
 
 @each_dtype
 def test_caches_of_pages(dtype):
-    """Tensors that autocast has narrowed, with a cache in float32."""
+    """Tensors that autocast has cast to 16 bits work with a cache in float32."""
     narrow = q.transpose(1, 2).to(dtype)
     cache, tokens = torch.zeros(2, 8, 2, 16), q[:, :2, :3].transpose(1, 2).to(dtype)
     positions = torch.arange(3).expand(2, 3)
@@ -85,7 +85,8 @@ def test_compiles_in_one_graph(dtype):
 
 
 def trained(model, ids, dtype, optimizer, spoiled=None):
-    """Losses of ten steps, and the skipped steps; the gradient of step `spoiled` is infinite."""
+    """Return the losses of ten steps, and the skipped steps. Step `spoiled` has an infinite
+    gradient."""
     opt = optimizer(model.parameters(), lr=3e-3)
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10, enabled=dtype == torch.float16)
     losses, skipped = [], []

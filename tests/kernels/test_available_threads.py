@@ -1,4 +1,4 @@
-"""Threads of a command: how many, and how they wait."""
+"""Tests of the threads of a command: how many there are, and how they wait."""
 
 import json
 import os
@@ -19,7 +19,7 @@ def write(path, text):
 
 @pytest.fixture
 def machine(tmp_path, monkeypatch):
-    """Four cores with two hardware threads each, all of them available, and no cgroup."""
+    """Fake four cores with two hardware threads each, all of them available, and no cgroup."""
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(8)))
     for cpu in range(8):
         siblings = tmp_path / f"sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list"
@@ -54,7 +54,7 @@ def test_quota_of_cgroup_1(machine, limit, expected):
 
 @pytest.fixture
 def environment(monkeypatch):
-    """The environment that `configure_threads` reads and changes."""
+    """Restore the environment that `configure_threads` reads and changes."""
     for name in ("OMP_NUM_THREADS", "RAYON_NUM_THREADS", "OMP_WAIT_POLICY", "GOMP_SPINCOUNT"):
         monkeypatch.setenv(name, "")  # so that the test removes what `configure_threads` sets
         monkeypatch.delenv(name)

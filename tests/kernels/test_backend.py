@@ -1,5 +1,5 @@
-"""What every op guarantees in any context of a call: default dtype and device, autocast, tensor
-subclasses, second derivatives, threads.
+"""Tests of every op in different contexts: default dtype and device, autocast, tensor subclasses,
+second derivatives, threads.
 """
 
 import contextlib
@@ -97,7 +97,7 @@ def test_autocast(name, op):
 
 
 class Wrapped(torch.Tensor):
-    """A tensor without memory of its own, like DTensor and quantized tensors."""
+    """A tensor without memory, like DTensor and quantized tensors."""
 
     @staticmethod
     def __new__(cls, inner):

@@ -1,5 +1,5 @@
-"""The extension's boundary: what a TensorView accepts and refuses, threads shared with torch, the
-choice of instruction set.
+"""Tests of the extension's boundary: what a TensorView accepts and refuses, threads shared with
+torch, and the selection of the instruction set.
 """
 
 import json

@@ -1,4 +1,4 @@
-"""Layers that keep only their input for the backward: the same bits in less memory."""
+"""Tests of activation checkpointing: the same bits in less memory."""
 
 from dataclasses import replace
 

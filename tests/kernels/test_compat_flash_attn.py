@@ -1,4 +1,4 @@
-"""`fastlm.compat.flash_attn` against flash-attn's documented behaviour, written out in float64."""
+"""Tests of `fastlm.compat.flash_attn` against flash-attn's documented behaviour, in float64."""
 
 import inspect
 import math
@@ -52,7 +52,7 @@ def test_signature(name):
 
 
 def visible(rows, keys, causal=False, window_size=(-1, -1)):
-    """Query i sees [i + keys - rows - left, i + keys - rows + right], inclusive."""
+    """Return a mask: query i sees i + keys - rows - left to i + keys - rows + right, inclusive."""
     left, right = window_size
     right = 0 if causal else right
     mask_rows = [
@@ -65,7 +65,7 @@ def visible(rows, keys, causal=False, window_size=(-1, -1)):
 def naive(
     q, k, v, *, softmax_scale=None, softcap=0.0, alibi_slopes=None, **mask
 ):  # fmt: skip
-    """(B, S, H, D) -> out, lse (B, H, S)."""
+    """Return out and lse (B, H, S) of (B, S, H, D)."""
     group = q.shape[2] // k.shape[2]
     q, k, v = (t.transpose(1, 2) for t in (q, k, v))
     k, v = (t.repeat_interleave(group, 1) for t in (k, v))
@@ -181,7 +181,7 @@ def one_by_one(q, k, v, q_lengths, k_lengths, alibi_slopes=None, **options):
 @pytest.mark.parametrize("window_size", [(-1, -1), (2, 0), (2, 1)], ids=str)
 @pytest.mark.parametrize("slopes", [None, (4,)])
 def test_varlen(q_lengths, k_lengths, causal, window_size, slopes):
-    """Each sequence as if it were alone."""
+    """Each sequence has the results that it has alone."""
     options = {
         "causal": causal, "window_size": window_size, "softcap": 2.0,
         "alibi_slopes": None if slopes is None else torch.rand(slopes),
@@ -336,7 +336,7 @@ def test_kvcache(options, layout, new, rows):
 
 
 def test_kvcache_lengths():
-    """One number for all sequences; the whole cache if none is given."""
+    """A number is for all sequences; without one the full cache is used."""
     q, k_cache, v_cache = (t.detach() for t in tensors(2, 1, 8, 4, 2))
     full_cache = flash_attn_with_kvcache(q, k_cache, v_cache)
     assert torch.equal(full_cache, flash_attn_with_kvcache(q, k_cache, v_cache, cache_seqlens=8))
@@ -362,7 +362,7 @@ def test_decoding_token_by_token_is_one_causal_call():
 
 
 def test_dropout():
-    """It draws from torch's generator and keeps the mean. The probabilities are not available."""
+    """Dropout uses torch's generator and preserves the mean. Probabilities are not available."""
     q, k, v = (t.detach() for t in tensors(1, 4, 256, 2, 2))
 
     def run(seed):

@@ -1,4 +1,4 @@
-"""`fastlm.compat.liger` against plain torch, argument by argument, as Liger documents them."""
+"""Tests of `fastlm.compat.liger` against plain torch, by the arguments that Liger documents."""
 
 import copy
 import inspect
@@ -69,7 +69,7 @@ ROWS, CLASSES, WIDTH, IGNORED = 13, 37, 8, 5
 
 
 def truth(logits, target, *, weight, ignore_index, smoothing, scale, reduction, softcap):
-    """The loss in float64. That of an ignored row is 0."""
+    """Return the loss in float64. That of an ignored row is 0."""
     z = logits if softcap is None else softcap * torch.tanh(logits / softcap)
     valid = target != ignore_index
     loss = F.cross_entropy(
@@ -265,7 +265,7 @@ APPLIED = [n for n in vars(door) if n.startswith("apply_liger_kernel_to_")]
 
 @pytest.mark.parametrize("name", APPLIED)
 def test_apply_to_models(name):
-    """The requested ops are patched if the model has a place for them. Attention is unchanged."""
+    """The requested ops are patched where the model has modules for them, but not attention."""
     kind = name.removeprefix("apply_liger_kernel_to_")
     family = {"gemma3_text": "gemma3", "qwen3_moe": "qwen2_moe"}.get(kind, kind)
     apply, expected_ops = getattr(door, name), dict(FAMILIES[family][1])
@@ -296,7 +296,7 @@ def llama_classes(monkeypatch):
 
 
 def test_apply_without_a_model_patches_those_that_are_built(llama_classes, tmp_path):
-    """Liger's first example. Models that exist, and other families, stay as they are."""
+    """Liger's first example works. Existing models and other families are unchanged."""
     before = model_of("llama").eval()
     before.save_pretrained(tmp_path)
     door.apply_liger_kernel_to_llama()
@@ -335,7 +335,7 @@ def test_mlp_sizes():
 
 
 def swapped(model, dtype):
-    """A Llama whose norms and MLPs are Liger's classes, with the model's own weights."""
+    """Return a Llama with Liger's norms and MLPs and the model's weights."""
     model = copy.deepcopy(model)
     for layer in model.model.layers:
         mlp = LigerSwiGLUMLP(model.config)

@@ -1,4 +1,4 @@
-"""cross_entropy: what its table of cases (cases/cross_entropy.py) does not say."""
+"""Tests of cross_entropy beyond its table of cases (cases/cross_entropy.py)."""
 
 from functools import partial
 
@@ -24,7 +24,7 @@ def make(rows, classes, dtype=torch.float32, ignored=0.25, device="cpu"):
 
 
 def both(function, logits, target, upstream=None, **options):
-    """Outputs and gradient."""
+    """Return outputs and gradient."""
     upstream = None if upstream is None else [upstream]
     return run(lambda z: function(z, target, **options), [logits], upstream)[0]
 
@@ -43,7 +43,7 @@ def test_targets_of_the_tables(name):
 @pytest.mark.parametrize("ignored", [0.0, 0.5])
 @pytest.mark.parametrize("weighted", [False, True])
 def test_reductions_are_torchs_own(reduction, ignored, weighted):
-    """Comparison with F.cross_entropy's own reduction, not with a copy of ours."""
+    """Compare with the reduction of F.cross_entropy, not with a copy of fastlm's."""
     logits, target = make(40, 61, torch.float64, ignored)
     weight = torch.rand(61, dtype=torch.float64) if weighted else None
     for smoothing in (0.0, 0.2):
@@ -217,7 +217,7 @@ def test_without_a_factor_of_p_no_p_is_looked_at(kernel, dtype):
 
 @pytest.mark.parametrize("options", [{}, {"label_smoothing": 0.2, "z_loss": 0.1}], ids=str)
 def test_blocks_of_the_reference_under_transforms(monkeypatch, options):
-    """A gradient written in parts: batched, with tangents, and both."""
+    """A gradient written in parts works batched, with tangents, and both."""
     logits, target = make(5, 7, torch.float64)
     upstream, tangent = torch.randn(3, 5).double(), torch.randn(5, 7).double()
 

@@ -1,4 +1,4 @@
-"""The machine code of the CUDA kernels compared with the table; the gate finds planted faults."""
+"""Tests of the gate that compares the CUDA kernels' machine code with the table."""
 
 import json
 

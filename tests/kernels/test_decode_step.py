@@ -1,4 +1,4 @@
-"""The decode step in one call against the modules, which are tested against transformers."""
+"""Tests of the decode step in one call against the modules."""
 
 import copy
 
@@ -31,7 +31,7 @@ def model_of(case="llama", **changes):
 
 
 def prefilled(model, rows, length, capacity, dtype=torch.float32, seed=0):
-    """ids (rows, capacity), and a cache that holds the first `length` of them."""
+    """Return ids (rows, capacity), and a cache with the first `length` of them."""
     g = torch.Generator().manual_seed(seed)
     ids = torch.randint(0, model.config.vocab_size, (rows, capacity), generator=g)
     cache = RowCache(model, rows, capacity, dtype=dtype)
@@ -47,13 +47,13 @@ def copy_of(model, cache):
 
 
 def int8_of(x):
-    """Codes and scales of keys or values (.., D); of NaN, poison."""
+    """Return codes and scales of keys or values (.., D); those of NaN are poison."""
     codes, scales = round_rows(x, x.shape[-1])
     return codes.to(torch.int8), scales[..., 0].clone()
 
 
 def pages_of(data, dtype):
-    """The arguments of `PagedSteps` for float32 pages in `dtype`."""
+    """Return the arguments of `PagedSteps` for float32 pages in `dtype`."""
     return int8_of(data) if dtype == torch.int8 else (data.to(dtype), None)
 
 
@@ -123,7 +123,7 @@ def test_formats(format, group_size, isa):
 @pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize("act_bits", [8, 16])
 def test_offsets(bits, act_bits, isa):
-    """Asymmetric weights, a row with several panels and runs, projections in different formats."""
+    """Weights are asymmetric, a row has several panels and runs, projections differ in format."""
     model = model_of(intermediate_size=2600, num_hidden_layers=2)
     for name, module in list(model.named_modules()):
         if isinstance(module, torch.nn.Linear | torch.nn.Embedding):
@@ -177,7 +177,7 @@ def test_16_bit_models_are_nearer_to_the_truth(dtype):
 
 @pytest.mark.parametrize("format", [None, "w4a8", "w8a16"])
 def test_same_bits(format, isa):
-    """The same bits on repetition, on any number of threads, and for a row alone or with others."""
+    """Results are the same on repetition, with any number of threads, and for any batch."""
     model = model_of(hidden_size=96, intermediate_size=224)
     if format:
         model = fastlm.quantize(model, format, group_size=32)
@@ -463,7 +463,7 @@ def test_8_bit_activations_keep_a_float16_cache():
     assert error_of(modules, expected) <= FLIPPED
 
 
-def test_why_not():
+def test_unsupported_reason():
     class Adapter(torch.nn.Linear):
         pass
 

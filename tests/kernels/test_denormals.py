@@ -58,7 +58,7 @@ def run_once(name):
 
 @pytest.mark.parametrize("name", CASES)
 def test_the_caller_keeps_its_denormals(isa, name):
-    """On every thread, also those that OpenMP starts in the call; and its own choice to flush."""
+    """They are kept on every thread, also on those that OpenMP starts; so is a choice to flush."""
     with threads(4):
         run_once(name)
         assert _cpu.threads_that_flush() == 0
@@ -88,7 +88,7 @@ def test_adamw_state_decays_to_zero(isa):
 
 
 def tails(function, *leaves):
-    """Forward and backward as one call."""
+    """Return forward and backward as one call."""
     leaves = [t.requires_grad_() for t in leaves]
 
     def call():

@@ -19,7 +19,7 @@ from fastlm import ops
 
 
 def count(function, *leaves):
-    """The FLOPs of forward and backward."""
+    """Count the FLOPs of forward and backward."""
     leaves = [t.detach().requires_grad_() for t in leaves]
     with FlopCounterMode(display=False) as counter:
         function(*leaves).sum().backward()

@@ -1,4 +1,4 @@
-"""glu: what its table of cases (cases/glu.py) does not say."""
+"""Tests of glu beyond its table of cases (cases/glu.py)."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""glu_round: what its table of cases (cases/joined_rounding.py) does not say."""
+"""Tests of glu_round beyond its table of cases (cases/joined_rounding.py)."""
 
 import pytest
 import torch

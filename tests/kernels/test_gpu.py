@@ -222,7 +222,7 @@ def small_model(format, family="llama"):
 
 
 def records(monkeypatch):
-    """A list to which every recorded graph is appended, or None for one that failed."""
+    """Return a list to which every recorded graph is appended, or None for one that failed."""
     graphs = []
     ours = cuda_decode.CudaDecodeRunner._record
 
@@ -254,7 +254,7 @@ def test_generation_by_a_graph(monkeypatch, format):
 
 
 def test_generation_within_a_generation(monkeypatch):
-    """The second one joins the projections' biases again, which the first one's graph reads."""
+    """The second one concatenates again the biases that the first one's graph reads."""
     model = small_model("w4a16", "qwen2").cuda()
     for name, parameter in model.named_parameters():
         if name.endswith("bias"):

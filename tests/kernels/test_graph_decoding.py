@@ -1,4 +1,4 @@
-"""Decode steps as a GPU runs them, on the emulator if there is no GPU, against the modules."""
+"""Tests of a GPU's decode steps, on the emulator if there is no GPU, against the modules."""
 
 import contextlib
 import sys
@@ -36,7 +36,7 @@ def modules(model):
 
 
 def prefilled(model, rows, length, capacity):
-    """ids (rows, capacity), and two caches that hold the first `length` of them."""
+    """Return ids (rows, capacity), and two caches with the first `length` of them."""
     ids = torch.randint(0, model.config.vocab_size, (rows, capacity), device=model.device)
     caches = []
     for _ in range(2):
@@ -108,7 +108,7 @@ def test_norm_and_gate_round_at_once(cuda, monkeypatch, case):
 
 
 def shapes(arguments):
-    """The arguments as far as the host sees them, without values of tensors and addresses."""
+    """Return the arguments as the host sees them, without values of tensors and addresses."""
 
     def shape(a):
         if isinstance(a, torch.Tensor):
@@ -129,7 +129,7 @@ class Operators(TorchDispatchMode):
 
 
 class Launches:
-    """The extension, with a record of its calls."""
+    """The extension, recording its calls."""
 
     def __init__(self, extension, calls):
         self.extension, self.calls = extension, calls
@@ -236,7 +236,7 @@ def test_generate(monkeypatch, tied):
     assert len(used) == 5
 
 
-def test_why_not(monkeypatch):
+def test_unsupported_reason(monkeypatch):
     model = model_of()
     assert cuda_decode.unsupported_reason(model) == "graphs need a GPU"
     # as if it were on a GPU that has the kernels

@@ -25,14 +25,14 @@ NEAR = {"rtol": 1e-4, "atol": 1e-5}  # another number of rows sums a product in 
 
 @pytest.fixture
 def recorder(monkeypatch):
-    """As on a GPU whose kernels serve every model."""
+    """Record graphs as on a GPU with kernels for every model."""
     monkeypatch.setattr(cuda_decode, "unsupported_reason", lambda model: None)
     with backend.use_backend("reference"):
         yield GraphRecorder(monkeypatch)
 
 
 def pages_of(model, count):
-    """Pages whose keys and values are random, as if prompts had been computed."""
+    """Return pages of random keys and values, as if prompts had been computed."""
     pages = BlockManager(model.config, count, dtype=model.dtype)
     pages.data.normal_()
     return pages
@@ -175,7 +175,7 @@ def test_weights_that_change_drop_the_graphs(recorder):
 
 
 def test_a_recording_that_fails(recorder):
-    """Steps then run unrecorded, and graphs that were recorded before go on."""
+    """Steps then run unrecorded. Graphs that were recorded before are still used."""
     model = model_of()
     short, long = requests_of(1, 9, max_new_tokens=20)[0], requests_of(4)
     expected = [r.token_ids for r in Engine(model).generate([short, *long])]
@@ -192,7 +192,7 @@ def test_a_recording_that_fails(recorder):
 
 @pytest.mark.parametrize("case", ["llama", "gemma2"])
 def test_rollouts_replay(recorder, case):
-    """The tokens that full passes draw, with their log-probabilities."""
+    """Rollouts have the tokens and log-probabilities of full passes."""
     model = model_of(case)
     prompts = [r.prompt for r in requests_of(6, 30)]
     answers = sample_completions(

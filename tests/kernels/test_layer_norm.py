@@ -1,4 +1,4 @@
-"""layer_norm: what its table of cases (cases/layer_norm.py) does not say."""
+"""Tests of layer_norm beyond its table of cases (cases/layer_norm.py)."""
 
 import pytest
 import torch
@@ -50,7 +50,7 @@ def test_leading_dimensions(kernel):
 
 @pytest.mark.parametrize("needed", ["x", "weight", "bias"])
 def test_only_one_gradient(op, kernel, needed):
-    """What is frozen gets no gradient, and the others' bits stay."""
+    """Frozen parameters get no gradient, and the bits of the others do not change."""
     tensors = [torch.randn(n, device=kernel.device) for n in ((70, 33), (33,), (33,))]
     (_, *grads), (dy,) = run(ops.layer_norm, tensors)
     at = ("x", "weight", "bias").index(needed)

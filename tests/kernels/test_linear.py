@@ -1,4 +1,4 @@
-"""linear: what its table of cases (cases/linear.py) does not say, and torch's products where
+"""Tests of linear beyond its table of cases (cases/linear.py), and torch's products where
 fastlm's own do not run.
 """
 
@@ -32,7 +32,7 @@ module = sys.modules["fastlm.ops.linear"]
 
 @pytest.fixture
 def fastlm_product():
-    """Use fastlm's own products for any number of rows with gradients and every instruction set."""
+    """Use fastlm's products for any number of rows with gradients, on every instruction set."""
     with fastlm_products((1, math.inf)):
         yield
 
@@ -49,7 +49,7 @@ def run(function, x, weight, bias, dy):
     return [y.detach(), *torch.autograd.grad(y, learnable, dy)]
 
 
-def test_the_own_product_ran(fastlm_product, kernel, monkeypatch):
+def test_fastlms_product_ran(fastlm_product, kernel, monkeypatch):
     calls = []
     for name in ("linear_forward", "linear_input_gradient", "linear_weight_gradient"):
         real = getattr(backend.cpu_extension, name)

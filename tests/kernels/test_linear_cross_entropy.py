@@ -1,4 +1,4 @@
-"""linear_cross_entropy: what its table of cases (cases/linear_cross_entropy.py) does not say."""
+"""Tests of linear_cross_entropy beyond its table of cases (cases/linear_cross_entropy.py)."""
 
 import pytest
 import torch
@@ -39,7 +39,7 @@ def both(x, w, bias, target, **options):
 
 @pytest.fixture(params=["forward", "recomputed"])
 def gradients(request):
-    """Both ways to the gradients."""
+    """Return the gradients of both paths."""
     with table.gradient_method(request.param):
         yield
 
@@ -61,7 +61,7 @@ def test_many_chunks_are_one(op, kernel, dtype, reduction, monkeypatch):
 
 
 def test_ways_agree(kernel, dtype):
-    """Gradients computed in the forward, and gradients of recomputed logits."""
+    """Gradients computed in the forward equal gradients of recomputed logits."""
     arguments = make(29, 32, 90, dtype, device=kernel.device)
     with table.gradient_method("forward"):
         first = both(*arguments)

@@ -1,4 +1,4 @@
-"""linear_distillation: what its table of cases (cases/linear_distillation.py) does not say."""
+"""Tests of linear_distillation beyond its table of cases (cases/linear_distillation.py)."""
 
 import math
 
@@ -27,7 +27,7 @@ def make(rows, widths, classes, dtype=torch.float32, spread=2.0, device="cpu"):
 
 
 def both(tensors, function=ops.linear_distillation, upstream=1.3, **options):
-    """The loss, and the gradients of student and student_weight."""
+    """Return the loss, and the gradients of student and student_weight."""
     teacher = [t.detach() for t in tensors[2:]]
     upstream = [torch.tensor(upstream, device=tensors[0].device)]
     return run(lambda x, w: function(x, w, *teacher, **options), tensors[:2], upstream)[0]

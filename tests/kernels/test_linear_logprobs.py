@@ -1,4 +1,4 @@
-"""linear_logprobs: what its table of cases (cases/linear_logprobs.py) does not say."""
+"""Tests of linear_logprobs beyond its table of cases (cases/linear_logprobs.py)."""
 
 import math
 
@@ -19,7 +19,7 @@ def fused(*arguments, **options):
 
 
 def both(x, w, bias, target, upstream, function=fused, **options):
-    """Outputs and gradients."""
+    """Return outputs and gradients."""
     upstream = [u.to(x.device) for u in upstream]
     return run(
         lambda x, w, bias=None: function(x, w, target, linear_bias=bias, **options),

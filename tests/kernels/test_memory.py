@@ -1,4 +1,4 @@
-"""fastlm.memory: recomputing values does not change gradients, but saves memory."""
+"""Tests of fastlm.memory: recomputing values does not change gradients, but saves memory."""
 
 import ctypes
 import subprocess
@@ -94,7 +94,7 @@ def test_value_is_not_kept(cover):
 
 @pytest.mark.skipif(sys.platform != "linux", reason="glibc's allocator")
 def test_checkpointing_still_saves_memory(monkeypatch):
-    """It cannot drop what its hooks do not see."""
+    """Checkpointing cannot drop tensors that its hooks do not see."""
     model = small_model(intermediate_size=3000)
     x = torch.randn(1, 400, 48, requires_grad=True)
     layer, context = model.model.layers[0], layers.ForwardContext(None, None, None, [None, None])

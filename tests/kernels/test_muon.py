@@ -1,4 +1,4 @@
-"""Muon against a plain definition in float64 and torch's own; states, clipping, refusals."""
+"""Tests of Muon against a plain definition in float64 and torch's; states, clipping, errors."""
 
 import copy
 import math
@@ -38,7 +38,7 @@ def parameters(dtype=torch.float32):
 
 
 def definition(weights, steps, *, lr, decay, momentum=0.95, nesterov=True, clip=math.inf):
-    """Muon as published, in float64, on plain lists. ``steps`` is a list of lists of gradients."""
+    """Run Muon as published, in float64, on plain lists. ``steps`` has a list of gradients each."""
     weights = [w.double() for w in weights]
     averages = [torch.zeros_like(w) for w in weights]
     for grads in steps:

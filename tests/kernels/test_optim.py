@@ -271,7 +271,7 @@ def test_float64_runs_on_the_reference_beside_float32():
 
 
 def problem(width=64):
-    """A small regression that takes a few hundred steps: one two-layer network learns another."""
+    """Return a regression of a few hundred steps: one two-layer network learns another."""
     torch.manual_seed(0)
     teacher = torch.nn.Sequential(
         torch.nn.Linear(width, 128), torch.nn.Tanh(), torch.nn.Linear(128, 8)
@@ -422,7 +422,7 @@ def test_masters_of_a_model_cast_later(dtype, begin):
 
 
 def test_masters_kept_and_overtaken():
-    """After float32 steps the masters from `keep_masters` belong to weights of the past."""
+    """After float32 steps the masters from `keep_masters` are outdated."""
     p = torch.nn.Parameter(torch.randn(64))
     module = torch.nn.ParameterList([p])
     optimizer = AdamW([p], lr=0.1, master_weights=True)

@@ -1,4 +1,4 @@
-"""paged_append: what its table of cases (cases/paged_append.py) does not say."""
+"""Tests of paged_append beyond its table of cases (cases/paged_append.py)."""
 
 import pytest
 import torch
@@ -70,7 +70,7 @@ def test_does_without_values(op, kernel):
 
 @on("cuda")
 def test_the_kernel_refuses_too(op, kernel):
-    """For callers of the extension that skip the op's checks."""
+    """The extension may be called without the op's checks."""
     from fastlm.cuda.paged_append import paged_append
 
     call = op.build_for(op.small["float"], torch.float32, "cuda", kernel.device)

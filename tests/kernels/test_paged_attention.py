@@ -1,4 +1,4 @@
-"""paged_attention: what its table of cases (cases/paged_attention.py) does not say."""
+"""Tests of paged_attention beyond its table of cases (cases/paged_attention.py)."""
 
 import importlib
 
@@ -96,7 +96,7 @@ def test_pages_past_two_to_the_31_elements(kernel):
 @on("cpu")
 @pytest.mark.parametrize("queries", [1, 20])
 def test_table_much_wider_than_the_sequences(kernel, queries, monkeypatch):
-    """A server's table has room for the longest context in each row. Memory follows the lengths."""
+    """A server's table fits the longest context in each row. Memory follows the lengths."""
     k, v, table, lens = pages([600, 3, 0, 9], 16, 2, 32, 32, torch.float32)
     q = torch.randn(4, queries, 4, 32)
     expected = ops.paged_attention(q, k, v, table, lens)
@@ -122,8 +122,8 @@ def test_table_much_wider_than_the_sequences(kernel, queries, monkeypatch):
 
 
 @on("cuda")
-def test_serves_its_rows(op, kernel, dtype):
-    """A row that it did not serve would compare the definition with itself."""
+def test_supports_its_rows(op, kernel, dtype):
+    """An unsupported row would compare the definition with itself."""
     for name, row in op.rows.items():
         if "cuda" in row.on:
             call = op.build_for(row.case, dtype, "cuda", kernel.device)
@@ -244,7 +244,7 @@ NOT_SERVED = {
 
 
 def not_forced():
-    """The rows as if the emulator had a device of its own."""
+    """Return the rows as if the emulator had a separate device."""
     names = (backend.forced_backend(), "reference")
     return lambda *key: [
         backend.BACKENDS[b]
@@ -255,8 +255,8 @@ def not_forced():
 
 @on("cuda")
 @pytest.mark.parametrize("shape, change", NOT_SERVED.values(), ids=NOT_SERVED)
-def test_what_it_does_not_serve(kernel, monkeypatch, shape, change):
-    """The next backend serves it; where this one is forced it raises."""
+def test_unsupported_arguments(kernel, monkeypatch, shape, change):
+    """The next backend runs. If this one is forced, the call raises."""
     queries, heads, width = shape
     dtype = change.get("dtype", torch.bfloat16)
     k, v, table, lens = move(kernel, pages([40], 16, 1, width + 8, width + 8, dtype))
@@ -278,8 +278,8 @@ def test_what_it_does_not_serve(kernel, monkeypatch, shape, change):
 
 
 @on("cuda")
-def test_served_and_not_in_turn(kernel, monkeypatch):
-    """The predicate is asked for each call, once."""
+def test_supported_and_unsupported_in_turn(kernel, monkeypatch):
+    """The predicate is called once per call."""
     checks, launches, predicate = [], [], host.SUPPORT.predicate
     support = host.SUPPORT._replace(predicate=lambda *a: (checks.append(1), predicate(*a))[1])
     monkeypatch.setitem(backend.OPS["paged_attention"].supports, "cuda", support)
@@ -293,7 +293,7 @@ def test_served_and_not_in_turn(kernel, monkeypatch):
 
 
 @on("cuda")
-def test_what_has_no_room(kernel, monkeypatch):
+def test_no_shared_memory(kernel, monkeypatch):
     """Tiles of wide heads do not fit into the shared memory of every architecture."""
     monkeypatch.setattr(host, "_fits", lambda device, rows, *_: rows <= 16)
     parts = move(kernel, pages([40], 16, 1, 16, 16, torch.bfloat16))

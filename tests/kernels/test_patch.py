@@ -1,4 +1,4 @@
-"""`fastlm.patch`: the same results on fastlm's kernels, and the way back."""
+"""Tests of `fastlm.patch`: the same results on fastlm's kernels, and `fastlm.unpatch`."""
 
 import copy
 import functools
@@ -80,7 +80,7 @@ def test_ops_choose(op):
 
 
 def test_says_what_it_did(caplog):
-    """One line, which is shown even without logging set up if only norms were found."""
+    """`patch` logs one line, which is visible without a logging setup if only norms were found."""
     caplog.set_level(logging.INFO, "fastlm")
     model = fastlm.patch(model_of())
     small = fastlm.patch(nn.Sequential(nn.RMSNorm(8), nn.Linear(8, 8)))
@@ -300,7 +300,7 @@ def test_hooks_see_what_they_saw():
 
 
 def test_hooks_on_the_activation():
-    """A GLU whose activation has hooks, as set to inspect neurons, runs the model's own code."""
+    """A GLU with hooks on its activation, as for inspecting neurons, runs the model's code."""
     plain, fast = pair()
     ids, outputs = tokens(), []
     for model in (plain, fast):
@@ -311,7 +311,7 @@ def test_hooks_on_the_activation():
 
 
 def test_unpatch_refuses_what_lies_on_top():
-    """parametrize (and fully_shard) derive a class of their own from the patched one."""
+    """parametrize (and fully_shard) derive a new class from the patched one."""
     model = fastlm.patch(model_of())
     norm, ids = model.model.norm, tokens()
     torch.nn.utils.parametrize.register_parametrization(norm, "weight", nn.Identity())

@@ -1,4 +1,4 @@
-"""transformers' attention on fastlm's kernels: masks, packing, caches, what is refused."""
+"""Tests of transformers' attention on fastlm's kernels: masks, packing, caches, errors."""
 
 import copy
 
@@ -57,7 +57,7 @@ def test_attention_with_options_that_no_kernel_has():
 
 
 def test_attention_that_computes_with_its_mask():
-    """It expects a mask with four dimensions, but fastlm's have fewer."""
+    """The model expects a mask with four dimensions, but fastlm's have fewer."""
     from fastlm.hf.patching import _implementation
 
     model = model_of()

@@ -1,4 +1,4 @@
-"""Which modules `fastlm.patch` recognizes, and which it does not."""
+"""Tests of the modules that `fastlm.patch` recognizes, and of those that it does not."""
 
 import copy
 
@@ -152,7 +152,7 @@ class ScaledLayer(Layer):
     ids=lambda m: type(m).__name__ if isinstance(m, nn.Module) else "",
 )
 def test_what_computes_another_thing_elsewhere(module, expected_ops):
-    """They differ in training, with another argument, for large numbers, or with other buffers."""
+    """Modules differ in training, with another argument, for large numbers, or other buffers."""
     module, state = copy.deepcopy(module), torch.get_rng_state()
     if expected_ops:
         fastlm.patch(module)
@@ -186,7 +186,7 @@ def test_a_model_of_ones_own():
 
 
 def test_looking_disturbs_nothing():
-    """It leaves alone torch's generator, hooks, weights, and other models with the same config."""
+    """torch's generator, hooks, weights, and other models with the same config are unchanged."""
     config = copy.deepcopy(FAMILIES["llama"][0])
     model, other = (AutoModelForCausalLM.from_config(config) for _ in range(2))
     other.config = model.config  # like calling LlamaForCausalLM(config) twice

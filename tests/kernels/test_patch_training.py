@@ -1,4 +1,4 @@
-"""Patched models in training: precision, checkpointing, compile, Trainer, LoRA."""
+"""Tests of patched models in training: precision, checkpointing, compile, Trainer, LoRA."""
 
 import peft
 import pytest
@@ -41,7 +41,7 @@ def test_gradient_checkpointing(family, reentrant):
 @each_family
 @pytest.mark.parametrize("mode", ["bf16", "autocast"])
 def test_low_precision(family, mode):
-    """Results are as near to float32 as the model's own in the same precision."""
+    """Results are as near to float32 as the original model's in the same precision."""
     exact = model_of(family)
     ids = tokens()
     truth, true_gradients = gradients(exact, input_ids=ids, labels=ids)

@@ -1,4 +1,4 @@
-"""quantized_linear: what its table of cases (cases/quantized_linear.py) does not say."""
+"""Tests of quantized_linear beyond its table of cases (cases/quantized_linear.py)."""
 
 from types import SimpleNamespace
 
@@ -35,7 +35,7 @@ def weight(n, k, bits, group_size=128, symmetric=True, scale_dtype=torch.bfloat1
 
 
 def packed(codes, bits, group_size):
-    """A weight of these codes, with scales of 1."""
+    """Return a weight of these codes, with scales of 1."""
     n, k = codes.shape
     nibbles = (codes + 8).to(torch.uint8)
     codes = codes.to(torch.int8) if bits == 8 else nibbles[:, 0::2] + 16 * nibbles[:, 1::2]
@@ -52,7 +52,7 @@ def module_of(kernel):
 
 @pytest.fixture
 def started(kernel, monkeypatch):
-    """The names of the kernels that are launched, or of the extension's functions."""
+    """Record the names of the launched kernels, or of the extension's functions."""
     names, module = [], module_of(kernel)
     if kernel.language == "triton":
         launch = module.launch

@@ -1,4 +1,4 @@
-"""rms_norm: what its table of cases (cases/rms_norm.py) does not say."""
+"""Tests of rms_norm beyond its table of cases (cases/rms_norm.py)."""
 
 import pytest
 import torch

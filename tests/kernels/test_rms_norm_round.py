@@ -1,4 +1,4 @@
-"""rms_norm_round: what its table of cases (cases/joined_rounding.py) does not say."""
+"""Tests of rms_norm_round beyond its table of cases (cases/joined_rounding.py)."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""rope: what its table of cases (cases/rope.py) does not say."""
+"""Tests of rope beyond its table of cases (cases/rope.py)."""
 
 import pytest
 import torch

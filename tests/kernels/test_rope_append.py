@@ -1,4 +1,4 @@
-"""rope_append: what its table of cases (cases/rope_append.py) does not say."""
+"""Tests of rope_append beyond its table of cases (cases/rope_append.py)."""
 
 import pytest
 import torch

@@ -29,7 +29,7 @@ VOCABS = [1, 7, 16, 255, 257, 1000, 5003]
 
 
 def rows_of(sampling, count, vocab, *, logprobs=3, masks=(None,), may_end=True):
-    """Rows of equal options and different seeds, whose penalties depend on earlier tokens."""
+    """Return rows of equal options and different seeds; penalties depend on earlier tokens."""
     rows = []
     for i in range(count):
         draw = torch.Generator().manual_seed(100 + i)
@@ -79,7 +79,7 @@ def test_it_chooses_what_torch_chooses(isa, sampling):
 
 
 def test_long_rows_on_several_threads(isa):
-    """So many logits that threads share the rows; a row alone has the same bits."""
+    """With many logits threads share the rows. A row alone has the same bits."""
     logits = 2 * torch.randn(8, 40_003)
     for sampling in (OPTIONS[0], OPTIONS[1], OPTIONS[4], OPTIONS[8]):
         together = assert_same(logits, lambda s=sampling: rows_of(s, 8, 40_003))

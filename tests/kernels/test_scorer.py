@@ -1,4 +1,4 @@
-"""Likelihoods and answers of `Scorer`, against float64 one pair at a time."""
+"""Tests of the likelihoods and answers of `Scorer`, against float64 one pair at a time."""
 
 import random
 import sys
@@ -30,7 +30,7 @@ def tokenizer():
 
 
 def with_bos(tokenizer):
-    """The same tokenizer, one that puts BOS before a text."""
+    """Return the same tokenizer, which puts BOS before a text."""
     backend = tokenizer.backend.from_str(tokenizer.backend.to_str())
     backend.post_processor = TemplateProcessing(
         single=[BOS, "$A"], special_tokens=[(BOS, backend.token_to_id(BOS))]
@@ -52,7 +52,7 @@ def make_model(case="llama", **changes):
 
 
 def wide(model):
-    """The same model in float64."""
+    """Return the same model in float64."""
     other = CausalLM(model.config).double().eval()
     state = {name: p.double() for name, p in model.state_dict().items()}
     other.load_state_dict(state, strict=True)
@@ -61,7 +61,7 @@ def wide(model):
 
 @torch.no_grad()
 def one_by_one(model, pairs, limit=None):
-    """(log-likelihood, greedy) of each pair from whole logits."""
+    """Return (log-likelihood, greedy) of each pair, from all logits."""
     results = []
     for context, continuation in pairs:
         window = [*context, *continuation][-(limit or 10**9) - 1 :]
@@ -126,7 +126,7 @@ def greedy_tokens(model, context, count):
 
 
 def test_a_sure_model_is_greedy_where_it_is_sure(tokenizer):
-    """Tokens of high probability are not looked at: flags are those of the logits all the same."""
+    """Tokens of high probability are not compared, but flags still equal those of the logits."""
     model = make_model(initializer_range=1.5)  # logits of order 50
     pairs = [(c, greedy_tokens(model, c, 3)) for c, _ in random_pairs(1, 20)]
     pairs += [(c, [*t[:2], (t[2] + 1) % 290]) for c, t in pairs]

@@ -1,4 +1,4 @@
-"""`fastlm.register_sdpa`: ``F.scaled_dot_product_attention`` on fastlm's kernels, and back."""
+"""Tests of `fastlm.register_sdpa`: ``F.scaled_dot_product_attention`` on fastlm's kernels."""
 
 import copy
 

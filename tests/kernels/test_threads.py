@@ -18,7 +18,7 @@ def test_every_op_is_here():
 
 
 def test_a_forked_process_computes_with_one_thread():
-    """It used to wait for ever for the threads that its parent has and it does not."""
+    """A forked process has none of its parent's threads, and must not wait for them."""
     q = torch.randn(1, 4, 300, 64)
     before = torch.get_num_threads()
     torch.set_num_threads(2)

@@ -1,4 +1,4 @@
-"""Ops and models under torch.func, batched backwards, torch.jit.trace and on meta tensors."""
+"""Tests of ops and models under torch.func, batched backwards, torch.jit.trace, meta tensors."""
 
 import warnings
 
@@ -109,7 +109,7 @@ def test_transforms_inside_torch_compile(way):
 
 
 def test_a_graph_break_does_not_compile_each_op_again():
-    """Behind it Dynamo compiles function by function, each at most `recompile_limit` times."""
+    """After it Dynamo compiles function by function, each at most `recompile_limit` times."""
 
     def loss(*tensors):
         torch._dynamo.graph_break()
@@ -238,7 +238,7 @@ ON_META = {
 @pytest.mark.parametrize("call", ON_META.values(), ids=ON_META)
 @pytest.mark.parametrize("autocasts", [False, True])
 def test_meta_tensors_give_shapes(call, autocasts):
-    """An autocast for the CPU does not apply to them."""
+    """CPU autocast does not apply to meta tensors."""
 
     def results(t):
         out = call(t)

@@ -1,4 +1,4 @@
-"""A sample of triton_gate, for one architecture per op; `make gate` compiles everything."""
+"""Test a sample of triton_gate, for one architecture per op; `make gate` compiles everything."""
 
 import os
 import subprocess

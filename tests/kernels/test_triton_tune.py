@@ -1,4 +1,4 @@
-"""The tuner of tile sizes, with a fake clock and, if there is no GPU, with interpreted kernels."""
+"""Tests of the tile-size tuner, with a fake clock and, without a GPU, interpreted kernels."""
 
 import contextlib
 import json
@@ -39,7 +39,7 @@ def select_config(call):
 
 
 def prefers(**expected):
-    """A clock on which each expected size halves the time."""
+    """Return a clock on which each expected size halves the time."""
 
     def timer(call):
         have = select_config(call).arguments()

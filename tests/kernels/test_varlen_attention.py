@@ -1,4 +1,4 @@
-"""varlen_attention: what its table of cases (cases/varlen_attention.py) does not say."""
+"""Tests of varlen_attention beyond its table of cases (cases/varlen_attention.py)."""
 
 import pytest
 import torch
@@ -17,7 +17,7 @@ def test_the_reference_is_the_formula(op):
 
 @on("cpu")
 def test_is_attention_of_each_sequence(kernel, dtype):
-    """Bit for bit, where the dense op does not decode."""
+    """Results are equal bit by bit where the dense op does not decode."""
     lengths = [40, 9, 97]
     q, k, v = (torch.randn(146, h, 32).to(dtype) for h in (4, 2, 2))
     out, lse = ops.varlen_attention(q, k, v, offsets(lengths), causal=True, return_lse=True)

@@ -101,7 +101,7 @@ def test_what_serves_as_a_number_still_does():
 
 
 def test_other_errors_stay_as_they_are():
-    """A wrong number of arguments, and torch's errors for tensors that fastlm does not handle."""
+    """These are a wrong number of arguments, and torch's errors for unsupported tensors."""
     with pytest.raises(TypeError, match="missing 1 required positional argument: 'up'"):
         ops.glu(x)
     sparse = torch.eye(8).to_sparse()
