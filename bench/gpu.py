@@ -369,16 +369,16 @@ def transformers_call(model: Any, users: int, keys: int) -> Callable[[], object]
     cache_position, token = torch.tensor([keys], device=DEVICE), prompt[:, :1]
     cache = StaticCache(config=config, max_cache_len=keys + 64)  # it counts calls
     takes = inspect.signature(model.forward).parameters  # the names changed between versions
-    held = {"cache" if "cache" in takes else "past_key_values": cache}
+    cache_argument = {"cache" if "cache" in takes else "past_key_values": cache}
     at = {"position_ids": cache_position.expand(users, 1)}
     if "cache_position" in takes:
         at["cache_position"] = cache_position
     with torch.inference_mode():
-        model(prompt, **held, logits_to_keep=1)
+        model(prompt, **cache_argument, logits_to_keep=1)
 
     @torch.inference_mode()
     def call() -> torch.Tensor:
-        return model(token, **held, **at).logits
+        return model(token, **cache_argument, **at).logits
 
     return call
 

@@ -1,5 +1,8 @@
-"""AdamW against torch's fused, foreach and loop variants: 40 M parameters in 100 tensors, and small
-or odd tensors, where the overhead of the call shows."""
+"""Time AdamW against torch's fused, foreach and loop variants.
+
+The cases are 40 M parameters in 100 tensors, and small or odd tensors, where the overhead of the
+call shows.
+"""
 
 import bench_path  # noqa: F401
 import torch
@@ -26,7 +29,7 @@ def torch_step(shapes, dtype=torch.float32, **options):
 
 
 def clip_step_copy():
-    """What a bf16 model with fp32 weights does in torch: clip bf16 gradients, step, copy back."""
+    """The step of a bf16 model with fp32 weights in torch: clip bf16 gradients, step, copy back."""
     low = tensors(BIG, torch.bfloat16, torch.bfloat16)
     wide = [p.detach().float().requires_grad_() for p in low]
     optimizer = torch.optim.AdamW(wide, fused=True)
@@ -43,7 +46,7 @@ def clip_step_copy():
 
 
 def clip_step_copy_fp32_gradients():
-    """The same with float32 gradients: only the clip, the fused step and the copy."""
+    """The same step with float32 gradients: only the clip, the fused step and the copy."""
     low = [torch.randn(s).bfloat16() for s in BIG]
     wide = tensors(BIG, torch.float32, torch.float32)
     optimizer = torch.optim.AdamW(wide, fused=True)
@@ -62,9 +65,9 @@ def mine(shapes, dtype, grad_dtype, **options):
     return lambda: AdamW(tensors(shapes, dtype, grad_dtype), **options).step
 
 
-def case(name: str, shape: str, variants: dict, each: int, shapes: list) -> Case:
-    """`each`: bytes read and written per parameter."""
-    size = each * sum(torch.Size(s).numel() for s in shapes)
+def case(name: str, shape: str, variants: dict, bytes_per_parameter: int, shapes: list) -> Case:
+    """Return a case that reads and writes `bytes_per_parameter` bytes per parameter."""
+    size = bytes_per_parameter * sum(torch.Size(s).numel() for s in shapes)
     return Case(name, shape, variants, bytes=size, data=tuple)
 
 

@@ -1,5 +1,6 @@
-"""Attention against torch's SDPA. A bfloat16 case also runs in float32 on the same values, which is
-faster on some machines.
+"""Time attention against torch's SDPA.
+
+A bfloat16 case also runs in float32 on the same values, which is faster on some machines.
 
 FLOPs follow the usual convention: 4 B H S T D, half of it under a causal mask, 2.5 times as much
 for the backward. Decoding is measured in bytes of keys and values read once.
@@ -107,7 +108,7 @@ def training(b: int, h: int, hkv: int, s: int, d: int, dtype: torch.dtype) -> li
 
 
 def full(b: int, h: int, hkv: int, s: int, d: int, dtype: torch.dtype) -> Case:
-    """No mask, as in an encoder."""
+    """Attention without a mask, as in an encoder."""
     return Case(
         f"full {short(dtype)} forward",
         f"({b}, {h}/{hkv}, {s}, {d})",
@@ -133,7 +134,7 @@ def decoding(b: int, h: int, hkv: int, t: int, d: int, dtype: torch.dtype) -> Ca
 
 
 def paged(b: int, h: int, hkv: int, t: int, d: int) -> Case:
-    """A cache in pages of 16, bf16 and int8. torch gathers the pages on a CPU."""
+    """Attention on a cache in pages of 16, bf16 and int8. torch gathers the pages on a CPU."""
     pages = b * -(-t // 16)
 
     def data():
@@ -173,7 +174,7 @@ def paged(b: int, h: int, hkv: int, t: int, d: int) -> Case:
 
 
 def varlen(lengths: list[int], h: int, d: int) -> Case:
-    """Documents packed one after the other. torch pads them to the longest."""
+    """Attention on packed documents. torch pads them to the longest."""
 
     def data():
         packed = [torch.randn(sum(lengths), h, d, dtype=BF16, requires_grad=True) for _ in range(3)]

@@ -48,7 +48,7 @@ def of_shape(rows: int, classes: int, dtype: torch.dtype, odd: bool = False) -> 
 
 
 def soft(rows: int, classes: int, dtype: torch.dtype) -> Case:
-    """The probability of every class as target."""
+    """Soft targets: the probability of every class."""
 
     def operands():
         logits = torch.randn(rows, classes).to(dtype).requires_grad_()

@@ -1,4 +1,4 @@
-"""glu against eager torch and torch.compile: SwiGLU at the training shapes, GeGLU, decode."""
+"""Time glu against eager torch and torch.compile: SwiGLU at the training shapes, GeGLU, decode."""
 
 from functools import partial
 

@@ -1,4 +1,4 @@
-"""layer_norm against F.layer_norm, alone and after an addition; training and decode sizes."""
+"""Time layer_norm against F.layer_norm, alone and after an addition; training and decode sizes."""
 
 import bench_path  # noqa: F401
 import torch

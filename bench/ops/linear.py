@@ -1,4 +1,4 @@
-"""linear against torch's (oneDNN): the layers of the models in bench/train/train_step.py.
+"""Time linear against torch's (oneDNN): the layers of the models in bench/train/train_step.py.
 
 As in a training step, no operand but the weight was touched recently: every call uses the next of
 COPIES inputs. On operands in the cache the two are equally fast. torch.compile calls the same
@@ -29,7 +29,7 @@ SHAPES = [
 
 
 def both(f, dtype=torch.bfloat16):
-    """A variant that computes output and both gradients, on the next inputs at each call."""
+    """Return a variant that computes output and both gradients, on the next inputs at each call."""
 
     def variant(inputs, weight):
         weight = weight.to(dtype).requires_grad_()

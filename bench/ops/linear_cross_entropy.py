@@ -1,4 +1,4 @@
-"""linear_cross_entropy against F.linear + F.cross_entropy, eager and compiled, in bfloat16, in
+"""Time linear_cross_entropy against F.linear + F.cross_entropy, eager and compiled, in bfloat16, in
 float32 on the same values and under autocast, and against torch's own chunked function. Measured:
 the loss with the gradients of input and weight, and for few rows the loss alone."""
 

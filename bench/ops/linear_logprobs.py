@@ -1,4 +1,4 @@
-"""linear_logprobs against F.linear + log_softmax + gather, eager and compiled, against TRL's
+"""Time linear_logprobs against F.linear + log_softmax + gather, eager and compiled, against TRL's
 function on materialized logits, and against linear_cross_entropy by rows, whose time it should
 have. Measured: the log-probabilities alone, and with the gradients of input and weight."""
 
@@ -45,8 +45,8 @@ def cross_entropy_rows(x, w, target):
     return ops.linear_cross_entropy(x, w, target, reduction="none")
 
 
-def of_trl() -> tuple[dict, dict]:
-    """TRL's function, or why it is missing."""
+def trl_function() -> tuple[dict, dict]:
+    """Return TRL's function, or the reason why it is missing."""
     try:
         selective = importlib.import_module("trl.trainer.utils").selective_log_softmax
     except (ImportError, RuntimeError, AttributeError) as error:
@@ -65,7 +65,7 @@ def of_shape(
     def with_gradient():
         return *operands(), torch.randn(*(2, rows) if entropy else (rows,))
 
-    peers, missing = ({}, {}) if entropy else of_trl()
+    peers, missing = ({}, {}) if entropy else trl_function()
     plain, fast = (eager_with_entropy, compiled_with_entropy) if entropy else (eager, compiled)
     case_list = []
     for label, run, products, data in (

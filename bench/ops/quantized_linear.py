@@ -1,4 +1,4 @@
-"""quantized_linear against torch's bf16 linear, its int4 and int8 kernels and `_int_mm`.
+"""Time quantized_linear against torch's bf16 linear, its int4 and int8 kernels and `_int_mm`.
 
 Every case cycles through several copies of its weight, more than the L3 holds, as the layers of a
 model do: a single copy would be read from the cache. FASTLM_BENCH_DRAM=1 uses 1.5 GB of copies, for
@@ -43,8 +43,8 @@ SHAPES = [
 LINEAR = [(4096, 1536, 512), (4096, 2816, 512), (4096, 32768, 512)]  # rows, N, K; torch runs these
 
 
-def in_turn(items):
-    """Return the next of `items` at each call, over and over."""
+def cycle(items):
+    """Return the next of `items` at each call, in a cycle."""
     return itertools.cycle(items).__next__
 
 
@@ -68,7 +68,7 @@ def quantized(bits: int, n: int, k: int, group: int) -> Callable[[], QuantizedWe
     def rows(t: torch.Tensor) -> torch.Tensor:
         return t.repeat(repeat, 1)[:n].clone()
 
-    return in_turn(
+    return cycle(
         [
             QuantizedWeight(
                 rows(few.qdata),
@@ -83,17 +83,17 @@ def quantized(bits: int, n: int, k: int, group: int) -> Callable[[], QuantizedWe
 
 @lru_cache(maxsize=2)  # cases of one weight are consecutive
 def bf16(n: int, k: int) -> Callable[[], torch.Tensor]:
-    return in_turn([torch.randn(n, k).bfloat16() for _ in range(copies_of(2 * n * k))])
+    return cycle([torch.randn(n, k).bfloat16() for _ in range(copies_of(2 * n * k))])
 
 
 @lru_cache(maxsize=2)  # cases of one weight are consecutive
 def fp32(n: int, k: int) -> Callable[[], torch.Tensor]:
-    return in_turn([torch.randn(n, k) for _ in range(copies_of(4 * n * k))])
+    return cycle([torch.randn(n, k) for _ in range(copies_of(4 * n * k))])
 
 
 @lru_cache(maxsize=2)  # cases of one weight are consecutive
 def int8(n: int, k: int) -> Callable[[], torch.Tensor]:
-    return in_turn(
+    return cycle(
         [torch.randint(-127, 128, (n, k), dtype=torch.int8) for _ in range(copies_of(n * k))]
     )
 
@@ -102,11 +102,11 @@ def int8(n: int, k: int) -> Callable[[], torch.Tensor]:
 def int4pack(n: int, k: int) -> Callable[[], torch.Tensor]:
     codes = torch.randint(0, 16, (n, k), dtype=torch.int32)
     packed = torch._convert_weight_to_int4pack_for_cpu(codes, 2)
-    return in_turn([packed.clone() for _ in range(copies_of(n * k // 2))])
+    return cycle([packed.clone() for _ in range(copies_of(n * k // 2))])
 
 
 def peers(bits: int, act: int, m: int, n: int, k: int, group: int) -> tuple[dict, dict]:
-    """torch's calls for the same product, and why others are missing. A variant accepts x."""
+    """Return torch's calls for the same product, and the reasons for missing ones."""
 
     def in_bf16(x):
         weight = bf16(n, k)

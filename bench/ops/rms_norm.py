@@ -1,4 +1,4 @@
-"""rms_norm against F.rms_norm, alone and after a residual addition; training and decode sizes."""
+"""Time rms_norm against F.rms_norm, alone and after a residual addition; training, decode sizes."""
 
 import bench_path  # noqa: F401
 import torch

@@ -1,4 +1,4 @@
-"""rope against Hugging Face's eager formula: training shapes, a decode step, odd sizes."""
+"""Time rope against Hugging Face's eager formula: training shapes, a decode step, odd sizes."""
 
 import bench_path  # noqa: F401
 import torch

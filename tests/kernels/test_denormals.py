@@ -1,5 +1,4 @@
-"""No denormal slow path: a kernel treats a number below 2^-126 as zero, in what it reads and
-writes.
+"""Tests that kernels read and write numbers below 2^-126 as zero: denormals have no slow path.
 
 On such a number an instruction takes 10 cycles (here) to 150. Moments of weights without gradient
 decay into denormals, and so does the tail of a softmax. Kernels therefore flush them (simd.h,

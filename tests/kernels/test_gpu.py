@@ -1,4 +1,4 @@
-"""What only a GPU can show: bfloat16 at real sizes, graphs, no waiting for the device.
+"""Tests that need a GPU: bfloat16 at real sizes, graphs, no waiting for the device.
 
 `bench/gpu.sh` runs these and test_triton_*.py on a machine with a GPU. Not run on a GPU yet.
 """
