@@ -1,8 +1,8 @@
 """Time linear_distillation against the formula on the logits of both heads, eager and compiled.
 
 Measured are the loss with the gradients of student and student_weight, and the loss alone.
-"linear_cross_entropy" is not a peer but the yardstick: 3 products with gradients where distillation takes 4, 1 without where it
-takes 2.
+"linear_cross_entropy" is not a peer but the yardstick: 3 products with gradients where distillation
+takes 4, 1 without where it takes 2.
 
 TRL's loss of GKD is the eager formula. Liger's LigerFusedLinearJSD is a Triton kernel and does not
 run on a CPU.
