@@ -52,7 +52,7 @@ VECTOR_ROWS = 4  # above this, the 16 rows of a matrix instruction cost no more
 
 @triton.jit
 def _codes(packed, BITS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """(ROWS, COLUMNS) of q + 8 (int4) or q + 128 (int8) as int32."""
+    """Return (ROWS, COLUMNS) of q + 8 (int4) or q + 128 (int8) as int32."""
     if BITS == 4:
         wide = packed.to(tl.int32)
         return tl.join(wide & 15, wide >> 4).reshape(ROWS, COLUMNS)
@@ -62,14 +62,14 @@ def _codes(packed, BITS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr
 
 @triton.jit
 def _floats(codes, BITS: tl.constexpr):
-    """q in float32, exactly: 2^23 + code - (2^23 + 8)."""
+    """Return q in float32, exactly: 2^23 + code - (2^23 + 8)."""
     offset: tl.constexpr = 8388616.0 if BITS == 4 else 8388736.0
     return (codes | 0x4B000000).to(tl.float32, bitcast=True) - offset
 
 
 @triton.jit
 def _spread(t, ROWS: tl.constexpr, COLUMNS: tl.constexpr, STEP: tl.constexpr):
-    """(ROWS, COLUMNS / STEP) -> (ROWS, COLUMNS), each value repeated for STEP columns."""
+    """Repeat each value for STEP columns: (ROWS, COLUMNS / STEP) -> (ROWS, COLUMNS)."""
     count: tl.constexpr = COLUMNS // STEP
     if count == 1:
         return t
@@ -240,7 +240,7 @@ def _vector(
 
 @triton.jit
 def _tile_of(m, n, BN: tl.constexpr, BM: tl.constexpr):
-    """This program's block of N and of M. 8 blocks of M run together and share W in L2."""
+    """Return this program's block of N and of M. 8 blocks of M run together and share W in L2."""
     program = tl.program_id(0)
     blocks_n, blocks_m = tl.cdiv(n, BN), tl.cdiv(m, BM)
     strip = program // (8 * blocks_n)
@@ -382,7 +382,7 @@ def _integers(
 
 @triton.jit
 def _add_parts(parts, bias, y, n, size, PARTS: tl.constexpr, BLOCK: tl.constexpr):
-    """(PARTS, M, N) float32 -> y (M, N), size = M N."""
+    """Add parts and bias: (PARTS, M, N) float32 -> y (M, N), size = M N."""
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = at < size
     total = tl.zeros([BLOCK], tl.float32)
@@ -445,7 +445,7 @@ class _Weight:
         )
 
     def step(self, max_columns: int) -> int:
-        """Return how many columns are sure to share a scale in blocks of `most`."""
+        """Return how many columns are sure to share a scale in blocks of `max_columns`."""
         return min(max_columns, self.group & -self.group) if self.group else max_columns
 
     def tensors(self) -> tuple[Tensor, Tensor, Tensor | None]:
