@@ -20,7 +20,7 @@ NAN = 0x7FFFFFFF  # a GPU's own; a number added to round it would make it -0
 
 
 def tensor(param, grad, *, lr=0.1, weight_decay=0.0, stochastic=False, **states) -> AdamWTensor:
-    """An argument of the op, before its first step."""
+    """Return an argument of the op, before its first step."""
     states = {
         "exp_avg": torch.zeros_like(param, dtype=torch.float32),
         "exp_avg_sq": torch.zeros_like(param, dtype=torch.float32),
@@ -35,7 +35,7 @@ def tensor(param, grad, *, lr=0.1, weight_decay=0.0, stochastic=False, **states)
 
 
 def trained(device: str, *sizes: int, **options) -> tuple[list[torch.Tensor], AdamW]:
-    """Parameters with gradients, and their optimizer."""
+    """Return parameters with gradients, and their optimizer."""
     params = [torch.randn(n, device=device).requires_grad_() for n in sizes]
     for p in params:
         p.grad = torch.randn_like(p)
@@ -48,7 +48,7 @@ def trained(device: str, *sizes: int, **options) -> tuple[list[torch.Tensor], Ad
 @pytest.mark.filterwarnings("ignore:All-NaN slice:RuntimeWarning")  # from the interpreter
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_bad_gradients_propagate(op, kernel, value):
-    """To their element in float32, and to their block in 8 bits: both its scales show it."""
+    """They make their element NaN in float32, and their block in 8 bits, including both scales."""
     for state in ("float32", "8 bits"):
         call = op.build_for(
             case(5000, kinds=of(state, "float32")), torch.float32, kernel.language, kernel.device
@@ -91,7 +91,7 @@ def masters() -> torch.Tensor:
 
 
 def assert_kept(exact: torch.Tensor, high: torch.Tensor, low: torch.Tensor) -> None:
-    """To the bit; denormals may be flushed."""
+    """Compare bit by bit; denormals may be flushed."""
     after = reference.join_master(high, low)
     normal = exact.abs() >= torch.finfo(torch.float32).tiny
     assert torch.equal(after[normal].view(torch.int32), exact[normal].view(torch.int32))
@@ -150,14 +150,14 @@ def test_the_profiler_shows_the_op():
 
 
 def test_refuses_before_it_writes(kernel):
-    """In a parallel region this would end the process."""
-    one = torch.ones(5000, device=kernel.device)
-    good, bad = (tensor(one.clone(), one.clone()) for _ in range(2))
+    """An exception in a parallel region would end the process."""
+    ones = torch.ones(5000, device=kernel.device)
+    good, bad = (tensor(ones.clone(), ones.clone()) for _ in range(2))
     for clip in (None, torch.zeros((), device=kernel.device)):
         for wrong, message in (
-            (bad._replace(grad=one[:5]), "grad: expected elements: 5000, got 5"),
-            (bad._replace(grad=one.double()), r"grad: expected float32, .* got float64"),
-            (bad._replace(step=torch.zeros_like(one[0].long())), "step: expected .*float"),
+            (bad._replace(grad=ones[:5]), "grad: expected elements: 5000, got 5"),
+            (bad._replace(grad=ones.double()), r"grad: expected float32, .* got float64"),
+            (bad._replace(step=torch.zeros_like(ones[0].long())), "step: expected .*float"),
         ):
             with pytest.raises(InputError, match=message):
                 adamw([good, wrong], 1.0, clip, False)
@@ -197,7 +197,7 @@ def test_tensors_between_16_bytes(op, kernel):
 @on("triton")
 @pytest.mark.parametrize(("start", "updates"), [(1000, 1), (1001, 2)])
 def test_many_tensors_are_one_launch(kernel, start, updates, monkeypatch):
-    """Two where some allow 128-bit accesses and some do not."""
+    """There are two launches where some tensors allow 128-bit accesses and some do not."""
     from fastlm.kernels import adamw as module
 
     launched, launch = [], module.launch
@@ -215,7 +215,7 @@ def test_many_tensors_are_one_launch(kernel, start, updates, monkeypatch):
 
 @pytest.fixture
 def uploaded(monkeypatch):
-    """The shapes of the tables uploaded to the device. Tables of other tests are not kept."""
+    """Record the shapes of the tables uploaded to the device. Other tests' tables are dropped."""
     for table in ("_tensor_table", "_chunk_tables", "_setting_table"):
         getattr(adamw_tables, table).cache_clear()
     shapes, upload = [], adamw_tables._upload
