@@ -39,7 +39,7 @@ class Eval(Stage):
             ("corpus", "shards"), "Prepared text, files of text, or a folder of token shards",
             optional=True,
         ),
-        "against": InputSpec(
+        "training_data": InputSpec(
             ("shards", "corpus"),
             "Training data in which to look for the questions (contamination)",
             optional=True, default=False,
@@ -109,8 +109,8 @@ class Eval(Stage):
             load_task(name, ctx.cache_dir).sample(self.limit, self.seed)
             for name in task_names(self.tasks)
         ]
-        if ctx.inputs.get("against") and not tasks:
-            raise InputError("against: expected tasks whose questions to look for, got none")
+        if ctx.inputs.get("training_data") and not tasks:
+            raise InputError("training_data: expected tasks whose questions to look for, got none")
         overlaps: list[Any] = []
         models: dict[str, dict[str, Any]] = {}
         packed: dict[str, Any] = {}
@@ -129,8 +129,8 @@ class Eval(Stage):
                     if key in result:
                         packed[key] = result.pop(key)
                 models[source.name] = result
-            if not overlaps and (against := ctx.optional("against")):
-                overlaps = self._overlaps(tasks, model, tokenizer, against, ctx)
+            if not overlaps and (training_data := ctx.optional("training_data")):
+                overlaps = self._overlaps(tasks, model, tokenizer, training_data, ctx)
             if tasks:
                 digits = model_entry["id"][:HASH_DIGITS]
                 results_of[source.name] = run_tasks(
@@ -149,15 +149,15 @@ class Eval(Stage):
         return scores
 
     def _overlaps(
-        self, tasks: Any, model: Any, tokenizer: Any, against: Path, ctx: StageContext
+        self, tasks: Any, model: Any, tokenizer: Any, training_data: Path, ctx: StageContext
     ) -> list[Any]:
         from fastlm.data.texts import token_dataset
         from fastlm.evals.contamination import task_overlaps
 
         vocab_size = model.config.vocab_size
         with token_dataset(
-            against, tokenizer, vocab_size, split="train", cache=ctx.cache_dir, on_skip=ctx.skipped,
-            name="against",
+            training_data, tokenizer, vocab_size, split="train", cache=ctx.cache_dir, on_skip=ctx.skipped,
+            name="training_data",
         ) as data:  # fmt: skip
             return task_overlaps(tasks, tokenizer, data, vocab_size, track=ctx.track)
 

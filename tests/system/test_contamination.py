@@ -174,7 +174,7 @@ def planted(base, tmp_path_factory):
 def test_planted_questions_are_caught(base, planted):
     out = planted / "out"
     scores = Eval(tasks=(str(planted / "own.yaml"),))(
-        out, model=[str(base)], against=str(planted / "shards")
+        out, model=[str(base)], training_data=str(planted / "shards")
     )
     found = scores["tasks"][0]["contamination"]
     shares = {one["id"]: one["share"] for one in found["touched_questions"]}
@@ -188,8 +188,8 @@ def test_planted_questions_are_caught(base, planted):
     clean = Eval(tasks=(str(planted / "own.yaml"),))(out, model=[str(base)])
     assert "contamination" not in clean["tasks"][0]
     stage = Eval(tasks=(str(planted / "own.yaml"),))
-    with pytest.raises(InputError, match="against: expected tasks"):
-        Eval()(out, model=[str(base)], data=str(planted / "shards"), against=str(out))
+    with pytest.raises(InputError, match="training_data: expected tasks"):
+        Eval()(out, model=[str(base)], data=str(planted / "shards"), training_data=str(out))
     console = Console(width=100, file=io.StringIO())
     console.print(stage.render(scores, stage.context(out, model=[str(base)])))
     assert "touched" in console.file.getvalue()
