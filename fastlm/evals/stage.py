@@ -17,7 +17,7 @@ from fastlm.pipeline.stage import (
     not_negative,
 )
 
-ITEMS = "items"  # the folder of what each model said to each question
+ITEMS = "items"  # folder of each model's answer to each question
 
 
 @dataclass(frozen=True)
@@ -156,8 +156,8 @@ class Eval(Stage):
 
         vocab_size = model.config.vocab_size
         with token_dataset(
-            training_data, tokenizer, vocab_size, split="train", cache=ctx.cache_dir, on_skip=ctx.skipped,
-            name="training_data",
+            training_data, tokenizer, vocab_size, split="train", cache=ctx.cache_dir,
+            on_skip=ctx.skipped, name="training_data",
         ) as data:  # fmt: skip
             return task_overlaps(tasks, tokenizer, data, vocab_size, track=ctx.track)
 
