@@ -1,18 +1,18 @@
-"""Does each stage after pretraining improve what it is for? SmolLM2-135M-Instruct, real data.
+"""Check that each stage after pretraining improves its metric: SmolLM2-135M-Instruct, real data.
 
     python bench/train/alignment.py grpo -o runs/alignment              three seeds
     python bench/train/alignment.py sft dpo ppo grpo --seeds 1 2 3 --json FILE
 
-Each seed is a whole `fastlm` command. The held-out prompts are the same for all seeds, and the
-metric before is that of the same model on the same prompts, so that differences are paired. Bits
-per byte of general text (c4) show what the stage costs elsewhere. A command that was cut off
-resumes; one that is done is not run again.
+Each seed is one `fastlm` command. The held-out prompts are the same for all seeds, and the initial
+metric is that of the same model on the same prompts, so differences are paired. Bits per byte of
+general text (c4) show what the stage costs on other text. An interrupted command resumes; a
+finished one does not run again.
 
 sft: LoRA on the 999 Alpaca rows of llamafactory's source archive; held-out loss per answer token.
-dpo: LoRA on its 300 pairs, of which 90 are held out; held-out loss and accuracy, which are log 2
-and 1/2 before.
-ppo, grpo: sums and products of one-digit numbers from reasoning-gym, 1 for the right number; the
-held-out score is that of greedy answers.
+dpo: LoRA on its 300 pairs, of which 90 are held out; held-out loss and accuracy, which start at
+log 2 and 1/2.
+ppo, grpo: sums and products of one-digit numbers from reasoning-gym, with a score of 1 for the
+right number; the held-out score is that of greedy completions.
 """
 
 import argparse
@@ -44,7 +44,7 @@ ROLLOUTS = {
     "gradient-accumulation-steps": 2, "max-steps": 8, "validations": 2, "lr": 1e-5, "beta": 0.02,
     "sample-tokens": 12,
 }  # fmt: skip
-# stage -> its data, its options, the metric it has to improve, whether more is better
+# stage -> data, options, the metric to improve, whether higher is better
 STAGES: dict[str, tuple[str, dict[str, Any], str, bool]] = {
     "sft": (
         SAMPLES.format("alpaca_en_demo.json"),
@@ -81,14 +81,14 @@ TEXT_BYTES = 60_000
 
 
 def write_sums(path: Path) -> None:
-    """Sums and products of one-digit numbers from reasoning-gym, each once."""
+    """Write sums and products of one-digit numbers from reasoning-gym, each once."""
     import reasoning_gym
 
-    drawn = reasoning_gym.create_dataset(
+    dataset = reasoning_gym.create_dataset(
         "basic_arithmetic", size=1500, seed=1, min_terms=2, max_terms=2, min_digits=1, max_digits=1,
         operators=("+", "*"), allow_parentheses=False, allow_negation=False,
     )  # fmt: skip
-    answers = {row["question"]: row["answer"] for row in drawn}
+    answers = {row["question"]: row["answer"] for row in dataset}
     system = {"role": "system", "content": "Answer with the number only."}
     with path.open("w") as file:
         for question, answer in answers.items():
@@ -97,7 +97,7 @@ def write_sums(path: Path) -> None:
 
 
 def general_text(folder: Path) -> Path:
-    """The first texts of llamafactory's c4 sample."""
+    """Return a file with the first texts of llamafactory's c4 sample."""
     path = folder / "c4.txt"
     if not path.exists():
         texts, size = [], 0
@@ -144,8 +144,8 @@ def run(stage: str, seed: int, folder: Path, threads: int) -> dict[str, Any]:
     if done.returncode:
         sys.exit(f"{' '.join(command)}: exit code {done.returncode}")
     result = json.loads(done.stdout)
-    measured = [m for m in read_metrics(out / METRICS) if any(k.startswith("val_") for k in m)]
-    first, last = measured[0], measured[-1]
+    validations = [m for m in read_metrics(out / METRICS) if any(k.startswith("val_") for k in m)]
+    first, last = validations[0], validations[-1]
     row = {
         "steps": result["steps"],
         "seconds": result["used_seconds"],
@@ -158,7 +158,7 @@ def run(stage: str, seed: int, folder: Path, threads: int) -> dict[str, Any]:
 
 
 def paired(rows: list[dict[str, Any]], metric: str) -> tuple[float, float]:
-    """Mean over the seeds of after - before, and its standard error."""
+    """Return the mean over the seeds of after - before, and its standard error."""
     gaps = [row["after"][metric] - row["before"][metric] for row in rows]
     error = statistics.stdev(gaps) / math.sqrt(len(gaps)) if len(gaps) > 1 else math.nan
     return statistics.mean(gaps), error
@@ -175,22 +175,22 @@ def main() -> None:
     folder: Path = options.out
     folder.mkdir(parents=True, exist_ok=True)
     write_sums(folder / "sums.jsonl")
-    kept = folder / "base.json"
-    if not kept.exists():
-        kept.write_text(json.dumps(bits_per_byte(BASE, folder)))
-    base = json.loads(kept.read_text())
+    base_path = folder / "base.json"
+    if not base_path.exists():
+        base_path.write_text(json.dumps(bits_per_byte(BASE, folder)))
+    base = json.loads(base_path.read_text())
     results: dict[str, Any] = {}
     for stage in options.stages:
-        _, settings, metric, more = STAGES[stage]
+        _, settings, metric, higher_is_better = STAGES[stage]
         rows = [run(stage, seed, folder, options.threads) for seed in options.seeds]
         gap, error = paired(rows, metric)
         bits = [row["bits_per_byte"] / base - 1 for row in rows]
         results[stage] = {"options": settings, "rows": rows, "gap": gap, "error": error}
-        print(f"{stage}: {metric}, {'more' if more else 'less'} is better")
-        for seed, row, moved in zip(options.seeds, rows, bits, strict=True):
+        print(f"{stage}: {metric}, {'higher' if higher_is_better else 'lower'} is better")
+        for seed, row, change in zip(options.seeds, rows, bits, strict=True):
             before, after = row["before"][metric], row["after"][metric]
             print(
-                f"  seed {seed}: {before:.4f} to {after:.4f}, bits per byte {moved:+.2%},"
+                f"  seed {seed}: {before:.4f} to {after:.4f}, bits per byte {change:+.2%},"
                 f" {row['steps']} steps in {row['seconds']:.0f} s"
             )
         print(f"  mean difference {gap:+.4f} ± {error:.4f} (standard error over seeds)", flush=True)

@@ -1,10 +1,9 @@
-"""What a machine that is not idle costs: decoding and training alone, then next to busy processes.
+"""Measure the cost of a busy machine: decoding and training alone, then next to busy processes.
 
-A variant is a process that waits for its turn. It is given as an interpreter, preceded by the words
-that `env` accepts, so that two trees or two settings can be compared in one run. The default is
-this interpreter with the bound on waiting threads that the `fastlm` commands set
-(fastlm/threads.py). Order of the turns: each variant alone, then each next to the busy processes,
-then again from the start.
+A variant is a process that waits for its turn. Its argument is an interpreter, preceded by
+arguments of `env`, so that one run can compare two trees or two settings. The default is this
+interpreter with the bound on waiting threads that the `fastlm` commands set (fastlm/threads.py).
+The turns are: each variant alone, then each next to the busy processes, then again from the start.
 
     python bench/train/loaded.py
     python bench/train/loaded.py "PYTHONPATH=../before python" "GOMP_SPINCOUNT=10000 python"
@@ -12,7 +11,7 @@ then again from the start.
 
 decode: SmolLM2-135M-Instruct (model:smollm2, Q4_1), one user, 512 tokens of context. training:
 steps of the demo's model (recipes/full.toml), 8 x 256 tokens. A turn lasts at least a second and
-consists of whole steps. The tokens/s are medians over the turns.
+consists of complete steps. The tokens/s are medians over the turns.
 """
 
 import argparse
@@ -70,7 +69,7 @@ def training_turn() -> Callable[[], float]:
     return turn
 
 
-# ends when the process that started it ends, for whatever reason
+# ends when its parent process ends, for any reason
 BUSY = "import os\nparent = os.getppid()\nwhile os.getppid() == parent: pass"
 WORKS = {"decode": decode_turn, "training": training_turn}
 
@@ -133,9 +132,9 @@ def measure(work: str, variants: list[str], busy: int, turns: int) -> list[dict]
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
     parser.add_argument("variants", nargs="*", help='such as "OMP_WAIT_POLICY=passive python"')
-    parser.add_argument("--busy", type=int, default=2, help="busy processes beside it")
+    parser.add_argument("--busy", type=int, default=2, help="number of busy processes")
     parser.add_argument("--turns", type=int, default=5)
-    parser.add_argument("--work", choices=WORKS, help="only this one")
+    parser.add_argument("--work", choices=WORKS, help="measure only this one")
     parser.add_argument("--worker", choices=WORKS, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.worker:
@@ -143,7 +142,7 @@ def main() -> None:
     variants = options.variants or [f"GOMP_SPINCOUNT={SPIN_ROUNDS} {sys.executable}"]
     works = [options.work] if options.work else list(WORKS)
     rows = [r for w in works for r in measure(w, variants, options.busy, options.turns)]
-    print(f"| work | variant | quiet | beside {options.busy} busy processes | cost |")
+    print(f"| work | variant | quiet | with {options.busy} busy processes | cost |")
     print("|---|---|---|---|---|")
     for row in rows:
         quiet, loaded = (statistics.median(row[k]) for k in ("quiet", "loaded"))

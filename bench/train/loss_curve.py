@@ -1,8 +1,8 @@
-"""Loss over 300 steps on real text: fastlm in bf16 against plain PyTorch in fp32.
+"""Plot the loss over 300 steps on real text: fastlm in bf16 against plain PyTorch in fp32.
 
-All share one initial state, one order of the data and one learning rate. Two further curves: plain
-PyTorch under bf16 autocast shows how far 16 bits move a run without any kernel of ours, and fastlm
-with 8-bit optimizer states. The text is Python's own standard library.
+All have the same initial state, data order and learning rate. There are two further curves: plain
+PyTorch under bf16 autocast, which shows the effect of 16 bits without fastlm's kernels, and fastlm
+with 8-bit optimizer states. The text is the sources of Python's standard library.
 
     python bench/train/loss_curve.py         docs/loss-curve.png, about 14 minutes on 2 cores
 """
@@ -29,8 +29,9 @@ BATCH, LENGTH, LR, WARMUP = 2, 256, 3e-4, 30
 
 
 def text_tokens(vocabulary: int, count: int) -> Tensor:
-    """The standard library's sources as ids: one for each distinct word or mark, rare ones share
-    one."""
+    """Return the standard library's sources as ids: one for each distinct word or mark; rare ones
+    share one.
+    """
     words: list[str] = []
     for path in sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py")):
         words += re.findall(r"\w+|[^\w\s]|\n", path.read_text("utf-8", errors="replace"))
@@ -47,7 +48,7 @@ def learning_rate(step: int, steps: int) -> float:
 
 
 def copy_weights(plain: PlainLlama, model: fastlm.CausalLM) -> None:
-    """Copy plain's parameters to fastlm's module names."""
+    """Copy the plain model's parameters to fastlm's module names."""
     decoder = model.model
     state = {
         "model.embed_tokens.weight": plain.embed.weight,
@@ -101,7 +102,7 @@ def train(variant: str, size: tuple, tokens: Tensor, steps: int) -> list[float]:
             with torch.autocast("cpu", torch.bfloat16, enabled="autocast" in variant):
                 return plain(ids, labels)
 
-    losses, began = [], time.perf_counter()
+    losses, start = [], time.perf_counter()
     for step in range(steps):
         window = tokens[step * BATCH * LENGTH :][: BATCH * LENGTH + 1]
         ids, labels = window[:-1].view(BATCH, LENGTH), window[1:].view(BATCH, LENGTH)
@@ -114,7 +115,7 @@ def train(variant: str, size: tuple, tokens: Tensor, steps: int) -> list[float]:
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         losses.append(loss.item())
-    print(f"{variant}: {losses[0]:.4f} -> {losses[-1]:.4f}, {time.perf_counter() - began:.0f} s")
+    print(f"{variant}: {losses[0]:.4f} -> {losses[-1]:.4f}, {time.perf_counter() - start:.0f} s")
     return losses
 
 
@@ -122,7 +123,7 @@ def plot(curves: dict[str, list[float]], path: Path) -> None:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8, 6), layout="constrained")
-    top, below = figure.subplots(2, 1, sharex=True, height_ratios=[2, 1])
+    top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=[2, 1])
     styles = {
         "eager fp32": ("#c9d1da", 6),
         "eager autocast": ("#e08b2f", 1.5),
@@ -134,11 +135,11 @@ def plot(curves: dict[str, list[float]], path: Path) -> None:
         top.plot(losses, color=color, linewidth=width, label=f"{name}: {losses[-1]:.3f} at the end")
         if name != "eager fp32":
             apart = torch.tensor(losses) - torch.tensor(curves["eager fp32"])
-            below.plot(apart, color=color, linewidth=width, label=f"{name} - eager fp32")
+            bottom.plot(apart, color=color, linewidth=width, label=f"{name} - eager fp32")
     top.set_ylabel("training loss (nats a token)")
-    below.set_ylabel("difference")
-    below.set_xlabel(f"step, {BATCH * LENGTH} tokens each")
-    for axes in (top, below):
+    bottom.set_ylabel("difference")
+    bottom.set_xlabel(f"step, {BATCH * LENGTH} tokens each")
+    for axes in (top, bottom):
         axes.legend(frameon=False)
         axes.grid(axis="y", color="#dfe4ea")
         axes.spines[["top", "right", "left"]].set_visible(False)

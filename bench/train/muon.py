@@ -1,7 +1,7 @@
-"""Muon against AdamW at equal tokens, each at the best of its learning rates.
+"""Compare Muon with AdamW after the same tokens, each at the best of its learning rates.
 
-One initial state, one order of the data (Python's own standard library), linear warm-up and decay.
-Seconds are processor time, which other processes on the machine disturb least.
+Both have the same initial state and data order (the sources of Python's standard library), with
+linear warm-up and decay. Seconds are processor time, which other processes disturb least.
 
     python bench/train/muon.py                    300 steps of 2 x 256 tokens at three rates each
     python bench/train/muon.py --steps 100 --rates 3e-3
@@ -47,19 +47,19 @@ def train(name: str, rate: float, tokens: Tensor, steps: int) -> dict[str, float
     for step in range(steps):
         window = tokens[step * BATCH * LENGTH :][: BATCH * LENGTH + 1]
         ids, labels = window[:-1].view(BATCH, LENGTH), window[1:].view(BATCH, LENGTH)
-        began = time.process_time()
+        start = time.process_time()
         loss = model(ids, shift_labels=labels).loss
         loss.backward()
-        between = time.process_time()
-        done = (step + 0.5) / steps
+        middle = time.process_time()
+        progress = (step + 0.5) / steps
         for group in optimizer.param_groups:
-            group["lr"] = rate * min(done / WARMUP, (1 - done) / (1 - WARMUP))
+            group["lr"] = rate * min(progress / WARMUP, (1 - progress) / (1 - WARMUP))
         optimizer.step()
-        ended = time.process_time()
+        end = time.process_time()
         optimizer.zero_grad(set_to_none=True)
         losses.append(float(loss.detach()))
-        passes.append(between - began)
-        updates.append(ended - between)
+        passes.append(middle - start)
+        updates.append(end - middle)
     return {
         "loss": statistics.mean(losses[-LAST:]),
         "forward and backward s": statistics.median(passes),
@@ -70,7 +70,9 @@ def train(name: str, rate: float, tokens: Tensor, steps: int) -> dict[str, float
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     parser.add_argument("--steps", type=positive, default=300)
-    parser.add_argument("--rates", type=float, nargs="+", help="of both, instead of three each")
+    parser.add_argument(
+        "--rates", type=float, nargs="+", help="rates of both, instead of three each"
+    )
     parser.add_argument("--json", metavar="FILE", type=Path, help="write the results there too")
     options = parser.parse_args()
     tokens = text_tokens(VOCABULARY, options.steps * BATCH * LENGTH + 1)
@@ -78,8 +80,8 @@ def main() -> None:
     results: dict[str, dict[str, float]] = {}
     for name, rates in RATES.items():
         for rate in options.rates or rates:
-            found = results[f"{name} {rate:g}"] = train(name, rate, tokens, options.steps)
-            print(name, f"{rate:g}", {key: round(value, 4) for key, value in found.items()})
+            result = results[f"{name} {rate:g}"] = train(name, rate, tokens, options.steps)
+            print(name, f"{rate:g}", {key: round(value, 4) for key, value in result.items()})
     save(options.json, {"muon": results, "threads": torch.get_num_threads(), "machine": machine()})
 
 

@@ -3,8 +3,8 @@ PyTorch, eager and under torch.compile.
 
 The weights are random, so nothing is downloaded. A step consists of forward, backward, clipping and
 AdamW. "bf16" is a model with bfloat16 parameters, "autocast" one with float32 parameters under
-torch.autocast, "fp32" one with float32 parameters. All variants use torch's fused AdamW, except the
-rows that state otherwise. "memory kept" means that `fastlm.memory.keep_freed_memory` is called
+torch.autocast, "fp32" one with float32 parameters. All variants use torch's fused AdamW, unless
+the row names another. "memory kept" means that `fastlm.memory.keep_freed_memory` is called
 first, which any training script may do. Rows under torch.compile have it too, to separate the
 kernels' share from the allocator's.
 
@@ -67,8 +67,8 @@ def make(variant: str, size: tuple[int, ...], batch: int, length: int):
         tie_word_embeddings=True,
         use_cache=False,
     )
-    how, *extras = variant.split(", ")
-    code, dtype = how.split(" ")
+    base, *extras = variant.split(", ")
+    code, dtype = base.split(" ")
     if KEPT in extras:
         keep_freed_memory()
     model = LlamaForCausalLM(config).train()

@@ -1,8 +1,8 @@
-"""Where a training step's time goes.
+"""Profile a training step.
 
-torch.profiler runs over steps of `fastlm_step` (train_step.py) or of your own model. The operators
-are grouped into parts, each compared with what the machine could do: matrix products with the best
-ceiling for bfloat16 (bench/ceilings.py).
+torch.profiler measures steps of `fastlm_step` (train_step.py) or of your own model. The operators
+are grouped into parts. Matrix products are compared with the machine's best ceiling for bfloat16
+(bench/ceilings.py).
 
     python bench/train/profile_step.py                  42 M, 8 x 512
     python bench/train/profile_step.py --size 124m --batch 4
@@ -33,7 +33,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from train_step import SIZES, fastlm_step
 
 WARM, STEPS = 3, 3
-SHOWN = 25  # operators shown for a model of your own
+MAX_OPERATORS = 25  # printed for your own model
 # part -> strings contained in the names of its operators; the first match counts
 PARTS = {
     "linear_cross_entropy": ("linear_cross_entropy",),
@@ -48,7 +48,7 @@ PARTS = {
 
 
 def part_of(name: str, shapes: list, tokens: int) -> str:
-    if name in ("linear", "fastlm::linear"):  # fastlm's own products
+    if name in ("linear", "fastlm::linear"):  # fastlm's products
         return "linears: forward"
     if name in ("linearBackward", "fastlm::linear_backward"):
         return "linears: both gradients"
@@ -61,7 +61,7 @@ def part_of(name: str, shapes: list, tokens: int) -> str:
 
 
 def built_in(options: argparse.Namespace) -> tuple[Callable[[], object], dict[str, float]]:
-    """The step of one of SIZES, and the floating-point operations of its parts."""
+    """Return the step of one of SIZES, and the floating-point operations of its parts."""
     vocab, width, layers, _, hidden = SIZES[options.size]
     tokens = options.batch * options.length
     step = fastlm_step(SIZES[options.size], options.length)
@@ -83,8 +83,8 @@ def built_in(options: argparse.Namespace) -> tuple[Callable[[], object], dict[st
     }
 
 
-def own_model(options: argparse.Namespace) -> tuple[torch.nn.Module, object]:
-    """(model, batch) of FILE.py:FUNCTION, or of a folder with a config.json."""
+def user_model(options: argparse.Namespace) -> tuple[torch.nn.Module, object]:
+    """Return (model, batch) of FILE.py:FUNCTION, or of a folder with a config.json."""
     source, _, function = options.model.rpartition(":")
     if source.endswith(".py"):
         path = Path(source).resolve()
@@ -124,7 +124,7 @@ def loss_of(out) -> torch.Tensor:
 
 
 def own_step(options: argparse.Namespace) -> Callable[[], object]:
-    model, batch = own_model(options)
+    model, batch = user_model(options)
     if options.patch:
         import fastlm
 
@@ -153,8 +153,8 @@ def timed(run: Callable[[], object]) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
     parser.add_argument("--size", choices=SIZES, default="42m")
-    parser.add_argument("--model", help="FILE.py:FUNCTION or a folder with a config.json, instead")
-    parser.add_argument("--patch", action="store_true", help="fastlm.patch on the model first")
+    parser.add_argument("--model", help="profile FILE.py:FUNCTION or a folder with a config.json")
+    parser.add_argument("--patch", action="store_true", help="call fastlm.patch on the model first")
     parser.add_argument("--batch", type=positive, default=8)
     parser.add_argument("--length", type=positive, default=512)
     common_options(parser)
@@ -165,7 +165,7 @@ def main() -> None:
     if options.model is None:
         run, flops = built_in(options)
         name = f"{options.size}, {options.batch} x {options.length}"
-    else:  # a wrong one is refused before the machine is waited for
+    else:  # fails before the wait for a quiet machine
         run, flops = own_step(options), {}
         name = options.model
     before = ceilings_before(options.busy)
@@ -190,12 +190,12 @@ def main() -> None:
     print(f"{name}: {plain * 1e3:.0f} ms a step, {rate}{profiled * 1e3:.0f} ms under the profiler")
     print("| part | ms | share of the step | share of the bf16 ceiling |\n|---|---|---|---|")
     rows = []
-    for part, s in sorted(seconds.items(), key=lambda item: -item[1])[:SHOWN]:
+    for part, s in sorted(seconds.items(), key=lambda item: -item[1])[:MAX_OPERATORS]:
         share = flops[part] / ceiling / s if part in flops else math.nan
         rows.append({"part": part, "ms": s * 1e3, "of_step": s / profiled, "of_ceiling": share})
         of = "-" if math.isnan(share) else f"{share:.0%}"
         print(f"| {part} | {s * 1e3:.1f} | {s / profiled:.1%} | {of} |")
-    # for a model of your own, torch's count
+    # for your own model, torch's count
     counted = sum(n for part, n in flops.items() if part in seconds) or counter.get_total_flops()
     total = counted / ceiling
     if not math.isnan(total):

@@ -1,10 +1,10 @@
-"""The figures of docs/scaling.md: memory, bytes and overlap of a training on 8 to 1,024 GPUs.
+"""Compute the figures of docs/scaling.md: memory, bytes and overlap on 8 to 1,024 GPUs.
 
-    python bench/train/scaling.py                       the tables, by the formulas of the page
-    unshare -rn sh -c 'ip link set lo up && python bench/train/scaling.py --measure'
+    python bench/train/scaling.py                       prints the tables, by the formulas of the
+    page unshare -rn sh -c 'ip link set lo up && python bench/train/scaling.py --measure'
 
 ``--measure`` trains a small model in 2 and 4 gloo processes and compares the bytes that cross the
-loopback device with the formulas. A network namespace of its own keeps other programs out of it.
+loopback device with the formulas. A separate network namespace excludes other programs.
 """
 
 import argparse
@@ -28,7 +28,7 @@ GPUS, NODE, TOKENS = (8, 64, 256, 1024), 8, 8192  # tokens of a micro-batch
 
 @dataclass(frozen=True)
 class Model:
-    """Parameters of a layer and of the rest (embedding, head, norms)."""
+    """The sizes of a model. ``rest``: the parameters of embedding, head and norms."""
 
     name: str
     layers: int
@@ -49,13 +49,13 @@ class Model:
     def parameters(self) -> int:
         return self.layers * self.layer + self.rest
 
-    def activations(self, again: bool) -> float:
-        """Bytes that the backward of a micro-batch needs: of every layer, or with
-        ``checkpoint_activations`` what each begins with and one layer.
+    def activations(self, recompute: bool) -> float:
+        """Return the bytes that the backward of a micro-batch needs: those of every layer, or with
+        ``checkpoint_activations`` the input of each layer and one full layer.
         """
-        begins = 2 * TOKENS * 2 * self.width
+        inputs = 2 * TOKENS * 2 * self.width
         inside = 2 * TOKENS * (4 * self.width + 2 * self.kv_width + 2 * self.inner)
-        return self.layers * begins + inside if again else self.layers * inside
+        return self.layers * inputs + inside if recompute else self.layers * inside
 
 
 MODELS = (
@@ -64,18 +64,18 @@ MODELS = (
 )
 
 
-def held(model: Model, way: str, gpus: int) -> float:
-    """Bytes of parameters, gradients and states per GPU."""
+def memory(model: Model, way: str, gpus: int) -> float:
+    """Return the bytes of parameters, gradients and states per GPU."""
     if way == "ddp":
         return 14.0 * model.parameters + 2 * 2 * 25 * 2**20  # two buckets of bfloat16, in float32
     within = gpus if way == "fsdp" else NODE
-    # whole at a time: embedding and head, and two layers; a gradient, and it in float32
-    passing = (2 + 4) * max(model.rest, model.layer) + 2 * (model.rest + 2 * model.layer)
-    return 14.0 * model.parameters / within + passing
+    # temporary: full embedding, head and two layers; one gradient, in bfloat16 and float32
+    temporary = (2 + 4) * max(model.rest, model.layer) + 2 * (model.rest + 2 * model.layer)
+    return 14.0 * model.parameters / within + temporary
 
 
 def sent(model: Model, way: str, gpus: int) -> float:
-    """Bytes that a GPU sends in a step of one micro-batch."""
+    """Return the bytes that a GPU sends in a step of one micro-batch."""
     if way == "ddp":
         return 2 * (gpus - 1) / gpus * 4 * model.parameters
     within = gpus if way == "fsdp" else NODE
@@ -90,48 +90,48 @@ def bandwidth(gpus: int) -> float:
 
 
 def ring(size: float, gpus: int) -> float:
-    """Seconds of a gather or a reduce-scatter of ``size`` bytes over so many GPUs."""
+    """Return the seconds of a gather or a reduce-scatter of ``size`` bytes over the GPUs."""
     return (gpus - 1) / gpus * size / bandwidth(gpus) + (gpus - 1) * HOP
 
 
 def tree(size: float, gpus: int) -> float:
-    """Seconds of an all-reduce of ``size`` bytes."""
+    """Return the seconds of an all-reduce of ``size`` bytes."""
     return 2 * (gpus - 1) / gpus * size / bandwidth(gpus) + 2 * math.log2(gpus) * HOP
 
 
-def enough(model: Model, way: str, gpus: int) -> float:
-    """Tokens of a GPU's micro-batch (ddp: of its last one) whose computing takes as long as what
-    is sent beside it. With fewer, the GPUs wait.
+def min_tokens(model: Model, way: str, gpus: int) -> float:
+    """Return the tokens of a GPU's micro-batch (ddp: of its last one) at which computation takes as
+    long as the overlapping communication. With fewer, the GPUs wait.
     """
-    if way == "ddp":  # beside the backward, in buckets of 25 MiB
+    if way == "ddp":  # overlaps with the backward, in buckets of 25 MiB
         bucket = 25 * 2**20
         buckets = 2 * model.parameters / bucket
         return buckets * tree(2 * bucket, gpus) * FLOPS / (4 * model.parameters)
     within = gpus if way == "fsdp" else NODE
     gather, scatter = ring(2 * model.layer, within), ring(4 * model.layer, within)
-    behind = gather + scatter
+    communication = gather + scatter
     if gpus > within:  # each GPU's shard crosses its own network card
         groups, slow = gpus // within, SHARE * NODE_NETWORK / NODE
-        behind += 2 * (groups - 1) / groups * 4 * model.layer / within / slow
-        behind += 2 * math.log2(groups) * HOP
-    forward, backward = (part * model.layer / FLOPS for part in (2, 4))  # a token's
-    return max(gather / forward, behind / backward)
+        communication += 2 * (groups - 1) / groups * 4 * model.layer / within / slow
+        communication += 2 * math.log2(groups) * HOP
+    forward, backward = (part * model.layer / FLOPS for part in (2, 4))  # of a token
+    return max(gather / forward, communication / backward)
 
 
 def tables() -> None:
     for model in MODELS:
-        again = model.activations(True) / GIGA
+        checkpointed = model.activations(True) / GIGA
         print(
             f"\n{model.name}: {model.parameters / GIGA:.2f} B parameters, {model.layer / 1e6:.0f} M"
             f" a layer; activations of {TOKENS:,} tokens {model.activations(False) / GIGA:.0f} GB,"
-            f" checkpointed {again:.0f} GB\n"
+            f" checkpointed {checkpointed:.0f} GB\n"
         )
-        print("| GPUs | " + " | ".join(f"{w}: GB held, GB sent, tokens" for w in WAYS) + " |")
+        print("| GPUs | " + " | ".join(f"{w}: GB memory, GB sent, tokens" for w in WAYS) + " |")
         print("|---|" + "---|" * len(WAYS))
         for gpus in GPUS:
             cells = [
-                f"{held(model, way, gpus) / GIGA:.1f}, {sent(model, way, gpus) / GIGA:.1f},"
-                f" {100 * math.ceil(enough(model, way, gpus) / 100):,}"
+                f"{memory(model, way, gpus) / GIGA:.1f}, {sent(model, way, gpus) / GIGA:.1f},"
+                f" {100 * math.ceil(min_tokens(model, way, gpus) / 100):,}"
                 for way in WAYS
             ]
             print(f"| {gpus:,} | " + " | ".join(cells) + " |")
@@ -163,7 +163,7 @@ def loopback() -> int:
 
 
 def set_torchrun_environment(rank: int, size: int, port: int) -> None:
-    """Say in the environment what torchrun would."""
+    """Set the variables that torchrun would set."""
     os.environ |= {
         "RANK": str(rank), "WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port), "GLOO_SOCKET_IFNAME": "lo", "LOCAL_WORLD_SIZE": "2",
@@ -205,7 +205,7 @@ def work(
 
 
 def roll_out(rank: int, size: int, port: int, kind: str, log) -> None:
-    """A round of 64 answers of 64 tokens."""
+    """Measure a round of 64 completions of 64 tokens."""
     set_torchrun_environment(rank, size, port)
     import torch
 
@@ -227,7 +227,7 @@ def roll_out(rank: int, size: int, port: int, kind: str, log) -> None:
         "beta": 0.0,
         "max_new_tokens": 64,
     }
-    args = (model, model, [[1, 2]] * 16, [], lambda places, answers: [1.0] * len(answers))
+    args = (model, model, [[1, 2]] * 16, [], lambda indices, completions: [1.0] * len(completions))
     objective = (
         PpoObjective(
             *args,
@@ -243,28 +243,27 @@ def roll_out(rank: int, size: int, port: int, kind: str, log) -> None:
         for _ in range(2):  # the first one also opens connections
             objective.world.any(False)
             marks.append(loopback())
-            objective.next_batches(64 // objective.options.batch_size)  # all of a new round
+            objective.next_batches(64 // objective.options.batch_size)  # a complete round
             objective.world.any(False)
             marks.append(loopback())
             objective.world.any(False)
     if rank == 0:
-        tokens = sum(len(answer.token_ids) for answer in objective.completions)
+        tokens = sum(len(c.token_ids) for c in objective.completions)
         log.put((tokens, len(objective.completions), (marks[3] - marks[2]) / size))
 
 
-def told_by(run, size: int, port: int, *options):
-    """Run the processes of a measurement. Return what the first one says."""
-    processes = multiprocessing.get_context("forkserver")
-    processes.set_forkserver_preload(["fastlm.train.loop"])  # torch is loaded once
-    log = processes.Queue()
-    started = [
-        processes.Process(target=run, args=(rank, size, port, *options, log))
-        for rank in range(size)
+def run_processes(run, size: int, port: int, *options):
+    """Run the processes of a measurement. Return the result of the first one."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["fastlm.train.loop"])  # torch is loaded once
+    log = context.Queue()
+    processes = [
+        context.Process(target=run, args=(rank, size, port, *options, log)) for rank in range(size)
     ]
-    for process in started:
+    for process in processes:
         process.start()
     results = log.get(timeout=300)
-    for process in started:
+    for process in processes:
         process.join()
     return results
 
@@ -284,13 +283,13 @@ def measure() -> None:
         write_shards(docs, Numbers(), folder / "shards")
         print("| | bytes sent per process and step | formula | ratio |\n|---|---|---|---|")
         for port, (way, dtype, size, micro) in enumerate(cases, 29600):
-            layers, total, sent = told_by(work, size, port, folder, way, dtype, micro)
+            layers, total, sent = run_processes(work, size, port, folder, way, dtype, micro)
             wide = 4 if dtype == "float32" else 2
             within = 2 if way == "hsdp" else size
             share = (within - 1) / within
             if way == "ddp":
                 expected = 2 * share * 4 * total
-            else:  # gloo scatters by a whole all-reduce: twice the bytes
+            else:  # gloo scatters by a full all-reduce: twice the bytes
                 gathered = wide * (2 * layers + (total - layers))
                 expected = micro * share * (gathered + 2 * 4 * total)
                 if way == "hsdp":
@@ -300,9 +299,9 @@ def measure() -> None:
                 f" {expected:,.0f} | {sent / expected:.3f} |"
             )  # fmt: skip
         for port, (kind, size) in enumerate(product(("grpo", "ppo"), (2, 4)), 29700):
-            tokens, answers, sent = told_by(roll_out, size, port, kind)
+            tokens, completions, sent = run_processes(roll_out, size, port, kind)
             per_token = 20 if kind == "ppo" else 16
-            expected = (size - 1) * ((per_token * tokens + 13 * answers) / size + 2000)
+            expected = (size - 1) * ((per_token * tokens + 13 * completions) / size + 2000)
             print(
                 f"| a round of {kind}, {size} processes, {tokens:,} tokens | {sent:,.0f} |"
                 f" {expected:,.0f} | {sent / expected:.3f} |"

@@ -1,10 +1,11 @@
-"""Three minutes of Shakespeare on a CPU: fastlm's recipe against a plain trainer of the same size.
+"""Compare fastlm's recipe with a plain trainer of the same size: three minutes of Shakespeare on a
+CPU.
 
 nanoGPT's README trains a character model with 4 layers, 4 heads and 128 features, in batches of 12
-x 64, for about three minutes on a laptop. `CharGPT` has that size, written here in plain PyTorch
-under torch.compile. Both learn from the same training text and are measured on the same held-out
-plays, in bits per byte (each token predicted once, with half a window of context). The peer's
-clock is stopped while it compiles and while it is evaluated; fastlm's is not.
+x 64, for about three minutes on a laptop. `CharGPT` has that size, in plain PyTorch under
+torch.compile. Both train on the same text and are evaluated on the same held-out plays, in bits per
+byte (each token predicted once, with half a window of context). The peer's clock stops during
+compilation and evaluation; fastlm's does not.
 
     python bench/train/shakespeare.py --out runs/shakespeare-bench            both, 180 s each
     python bench/train/shakespeare.py --out runs/shakespeare-bench --seconds 20
@@ -76,14 +77,14 @@ class CharGPT(nn.Module):
 def evaluate(
     model: nn.Module, data: Tensor, bytes_per_character: float, interval: int = 1
 ) -> float:
-    """Bits per byte of `data`, or of every `every`-th of its windows."""
+    """Return the bits per byte of `data`, or of every `interval`-th of its windows."""
     stride, nats, scored = BLOCK // 2, 0.0, 0
     begins = list(range(0, len(data) - 1, stride))[::interval]
     with torch.no_grad():
-        for at in range(0, len(begins), 256):
-            rows = torch.full((len(begins[at : at + 256]), 2, BLOCK), -100)
+        for start in range(0, len(begins), 256):
+            rows = torch.full((len(begins[start : start + 256]), 2, BLOCK), -100)
             rows[:, 0] = 0
-            for row, begin in zip(rows, begins[at : at + 256]):
+            for row, begin in zip(rows, begins[start : start + 256]):
                 window = data[begin : begin + BLOCK + 1]
                 row[0, : len(window) - 1], row[1, : len(window) - 1] = window[:-1], window[1:]
                 if begin:
@@ -95,7 +96,9 @@ def evaluate(
 
 
 def train_plain(data: Path, seconds: float) -> list[tuple[float, float]]:
-    """[(seconds of training, held-out bits per byte)]; the last is for the whole held-out text."""
+    """Train the plain model. Return [(seconds of training, held-out bits per byte)]; the last entry
+    is for the full held-out text.
+    """
     train, heldout = (
         "".join(d.text for d in read_documents(data / name)) for name in (TRAIN, HELDOUT)
     )
@@ -127,9 +130,9 @@ def train_plain(data: Path, seconds: float) -> list[tuple[float, float]]:
     used, steps = 0.0, 0
     for target in bars(range(1, EVALUATIONS + 1), "plain torch.compile"):
         while used < seconds * target / EVALUATIONS:
-            began = time.perf_counter()
+            start = time.perf_counter()
             step(schedule.learning_rate(used / seconds))
-            used, steps = used + time.perf_counter() - began, steps + 1
+            used, steps = used + time.perf_counter() - start, steps + 1
         if target < EVALUATIONS:
             curve.append((used, evaluate(plain, held_ids, bytes_per_character, CURVE_SHARE)))
     curve.append((used, evaluate(plain, held_ids, bytes_per_character)))
@@ -145,11 +148,11 @@ def train_fastlm(out: Path, seconds: float) -> list[tuple[float, float]]:
         json.loads(s) for s in (out / "pretrain/metrics.jsonl").read_text("utf-8").splitlines()
     ]
     scores = summary["stages"]["eval"]["models"]["pretrain"]
-    at = {0: 0.0} | {m["step"]: m["seconds"] for m in lines if "loss" in m}
-    curve = [(at[m["step"]], m["bits_per_byte"]) for m in lines if "bits_per_byte" in m]
+    seconds_at = {0: 0.0} | {m["step"]: m["seconds"] for m in lines if "loss" in m}
+    curve = [(seconds_at[m["step"]], m["bits_per_byte"]) for m in lines if "bits_per_byte" in m]
     curve[-1] = (curve[-1][0], scores["bits_per_byte"])
-    done = summary["stages"]["pretrain"]
-    print(f"fastlm: {done['steps']} steps, {done['tokens_per_second']:,.0f} tokens/s")
+    result = summary["stages"]["pretrain"]
+    print(f"fastlm: {result['steps']} steps, {result['tokens_per_second']:,.0f} tokens/s")
     return curve
 
 
@@ -177,7 +180,9 @@ def plot(curves: dict[str, list[tuple[float, float]]], path: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     parser.add_argument("--out", type=Path, default=Path("runs/shakespeare-bench"))
-    parser.add_argument("--seconds", type=float, default=180.0, help="of training, for each")
+    parser.add_argument(
+        "--seconds", type=float, default=180.0, help="seconds of training, for each"
+    )
     parser.add_argument("--json", metavar="FILE", type=Path, help="write the results there too")
     options = parser.parse_args()
     curves = {"fastlm": train_fastlm(options.out / "run", options.seconds)}

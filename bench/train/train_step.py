@@ -1,6 +1,6 @@
-"""Training throughput end to end: tokens/s and peak memory of whole steps, against plain PyTorch.
+"""Measure end-to-end training throughput: tokens/s and peak memory of full steps, against PyTorch.
 
-Every variant is a separate process (so that its peak memory is its own) which waits for its turn:
+Every variant is a separate process, so that its peak memory is separate, and waits for its turn:
 the steps of all variants alternate, one step each, on otherwise idle cores. A step consists of
 forward, backward, clipping and AdamW. fastlm's process keeps its freed memory, as `fastlm.train`
 does. One peer does too, to separate the kernels' share from the allocator's.
@@ -52,7 +52,7 @@ SCALING = [
     *(("350m", 2, 512, t) for t in (1, 2)),
     ("350m", 1, 2048, 2),
 ]
-# Which of torch's two is stronger depends on the machine: on Intel CPUs it may be float32.
+# The faster of torch's two depends on the machine: on Intel CPUs it may be float32.
 STRONGEST = ("fastlm", "torch.compile autocast", "torch.compile fp32")
 
 
@@ -153,14 +153,14 @@ def scaling() -> list[dict]:
         if threads > torch.get_num_threads():
             continue
         label = f"{name}, {batch} x {length}, {threads}"
-        mine, *peers = measured = measure(name, batch, length, threads, STRONGEST, steps=3)
-        rows += [{"configuration": label, **r} for r in measured]
+        mine, *peers = results = measure(name, batch, length, threads, STRONGEST, steps=3)
+        rows += [{"configuration": label, **r} for r in results]
         peer = max(peers, key=lambda r: r["tokens_per_second"])
-        how = peer["variant"].split()[-1]
+        dtype = peer["variant"].split()[-1]
         rate, peer_rate = (r["tokens_per_second"] for r in (mine, peer))
         peak, peer_peak = (r["peak_mib"] for r in (mine, peer))
         cells = (
-            *(label, f"{rate:.0f}", f"{peer_rate:.0f} ({how})", f"{rate / peer_rate:.2f}x"),
+            *(label, f"{rate:.0f}", f"{peer_rate:.0f} ({dtype})", f"{rate / peer_rate:.2f}x"),
             *(f"{peak:.0f}", f"{peer_peak:.0f}", f"{peak / peer_peak:.2f}x"),
         )
         print(f"| {' | '.join(cells)} |", flush=True)
@@ -170,7 +170,7 @@ def scaling() -> list[dict]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     turns.add_step_options(parser, SIZES, VARIANTS)
-    parser.add_argument("--scaling", action="store_true", help="every line of SCALING instead")
+    parser.add_argument("--scaling", action="store_true", help="measure every line of SCALING")
     options = parser.parse_args()
     wait_until_quiet(options.busy)
     print(machine())
