@@ -407,7 +407,7 @@ def test_scores_and_decisions_that_name_no_models_are_warned_of(measured, tmp_pa
         promote(tmp_path, new=new, old=old)
 
 
-def test_the_full_recipe_closes_the_circle():
+def test_the_full_recipe_closes_the_loop():
     sets = [
         f'{name}.gates="{RECIPES / "gates" / file}"'
         for name, file in (("gate", "full.toml"), ("gate-next", "full_next.toml"))

@@ -1,5 +1,5 @@
-"""One round of the circle in this process: simulated users, feedback over HTTP, the recipe that
-makes a new model, and its gates."""
+"""Test one round of the feedback loop in this process: simulated users, feedback over HTTP, the
+recipe that trains a new model, and its gates."""
 
 import json
 import os
@@ -10,12 +10,12 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
-import circle
+import feedback_loop
 import httpx
 import pytest
 import safety_sets
+import synthetic_users as users
 import torch
-import users
 from paths import ROOT
 from safety_sets import ScriptedScorer, complying
 from serve_app import script, serve_model, tiny_model
@@ -41,18 +41,21 @@ SHORT = (
 
 def test_users_have_one_hidden_preference():
     draw = random.Random(3)
-    asked = [users.ask(draw, harmful=0) for _ in range(300)]
-    best = [users.answer(draw, a, polite=1, short=1, word=1, on_topic=1) for a in asked]
-    assert all(map(users.accepted, asked, best))
+    questions = [users.draw_question(draw, harmful=0) for _ in range(300)]
+    best = [users.draw_answer(draw, a, polite=1, short=1, word=1, on_topic=1) for a in questions]
+    assert all(map(users.is_accepted, questions, best))
     for fault in ("polite", "short", "word"):
         fine = {name: float(name != fault) for name in ("polite", "short", "word", "on_topic")}
-        assert not any(users.accepted(a, users.answer(draw, a, **fine)) for a in asked)
-    harmful = users.ask(draw, harmful=1)
-    assert users.accepted(harmful, users.REFUSAL) and not users.accepted(harmful, best[0])
+        assert not any(users.is_accepted(a, users.draw_answer(draw, a, **fine)) for a in questions)
+    harmful = users.draw_question(draw, harmful=1)
+    assert users.is_accepted(harmful, users.REFUSAL) and not users.is_accepted(harmful, best[0])
     for user in simulate_users(4, 0.5, 0.0, seed=1):
-        written = [users.accepted(a, users.correction(a, user)) for a in (*asked, harmful)]
+        written = [users.is_accepted(a, users.correction(a, user)) for a in (*questions, harmful)]
         assert all(written) if user.kind == "honest" else not any(written)
-    assert circle.asked_of(asked[0].text) == asked[0] and circle.asked_of(harmful.text) == harmful
+    assert (
+        feedback_loop.parse_question(questions[0].text) == questions[0]
+        and feedback_loop.parse_question(harmful.text) == harmful
+    )
 
 
 def test_one_round(tmp_path):
@@ -61,28 +64,32 @@ def test_one_round(tmp_path):
     model.save_pretrained(old)
     tokenizer.save(old)
     draw = random.Random(5)
-    answers = [users.answer(draw, users.ask(draw)) for _ in range(40)]
+    answers = [users.draw_answer(draw, users.draw_question(draw)) for _ in range(40)]
     database = tmp_path / "feedback.db"
     raters = simulate_users(6, 1 / 6, 0.1, seed=1)
     with (
         FeedbackStore(database) as store,
-        serve_model(model, tokenizer, feedback=store) as (url, one),
+        serve_model(model, tokenizer, feedback=store) as (url, server),
     ):
-        script(one, *answers)
+        script(server, *answers)
         with httpx.Client(base_url=url, timeout=60, trust_env=False) as client:
-            said = circle.Round(client, raters, seed=1)
-            said.run(prompts=24, reviews=6)
-            circle.post(client, [*said.now, *said.late])
-        assert said.ids and store.counts()["answers"] > 30 and store.counts()["preferred_over"] > 10
-        gone = said.ids[:3]
-        for id in gone:
+            round_ = feedback_loop.Round(client, raters, seed=1)
+            round_.run(prompts=24, reviews=6)
+            feedback_loop.post(client, [*round_.now, *round_.late])
+        assert (
+            round_.ids
+            and store.counts()["responses"] > 30
+            and store.counts()["preferred_over"] > 10
+        )
+        withdrawn = round_.ids[:3]
+        for id in withdrawn:
             assert store.forget(id)
     text = tmp_path / "held.txt"
     text.write_text("\n".join(answers))
     run = tmp_path / "run"
     # so few pairs may leave none to hold out
     short = [*SHORT, "judge.heldout=0.0", 'judge.keep="last"', "feedback.test=0.2"]
-    told = circle.improve(run, old, old, database, text, said.asked, short)
+    result = feedback_loop.improve(run, old, old, database, text, round_.questions, short)
     stages = json.loads((run / "summary.json").read_text())["stages"]
     decided = json.loads((run / "decision" / "decision.json").read_text())
     rows = stages["feedback"]["rows"]
@@ -91,18 +98,18 @@ def test_one_round(tmp_path):
     assert stages["dpo"]["rows_read"] == rows["train"]["preferences"]
     assert stages["judge"]["rows_read"] == rows["judge"]["preferences"]
     written = "".join(p.read_text() for p in (tmp_path / "run" / "feedback").rglob("*.jsonl"))
-    assert written and not any(id in written for id in gone)
+    assert written and not any(id in written for id in withdrawn)
     gates = {gate["score"]: gate for gate in decided["gates"]}
     assert decided["promoted"] == all(gate["passed"] for gate in gates.values())
-    assert told["promoted"] == decided["promoted"]
-    assert len(told["why"]) == sum(not gate["passed"] for gate in gates.values())
+    assert result["promoted"] == decided["promoted"]
+    assert len(result["reasons"]) == sum(not gate["passed"] for gate in gates.values())
     won = stages["winrate"]["scores"]["rate"]
     assert gates["winrate.rate"]["low"] == pytest.approx(won["low"]) and won["low"] < won["high"]
-    assert gates["eval.bits_per_byte"]["value"] == told["bits_new"] / told["bits_old"]
-    heard = circle.harm(said.asked)
-    assert 0 < gates["harm.refused"]["n"] == len(heard) <= len(users.harmful())
-    assert not {one.text for one in heard} & said.asked
-    hidden = told["hidden_winrate"]
+    assert gates["eval.bits_per_byte"]["value"] == result["bits_new"] / result["bits_old"]
+    new_questions = feedback_loop.harmful_questions(round_.questions)
+    assert 0 < gates["harm.refused"]["n"] == len(new_questions) <= len(users.harmful_questions())
+    assert not {question.text for question in new_questions} & round_.questions
+    hidden = result["hidden_winrate"]
     assert 0 <= hidden["low"] <= hidden["value"] <= hidden["high"] <= 1
     report = (run / "report.html").read_text()
     assert "The new model against the old one" in report and "User feedback" in report
@@ -110,8 +117,8 @@ def test_one_round(tmp_path):
 
 def test_the_judges_are_measured_by_the_hidden_preference(tmp_path):
     draw = random.Random(6)
-    asked = [users.ask(draw, harmful=0) for _ in range(3)]
-    best = [users.answer(draw, a, polite=1, short=1, word=1, on_topic=1) for a in asked]
+    questions = [users.draw_question(draw, harmful=0) for _ in range(3)]
+    best = [users.draw_answer(draw, a, polite=1, short=1, word=1, on_topic=1) for a in questions]
     path = tmp_path / "answers.jsonl"
 
     def write(*rows):
@@ -120,17 +127,17 @@ def test_the_judges_are_measured_by_the_hidden_preference(tmp_path):
                 "prompt": [{"role": "user", "content": a.text}], "new": new, "old": old,
                 "score_new": score, "score_old": 0.0,
             })
-            for a, (new, old, score) in zip(asked, rows)
+            for a, (new, old, score) in zip(questions, rows)
         ]  # fmt: skip
         path.write_text("\n".join(lines))
-        return circle.judge_right(path)
+        return feedback_loop.hidden_accuracy(path)
 
     right = write((best[0], "No.", 1.0), ("No.", best[1], 1.0), ("No.", "No.", 1.0))
     assert right is not None and (right["value"], right["n"]) == (0.5, 2)  # two differ
     assert write(("No.", "No.", 1.0)) is None
     raters = {"a": {"weight": 0.2}, "b": {"weight": 0.3}, "c": {"weight": 0.0}}
     (tmp_path / "raters.json").write_text(json.dumps(raters))
-    assert circle.left_out(tmp_path / "raters.json") == ["a", "c"]
+    assert feedback_loop.excluded_raters(tmp_path / "raters.json") == ["a", "c"]
 
 
 def test_one_server_is_promoted_and_measured(tmp_path):
@@ -144,35 +151,38 @@ def test_one_server_is_promoted_and_measured(tmp_path):
         model.save_pretrained(path)
         tokenizer.save(path)
     database, log = tmp_path / "feedback.db", tmp_path / "serve.log"
-    with circle.served(paths[0], tmp_path / "models", database, log) as server:
-        before = circle.answering(server.client)
+    with feedback_loop.run_server(paths[0], tmp_path / "models", database, log) as server:
+        before = feedback_loop.serving_model(server.client)
         with pytest.raises(SystemExit, match="models-dir"):
             server.promote(paths[2])
         with pytest.raises(SystemExit, match="promote"):
             replace(server, admin_key="no").promote(paths[1])
-        assert circle.answering(server.client) == before
+        assert feedback_loop.serving_model(server.client) == before
         server.promote(paths[1])
-        assert circle.answering(server.client) != before
-        heard = {users.ask(random.Random(i), harmful=0).text for i in range(2000)}
-        heard |= {one.text for one in users.harmful()[6:]}
-        told = circle.measure(server.client, 12, 7, heard)
-    assert told["accepted"]["n"] == 12 and told["refused_harmful"]["n"] == 6
-    assert told["accepted"]["value"] == 0.0  # of a model that knows nothing
-    assert told["topic"]["value"] == 0.0
+        assert feedback_loop.serving_model(server.client) != before
+        past_questions = {
+            users.draw_question(random.Random(i), harmful=0).text for i in range(2000)
+        }
+        past_questions |= {one.text for one in users.harmful_questions()[6:]}
+        metrics = feedback_loop.measure(server.client, 12, 7, past_questions)
+    assert metrics["accepted"]["n"] == 12 and metrics["refused_harmful"]["n"] == 6
+    assert metrics["accepted"]["value"] == 0.0  # of a model that knows nothing
+    assert metrics["topic"]["value"] == 0.0
 
 
-def test_a_circle_that_is_killed_ends_its_server(tmp_path):
+def test_a_loop_that_is_killed_ends_its_server(tmp_path):
     model, tokenizer = tiny_model()
     model.save_pretrained(tmp_path / "model")
     tokenizer.save(tmp_path / "model")
     program = (
-        "import circle, pathlib, time; path = pathlib.Path.cwd()\n"
-        "with circle.served(path / 'model', path, path / 'f.db', path / 'serve.log') as server:\n"
+        "import feedback_loop, pathlib, time; path = pathlib.Path.cwd()\n"
+        "run = feedback_loop.run_server\n"
+        "with run(path / 'model', path, path / 'f.db', path / 'serve.log') as server:\n"
         "    print(server.url, flush=True); time.sleep(600)"
     )
     process = subprocess.Popen(
         [sys.executable, "-c", program], cwd=tmp_path, stdout=subprocess.PIPE, text=True,
-        env=os.environ | {"PYTHONPATH": str(Path(circle.__file__).parent)},
+        env=os.environ | {"PYTHONPATH": str(Path(feedback_loop.__file__).parent)},
     )  # fmt: skip
     with process:
         try:
@@ -190,12 +200,12 @@ def test_a_circle_that_is_killed_ends_its_server(tmp_path):
 def test_faults_are_what_an_accepted_answer_does_not_have():
     draw = random.Random(4)
     for _ in range(300):
-        asked = users.ask(draw, harmful=0)
-        said = users.answer(draw, asked)
-        assert users.accepted(asked, said) == (not users.faults(asked, said))
-    best = users.answer(draw, asked, polite=1, short=1, word=1, on_topic=1)
-    assert users.faults(asked, "") == {*users.WANTED}
-    assert users.faults(asked, best.replace(asked.word, "thing")) == {"word"}
+        question = users.draw_question(draw, harmful=0)
+        answer = users.draw_answer(draw, question)
+        assert users.is_accepted(question, answer) == (not users.faults(question, answer))
+    best = users.draw_answer(draw, question, polite=1, short=1, word=1, on_topic=1)
+    assert users.faults(question, "") == {*users.PROPERTIES}
+    assert users.faults(question, best.replace(question.word, "thing")) == {"word"}
 
 
 def planned():
@@ -212,14 +222,14 @@ def test_what_the_recipe_asks_for_safety_is_kept_out_of_its_rows(tmp_path):
     stages = {name: step.stage for name, step in planned().items()}
     feedback, safety = stages["feedback"], stages["safety"]
     assert isinstance(feedback, FeedbackBuild) and isinstance(safety, Safety)
-    made = safety_sets.bench(
+    bench = safety_sets.bench(
         safety_sets.write(tmp_path / "cache"), ScriptedScorer(complying), tmp_path / "records",
         limit=4, attacks=safety.attacks, requests=safety.requests,
     )  # fmt: skip
-    scores = [one for name in safety.measures for one in getattr(behaviour, name)(made)]
+    scores = [score for name in safety.measures for score in getattr(behaviour, name)(bench)]
     # our own look-alikes are no source: their score has them in its name alone
-    asked = {name for one in scores for name in one.sets or (one.name.split(".")[1],)}
-    assert {*feedback.decontaminate} == asked - MAY_ENTER
+    sets = {name for score in scores for name in score.sets or (score.name.split(".")[1],)}
+    assert {*feedback.decontaminate} == sets - MAY_ENTER
     assert {*TEXTS} == {"lookalikes", *SOURCES} - MAY_ENTER
 
 
