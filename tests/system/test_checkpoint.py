@@ -60,10 +60,10 @@ def quantize(weight: torch.Tensor, bits: int, group: int, zeros: bool) -> Quanti
     return QuantizedWeight(qdata, scales, offsets if zeros else None, bits, group, (n, k))
 
 
-def assert_same(came: dict, want: dict) -> None:
-    assert came.keys() == want.keys()
-    for name, a in came.items():
-        b = want[name]
+def assert_same(actual: dict, expected: dict) -> None:
+    assert actual.keys() == expected.keys()
+    for name, a in actual.items():
+        b = expected[name]
         if isinstance(b, QuantizedWeight):
             assert (a.bits, a.group_size, a.shape) == (b.bits, b.group_size, b.shape), name
             assert torch.equal(a.qdata, b.qdata) and torch.equal(a.scales, b.scales), name
@@ -141,28 +141,28 @@ def test_quantized_round_trip(tmp_path, shard_bytes):
         assert torch.equal(plain[name], dense)
 
 
-def test_given_quantization_config_stays(tmp_path):
+def test_an_explicit_quantization_config_is_kept(tmp_path):
     state = make_state()
     name = "model.layers.0.mlp.up_proj.weight"
     state[name] = quantize(state[name], 4, 32, False)
     module = {"bits": 4, "group_size": 32, "shape": [96, 64], "act_bits": 8}
-    given = {
+    entry = {
         "quant_method": "fastlm",
         "method": "gptq",
         "modules": {"model.layers.0.mlp.up_proj": module},
     }
-    save_hf(tmp_path / "q", {**CONFIG, "quantization_config": given}, state)
+    save_hf(tmp_path / "q", {**CONFIG, "quantization_config": entry}, state)
     config, tensors = load_state(tmp_path / "q")
-    assert config["quantization_config"] == given
+    assert config["quantization_config"] == entry
     assert_same(dict(tensors), state)
-    del given["modules"]["model.layers.0.mlp.up_proj"]["shape"]
+    del entry["modules"]["model.layers.0.mlp.up_proj"]["shape"]
     (tmp_path / "q" / "config.json").write_text(
-        json.dumps({**CONFIG, "quantization_config": given})
+        json.dumps({**CONFIG, "quantization_config": entry})
     )
     refused(tmp_path / "q", "quantization_config: model.layers.0.mlp.up_proj: expected bits")
-    given["modules"] = {}
+    entry["modules"] = {}
     (tmp_path / "q" / "config.json").write_text(
-        json.dumps({**CONFIG, "quantization_config": given})
+        json.dumps({**CONFIG, "quantization_config": entry})
     )
     refused(tmp_path / "q", "expected a tensor model.layers.0.mlp.up_proj.weight")
 
@@ -173,8 +173,8 @@ def test_tied_head_is_left_out(tmp_path):
     save_hf(tmp_path / "m", {**CONFIG, "tie_word_embeddings": True}, state)
     modes = {p.name: p.stat().st_mode for p in (tmp_path / "m").iterdir()}
     assert modes["model.safetensors"] == modes["config.json"]  # the same permissions for all files
-    came = dict(load_state(tmp_path / "m")[1])
-    assert "lm_head.weight" not in came and len(came) == len(state) - 1
+    tensors = dict(load_state(tmp_path / "m")[1])
+    assert "lm_head.weight" not in tensors and len(tensors) == len(state) - 1
 
 
 def test_strided_and_shared_tensors(tmp_path):
@@ -327,13 +327,13 @@ def test_lying_header(folder, change):
 def test_a_changed_byte_loads_or_is_refused(folder, at, value):
     file = folder / "model.safetensors"
     data = bytearray(file.read_bytes())
-    kept, data[at] = data[at], value
+    original, data[at] = data[at], value
     file.write_bytes(data)
     try:
         dict(load_state(folder)[1])
     except InputError as error:
         assert "\n" not in str(error)
-    data[at] = kept
+    data[at] = original
     file.write_bytes(data)
 
 
@@ -385,11 +385,11 @@ def test_config_that_does_not_fit(folder, changes, message):
 
 def test_missing_shard_and_tensor(sharded):
     index = json.loads((sharded / "model.safetensors.index.json").read_text())
-    place = index["weight_map"]["model.norm.weight"]
-    set_header(sharded / place, lambda h: h.update(other=h.pop("model.norm.weight")))
-    refused(sharded, f"{place}: expected a tensor model.norm.weight by the index, got none")
-    (sharded / place).unlink()
-    refused(sharded, f"{place}: expected a safetensors file, got none")
+    file_name = index["weight_map"]["model.norm.weight"]
+    set_header(sharded / file_name, lambda h: h.update(other=h.pop("model.norm.weight")))
+    refused(sharded, f"{file_name}: expected a tensor model.norm.weight by the index, got none")
+    (sharded / file_name).unlink()
+    refused(sharded, f"{file_name}: expected a safetensors file, got none")
 
 
 @pytest.mark.parametrize("name", ["../m/x.safetensors", "/etc/passwd", "x.bin", 3, ""])
@@ -569,7 +569,7 @@ def test_killed_between_the_renames_of_a_folder(folder):
     assert {p.name: p.read_bytes() for p in folder.iterdir()} == before
 
 
-def test_only_what_was_left_of_the_same_path_is_removed(tmp_path):
+def test_only_leftovers_of_the_same_path_are_removed(tmp_path):
     hex16 = "0123456789abcdef"
     (tmp_path / "mail").write_text("mine")
     mine = [
@@ -600,11 +600,11 @@ def test_half_an_old_folder_is_not_put_back(folder, monkeypatch):
 def test_a_folder_that_another_program_has_locked(tmp_path, monkeypatch):
     monkeypatch.setattr("fastlm.files.PATIENCE", 0.05)
     (left := tmp_path / ".out.json.fastlm-0123456789abcdef.part").write_text("x")
-    held = os.open(tmp_path, os.O_RDONLY)
-    fcntl.flock(held, fcntl.LOCK_EX)
+    descriptor = os.open(tmp_path, os.O_RDONLY)
+    fcntl.flock(descriptor, fcntl.LOCK_EX)
     save_atomic(tmp_path / "out.json", lambda part: part.write_text("{}"))
     assert files(tmp_path) == {"out.json", left.name}
-    os.close(held)
+    os.close(descriptor)
     save_atomic(tmp_path / "out.json", lambda part: part.write_text("{}"))
     assert files(tmp_path) == {"out.json"}
 
@@ -628,9 +628,9 @@ def test_tensors_round_trip(tmp_path):
     metadata = {"step": 3, "names": ["a", "é"], "lr": 1e-3}
     for _ in range(2):  # the second time replaces the file
         save_tensors(tmp_path / "s", tensors, metadata)
-    came, told = load_tensors(tmp_path / "s")
-    assert_same(came, tensors)
-    assert told == metadata
+    actual, loaded_metadata = load_tensors(tmp_path / "s")
+    assert_same(actual, tensors)
+    assert loaded_metadata == metadata
     assert files(tmp_path) == {"s"}
 
 

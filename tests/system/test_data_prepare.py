@@ -110,7 +110,7 @@ def test_every_step_is_counted(corpus, tmp_path):
     ]
 
 
-def test_what_is_no_utf8_in_names_and_fields_is_written_all_the_same(tmp_path):
+def test_names_and_fields_that_are_not_utf8_are_written(tmp_path):
     folder = tmp_path / os.fsdecode(b"gr\xfc\xdfe")
     folder.mkdir()
     odd = '{"text": %s, "url": "\\udce9", "meta": {"\\ud800": ["\\udfff"]}}\n'
@@ -195,7 +195,7 @@ def test_options(corpus, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("options", "why"),
+    ("options", "message"),
     [
         ({"rules": ("nope",)}, "rules: expected some of"),
         ({"heldout_bytes": -1}, "heldout_bytes: expected 0"),
@@ -205,20 +205,20 @@ def test_options(corpus, tmp_path):
         ({"max_words": 100_001}, "max_words: expected at most 100,000, which the rule word_count"),
     ],
 )  # fmt: skip
-def test_bad_options(corpus, tmp_path, options, why):
-    with pytest.raises(InputError, match=why):
+def test_bad_options(corpus, tmp_path, options, message):
+    with pytest.raises(InputError, match=message):
         run(corpus, tmp_path / "out", **options)
     assert not (tmp_path / "out").exists()
 
 
-def test_a_file_that_was_named_is_a_refusal_and_leaves_nothing(corpus, tmp_path):
+def test_a_bad_explicit_file_is_refused_and_leaves_nothing(corpus, tmp_path):
     out = tmp_path / "out"
-    for source, why in (
+    for source, message in (
         (corpus / "bad.txt", "binary"), (corpus / "cut.txt.gz", "cut short"),
         (corpus / "nope.txt", "not found"),
         (corpus / "short.txt", "nothing is left after cleaning: .*word_count"),
     ):  # fmt: skip
-        with pytest.raises(InputError, match=why):
+        with pytest.raises(InputError, match=message):
             run(source, out / "below")
         assert not out.exists()
     for sources in ([], "text"):
@@ -235,7 +235,7 @@ def test_an_earlier_result_survives_a_failure(corpus, tmp_path):
     assert {p.name: p.read_bytes() for p in out.iterdir()} == before
 
 
-def test_what_a_killed_process_left_is_removed(corpus, tmp_path):
+def test_leftovers_of_a_killed_process_are_removed(corpus, tmp_path):
     out = tmp_path / "out"
     out.mkdir()
     for name in ("train.jsonl.zst", "heldout.jsonl.zst", "funnel.json"):
@@ -277,7 +277,7 @@ def test_read_only_folder(corpus, tmp_path, monkeypatch):
         run(corpus, tmp_path / "file" / "out")
 
 
-def test_read_documents_refuses_what_is_damaged(corpus, tmp_path):
+def test_read_documents_refuses_damaged_files(corpus, tmp_path):
     run(corpus, tmp_path / "out")
     p = tmp_path / "out" / "train.jsonl.zst"
     data = p.read_bytes()
@@ -339,8 +339,8 @@ def test_command_line(corpus, tmp_path):
     result = CliRunner().invoke(app, prepare_command, env={"COLUMNS": "240"})
     assert result.exit_code == 0, result.output
     assert " .csv " in CliRunner().invoke(app, ["data", "prepare", "--help"]).output
-    shown = CliRunner().invoke(app, ["data", "show", str(out)], env={"COLUMNS": "240"})
-    assert shown.exit_code == 0
+    show_result = CliRunner().invoke(app, ["data", "show", str(out)], env={"COLUMNS": "240"})
+    assert show_result.exit_code == 0
     for text in (
         "quality rules",
         "1 word_count",
@@ -351,8 +351,8 @@ def test_command_line(corpus, tmp_path):
         "lines.jsonl, line 1: expected one JSON object",
         "heldout",
     ):
-        assert text in shown.stdout
-    assert shown.stdout in result.output
+        assert text in show_result.stdout
+    assert show_result.stdout in result.output
     wrong = CliRunner().invoke(app, ["data", "get", "ftp:thing"])
     assert wrong.exit_code == 2 and "spec: expected model:NAME" in wrong.output
     rules = CliRunner().invoke(
@@ -363,11 +363,11 @@ def test_command_line(corpus, tmp_path):
 
 def ignoring_ctrl_c(pid: int) -> list[bool]:
     """Whether each child of a process ignores SIGINT."""
-    found = []
+    workers = []
     for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split():
         (mask,) = re.findall(r"^SigIgn:\s*(\w+)", Path(f"/proc/{child}/status").read_text(), re.M)
-        found.append(bool(int(mask, 16) >> (signal.SIGINT - 1) & 1))
-    return found
+        workers.append(bool(int(mask, 16) >> (signal.SIGINT - 1) & 1))
+    return workers
 
 
 def test_ctrl_c_ends_the_workers_too(tmp_path):
@@ -388,13 +388,13 @@ def test_ctrl_c_ends_the_workers_too(tmp_path):
         assert done.poll() is None, done.stderr and done.stderr.read()
         time.sleep(0.05)
     os.killpg(done.pid, signal.SIGINT)
-    _, said = done.communicate(timeout=60)
-    assert done.returncode == 130 and "Traceback" not in said, said
-    assert said.strip().endswith("fastlm: interrupted")
+    _, stderr = done.communicate(timeout=60)
+    assert done.returncode == 130 and "Traceback" not in stderr, stderr
+    assert stderr.strip().endswith("fastlm: interrupted")
     assert not (tmp_path / "out" / "train.jsonl.zst").exists()
 
 
-def test_counts_agree_with_what_they_count():
+def test_counts_have_the_right_plurals():
     from fastlm.data.stage import format_count
 
     assert [format_count(n, "file: hidden") for n in (1, 8884)] == [
@@ -408,7 +408,7 @@ def test_counts_agree_with_what_they_count():
     assert format_count(3, "same text") == "3 same text"
 
 
-def test_a_source_whose_own_name_is_no_utf8(tmp_path):
+def test_a_source_name_that_is_not_utf8(tmp_path):
     file = tmp_path / os.fsdecode(b"caf\xe9.txt")
     file.write_text(prose(1))
     out = tmp_path / os.fsdecode(b"gr\xfcn")
@@ -418,7 +418,7 @@ def test_a_source_whose_own_name_is_no_utf8(tmp_path):
     assert result.exit_code == 0, (result.output, result.exception)
     record = json.loads((out / "record.json").read_bytes().decode())["stages"]["."]
     assert record["options"]["sources"] == [rf"{tmp_path}/caf\xe9.txt"]
-    (known,) = open_registry([out], update_index=False).records
-    assert known.entry.options == record["options"]
-    again = ["data", "show", str(out)]
-    assert CliRunner().invoke(app, again).exit_code == 0
+    (run_record,) = open_registry([out], update_index=False).records
+    assert run_record.entry.options == record["options"]
+    command = ["data", "show", str(out)]
+    assert CliRunner().invoke(app, command).exit_code == 0

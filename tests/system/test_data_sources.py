@@ -174,7 +174,7 @@ def test_truncated_warc(tmp_path, cache, packed):
     assert "expected a WARC archive" in refusal(p, cache)
 
 
-def test_warc_counts_what_is_no_page(tmp_path, cache):
+def test_warc_counts_records_that_are_no_pages(tmp_path, cache):
     p = tmp_path / "w.warc"
     others = record(1, b"%PDF", "application/pdf") + record(3, b"", status="500 No")
     p.write_bytes(record(2, b"plain", "text/plain") + others)
@@ -190,10 +190,10 @@ def test_a_200_mb_line_is_refused_early(tmp_path, cache, name):
     with open(p, "wb") as f:
         for _ in range(200):
             f.write(b"x" * (1 << 20))
-    said, start = [], time.process_time()
-    grown = growth(lambda: said.append(refusal(p, cache)))
+    messages, start = [], time.process_time()
+    grown = growth(lambda: messages.append(refusal(p, cache)))
     took = time.process_time() - start
-    (message,) = said
+    (message,) = messages
     assert str(p) in message
     assert f"{MAX_DOCUMENT_BYTES:,}" in message
     assert name == "one.html" or "line 1" in message
@@ -218,13 +218,13 @@ def test_code_tables_json_and_notebooks_are_read(tmp_path, cache):
     (d / "e.ipynb").write_text(json.dumps({"cells": cells, "nbformat": 4}))
     for name in ("f.pdf", "g.PDF", "h.docx", "README"):
         (d / name).write_bytes(b"x")
-    told: list[str] = []
-    docs = list(read_source(str(d), cache=cache, on_skip=told.append))
+    messages: list[str] = []
+    docs = list(read_source(str(d), cache=cache, on_skip=messages.append))
     assert [(x.id, x.text) for x in docs] == [
         ("a.py", "x = 1"), ("b.tex.gz", "\\section{b}"), ("c.csv", "a,b"),
         ("d.json:1", "one"), ("d.json:2", "two"), ("e.ipynb", "# Title\nwords\n\nprint(1)"),
     ]  # fmt: skip
-    assert told == [f"{d}/d.json, element 3: expected an object with a text in 'text',"
+    assert messages == [f"{d}/d.json, element 3: expected an object with a text in 'text',"
                     " got the fields 'body'"]  # fmt: skip
     unsupported: Counter[str] = Counter()
     passed = list_files(str(d), cache=cache, unsupported=unsupported)[1]
@@ -240,7 +240,7 @@ def test_code_tables_json_and_notebooks_are_read(tmp_path, cache):
         assert refusal(tmp_path / name, cache).startswith(f"{tmp_path / name}: expected")
 
 
-def test_a_bad_file_or_line_in_a_folder_is_told_and_the_rest_is_read(tmp_path, cache):
+def test_a_bad_file_or_line_in_a_folder_is_reported_and_skipped(tmp_path, cache):
     d = tmp_path / "in"
     d.mkdir()
     lines = ['{"text": "first"}', "{oops", *(f'{{"text": "good {i}"}}' for i in range(998))]
@@ -251,13 +251,13 @@ def test_a_bad_file_or_line_in_a_folder_is_told_and_the_rest_is_read(tmp_path, c
     expected = ["first", *(f"good {i}" for i in range(998))]
     bad = [2, 501, 502]
     for source, more in ((d / "a.jsonl", 0), (d, 1)):
-        told: list[str] = []
-        texts = [x.text for x in read_source(str(source), cache=cache, on_skip=told.append)]
+        messages: list[str] = []
+        texts = [x.text for x in read_source(str(source), cache=cache, on_skip=messages.append)]
         assert texts == expected + ["last"] * more
-        for line, message in zip(bad, told, strict=False):
+        for line, message in zip(bad, messages, strict=False):
             assert message.startswith(f"{d}/a.jsonl, line {line}: expected")
-        assert told[3] == f"{d}/a.jsonl: 2 more of its 1,004 lines"
-        assert told[4:] == [f"{d}/b.txt: expected text, it holds binary data"] * more
+        assert messages[3] == f"{d}/a.jsonl: 2 more of its 1,004 lines"
+        assert messages[4:] == [f"{d}/b.txt: expected text, it holds binary data"] * more
 
 
 def test_a_name_that_is_no_utf8(tmp_path, cache):
@@ -270,7 +270,7 @@ def test_a_name_that_is_no_utf8(tmp_path, cache):
 def test_bad_json_lines(tmp_path, cache):
     p = tmp_path / "j.jsonl"
     deep = '{"text": "x", "meta": {"a": ' + "[" * 70 + "]" * 70 + "}}"
-    for bad, why in (
+    for bad, error in (
         ("{nope", "expected one JSON object"), ("[1]", "got list"),
         ('{"body": "x"}', "fields 'body'"),
         ('{"text": 3}', "a text in 'text'"), ("[" * 100_000, "expected one JSON object"),
@@ -279,7 +279,7 @@ def test_bad_json_lines(tmp_path, cache):
         p.write_text("\n" + bad + "\n")  # no valid line at all
         message = refusal(p, cache)
         assert message.startswith(f"{p}, line 2: ")
-        assert why in message
+        assert error in message
     p.write_text('{"text": "lone \\ud800 surrogate"}\n')
     assert read(p, cache)[0].text == "lone ? surrogate"
 
@@ -298,7 +298,7 @@ def fake_pip(monkeypatch, make) -> list:
     """Replace pip: ``make(folder)`` leaves the archive that a download would have left."""
     calls = []
 
-    def run(command, what, **kwargs):
+    def run(command, source, **kwargs):
         calls.append(command)
         folder = Path(command[command.index("--dest") + 1])
         folder.mkdir()
@@ -344,7 +344,7 @@ def test_package_is_unpacked_once_without_links_and_noise(tmp_path, cache, monke
     assert [p.name for p in (cache / "pypi").iterdir()] == ["some-pkg-1.2"]
 
 
-def test_only_the_archive_itself_is_wanted_as_source(tmp_path, cache, monkeypatch):
+def test_only_the_archive_is_built_from_source(tmp_path, cache, monkeypatch):
     (tmp_path / "guide.txt").write_text("text")
 
     def sdist(folder):
@@ -470,12 +470,12 @@ def test_archives_are_bounded_before_they_are_read(tmp_path, monkeypatch):
     with pytest.raises(InputError, match="got 100,000 in 1"):
         unpack(wheel, zipped(a=b"0" * 100_000))
     monkeypatch.setattr(packages, "MAX_UNPACKED_FILES", 3)
-    seen = []
+    sizes = []
     read_header = tarfile.TarFile.next
-    monkeypatch.setattr(tarfile.TarFile, "next", lambda t: seen.append(t) or read_header(t))
+    monkeypatch.setattr(tarfile.TarFile, "next", lambda t: sizes.append(t) or read_header(t))
     with pytest.raises(InputError, match="got 0 in 4"):
         unpack(sdist, gzip.compress(tar(*(member(f"{i}") for i in range(1000)))))
-    assert len(seen) < 10
+    assert len(sizes) < 10
 
 
 def test_a_failed_fetch_leaves_nothing_and_the_rest_of_a_killed_one_goes(cache, monkeypatch):
@@ -500,10 +500,10 @@ def test_two_fetch_the_same_package_at_once(cache, monkeypatch):
 
     calls, both = fake_pip(monkeypatch, wheel), threading.Barrier(2, timeout=60)
     with ThreadPoolExecutor(2) as threads:
-        found = list(threads.map(lambda _: packages.fetch("pypi", "both", cache=cache), range(2)))
-    assert len(calls) == 2 and found == [cache / "pypi" / "both-1.0"] * 2
-    assert (found[0] / "a").read_bytes() == b"text"
-    assert list(found[0].parent.iterdir()) == [found[0]]
+        paths = list(threads.map(lambda _: packages.fetch("pypi", "both", cache=cache), range(2)))
+    assert len(calls) == 2 and paths == [cache / "pypi" / "both-1.0"] * 2
+    assert (paths[0] / "a").read_bytes() == b"text"
+    assert list(paths[0].parent.iterdir()) == [paths[0]]
 
 
 def test_no_apt_on_this_machine(cache, monkeypatch):
@@ -552,10 +552,10 @@ def test_replacing_leaves_nothing_half_written(tmp_path, monkeypatch):
         f.write(b"new")
         raise KeyError
     with (
-        atomic_file(path) as one,
+        atomic_file(path) as first,
         atomic_file(path) as other,
     ):  # both complete, the last one wins
-        one.write(b"one, the longer")
+        first.write(b"one, the longer")
         other.write(b"other")
     assert path.read_bytes() == b"one, the longer"
     path.write_bytes(b"old")

@@ -64,11 +64,12 @@ def tokenizer():
     return Tokenizer.train([words, "Größe 漢字 def f(x):\n\treturn x"], 300)
 
 
-def same(came, want):
-    assert came.keys() == want.keys()
-    for name, weight in came.items():
+def same(actual, expected):
+    assert actual.keys() == expected.keys()
+    for name, weight in actual.items():
         both = [
-            w.dequantize() if isinstance(w, QuantizedWeight) else w for w in (weight, want[name])
+            w.dequantize() if isinstance(w, QuantizedWeight) else w
+            for w in (weight, expected[name])
         ]
         assert torch.equal(both[0].float(), both[1].detach().float()), name
 
@@ -76,21 +77,21 @@ def same(came, want):
 @pytest.mark.parametrize("case", MODELS)
 def test_every_architecture_is_read_back(case, tmp_path):
     model = model_of(case)
-    told = save_gguf(tmp_path / "m.gguf", model.config, model.weights(), None, "m")
-    assert set(told["formats"]) == {"F32"} and not told["rounded_scales"]
-    came = dict(load_state(tmp_path / "m.gguf")[1])
+    info = save_gguf(tmp_path / "m.gguf", model.config, model.weights(), None, "m")
+    assert set(info["formats"]) == {"F32"} and not info["rounded_scales"]
+    tensors = dict(load_state(tmp_path / "m.gguf")[1])
     if "gemma" in case:  # one is added to and taken from the norms
         for name, weight in model.weights().items():
-            torch.testing.assert_close(came[name], weight.detach(), rtol=0, atol=2**-22)
+            torch.testing.assert_close(tensors[name], weight.detach(), rtol=0, atol=2**-22)
     else:
-        same(came, model.weights())
+        same(tensors, model.weights())
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_floats_keep_their_dtype_and_vectors_are_float32(dtype, tmp_path):
     model = model_of("llama-tied").to(dtype)
-    told = save_gguf(tmp_path / "m.gguf", model.config, model.weights(), None, "m")
-    assert set(told["formats"]) == {{torch.bfloat16: "BF16", torch.float16: "F16"}[dtype]}
+    info = save_gguf(tmp_path / "m.gguf", model.config, model.weights(), None, "m")
+    assert set(info["formats"]) == {{torch.bfloat16: "BF16", torch.float16: "F16"}[dtype]}
     same(dict(load_state(tmp_path / "m.gguf")[1]), model.weights())
     file = GGUFFile(tmp_path / "m.gguf")
     assert file.tensors["output_norm.weight"].kind.name == "F32"
@@ -111,14 +112,14 @@ def test_block_formats(bits, symmetric, group):
         return
     data, rounded = encode_tensor("w", weight)
     kind = {(4, True): "Q4_0", (4, False): "Q4_1", (8, True): "Q8_0"}[bits, symmetric]
-    came = gguf.quants.dequantize(data, gguf.GGMLQuantizationType[kind])
+    actual = gguf.quants.dequantize(data, gguf.GGMLQuantizationType[kind])
     want = weight.dequantize(torch.float64).numpy()
     if symmetric:
         assert not rounded
-        np.testing.assert_array_equal(came, want.astype(np.float32))
+        np.testing.assert_array_equal(actual, want.astype(np.float32))
     else:  # m = offset - 8 d is rounded to float16
         assert 0 < rounded <= weight.scales.numel()
-        assert np.abs(came - want).max() <= 2**-11 * np.abs(want).max() * 8
+        assert np.abs(actual - want).max() <= 2**-11 * np.abs(want).max() * 8
 
 
 def test_scales_that_float16_lacks_are_counted_or_refused():
@@ -151,24 +152,24 @@ def test_models_that_gguf_cannot_say(changes, message, tmp_path):
 def test_the_command_writes_gguf_with_the_tokenizer(tokenizer, tmp_path):
     quantize(model_of("llama-tied"), "w4a16", group_size=32).save_pretrained(tmp_path / "q")
     tokenizer.save(tmp_path / "q")
-    shown = call("export", "-m", tmp_path / "q", "-o", tmp_path / "g", "--format", "gguf").stdout
-    assert "15 Q4_0" in shown and "rounded" not in shown
-    came = Tokenizer.load(tmp_path / "g" / "model.gguf")
+    output = call("export", "-m", tmp_path / "q", "-o", tmp_path / "g", "--format", "gguf").stdout
+    assert "15 Q4_0" in output and "rounded" not in output
+    loaded = Tokenizer.load(tmp_path / "g" / "model.gguf")
     for text in ("It's the cat's 12345 trees,  Größe\n\n漢字", "<|im_end|>", " def f(x):\t"):
-        assert came.encode(text) == tokenizer.encode(text)
-        assert came.encode(text, special=True) == tokenizer.encode(text, special=True)
-    assert came.chat_template == tokenizer.chat_template
-    assert (came.eos_id, came.pad_id, came.stop_ids) == (0, 0, tokenizer.stop_ids)
-    assert came.vocab_size > tokenizer.vocab_size  # one for each row of the embedding
-    ids = [one.vocabulary_id(tokenizer.vocab_size) for one in (came, tokenizer)]
-    assert ids[0] == ids[1] != came.vocabulary_id(tokenizer.vocab_size - 1)
+        assert loaded.encode(text) == tokenizer.encode(text)
+        assert loaded.encode(text, special=True) == tokenizer.encode(text, special=True)
+    assert loaded.chat_template == tokenizer.chat_template
+    assert (loaded.eos_id, loaded.pad_id, loaded.stop_ids) == (0, 0, tokenizer.stop_ids)
+    assert loaded.vocab_size > tokenizer.vocab_size  # one for each row of the embedding
+    ids = [t.vocabulary_id(tokenizer.vocab_size) for t in (loaded, tokenizer)]
+    assert ids[0] == ids[1] != loaded.vocabulary_id(tokenizer.vocab_size - 1)
     file = GGUFFile(tmp_path / "g" / "model.gguf")
     kinds = file.metadata["tokenizer.ggml.token_type"]
     assert kinds[:3].tolist() == [3, 3, 3] and kinds[-1] == 5 and len(kinds) == 320
     assert file.metadata["tokenizer.ggml.tokens"][-1] == "[PAD319]"
-    whole, again = (CausalLM.from_pretrained(tmp_path / p, act_bits=16) for p in ("q", "g"))
+    quantized, exported = (CausalLM.from_pretrained(tmp_path / p, act_bits=16) for p in ("q", "g"))
     ids = torch.arange(20)[None]
-    assert torch.equal(whole(ids).logits, again(ids).logits)
+    assert torch.equal(quantized(ids).logits, exported(ids).logits)
     refused(
         "export", "-m", tmp_path / "q", "-o", tmp_path / "x", "--format", "onnx",
         text="format: expected one of gguf, compressed-tensors, got 'onnx'",
@@ -182,17 +183,17 @@ def test_compressed_tensors_are_read_back(bits, group, tokenizer, tmp_path):
     model.save_pretrained(tmp_path / "q")
     tokenizer.save(tmp_path / "q")
     options = ["--format", "compressed-tensors"]
-    shown = call("export", "-m", tmp_path / "q", "-o", tmp_path / "c", *options).stdout
-    assert "as floats: model.embed_tokens.weight, lm_head.weight" in shown
+    output = call("export", "-m", tmp_path / "q", "-o", tmp_path / "c", *options).stdout
+    assert "as floats: model.embed_tokens.weight, lm_head.weight" in output
     entry = json.loads((tmp_path / "c" / "config.json").read_text())["quantization_config"]
     (scheme,) = entry["config_groups"].values()
     arguments = scheme["weights"]
     assert (arguments["num_bits"], arguments["group_size"]) == (bits, group if group > 0 else None)
     config, tensors = load_state(tmp_path / "c")
     assert f"pack-quantized {bits} bits" in config["quantization_config"]["description"]
-    came, want = dict(tensors), model.weights()
-    assert isinstance(came["model.layers.0.mlp.up_proj.weight"], QuantizedWeight)
-    same(came, want)
+    actual, expected = dict(tensors), model.weights()
+    assert isinstance(actual["model.layers.0.mlp.up_proj.weight"], QuantizedWeight)
+    same(actual, expected)
 
 
 def test_compressed_tensors_with_zero_points(tmp_path):
@@ -232,7 +233,7 @@ def test_a_group_that_does_not_divide_is_refused_with_one_that_does(
         refused("export", "-m", tmp_path / "q", "-o", out, text="quantize with --group-size 32")
 
 
-def test_what_is_not_quantized_is_refused_for_compressed_tensors(tokenizer, tmp_path):
+def test_an_unquantized_model_is_refused_for_compressed_tensors(tokenizer, tmp_path):
     model_of().save_pretrained(tmp_path / "m")
     tokenizer.save(tmp_path / "m")
     refused(
@@ -249,7 +250,7 @@ def exported(model: CausalLM, folder) -> dict:
     return json.loads((folder / "config.json").read_text())["quantization_config"]
 
 
-def test_layers_left_as_floats_are_named_for_compressed_tensors(tmp_path):
+def test_float_layers_are_listed_for_compressed_tensors(tmp_path):
     model = quantize(
         model_of("llama"), "w4a16", group_size=32, overrides={"*.o_proj": 16, "*.down_proj": 8}
     )
@@ -257,8 +258,8 @@ def test_layers_left_as_floats_are_named_for_compressed_tensors(tmp_path):
     layers = [f"model.layers.{i}.self_attn.o_proj" for i in range(2)]
     assert entry["ignore"] == ["lm_head", *layers]
     assert len(entry["config_groups"]) == 2
-    came = dict(load_state(tmp_path / "c")[1])
-    same(came, model.weights())
+    tensors = dict(load_state(tmp_path / "c")[1])
+    same(tensors, model.weights())
 
 
 @pytest.mark.parametrize(
@@ -281,17 +282,17 @@ def test_fused_layers_have_zero_points_together(tmp_path):
     keys.zeros = 2 * keys.scales
     exported(model, tmp_path / "c")
     names = load_file(tmp_path / "c/model.safetensors")
-    found = sorted(n.split(".")[-2] for n in names if n.endswith("zero_point"))
-    assert found == ["k_proj", "q_proj", "v_proj"]
+    layers = sorted(n.split(".")[-2] for n in names if n.endswith("zero_point"))
+    assert layers == ["k_proj", "q_proj", "v_proj"]
     same(dict(load_state(tmp_path / "c")[1]), model.weights())
 
 
-def test_dropped_rounding_of_activations_is_said(tokenizer, tmp_path):
+def test_dropped_rounding_of_activations_is_reported(tokenizer, tmp_path):
     quantize(model_of("llama"), "w4a8", group_size=32).save_pretrained(tmp_path / "q")
     tokenizer.save(tmp_path / "q")
     options = ["--format", "compressed-tensors"]
-    shown = call("export", "-m", tmp_path / "q", "-o", tmp_path / "c", *options).stdout
-    assert "activations, rounded to int8 in this model, are not rounded there" in shown
+    output = call("export", "-m", tmp_path / "q", "-o", tmp_path / "c", *options).stdout
+    assert "activations, rounded to int8 in this model, are not rounded there" in output
 
 
 BYTES = {"type": "ByteLevel", "add_prefix_space": False}

@@ -62,8 +62,8 @@ def exported(base: Path, folder: Path, format: str, kind: str | None) -> tuple[P
 @pytest.mark.parametrize("kind", [None, "w4a16", "w8a16"])
 def test_llama_cpp_chooses_the_same_tokens(base, tmp_path, kind):
     source, folder = exported(base, tmp_path, "gguf", kind)
-    told = check("llama_cpp_check.py", source, folder / "model.gguf")
-    assert told.count("32 of 32 greedy tokens equal") == 2 and "ids of" in told
+    result = check("llama_cpp_check.py", source, folder / "model.gguf")
+    assert result.count("32 of 32 greedy tokens equal") == 2 and "ids of" in result
 
 
 @pytest.mark.skipif(
@@ -72,5 +72,5 @@ def test_llama_cpp_chooses_the_same_tokens(base, tmp_path, kind):
 @pytest.mark.parametrize("kind", ["w4a16", "w8a16"])
 def test_transformers_reads_the_same_weights(base, tmp_path, kind):
     _, folder = exported(base, tmp_path, "compressed-tensors", kind)
-    told = check("compressed_tensors_check.py", folder)
-    assert "export: weights equal" in told and "greedy tokens equal" in told
+    result = check("compressed_tensors_check.py", folder)
+    assert "export: weights equal" in result and "greedy tokens equal" in result

@@ -58,10 +58,10 @@ def test_needles_are_measured_by_length_and_depth(tmp_path):
         records = files.run_questions(
             task, files.FakeScorer(answer=lambda p: short.get(p, " 1")), results
         )
-    found = part_metrics(task, question_metrics(task, records))
-    assert found["256 tokens"]["metrics"]["recall"]["value"] == 1
-    assert found["512 tokens"]["metrics"]["recall"]["value"] == 0
-    assert found["256 tokens, depth 50 %"]["questions"] == 4 and len(found) == 12
+    metrics = part_metrics(task, question_metrics(task, records))
+    assert metrics["256 tokens"]["metrics"]["recall"]["value"] == 1
+    assert metrics["512 tokens"]["metrics"]["recall"]["value"] == 0
+    assert metrics["256 tokens, depth 50 %"]["questions"] == 4 and len(metrics) == 12
 
 
 def test_hops_count_the_names_of_the_right_chain(tmp_path):
@@ -71,9 +71,9 @@ def test_hops_count_the_names_of_the_right_chain(tmp_path):
     assert len(chain) == 5
     places = [q.prompt.index(f"{b} is the same as {a}.") for a, b in pairwise(chain)]
     assert places == sorted(places)
-    said = [(f"{chain[3]}, XXX and {chain[0]}", 0.4), ("ABC, DEF, QRS, TUV", 0)]
-    said.append((", ".join(["AAA"] * 9 + list(chain)), 0.8))  # a list of all names is not right
-    for answer, score in said:
+    answers = [(f"{chain[3]}, XXX and {chain[0]}", 0.4), ("ABC, DEF, QRS, TUV", 0)]
+    answers.append((", ".join(["AAA"] * 9 + list(chain)), 0.8))  # a list of all names is not right
+    for answer, score in answers:
         assert task.judge([(answer, q.row)]) == [pytest.approx(score)]
 
 
@@ -87,7 +87,7 @@ def test_lengths_are_refused(name, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("name", "told"),
+    ("name", "message"),
     [
         ("reasoning-gym:chain_sun", "expected a generator"),
         ("reasoning-gym:codeio", "without evaluating text"),
@@ -95,8 +95,8 @@ def test_lengths_are_refused(name, tmp_path):
         ("reasoning-gym:chain_sum?size=3", "expected size=4 or more"),
     ],
 )
-def test_generators_are_refused(name, told, tmp_path):
-    with pytest.raises(InputError, match=told):
+def test_generators_are_refused(name, message, tmp_path):
+    with pytest.raises(InputError, match=message):
         load_task(name, tmp_path)
 
 
@@ -153,9 +153,9 @@ def test_instructions_are_judged_strictly_and_loosely(tmp_path):
             assert RULES[kind].instruction(arguments) in q.prompt
     row = {"rules": [["lower case", {}], ["no commas", {}]]}
     answers = ["Sure!\n*all* lower", "all lower", "Sure! all, lower"]
-    asked = [(answer, row) for answer in answers]
-    assert instructions.strict_accuracy(asked) == [0, 1, 0]
-    assert instructions.loose_accuracy(asked) == [1, 1, 0]
-    assert instructions.rule_accuracy(asked) == [0.5, 1, 0]
-    said = measure(task, files.FakeScorer(answer=lambda prompt: "no"), tmp_path)
-    assert 0 < said["strict"] <= said["loose"] <= said["rule_accuracy"] < 0.5
+    pairs = [(answer, row) for answer in answers]
+    assert instructions.strict_accuracy(pairs) == [0, 1, 0]
+    assert instructions.loose_accuracy(pairs) == [1, 1, 0]
+    assert instructions.rule_accuracy(pairs) == [0.5, 1, 0]
+    metrics = measure(task, files.FakeScorer(answer=lambda prompt: "no"), tmp_path)
+    assert 0 < metrics["strict"] <= metrics["loose"] <= metrics["rule_accuracy"] < 0.5

@@ -88,8 +88,8 @@ def test_wheel_and_sdist_work_outside_the_repository(tmp_path):
         command += ["--outdir", str(tmp_path), str(source)]
         done = subprocess.run(command, capture_output=True, text=True)
         assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
-        (made,) = tmp_path.glob("*.tar.gz" if kind == "--sdist" else "*.whl")
-        return made
+        (archive,) = tmp_path.glob("*.tar.gz" if kind == "--sdist" else "*.whl")
+        return archive
 
     with tarfile.open(build("--sdist", ROOT)) as t:
         t.extractall(tmp_path, filter="data")

@@ -88,9 +88,9 @@ def test_the_start_is_the_rounded_weight(bits, symmetric):
         start = ops.quantize_weight(w, bits, group_size=size, symmetric=symmetric)
         rounded, q = _TrainableScales(start), unpack_rows(start.qdata, bits, 40).float()
         torch.testing.assert_close(rounded(q), start.dequantize(), rtol=1e-6, atol=1e-7)
-        again = rounded.to_quantized()
-        assert torch.equal(again.qdata, start.qdata) and torch.equal(again.scales, start.scales)
-        assert symmetric or torch.equal(again.zeros, start.zeros)
+        stored = rounded.to_quantized()
+        assert torch.equal(stored.qdata, start.qdata) and torch.equal(stored.scales, start.scales)
+        assert symmetric or torch.equal(stored.zeros, start.zeros)
 
 
 def test_the_gradient_of_scales():
@@ -111,31 +111,31 @@ def test_other_text_is_predicted_more_like_the_original(trained, options, monkey
     if "method" in options:
         options = {**options, "calibration": ids[:8]}
     start = quantized(trained, 0, **options)
-    found = quantized(trained, 40, **options, distill_data=ids, on_step=steps.append)
-    assert divergence(trained, found, other) < 0.9 * divergence(trained, start, other)
+    distilled = quantized(trained, 40, **options, distill_data=ids, on_step=steps.append)
+    assert divergence(trained, distilled, other) < 0.9 * divergence(trained, start, other)
     metrics = steps[-1].distillation
     assert metrics["accepted"] and metrics["kl_after"] < metrics["kl_before"]
-    kept = ids[-num_heldout_windows(len(ids), LENGTH) :]
-    assert metrics["kl_before"] == pytest.approx(divergence(trained, start, kept), rel=1e-3)
-    assert metrics["kl_after"] == pytest.approx(divergence(trained, found, kept), rel=1e-3)
-    changed = [n for n, t in state(found).items() if not torch.equal(t, state(start)[n])]
+    heldout = ids[-num_heldout_windows(len(ids), LENGTH) :]
+    assert metrics["kl_before"] == pytest.approx(divergence(trained, start, heldout), rel=1e-3)
+    assert metrics["kl_after"] == pytest.approx(divergence(trained, distilled, heldout), rel=1e-3)
+    changed = [n for n, t in state(distilled).items() if not torch.equal(t, state(start)[n])]
     parts = {name.rpartition(".")[2] for name in changed}
     more = {"zeros"} if not options.get("symmetric", True) else set()
     assert parts == {"scales", "weight"} | more
 
 
-def test_the_start_is_kept_where_it_is_better(trained, monkeypatch):
+def test_the_initial_weights_are_kept_if_they_are_better(trained, monkeypatch):
     ids, steps = text(40, seed=2), []
     monkeypatch.setitem(distill.MAX_CHANGE, "scales", 3.0)
-    found = quantized(trained, 3, distill_data=ids, on_step=steps.append)
+    distilled = quantized(trained, 3, distill_data=ids, on_step=steps.append)
     metrics = steps[-1].distillation
     assert not metrics["accepted"] and not steps[-1].weights and not steps[-1].floats
     assert metrics["kl_after"] > metrics["kl_before"]
     assert "the initial weights are kept: held-out KL" in steps[-1].warnings[0]
-    assert same(found, quantized(trained, 0))
+    assert same(distilled, quantized(trained, 0))
 
 
-def test_a_run_that_was_cut_off_goes_on_to_the_same_bits(trained, tmp_path, monkeypatch):
+def test_an_interrupted_run_continues_to_the_same_bits(trained, tmp_path, monkeypatch):
     class Cut(Exception):
         pass
 
@@ -150,35 +150,36 @@ def test_a_run_that_was_cut_off_goes_on_to_the_same_bits(trained, tmp_path, monk
         quantized(trained, 6, **options, log=cut)
     assert [p.name for p in tmp_path.iterdir()] == ["distilling.safetensors"]
     lines = []
-    found = quantized(trained, 6, **options, log=lines.append)
-    whole = quantized(trained, 6, **options | {"checkpoint_dir": None})
-    assert same(found, whole) and not same(found, quantized(trained, 0, symmetric=False))
+    resumed = quantized(trained, 6, **options, log=lines.append)
+    uninterrupted = quantized(trained, 6, **options | {"checkpoint_dir": None})
+    assert same(resumed, uninterrupted)
+    assert not same(resumed, quantized(trained, 0, symmetric=False))
     # the step that was saved is not done again
     assert [line.partition(",")[0] for line in lines[:4]] == [
         f"distill: step {n} of 6" for n in (3, 4, 5, 6)
     ]
     assert [p.name for p in tmp_path.iterdir()] == ["distilled.safetensors"]
     lines.clear()
-    assert same(quantized(trained, 6, **options, log=lines.append), whole) and not lines
+    assert same(quantized(trained, 6, **options, log=lines.append), uninterrupted) and not lines
     other = quantized(trained, 6, **options, seed=1)  # another order: computed again
-    assert not same(other, whole)
+    assert not same(other, uninterrupted)
 
 
-def test_what_the_model_becomes(trained, tmp_path):
+def test_the_distilled_model(trained, tmp_path):
     """Any method and format; what is not quantized stays as it is, but for norms."""
     model = copy.deepcopy(trained).bfloat16()
-    found = quantized(
+    distilled = quantized(
         model, 4, "w4a8", method="gptq", awq=True, calibration=text(40, seed=2),
         overrides={"*.down_proj": 16},
     )  # fmt: skip
-    layer = found.model.layers[0]
-    assert layer.mlp.up_proj.act_bits == 8 and found.dtype is torch.bfloat16
-    found.save_pretrained(tmp_path / "q")
-    assert same(CausalLM.from_pretrained(tmp_path / "q"), found)
-    own = fastlm.quantize(copy.deepcopy(model), "w4a16", distill_steps=4, 
+    layer = distilled.model.layers[0]
+    assert layer.mlp.up_proj.act_bits == 8 and distilled.dtype is torch.bfloat16
+    distilled.save_pretrained(tmp_path / "q")
+    assert same(CausalLM.from_pretrained(tmp_path / "q"), distilled)
+    partly_quantized = fastlm.quantize(copy.deepcopy(model), "w4a16", distill_steps=4, 
                           distill_data=text(40, seed=2), overrides={"*.down_proj": 16})  # fmt: skip
     down = "model.layers.1.mlp.down_proj.weight"
-    assert torch.equal(state(own)[down], state(model)[down])
+    assert torch.equal(state(partly_quantized)[down], state(model)[down])
 
 
 def test_refusals(trained):
@@ -209,9 +210,9 @@ def test_the_order_of_windows_is_a_permutation_of_each_pass(trained, monkeypatch
     ids = text(8, seed=2)
     plan = select_targets(trained, QuantizeOptions(group_size=16))
     run = Distillation(trained, plan, {}, {}, ids, steps=7)
-    seen = torch.cat([run._windows(step) for step in range(7)]).view(3, 7, LENGTH)
-    for taken in seen:
-        assert sorted(map(tuple, taken.tolist())) == sorted(map(tuple, ids[:7].tolist()))
-    assert not torch.equal(seen[0], seen[1])
+    windows = torch.cat([run._windows(step) for step in range(7)]).view(3, 7, LENGTH)
+    for epoch in windows:
+        assert sorted(map(tuple, epoch.tolist())) == sorted(map(tuple, ids[:7].tolist()))
+    assert not torch.equal(windows[0], windows[1])
     assert sum(run._rate(step) for step in range(7)) == pytest.approx(1, abs=0.2)
     assert tokens_needed(0) == 0 and tokens_needed(3) == 3 * 3 * LENGTH + distill.HELDOUT

@@ -49,9 +49,9 @@ def run(base, out, on_event=None, calibrated=True, **options):
     return stage(out, model=base / "base", data=base / "text.txt", on_event=on_event, **text)
 
 
-def test_the_report_tells_what_was_lost(base, tmp_path):
-    told = []
-    result = run(base, tmp_path / "q", told.append, method="gptq", awq=True)
+def test_the_report_has_the_loss(base, tmp_path):
+    events = []
+    result = run(base, tmp_path / "q", events.append, method="gptq", awq=True)
     report = json.loads((tmp_path / "q/report.json").read_text())
     assert {k: report[k] for k in result} == json.loads(json.dumps(result))
     assert report["calibration_tokens"] == 256 and report["calibration_length"] == 32
@@ -63,13 +63,13 @@ def test_the_report_tells_what_was_lost(base, tmp_path):
     assert 0 < report["bpb_increase_error"] < 1
     assert 0 < report["kl"] < 0.5 and 0.2 < report["greedy_agreement"] <= 1
     assert report["bits_per_quantized_weight"] == 5  # 16 bits for the scale of 16 weights
-    same, out_of_domain = [event["warning"] for event in told if "warning" in event]
+    same, out_of_domain = [event["warning"] for event in events if "warning" in event]
     assert "data: " in same and "text.txt is also the calibration text" in same
     assert out_of_domain.startswith(
         "out_of_domain: expected text of another kind than the calibration, got none"
     )
     assert report["out_of_domain"] is None
-    notes = [event["info"] for event in told if "info" in event]
+    notes = [event["info"] for event in events if "info" in event]
     assert [note.partition(":")[0] for note in notes] == ["model.layers.0", "model.layers.1"]
     assert not (tmp_path / "q/progress").exists()
     config = json.loads((tmp_path / "q/config.json").read_text())["quantization_config"]["fastlm"]
@@ -84,26 +84,26 @@ def test_the_report_tells_what_was_lost(base, tmp_path):
 
 def test_the_last_step_distils(base, tmp_path):
     plain = run(base, tmp_path / "q", method="gptq")
-    told = []
-    result = run(base, tmp_path / "r", told.append, method="gptq", distill_steps=30)
+    events = []
+    result = run(base, tmp_path / "r", events.append, method="gptq", distill_steps=30)
     report = json.loads((tmp_path / "r/report.json").read_text())
-    found = report["distillation"]
-    assert found["steps"] == report["distill_steps"] == 30 and found["accepted"]
-    assert 0 < found["kl_after"] < found["kl_before"] and result["kl"] < plain["kl"]
+    distillation = report["distillation"]
+    assert distillation["steps"] == report["distill_steps"] == 30 and distillation["accepted"]
+    assert 0 < distillation["kl_after"] < distillation["kl_before"] and result["kl"] < plain["kl"]
     assert result["bits_per_weight"] == plain["bits_per_weight"]
     assert json.loads((tmp_path / "q/report.json").read_text())["distillation"] is None
     # gptq saw what it saw without the step
     layers = [json.loads((tmp_path / n / "report.json").read_text())["layers"] for n in "qr"]
     assert layers[0] == layers[1]
-    notes = [event["info"] for event in told if event.get("info", "").startswith("distill")]
+    notes = [event["info"] for event in events if event.get("info", "").startswith("distill")]
     assert len(notes) == 11 and "held-out KL" in notes[-1]
     assert not (tmp_path / "r/progress").exists()
 
 
 def test_a_loss_above_the_threshold_warns_or_refuses(base, tmp_path):
-    told = []
-    run(base, tmp_path / "q", told.append, calibrated=False, max_bpb_increase=0.0)
-    lines = [event["warning"] for event in told if "warning" in event]
+    events = []
+    run(base, tmp_path / "q", events.append, calibrated=False, max_bpb_increase=0.0)
+    lines = [event["warning"] for event in events if "warning" in event]
     assert len(lines) == 1 and "bits per byte to grow by at most 0 %" in lines[0]
     with pytest.raises(
         InputError, match="max_bpb_increase: expected bits per byte to grow by at most 0 %"
@@ -124,13 +124,13 @@ def test_figures_that_are_not_finite_are_refused(base, tmp_path):
     assert not list(tmp_path.glob("q/*"))
 
 
-def test_what_was_used_of_the_options(base, tmp_path):
-    told = []
-    run(base, tmp_path / "q", told.append, calibration_tokens=10**6, calibration_length=10**6)
+def test_the_report_has_the_effective_options(base, tmp_path):
+    events = []
+    run(base, tmp_path / "q", events.append, calibration_tokens=10**6, calibration_length=10**6)
     report = json.loads((tmp_path / "q/report.json").read_text())
     window = CausalLM.from_pretrained(base / "base").context_limit
     assert report["calibration_length"] == window and report["calibration_tokens"] % window == 0
-    (line,) = [e["warning"] for e in told if e.get("warning", "").startswith("calibration")]
+    (line,) = [e["warning"] for e in events if e.get("warning", "").startswith("calibration")]
     assert f"expected 1,000,000 tokens, got {report['calibration_tokens']:,} in" in line
     # whole rows, and without text; the report of the earlier model is replaced
     Quantize(group_size=-1)(tmp_path / "q", model=base / "base")
@@ -182,8 +182,8 @@ def kinds(tmp_path, monkeypatch):
 def test_the_default_calibration_is_of_several_kinds_and_another_is_measured(
     base, tmp_path, kinds, options
 ):
-    told = []
-    run(base, tmp_path / "q", told.append, calibrated=False, **options)
+    events = []
+    run(base, tmp_path / "q", events.append, calibrated=False, **options)
     report = json.loads((tmp_path / "q/report.json").read_text())
     assert report["calibration_source"] == ", ".join(kinds)
     assert report["out_of_domain"]["source"] == calibration.OUT_OF_DOMAIN
@@ -195,7 +195,7 @@ def test_the_default_calibration_is_of_several_kinds_and_another_is_measured(
     )
     assert report["out_of_domain"]["bpb_increase"] == pytest.approx(ratio - 1)
     assert report["out_of_domain"]["bits_per_byte_before"] != report["bits_per_byte_before"]
-    assert not any("out_of_domain" in event.get("warning", "") for event in told)
+    assert not any("out_of_domain" in event.get("warning", "") for event in events)
 
 
 @pytest.mark.parametrize("wrong", ["CALIBRATION_MIX", "OUT_OF_DOMAIN"])
@@ -204,8 +204,8 @@ def test_a_default_text_that_is_not_there_costs_no_quantization(
 ):
     steps = []
     monkeypatch.setattr("fastlm.quant.quantize", lambda *_, **__: steps.append("quantize"))
-    gone = str(tmp_path / "none.txt")
-    monkeypatch.setattr(calibration, wrong, (gone,) if wrong == "CALIBRATION_MIX" else gone)
+    missing = str(tmp_path / "none.txt")
+    monkeypatch.setattr(calibration, wrong, (missing,) if wrong == "CALIBRATION_MIX" else missing)
     with pytest.raises(InputError, match=r"none\.txt"):
         run(base, tmp_path / "q", calibrated=False, method="gptq")
     assert not steps
@@ -230,23 +230,23 @@ def test_windows_of_several_texts_take_turns(base, kinds):
     assert len(calibration.text_windows(model, tokenizer, both, tokens=320, **cut)) > 10
 
 
-def test_named_texts_are_mixed_and_the_loss_on_another_kind_is_reported(base, tmp_path, kinds):
-    told = []
+def test_explicit_texts_are_mixed_and_the_out_of_domain_loss_is_reported(base, tmp_path, kinds):
+    events = []
     stage = Quantize(method="gptq", max_bpb_increase=0.0, **OPTIONS)
     stage(
         tmp_path / "q", model=base / "base", data=base / "text.txt", calibration=[*kinds],
-        out_of_domain=tmp_path / "wiki.txt", on_event=told.append,
+        out_of_domain=tmp_path / "wiki.txt", on_event=events.append,
     )  # fmt: skip
     report = json.loads((tmp_path / "q/report.json").read_text())
     assert report["calibration_source"] == ", ".join(kinds)
     assert report["out_of_domain"]["source"] == str(tmp_path / "wiki.txt")
-    lines = [event["warning"] for event in told if "warning" in event]
+    lines = [event["warning"] for event in events if "warning" in event]
     assert [line.partition(" on ")[2].partition(";")[0] for line in lines] == [
         str(base / "text.txt"), str(tmp_path / "wiki.txt"),
     ]  # fmt: skip
 
 
-def test_a_run_that_was_cut_off_goes_on_to_the_same_bytes(base, tmp_path):
+def test_an_interrupted_run_continues_to_the_same_bytes(base, tmp_path):
     class Cut(Exception):
         pass
 
@@ -260,8 +260,8 @@ def test_a_run_that_was_cut_off_goes_on_to_the_same_bytes(base, tmp_path):
     assert not (tmp_path / "cut/model.safetensors").exists()
     run(base, tmp_path / "cut", method="autoround")
     run(base, tmp_path / "whole", method="autoround")
-    cut_bytes, whole = (tmp_path / n / "model.safetensors" for n in ("cut", "whole"))
-    assert cut_bytes.read_bytes() == whole.read_bytes()
+    cut_bytes, uninterrupted = (tmp_path / n / "model.safetensors" for n in ("cut", "whole"))
+    assert cut_bytes.read_bytes() == uninterrupted.read_bytes()
     names = [sorted(p.name for p in (tmp_path / n).iterdir()) for n in ("cut", "whole")]
     assert names[0] == names[1]
 
@@ -292,10 +292,10 @@ def test_a_recipe_continues_a_quantization_that_was_killed(base, tmp_path, monke
     recipe.write_text(RECIPE.format(base=base))
     done = subprocess.run([sys.executable, "-P", "-c", KILLED, str(recipe), str(cut)])
     assert done.returncode == -9
-    kept = sorted(file.name for file in (cut / "quantize/progress").iterdir())
-    assert kept == ["embeddings.safetensors", "layer-00000.safetensors"]
-    again = tmp_path / "again"  # with another option
-    shutil.copytree(cut, again)
+    files = sorted(file.name for file in (cut / "quantize/progress").iterdir())
+    assert files == ["embeddings.safetensors", "layer-00000.safetensors"]
+    changed = tmp_path / "again"  # with another option
+    shutil.copytree(cut, changed)
 
     plans = []
 
@@ -315,15 +315,15 @@ def test_a_recipe_continues_a_quantization_that_was_killed(base, tmp_path, monke
         got, expected = (folder / "quantize" / name for folder in (cut, tmp_path / "whole"))
         assert got.read_bytes() == expected.read_bytes()
 
-    (again / "quantize/stray").write_text("")
-    run_recipe(recipe, again, overrides=["quantize.method=rtn"], on_plan=plans.append)
-    assert plans[-1][0].action == "run" and not list(again.glob("previous*"))  # no training
-    assert not any((again / "quantize" / name).exists() for name in ("progress", "stray"))
+    (changed / "quantize/stray").write_text("")
+    run_recipe(recipe, changed, overrides=["quantize.method=rtn"], on_plan=plans.append)
+    assert plans[-1][0].action == "run" and not list(changed.glob("previous*"))  # no training
+    assert not any((changed / "quantize" / name).exists() for name in ("progress", "stray"))
 
 
-def test_without_held_out_text_a_warning_says_that_nothing_was_measured(base, tmp_path):
-    told = []
-    Quantize(group_size=16)(tmp_path / "q", model=base / "base", on_event=told.append)
-    lines = [event["warning"] for event in told if "warning" in event]
+def test_a_warning_without_heldout_text(base, tmp_path):
+    events = []
+    Quantize(group_size=16)(tmp_path / "q", model=base / "base", on_event=events.append)
+    lines = [event["warning"] for event in events if "warning" in event]
     assert len(lines) == 1 and lines[0].startswith("data: expected held-out text to measure")
     assert json.loads((tmp_path / "q/report.json").read_text())["warnings"] == lines

@@ -47,7 +47,7 @@ def size_of(folder):
     ("format", "key"),
     [("w4a16", "dtype"), ("w8a16", "torch_dtype"), ("w8a8", "torch_dtype"), ("w4a8", "dtype")],
 )
-def test_the_dtype_is_the_config_s_where_all_matrices_are_quantized(base, tmp_path, format, key):
+def test_the_config_has_the_dtype_if_all_matrices_are_quantized(base, tmp_path, format, key):
     model = quant.quantize(CausalLM.from_pretrained(base / "base"), format, group_size=32)
     model.save_pretrained(tmp_path / "q")
     file = tmp_path / "q/config.json"
@@ -95,7 +95,7 @@ def test_conversations_calibrate_through_the_template(base, tmp_path):
         stage(tmp_path / "r", model=base / "base", calibration=bad)
 
 
-def test_held_out_text_is_read_before_the_work(base, tmp_path, monkeypatch):
+def test_heldout_text_is_read_before_quantization(base, tmp_path, monkeypatch):
     def never(*args, **kwargs):
         raise AssertionError("quantized before the text was read")
 
@@ -114,7 +114,7 @@ def test_rtn_needs_no_tokenizer(base, tmp_path):
         Quantize()(tmp_path / "out/r", model=tmp_path / "bare/m", data=base / "text.txt")
 
 
-def test_a_model_of_transformers_says_how_it_is_stored(tmp_path):
+def test_a_transformers_config_describes_the_storage(tmp_path):
     config = LlamaConfig(
         hidden_size=32, intermediate_size=64, num_hidden_layers=1, vocab_size=64,
         num_attention_heads=4, num_key_value_heads=2, tie_word_embeddings=False,
@@ -137,7 +137,7 @@ def test_a_quantized_weight_prints_in_a_line():
     assert repr(weight) == f"{line}, device='cpu')"
 
 
-def test_a_module_of_ones_own_keeps_a_quantized_linear():
+def test_a_custom_module_keeps_a_quantized_linear():
     """A bare QuantizedWeight is in no state_dict: the class says so, and names this one."""
 
     class Own(torch.nn.Module):

@@ -106,8 +106,8 @@ def test_the_generator_scores(tmp_path) -> None:
 
 
 def test_no_text_is_evaluated(tmp_path, monkeypatch, forgotten) -> None:
-    told = tmp_path / "told"
-    code = f'__import__("os").mkdir("{told}")'
+    marker = tmp_path / "told"
+    code = f'__import__("os").mkdir("{marker}")'
     row = next(reasoning_gym_rows("reasoning-gym:countdown?size=1"))
     refused = "reward_function: expected a generator of which .* got 'countdown'"
     with pytest.raises(InputError, match=refused):
@@ -116,15 +116,15 @@ def test_no_text_is_evaluated(tmp_path, monkeypatch, forgotten) -> None:
     with pytest.raises(InputError, match=refused):
         stage.check()
     replace(stage, reward_function="number").check()
-    about = {"source_dataset": "number_sorting", "direction": "ascending"}
-    entry = {"question": "1", "answer": code, "metadata": about}
+    entry_metadata = {"source_dataset": "number_sorting", "direction": "ascending"}
+    entry = {"question": "1", "answer": code, "metadata": entry_metadata}
     file = write(tmp_path / "rows.jsonl", [entry])
     base = make_base(tmp_path / "base", max_position_embeddings=256)
     with pytest.raises(
         InputError, match=r"rows.jsonl, line 1: reward_function: expected .*'number_sorting'"
     ):
         replace(stage, data=(file,))(tmp_path / "out", model=base)
-    assert not told.exists()
+    assert not marker.exists()
     with pytest.raises(InputError, match=r"row: expected one that .* can score, got KeyError"):
         reasoning_gym.check_reasoning_gym_row({"metadata": {"source_dataset": "chain_sum"}})
     reasoning_gym._load_scorer.cache_clear()
@@ -135,7 +135,7 @@ def test_no_text_is_evaluated(tmp_path, monkeypatch, forgotten) -> None:
 
 def called(cls: type) -> set[str]:
     """The names in `score_answer` and in all functions of the package that it calls."""
-    found, seen, todo = set(), set(), [(cls.score_answer, cls)]
+    calls, seen, todo = set(), set(), [(cls.score_answer, cls)]
     while todo:
         function, owner = todo.pop()
         if function in seen:
@@ -153,14 +153,14 @@ def called(cls: type) -> set[str]:
                     value = getattr(module, node.attr, None)
             else:
                 continue
-            found.add(name)
+            calls.add(name)
             value = getattr(value, "__func__", value)
             if inspect.isfunction(value) and value.__module__.startswith("reasoning_gym"):
                 todo.append((value, owner))
-    return found
+    return calls
 
 
-def test_what_is_scored_evaluates_nothing() -> None:
+def test_scorable_generators_evaluate_nothing() -> None:
     from reasoning_gym.factory import DATASETS
 
     evaluating = {"eval", "exec", "compile", "__import__", "parse_expr", "sympify", "simplify",
@@ -261,8 +261,8 @@ def test_a_passage_precedes_its_question(tmp_path) -> None:
         {"passage": " ", "question": "Who?", "answer": "Ann"},
     ]
     file = write(tmp_path / "asdiv.jsonl", rows)
-    asked = [p.messages[0]["content"] for p in read_prompts((file,), cache=tmp_path)]
-    assert asked == ["Ann has 2 pears.\n\nHow many?", "Who?"]
+    questions = [p.messages[0]["content"] for p in read_prompts((file,), cache=tmp_path)]
+    assert questions == ["Ann has 2 pears.\n\nHow many?", "Who?"]
     # no other row is read in another way for it
     for row, expected in (
         ({"passage": 7, "question": "Who?"}, ["Who?"]),

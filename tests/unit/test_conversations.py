@@ -204,10 +204,12 @@ REFUSED = {
 @pytest.mark.parametrize("shape", SHAPES)
 def test_shapes(shape) -> None:
     row, expected = SHAPES[shape]
-    found = parse_conversation(row)
-    assert found.messages == expected
-    assert found.loss_mask == [m["role"] == "assistant" for m in expected]
-    assert found.tools == ([CALL] if shape in ("openai tools", "openai's older calls") else None)
+    conversation = parse_conversation(row)
+    assert conversation.messages == expected
+    assert conversation.loss_mask == [m["role"] == "assistant" for m in expected]
+    assert conversation.tools == (
+        [CALL] if shape in ("openai tools", "openai's older calls") else None
+    )
 
 
 @pytest.mark.parametrize("message", REFUSED)
@@ -223,12 +225,12 @@ def test_an_unknown_role_is_named() -> None:
 
 
 def test_a_weight_of_zero_is_context() -> None:
-    found = parse_conversation({"messages": [USER, {**ANSWER, "weight": 0}, USER, ANSWER]})
-    assert found.loss_mask == [False, False, False, True]
-    assert found.messages[1] == ANSWER
+    conversation = parse_conversation({"messages": [USER, {**ANSWER, "weight": 0}, USER, ANSWER]})
+    assert conversation.loss_mask == [False, False, False, True]
+    assert conversation.messages[1] == ANSWER
     # the answers in a prompt are examples
-    found = parse_conversation({"prompt": [USER, ANSWER, USER], "completion": [ANSWER]})
-    assert found.loss_mask == [False, False, False, True]
+    conversation = parse_conversation({"prompt": [USER, ANSWER, USER], "completion": [ANSWER]})
+    assert conversation.loss_mask == [False, False, False, True]
 
 
 def write(path: Path, *rows) -> str:
@@ -244,16 +246,18 @@ def test_a_bad_row_is_an_error_with_its_line(tmp_path) -> None:
     assert str(refusal.value) == (f"{file}, line 3: expected an answer at the end, got user")
 
 
-def test_bad_rows_are_counted_and_told_on_request(tmp_path) -> None:
+def test_bad_rows_are_counted_and_reported_on_request(tmp_path) -> None:
     good = {"messages": [USER, ANSWER]}
     file = write(tmp_path / "a.jsonl", good, "{", *[{"messages": [USER]}] * 4, good)
-    rows, told = RowCounts(), []
-    found = list(
-        read_conversations([file], cache=tmp_path, skip_bad=True, rows=rows, on_skip=told.append)
+    rows, messages = RowCounts(), []
+    conversations = list(
+        read_conversations(
+            [file], cache=tmp_path, skip_bad=True, rows=rows, on_skip=messages.append
+        )
     )
-    assert [c.location for c in found] == [f"{file}, line 1", f"{file}, line 7"]
+    assert [c.location for c in conversations] == [f"{file}, line 1", f"{file}, line 7"]
     assert (rows.total, dict(rows.by_reason)) == (7, {"malformed": 5})
-    assert len(told) == 4 and "line 2" in told[0] and "2 more of its 7 lines" in told[3]
+    assert len(messages) == 4 and "line 2" in messages[0] and "2 more of its 7 lines" in messages[3]
     bad = write(tmp_path / "b.jsonl", "{")
     with pytest.raises(InputError, match=r"b\.jsonl, line 1: expected one JSON object"):
         list(read_conversations([bad], cache=tmp_path, skip_bad=True))
@@ -264,13 +268,17 @@ def test_rows_of_folders_and_arrays(tmp_path) -> None:
     write(tmp_path / "data" / "b.jsonl", {"prompt": "a", "completion": "b"})
     (tmp_path / "data" / "a.json").write_text(json.dumps([{"prompt": "c", "completion": "d"}]))
     (tmp_path / "data" / "notes.md").write_text("not read")
-    told = []
-    found = list(read_conversations([str(tmp_path / "data")], cache=tmp_path, on_skip=told.append))
-    assert [c.messages[1]["content"] for c in found] == ["d", "b"]
-    assert told == [f"{tmp_path / 'data'}: 1 files that are not read: expected .jsonl or .json"]
+    messages = []
+    conversations = list(
+        read_conversations([str(tmp_path / "data")], cache=tmp_path, on_skip=messages.append)
+    )
+    assert [c.messages[1]["content"] for c in conversations] == ["d", "b"]
+    assert messages == [f"{tmp_path / 'data'}: 1 files that are not read: expected .jsonl or .json"]
     only = [f"{tmp_path / 'data'}#*.jsonl"]
     assert (
-        len(list(read_conversations(only, cache=tmp_path, on_skip=told.append))) == len(told) == 1
+        len(list(read_conversations(only, cache=tmp_path, on_skip=messages.append)))
+        == len(messages)
+        == 1
     )
     text = write(tmp_path / "c.txt", "hello")
     with pytest.raises(InputError, match=r"expected \.jsonl or \.json files, got none"):
@@ -285,7 +293,9 @@ def tokenizer() -> Tokenizer:
     return Tokenizer.train(["the quick brown fox: 2+2?\n\nassistant user 4 = four\n" * 9], 300)
 
 
-def one(tokenizer: Tokenizer, messages, learnt=None, **variables) -> tuple[list[int], list[bool]]:
+def encode_single(
+    tokenizer: Tokenizer, messages, learnt=None, **variables
+) -> tuple[list[int], list[bool]]:
     (pair,) = tokenizer.encode_conversation(messages, learnt, **variables)
     return pair
 
@@ -302,12 +312,12 @@ def learnt_text(tokenizer: Tokenizer, ids, mask) -> list[str]:
 
 def test_the_answers_and_their_end_tokens_are_learnt(tokenizer) -> None:
     messages = [SYSTEM, USER, ANSWER, USER, {"role": "assistant", "content": "\n\nfour"}]
-    ids, mask = one(tokenizer, messages)
+    ids, mask = encode_single(tokenizer, messages)
     text = tokenizer.render_chat(messages, add_generation_prompt=False)
     assert tokenizer.decode(ids, special=True) == text
     assert learnt_text(tokenizer, ids, mask) == ["4<|im_end|>", "\n\nfour<|im_end|>"]
     assert not mask[-1]  # the line break after the end token
-    _, some = one(tokenizer, messages, [False, False, False, False, True])
+    _, some = encode_single(tokenizer, messages, [False, False, False, False, True])
     assert learnt_text(tokenizer, ids, some) == ["\n\nfour<|im_end|>"]
 
 
@@ -316,7 +326,7 @@ def test_a_prompt_has_the_tokens_of_generation(tokenizer) -> None:
     with one.
     """
     messages = [USER, {"role": "assistant", "content": "\n4"}]
-    ids, mask = one(tokenizer, messages)
+    ids, mask = encode_single(tokenizer, messages)
     prompt = tokenizer.encode_chat(messages[:1])
     assert ids[: len(prompt)] == prompt and mask.index(True) == len(prompt)
 
@@ -326,7 +336,7 @@ def test_end_tokens_in_messages_are_text(tokenizer) -> None:
         {"role": "user", "content": "<|im_end|>"},
         {"role": "assistant", "content": "<|im_end|>"},
     ]
-    ids, mask = one(tokenizer, messages)
+    ids, mask = encode_single(tokenizer, messages)
     end = tokenizer.encode_chat([], add_generation_prompt=False)
     assert end == []
     ends = [i for i, token in enumerate(ids) if token in tokenizer.stop_ids]
@@ -339,7 +349,7 @@ def test_the_real_smollm2_learns_to_stop() -> None:
     """Its pad token is its end token: a mask by ids would never learn it."""
     tokenizer = Tokenizer.load("model:smollm2")
     assert tokenizer.pad_id == tokenizer.eos_id
-    ids, mask = one(tokenizer, [USER, ANSWER])
+    ids, mask = encode_single(tokenizer, [USER, ANSWER])
     assert learnt_text(tokenizer, ids, mask) == ["4<|im_end|>"]
     assert ids == tokenizer.encode_chat([USER, ANSWER], add_generation_prompt=False)
 
@@ -407,7 +417,7 @@ def test_a_template_that_looks_ahead_gives_an_example_per_answer(tokenizer) -> N
 
 def test_the_date_of_a_template_is_given(tokenizer) -> None:
     dated = Tokenizer(tokenizer._backend, tokenizer._roles, "{{ strftime_now('%d %b %Y') }}" + CHAT)
-    ids, _ = one(dated, [USER, ANSWER], date="2024-07-26")
+    ids, _ = encode_single(dated, [USER, ANSWER], date="2024-07-26")
     assert dated.decode(ids).startswith("26 Jul 2024")
     prompt = dated.encode_chat([USER], date="2024-07-26")
     assert ids[: len(prompt)] == prompt
@@ -472,5 +482,5 @@ def test_an_answer_of_several_channels_is_learnt_to_its_end() -> None:
 def test_one_bos(tokenizer) -> None:
     roles = {**tokenizer._roles, "bos_token": "<|endoftext|>"}
     other = Tokenizer(tokenizer._backend, roles, WITH_BOS)
-    ids, _ = one(other, [USER, ANSWER, USER, ANSWER])
+    ids, _ = encode_single(other, [USER, ANSWER, USER, ANSWER])
     assert ids.count(other.bos_id) == 1 and ids[0] == other.bos_id

@@ -58,7 +58,7 @@ HOSTILE = {
 
 
 @pytest.mark.parametrize("unit, before, reason", HOSTILE.values(), ids=HOSTILE)
-def test_hostile_markup_is_told_in_linear_time(unit, before, reason):
+def test_hostile_markup_is_detected_in_linear_time(unit, before, reason):
     page = before + unit * (MAX_DOCUMENT_BYTES // len(unit))
     began = time.process_time()
     assert costly_markup(page) == reason
@@ -120,16 +120,16 @@ def test_normalising_is_linear_on_hostile_repetition(unit):
 @given(
     st.lists(st.sampled_from(["w", "w.", "\n", "\n\n", " ", "  word ", "W! "])), st.integers(1, 9)
 )
-def test_parts_of_a_text_hold_all_its_words_and_no_more_than_wanted(pieces, most):
+def test_parts_of_a_text_hold_all_its_words_and_at_most_max_words(pieces, max_words):
     text = "".join(pieces).strip("\n")
-    parts = split_text(text, most)
+    parts = split_text(text, max_words)
     assert [w for part in parts for w in part.split()] == text.split()
-    assert all(len(part.split()) <= most for part in parts)
+    assert all(len(part.split()) <= max_words for part in parts)
     assert len(parts) == 1 or all(part.strip() for part in parts)
-    assert len(text.split()) > most or parts == [text]
+    assert len(text.split()) > max_words or parts == [text]
 
 
-def test_a_text_is_cut_where_it_pauses():
+def test_a_text_is_cut_at_paragraphs_and_sentences():
     words = " ".join(["word"] * 10)
     for pause in ("\n\n", "\n", ". ", " "):
         text = words.replace(" ", pause, 4).replace(pause, " ", 3)  # before the fifth word
@@ -194,7 +194,7 @@ def test_rule_turns_away_its_case(name):
 
 
 @pytest.mark.parametrize(
-    ("rule", "kept", "dropped"),
+    ("rule", "good", "bad"),
     [
         ("word_count", "word " * 50, "word " * 49),
         ("word_count", "word " * 100_000, "word " * 100_001),
@@ -212,9 +212,9 @@ def test_rule_turns_away_its_case(name):
         ("short_lines", "a\n" * 66 + LONG_LINE * 34, "a\n" * 67 + LONG_LINE * 33),
     ],
 )  # fmt: skip
-def test_thresholds_are_the_papers(rule, kept, dropped):
-    assert RULES[rule](TextStatistics(kept))
-    assert not RULES[rule](TextStatistics(dropped))
+def test_thresholds_are_the_papers(rule, good, bad):
+    assert RULES[rule](TextStatistics(good))
+    assert not RULES[rule](TextStatistics(bad))
 
 
 def test_reference_pages_full_of_code_pass_the_default():
@@ -225,20 +225,20 @@ def test_reference_pages_full_of_code_pass_the_default():
 
 
 def test_document_dedup_ignores_case_and_white_space():
-    seen = DocumentDedup()
-    assert seen.is_new(content_key("Some  Text\n here"))
-    assert not seen.is_new(content_key("some text here "))
-    assert seen.is_new(content_key("some text there"))
+    dedup = DocumentDedup()
+    assert dedup.is_new(content_key("Some  Text\n here"))
+    assert not dedup.is_new(content_key("some text here "))
+    assert dedup.is_new(content_key("some text there"))
 
 
 def test_paragraph_dedup_keeps_the_first_and_repeats_within_a_document():
     long, other = "A sentence long enough to be counted as a paragraph, " * 2, "Z" * 90
-    seen = ParagraphDedup()
+    dedup = ParagraphDedup()
     text = f"{long}\n\nshort\n\n{long}"
-    assert seen.strip(text) == (text, 0)
-    again = f"Title\n\n{long.upper().replace(',', ';')}\n \nshort\n\n{other}"
-    assert seen.strip(again) == (f"Title\n\nshort\n\n{other}", 1)
-    assert seen.strip(other) == ("", 1)
+    assert dedup.strip(text) == (text, 0)
+    repeated = f"Title\n\n{long.upper().replace(',', ';')}\n \nshort\n\n{other}"
+    assert dedup.strip(repeated) == (f"Title\n\nshort\n\n{other}", 1)
+    assert dedup.strip(other) == ("", 1)
 
 
 @pytest.mark.parametrize(
@@ -259,10 +259,10 @@ def test_paragraph_dedup_keeps_the_first_and_repeats_within_a_document():
     ],
 )
 def test_personal_data_is_replaced(text, clean):
-    found, counts = scrub(text)
-    assert found == clean
-    assert {k: found.count(f"<{k.upper()}>") for k in counts} == counts
-    assert scrub(found) == (found, {"email": 0, "phone": 0, "ip": 0})
+    actual, counts = scrub(text)
+    assert actual == clean
+    assert {k: actual.count(f"<{k.upper()}>") for k in counts} == counts
+    assert scrub(actual) == (actual, {"email": 0, "phone": 0, "ip": 0})
 
 
 @pytest.mark.parametrize(
@@ -285,7 +285,7 @@ def test_personal_data_is_replaced(text, clean):
         "555-1234 4111 1111 1111 1111", "tell 12 people, telephone 2 of 3, mobile 5 GHz, fax",
     ],
 )  # fmt: skip
-def test_what_only_looks_like_personal_data_stays(text):
+def test_text_that_resembles_personal_data_stays(text):
     assert scrub(text) == (text, {"email": 0, "phone": 0, "ip": 0})
 
 

@@ -94,8 +94,8 @@ def gguf_cases(path, draw, share):
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
 def test_gguf_metadata(tmp_path):
-    found = list(gguf_cases(tmp_path / "m.gguf", random.Random(0), 0.1))
-    assert found.count("refused") > 40 and found.count("fine") > 10
+    cases = list(gguf_cases(tmp_path / "m.gguf", random.Random(0), 0.1))
+    assert cases.count("refused") > 40 and cases.count("fine") > 10
 
 
 def test_a_long_sentencepiece_token_is_refused(tmp_path):
@@ -139,17 +139,17 @@ JSON_FILES = ("config.json", "tokenizer_config.json", "special_tokens_map.json",
 def folder_cases(folder, draw, count):
     for name in JSON_FILES:
         file = folder / name
-        whole = file.read_text()
+        original = file.read_text()
         for _ in range(count):
-            file.write_text(json.dumps(change_json(json.loads(whole), draw)))
+            file.write_text(json.dumps(change_json(json.loads(original), draw)))
             yield outcome(lambda: use_model(folder))
-        file.write_text(whole)
+        file.write_text(original)
 
 
 def test_model_folders(model, tmp_path):
     shutil.copytree(model, tmp_path, dirs_exist_ok=True)
-    found = list(folder_cases(tmp_path, random.Random(1), 40))
-    assert found.count("refused") > 30 and found.count("fine") > 30
+    cases = list(folder_cases(tmp_path, random.Random(1), 40))
+    assert cases.count("refused") > 30 and cases.count("fine") > 30
 
 
 @pytest.mark.parametrize("name", JSON_FILES)
@@ -160,12 +160,12 @@ def test_json_that_is_none(model, tmp_path, name, text):
     assert outcome(lambda: use_model(tmp_path)) == "refused"
 
 
-@pytest.mark.parametrize("where", ["vocab", "added_tokens"])
-def test_an_id_of_two_to_the_31(model, tmp_path, where):
+@pytest.mark.parametrize("table", ["vocab", "added_tokens"])
+def test_an_id_of_two_to_the_31(model, tmp_path, table):
     """The library would create a list of the unused ids: 8 GB."""
     file = tmp_path / "tokenizer.json"
     content = json.loads((model / "tokenizer.json").read_text())
-    if where == "vocab":
+    if table == "vocab":
         content["model"]["vocab"]["the"] = 2**31
     else:
         content["added_tokens"][0]["id"] = 2**31
@@ -275,28 +275,30 @@ def checkpoint_cases(trained, run, draw, count):
     shutil.copytree(trained / "run", run)
     folder = list_checkpoints(run)[-1]
     manifest, data = folder / "manifest.json", folder / "tensors.safetensors"
-    whole, tensors = json.loads(manifest.read_text()), load_file(data)
+    original, tensors = json.loads(manifest.read_text()), load_file(data)
     metrics = (run / "metrics.jsonl").read_bytes()
     for index in range(count):
-        here = copy.deepcopy(whole)
-        came = dict(tensors)
+        changed = copy.deepcopy(original)
+        changed_tensors = dict(tensors)
         if index % 2:
-            here["metadata"] = change_json(here["metadata"], draw)
+            changed["metadata"] = change_json(changed["metadata"], draw)
         else:
-            name = draw.choice(list(came))
-            value = came.pop(name)
+            name = draw.choice(list(changed_tensors))
+            value = changed_tensors.pop(name)
             change = draw.randrange(5)
             if change == 1:
-                came[name] = value.flatten()[:-1].clone()
+                changed_tensors[name] = value.flatten()[:-1].clone()
             elif change == 2:
-                came[name] = value.double()
+                changed_tensors[name] = value.double()
             elif change == 3:
-                came[name + draw.choice([".x", "1", ""])] = value[None].clone()
+                changed_tensors[name + draw.choice([".x", "1", ""])] = value[None].clone()
             elif change == 4:
-                came["optimizer." + draw.choice(["x", "99.step", "-1.step", ".", "0"])] = value
-        save_file(came, data)
-        here["sha256"] = hashlib.sha256(data.read_bytes()).hexdigest()
-        manifest.write_text(json.dumps(here))
+                changed_tensors[
+                    "optimizer." + draw.choice(["x", "99.step", "-1.step", ".", "0"])
+                ] = value
+        save_file(changed_tensors, data)
+        changed["sha256"] = hashlib.sha256(data.read_bytes()).hexdigest()
+        manifest.write_text(json.dumps(changed))
         yield outcome(lambda: tiny_run.start(trained, run))
         (run / "metrics.jsonl").write_bytes(metrics)
         for path in list_checkpoints(run):
@@ -305,8 +307,8 @@ def checkpoint_cases(trained, run, draw, count):
 
 
 def test_checkpoints(trained, tmp_path):
-    found = list(checkpoint_cases(trained, tmp_path / "run", random.Random(2), 80))
-    assert found.count("refused") > 30
+    cases = list(checkpoint_cases(trained, tmp_path / "run", random.Random(2), 80))
+    assert cases.count("refused") > 30
 
 
 def test_a_run_without_its_metrics_says_what_to_do(trained, tmp_path):

@@ -69,15 +69,15 @@ CASES = {
 
 @pytest.mark.parametrize("case", CASES)
 def test_weights_are_exact(case, tmp_path):
-    entry, pack, options, found = CASES[case]
+    entry, pack, options, description = CASES[case]
     want = make.write(tmp_path, entry, pack, **options)
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # nothing here is mislabelled
         config, tensors = load_state(tmp_path)
-    came = dict(tensors)
-    assert found in config["quantization_config"]["description"]
-    assert came.keys() == want.keys()
-    for name, weight in came.items():
+    actual = dict(tensors)
+    assert description in config["quantization_config"]["description"]
+    assert actual.keys() == want.keys()
+    for name, weight in actual.items():
         packed = "layers" in name and weight.dim() == 2 if torch.is_tensor(weight) else True
         assert isinstance(weight, QuantizedWeight) == packed
         if isinstance(weight, QuantizedWeight):
@@ -92,15 +92,18 @@ def write_modelopt(folder, quantization) -> dict[str, np.ndarray]:
     config = json.loads((folder / "config.json").read_text())
     del config["quantization_config"]
     (folder / "config.json").write_text(json.dumps(config))
-    told = {"producer": {"name": "modelopt", "version": "0.29.0"}, "quantization": quantization}
-    (folder / "hf_quant_config.json").write_text(json.dumps(told))
+    export_config = {
+        "producer": {"name": "modelopt", "version": "0.29.0"},
+        "quantization": quantization,
+    }
+    (folder / "hf_quant_config.json").write_text(json.dumps(export_config))
     return want
 
 
 NVFP4 = {"quant_algo": "NVFP4", "kv_cache_quant_algo": None, "group_size": 16}
 
 
-def test_modelopts_own_file(tmp_path):
+def test_the_config_file_of_modelopt(tmp_path):
     want = write_modelopt(tmp_path / "m", {**NVFP4, "exclude_modules": ["lm_head"]})
     config, tensors = load_state(tmp_path / "m")
     assert config["quantization_config"]["description"] == "ModelOpt NVFP4, stored in int8"
@@ -112,11 +115,11 @@ def test_modelopts_own_file(tmp_path):
     CausalLM.from_pretrained(tmp_path / "m", keep_quantized=False).save_pretrained(tmp_path / "m")
     assert not (tmp_path / "m/hf_quant_config.json").exists()  # no longer true
     load_state(tmp_path / "m")
-    for told, text in [
+    for export_config, text in [
         ({**NVFP4, "quant_algo": "FP8"}, "quant_algo: expected NVFP4 for modelopt, got 'FP8'"),
         (None, "hf_quant_config.json: quantization: expected an object, got None"),
     ]:
-        write_modelopt(tmp_path / "bad", told)
+        write_modelopt(tmp_path / "bad", export_config)
         with pytest.raises(InputError, match=text):
             load_state(tmp_path / "bad")
 
@@ -131,7 +134,7 @@ def test_symmetric_weights_keep_their_dtype(tmp_path):
 @pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize("version", [1, 2])
 @pytest.mark.parametrize("bits", [4, 8])
-def test_a_mislabelled_version_is_told(tmp_path, version, symmetric, bits):
+def test_a_mislabelled_version_is_reported(tmp_path, version, symmetric, bits):
     entry = {1: V2, 2: V1}[version]
     want = make.write(tmp_path, entry, make.gptq, version=version, symmetric=symmetric, bits=bits)
     text = rf"GPTQ v{version} zero points \(file says v{3 - version}\), {bits} bits"
@@ -186,30 +189,30 @@ def test_zero_points_that_tell_the_version_are_all_that_is_read(tmp_path, monkey
 def test_zero_points_of_zero_borrow_from_their_neighbours():
     zeros = np.array([[0, 3, 0, 0, 15, 8, 7, 0]])
     words = make.words(zeros, 4).view(np.uint32) - np.uint32(0x11111111)
-    came = gptq.zero_points(torch.from_numpy(words.view(np.int32)), 4, 1)
-    assert came.tolist() == zeros.tolist()
+    actual = gptq.zero_points(torch.from_numpy(words.view(np.int32)), 4, 1)
+    assert actual.tolist() == zeros.tolist()
 
 
 @pytest.mark.parametrize("case", ["gptq-v1-asym", "awq", "pack-4", "int8", "nvfp4"])
 def test_the_model_computes_with_them(case, tmp_path):
     """Equal to a dense model of the same weights; saved and loaded again, it is the same model."""
-    entry, pack, options, found = CASES[case]
+    entry, pack, options, description = CASES[case]
     want = make.write(tmp_path / "m", entry, pack, **options)
     model = CausalLM.from_pretrained(tmp_path / "m", dtype=torch.float32)
-    assert found in model.config.extra["quantization_config"]["description"]
+    assert description in model.config.extra["quantization_config"]["description"]
     rounds = {m.act_bits for m in model.modules() if hasattr(m, "qdata")}
     assert rounds == ({8} if case == "int8" else {16})
     dense = CausalLM(model.config, seed=0)
     dense.load_state_dict({name: torch.from_numpy(w).float() for name, w in want.items()})
     ids = torch.arange(24)[None] % 96
     with torch.no_grad():
-        came, expected = model(ids).logits, dense(ids).logits
+        actual, expected = model(ids).logits, dense(ids).logits
     tolerance = 0.03 if case == "int8" else 1e-5  # int8: activations are rounded
-    assert (came - expected).norm() <= tolerance * expected.norm()
+    assert (actual - expected).norm() <= tolerance * expected.norm()
     model.save_pretrained(tmp_path / "again")
-    again = CausalLM.from_pretrained(tmp_path / "again")
+    reloaded = CausalLM.from_pretrained(tmp_path / "again")
     with torch.no_grad():
-        assert torch.equal(again(ids).logits, came)
+        assert torch.equal(reloaded(ids).logits, actual)
 
 
 def broken(tmp_path, entry, pack, change, **options):
@@ -298,11 +301,11 @@ def test_the_entry_is_not_needed_to_find_the_group(tmp_path):
     np.testing.assert_array_equal(weight.dequantize().double().numpy(), want[name])
 
 
-def test_info_says_what_was_found(tmp_path):
+def test_info_describes_the_quantization(tmp_path):
     from test_cli import call
 
     make.write(tmp_path, V2, make.gptq)
     with pytest.warns(UserWarning, match="file says v2"):
-        shown = call("info", "--model", tmp_path).stdout
-    assert "quantization: GPTQ v1 zero points (file says v2), 4 bits, groups of 32" in shown
-    assert "model_type: llama" in shown and "42 I32" in shown
+        output = call("info", "--model", tmp_path).stdout
+    assert "quantization: GPTQ v1 zero points (file says v2), 4 bits, groups of 32" in output
+    assert "model_type: llama" in output and "42 I32" in output

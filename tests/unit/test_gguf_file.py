@@ -55,16 +55,16 @@ def test_random_blocks_equal_the_gguf_package(kind):
     block = gguf.GGML_QUANT_SIZES[kind][0]
     assert weight.shape == (7, 3 * block)
     assert (weight.bits, weight.group_size) == UNPACK[kind][1:]
-    want, came = gguf.quants.dequantize(raw, kind), weight.dequantize().numpy()
+    expected, actual = gguf.quants.dequantize(raw, kind), weight.dequantize().numpy()
     if kind not in (Kind.Q4_K, Kind.Q4_1):
-        np.testing.assert_array_equal(came, want)
+        np.testing.assert_array_equal(actual, expected)
         return
     # The offset (m + 8 d, 8 d - m) is rounded to float32 if 8 d and m differ much in size, which
     # costs half an ulp of the offset, and the final sum half an ulp of its own.
     offset = np.repeat(weight.zeros.numpy(), weight.group_size, axis=1)
-    ulp = np.spacing(np.maximum(abs(offset), abs(want)))
-    assert (abs(came - want) <= ulp).all()
-    assert (came == want).mean() > 0.99
+    ulp = np.spacing(np.maximum(abs(offset), abs(expected)))
+    assert (abs(actual - expected) <= ulp).all()
+    assert (actual == expected).mean() > 0.99
 
 
 @pytest.mark.parametrize("kind", [Kind.Q4_1, Kind.Q4_K], ids=lambda k: k.name)
@@ -72,9 +72,9 @@ def test_offset_rounding_is_at_most_an_ulp(kind):
     """Scale and offset differ by factors up to 2**20."""
     raw = random_rows(kind, 50, 4, spread=10)
     weight = unpack(raw, kind)
-    want, came = gguf.quants.dequantize(raw, kind), weight.dequantize().numpy()
+    expected, actual = gguf.quants.dequantize(raw, kind), weight.dequantize().numpy()
     offset = np.repeat(weight.zeros.numpy(), weight.group_size, axis=1)
-    assert (abs(came - want) <= np.spacing(np.maximum(abs(offset), abs(want)))).all()
+    assert (abs(actual - expected) <= np.spacing(np.maximum(abs(offset), abs(expected)))).all()
 
 
 QUANTIZABLE = [Kind.Q4_0, Kind.Q4_1, Kind.Q5_0, Kind.Q5_1, Kind.Q8_0]
@@ -84,9 +84,9 @@ QUANTIZABLE = [Kind.Q4_0, Kind.Q4_1, Kind.Q5_0, Kind.Q5_1, Kind.Q8_0]
 def test_quantized_normal_weights_are_exact(kind):
     w = np.random.default_rng(1).standard_normal((33, 96)).astype(np.float32) * 0.02
     raw = gguf.quants.quantize(w, kind)
-    came = unpack(raw, kind).dequantize().numpy()
-    np.testing.assert_array_equal(came, gguf.quants.dequantize(raw, kind))
-    assert abs(came - w).max() < 0.02  # and it is the original weight, within one step of 4 bits
+    actual = unpack(raw, kind).dequantize().numpy()
+    np.testing.assert_array_equal(actual, gguf.quants.dequantize(raw, kind))
+    assert abs(actual - w).max() < 0.02  # and it is the original weight, within one step of 4 bits
 
 
 def test_four_bit_layout():
@@ -139,9 +139,9 @@ def test_metadata_equals_the_gguf_reader(tmp_path):
     }
     path = write_gguf(tmp_path / "m.gguf", {"t": np.zeros((2, 32), np.float32)}, **values)
     ours, theirs = GGUFFile(path), gguf.GGUFReader(path)
-    want = {k: f.contents() for k, f in theirs.fields.items() if not k.startswith("GGUF.")}
-    came = {k: v.tolist() if isinstance(v, np.ndarray) else v for k, v in ours.metadata.items()}
-    assert came == want
+    expected = {k: f.contents() for k, f in theirs.fields.items() if not k.startswith("GGUF.")}
+    actual = {k: v.tolist() if isinstance(v, np.ndarray) else v for k, v in ours.metadata.items()}
+    assert actual == expected
     for tensor in theirs.tensors:
         assert ours.tensors[tensor.name].start == tensor.data_offset
 
@@ -303,16 +303,16 @@ def test_model_survives_the_conversion(case, tmp_path):
         else:
             assert torch.equal(tensor, theirs[name]), name
     save_hf(tmp_path / "hf", config, state)
-    again = AutoModelForCausalLM.from_pretrained(
+    reference = AutoModelForCausalLM.from_pretrained(
         tmp_path / "hf", dtype=torch.float32, attn_implementation="eager"
     )
     ids = torch.arange(40)[None] % 96
     with torch.no_grad():
-        want, came = model(ids).logits, again(ids).logits
+        expected, actual = model(ids).logits, reference(ids).logits
     if architecture.startswith("gemma"):  # the norm weights differ in their last bit
-        torch.testing.assert_close(came, want, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
     else:
-        assert torch.equal(came, want)
+        assert torch.equal(actual, expected)
 
 
 @pytest.mark.parametrize("kind", [Kind.Q4_0, Kind.Q4_1, Kind.Q5_1, Kind.Q8_0], ids=lambda k: k.name)
@@ -335,14 +335,14 @@ def test_row_order_of_packed_q_and_k(kind, tmp_path):
     assert all(isinstance(w, torch.Tensor) and w.dtype == torch.float32 for _, w in plain)
 
 
-def test_activations_are_rounded_unless_told_otherwise(tmp_path):
+def test_activations_are_rounded_by_default(tmp_path):
     path = convert(*make_model("llama"), tmp_path / "m.gguf", Kind.Q4_1)
 
-    def bits(where, **options):
-        model = fastlm.CausalLM.from_pretrained(where, **options)
-        found = {m.act_bits for m in model.modules() if hasattr(m, "qdata")}
-        assert len(found) == 1
-        return found.pop(), model
+    def bits(path, **options):
+        model = fastlm.CausalLM.from_pretrained(path, **options)
+        act_bits = {m.act_bits for m in model.modules() if hasattr(m, "qdata")}
+        assert len(act_bits) == 1
+        return act_bits.pop(), model
 
     assert bits(path, act_bits=16)[0] == 16
     rounded, model = bits(path)

@@ -258,7 +258,7 @@ def test_margins() -> None:
     assert pair.answers == ([GOOD], [BAD])
 
 
-def test_conversations_learn_the_answer_alone() -> None:
+def test_conversations_train_on_the_answer_only() -> None:
     answer = [*CALLED, GOOD]
     row = {"prompt": [USER, POOR, USER], "chosen": answer, "rejected": [BAD], "tools": [CALL]}
     actual = parse_preference(row, "here")

@@ -97,12 +97,12 @@ def test_int4_does_not_shrink_weights(symmetric, weighted):
         w, 4, group_size=32, symmetric=symmetric, importance=u, scale_dtype=torch.float32
     )
     groups, u = w.view(128, -1, 32), u.view(-1, 32)
-    about = groups
+    centered = groups
     if not symmetric:
-        about = groups - ((groups * u).sum(-1) / u.sum(-1))[..., None]
+        centered = groups - ((groups * u).sum(-1) / u.sum(-1))[..., None]
     d = q.dequantize().view_as(groups)
-    slopes = (d * about * u).sum(-1) / (groups * about * u).sum(-1)
-    share = ((d - groups).square() * u).sum() / (about.square() * u).sum()
+    slopes = (d * centered * u).sum(-1) / (groups * centered * u).sum(-1)
+    share = ((d - groups).square() * u).sum() / (centered.square() * u).sum()
     assert share > 0.003
     assert abs(slopes.mean() - 1) < 0.1 * share
 
@@ -182,11 +182,11 @@ def test_constant_zero_and_tiny_groups(bits, symmetric):
 )
 def test_codes_survive_a_second_rounding(n, k, bits, group_size):
     q = ops.quantize_weight(torch.randn(n, k), bits, group_size=group_size)
-    again = ops.quantize_weight(q.dequantize(), bits, group_size=group_size)
+    rounded_twice = ops.quantize_weight(q.dequantize(), bits, group_size=group_size)
     # the search may prefer another scale, never a worse one
-    error = (again.dequantize() - q.dequantize()).abs()
+    error = (rounded_twice.dequantize() - q.dequantize()).abs()
     assert error.numel() == 0 or error.max() <= 0.3 * q.dequantize().abs().max()
-    assert again.nbytes == q.nbytes
+    assert rounded_twice.nbytes == q.nbytes
 
 
 def test_strided_and_low_precision_input():
@@ -332,7 +332,7 @@ def test_gradients_pass_through_and_the_weight_is_frozen():
     assert x.grad is not None and model.layers[0].bias.grad is not None
 
 
-def test_dtype_moves_leave_the_format_alone():
+def test_dtype_moves_keep_the_format():
     model = fastlm.quantize(Small(), "w4a16").bfloat16()
     assert model.layers[0].scales.dtype == torch.bfloat16
     assert model.layers[0].qdata.dtype == torch.uint8
@@ -353,8 +353,8 @@ def test_configuration_and_state_rebuild_the_model(tied):
     assert torch.equal(quant.load_quantized(Small(tied), state, config)(ids), expected)
     if tied:  # a tied head is not stored twice
         state = {n: t for n, t in state.items() if not n.startswith("lm_head")}
-        again = quant.load_quantized(Small(), state, config)
-        assert torch.equal(again(ids), expected) and again.lm_head.qdata is again.embed.qdata
+        rebuilt = quant.load_quantized(Small(), state, config)
+        assert torch.equal(rebuilt(ids), expected) and rebuilt.lm_head.qdata is rebuilt.embed.qdata
 
 
 def test_state_refusals():

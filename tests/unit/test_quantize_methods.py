@@ -94,7 +94,7 @@ def test_gptq_gains_on_correlated_inputs():
     assert output_error(w, gptq(w, h, scheme), h) < 0.5 * output_error(w, nearest, h)
 
 
-def test_a_hessian_without_a_factor_is_named():
+def test_a_warning_names_a_hessian_without_a_factor():
     w, lines = torch.randn(4, 16), []
     bad = torch.full((16, 16), 5.0).fill_diagonal_(1.0)  # eigenvalues of -4
     q = gptq(w, bad, Scheme(4, 16), name="layers.3.up", warn=lines.append)
@@ -121,13 +121,13 @@ def test_a_hessian_without_a_factor_is_named():
 
 
 def tiny(tied=True, **config):
-    made = ModelConfig.from_dict({
+    tiny_config = ModelConfig.from_dict({
         "model_type": "llama", "vocab_size": 60, "hidden_size": 32, "intermediate_size": 64,
         "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1,
         "max_position_embeddings": 64, "tie_word_embeddings": tied, "initializer_range": 0.3,
         "eos_token_id": 0, **config,
     })  # fmt: skip
-    return CausalLM(made, seed=1).eval()
+    return CausalLM(tiny_config, seed=1).eval()
 
 
 IDS = torch.randint(60, (6, 24), generator=torch.Generator().manual_seed(0))
@@ -150,14 +150,14 @@ def test_every_method_keeps_the_model(method, tied):
     names = [name for step in steps for name in step.errors]
     assert len(names) == len(set(names)) == 2 * 7 + 1 + (not tied)
     assert all(0 < e < 0.06 for step in steps for e in step.errors.values())
-    found = effective_bits(quantized)
+    bits = effective_bits(quantized)
     # 4 bits, 16 per group of 16 for the scale (and the offset); norms are float32
-    assert found["bits_per_quantized_weight"] == (6 if method == "gptq" else 5)
-    assert found["bits_per_weight"] > found["bits_per_quantized_weight"]
+    assert bits["bits_per_quantized_weight"] == (6 if method == "gptq" else 5)
+    assert bits["bits_per_weight"] > bits["bits_per_quantized_weight"]
     assert quantized.generate(IDS[:1, :4], max_new_tokens=3).shape == (1, 7)
 
 
-def test_a_step_is_kept_and_the_end_is_the_same(tmp_path):
+def test_a_stored_step_is_reused_and_the_result_is_the_same(tmp_path):
     """Interrupted in the middle, then continued: the same bits; finished layers are kept."""
 
     class Killed(Exception):
@@ -179,18 +179,18 @@ def test_a_step_is_kept_and_the_end_is_the_same(tmp_path):
 
     with pytest.raises(Killed):
         run(tmp_path / "cut", stop)
-    kept = sorted((tmp_path / "cut").iterdir())
-    assert [p.name for p in kept] == ["embeddings.safetensors", "layer-00000.safetensors"]
-    times = [p.stat().st_mtime_ns for p in kept]
-    again, whole = run(tmp_path / "cut"), run(None)
-    assert [p.stat().st_mtime_ns for p in kept] == times
-    for name, tensor in whole.state_dict().items():
-        assert torch.equal(again.state_dict()[name], tensor), name
+    files = sorted((tmp_path / "cut").iterdir())
+    assert [p.name for p in files] == ["embeddings.safetensors", "layer-00000.safetensors"]
+    times = [p.stat().st_mtime_ns for p in files]
+    resumed, uninterrupted = run(tmp_path / "cut"), run(None)
+    assert [p.stat().st_mtime_ns for p in files] == times
+    for name, tensor in uninterrupted.state_dict().items():
+        assert torch.equal(resumed.state_dict()[name], tensor), name
     run(tmp_path / "cut", seed=1)  # other options: computed again
-    assert [p.stat().st_mtime_ns for p in kept] != times
+    assert [p.stat().st_mtime_ns for p in files] != times
 
 
-def test_kept_steps_of_another_model_are_not_used(tmp_path):
+def test_stored_steps_of_another_model_are_not_used(tmp_path):
     """The same weights with other rotations are another model."""
     options = {"method": "gptq", "group_size": 16, "calibration": IDS, "checkpoint_dir": tmp_path}
     other = tiny()
@@ -221,7 +221,7 @@ def test_the_comparison_runs_the_head_as_the_model_does():
     dataset = SimpleNamespace(
         tokens=24, bytes_of_text=90, eos_id=0, read=lambda start, n: text[start : start + n].copy()
     )
-    found = compare_models(before, after, dataset, seq_len=24, stride=24)
+    comparison = compare_models(before, after, dataset, seq_len=24, stride=24)
     ids = torch.cat((torch.tensor([0]), IDS[0, :-1]))[None]
     with torch.no_grad():
         p = before(ids).logits.log_softmax(-1)
@@ -229,7 +229,7 @@ def test_the_comparison_runs_the_head_as_the_model_does():
         kl = [
             (p.exp() * (p - q.log_softmax(-1))).sum(-1).mean() for q in (after(ids).logits, plain)
         ]
-    assert found.kl == pytest.approx(float(kl[0]), rel=1e-5)
+    assert comparison.kl == pytest.approx(float(kl[0]), rel=1e-5)
     assert abs(float(kl[1] / kl[0]) - 1) > 1e-4  # rounding is not too small to be seen
 
 
@@ -240,11 +240,11 @@ def test_learned_rounding_is_no_worse_than_its_start():
     context = ForwardContext(None, None, None, model.model.rotary(0, 24, 24, model.device))
 
     def through(weights):
-        own = copy.deepcopy(layer)
+        copied = copy.deepcopy(layer)
         for name, q in weights.items():
-            own.get_submodule(name).weight.data.copy_(q.dequantize())
+            copied.get_submodule(name).weight.data.copy_(q.dequantize())
         with torch.no_grad():
-            stream, branch = own(hidden, None, context)
+            stream, branch = copied(hidden, None, context)
         return stream + branch
 
     expected = through({})
@@ -256,12 +256,12 @@ def test_learned_rounding_is_no_worse_than_its_start():
             )
             for n in names
         }
-        found = learn_rounding(layer, starts, hidden, expected, context, iterations=40, seed=0)
+        learned = learn_rounding(layer, starts, hidden, expected, context, iterations=40, seed=0)
         before = (through(starts) - expected).square().mean()
-        after = (through(found) - expected).square().mean()
+        after = (through(learned) - expected).square().mean()
         assert after < 0.9 * before
         same = learn_rounding(layer, starts, hidden, expected, context, iterations=40, seed=0)
-        assert all(torch.equal(found[n].qdata, same[n].qdata) for n in names)
+        assert all(torch.equal(learned[n].qdata, same[n].qdata) for n in names)
 
 
 def test_the_default_weighs_errors_by_activations():
@@ -326,9 +326,9 @@ def scaled(model):
             layer(hidden, None, context)
         sums = moments.close()
         dtypes = {n: p.dtype for n, p in layer.named_parameters()}
-        found = scale_features(layer, {n: Scheme(4, 16) for n in names}, sums, dtypes)
-        powers |= {f"{i}.{n}": p for n, p in found[0].items()}
-        changed |= {f"{i}.{n}": p for n, p in found[1].items()}
+        result = scale_features(layer, {n: Scheme(4, 16) for n in names}, sums, dtypes)
+        powers |= {f"{i}.{n}": p for n, p in result[0].items()}
+        changed |= {f"{i}.{n}": p for n, p in result[1].items()}
     return layers, powers, changed
 
 
@@ -387,14 +387,16 @@ def test_awq_gains_where_features_are_unequal(tmp_path):
     powers = {name: power for step in steps for name, power in step.powers.items()}
     assert powers.keys() >= {"model.layers.0.input_layernorm", "model.layers.1.mlp.up_proj"}
     assert max(powers.values()) > 0
-    first, second = (sum(sum(step.errors.values()) for step in found) for found in (steps, plain))
+    first, second = (
+        sum(sum(step.errors.values()) for step in results) for results in (steps, plain)
+    )
     assert first < 0.9 * second
     # continued from finished layers: the same norms
-    again = fastlm.quantize(
+    resumed = fastlm.quantize(
         copy.deepcopy(model), "w4a16", awq=True, checkpoint_dir=tmp_path, **options
     )
     for name, tensor in quantized.state_dict().items():
-        assert torch.equal(again.state_dict()[name], tensor), name
+        assert torch.equal(resumed.state_dict()[name], tensor), name
 
 
 def test_awq_refusals():

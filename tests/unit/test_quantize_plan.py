@@ -79,7 +79,7 @@ def test_refused_before_any_work(options, message):
     assert isinstance(model.embed, nn.Embedding) and isinstance(model.up_proj, nn.Linear)
 
 
-def test_whole_groups():
+def test_divisible_groups():
     assert (
         fastlm.quantize(Block(576, 64), "w4a16", require_divisible_groups=True).embed.group_size
         == 64
@@ -91,7 +91,7 @@ def test_whole_groups():
         QuantizeOptions(overrides=("lm_head",)).check()
 
 
-def test_a_tied_head_cannot_have_bits_of_its_own():
+def test_a_tied_head_cannot_have_other_bits():
     model = Block(64, 64)
     model.lm_head.weight = model.embed.weight
     with pytest.raises(InputError, match=r"lm_head shares its weight with embed.* got 8 and 4"):
@@ -112,7 +112,7 @@ EXPORT = "require_divisible_groups = {}\n[[stage]]\nkind = 'export'\nformat = '{
 
 
 @pytest.mark.parametrize(
-    "options, whole, format, message",
+    "options, divisible, format, message",
     [
         (
             {"group_size": 64}, "true", "gguf",
@@ -142,8 +142,8 @@ EXPORT = "require_divisible_groups = {}\n[[stage]]\nkind = 'export'\nformat = '{
         ({"head": 8}, "false", "gguf", "quantize.head: CausalLM has no head besides"),
     ],
 )  # fmt: skip
-def test_a_recipe_is_refused_before_its_first_stage(tmp_path, options, whole, format, message):
-    path = tiny_recipe.write(tmp_path, EXPORT.format(whole, format))
+def test_a_recipe_is_refused_before_its_first_stage(tmp_path, options, divisible, format, message):
+    path = tiny_recipe.write(tmp_path, EXPORT.format(divisible, format))
     sets = [f"pretrain.model.{key}={value}" for key, value in WIDE.items()]
     assert load_recipe(path, [*sets, "quantize.group_size=32"])
     with pytest.raises(InputError, match=message):
@@ -161,7 +161,7 @@ def test_a_recipe_that_exports_floats(tmp_path):
 
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("symmetric", [True, False])
-def test_the_outline_is_the_model_that_is_made(tied, symmetric):
+def test_the_meta_state_equals_the_quantized_model(tied, symmetric):
     config = ModelConfig(
         vocab_size=64, hidden_size=48, intermediate_size=40, num_hidden_layers=1,
         num_attention_heads=2, num_key_value_heads=1, tie_word_embeddings=tied,

@@ -92,11 +92,11 @@ def test_rewriting_leaves_no_stale_shards(shards):
 
 def test_bad_tokenizers_and_no_documents(tmp_path):
     out = tmp_path / "s"
-    for tokenizer, why in (
+    for tokenizer, message in (
         (Bytes(eos_id=None), "end-of-text"), (Bytes(eos_id=257), "end-of-text"),
         (Bytes(shift=200), "ids from 0 to 256, got 297"), (Bytes(shift=-100), "got -3"),
     ):  # fmt: skip
-        with pytest.raises(InputError, match=why):
+        with pytest.raises(InputError, match=message):
             write_shards(["abc"], tokenizer, out)
     with pytest.raises(InputError, match="at least one document"):
         write_shards([], Bytes(), out)
@@ -173,7 +173,7 @@ def test_an_index_that_is_another_json(shards, index):
     assert len(str(e.value)) < 400
 
 
-def test_what_is_no_folder_of_shards_is_told_how_to_make_one(shards, tmp_path):
+def test_another_folder_is_refused_with_a_hint_to_make_shards(shards, tmp_path):
     with pytest.raises(InputError, match="token shards \\('fastlm data shards' makes them\\)"):
         TokenDataset(tmp_path)
     (tmp_path / "both").mkdir()
@@ -207,22 +207,22 @@ def equal(a, b) -> bool:
 def test_an_epoch_deals_every_window_once_and_labels_follow(shards, shuffle):
     data, want = TokenDataset(shards), row(texts())
     sampler = BatchSampler(data, 1, 16, seed=3, shuffle=shuffle)
-    seen = []
+    windows = []
     while sampler.epoch == 0:
         ids, labels = sampler.next_batch()
         assert ids.shape == labels.shape == (1, 16)
         assert ids.dtype == labels.dtype == torch.int64
         assert torch.equal(ids[0, 1:], labels[0, :-1])
-        seen.append([*ids[0].tolist(), int(labels[0, -1])])
-    seen.pop()  # it belongs to the next epoch
+        windows.append([*ids[0].tolist(), int(labels[0, -1])])
+    windows.pop()  # it belongs to the next epoch
     fits = [
         [s.tolist() for s in np.lib.stride_tricks.sliding_window_view(want[o:], 17)[::16]]
         for o in range(16)
     ]
-    matching = [o for o in range(16) if sorted(fits[o]) == sorted(seen)]
+    matching = [o for o in range(16) if sorted(fits[o]) == sorted(windows)]
     assert len(matching) == 1
-    assert shuffle or (matching == [0] and seen == fits[0])
-    assert not shuffle or seen != fits[matching[0]]
+    assert shuffle or (matching == [0] and windows == fits[0])
+    assert not shuffle or windows != fits[matching[0]]
 
 
 def test_same_seed_same_batches_other_seed_others(shards):
@@ -279,15 +279,15 @@ def test_foreign_states_are_refused(shards, tmp_path):
 
 def test_bad_sampler_arguments(shards):
     data = TokenDataset(shards)
-    for arguments, why in (
+    for arguments, message in (
         ((0, 8, 1), "batch_size"), ((1, 0, 1), "seq_len"), ((1, 8, -1), "seed"),
         ((1, data.tokens, 1), "seq_len \\+ 1"),
     ):  # fmt: skip
-        with pytest.raises(InputError, match=why):
+        with pytest.raises(InputError, match=message):
             BatchSampler(data, arguments[0], arguments[1], seed=arguments[2])
-    one = BatchSampler(data, 1, data.tokens - 1, seed=0)
+    sampler = BatchSampler(data, 1, data.tokens - 1, seed=0)
     for _ in range(3):  # a single window fills every epoch
-        assert one.next_batch()[0].shape == (1, data.tokens - 1)
+        assert sampler.next_batch()[0].shape == (1, data.tokens - 1)
 
 
 def test_training_batches_hold_no_heldout_token(tmp_path):
@@ -322,8 +322,10 @@ def test_shards_know_their_tokenizer(tmp_path):
     data.check_tokenizer(copy := Tokenizer.load(tmp_path / "mine"), "shards")
     copy.backend.add_special_tokens(["<|tool|>"])  # behind those that the shards may have
     data.check_tokenizer(Tokenizer(copy.backend, {"eos_token": "<|endoftext|>"}), "shards")
-    said = r"^shards: expected tokens of the tokenizer [0-9a-f]{12}, got .*s of [0-9a-f]{12}: make"
-    with pytest.raises(InputError, match=said):
+    message = (
+        r"^shards: expected tokens of the tokenizer [0-9a-f]{12}, got .*s of [0-9a-f]{12}: make"
+    )
+    with pytest.raises(InputError, match=message):
         data.check_tokenizer(other, "shards")
 
 
@@ -342,8 +344,8 @@ def test_shards_of_another_tokenizer_are_refused(tmp_path):
             write_shards(docs, tokenizer, tmp_path / name / part)
     (tmp_path / "config.json").write_text(json.dumps(model.config.to_dict()))
     stage = Pretrain(config=str(tmp_path / "config.json"), max_steps=1, batch_size=1, seq_len=8)
-    given = {"shards": tmp_path / "mine"}
-    assert stage(tmp_path / "out", tokenizer=tmp_path / "tokenizer-mine", **given)["steps"] == 1
+    inputs = {"shards": tmp_path / "mine"}
+    assert stage(tmp_path / "out", tokenizer=tmp_path / "tokenizer-mine", **inputs)["steps"] == 1
     # either part
     (tmp_path / "mixed").mkdir()
     for train, heldout in (("other", "mine"), ("mine", "other")):
