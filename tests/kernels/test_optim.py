@@ -211,13 +211,13 @@ def test_resume_gives_the_same_bits(dtype, options):
     opt = AdamW(part, lr=1e-2, **options)
     trained(opt, part, 3, seed=1)
     saved = opt.state_dict()
-    kept, loaded = copy.deepcopy(saved), copy.deepcopy(list(opt.state.values()))
+    saved_copy, loaded = copy.deepcopy(saved), copy.deepcopy(list(opt.state.values()))
     resumed = AdamW(part, lr=1e-2, **options)
     resumed.load_state_dict(saved)
     actual = trained(resumed, part, 3, seed=2)
     # loading aliased neither what was saved nor the optimizer that it came from
     for now, before in (
-        (saved["state"].values(), kept["state"].values()),
+        (saved["state"].values(), saved_copy["state"].values()),
         (opt.state.values(), loaded),
     ):
         for a, b in zip(now, before):
