@@ -337,14 +337,14 @@ def test_operator_is_skipped_only_where_nothing_watches(monkeypatch):
     gate, up = torch.randn(2, 3, 40)
     glu = torch.ops.fastlm.glu.default
     with Watch():
-        want = ops.glu(gate, up)
+        expected = ops.glu(gate, up)
     assert glu in operators
     callers = []
     select = backend.select
     monkeypatch.setattr(
         operator, "select", lambda *a: callers.append(sys._getframe(1).f_code.co_name) or select(*a)
     )
-    assert torch.is_grad_enabled() and torch.equal(ops.glu(gate, up), want)
+    assert torch.is_grad_enabled() and torch.equal(ops.glu(gate, up), expected)
     assert callers.pop() == "call"  # not "run", which the operator calls
     assert ops.glu(gate, up.clone().requires_grad_()).grad_fn is not None
     assert callers.pop() == "forward"  # of the autograd.Function

@@ -95,12 +95,12 @@ def test_copies_fill_with_zeros(call, rng):
     """cp.async copies src-size of cp-size bytes and sets the others to zero."""
     x = words(rng, 128, 8)
     x[:, 4:7] = rng.integers(0, [5, 9, 17], (128, 3))
-    got = call("copies", x, 12).view(np.uint8).reshape(128, 3, 16)
+    actual = call("copies", x, 12).view(np.uint8).reshape(128, 3, 16)
     data = x[:, :4].copy().view(np.uint8)
     for i, size in enumerate((4, 8, 16)):
         valid = np.arange(16) < x[:, 4 + i, None]
         expected = np.where(np.arange(16) < size, np.where(valid, data, 0), 0xFF)
-        assert (got[:, i] == expected).all(), size
+        assert (actual[:, i] == expected).all(), size
 
 
 def test_dynamic_shared_memory(call, rng):
@@ -140,9 +140,9 @@ def test_shuffles(call, rng, width):
             np.where(down <= last, down, LANES),
             np.where(across <= last, across, LANES),
         ]
-        got = y[32 * warp :][:32]
+        actual = y[32 * warp :][:32]
         for i, lane in enumerate([*source, source[3]]):
-            assert (got[:, i] == value[lane]).all(), i
+            assert (actual[:, i] == value[lane]).all(), i
 
 
 def test_shuffles_of_other_types(call, rng):
@@ -162,17 +162,17 @@ def test_a_shuffle_of_some_lanes(call, rng):
 def test_votes(call, rng, p):
     x = (rng.random((64, 2)) < p).astype(np.uint32) * 6  # any number but 0 is true
     y = call("votes", x, 6).astype(np.int64).reshape(2, 32, 6)
-    for got, (lane_values, warp_values) in zip(
+    for actual, (lane_values, warp_values) in zip(
         y, (x.reshape(2, 32, 2) != 0).transpose(0, 2, 1), strict=True
     ):
         ballot = (lane_values.astype(np.int64) << LANES).sum()
-        assert (got[:, 0] == ballot).all()
-        assert ((got[:, 1] != 0) == lane_values.any()).all() and (
-            (got[:, 2] != 0) == warp_values.all()
+        assert (actual[:, 0] == ballot).all()
+        assert ((actual[:, 1] != 0) == lane_values.any()).all() and (
+            (actual[:, 2] != 0) == warp_values.all()
         ).all()
-        assert (got[:8, 3] == ballot & 0xFF).all()
-        assert ((got[:8, 4] != 0) == lane_values[:8].any()).all()
-        assert ((got[:8, 5] != 0) == warp_values[:8].all()).all()
+        assert (actual[:8, 3] == ballot & 0xFF).all()
+        assert ((actual[:8, 4] != 0) == lane_values[:8].any()).all()
+        assert ((actual[:8, 5] != 0) == warp_values[:8].all()).all()
 
 
 def test_sums_and_maxima(call, rng):
@@ -219,19 +219,19 @@ def rows_and_addresses(rng, matrices):
 def test_matrices(call, rng, matrices):
     """ldmatrix: thread T holds row T / 4, elements 2 (T % 4) and the next; lower half first."""
     x, m = rows_and_addresses(rng, matrices)
-    got = call(f"matrices_{matrices}", x, matrices).view(np.uint16).reshape(32, matrices, 2)
+    actual = call(f"matrices_{matrices}", x, matrices).view(np.uint16).reshape(32, matrices, 2)
     for i in range(matrices):
         for e in range(2):
-            assert (got[:, i, e] == m[i, LANES // 4, LANES % 4 * 2 + e]).all()
+            assert (actual[:, i, e] == m[i, LANES // 4, LANES % 4 * 2 + e]).all()
 
 
 def test_transposed_matrices(call, rng):
     """.trans: the same for each matrix transposed."""
     x, m = rows_and_addresses(rng, 4)
-    got = call("matrices_4_transposed", x, 4).view(np.uint16).reshape(32, 4, 2)
+    actual = call("matrices_4_transposed", x, 4).view(np.uint16).reshape(32, 4, 2)
     for i in range(4):
         for e in range(2):
-            assert (got[:, i, e] == m[i].T[LANES // 4, LANES % 4 * 2 + e]).all()
+            assert (actual[:, i, e] == m[i].T[LANES // 4, LANES % 4 * 2 + e]).all()
 
 
 # row and column of element i of lane T's fragment, with group = T >> 2 and member = T % 4
@@ -353,28 +353,28 @@ def test_numbers(call, rng):
     parts = np.exp(rng.normal(0, 20, 128)), rng.uniform(-80, 80, 128), rng.normal(0, 1e4, 128)
     x = np.stack(parts, 1).astype(np.float32)
     y = call("numbers", x, 14)
-    got = floats(y)
+    actual = floats(y)
     a, b, c = x.T.astype(np.float64)
     single = x.T
     # error bounds from the CUDA guide, "Mathematical Functions"
-    assert ulps(got[:, 0], a**-0.5).max() <= 2
-    assert (ulps(got[:, 1], np.exp(b)) <= 2 + np.floor(np.abs(1.173 * b))).all()
-    logs = np.abs(got[:, 2] - np.log(a))
+    assert ulps(actual[:, 0], a**-0.5).max() <= 2
+    assert (ulps(actual[:, 1], np.exp(b)) <= 2 + np.floor(np.abs(1.173 * b))).all()
+    logs = np.abs(actual[:, 2] - np.log(a))
     near = (a >= 0.5) & (a <= 2)
-    assert (logs[near] <= 2.0**-21.41).all() and (ulps(got[:, 2], np.log(a))[~near] <= 3).all()
-    assert ulps(got[:, 4], b / c).max() <= 2
-    assert ulps(got[:, 10], np.exp2(b)).max() <= 2
+    assert (logs[near] <= 2.0**-21.41).all() and (ulps(actual[:, 2], np.log(a))[~near] <= 3).all()
+    assert ulps(actual[:, 4], b / c).max() <= 2
+    assert ulps(actual[:, 10], np.exp2(b)).max() <= 2
     # rounded once, to nearest
-    assert (got[:, 3] == single[1] / single[2]).all()
-    assert (got[:, 5] == np.sqrt(single[0])).all()
-    assert (got[:, 6] == np.float32(1) / single[2]).all()
-    assert (got[:, 7] == single[1] * single[2]).all()
+    assert (actual[:, 3] == single[1] / single[2]).all()
+    assert (actual[:, 5] == np.sqrt(single[0])).all()
+    assert (actual[:, 6] == np.float32(1) / single[2]).all()
+    assert (actual[:, 7] == single[1] * single[2]).all()
     assert (y[:, 9].view(np.int32) == np.rint(b)).all()
-    assert (got[:, 11] == single[0] * single[1] + single[2]).all()
-    assert (got[:, 12] == np.maximum(single[1], single[2])).all()
-    assert (got[:, 13] == np.minimum(single[1], single[2])).all()
+    assert (actual[:, 11] == single[0] * single[1] + single[2]).all()
+    assert (actual[:, 12] == np.maximum(single[1], single[2])).all()
+    assert (actual[:, 13] == np.minimum(single[1], single[2])).all()
     # float64 holds the product of two float32 exactly; rounding the sum adds half an ulp
-    assert ulps(got[:, 8], a * b + c).max() <= 0.5 + 2**-20
+    assert ulps(actual[:, 8], a * b + c).max() <= 0.5 + 2**-20
 
 
 def test_numbers_at_the_edges(call):
@@ -389,14 +389,16 @@ def test_numbers_at_the_edges(call):
     i32 = np.iinfo(np.int32)
     expected = [0, i32.max, i32.min, i32.max, i32.min, 0, 2, 0, -2, 2147483520, -126, -127, 130, 1]
     assert y[:, 9].view(np.int32).tolist() == expected
-    got = floats(y)
+    actual = floats(y)
     # 2^b, or 0 if it is below 2^-126
-    assert np.isnan(got[0, 10]) and got[1, 10] == inf and got[2, 10] == 0
-    assert got[10, 10] == 2.0**-126 and got[11, 10] == 0 and got[12, 10] == inf
+    assert np.isnan(actual[0, 10]) and actual[1, 10] == inf and actual[2, 10] == 0
+    assert actual[10, 10] == 2.0**-126 and actual[11, 10] == 0 and actual[12, 10] == inf
     # __fdividef: 0 if 2^126 < |c| < 2^128, and NaN for infinity
-    assert (got[9:12, 4] == 0).all() and np.isnan(got[0, 4]) and got[1, 4] == inf
+    assert (actual[9:12, 4] == 0).all() and np.isnan(actual[0, 4]) and actual[1, 4] == inf
     # for a number and NaN: the number
-    assert got[0, 12] == 1 and got[6, 12] == 1.5 and got[0, 13] == 1 and got[13, 13] == 1
+    assert (
+        actual[0, 12] == 1 and actual[6, 12] == 1.5 and actual[0, 13] == 1 and actual[13, 13] == 1
+    )
 
 
 @pytest.mark.parametrize("name", ["bf16", "f16"])
@@ -412,9 +414,9 @@ def test_conversions(call, rng, name):
     y = call(name, x[:, None], 2)
     source = torch.from_numpy(x.view(np.float32))
     expected = source.to(dtype)
-    got = torch.from_numpy(y[:, 0].astype(np.uint16).view(np.int16)).view(dtype)
-    assert torch.equal(got.isnan(), source.isnan())
+    actual = torch.from_numpy(y[:, 0].astype(np.uint16).view(np.int16)).view(dtype)
+    assert torch.equal(actual.isnan(), source.isnan())
     not_nan = ~source.isnan()
-    assert torch.equal(got[not_nan].view(torch.int16), expected[not_nan].view(torch.int16))
+    assert torch.equal(actual[not_nan].view(torch.int16), expected[not_nan].view(torch.int16))
     back = torch.from_numpy((x & 0xFFFF).astype(np.uint16).view(np.int16)).view(dtype).float()
     assert torch.equal(torch.from_numpy(floats(y[:, 1])).nan_to_num(9), back.nan_to_num(9))

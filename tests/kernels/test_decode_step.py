@@ -65,8 +65,8 @@ def assert_steps_equal_modules(model, rows=3, length=9, count=4, act_bits=16):
     with torch.inference_mode():
         for i in range(length, length + count):
             expected = next_logits(model, ids[:, i : i + 1], cache)
-            got = steps.logits(ids[:, i].contiguous())
-            errors.append(error_of(got, expected))
+            actual = steps.logits(ids[:, i].contiguous())
+            errors.append(error_of(actual, expected))
             errors.append(error_of(steps.steps.data[..., i, :], cache.data[..., i, :]))
             steps.steps.data.copy_(cache.data)
     if act_bits == 16:
@@ -109,7 +109,7 @@ def test_a_prompt_beside_a_narrow_cache_is_attended_in_bfloat16(monkeypatch):
     narrow = {torch.bfloat16} if backend.multiplies_bf16() else wide  # AVX2 widens bfloat16
     assert dtypes == 3 * count * [wide] + count * [narrow] + 2 * count * [wide]
     pairs = zip(logits[torch.float16], logits[torch.float32], strict=True)
-    errors = [error_of(got, expected) for got, expected in pairs]
+    errors = [error_of(actual, expected) for actual, expected in pairs]
     assert 0 < max(errors) < 2 * ULP[torch.bfloat16]
 
 
@@ -230,8 +230,8 @@ def test_pages(case, page_size, dtype, isa):
         expected.append(steps.logits(*single))
     table[:, -1] = torch.where(torch.tensor(lengths) < page_size * (pages - 1), -7, table[:, -1])
     steps = cpu_decode.CpuDecodeRunner(model, plan, *pages_of(data, dtype))
-    got = steps.logits(tokens, torch.tensor(lengths), table)
-    assert got.isfinite().all() and torch.equal(got, torch.cat(expected))
+    actual = steps.logits(tokens, torch.tensor(lengths), table)
+    assert actual.isfinite().all() and torch.equal(actual, torch.cat(expected))
 
 
 WIDE, INT8 = torch.float32, torch.int8
@@ -320,12 +320,12 @@ def test_int8_keys(case, head_dim, isa, monkeypatch):
     codes, scales = int8_of(wide)
     for i in range(254, 258):
         step = ids[:, i].contiguous(), torch.full((3,), i), table
-        got = cpu_decode.CpuDecodeRunner(model, plan, codes, scales).logits(*step)
+        actual = cpu_decode.CpuDecodeRunner(model, plan, codes, scales).logits(*step)
         filled = Filled(truth, codes.double() * scales.double()[..., None], i)
         with torch.inference_mode(), monkeypatch.context() as patch:
             patch.setattr(layers, "varlen_attention", rounded)
             expected = next_logits(truth, ids[:, i : i + 1], filled)
-        errors.append(error_of(got, expected))
+        errors.append(error_of(actual, expected))
         error = (filled.written - filled.data[..., i, :]).abs() / scales[..., i, None]
         assert 0.3 < error.max()
         assert errors[-1] > NEAR or error.max() <= 0.5 + 1e-3
@@ -456,8 +456,8 @@ def test_8_bit_activations_keep_a_float16_cache():
     assert cpu_decode.decode_plan(model_of()).cache_dtype == torch.float32
     ids, cache = prefilled(model, 2, 20, 22, dtype=torch.float16)
     _, wide = prefilled(model, 2, 20, 22)
-    got, expected = (copy_of(model, c).logits(ids[:, 20].contiguous()) for c in (cache, wide))
-    assert error_of(got, expected) <= FLIPPED
+    actual, expected = (copy_of(model, c).logits(ids[:, 20].contiguous()) for c in (cache, wide))
+    assert error_of(actual, expected) <= FLIPPED
     with torch.inference_mode():  # the modules can read such a cache too
         modules = next_logits(model, ids[:, 20:21], cache)
     assert error_of(modules, expected) <= FLIPPED

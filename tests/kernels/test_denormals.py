@@ -43,11 +43,11 @@ def check_denormals_are_zero(name):
                 continue
             leaves = [t.clone() for t in call.leaves]
             leaves[i] = torch.where(torch.rand(leaf.shape) < 0.5, leaf * 2.0**-130, leaf)
-            got = results(call, [t.clone() for t in leaves])
+            actual = results(call, [t.clone() for t in leaves])
             leaves[i] = without_denormals(leaves[i])
             expected = results(call, leaves)
             expected = [t.where(t != 0, 0) for t in expected]  # without the sign, as below
-            assert_same(expected, [without_denormals(t) for t in got], f"leaf {i} {dtype}")
+            assert_same(expected, [without_denormals(t) for t in actual], f"leaf {i} {dtype}")
 
 
 def run_once(name):

@@ -244,13 +244,13 @@ def test_generation_by_a_graph(monkeypatch, format):
         return model.generate(prompts, max_new_tokens=40, temperature=0)
 
     graphs = records(monkeypatch)
-    got = generated()
+    actual = generated()
     assert len(graphs) == 1 and graphs[0] is not None
     monkeypatch.setattr(cuda_decode.CudaDecodeRunner, "_record", lambda self, step: None)
-    assert got == generated()
+    assert actual == generated()
     monkeypatch.setattr(cuda_decode, "unsupported_reason", lambda model: "for this test")
     if format != "w8a8":  # int8 next to a tie may round the other way, and then the text differs
-        assert got == generated()
+        assert actual == generated()
 
 
 def test_generation_within_a_generation(monkeypatch):
@@ -319,12 +319,12 @@ def test_a_step_on_pages_does_not_wait():
         steps.logits(*each, logits_indices=rows)
     torch.cuda.set_sync_debug_mode("error")
     try:
-        got = [steps.logits(*each, logits_indices=rows) for each in inputs]
+        actual = [steps.logits(*each, logits_indices=rows) for each in inputs]
     finally:
         torch.cuda.set_sync_debug_mode("default")
     for each in inputs[:2]:
         plain.logits(*each, logits_indices=rows)
-    for each, logits in zip(inputs, got, strict=True):
+    for each, logits in zip(inputs, actual, strict=True):
         assert torch.equal(plain.logits(*each, logits_indices=rows), logits)
 
 

@@ -196,8 +196,8 @@ def test_recorded_steps_are_the_same(monkeypatch, error):
         for i in range(5, 10):
             warns = pytest.warns(UserWarning, match="decode steps are not recorded: operation not")
             with warns if error and i == 6 else contextlib.nullcontext():
-                got = steps.logits(ids[:, i].contiguous())
-            assert torch.equal(got, plain.logits(ids[:, i].contiguous()))
+                actual = steps.logits(ids[:, i].contiguous())
+            assert torch.equal(actual, plain.logits(ids[:, i].contiguous()))
     assert [graph.replays for graph in recorder.graphs] == ([] if error else [4])
     assert recorder.recorded_on == "a recording's" and recorder.current == "the user's"
     assert len(cuda_decode._failed) == bool(error)

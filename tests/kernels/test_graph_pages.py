@@ -72,9 +72,9 @@ def test_a_graph_reads_the_rows_of_its_step(recorder, case, expected):
     for rows in STEPS:
         inputs = inputs_of(rows)
         indices = torch.tensor(expected or range(len(rows)))
-        got = ours.logits(*inputs, logits_indices=expected and indices)
-        assert torch.equal(got, plain.logits(*inputs, logits_indices=indices))
-        torch.testing.assert_close(got, modules.logits(*inputs, logits_indices=indices), **NEAR)
+        actual = ours.logits(*inputs, logits_indices=expected and indices)
+        assert torch.equal(actual, plain.logits(*inputs, logits_indices=indices))
+        torch.testing.assert_close(actual, modules.logits(*inputs, logits_indices=indices), **NEAR)
         assert torch.equal(pages[0].data, pages[1].data)
         torch.testing.assert_close(pages[0].data, pages[2].data, **NEAR)
     assert [graph.replays for graph in recorder.graphs] == [4, 1]  # of four rows, of one
@@ -127,18 +127,18 @@ def test_the_engine_replays(recorder, monkeypatch):
     model = model_of("qwen3")
     options = {"logprobs": 0, "ignore_eos": True}
     requests = requests_of(4, 60) + [Request([i] * 50, 90, seed=i, **options) for i in range(3)]
-    got = []
+    actual = []
     for options in ({}, {"num_blocks": 5, "max_num_seqs": 3}):
         engine = Engine(model, **options)
         assert isinstance(engine._batch.runner, cuda_decode.CudaDecodeRunner)
-        got += [tokens_and_logprobs(r) for r in engine.generate(requests)]
+        actual += [tokens_and_logprobs(r) for r in engine.generate(requests)]
     assert engine.stats().preemptions > 0
     replays = sum(graph.replays for graph in recorder.graphs)
     assert replays > 200 and len(recorder.graphs) <= 7 and len(recorder.pools) == 2
     monkeypatch.setattr(cuda_decode, "unsupported_reason", lambda model: "for this test")
     engine = Engine(model)
     assert isinstance(engine._batch.runner, ModuleDecodeRunner)
-    for (tokens, logprobs), expected in zip(got, engine.generate(requests) * 2, strict=True):
+    for (tokens, logprobs), expected in zip(actual, engine.generate(requests) * 2, strict=True):
         assert tokens == expected.token_ids
         told_of = [t.logprob for t in expected.logprobs]
         assert [p for _, p, _ in logprobs] == pytest.approx(told_of, abs=1e-4)
@@ -185,8 +185,8 @@ def test_a_recording_that_fails(recorder):
     (graph,), before = recorder.graphs, recorder.graphs[0].replays
     recorder.error = "CUDA out of memory"
     with pytest.warns(UserWarning, match="not recorded: CUDA out of memory") as warned:
-        got = [r.token_ids for r in engine.generate([short, *long])]
-    assert got == expected and len(warned) == 1 and len(recorder.graphs) == 1
+        actual = [r.token_ids for r in engine.generate([short, *long])]
+    assert actual == expected and len(warned) == 1 and len(recorder.graphs) == 1
     assert graph.replays > before
 
 
@@ -205,6 +205,6 @@ def test_rollouts_replay(recorder, case):
         assert answer.token_ids == expected and not answer.ended
         logits = model(torch.tensor([[*prompt, *expected]])).logits[0, len(prompt) - 1 : -1]
         logprobs = (logits / 0.8).log_softmax(-1).gather(-1, torch.tensor(expected)[:, None])[:, 0]
-        got = [token.logprob for token in answer.logprobs]
-        assert got == pytest.approx(logprobs.tolist(), abs=1e-4)
+        actual = [token.logprob for token in answer.logprobs]
+        assert actual == pytest.approx(logprobs.tolist(), abs=1e-4)
     assert sum(graph.replays for graph in recorder.graphs) > 5

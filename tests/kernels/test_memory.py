@@ -40,8 +40,8 @@ def test_gradients_are_those_of_kept_values(dtype, family, monkeypatch):
     monkeypatch.setattr(layers, "_saves_for_backward", lambda x: False)
     want_loss, want = gradients(model)
     assert torch.equal(loss, want_loss)
-    for got, expected in zip(grads, want):
-        assert torch.equal(got, expected)
+    for actual, expected in zip(grads, want):
+        assert torch.equal(actual, expected)
 
 
 def test_second_backward_of_a_kept_graph():
@@ -88,8 +88,8 @@ def test_value_is_not_kept(cover):
     assert growth < 8 << 20 if cover else growth > 32 << 20
     out.backward()
     assert calls == cover  # one call for both
-    want = torch.autograd.grad(first(x * 2).sum() + second(x * 2).sum(), x)[0]
-    assert torch.equal(x.grad, want)
+    expected = torch.autograd.grad(first(x * 2).sum() + second(x * 2).sum(), x)[0]
+    assert torch.equal(x.grad, expected)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="glibc's allocator")
@@ -111,8 +111,8 @@ def test_checkpointing_still_saves_memory(monkeypatch):
     saved_bytes()
     mine, grad = saved_bytes()
     monkeypatch.setattr(layers, "_saves_for_backward", lambda x: False)
-    plain, want = saved_bytes()
-    assert mine < 1.5 * plain and torch.equal(grad, want)
+    plain, expected = saved_bytes()
+    assert mine < 1.5 * plain and torch.equal(grad, expected)
 
 
 def test_nested_in_its_own_kind_only():
