@@ -49,7 +49,7 @@ def test_a_reader_that_keeps_the_text_in_the_log_is_told(tmp_path, monkeypatch):
         reader = sqlite3.connect(path, isolation_level=None)
         reader.execute("begin")
         reader.execute("select * from fastlm_responses").fetchall()
-        with pytest.raises(InputError, match="another process reads: forget it again"):
+        with pytest.raises(InputError, match="another process reads: run the command again"):
             store.forget("r1")
         assert left()
         reader.execute("rollback")
@@ -393,30 +393,30 @@ def test_a_full_disk_costs_the_conversation_but_not_the_answer(tmp_path, capfd):
 ANSWER, FEEDBACK = "fastlm_responses 'r1': ", "fastlm_feedback 1: "
 DEEP = "[" * 5000
 HOSTILE = [
-    ("answers", "prompt", "{", ANSWER + "prompt:1: expected JSON, got: EOF"),
-    ("answers", "prompt", DEEP, ANSWER + "prompt: expected at most 200 levels"),
-    ("answers", "prompt", "7", ANSWER + "prompt: expected an array, got 7"),
-    ("answers", "prompt", "[7]", ANSWER + r"prompt\[0\]: expected an object"),
-    ("answers", "prompt", "[{}]", ANSWER + r"prompt\[0\]: expected a role"),
+    ("responses", "prompt", "{", ANSWER + "prompt:1: expected JSON, got: EOF"),
+    ("responses", "prompt", DEEP, ANSWER + "prompt: expected at most 200 levels"),
+    ("responses", "prompt", "7", ANSWER + "prompt: expected an array, got 7"),
+    ("responses", "prompt", "[7]", ANSWER + r"prompt\[0\]: expected an object"),
+    ("responses", "prompt", "[{}]", ANSWER + r"prompt\[0\]: expected a role"),
     (
-        "answers",
+        "responses",
         "prompt",
         '[{"role": "user", "content": 7}]',
         ANSWER + r"prompt\[0\]: expected text",
     ),
     (
-        "answers",
+        "responses",
         "prompt",
         '[{"role": "user", "content": "\\ud800"}]',
         ANSWER + "prompt:1: expected JSON, got",
     ),
-    ("answers", "prompt", b"\xff", ANSWER + "prompt: expected a string"),
-    ("answers", "choices", "[[7]]", ANSWER + r"choices\[0\]\[0\]: expected an object"),
-    ("answers", "choices", '[[{"role": [], "content": ""}]]', ANSWER + r"choices\[0\]\[0\]"),
-    ("answers", "choices", "{}", ANSWER + "choices: expected an array"),
-    ("answers", "tools", "7", ANSWER + "tools: expected an array"),
-    ("answers", "model", b"x", ANSWER + "model: expected a string"),
-    ("answers", "response_id", b"r1", "fastlm_responses b'r1': response_id: expected a string"),
+    ("responses", "prompt", b"\xff", ANSWER + "prompt: expected a string"),
+    ("responses", "choices", "[[7]]", ANSWER + r"choices\[0\]\[0\]: expected an object"),
+    ("responses", "choices", '[[{"role": [], "content": ""}]]', ANSWER + r"choices\[0\]\[0\]"),
+    ("responses", "choices", "{}", ANSWER + "choices: expected an array"),
+    ("responses", "tools", "7", ANSWER + "tools: expected an array"),
+    ("responses", "model", b"x", ANSWER + "model: expected a string"),
+    ("responses", "response_id", b"r1", "fastlm_responses b'r1': response_id: expected a string"),
     ("feedback", "choice", "x", FEEDBACK + "choice: expected a whole number, got 'x'"),
     ("feedback", "choice", -1, FEEDBACK + "choice: expected 0 or more, got -1"),
     ("feedback", "thumb", "left", FEEDBACK + "thumb: expected up or down, got 'left'"),
@@ -512,7 +512,7 @@ def test_commands(tmp_path):
     with FeedbackStore(base) as store:
         store.add(Feedback(None, "talk2", comment="Two\nlines \x1b[31mand colour\u202e"))
     counts, *lines = call("show", base).stdout.splitlines()
-    assert counts.startswith("answers 2, thumb 6, comment 2")
+    assert counts.startswith("responses 2, thumb 6, comment 2")
     assert lines[0].endswith("conversation talk2: Two lines \ufffd[31mand colour\ufffd")
     assert lines[1].endswith("r1, choice 1, ann, thumb down: Mail <EMAIL>") and len(lines) == 2
     assert len(call("show", base, "--comments", 1).stdout.splitlines()) == 2
