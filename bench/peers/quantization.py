@@ -40,8 +40,8 @@ from fastlm.model.quantized_modules import QuantizedLinear, set_quantized_weight
 from fastlm.ops.quantized_weight import QuantizedWeight, pack_rows
 from fastlm.quant.calibration import text_windows
 from fastlm.quant.distill import tokens_needed
+from fastlm.quant.model_comparison import compare_models, effective_bits
 from fastlm.quant.options import QuantizeOptions
-from fastlm.quant.report import compare_models, effective_bits
 from fastlm.quant.targets import select_targets
 from fastlm.stats.intervals import ratio_error
 from fastlm.tokenizer.load import load_tokenizer

@@ -2,7 +2,7 @@
 to one form.
 
 Rows come from .jsonl and .json files (an array of rows), local or in packages
-(`fastlm.sources.rows`), or from a generator (`fastlm.sources.reasoning_gym`). The format is
+(`fastlm.sources.source_files`), or from a generator (`fastlm.sources.reasoning_gym`). The format is
 recognised by a row's keys:
 
 - OpenAI: ``{"messages": [{"role", "content", "tool_calls"?}, ...], "tools"?}``; an assistant
@@ -25,7 +25,14 @@ from typing import Any, TypeVar
 
 from fastlm.errors import InputError, check_unicode
 from fastlm.sources.reasoning_gym import is_reasoning_gym, reasoning_gym_rows
-from fastlm.sources.rows import Row, ignore_message, list_files, parse_rows, read_rows, row_unit
+from fastlm.sources.source_files import (
+    Row,
+    ignore_message,
+    list_files,
+    parse_rows,
+    read_rows,
+    row_unit,
+)
 
 FORMATS = ("jsonl", "json")
 # role -> the roles that may follow; None is the beginning

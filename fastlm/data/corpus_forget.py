@@ -18,7 +18,7 @@ from fastlm.data.forget_log import (
 from fastlm.data.prepare import HELDOUT, TRAIN, read_documents
 from fastlm.files import atomic_file, write_json
 from fastlm.pipeline.funnel import FUNNEL, Funnel
-from fastlm.sources.rows import Document
+from fastlm.sources.source_files import Document
 from fastlm.sources.streams import compressed, open_stream
 
 STEP = "forgotten"  # of the funnel

@@ -9,7 +9,7 @@ import re
 import unicodedata
 
 from fastlm.data.nesting import costly_markup
-from fastlm.sources.rows import Document
+from fastlm.sources.source_files import Document
 
 # Permalinks, page navigation, language bars and indexes that Sphinx, DocBook, AsciiDoc, Doxygen,
 # Drupal and Apache pages have inside what is detected as the main content.

@@ -90,13 +90,15 @@ class Comparison:
         answers = (self.answers[better], self.answers[worse])
         return replace(self, answers=answers, ranks=(0, 1), scores=scores, margin=margin)
 
-    def labels(self) -> "list[LabelledAnswer]":
+    def labels(self) -> "list[UnpairedPreference]":
         """Return the best answers as desirable and the worst as not. Those between are left out: a
         middle rank does not say whether an answer is good.
         """
         worst = max(self.ranks)
         return [
-            LabelledAnswer(self.prompt, answer, rank == 0, self.tools, self.rater, self.location)
+            UnpairedPreference(
+                self.prompt, answer, rank == 0, self.tools, self.rater, self.location
+            )
             for answer, rank in zip(self.answers, self.ranks)
             if rank in (0, worst)
         ]
@@ -132,7 +134,7 @@ class Comparison:
 
 
 @dataclass(frozen=True, slots=True)
-class LabelledAnswer:
+class UnpairedPreference:
     """An answer to a prompt, and whether it is desirable (KTO). ``prompt`` and ``answer`` as in
     `Comparison`.
     """
@@ -164,7 +166,7 @@ class UnrankedAnswers:
     location: str = ""
 
 
-def parse_preference(row: Any, location: str = "") -> Comparison | LabelledAnswer:
+def parse_preference(row: Any, location: str = "") -> Comparison | UnpairedPreference:
     """Parse a row of one of the formats of `ROW_FORMATS`.
 
     InputError: the row has another format, an empty message, roles out of order, different prompts,
@@ -215,7 +217,9 @@ def parse_preference(row: Any, location: str = "") -> Comparison | LabelledAnswe
     )
 
 
-def parse_answers(row: Any, location: str = "") -> "Comparison | LabelledAnswer | UnrankedAnswers":
+def parse_answers(
+    row: Any, location: str = ""
+) -> "Comparison | UnpairedPreference | UnrankedAnswers":
     """Parse a row as `parse_preference` does, or a row ``{"prompt", "answers"}`` without ranks.
     InputError: also two equal answers of such a row.
     """
@@ -307,7 +311,7 @@ def _number(value: Any, location: str) -> float:
     raise InputError(f"{location}: expected a finite number, got {show(value):.60}")
 
 
-def _parse_label(row: Mapping[str, Any], location: str) -> LabelledAnswer:
+def _parse_label(row: Mapping[str, Any], location: str) -> UnpairedPreference:
     key = "label" if "label" in row else "kto_tag"
     if not isinstance(row[key], bool):
         raise InputError(f"{key}: expected true or false, got {show(row[key]):.60}")
@@ -322,7 +326,7 @@ def _parse_label(row: Mapping[str, Any], location: str) -> LabelledAnswer:
         check_messages(messages)
         (*prompt, last) = strip_locations(messages)
         answer = [last]
-    return LabelledAnswer(prompt, answer, row[key], parse_tools(row), _rater(row), location)
+    return UnpairedPreference(prompt, answer, row[key], parse_tools(row), _rater(row), location)
 
 
 def _answers_key(row: Mapping[str, Any]) -> str | None:
@@ -425,7 +429,7 @@ def _rater(row: Mapping[str, Any]) -> str | None:
     return check_text(row.get("rater"), "rater") or None
 
 
-def _optional_fields(example: Comparison | LabelledAnswer) -> dict[str, Any]:
+def _optional_fields(example: Comparison | UnpairedPreference) -> dict[str, Any]:
     fields = {"tools": example.tools, "rater": example.rater}
     return {key: value for key, value in fields.items() if value is not None}
 

@@ -39,7 +39,7 @@ from fastlm.files import atomic_file, clean_up, write_error, write_json
 from fastlm.pipeline.funnel import FUNNEL, Funnel, StepCounts
 from fastlm.progress import silent
 from fastlm.schema import parse
-from fastlm.sources.rows import Document, SourceFile, list_files, printable, read_files
+from fastlm.sources.source_files import Document, SourceFile, list_files, printable, read_files
 from fastlm.sources.streams import ZSTD_MAGIC, compressed, open_stream
 
 TRAIN, HELDOUT = "train.jsonl.zst", "heldout.jsonl.zst"

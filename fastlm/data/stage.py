@@ -11,7 +11,7 @@ from fastlm.errors import InputError
 from fastlm.pipeline.funnel import Funnel, StepCounts
 from fastlm.pipeline.stage import Positional, ReportSection, Stage, StageContext
 from fastlm.sources.input_digest import InputDigest
-from fastlm.sources.rows import DOCUMENTS, UNSUPPORTED_TYPE, VERBATIM
+from fastlm.sources.source_files import DOCUMENTS, UNSUPPORTED_TYPE, VERBATIM
 
 TYPES_READ = f"""These files are read, compressed (.gz, .zst) or not: documents
 ({" ".join(DOCUMENTS)}), .json (an array of texts or of objects with one), notebooks (.ipynb), and

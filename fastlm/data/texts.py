@@ -11,7 +11,7 @@ from fastlm.data.prepare import HELDOUT, TRAIN, read_documents
 from fastlm.errors import InputError
 from fastlm.pipeline.funnel import FUNNEL
 from fastlm.sources.packages import default_cache
-from fastlm.sources.rows import ignore_message, read_source
+from fastlm.sources.source_files import ignore_message, read_source
 
 if TYPE_CHECKING:
     from fastlm.data.shards import TokenDataset

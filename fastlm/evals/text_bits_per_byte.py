@@ -15,7 +15,7 @@ from fastlm.data.texts import check_window, token_dataset
 from fastlm.model.bits_per_byte import IGNORE, compressed_bits_per_byte, evaluate
 from fastlm.ops import linear_logprobs
 from fastlm.progress import silent
-from fastlm.sources.rows import ignore_message
+from fastlm.sources.source_files import ignore_message
 
 if TYPE_CHECKING:
     from fastlm.model.causal_lm import CausalLM

@@ -24,7 +24,7 @@ from fastlm.data.conversations import parse_conversation
 from fastlm.data.dedup import DocumentDedup
 from fastlm.data.filter import check_rules, first_failed
 from fastlm.data.forget_log import PROVENANCE
-from fastlm.data.preferences import Comparison, LabelledAnswer, parse_preference
+from fastlm.data.preferences import Comparison, UnpairedPreference, parse_preference
 from fastlm.errors import InputError
 from fastlm.feedback.feedback_items import (
     ANONYMOUS,
@@ -36,7 +36,7 @@ from fastlm.feedback.rater_weights import RaterWeight, estimate_rater_weights
 from fastlm.files import atomic_file, make_folder, write_json
 from fastlm.pipeline.funnel import FUNNEL, Funnel, StepCounts
 from fastlm.serve.commands import needs_serve
-from fastlm.sources.rows import printable
+from fastlm.sources.source_files import printable
 
 if TYPE_CHECKING:
     from fastlm.feedback.overlap import Overlap
@@ -288,7 +288,9 @@ def _rows_by_form(item: FeedbackItem) -> dict[str, list[dict[str, Any]]]:
             rows["sft"] = [pair.demonstration().to_row()]
             rows["kto"] = [label.to_row() for label in pair.labels()]
     else:
-        label = LabelledAnswer(prompt, item.better or item.worse or [], item.kind == "up", tools)
+        label = UnpairedPreference(
+            prompt, item.better or item.worse or [], item.kind == "up", tools
+        )
         rows["kto"] = [label.to_row()]
         if item.kind == "up":
             rows["sft"] = [label.conversation().to_row()]

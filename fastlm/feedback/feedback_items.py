@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from fastlm.data.conversations import Message, message_contents, parse_conversation, read_examples
 from fastlm.data.dedup import content_key
 from fastlm.data.forget_log import conversation_key, messages_key, response_key
-from fastlm.data.preferences import LabelledAnswer, parse_preference
+from fastlm.data.preferences import UnpairedPreference, parse_preference
 from fastlm.errors import check_unicode
 from fastlm.schema import validate
 from fastlm.serve.commands import open_store
@@ -283,7 +283,7 @@ def _items_of_row(row: Any) -> Iterator[FeedbackItem]:
         yield item("up", prompt=prompt, better=answer, tools=conversation.tools)
         return
     preference = parse_preference(row)
-    if isinstance(preference, LabelledAnswer):
+    if isinstance(preference, UnpairedPreference):
         side, kind = ("better", "up") if preference.desirable else ("worse", "down")
         texts = {side: preference.answer}
         yield item(kind, prompt=preference.prompt, tools=preference.tools, **texts)

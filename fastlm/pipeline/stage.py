@@ -80,7 +80,7 @@ class InputSpec:
 @dataclass(frozen=True)
 class Input:
     """An input of a stage. ``name``: the stage that made it, or the path as the user wrote it.
-    ``source``: its path, or a source of text (`fastlm.sources.rows`).
+    ``source``: its path, or a source of text (`fastlm.sources.source_files`).
     """
 
     name: str

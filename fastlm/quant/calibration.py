@@ -18,7 +18,7 @@ from fastlm.data.shards import INDEX
 from fastlm.data.texts import has_splits, token_dataset
 from fastlm.errors import InputError
 from fastlm.sources.packages import default_cache
-from fastlm.sources.rows import ignore_message, list_files, read_rows
+from fastlm.sources.source_files import ignore_message, list_files, read_rows
 
 if TYPE_CHECKING:
     from fastlm.model.causal_lm import CausalLM

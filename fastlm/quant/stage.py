@@ -16,7 +16,7 @@ from fastlm.quant.options import QuantizeOptions
 if TYPE_CHECKING:
     from fastlm.data.shards import TokenDataset
     from fastlm.model.causal_lm import CausalLM
-    from fastlm.quant.report import ModelComparison
+    from fastlm.quant.model_comparison import ModelComparison
     from fastlm.quant.targets import Target
     from fastlm.tokenizer.tokenizer import Tokenizer
 
@@ -161,7 +161,7 @@ class Quantize(QuantizeOptions, Stage):
         from fastlm.model.causal_lm import CausalLM
         from fastlm.quant import QuantizedLinear, quantize
         from fastlm.quant.model import check_unquantized
-        from fastlm.quant.report import effective_bits
+        from fastlm.quant.model_comparison import effective_bits
         from fastlm.quant.step_result import StepResult
 
         source = ctx.inputs["model"][0].source
@@ -301,7 +301,7 @@ class Quantize(QuantizeOptions, Stage):
         finite; with `strict` here and in the options, an increase above `max_bpb_increase`.
         """
         from fastlm.data.texts import check_window
-        from fastlm.quant.report import compare_models
+        from fastlm.quant.model_comparison import compare_models
 
         seq_len, stride = check_window(before.context_limit, None, None)
         comparison = compare_models(

@@ -26,7 +26,7 @@ from fastlm.data.conversations import (
     read_examples,
 )
 from fastlm.data.forget_log import response_key
-from fastlm.data.preferences import Comparison, LabelledAnswer, UnrankedAnswers, parse_answers
+from fastlm.data.preferences import Comparison, UnpairedPreference, UnrankedAnswers, parse_answers
 from fastlm.errors import InputError, check_unicode, show
 from fastlm.files import atomic_file
 from fastlm.serve.feedback import Feedback, Ranking, StoredResponse
@@ -40,11 +40,13 @@ from fastlm.serve.feedback_rows import (
 )
 from fastlm.serve.feedback_store import FeedbackStore
 from fastlm.serve.tables import FEEDBACK, RESPONSES, WITHDRAWN
-from fastlm.sources.rows import ignore_message
+from fastlm.sources.source_files import ignore_message
 from fastlm.stats.agreement import Agreement, agreement_of
 
 FILE_RATER = "file"  # the rater of imported rankings without a rater
-FORMS: dict[str, Callable[[Comparison], Sequence[Comparison | LabelledAnswer | Conversation]]] = {
+FORMS: dict[
+    str, Callable[[Comparison], Sequence[Comparison | UnpairedPreference | Conversation]]
+] = {
     "pairs": lambda c: [replace(pair, corrected=False) for pair in c.pairs()],
     "ranked": lambda c: [] if c.corrected else [c],
     "labels": lambda c: [] if c.corrected else c.labels(),
@@ -106,7 +108,7 @@ def read_ranking_examples(
 
     def parse(row: Any, location: str) -> Comparison | UnrankedAnswers:
         example = parse_answers(row, location)
-        if isinstance(example, LabelledAnswer):
+        if isinstance(example, UnpairedPreference):
             raise InputError("expected two or more answers to rank, got one with a label")
         if isinstance(example, Comparison):
             check_rater(example.rater or FILE_RATER)

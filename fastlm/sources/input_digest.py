@@ -9,7 +9,7 @@ from fastlm.errors import InputError
 from fastlm.progress import silent
 from fastlm.schema import read_document
 from fastlm.sources.reasoning_gym import is_reasoning_gym, package_version
-from fastlm.sources.rows import list_files, parse_source, printable
+from fastlm.sources.source_files import list_files, parse_source, printable
 
 Stamp = tuple[int, int, int]  # size, mtime and ctime in ns
 FileRecords = dict[str, tuple[int, int, int, str]]  # absolute path -> stamp and sha256

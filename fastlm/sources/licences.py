@@ -9,7 +9,7 @@ from typing import Any
 from fastlm.errors import InputError
 from fastlm.sources.packages import fetch
 from fastlm.sources.reasoning_gym import SCHEME, is_reasoning_gym
-from fastlm.sources.rows import parse_source
+from fastlm.sources.source_files import parse_source
 
 MAX_BYTES = 1 << 20  # read of a file
 MAX_LENGTH = 200  # characters: some packages put the full text of a licence into one field

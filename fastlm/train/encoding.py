@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from fastlm.errors import InputError
-from fastlm.sources.rows import MAX_REPORTED_ROWS as NAMED
+from fastlm.sources.source_files import MAX_REPORTED_ROWS as NAMED
 from fastlm.train.objective import Example, Mixture
 
 if TYPE_CHECKING:

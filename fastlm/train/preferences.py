@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from fastlm.data.conversations import Conversation
-    from fastlm.data.preferences import Comparison, LabelledAnswer
+    from fastlm.data.preferences import Comparison, UnpairedPreference
 
 # truncation -> the count of a row with too long answers: if it is lost, if it is not
 TRUNCATION_COUNTS = {
@@ -138,37 +138,37 @@ class PreferenceDataset(EncodedDataset):
             count = len(self.training)
             self.training, self.heldout = examples[:count], examples[count:]
 
-    def read(self) -> "Iterator[Comparison | LabelledAnswer]":
+    def read(self) -> "Iterator[Comparison | UnpairedPreference]":
         from fastlm.data.preferences import read_preferences
 
         return read_preferences(self.stage.data, **self.reader_options())
 
-    def prompt_of(self, row: "Comparison | LabelledAnswer") -> Any:
-        from fastlm.data.preferences import LabelledAnswer
+    def prompt_of(self, row: "Comparison | UnpairedPreference") -> Any:
+        from fastlm.data.preferences import UnpairedPreference
 
         conversation = (
-            row.conversation() if isinstance(row, LabelledAnswer) else row.conversation(0)
+            row.conversation() if isinstance(row, UnpairedPreference) else row.conversation(0)
         )
         return conversation, row.prompt, row.tools
 
-    def encode(self, row: "Comparison | LabelledAnswer") -> list[PreferenceExample]:
+    def encode(self, row: "Comparison | UnpairedPreference") -> list[PreferenceExample]:
         return list(self._examples(row))
 
-    def _examples(self, row: "Comparison | LabelledAnswer") -> Iterator[PreferenceExample]:
-        from fastlm.data.preferences import LabelledAnswer
+    def _examples(self, row: "Comparison | UnpairedPreference") -> Iterator[PreferenceExample]:
+        from fastlm.data.preferences import UnpairedPreference
 
-        if isinstance(row, LabelledAnswer) and self.form != "labels":
+        if isinstance(row, UnpairedPreference) and self.form != "labels":
             raise InputError(
                 f"{row.location}: expected a comparison of answers, got one answer with a label"
                 " (for loss_type = 'kto' of the stage dpo)"
             )
         if self.form == "labels":
-            labels = [row] if isinstance(row, LabelledAnswer) else row.labels()
+            labels = [row] if isinstance(row, UnpairedPreference) else row.labels()
             for label in labels:
                 for answer in self._encode([label.conversation()]):
                     yield PreferenceExample((answer,), desirable=label.desirable)
             return
-        assert not isinstance(row, LabelledAnswer)
+        assert not isinstance(row, UnpairedPreference)
         answers = self._encode([row.conversation(i) for i in range(len(row.answers))])
         if not answers:
             return

@@ -24,7 +24,13 @@ from peak import growth
 from fastlm.errors import InputError
 from fastlm.files import atomic_file, temporary_name
 from fastlm.sources import packages
-from fastlm.sources.rows import MAX_DOCUMENT_BYTES, PIECE_BYTES, list_files, read_file, read_source
+from fastlm.sources.source_files import (
+    MAX_DOCUMENT_BYTES,
+    PIECE_BYTES,
+    list_files,
+    read_file,
+    read_source,
+)
 
 PAGE = "<html><head><title>t</title></head><body><p>Grüße from {}</p></body></html>"
 

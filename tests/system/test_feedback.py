@@ -19,7 +19,7 @@ from typer.testing import CliRunner
 
 from fastlm.cli import app
 from fastlm.data.conversations import read_conversations
-from fastlm.data.preferences import Comparison, LabelledAnswer, read_preferences
+from fastlm.data.preferences import Comparison, UnpairedPreference, read_preferences
 from fastlm.errors import InputError
 from fastlm.feedback.build import BuildOptions, build
 from fastlm.feedback.feedback_items import read_feedback_items
@@ -110,7 +110,7 @@ def test_rows_to_train_on(database_url, tmp_path):
         assert pairs[0].prompt == CLEAN
 
         labels = list(read_preferences([str(tmp_path / "train/kto.jsonl")], cache=tmp_path))
-        assert all(isinstance(label, LabelledAnswer) for label in labels)
+        assert all(isinstance(label, UnpairedPreference) for label in labels)
         assert [(x.answer[0]["content"], x.desirable) for x in labels] == [
             ("Better", True), ("Worse", False), ("Right, says <EMAIL>", True), ("Wrong", False),
         ]  # fmt: skip

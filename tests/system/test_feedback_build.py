@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 from fastlm.cli import app
 from fastlm.data.conversations import read_conversations
 from fastlm.data.forget_log import response_key
-from fastlm.data.preferences import Comparison, LabelledAnswer, read_preferences
+from fastlm.data.preferences import Comparison, UnpairedPreference, read_preferences
 from fastlm.data.prompts import read_prompts
 from fastlm.errors import InputError
 from fastlm.evals.safety.gates import read_gates
@@ -182,7 +182,7 @@ def test_rows_that_trainings_read(store, tmp_path):
     assert len(pairs) == sizes["train"]["preferences"]
     assert all(isinstance(pair, Comparison) for pair in pairs)
     labels = list(read_preferences([str(where / "kto.jsonl")], cache=tmp_path))
-    assert {type(x) for x in labels} == {LabelledAnswer} and {x.desirable for x in labels} == {
+    assert {type(x) for x in labels} == {UnpairedPreference} and {x.desirable for x in labels} == {
         True,
         False,
     }

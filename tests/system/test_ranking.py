@@ -25,7 +25,12 @@ import fastlm.serve.feedback_store
 from fastlm.checkpoint.config import ModelConfig
 from fastlm.cli import app
 from fastlm.data.conversations import message_contents, parse_conversation, read_conversations
-from fastlm.data.preferences import Comparison, LabelledAnswer, parse_preference, read_preferences
+from fastlm.data.preferences import (
+    Comparison,
+    UnpairedPreference,
+    parse_preference,
+    read_preferences,
+)
 from fastlm.errors import InputError
 from fastlm.feedback.build import BuildOptions, build
 from fastlm.feedback.rank_terminal import edit_text, parse_ranking
@@ -136,7 +141,7 @@ def test_what_is_imported_is_exported(tmp_path) -> None:
         assert [content(x) for x in found["corrected"]] == [c]
         assert [type(x) for x in found["pairs"]] == [Comparison] * 7
         assert [x.margin for x in found["pairs"]] == [0.5, 5.5, 5.5, None, None, None, None]
-        assert [type(x) for x in found["labels"]] == [LabelledAnswer] * 7
+        assert [type(x) for x in found["labels"]] == [UnpairedPreference] * 7
         assert Counter(x.desirable for x in found["labels"]) == {True: 3, False: 4}
         store.export(tmp_path / "demos.jsonl", "demonstrations")
         (demo,) = read_conversations([str(tmp_path / "demos.jsonl")], cache=tmp_path)

@@ -23,7 +23,7 @@ from fastlm.errors import InputError
 from fastlm.sources import reasoning_gym
 from fastlm.sources.input_digest import InputDigest
 from fastlm.sources.reasoning_gym import reasoning_gym_rows, score_reasoning_gym
-from fastlm.sources.rows import list_files
+from fastlm.sources.source_files import list_files
 from fastlm.train.online_stage import Grpo
 
 SUMS = "reasoning-gym:chain_sum?size=40&seed=3&min_terms=2&max_terms=2&min_digits=1&max_digits=1"

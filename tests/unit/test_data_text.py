@@ -14,7 +14,7 @@ from fastlm.data.nesting import FEW_TAGS, costly_markup
 from fastlm.data.scrub import scrub
 from fastlm.data.split import split_text
 from fastlm.errors import InputError
-from fastlm.sources.rows import MAX_DOCUMENT_BYTES, Document, decode_web
+from fastlm.sources.source_files import MAX_DOCUMENT_BYTES, Document, decode_web
 
 PROSE = "The quick brown fox jumps over the lazy dog, and that is all there is to it. " * 10
 

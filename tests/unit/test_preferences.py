@@ -9,7 +9,7 @@ import pytest
 from fastlm.data.conversations import RowCounts
 from fastlm.data.preferences import (
     Comparison,
-    LabelledAnswer,
+    UnpairedPreference,
     UnrankedAnswers,
     parse_answers,
     parse_preference,
@@ -213,7 +213,7 @@ def test_pairs(shape) -> None:
 def test_labels(shape, good) -> None:
     row, prompt = LABELS[shape]
     actual = parse_preference({**row, "label": good})
-    assert actual == LabelledAnswer(prompt, [GOOD], good)
+    assert actual == UnpairedPreference(prompt, [GOOD], good)
     assert parse_preference(actual.to_row()) == actual
 
 

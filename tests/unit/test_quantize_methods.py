@@ -18,7 +18,7 @@ from fastlm.ops.quantize_weight import round_groups
 from fastlm.quant.awq import scale_features
 from fastlm.quant.gptq import DAMPING, column_order, gptq, inverse_factor
 from fastlm.quant.layerwise import _Moments
-from fastlm.quant.report import compare_models, effective_bits
+from fastlm.quant.model_comparison import compare_models, effective_bits
 from fastlm.quant.rounding import learn_rounding
 from fastlm.quant.step_result import output_error
 from fastlm.quant.targets import Scheme
