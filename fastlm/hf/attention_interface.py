@@ -9,10 +9,10 @@ A mask has the smallest form that can express it:
 - (n + 1,) int32: the same inside packed sequences; these are their offsets in the concatenated rows
   of the batch (position_ids that restart);
 - (B, T) bool: the same over the keys that are not padding;
-- (B, 1, S, T): the whole mask, nothing is implied. It is for what the others cannot express: a
-  static cache, blocks, chunks, the caller's own mask. Under torch.compile, in a CUDA graph's
-  capture and on tensors without values (meta, fake) it is also for packing and padding, which
-  cannot be inspected there.
+- (B, 1, S, T): the full mask, nothing is implied. It expresses what the others cannot: a static
+  cache, blocks, chunks, the caller's own mask. Under torch.compile, in a CUDA graph's capture and
+  on tensors without values (meta, fake) it also expresses packing and padding, which cannot be
+  inspected there.
 """
 
 from collections.abc import Callable
@@ -32,8 +32,8 @@ from fastlm.errors import InputError
 from fastlm.ops import attention, varlen_attention
 
 NAME = "fastlm"
-# arguments of models that select keys, or add to the scores, in ways no kernel here supports
-UNSERVED = ("position_bias", "sinks", "indices", "block_indices")
+# arguments that select keys, or add to the scores, in ways that no kernel here supports
+UNSUPPORTED = ("position_bias", "sinks", "indices", "block_indices")
 
 
 def attention_forward(
@@ -51,13 +51,16 @@ def attention_forward(
     cu_seq_lens_q: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """The registry's function: query (B, H, S, D), key and value (B, Hkv, T, D) -> (B, S, H, D).
+    """Compute attention, as the registry's function: query (B, H, S, D), key and value
+    (B, Hkv, T, D) -> (B, S, H, D).
 
-    Raises InputError: output_attentions, or one of `UNSERVED`.
+    Raises InputError: output_attentions, or one of `UNSUPPORTED`.
     """
     if kwargs.get("output_attentions"):
-        raise InputError("output_attentions: expected False: fastlm holds no attention weights")
-    for name in UNSERVED:
+        raise InputError(
+            "output_attentions: expected False: fastlm does not store attention weights"
+        )
+    for name in UNSUPPORTED:
         if kwargs.get(name) is not None:
             raise InputError(f"{name}: expected None with attn_implementation='fastlm'")
     if is_causal is None:
@@ -100,8 +103,8 @@ def attention_mask(
     cache_position: Tensor | None = None,
     **kwargs: Any,
 ) -> Tensor | None:
-    """The mask of one forward for all layers of a kind. Arguments are the registry's, including
-    those of transformers 4 (`cache_position` in place of `q_length` and `q_offset`)."""
+    """Return the mask of one forward for all layers of a kind. Arguments are the registry's,
+    including those of transformers 4 (`cache_position` in place of `q_length` and `q_offset`)."""
     device = kwargs.get("device") if attention_mask is None else attention_mask.device
     recording = (
         torch.compiler.is_compiling()
@@ -110,9 +113,9 @@ def attention_mask(
         or (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing())
     )
     if cache_position is None:
-        place = {"q_length": q_length, "q_offset": q_offset}
+        position = {"q_length": q_length, "q_offset": q_offset}
     else:
-        place = {"cache_position": cache_position}
+        position = {"cache_position": cache_position}
         q_length = len(cache_position)
         q_offset = None if recording else int(cache_position[0])
     window = getattr(config, "sliding_window", None)
@@ -145,25 +148,25 @@ def attention_mask(
     return sdpa_mask(
         batch_size=batch_size, kv_length=kv_length, kv_offset=kv_offset, local_size=local_size,
         mask_function=mask_function, attention_mask=attention_mask, allow_is_causal_skip=False,
-        **place, **kwargs,
+        **position, **kwargs,
     )  # fmt: skip
 
 
 def _packed(mask_function: Callable, batch: int, length: int, device: Any) -> Tensor | None:
-    """Offsets of the sequences packed into the rows, or None where the mask is of another kind.
+    """Return the offsets of the sequences packed into the rows, or None for another kind of mask.
 
-    The function shows whether neighbours see each other. A token that does not see the one before
-    it begins a sequence; a token that sees the next one is in a non-causal block.
+    The mask function tells whether neighbours see each other. A token that does not see the one
+    before it begins a sequence; a token that sees the next one is in a non-causal block.
     """
     row = torch.arange(batch, device=device)[:, None]
     head = torch.zeros_like(row)
     token = torch.arange(length, device=device)[None]
-    before = mask_function(row, head, token[:, 1:], token[:, :-1])
-    behind = mask_function(row, head, token[:, :-1], token[:, 1:])
-    if before.all() or behind.any():
+    sees_previous = mask_function(row, head, token[:, 1:], token[:, :-1])
+    sees_next = mask_function(row, head, token[:, :-1], token[:, 1:])
+    if sees_previous.all() or sees_next.any():
         return None
     begins = torch.ones(batch, length, dtype=torch.bool, device=device)
-    begins[:, 1:] = ~before
+    begins[:, 1:] = ~sees_previous
     starts = begins.flatten().nonzero()[:, 0]
     return torch.cat((starts, starts.new_tensor([batch * length]))).int()
 

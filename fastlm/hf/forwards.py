@@ -1,13 +1,13 @@
-"""What the modules of a patched Hugging Face model run: one function per op.
+"""The forwards of the modules of a patched Hugging Face model: one function per op.
 
 A patched module keeps its parameters, its children and its place in the model; only its class
-changes, to a subclass made by `variant` whose `forward` is one of `FORWARDS`. So ``isinstance``,
-hooks, ``state_dict``, LoRA layers among the children and gradient checkpointing stay as they were,
-and removing the patch means restoring the class. Rejected: a ``forward`` in the instance's
-``__dict__`` (a deep copy or a pickle would call the old module's), and other modules in place of
-the old ones (hooks and references are lost).
+changes, to a subclass made by `make_variant` whose `forward` is one of `FORWARDS`. So
+``isinstance``, hooks, ``state_dict``, LoRA layers among the children and gradient checkpointing
+stay as they were, and removing the patch means restoring the class. Rejected: a ``forward`` in the
+instance's ``__dict__`` (a deep copy or a pickle would call the old module's), and other modules in
+place of the old ones (hooks and references are lost).
 
-`fastlm.hf.patching` decides which module becomes what.
+`fastlm.hf.patching` selects the op of each module.
 """
 
 import dataclasses
@@ -26,20 +26,20 @@ from fastlm.ops import glu, layer_norm, linear, linear_cross_entropy, rms_norm, 
 
 
 def variant_of(module: nn.Module) -> tuple[type, str, dict[str, Any]] | None:
-    """(original class, op, options) of a patched module, None for any other."""
-    found = getattr(type(module), "_fastlm_variant", None)
-    return None if found is None else (found[0], found[1], dict(found[2]))
+    """Return (original class, op, options) of a patched module, None for any other."""
+    variant = getattr(type(module), "_fastlm_variant", None)
+    return None if variant is None else (variant[0], variant[1], dict(variant[2]))
 
 
-def become(module: nn.Module, op: str, **options: Any) -> None:
+def set_variant(module: nn.Module, op: str, **options: Any) -> None:
     """Give `module` the forward of `op`."""
-    module.__class__ = variant(type(module), op, tuple(sorted(options.items())))
+    module.__class__ = make_variant(type(module), op, tuple(sorted(options.items())))
 
 
 @functools.cache
-def variant(base: type, op: str, options: tuple[tuple[str, Any], ...]) -> type:
-    """The subclass of `base` under the same name (transformers looks classes up by name). All
-    layers share it, so torch.compile treats them as one class."""
+def make_variant(base: type, op: str, options: tuple[tuple[str, Any], ...]) -> type:
+    """Return the subclass of `base` with the forward of `op`, under the same name (transformers
+    looks classes up by name). All layers share it, so torch.compile treats them as one class."""
     members = {
         "forward": FORWARDS[op](base, **dict(options)),
         "_fastlm_variant": (base, op, options),
@@ -53,13 +53,13 @@ def variant(base: type, op: str, options: tuple[tuple[str, Any], ...]) -> type:
 
 def _reduce(self: nn.Module, protocol: Any) -> tuple:
     """Pickle how to rebuild the class, since its name refers to another class."""
-    return _again, type(self)._fastlm_variant, self.__getstate__()  # type: ignore[attr-defined]
+    return _rebuild, type(self)._fastlm_variant, self.__getstate__()  # type: ignore[attr-defined]
 
 
-def _again(base: type, op: str, options: tuple) -> nn.Module:
+def _rebuild(base: type, op: str, options: tuple) -> nn.Module:
     if op == "attention":
         import fastlm.hf.attention_interface  # noqa: F401  registers what the config names
-    return object.__new__(variant(base, op, options))
+    return object.__new__(make_variant(base, op, options))
 
 
 def _rms_norm(base: type, *, eps: str, offset: float) -> Callable:
@@ -83,11 +83,11 @@ def _layer_norm(base: type, *, eps: str) -> Callable:
 
 
 def _glu(base: type, *, gate: str, act: str) -> Callable:
-    known = {gate, "up_proj", "down_proj"}
+    projections = {gate, "up_proj", "down_proj"}
 
     @functools.wraps(base.forward)
     def forward(self: Any, hidden_states: Tensor) -> Tensor:
-        if any(_hooked(m) for name, m in self._modules.items() if name not in known and m):
+        if any(_has_hooks(m) for name, m in self._modules.items() if name not in projections and m):
             return base.forward(self, hidden_states)  # a hook looks at the activation
         if gate == "gate_up_proj":
             halves = self.gate_up_proj(hidden_states).chunk(2, -1)
@@ -101,7 +101,7 @@ def _glu(base: type, *, gate: str, act: str) -> Callable:
 def _linear(base: type) -> Callable:
     @functools.wraps(base.forward)
     def forward(self: Any, input: Tensor) -> Tensor:
-        # fastlm's products are bfloat16 on a CPU; checking further costs 2 us per layer
+        # fastlm's products are bfloat16 on a CPU; a further check costs 2 us per layer
         if not input.is_cpu or (input.dtype is not torch.bfloat16 and not is_any_autocast_on()):
             return F.linear(input, self.weight, self.bias)
         return linear(input, self.weight, self.bias)
@@ -110,24 +110,25 @@ def _linear(base: type) -> Callable:
 
 
 def _attention(base: type, *, interleaved: bool | None, implementation: str | None) -> Callable:
-    """`interleaved`: how heads are rotated, None to leave rotation unchanged. `implementation`: the
-    earlier value of config._attn_implementation, None where it is unchanged."""
+    """Return the forward of an attention module. `interleaved`: how heads are rotated; None: the
+    rotation stays. `implementation`: the earlier value of config._attn_implementation; None: it
+    stays."""
     if interleaved is None:
         return base.forward
     original = inspect.unwrap(base.forward)
-    theirs = original.__globals__[ROTATE]
+    original_rotate = original.__globals__[ROTATE]
 
     def rotate(
-        q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *more: Any, unsqueeze_dim: int = 1
+        q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *extra: Any, unsqueeze_dim: int = 1
     ) -> Any:
-        if more:  # position_ids, or a positional unsqueeze_dim
-            return theirs(q, k, cos, sin, *more)
+        if extra:  # position_ids, or a positional unsqueeze_dim
+            return original_rotate(q, k, cos, sin, *extra)
         if unsqueeze_dim == 1:
             return rope(q, k, cos, sin, interleaved=interleaved, rotary_dim=cos.shape[-1])
         q, k = rotate(q.transpose(1, 2), k.transpose(1, 2), cos, sin)
         return q.transpose(1, 2), k.transpose(1, 2)
 
-    # The model's own code with one global name replaced. __name__ is left out, since torch.compile
+    # The model's own code with one global name replaced. Without __name__, since torch.compile
     # would use it to look names up in the module instead.
     names = {k: v for k, v in original.__globals__.items() if k != "__name__"}
     names[ROTATE] = rotate
@@ -139,11 +140,11 @@ def _attention(base: type, *, interleaved: bool | None, implementation: str | No
 
 
 def _layer(base: type, *, after: str | None, norm: str, last: str | None) -> Callable:
-    """A decoder layer that fuses addition and norm. `after`, `norm` and `last` name the norms after
-    attention, before the MLP and after it.
+    """Return the forward of a decoder layer that fuses addition and norm. `after`, `norm` and
+    `last` are the names of the norms after attention, before the MLP and after it.
 
     Where the layer passes a float32 stream to projections that autocast runs in 16 bits, the norm's
-    output is cast here: once, not once per projection (if the module is known to project).
+    output is cast here once, not by every projection (if the module is known to project).
     """
     parameters = list(inspect.signature(inspect.unwrap(base.forward)).parameters)[2:]
 
@@ -154,7 +155,7 @@ def _layer(base: type, *, after: str | None, norm: str, last: str | None) -> Cal
         if after:
             branch = getattr(self, after)(branch)
         middle = getattr(self, norm)
-        if branch.dtype == hidden_states.dtype and not _hooked(middle):
+        if branch.dtype == hidden_states.dtype and not _has_hooks(middle):
             x, stream = middle(branch, residual=hidden_states)
         else:
             stream = hidden_states + branch
@@ -169,8 +170,8 @@ def _cast_for(module: nn.Module, x: Tensor) -> Tensor:
     return x if variant_of(module) is None else autocast(x)[0]
 
 
-def _hooked(module: nn.Module) -> bool:
-    """Whether hooks look at the module's inputs or outputs."""
+def _has_hooks(module: nn.Module) -> bool:
+    """Return whether hooks read the module's inputs or outputs."""
     return bool(
         module._forward_hooks
         or module._forward_pre_hooks
@@ -182,7 +183,8 @@ def _hooked(module: nn.Module) -> bool:
 def _linear_cross_entropy(
     base: type, *, decoder: str, output: type, softcap: str | None, scale: str | None
 ) -> Callable:
-    """With labels compute the loss without logits, else run the model's own forward.
+    """Return a forward that computes the loss without logits. Without labels it runs the model's
+    own forward.
 
     An evaluation (eval mode without gradients) returns logits, too, since Trainer's compute_metrics
     needs them. The call's `skip_logits`, named as in Liger-Kernel, forces either behaviour.
@@ -199,24 +201,24 @@ def _linear_cross_entropy(
         skip = kwargs.pop("skip_logits", None)
         if skip is None:
             skip = self.training or torch.is_grad_enabled()
-        given = dict(zip(parameters, args)) | kwargs
-        labels, kept = given.pop("labels", None), given.pop("logits_to_keep", 0)
+        arguments = dict(zip(parameters, args)) | kwargs
+        labels, logits_to_keep = arguments.pop("labels", None), arguments.pop("logits_to_keep", 0)
         head = self.get_output_embeddings()
         if (
             labels is None
             or not skip
-            or not (isinstance(kept, int) and kept == 0)
+            or not (isinstance(logits_to_keep, int) and logits_to_keep == 0)
             or type(head) is not nn.Linear  # LoRA, quantized: their own product runs
-            or _hooked(head)
+            or _has_hooks(head)
             or getattr(self.loss_function, "__name__", None) != "ForCausalLMLoss"
-            or _routers_count(self.config, given)
+            or _has_router_loss(self.config, arguments)
             or variant_of(self) is None  # a forward that accelerate wrapped outlives `unpatch`
         ):
             return base.forward(self, *args, **kwargs)
-        return_dict = given.pop("return_dict", None)
-        outputs = getattr(self, decoder)(**given)
-        ignore = given.get("ignore_index", -100)
-        target = given.get("shift_labels")
+        return_dict = arguments.pop("return_dict", None)
+        outputs = getattr(self, decoder)(**arguments)
+        ignore = arguments.get("ignore_index", -100)
+        target = arguments.get("shift_labels")
         if target is None:
             target = F.pad(labels, (0, 1), value=ignore)[..., 1:]
         hidden = outputs.last_hidden_state
@@ -228,7 +230,7 @@ def _linear_cross_entropy(
             ignore_index=ignore,
             softcap=getattr(self.config, softcap) if softcap else None,
             logit_scale=logit_scale(self.config, scale),
-            num_items=given.get("num_items_in_batch"),
+            num_items=arguments.get("num_items_in_batch"),
         )
         out = output(loss=loss, **{k: v for k, v in outputs.items() if k in fields})
         as_dict = self.config.return_dict if return_dict is None else return_dict
@@ -237,13 +239,14 @@ def _linear_cross_entropy(
     return forward
 
 
-def _routers_count(config: Any, given: dict[str, Any]) -> bool:
-    """Whether a mixture of experts adds the routers' loss to the model's."""
-    asked = given.get("output_router_logits")
-    return getattr(config, "output_router_logits", False) if asked is None else asked
+def _has_router_loss(config: Any, arguments: dict[str, Any]) -> bool:
+    """Return whether a mixture of experts adds the routers' loss to the model's."""
+    value = arguments.get("output_router_logits")
+    return getattr(config, "output_router_logits", False) if value is None else value
 
 
 def logit_scale(config: Any, name: str | None) -> float:
+    """Return the factor on logits: the attribute ``name`` of the config, or its inverse."""
     if name is None:
         return 1.0
     value = getattr(config, name.removeprefix("1/"))

@@ -1,14 +1,15 @@
-"""`patch` and `unpatch`: fastlm's kernels in a Hugging Face model, matched by what its modules do.
+"""`patch` and `unpatch`: run a Hugging Face model on fastlm's kernels. Modules are recognised by
+what they compute.
 
-A module is taken for a norm, a GLU, a decoder layer or a head with its loss when its children
-and attributes look like one *and* it computes like one: the module's own forward runs on a few
-numbers, with tiny layers for its children, and must return what the kernel would. So an
-architecture needs no entry in a table here, one that is nearly like another is not mistaken for it,
-and weights are neither read nor moved. Rejected: a list of transformers' classes (a new one every
-month, and each changes between releases); replacing functions in transformers' modules (every model
-in the process would change).
+A module counts as a norm, a GLU, a decoder layer or a head with its loss if its children and
+attributes look like one *and* it computes like one: the module's own forward runs on a few numbers,
+with tiny layers as its children, and must return the result of the kernel. So an architecture needs
+no entry in a table, one that is nearly like another is not mistaken for it, and weights are neither
+read nor moved. Rejected: a list of transformers' classes (a new one every month, and each changes
+between releases); to replace functions in transformers' modules (every model in the process would
+change).
 
-What patched modules run is in `fastlm.hf.forwards`.
+The forwards of patched modules are in `fastlm.hf.forwards`.
 """
 
 import copy
@@ -27,12 +28,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastlm.errors import InputError
-from fastlm.hf.forwards import ROTATE, become, logit_scale, variant_of
+from fastlm.hf.forwards import ROTATE, logit_scale, set_variant, variant_of
 from fastlm.ops import rope
 
 NORMS = ("rms_norm", "layer_norm")
 OPS = (*NORMS, "rope", "glu", "attention", "linear", "linear_cross_entropy")
-Plan = dict[nn.Module, tuple[str, dict[str, Any]]]  # what a module becomes: op, options
+PatchPlan = dict[nn.Module, tuple[str, dict[str, Any]]]  # per module: op, options
 _log = logging.getLogger("fastlm")
 _ACTIVATIONS = {
     "silu": F.silu,
@@ -53,7 +54,7 @@ def patch(model: nn.Module, *, ops: Sequence[str] | None = None) -> nn.Module:
       sliding windows, softcap, sinks, caches; no repeated key heads, no S x S masks);
     - ``linear``: every nn.Linear, whose product is fastlm's where that is faster on this machine
       (`fastlm.ops.linear`) and torch's elsewhere. Its class is then a subclass of nn.Linear: code
-      that looks for nn.Linear itself (torch's quantize_dynamic) finds none;
+      that recognizers for nn.Linear itself (torch's quantize_dynamic) finds none;
     - ``linear_cross_entropy``: with ``labels`` the model returns the loss, and None for the logits,
       which are never stored (``num_items_in_batch``, ``shift_labels``, ``ignore_index`` as in
       transformers' ``ForCausalLMLoss``); without labels it returns the logits, as before. In eval
@@ -61,19 +62,19 @@ def patch(model: nn.Module, *, ops: Sequence[str] | None = None) -> nn.Module:
       ``skip_logits=True``.
 
     Args:
-        model: any nn.Module. What is not recognised in it stays as it is: LoRA and quantized layers
-            are called as before, and a model with such a head keeps its logits.
-        ops: some of the names above. By default all for which the model has modules.
+        model: any nn.Module. Modules that are not recognised stay as they are: LoRA and quantized
+            layers run as before, and a model with such a head keeps its logits.
+        ops: some of the names above. Default: all for which the model has modules.
 
     Parameters, their names, hooks and checkpoints do not change; `unpatch` undoes everything. A
     second call replaces the choice of the first. The model gets its own config object, so another
     model built from the same config stays as it is.
 
     Returns:
-        model itself. The logger "fastlm" reports in one line what the model runs and what was left
-        as it was (as a warning, which shows without logging set-up, if only norms were recognised,
-        or the loss of a model with a head was not), and so does ``print`` of
-        `fastlm.patched_ops(model)`.
+        model itself. The logger "fastlm" reports in one line which ops the model runs and what
+        stayed as it was. The line is a warning, which shows without logging set-up, if only norms
+        were recognised, or if the loss of a model with a head was not. ``print`` of
+        `fastlm.patched_ops(model)` shows the same.
 
     Raises:
         InputError: ops has an unknown name; the model has no module for one of `ops`, or for any
@@ -82,23 +83,23 @@ def patch(model: nn.Module, *, ops: Sequence[str] | None = None) -> nn.Module:
     """
     if isinstance(ops, str):
         raise InputError(f"ops: expected several names, got the string {ops!r}")
-    wanted = OPS if ops is None else tuple(ops)
-    if not wanted or not set(wanted) <= set(OPS):
-        got = next((repr(op) for op in wanted if op not in OPS), "none")
+    names = OPS if ops is None else tuple(ops)
+    if not names or not set(names) <= set(OPS):
+        got = next((repr(op) for op in names if op not in OPS), "none")
         raise InputError(f"ops: expected some of {', '.join(OPS)}, got {got}")
     _check_module(model)
-    if _is_ours(model):
+    if _is_fastlm_module(model):
         raise InputError(
-            f"model: expected one of other code, got fastlm's {type(model).__name__},"
+            f"model: expected a model of another library, got fastlm's {type(model).__name__},"
             " which runs the kernels already"
         )
-    before = {m: type(m) for m in model.modules()}
-    own = _restore(model)
+    classes = {m: type(m) for m in model.modules()}
+    configs = _restore(model)
     try:
-        plan = _plan(model, wanted)
-        found = _count(plan)
-        missing = [op for op in wanted if not found[op]]
-        if missing if ops is not None else found.keys() <= {"linear"}:
+        plan = _plan(model, names)
+        counts = _count(plan)
+        missing = [op for op in names if not counts[op]]
+        if missing if ops is not None else counts.keys() <= {"linear"}:
             kinds = sorted({type(m).__name__ for m in model.modules()})
             raise InputError(
                 f"model: expected modules for {' and '.join(missing)},"
@@ -111,21 +112,21 @@ def patch(model: nn.Module, *, ops: Sequence[str] | None = None) -> nn.Module:
                     f" {type(module).__name__} with one of its own (patch before accelerate wraps)"
                 )
     except BaseException:
-        for module, cls in before.items():
+        for module, cls in classes.items():
             module.__class__ = cls
-        for config in own.values():
+        for config in configs.values():
             config._attn_implementation_internal = "fastlm"
         raise
-    _set_attention(model, plan, own)
+    _set_attention(model, plan, configs)
     for module, (op, options) in plan.items():
-        become(module, op, **options)
-    found = patched_ops(model)
-    text, level = f"patched {type(model).__name__}: {found}", logging.INFO
+        set_variant(module, op, **options)
+    patched = patched_ops(model)
+    text, level = f"patched {type(model).__name__}: {patched}", logging.INFO
     if ops is not None:
-        text = f"patched {type(model).__name__}: {_listed(found)}"
-    elif rest := [op for op in OPS if op not in found]:
+        text = f"patched {type(model).__name__}: {_format_counts(patched)}"
+    elif rest := [op for op in OPS if op not in patched]:
         text += f"; nothing was recognised for {', '.join(rest)}"
-    if ops is None and (found.keeps_logits or found.keys() <= {*NORMS, "linear"}):
+    if ops is None and (patched.keeps_logits or patched.keys() <= {*NORMS, "linear"}):
         level = logging.WARNING
     _log.log(level, text)
     return model
@@ -137,29 +138,29 @@ def _check_module(model: nn.Module) -> None:
 
 
 class PatchedOps(dict[str, int]):
-    """Number of modules that run each op; printed, also what the patch left as it was.
+    """The number of modules that run each op. Printed, it also shows what stayed as it was.
 
     Attributes:
-        left: class -> number of modules with parameters that run their own code, such as a mixture
-            of experts, without embeddings.
+        unpatched: class -> number of modules with parameters that run their own code, such as a
+            mixture of experts, without embeddings.
         keeps_logits: the model has a head whose loss was not recognised: in training its logits are
             in memory.
     """
 
-    def __init__(self, ops: Mapping[str, int], left: Mapping[str, int], keeps_logits: bool):
+    def __init__(self, ops: Mapping[str, int], unpatched: Mapping[str, int], keeps_logits: bool):
         super().__init__(ops)
-        self.left, self.keeps_logits = dict(left), keeps_logits
+        self.unpatched, self.keeps_logits = dict(unpatched), keeps_logits
 
     def __str__(self) -> str:
-        text = _listed(self) or "nothing"
-        if self.left:
-            text += f"; as before: {_listed(self.left)}"
+        text = _format_counts(self) or "nothing"
+        if self.unpatched:
+            text += f"; as before: {_format_counts(self.unpatched)}"
         if self.keeps_logits:
             text += "; the loss was not recognised: training stores the logits"
         return text
 
 
-def _listed(counts: Mapping[str, int]) -> str:
+def _format_counts(counts: Mapping[str, int]) -> str:
     return ", ".join(f"{name} {n}" for name, n in counts.items())
 
 
@@ -172,40 +173,41 @@ def unpatch(model: nn.Module) -> nn.Module:
 
 
 def patched_ops(model: nn.Module) -> PatchedOps:
-    """Number of modules of `model` that run each op, by its name in `patch`; {} for a model that is
-    not patched. ``print(fastlm.patched_ops(model))`` also says what the patch left as it was."""
+    """Return the number of modules of `model` that run each op, by its name in `patch`; {} for a
+    model that is not patched. ``print(fastlm.patched_ops(model))`` also shows what stayed as it
+    was."""
     plan = {m: v[1:] for m in model.modules() if (v := variant_of(m)) is not None}
-    found = _count(plan)
-    heads = {_attempt(lambda m: m.get_output_embeddings(), m) for m in model.modules()} - {None}
-    keeps_logits = bool(heads) and not found["linear_cross_entropy"]
-    left = Counter(
+    counts = _count(plan)
+    heads = {_try_call(lambda m: m.get_output_embeddings(), m) for m in model.modules()} - {None}
+    keeps_logits = bool(heads) and not counts["linear_cross_entropy"]
+    unpatched = Counter(
         type(m).__name__
         for m in model.modules()
-        if m not in plan and not _is_ours(m) and not isinstance(m, nn.Embedding)
+        if m not in plan and not _is_fastlm_module(m) and not isinstance(m, nn.Embedding)
         if any(p is not None for p in m._parameters.values())
         if m not in heads
     )
-    return PatchedOps(found, left if found else {}, bool(found) and keeps_logits)
+    return PatchedOps(counts, unpatched if counts else {}, bool(counts) and keeps_logits)
 
 
-def _is_ours(module: nn.Module) -> bool:
+def _is_fastlm_module(module: nn.Module) -> bool:
     return type(module).__module__.partition(".")[0] == "fastlm"
 
 
-def _count(plan: Plan) -> Counter[str]:
-    found: Counter[str] = Counter()
+def _count(plan: PatchPlan) -> Counter[str]:
+    counts: Counter[str] = Counter()
     for op, options in plan.values():
         if op == "attention":
-            found["rope"] += options["interleaved"] is not None
-            found["attention"] += options["implementation"] is not None
-        elif op != "layer":  # a layer calls norms that are already counted
-            found[op] += 1
-    return +found
+            counts["rope"] += options["interleaved"] is not None
+            counts["attention"] += options["implementation"] is not None
+        elif op != "layer":  # a layer calls norms, which are counted already
+            counts[op] += 1
+    return +counts
 
 
 def _restore(model: nn.Module) -> dict[int, Any]:
     """Undo `patch` for classes and attention; return the configs that named fastlm, by id."""
-    own = {}
+    configs = {}
     patched = [(m, variant) for m in model.modules() if (variant := variant_of(m)) is not None]
     for module, _ in patched:
         if "_fastlm_variant" not in vars(type(module)):  # torch's parametrize, fully_shard
@@ -217,19 +219,19 @@ def _restore(model: nn.Module) -> dict[int, Any]:
         module.__class__ = base
         if op == "attention" and options["implementation"] is not None:
             config: Any = module.config
-            own[id(config)] = config
+            configs[id(config)] = config
             config._attn_implementation_internal = options["implementation"]
-    return own
+    return configs
 
 
-def _set_attention(model: nn.Module, plan: Plan, own: dict[int, Any]) -> None:
+def _set_attention(model: nn.Module, plan: PatchPlan, configs: dict[int, Any]) -> None:
     """Set fastlm in the configs of the attention modules, in copies that only this model holds;
-    those in `own` are such copies already."""
+    those in `configs` are such copies already."""
     copies = {}
     for module, (op, options) in plan.items():
         if op == "attention" and options["implementation"] is not None:
             key, config = id(module.config), module.config
-            copies.setdefault(key, config if key in own else copy.copy(config))
+            copies.setdefault(key, config if key in configs else copy.copy(config))
     for config in copies.values():
         config._attn_implementation_internal = "fastlm"
     for module in model.modules():
@@ -237,13 +239,13 @@ def _set_attention(model: nn.Module, plan: Plan, own: dict[int, Any]) -> None:
             module.config = copies[key]
 
 
-def _plan(model: nn.Module, ops: Sequence[str]) -> Plan:
-    plan: Plan = {}
-    looks = {
-        "rms_norm": _as_rms_norm, "layer_norm": _as_layer_norm, "glu": _as_glu,
-        "linear_cross_entropy": _as_causal_lm,
+def _plan(model: nn.Module, ops: Sequence[str]) -> PatchPlan:
+    plan: PatchPlan = {}
+    recognizers = {
+        "rms_norm": _recognize_rms_norm, "layer_norm": _recognize_layer_norm, "glu": _recognize_glu,
+        "linear_cross_entropy": _recognize_causal_lm,
     }  # fmt: skip
-    looks = {op: look for op, look in looks.items() if op in ops}
+    recognizers = {op: recognize for op, recognize in recognizers.items() if op in ops}
     masks = {}  # module -> whether the model it belongs to leaves causality to the kernel
     for module in model.modules():
         if hasattr(module, "_supports_sdpa"):
@@ -251,14 +253,16 @@ def _plan(model: nn.Module, ops: Sequence[str]) -> Plan:
     numbers = torch.random.fork_rng(devices=())  # a module with dropout draws some
     with numbers, torch.no_grad(), torch.autocast("cpu", enabled=False), torch.device("cpu"):
         for module in model.modules():
-            if _is_ours(module):
+            if _is_fastlm_module(module):
                 continue  # runs the kernels already
-            for op, look in looks.items():
-                if (options := _in_both_modes(look, module)) is not None:
+            for op, recognize in recognizers.items():
+                if (options := _recognize_in_both_modes(recognize, module)) is not None:
                     plan[module] = (op, options)
             options = {
-                "interleaved": _attempt(_rotation, module) if "rope" in ops else None,
-                "implementation": _attempt(_implementation, module) if "attention" in ops else None,
+                "interleaved": _try_call(_recognize_rotation, module) if "rope" in ops else None,
+                "implementation": _try_call(_attention_implementation, module)
+                if "attention" in ops
+                else None,
             }
             if not masks.get(module, True) and not getattr(module, "is_causal", False):
                 options["implementation"] = None  # its model always passes a mask
@@ -271,52 +275,54 @@ def _plan(model: nn.Module, ops: Sequence[str]) -> Plan:
             if type(module) is nn.Linear and module not in heads and "forward" not in vars(module):
                 plan[module] = ("linear", {})
         for module in model.modules() if {*NORMS} & {*ops} else ():
-            if (options := _in_both_modes(_as_layer, module)) is not None:
+            if (options := _recognize_in_both_modes(_recognize_layer, module)) is not None:
                 if plan.get(getattr(module, options["norm"]), (None,))[0] in NORMS:
                     plan[module] = ("layer", options)
     return plan
 
 
-def _attempt(look: Callable, *arguments: Any) -> Any:
-    """What `look` returns for the module; None where its forward cannot be called that way."""
+def _try_call(recognize: Callable, *arguments: Any) -> Any:
+    """Call `recognize`. Return None where a module's forward cannot be called that way."""
     try:
-        return look(*arguments)
+        return recognize(*arguments)
     except Exception:
         return None
 
 
-def _in_both_modes(look: Callable, module: nn.Module) -> Any:
-    """What `look` returns, or None where training (dropout, say) and evaluation differ."""
-    found = _attempt(look, module, True)
-    return found if found is not None and _attempt(look, module, False) == found else None
+def _recognize_in_both_modes(recognize: Callable, module: nn.Module) -> Any:
+    """Call `recognize`. Return None where training (with dropout, for example) and evaluation
+    differ."""
+    options = _try_call(recognize, module, True)
+    is_same = options is not None and _try_call(recognize, module, False) == options
+    return options if is_same else None
 
 
-def _takes_one(module: nn.Module) -> bool:
-    """Whether the forward has one argument (a gated norm has two) and computes from the module's
-    children alone: a factor in a buffer that is 1 now may change later."""
+def _has_one_argument(module: nn.Module) -> bool:
+    """Return whether the forward has one argument (a gated norm has two) and depends only on the
+    module's children: a factor in a buffer that is 1 now may change later."""
     forward = inspect.signature(_code(module)).parameters
     return len(forward) == 2 and not module._buffers
 
 
-def _stand_in(module: nn.Module, training: bool, **children: nn.Module) -> Any:
-    """A twin of the module without hooks, with the given children; nothing is copied."""
-    twin = object.__new__(type(module))
-    vars(twin).update(vars(module))
-    vars(twin)["training"] = training
-    vars(twin).pop("forward", None)  # `patch` refuses it later
+def _make_stand_in(module: nn.Module, training: bool, **children: nn.Module) -> Any:
+    """Return a copy of the module without hooks, with these children; tensors are not copied."""
+    stand_in = object.__new__(type(module))
+    vars(stand_in).update(vars(module))
+    vars(stand_in)["training"] = training
+    vars(stand_in).pop("forward", None)  # `patch` refuses it later
     for name in vars(module):
         if name.endswith("_hooks") and isinstance(vars(module)[name], dict):
-            vars(twin)[name] = {}
-    vars(twin)["_parameters"] = dict(module._parameters)
-    vars(twin)["_modules"] = {
-        name: children.get(name) or (None if child is None else _stand_in(child, training))
+            vars(stand_in)[name] = {}
+    vars(stand_in)["_parameters"] = dict(module._parameters)
+    vars(stand_in)["_modules"] = {
+        name: children.get(name) or (None if child is None else _make_stand_in(child, training))
         for name, child in module._modules.items()
     }
-    return twin
+    return stand_in
 
 
-def _numbers(*shape: int, scale: float = 1.0) -> Tensor:
-    """Test values, without the random generator, whose state belongs to the caller."""
+def _test_values(*shape: int, scale: float = 1.0) -> Tensor:
+    """Return test values. They do not use the random generator, which belongs to the caller."""
     return (torch.arange(math.prod(shape), dtype=torch.float32).sin() * scale).reshape(shape)
 
 
@@ -329,69 +335,74 @@ class _Linear(nn.Module):
 
     def __init__(self, inputs: int, outputs: int, scale: float = 1.0, *, bias: bool = False):
         super().__init__()
-        self.weight = _numbers(outputs, inputs, scale=scale)
-        self.bias = _numbers(outputs) if bias else None
+        self.weight = _test_values(outputs, inputs, scale=scale)
+        self.bias = _test_values(outputs) if bias else None
 
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(x, self.weight, self.bias)
 
 
-def _as_rms_norm(module: nn.Module, training: bool) -> dict[str, Any] | None:
-    (name, parameter), *more = ((n, p) for n, p in module._parameters.items() if p is not None)
-    if name != "weight" or more or parameter.dim() != 1 or module._modules:
+def _recognize_rms_norm(module: nn.Module, training: bool) -> dict[str, Any] | None:
+    (name, parameter), *others = ((n, p) for n, p in module._parameters.items() if p is not None)
+    if name != "weight" or others or parameter.dim() != 1 or module._modules:
         return None
-    if not _takes_one(module):
+    if not _has_one_argument(module):
         return None
     eps = next(name for name in ("variance_epsilon", "eps") if hasattr(module, name))
-    twin = _stand_in(module, training)
-    weight = _numbers(parameter.numel())
-    twin._parameters["weight"] = nn.Parameter(weight)
+    stand_in = _make_stand_in(module, training)
+    weight = _test_values(parameter.numel())
+    stand_in._parameters["weight"] = nn.Parameter(weight)
     epsilon = getattr(module, eps)
     # rows whose mean squares are far above and near eps
-    x = _numbers(2, len(weight)) * torch.tensor([[1.0], [math.sqrt(epsilon or 1e-6)]])
-    result = twin.forward(x)
+    x = _test_values(2, len(weight)) * torch.tensor([[1.0], [math.sqrt(epsilon or 1e-6)]])
+    result = stand_in.forward(x)
     for offset in (0.0, 1.0):
         if _same(result, F.rms_norm(x, x.shape[1:], weight + offset, epsilon)):
             return {"eps": eps, "offset": offset}
     return None
 
 
-def _as_layer_norm(module: nn.Module, training: bool) -> dict[str, Any] | None:
+def _recognize_layer_norm(module: nn.Module, training: bool) -> dict[str, Any] | None:
     parameters = {n: p for n, p in module._parameters.items() if p is not None}
     names = parameters.keys()
     if "weight" not in names or not names <= {"weight", "bias"} or module._modules:
         return None
-    if any(p.dim() != 1 for p in parameters.values()) or not _takes_one(module):
+    if any(p.dim() != 1 for p in parameters.values()) or not _has_one_argument(module):
         return None
     eps = next(name for name in ("variance_epsilon", "eps") if hasattr(module, name))
-    twin = _stand_in(module, training)
-    weight = _numbers(parameters["weight"].numel())
+    stand_in = _make_stand_in(module, training)
+    weight = _test_values(parameters["weight"].numel())
     bias = weight.flip(0) if "bias" in parameters else None
-    twin._parameters["weight"] = nn.Parameter(weight)
+    stand_in._parameters["weight"] = nn.Parameter(weight)
     if bias is not None:
-        twin._parameters["bias"] = nn.Parameter(bias)
+        stand_in._parameters["bias"] = nn.Parameter(bias)
     # rows whose variances are far above and near eps
-    x = _numbers(2, len(weight)) * torch.tensor([[1.0], [math.sqrt(getattr(module, eps))]]) + 1.0
-    same = _same(twin.forward(x), F.layer_norm(x, x.shape[1:], weight, bias, getattr(module, eps)))
+    x = (
+        _test_values(2, len(weight)) * torch.tensor([[1.0], [math.sqrt(getattr(module, eps))]])
+        + 1.0
+    )
+    same = _same(
+        stand_in.forward(x), F.layer_norm(x, x.shape[1:], weight, bias, getattr(module, eps))
+    )
     return {"eps": eps} if same else None
 
 
-def _as_glu(module: nn.Module, training: bool) -> dict[str, Any] | None:
-    if not _takes_one(module) or module._parameters:
+def _recognize_glu(module: nn.Module, training: bool) -> dict[str, Any] | None:
+    if not _has_one_argument(module) or module._parameters:
         return None
     # the last row exceeds every limit to which an activation is clamped
-    down, x = _Linear(8, 4), _numbers(3, 4) * torch.tensor([[1.0], [1.0], [1e3]])
+    down, x = _Linear(8, 4), _test_values(3, 4) * torch.tensor([[1.0], [1.0], [1e3]])
     if {"gate_proj", "up_proj", "down_proj"} <= module._modules.keys():
         gate, up = _Linear(4, 8, 3.0), _Linear(4, 8, -2.0)
-        twin = _stand_in(module, training, gate_proj=gate, up_proj=up, down_proj=down)
+        stand_in = _make_stand_in(module, training, gate_proj=gate, up_proj=up, down_proj=down)
         name, halves = "gate_proj", (gate(x), up(x))
     elif {"gate_up_proj", "down_proj"} <= module._modules.keys():
         both = _Linear(4, 16, 3.0)
-        twin = _stand_in(module, training, gate_up_proj=both, down_proj=down)
+        stand_in = _make_stand_in(module, training, gate_up_proj=both, down_proj=down)
         name, halves = "gate_up_proj", both(x).chunk(2, -1)
     else:
         return None
-    result = twin.forward(x)
+    result = stand_in.forward(x)
     for act, function in _ACTIVATIONS.items():
         if _same(result, down(function(halves[0]) * halves[1])):
             return {"gate": name, "act": act}
@@ -399,18 +410,19 @@ def _as_glu(module: nn.Module, training: bool) -> dict[str, Any] | None:
 
 
 class _Affine(nn.Module):
-    """Stands in for a part of a layer: no two orders or numbers of these give the same result."""
+    """A stand-in for a part of a layer: different orders or numbers of these give different
+    results."""
 
-    def __init__(self, factor: float, *more: None):
+    def __init__(self, factor: float, *extra_outputs: None):
         super().__init__()
-        self.factor, self.more = factor, more
+        self.factor, self.extra_outputs = factor, extra_outputs
 
     def forward(self, hidden_states: Tensor, **kwargs: Any) -> Any:
         y = self.factor * hidden_states + self.factor
-        return (y, *self.more) if self.more else y
+        return (y, *self.extra_outputs) if self.extra_outputs else y
 
 
-def _as_layer(module: nn.Module, training: bool) -> dict[str, Any] | None:
+def _recognize_layer(module: nn.Module, training: bool) -> dict[str, Any] | None:
     if module._parameters or module._buffers:
         return None
     factors = {"input_layernorm": 1.1, "mlp": 1.7, "post_attention_layernorm": 1.9}
@@ -426,8 +438,8 @@ def _as_layer(module: nn.Module, training: bool) -> dict[str, Any] | None:
     rest = [m for name, m in module._modules.items() if name not in parts]
     if not all(isinstance(m, nn.Dropout) and m.p == 0 for m in rest):
         return None
-    x = _numbers(1, 2, 4)
-    result = _stand_in(module, training, **parts).forward(
+    x = _test_values(1, 2, 4)
+    result = _make_stand_in(module, training, **parts).forward(
         x, attention_mask=None, position_ids=None, position_embeddings=None
     )
     branch, _ = parts["self_attn"](parts["input_layernorm"](x))
@@ -438,17 +450,22 @@ def _as_layer(module: nn.Module, training: bool) -> dict[str, Any] | None:
 
 
 def _code(module: nn.Module) -> Any:
-    """The innermost forward of the module's class, below its decorators."""
+    """Return the innermost forward of the module's class, below its decorators."""
     return inspect.unwrap(type(module).forward)
 
 
-def _rotation(module: nn.Module) -> bool | None:
-    """Whether the module's forward rotates interleaved or by halves; None where it does neither."""
+def _recognize_rotation(module: nn.Module) -> bool | None:
+    """Return whether the module's forward rotates interleaved (True) or by halves (False), or None
+    where it does neither."""
     forward = _code(module)
     if ROTATE not in forward.__code__.co_names:
         return None
     rotate = forward.__globals__[ROTATE]
-    q, k, angles = _numbers(2, 4, 3, 8), _numbers(2, 2, 3, 8, scale=2.0), _numbers(2, 3, 4)
+    q, k, angles = (
+        _test_values(2, 4, 3, 8),
+        _test_values(2, 2, 3, 8, scale=2.0),
+        _test_values(2, 3, 4),
+    )
     tables = {False: torch.cat((angles, angles), -1), True: angles.repeat_interleave(2, -1)}
     for interleaved, table in tables.items():
         pairs = zip(rotate(q, k, table.cos(), table.sin()), rope(
@@ -459,9 +476,9 @@ def _rotation(module: nn.Module) -> bool | None:
     return None
 
 
-def _implementation(module: nn.Module) -> str | None:
-    """The implementation that an attention module's config names now, or None where the module does
-    not use transformers' registry."""
+def _attention_implementation(module: nn.Module) -> str | None:
+    """Return the implementation in an attention module's config, or None where the module does not
+    use transformers' registry."""
     forward, config = _code(module), vars(module).get("config")
     if "ALL_ATTENTION_FUNCTIONS" not in forward.__code__.co_names or config is None:
         return None
@@ -470,7 +487,7 @@ def _implementation(module: nn.Module) -> str | None:
         return None  # the window is in a mask that fastlm does not build
     import fastlm.hf.attention_interface  # registers fastlm
 
-    if passed & set(fastlm.hf.attention_interface.UNSERVED):
+    if passed & set(fastlm.hf.attention_interface.UNSUPPORTED):
         return None
     steps = list(dis.get_instructions(forward))
     for before, step in itertools.pairwise(steps):
@@ -481,7 +498,7 @@ def _implementation(module: nn.Module) -> str | None:
     return config._attn_implementation
 
 
-def _as_causal_lm(module: nn.Module, training: bool) -> dict[str, Any] | None:
+def _recognize_causal_lm(module: nn.Module, training: bool) -> dict[str, Any] | None:
     """Run the model's own forward, with labels, on a decoder that returns a few numbers."""
     decoder = getattr(module, "base_model_prefix", None)
     if decoder not in module._modules or not hasattr(module, "loss_function"):
@@ -493,20 +510,22 @@ def _as_causal_lm(module: nn.Module, training: bool) -> dict[str, Any] | None:
     from transformers import modeling_outputs
 
     name = next(n for n, m in module._modules.items() if m is head)
-    hidden, config = _numbers(1, 5, 4, scale=6.0), module.config
+    hidden, config = _test_values(1, 5, 4, scale=6.0), module.config
     small = _Linear(4, head.out_features, 3.0, bias=head.bias is not None)
     ids = torch.arange(5)[None] % head.out_features
     labels = ids.masked_fill(ids == 1, -100)
 
     def run(outputs: str) -> Any:
         below = _Returns(getattr(modeling_outputs, outputs)(last_hidden_state=hidden))
-        twin = _stand_in(module, training, **{decoder: below, name: small})
-        return twin.forward(input_ids=ids, labels=labels, num_items_in_batch=7, return_dict=True)
+        stand_in = _make_stand_in(module, training, **{decoder: below, name: small})
+        return stand_in.forward(
+            input_ids=ids, labels=labels, num_items_in_batch=7, return_dict=True
+        )
 
     try:  # each class has a field that some heads read and the other class lacks
-        found = run("BaseModelOutputWithPastAndCrossAttentions")
+        outputs = run("BaseModelOutputWithPastAndCrossAttentions")
     except AttributeError:
-        found = run("MoeModelOutputWithPast")
+        outputs = run("MoeModelOutputWithPast")
     logits = small(hidden)
     softcaps, scales = ("final_logit_softcapping",), ("logit_scale", "1/logits_scaling")
     softcaps = [None, *(n for n in softcaps if getattr(config, n, None))]
@@ -516,13 +535,15 @@ def _as_causal_lm(module: nn.Module, training: bool) -> dict[str, Any] | None:
         if softcap:
             z = getattr(config, softcap) * torch.tanh(z / getattr(config, softcap))
         nll = F.cross_entropy(z[0, :-1], labels[0, 1:], reduction="sum") / 7
-        if _same(found.logits, z) and _same(found.loss, nll):
-            options = {"decoder": decoder, "output": type(found)}
+        if _same(outputs.logits, z) and _same(outputs.loss, nll):
+            options = {"decoder": decoder, "output": type(outputs)}
             return {**options, "softcap": softcap, "scale": scale}
     return None
 
 
 class _Returns(nn.Module):
+    """A module that returns a fixed value."""
+
     def __init__(self, value: Any):
         super().__init__()
         self.value = value

@@ -1,17 +1,17 @@
 """fastlm's attention behind ``F.scaled_dot_product_attention`` on a CPU, through torch's own hook::
 
-    fastlm.register_sdpa()                                   # puts "fastlm" on torch's list
+    fastlm.register_sdpa()                                   # adds "fastlm" to torch's list
     torch.nn.attention.activate_flash_attention_impl("fastlm")
-    torch.nn.attention.restore_flash_attention_impl()        # and back
+    torch.nn.attention.restore_flash_attention_impl()        # restores torch's own
 
 That hook (torch >= 2.11) calls a function that registers kernels with the dispatcher; torch's own
 are for CUDA. Here it replaces the operators of the flash path on CPU tensors,
 ``aten::_scaled_dot_product_flash_attention_for_cpu`` and its backward, so a model that calls the
-function runs on fastlm's kernels unchanged. Calls that do not reach them stay with torch: dropout,
-masks that need a gradient, values whose width differs from the keys', other devices.
+function runs on fastlm's kernels unchanged. Torch computes the other calls itself: dropout, masks
+that need a gradient, values of another width than the keys, other devices.
 
 torch aligns ``is_causal`` at the top left, fastlm at the bottom right. Where lengths differ, the
-keys past the last query are left out, or the queries past the last key see all keys.
+keys after the last query are left out, or the queries after the last key see all keys.
 """
 
 import warnings
@@ -30,7 +30,7 @@ _OPERATOR = "_scaled_dot_product_flash_attention_for_cpu"
 
 
 def register_sdpa() -> None:
-    """Add "fastlm" to the list of `torch.nn.attention.list_flash_attention_impls`; nothing changes
+    """Add "fastlm" to the list of `torch.nn.attention.list_flash_attention_impls`. Nothing changes
     before `torch.nn.attention.activate_flash_attention_impl("fastlm")`.
 
     Raises:
@@ -42,11 +42,11 @@ def register_sdpa() -> None:
             "torch: expected one with torch.nn.attention.register_flash_attention_impl,"
             f" got {torch.__version__}"
         )
-    register(NAME, register_fn=_Active)
+    register(NAME, register_fn=_SdpaOverride)
 
 
-class _Active:
-    """The replaced operators; torch keeps this object until another implementation is activated."""
+class _SdpaOverride:
+    """The replaced operators. Torch keeps this object until another implementation is activated."""
 
     def __init__(self) -> None:
         self.library: torch.library.Library | None = torch.library.Library("aten", "IMPL")
@@ -60,7 +60,7 @@ class _Active:
 
 
 def _parts(q: Tensor, k: Tensor, causal: bool) -> tuple[int, Iterator[tuple[slice, bool]]]:
-    """The number of keys in use, and each call's rows with whether it is causal."""
+    """Return the number of keys in use, and the rows of each call with whether it is causal."""
     rows, keys = q.shape[2], k.shape[2]
     if not causal or rows <= keys:
         return rows if causal else keys, iter([(slice(0, rows), causal)])
@@ -147,12 +147,12 @@ def _sdpa_backward(
     for t in (dk, dv):
         t[:, :, keys:] = 0
     for i, (rows, causal) in enumerate(parts):
-        each, *keys_and_values = _backward(
+        grad_q, *keys_and_values = _backward(
             grad_out[:, :, rows], None, query[:, :, rows], key[:, :, :keys], value[:, :, :keys],
             out[:, :, rows], lse[:, :, rows].contiguous(), None, None, bias, None,
             AttentionOptions(causal, scale, dropout_p=dropout_p), False,
         )[:3]  # fmt: skip
-        dq[:, :, rows] = each
+        dq[:, :, rows] = grad_q
         for t, part in zip((dk, dv), keys_and_values):
             t[:, :, :keys] = part if i == 0 else t[:, :, :keys] + part
     return dq, dk, dv

@@ -105,15 +105,15 @@ def test_says_what_it_left(caplog):
     model = fastlm.patch(model_of("mixtral"))
     patched = fastlm.patched_ops(model)
     assert (
-        patched.left == {"MixtralTopKRouter": 2, "MixtralExperts": 2} and not patched.keeps_logits
+        patched.unpatched == {"MixtralTopKRouter": 2, "MixtralExperts": 2} and not patched.keeps_logits
     )
     assert "; as before: MixtralTopKRouter 2, MixtralExperts 2" in str(patched)
-    assert fastlm.patched_ops(model_of()).left == {}
+    assert fastlm.patched_ops(model_of()).unpatched == {}
     other = model_of()
     other.loss_function = lambda **_: None
     with_logits = fastlm.patched_ops(fastlm.patch(other))
     line = "the loss was not recognised: training stores the logits"
-    assert with_logits.keeps_logits and line in str(with_logits) and with_logits.left == {}
+    assert with_logits.keeps_logits and line in str(with_logits) and with_logits.unpatched == {}
     assert [r.levelno for r in caplog.records] == [logging.INFO, logging.WARNING]
     for record, printed in zip(caplog.records, (patched, with_logits)):
         assert str(printed) in record.getMessage()

@@ -44,14 +44,14 @@ def test_attention_with_options_that_no_kernel_has():
     """T5 adds a position bias to the scores."""
     from transformers.models.t5.modeling_t5 import T5Attention
 
-    from fastlm.hf.attention_interface import UNSERVED, attention_forward
+    from fastlm.hf.attention_interface import UNSUPPORTED, attention_forward
     from fastlm.hf.patching import _implementation
 
     config = transformers.T5Config(d_model=32, d_kv=8, num_heads=4)
     assert _implementation(T5Attention(config)) is None
-    assert "position_bias" in UNSERVED
+    assert "position_bias" in UNSUPPORTED
     q = torch.randn(1, 2, 3, 8)
-    for name in UNSERVED:
+    for name in UNSUPPORTED:
         with pytest.raises(InputError, match=f"{name}: expected None"):
             attention_forward(nn.Module(), q, q, q, None, **{name: torch.zeros(1)})
 

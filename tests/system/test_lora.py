@@ -309,11 +309,11 @@ def test_we_load_pefts_adapter(saved, tmp_path, kind) -> None:
 
 
 REFUSED_OF_PEFT = {
-    "use_dora: fastlm's LoRA does not have it": {"use_dora": True},
+    "use_dora: not supported by fastlm's LoRA": {"use_dora": True},
     "bias: expected 'none', got 'lora_only'": {"bias": "lora_only"},
-    "modules_to_save: fastlm's LoRA does not have it": {"modules_to_save": ["norm"]},
-    "rank_pattern: fastlm's LoRA does not have it": {"rank_pattern": {"q_proj": 2}},
-    "alpha_pattern: fastlm's LoRA does not have it": {"alpha_pattern": {"q_proj": 2}},
+    "modules_to_save: not supported by fastlm's LoRA": {"modules_to_save": ["norm"]},
+    "rank_pattern: not supported by fastlm's LoRA": {"rank_pattern": {"q_proj": 2}},
+    "alpha_pattern: not supported by fastlm's LoRA": {"alpha_pattern": {"q_proj": 2}},
     "init_lora_weights: expected one that leaves the base": {"init_lora_weights": "pissa"},
 }
 
@@ -368,7 +368,7 @@ CHANGES = {
     "lora_alpha: expected less than or equal to 3": {"lora_alpha": 10**400},
     "lora_dropout: expected less than 1, got 2": {"lora_dropout": 2},
     "down_proj.lora_A: expected (8, 128) by its rank": {"r": 8},
-    "new_option: fastlm's LoRA does not have it, got 'x'": {"new_option": "x"},
+    "new_option: not supported by fastlm's LoRA, got 'x'": {"new_option": "x"},
 }
 
 
@@ -416,7 +416,7 @@ def test_refused_tensors(adapter, saved) -> None:
 
 def test_a_folder_holds_a_model_or_an_adapter(adapter, model, tmp_path) -> None:
     (adapter / "notes.txt").write_text("mine")
-    with pytest.raises(InputError, match="model: expected one without adapters"):
+    with pytest.raises(InputError, match="model: expected a model without adapters"):
         model.save_pretrained(adapter)
     merge_lora(model).save_pretrained(adapter)
     assert torch.equal(logits(CausalLM.from_pretrained(adapter)), logits(model))
@@ -443,10 +443,10 @@ def test_refused_calls(message) -> None:
 
 
 def test_adapters_are_added_once(model, tmp_path) -> None:
-    with pytest.raises(InputError, match="expected one with adapters"):
+    with pytest.raises(InputError, match="expected a model with adapters"):
         save_adapter(model, tmp_path / "none")
     add_lora(model)
-    with pytest.raises(InputError, match="expected one without adapters"):
+    with pytest.raises(InputError, match="expected a model without adapters"):
         add_lora(model)
 
 
