@@ -105,7 +105,8 @@ def test_says_what_it_left(caplog):
     model = fastlm.patch(model_of("mixtral"))
     patched = fastlm.patched_ops(model)
     assert (
-        patched.unpatched == {"MixtralTopKRouter": 2, "MixtralExperts": 2} and not patched.keeps_logits
+        patched.unpatched == {"MixtralTopKRouter": 2, "MixtralExperts": 2}
+        and not patched.keeps_logits
     )
     assert "; as before: MixtralTopKRouter 2, MixtralExperts 2" in str(patched)
     assert fastlm.patched_ops(model_of()).unpatched == {}

@@ -45,10 +45,10 @@ def test_attention_with_options_that_no_kernel_has():
     from transformers.models.t5.modeling_t5 import T5Attention
 
     from fastlm.hf.attention_interface import UNSUPPORTED, attention_forward
-    from fastlm.hf.patching import _implementation
+    from fastlm.hf.patching import _attention_implementation
 
     config = transformers.T5Config(d_model=32, d_kv=8, num_heads=4)
-    assert _implementation(T5Attention(config)) is None
+    assert _attention_implementation(T5Attention(config)) is None
     assert "position_bias" in UNSUPPORTED
     q = torch.randn(1, 2, 3, 8)
     for name in UNSUPPORTED:
@@ -58,7 +58,7 @@ def test_attention_with_options_that_no_kernel_has():
 
 def test_attention_that_computes_with_its_mask():
     """The model expects a mask with four dimensions, but fastlm's have fewer."""
-    from fastlm.hf.patching import _implementation
+    from fastlm.hf.patching import _attention_implementation
 
     model = model_of()
     attention = model.model.layers[0].self_attn
@@ -70,9 +70,9 @@ def test_attention_that_computes_with_its_mask():
             interface = transformers.modeling_utils.ALL_ATTENTION_FUNCTIONS
             return interface["sdpa"](self, hidden_states, attention_mask, **kwargs)
 
-    assert _implementation(attention) == "sdpa"
+    assert _attention_implementation(attention) == "sdpa"
     attention.__class__ = Appends
-    assert _implementation(attention) is None
+    assert _attention_implementation(attention) is None
 
 
 @few_families
