@@ -1,6 +1,6 @@
 """Token shards: packed tokens on disk, memory-mapped, and the sampler that makes batches of them.
 
-``NNNNN.bin``: tokens of whole documents, each followed by end-of-text, little-endian uint16 (or
+``NNNNN.bin``: tokens of complete documents, each followed by end-of-text, little-endian uint16 (or
 uint32 if the vocabulary needs it). ``NNNNN.starts``: int64 offset of each document in its shard.
 ``index.json``, written last, holds the sizes and SHA-256 sums; without it there is no data set.
 
@@ -299,8 +299,8 @@ def load_index(path: Path) -> ShardIndex:
 
 
 def document_offsets(input_ids: torch.Tensor, eos_id: int) -> torch.Tensor | None:
-    """Return ``cu_seqlens`` (int32) of the documents in packed windows (B, S); None where every
-    window lies inside one document.
+    """Return ``cu_seqlens`` (int32) of the documents in packed windows (B, S); None where each
+    window is inside one document.
 
     A document begins with the end-of-text token before it: its first token is predicted from that
     token alone. Every token is thus predicted once, and generation can begin with end-of-text. A

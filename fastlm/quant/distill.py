@@ -73,7 +73,7 @@ class _ScaleCodes(torch.autograd.Function):
 
 
 def _in_groups(x: Tensor, size: int) -> Tensor:
-    """(N, K) -> (N, groups, size), zeros after a short last group."""
+    """Split (N, K) into (N, groups, size), with zeros after a short last group."""
     short = -x.shape[1] % size
     return (nn.functional.pad(x, (0, short)) if short else x).view(len(x), -1, size)
 

@@ -37,7 +37,8 @@ class QuantizeOptions:
     iterations: Annotated[int, "Steps of autoround per decoder layer"] = 200
     distill_steps: Annotated[
         int,
-        "Train towards the unquantized model's predictions for this many steps at last; needs text",
+        "Train towards the unquantized model's predictions for this many steps at the end; needs "
+        "text",
     ] = 0
     seed: Annotated[int, "Seed of the choice and order of text, and of autoround"] = 0
 

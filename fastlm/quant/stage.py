@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from fastlm.tokenizer.tokenizer import Tokenizer
 
 REPORT, PROGRESS = "report.json", "progress"
-# with so many tokens the error of the increase in bits per byte is below half a percent
+# with this many tokens the error of the increase in bits per byte is below half a percent
 OUT_OF_DOMAIN_TOKENS = 32_768
 # long enough to hide the first step, short enough for an untrained model on two cores
 DECODE_TOKENS = 64
@@ -62,7 +62,7 @@ class Quantize(QuantizeOptions, Stage):
     calibration_tokens: Annotated[int, "Number of tokens of calibration text"] = 32768
     calibration_length: Annotated[int, "Tokens per window of calibration text"] = 512
     max_bpb_increase: Annotated[
-        float, "Warn where held-out bits per byte grow by more than this share"
+        float, "Warn if held-out bits per byte grow by more than this share"
     ] = 0.03
     strict: Annotated[bool, "Refuse instead of warning: exit status 2, and no model"] = False
     dequantize: Annotated[

