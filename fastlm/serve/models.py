@@ -247,7 +247,7 @@ class ModelLease:
 def sum_stats(
     stats: Sequence[EngineStats], freed: EngineStats | None, *, with_gauges: bool = True
 ) -> EngineStats:
-    """Sum the statistics of engines. The bytes of a page are those of the first engine.
+    """Sum the statistics of engines. The bytes of a block are those of the first engine.
 
     ``freed``: counters of models that were freed. ``with_gauges``: False sets the gauges to 0.
     """

@@ -441,7 +441,7 @@ def test_decisions_from_counts():
         return {"old": Variant(*a, **(old or {})), "new": Variant(*b, **(new or {}))}
 
     def decide(arms, strict, pairs=None):
-        return decisions.decide(arms, pairs or PairCounts(), strict)
+        return decisions.evaluate_counts(arms, pairs or PairCounts(), strict)
 
     strict, lenient = DEFAULTS, replace(DEFAULTS, rule="non-inferiority", margin=0.1)
     assert decide(arms((0, 0), (0, 0)), strict) is None

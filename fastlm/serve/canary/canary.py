@@ -18,7 +18,13 @@ from anyio import CapacityLimiter
 from anyio.to_thread import run_sync
 
 from fastlm.errors import InputError
-from fastlm.serve.canary.decision import CanaryConfig, CanaryVerdict, Variant, comparisons, decide
+from fastlm.serve.canary.decision import (
+    CanaryConfig,
+    CanaryVerdict,
+    Variant,
+    comparisons,
+    evaluate_counts,
+)
 from fastlm.serve.middleware import log
 from fastlm.serve.models import ModelLease, ServedModel, ServedModels
 from fastlm.serve.protocol.chat_completion import ChatCompletionRequest
@@ -191,7 +197,7 @@ class CanaryExperiment:
             self._changed.clear()
             counts = dict(self.arms), self.paces.counts, self.config
             self.tests = await asyncio.to_thread(comparisons, *counts)
-            verdict = await asyncio.to_thread(decide, *counts)
+            verdict = await asyncio.to_thread(evaluate_counts, *counts)
             if verdict is not None and self.decide is not None and self.verdict is None:
                 await self.decide(self, verdict)
                 self._changed.set()  # check again, unless `decide` has ended the experiment

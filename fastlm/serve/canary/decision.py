@@ -124,7 +124,7 @@ def _compare(*counts: Any) -> sequential.SequentialResult:
     return sequential.compare_rates(*counts)
 
 
-def decide(
+def evaluate_counts(
     arms: dict[str, Variant], pairs: PairCounts, config: CanaryConfig
 ) -> CanaryVerdict | None:
     """Return the verdict of the counts, or None if there is none yet. Guards take precedence over
