@@ -24,7 +24,7 @@ def describe_model(path: str | Path) -> dict[str, Any]:
     model_path = locate_model(Path(path))
     config, _ = load_state(model_path)
     if model_path.suffix == ".gguf":
-        dtypes = Counter(info.kind.name for info in GGUFFile(model_path).tensors.values())
+        dtypes = Counter(info.ggml_type.name for info in GGUFFile(model_path).tensors.values())
     else:
         dtypes = Counter(header.dtype for header in TensorFolder(model_path).headers.values())
     entry = config.get("quantization_config") or {}

@@ -49,7 +49,7 @@ T = TypeVar("T", int, float, bool, str, list, np.ndarray)
 class TensorInfo:
     """The header of a tensor in a GGUF file."""
 
-    kind: GGMLQuantizationType
+    ggml_type: GGMLQuantizationType
     shape: tuple[int, ...]  # as in torch: rows first, the packed dimension last
     start: int  # byte offset in the file
     size: int  # bytes
@@ -250,16 +250,17 @@ class GGUFFile:
     def load(self, name: str) -> Tensor | QuantizedWeight:
         """Copy the tensor into memory, in its dtype or (2-D block formats) as a QuantizedWeight."""
         info = self.tensors[name]
-        if info.kind in UNQUANTIZED:
+        if info.ggml_type in UNQUANTIZED:
             data = torch.from_numpy(self.raw(name).copy())
-            return data.view(UNQUANTIZED[info.kind]).reshape(info.shape)
-        if info.kind not in UNPACK:
+            return data.view(UNQUANTIZED[info.ggml_type]).reshape(info.shape)
+        if info.ggml_type not in UNPACK:
             types = ", ".join(k.name for k in [*UNQUANTIZED, *UNPACK])
             raise InputError(
-                f"{self.path}: {name}: expected one of the types {types}, got {info.kind.name}"
+                f"{self.path}: {name}: expected one of the types {types}, got {info.ggml_type.name}"
             )
         if len(info.shape) != 2:
             raise InputError(
-                f"{self.path}: {name}: expected 2 dimensions for {info.kind.name}, got {info.shape}"
+                f"{self.path}: {name}: expected 2 dimensions for {info.ggml_type.name}, got "
+                f"{info.shape}"
             )
-        return unpack(self.raw(name), info.kind)
+        return unpack(self.raw(name), info.ggml_type)

@@ -174,7 +174,7 @@ def _is_international(digits: str) -> bool:
     return False
 
 
-def _numbers_of(region: str) -> str:
+def _region_numbers(region: str) -> str:
     """Return a pattern of the personal numbers of a region."""
     plan = PhoneMetadata.metadata_for_region(region)
     kinds = () if plan is None else (plan.fixed_line, plan.mobile, plan.personal_number, plan.voip)
@@ -188,7 +188,7 @@ def _national_numbers() -> re.Pattern[str]:
     patterns = []
     for region in sorted(phonenumbers.SUPPORTED_REGIONS):
         plan = PhoneMetadata.metadata_for_region(region)
-        if plan is not None and (numbers := _numbers_of(region)):
+        if plan is not None and (numbers := _region_numbers(region)):
             zero = plan.national_prefix or ""
             patterns.append(f"(?:{zero if zero.startswith('0') else ''})(?:{numbers})")
     return re.compile("|".join(patterns))
@@ -202,7 +202,7 @@ def _grouped() -> list[tuple[re.Pattern[str], re.Pattern[str], re.Pattern[str]]]
         plan = PhoneMetadata.metadata_for_region(region)
         if plan is None:
             continue
-        numbers = re.compile(_numbers_of(region))
+        numbers = re.compile(_region_numbers(region))
         for form in plan.number_format:
             leads = "|".join(form.leading_digits_pattern[-1:])
             formats.append((numbers, re.compile(leads), re.compile(form.pattern or "")))

@@ -192,11 +192,11 @@ def _matches(name: str, patterns: Sequence[str]) -> bool:
 
 def _source(spec: str, input_digest: InputDigest) -> SourceRecord:
     """Describe a source that an option names: its files with their hashes, its licence."""
-    from fastlm.sources.licences import licence_of
+    from fastlm.sources.licences import read_licence
 
     ((_, entries),) = input_digest.hash_sources([spec])
     files = {e[0]: e[2] for e in entries if isinstance(e, list)}
-    package, licence = licence_of(spec, input_digest.cache)
+    package, licence = read_licence(spec, input_digest.cache)
     return {
         "spec": spec, "package": package, "licence": licence, "count": len(files) or None,
         "files": files if len(files) <= MAX_FILES else {},

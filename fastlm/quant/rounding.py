@@ -103,14 +103,14 @@ def learn_rounding(
     start = best = state()
     min_loss = float("inf")
 
-    def loss_of(rows: Tensor | slice) -> Tensor:
+    def compute_loss(rows: Tensor | slice) -> Tensor:
         weights = {f"{n}.weight": r.value() for n, r in roundings.items()}
         stream, branch = functional_call(layer, weights, (inputs[rows], None, context))
         return F.mse_loss(stream + branch, target_outputs[rows])
 
     for step in range(iterations):
         rows = torch.randperm(len(inputs), generator=generator)[:size]
-        loss = loss_of(rows)
+        loss = compute_loss(rows)
         gradients = torch.autograd.grad(loss, parameters)
         if (value := float(loss.detach())) < min_loss:
             best, min_loss = state(), value
@@ -123,7 +123,9 @@ def learn_rounding(
     def error(state: list[Tensor]) -> float:
         load(state)
         batches = range(0, len(inputs), size)
-        return sum(float(loss_of(slice(b, b + size))) * len(inputs[b : b + size]) for b in batches)
+        return sum(
+            float(compute_loss(slice(b, b + size))) * len(inputs[b : b + size]) for b in batches
+        )
 
     load(min((start, best, state()), key=error))
     return {n: r.to_quantized() for n, r in roundings.items()}

@@ -15,7 +15,7 @@ MAX_BYTES = 1 << 20  # read of a file
 MAX_LENGTH = 200  # characters: some packages put the full text of a licence into one field
 
 
-def licence_of(spec: str, cache: Path) -> tuple[str | None, str | None]:
+def read_licence(spec: str, cache: Path) -> tuple[str | None, str | None]:
     """Return (package with its version, licence) of a source; None for unstated values and for
     local files. A package that is not in the cache is fetched.
     """

@@ -132,10 +132,10 @@ def check_scorable(spec: str) -> None:
 
 def check_reasoning_gym_row(row: Mapping[str, Any]) -> None:
     """Raise InputError unless the row is one of reasoning-gym's that its generator can score."""
-    spec = _spec_of(row)
+    spec = _row_spec(row)
     scorer = _load_scorer(spec)
     try:
-        scorer.score_answer(str(row["answer"]), _entry(row))
+        scorer.score_answer(str(row["answer"]), _copy_entry(row))
     except Exception as error:
         raise InputError(
             f"row: expected one that {spec:.80} can score, got {_error_text(error)}"
@@ -150,19 +150,19 @@ def score_reasoning_gym(answer: str, row: Mapping[str, Any]) -> float:
     """
     tagged = TAGGED.findall(answer)
     text = (tagged[-1] if tagged else answer).strip()
-    scorer = _load_scorer(_spec_of(row))
+    scorer = _load_scorer(_row_spec(row))
     try:
-        return float(scorer.score_answer(text, _entry(row)))
+        return float(scorer.score_answer(text, _copy_entry(row)))
     except Exception:  # such as "x" as the factor of a number
         return 0.0
 
 
-def _entry(row: Mapping[str, Any]) -> dict[str, Any]:
+def _copy_entry(row: Mapping[str, Any]) -> dict[str, Any]:
     """Return a copy of the entry, since knight_swap writes into it."""
     return copy.deepcopy({key: value for key, value in row.items() if key != SOURCE})
 
 
-def _spec_of(row: Mapping[str, Any]) -> str:
+def _row_spec(row: Mapping[str, Any]) -> str:
     if is_reasoning_gym(str(row.get(SOURCE))):
         return row[SOURCE]
     entry = row.get("metadata")  # of an entry from a file: the default configuration

@@ -546,7 +546,7 @@ save_atomic(sys.argv[1], write)
 
 def test_killed_while_writing(folder):
     before = {p.name: p.read_bytes() for p in folder.iterdir()}
-    with atomic_path(folder.parent / "other") as other:  # somebody else writes in the same folder
+    with atomic_path(folder.parent / "other") as other:  # another process writes in the same folder
         other.write_text("")
         run = subprocess.run([sys.executable, "-P", "-c", KILLED, str(folder)])
         assert run.returncode == -signal.SIGKILL

@@ -1,4 +1,4 @@
-"""The whole stage: funnel, split, determinism, refusals, the command line."""
+"""The full stage: funnel, split, determinism, refusals, the command line."""
 
 import gzip
 import json

@@ -1,4 +1,4 @@
-"""Sources: what is read, and how each kind of bad input is refused."""
+"""Sources: supported files, and the refusal of each kind of bad input."""
 
 import gzip
 import hashlib

@@ -94,7 +94,7 @@ def test_floats_keep_their_dtype_and_vectors_are_float32(dtype, tmp_path):
     assert set(info["formats"]) == {{torch.bfloat16: "BF16", torch.float16: "F16"}[dtype]}
     same(dict(load_state(tmp_path / "m.gguf")[1]), model.weights())
     file = GGUFFile(tmp_path / "m.gguf")
-    assert file.tensors["output_norm.weight"].kind.name == "F32"
+    assert file.tensors["output_norm.weight"].ggml_type.name == "F32"
 
 
 @pytest.mark.parametrize("group", [32, 64, 40, -1])

@@ -1,4 +1,4 @@
-"""Quantization-aware distillation: gradients, what is kept, going on after a cut."""
+"""Quantization-aware distillation: gradients, accepted results, resuming after an interruption."""
 
 import copy
 import itertools
@@ -166,7 +166,7 @@ def test_an_interrupted_run_continues_to_the_same_bits(trained, tmp_path, monkey
 
 
 def test_the_distilled_model(trained, tmp_path):
-    """Any method and format; what is not quantized stays as it is, but for norms."""
+    """Any method and format; unquantized weights are unchanged, except for norms."""
     model = copy.deepcopy(trained).bfloat16()
     distilled = quantized(
         model, 4, "w4a8", method="gptq", awq=True, calibration=text(40, seed=2),

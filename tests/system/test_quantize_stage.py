@@ -132,7 +132,7 @@ def test_the_report_has_the_effective_options(base, tmp_path):
     assert report["calibration_length"] == window and report["calibration_tokens"] % window == 0
     (line,) = [e["warning"] for e in events if e.get("warning", "").startswith("calibration")]
     assert f"expected 1,000,000 tokens, got {report['calibration_tokens']:,} in" in line
-    # whole rows, and without text; the report of the earlier model is replaced
+    # one group per row, and without text; the report of the earlier model is replaced
     Quantize(group_size=-1)(tmp_path / "q", model=base / "base")
     report = json.loads((tmp_path / "q/report.json").read_text())
     used = [report[k] for k in ("group_size", "iterations", "seed", "calibration_tokens")]

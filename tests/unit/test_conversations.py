@@ -1,5 +1,5 @@
-"""Conversations for fine-tuning: the shapes of rows that are recognised, what is refused and by
-which words, and the tokens of a conversation that a model learns.
+"""Conversations for fine-tuning: the recognised row formats, refusals and
+their messages, and the trained tokens of a conversation.
 """
 
 import importlib.util

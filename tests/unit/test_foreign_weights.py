@@ -1,4 +1,4 @@
-"""Quantized folders of other programs: the weights to the last bit, and what is said of them."""
+"""Quantized folders of other programs: bitwise equal weights, and their description."""
 
 import json
 import warnings
@@ -28,7 +28,7 @@ def compressed(name: str, group: int | None = 32, **inputs) -> dict:
 
 INT8 = {"input_activations": {"num_bits": 8, "type": "int", "strategy": "token"}}
 PACK = compressed("pack-quantized")
-# case -> (quantization_config, packer, its options, what is found)
+# case -> (quantization_config, packer, its options, description)
 CASES = {
     "gptq-v1": (V1, make.gptq, {}, "GPTQ v1 zero points, 4 bits, groups of 32"),
     "gptq-v2": (V2, make.gptq, {"version": 2}, "GPTQ v2 zero points, 4 bits, groups of 32"),
@@ -146,7 +146,9 @@ def test_a_mislabelled_version_is_reported(tmp_path, version, symmetric, bits):
 
 
 def test_weights_that_do_not_tell_the_version(tmp_path):
-    """Weights whose mean is half a step: what the file says is taken, and that is said."""
+    """With weights of a mean of half a step the file's version is used, and the description says
+    so.
+    """
 
     def shifted(w, **options):
         parts, value = make.gptq(w + 0.0137, symmetric=False, **options)

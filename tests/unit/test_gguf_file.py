@@ -1,4 +1,4 @@
-"""GGUF: block formats against the gguf package, whole models against transformers, broken files."""
+"""GGUF: block formats against the gguf package, full models against transformers, broken files."""
 
 import struct
 
@@ -146,7 +146,7 @@ def test_metadata_equals_the_gguf_reader(tmp_path):
         assert ours.tensors[tensor.name].start == tensor.data_offset
 
 
-# whole models
+# full models
 
 SMALL = {
     "vocab_size": 96,

@@ -1,4 +1,4 @@
-"""Preferences: the shapes of rows that are recognised, what is refused and by which words,
+"""Preferences: the recognised row formats, refusals and their messages,
 and how comparisons become pairs, labels, demonstrations and rows again.
 """
 
@@ -251,7 +251,9 @@ def test_margins() -> None:
     assert parse_preference({**TEXTS, "margin": 0}).margin == 0
     scored = {**TEXTS, "score_chosen": 8.5, "score_rejected": 6}
     assert parse_preference(scored).margin == 2.5
-    assert parse_preference({**scored, "margin": 1}).margin == 1  # what is stated wins
+    assert (
+        parse_preference({**scored, "margin": 1}).margin == 1
+    )  # an explicit margin takes precedence
     turned = parse_preference({"prompt": "2+2?", "answers": ["5", "4"], "scores": [1, 4]})
     (pair,) = turned.pairs()
     assert (turned.margin, pair.margin, pair.scores) == (3, 3, (4, 1))

@@ -52,7 +52,7 @@ def test_error_is_within_half_a_step(bits, group_size, symmetric, k):
     weighted=st.booleans(),
 )
 def test_the_search_is_no_worse_than_plain_rounding(n, k, group_size, symmetric, weighted):
-    """Compare with the scale of the whole range, by the squared error. Each of two steps to a scale
+    """Compare with the scale of the full range, by the squared error. Each of two steps to a scale
     that does not shrink the group raises the best error, a share p of the weights' square, to
     p / (1 - p) at most.
     """
@@ -88,7 +88,7 @@ def test_the_search_is_no_worse_than_plain_rounding(n, k, group_size, symmetric,
 @pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize("weighted", [True, False])
 def test_int4_does_not_shrink_weights(symmetric, weighted):
-    """The quantized weights regress on the given ones with slope 1. The slope of a least-squares
+    """The quantized weights regress on the original ones with slope 1. The slope of a least-squares
     fit is 1 less its share of squared error, here 0.005.
     """
     w = torch.randn(128, 512) + (0.0 if symmetric else 1.0)

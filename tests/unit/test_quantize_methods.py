@@ -31,7 +31,7 @@ def correlated(rows, k, dtype=torch.float32):
 
 
 def plain_gptq(w, hessian, scheme):
-    """GPTQ by its definition: after each column the inverse of what is left of the Hessian."""
+    """GPTQ by its definition: after each column, the inverse of the remaining Hessian."""
     k = w.shape[1]
     size = k if scheme.group_size == -1 else scheme.group_size
     groups = column_order(hessian.diagonal(), size)
@@ -333,7 +333,7 @@ def scaled(model):
 
 
 def outliers(**config):
-    """A model some of whose features are ten times the others, as in trained ones."""
+    """A model in which some features are ten times the others, as in trained models."""
     model = tiny(**config)
     with torch.no_grad():
         for name, p in model.named_parameters():

@@ -1,4 +1,4 @@
-"""Personal data in chats: what is removed, of how many countries' numbers, and what stays."""
+"""Personal data in chats: removed data, recall over countries' numbers, and text that stays."""
 
 import re
 

@@ -1,4 +1,4 @@
-"""Token shards: what is written, what is refused, and exact resume of the sampler."""
+"""Token shards: written files, refusals, and exact resume of the sampler."""
 
 import hashlib
 import json
@@ -334,7 +334,7 @@ def test_shards_of_another_tokenizer_are_refused(tmp_path):
     model, mine = load_model(base)
     docs = ["please what is now the river and the stone"] * 40
     other = Tokenizer.train(["zebras hum jazz quietly before noon"] * 20, mine.vocab_size)
-    # an id that nobody uses, to the same size
+    # an unused id, to the same size
     other.backend.add_tokens([f"x{i}" for i in range(mine.vocab_size - other.vocab_size)])
     other = Tokenizer(other.backend, {"eos_token": "<|endoftext|>"})
     assert other.vocab_size == mine.vocab_size
