@@ -162,18 +162,18 @@ def _clean_all(
         options.workers, mp_context=get_context("spawn"), initializer=signal.signal,
         initargs=(signal.SIGINT, signal.SIG_IGN),
     ) as pool:  # fmt: skip
-        running: deque = deque()
+        pending: deque = deque()
 
-        def finished() -> Iterator[tuple[Document, list[_CleanResult]]]:
-            batch, future = running.popleft()
+        def take_finished() -> Iterator[tuple[Document, list[_CleanResult]]]:
+            batch, future = pending.popleft()
             yield from zip(batch, future.result(), strict=True)
 
         for batch in batches(documents, lambda d: len(d.text), BATCH_BYTES):
-            running.append((batch, pool.submit(_clean_batch, batch, options)))
-            if len(running) > 2 * options.workers:
-                yield from finished()
-        while running:
-            yield from finished()
+            pending.append((batch, pool.submit(_clean_batch, batch, options)))
+            if len(pending) > 2 * options.workers:
+                yield from take_finished()
+        while pending:
+            yield from take_finished()
 
 
 def prepare(
@@ -190,9 +190,9 @@ def prepare(
 
     A line is {"text", "id", "source", "meta"}; ``read_documents`` reads the lines. A bad line among
     good ones, and a bad file inside a folder or a package, are counted, reported in the funnel and
-    skipped. A bad source or file that was named raises an error. A failure leaves no folder that
-    was not there before. Documents with a key (`fastlm.data.forget_log`) in ``forgotten`` are left
-    out and counted.
+    skipped. A bad source or file that the user named raises an error. A failure leaves no new
+    folder behind. Documents with a key (`fastlm.data.forget_log`) in ``forgotten`` are left out and
+    counted.
 
     InputError: no sources, bad options, nothing left after cleaning, ``out`` not writable, disk
     full.
@@ -214,7 +214,7 @@ def prepare(
             work.seek(0)
             _write_split(work, out, index, _choose_heldout(index, options), funnel)
     except BaseException as e:
-        with suppress(OSError):  # a folder is not empty
+        with suppress(OSError):  # ignore folders that are not empty
             for folder in new_folders:
                 folder.rmdir()
         if isinstance(e, OSError):  # a write error: read errors are already InputError
@@ -294,10 +294,10 @@ def _write_clean(
     funnel.steps += [step.to_counts(name) for name, step in zip(STEPS, steps)]
     funnel.steps[STEPS.index("scrub")]["replaced"] = dict(replacements)
     if not index:
-        removed = {s["step"]: s["removed"] for s in funnel.steps if s["removed"]}
+        removed_by_step = {s["step"]: s["removed"] for s in funnel.steps if s["removed"]}
         raise InputError(
-            f"sources {', '.join(sources)}: expected text, nothing is left after cleaning: "
-            f"{removed}"
+            f"sources {', '.join(sources)}: expected text, nothing is left after cleaning:"
+            f" {removed_by_step}"
         )
     return index
 

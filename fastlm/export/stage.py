@@ -45,10 +45,10 @@ class Export(Stage):
         from fastlm.export.gguf_write import check_gguf
         from fastlm.quant.targets import meta_model, meta_state
 
-        stored = facts.get("stored") or meta_state(meta_model(config))
+        weights = facts.get("weights") or meta_state(meta_model(config))
         if self.format == "gguf":
-            check_gguf(config, stored)
-        elif any(w.zeros is not None for w in check_compressed_tensors(stored).values()):
+            check_gguf(config, weights)
+        elif any(w.zeros is not None for w in check_compressed_tensors(weights).values()):
             raise InputError(
                 "model: expected offsets of whole steps for compressed-tensors, got those that"
                 " quantize finds: quantize symmetrically"

@@ -105,7 +105,7 @@ class Quantize(QuantizeOptions, Stage):
         from fastlm.quant.targets import meta_model, meta_state
 
         model = meta_model(config)
-        return {**facts, "stored": meta_state(model, self.targets(model))}
+        return {**facts, "weights": meta_state(model, self.targets(model))}
 
     def targets(self, model: "CausalLM") -> "list[Target]":
         """Return the layers to quantize. InputError: options that cannot work for these shapes."""
@@ -315,13 +315,10 @@ class Quantize(QuantizeOptions, Stage):
             )
         if comparison.bpb_increase > self.max_bpb_increase:
             message = (
-                "max_bpb_increase: expected bits per byte to grow by at most "
-                f"{100 * self.max_bpb_increase:g} %,"
-                f" got {100 * comparison.bpb_increase:+.2f} % "
-                f"({comparison.bits_per_byte_before:.4f} ->"
-                f" {comparison.bits_per_byte:.4f}) on {source}; more bits, smaller groups or "
-                "another"
-                " method help"
+                "max_bpb_increase: expected bits per byte to grow by at most"
+                f" {100 * self.max_bpb_increase:g} %, got {100 * comparison.bpb_increase:+.2f} %"
+                f" ({comparison.bits_per_byte_before:.4f} -> {comparison.bits_per_byte:.4f}) on"
+                f" {source}; more bits, smaller groups or another method help"
             )
             if self.strict and strict:
                 raise InputError(message)
