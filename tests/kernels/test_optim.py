@@ -256,7 +256,7 @@ def test_options_per_group():
     assert "exp_avg_code" in opt.state[a] and "exp_avg" in opt.state[b] and torch.equal(b, saved)
 
 
-def test_float64_runs_on_the_reference_beside_float32():
+def test_float64_and_float32_run_together_on_the_reference():
     mine = [torch.randn(30, dtype=d).requires_grad_() for d in (torch.float64, torch.float32)]
     theirs = clones(mine)
     a, b = AdamW(mine, lr=1e-2, max_grad_norm=0.1), torch.optim.AdamW(theirs, lr=1e-2)
@@ -461,7 +461,7 @@ def test_loading_a_master_sets_its_parameter():
     assert torch.equal(resumed.state_dict()["state"][0]["master"], saved["state"][0]["master"])
 
 
-def test_masters_are_kept_where_asked_for_only():
+def test_only_groups_with_the_option_keep_masters():
     a, b = (torch.nn.Parameter(torch.randn(8)) for _ in range(2))
     low = torch.nn.Parameter(torch.randn(8).bfloat16())
     groups = [{"params": [a, low], "master_weights": True}, {"params": [b]}]

@@ -1,4 +1,4 @@
-"""Checkpoints written beside the training: the same files, whole at any moment, errors not lost."""
+"""Asynchronous checkpoints: the same files, complete at any moment, and no lost errors."""
 
 import contextlib
 import multiprocessing
@@ -71,7 +71,9 @@ def slow(monkeypatch, seconds=0.2, fail=0):
     return calls
 
 
-def test_the_same_checkpoints_from_one_thread_beside(data, tmp_path, uninterrupted, monkeypatch):
+def test_a_background_thread_writes_the_same_checkpoints(
+    data, tmp_path, uninterrupted, monkeypatch
+):
     """The weights change while a checkpoint is written: it holds those of its step."""
     threads, background = slow(monkeypatch), []
     start(data, tmp_path, OPTIONS, on_event=lambda event: background.append(threads["now"]))
@@ -165,7 +167,7 @@ def test_the_writer():
     writer.submit(fail)
     with pytest.raises(InputError, match="full"):
         writer.wait()
-    writer.wait()  # told once
+    writer.wait()  # raised only once
     writer.submit(fail)
     while writer.job is not None and not writer.job.done():
         time.sleep(0.01)

@@ -84,7 +84,7 @@ def test_the_best_is_the_lowest_of_the_curve(data, uninterrupted, tmp_path):
     assert not torch.equal(tensors["mix.weight"], last.state_dict()["mix.weight"])
 
 
-def test_a_finished_training_can_still_be_asked_for_its_best(data, uninterrupted):
+def test_a_finished_training_can_still_load_its_best(data, uninterrupted):
     run, _, result = uninterrupted
     model, reloaded = start(data, run, replace(OPTIONS, keep="best"))
     tensors, _ = load_tensors(run / "checkpoints" / f"best-{result.best_step:08d}")

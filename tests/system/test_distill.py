@@ -92,7 +92,7 @@ def test_the_loss_is_the_formula_on_logits(kind) -> None:
 
 
 def test_its_own_samples() -> None:
-    """Answers are drawn anew from the student, after the first question alone."""
+    """The student samples new answers, after only the first question."""
     game = objective(DistillOptions(on_policy_fraction=1.0, max_new_tokens=5))
     game.trained.float(), game.teacher.float()
     (batch,) = game.next_batches(1)

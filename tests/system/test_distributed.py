@@ -179,7 +179,7 @@ def test_the_weights_left_are_those_of_one_process(one_process, two_processes):
         torch.testing.assert_close(shards[key], best[1][key], rtol=1e-4, atol=1e-5)
 
 
-def test_one_process_told_to_stop_stops_all_and_others_continue(
+def test_an_interrupt_of_one_process_stops_all_and_others_continue(
     one_process, two_processes, four_processes
 ):
     for parallel in ("ddp", "fsdp"):

@@ -88,11 +88,11 @@ def test_nothing_of_a_document_reaches_the_next():
     changed[0, 3] = changed[0, 3] % (tiny_run.VOCAB - 1) + 1
     net = model().eval()
     with torch.no_grad():
-        one, two = (net(x, cu_seqlens=offsets).logits for x in (ids, changed))
+        first, second = (net(x, cu_seqlens=offsets).logits for x in (ids, changed))
         leaking = net(changed).logits[0, 9:]
-    assert torch.equal(one[0, 9:], two[0, 9:]) and torch.equal(one[1], two[1])
-    assert not torch.equal(one[0, 3:9], two[0, 3:9])
-    assert not torch.allclose(leaking, one[0, 9:], atol=1e-5)
+    assert torch.equal(first[0, 9:], second[0, 9:]) and torch.equal(first[1], second[1])
+    assert not torch.equal(first[0, 3:9], second[0, 3:9])
+    assert not torch.allclose(leaking, first[0, 9:], atol=1e-5)
 
 
 def test_windows_without_a_boundary_take_the_plain_path(tmp_path):

@@ -91,8 +91,8 @@ def logp(model: CausalLM, answer: Example) -> torch.Tensor:
     """The log-probability of an answer, one sequence at a time, from its logits in float64."""
     ids = torch.tensor(answer.ids.tolist())
     logits = model(ids[None]).logits[0].double().log_softmax(-1)
-    learnt = torch.tensor(answer.loss_mask.tolist()).nonzero()[:, 0]
-    return logits[learnt - 1, ids[learnt]].sum()
+    positions = torch.tensor(answer.loss_mask.tolist()).nonzero()[:, 0]
+    return logits[positions - 1, ids[positions]].sum()
 
 
 def naive(model, reference, terms: DpoOptions, examples) -> torch.Tensor:
@@ -158,8 +158,8 @@ def test_a_step_counts_pairs_and_tokens() -> None:
     trained = objective(TERMS["sigmoid"], batch_size=3)
     batches = trained.next_batches(9)
     assert [trained.num_items(batch) for batch in batches] == [3, 2]
-    learnt = sum(answer.num_loss_tokens for pair in PAIRS for answer in pair.answers)
-    assert sum(trained.tokens(batch) for batch in batches) == learnt
+    tokens = sum(answer.num_loss_tokens for pair in PAIRS for answer in pair.answers)
+    assert sum(trained.tokens(batch) for batch in batches) == tokens
     for batch in batches:
         trained.loss(batch, 5)
     scalars = trained.scalars([trained.measurements()])
@@ -301,7 +301,7 @@ def test_before_the_first_update_policy_and_reference_are_equal(
 
 
 @pytest.mark.parametrize("loss", ["sigmoid", "kto"])
-def test_the_better_answer_is_learnt(base, tmp_path, loss) -> None:
+def test_the_model_learns_the_better_answer(base, tmp_path, loss) -> None:
     rows = write(tmp_path / "pairs.jsonl", polite_pairs(60))
     changes = {"epochs": 4, "lr": 5e-3, "sample_at": (0.0, 1.0), "sample_tokens": 8}
     stage = options(data=(rows,), loss_type=loss, **changes)

@@ -67,18 +67,18 @@ def test_combined() -> None:
     np.testing.assert_allclose(combine_scores(scores, "uwo", 0.0), combine_scores(scores, "mean"))
 
 
-def test_the_models_are_asked_one_by_one(rewards) -> None:
+def test_the_models_score_one_by_one(rewards) -> None:
     models = [RewardModel.from_pretrained(folder) for folder in rewards]
     sequences = [[5, 6, 7], [8], [9, 10]]
-    each = np.array([model.score(sequences).tolist() for model in models])
-    assert len(set(each[:, 0])) == 3
+    scores = np.array([model.score(sequences).tolist() for model in models])
+    assert len(set(scores[:, 0])) == 3
     got, spread = RewardEnsemble(models, "min", 0.1).score(sequences)
-    np.testing.assert_allclose(got, each.min(0))
-    np.testing.assert_allclose(spread, each.std(0))
-    one = RewardEnsemble(models[:1], "mean", 0.1)
-    assert one.identity() == RewardEnsemble(models[:1], "mean", 0.7).identity()
+    np.testing.assert_allclose(got, scores.min(0))
+    np.testing.assert_allclose(spread, scores.std(0))
+    single = RewardEnsemble(models[:1], "mean", 0.1)
+    assert single.identity() == RewardEnsemble(models[:1], "mean", 0.7).identity()
     several = [RewardEnsemble(models, how, 0.1).identity() for how in ("mean", "min", "uwo")]
-    assert several[0][:2] == one.identity() and len({tuple(x) for x in several}) == 3
+    assert several[0][:2] == single.identity() and len({tuple(x) for x in several}) == 3
     assert RewardEnsemble(models, "uwo", 0.2).identity() != several[2]
 
 

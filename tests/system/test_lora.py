@@ -79,8 +79,8 @@ def test_it_begins_as_the_base_and_learns_only_the_adapters(model) -> None:
     trained(model)
     model(IDS, labels=IDS).loss.backward()
     names = {name for name, p in model.named_parameters() if p.grad is not None}
-    learnt = {name for name, p in model.named_parameters() if p.requires_grad}
-    assert names == learnt == {n for n, _ in model.named_parameters() if "lora_" in n}
+    trainable = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert names == trainable == {n for n, _ in model.named_parameters() if "lora_" in n}
     assert len(names) == 2 * 7 * 2 and all(
         bool(p.grad.any()) for p in model.parameters() if p.requires_grad
     )
@@ -195,7 +195,7 @@ def gradients(model: CausalLM) -> dict[str, Tensor]:
 @pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize("format", ["w4a16", "w8a16", "w4a8", "w8a8"])
 def test_gradients_through_a_quantized_base(format, symmetric, first) -> None:
-    """QLoRA: as those beside the dequantized weights in float32."""
+    """QLoRA: the same as with dequantized weights in float32."""
     model = model_of()
     small = {"group_size": 32, "embeddings": 16, "head": 16, "symmetric": symmetric}
     if first == "adapters":
@@ -398,11 +398,17 @@ def test_refused_tensors(adapter, saved) -> None:
     from safetensors.torch import load_file, save_file
 
     file = adapter / "adapter_model.safetensors"
-    whole = load_file(file)
-    name = next(n for n in whole if "lora_B" in n)
+    saved_tensors = load_file(file)
+    name = next(n for n in saved_tensors if "lora_B" in n)
     for tensors, message in (
-        ({k: v for k, v in whole.items() if k != name}, "expected lora_A and lora_B, got lora_A"),
-        ({**whole, "lm_head.weight": torch.zeros(2, 2)}, "lm_head.weight: expected lora_A.weight"),
+        (
+            {k: v for k, v in saved_tensors.items() if k != name},
+            "expected lora_A and lora_B, got lora_A",
+        ),
+        (
+            {**saved_tensors, "lm_head.weight": torch.zeros(2, 2)},
+            "lm_head.weight: expected lora_A.weight",
+        ),
         ({name: torch.zeros(2, dtype=torch.int64)}, "expected one of F32, BF16, F16, F64, got I64"),
         ({}, "expected the matrices of an adapter, got no tensor"),
     ):
@@ -470,8 +476,8 @@ def talker(base, tmp_path_factory) -> Path:
 
 @pytest.mark.parametrize("kind", ["merged", "adapter", "4-bit"])
 def test_a_model_learns_to_answer_by_its_adapters(talker, data, tmp_path, kind) -> None:
-    given = {"adapter": {"merge": False}, "4-bit": {"base_bits": 4, "base_group_size": 32}}
-    stage = options(data=(data,), **LORA, **given.get(kind, {}))
+    changes = {"adapter": {"merge": False}, "4-bit": {"base_bits": 4, "base_group_size": 32}}
+    stage = options(data=(data,), **LORA, **changes.get(kind, {}))
     result = stage(tmp_path / "sft", model=talker)
     folder = tmp_path / "sft" / "model"
     assert answers(folder) == [f"{answer}<|im_end|>" for answer in QUESTIONS.values()]
@@ -486,10 +492,10 @@ def test_a_model_learns_to_answer_by_its_adapters(talker, data, tmp_path, kind) 
         assert done.exit_code == 0 and "Four, I think." in done.output
 
 
-@pytest.mark.parametrize("given", [{}, {"lora_dropout": 0.2}, {"base_bits": 4, "merge": False}])
+@pytest.mark.parametrize("changes", [{}, {"lora_dropout": 0.2}, {"base_bits": 4, "merge": False}])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_it_resumes_to_the_same_bits(base, data, tmp_path, given, dtype) -> None:
-    stage = options(data=(data,), epochs=4, lora_rank=4, dtype=dtype, save_steps=3, **given)
+def test_it_resumes_to_the_same_bits(base, data, tmp_path, changes, dtype) -> None:
+    stage = options(data=(data,), epochs=4, lora_rank=4, dtype=dtype, save_steps=3, **changes)
     stage(tmp_path / "whole", model=base)
 
     class Cut(Exception):
@@ -534,9 +540,9 @@ def test_what_is_kept_of_a_quantized_base_is_said(base, tmp_path, format, bits, 
     model = options.load_trained(source, dtype="float32", seed=0, warn=warnings.append)
     assert len(warnings) == len(lines) and all(map(str.startswith, warnings, lines))
     layers = {m.base_layer for m in lora_layers(model).values()}
-    found = {(m.bits, m.act_bits) for m in layers if isinstance(m, QuantizedLinear)}
+    actual = {(m.bits, m.act_bits) for m in layers if isinstance(m, QuantizedLinear)}
     expected = int(format[1]) if format else bits
-    assert found == (set() if bits == 16 else {(expected, 16)})
+    assert actual == (set() if bits == 16 else {(expected, 16)})
     assert model.model.embed_tokens.act_bits == 16 if format and bits < 16 else True
 
 

@@ -106,7 +106,7 @@ def test_a_skipped_step_moves_nothing(data, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("at", [7, 10])
 def test_the_window_is_resumed(data, tmp_path, monkeypatch, at):
-    """Cut off before the spike, a run finds it as the whole run does, and goes on to its bits."""
+    """A run that is interrupted before the spike detects it and continues to the same bits."""
     broken_at(monkeypatch, BAD)
     options = replace(OPTIONS, on_spike="skip")
 

@@ -165,7 +165,7 @@ def test_answers_share_their_prompt(window) -> None:
     torch.testing.assert_close(shared, [mask, logp, grads], rtol=1e-4, atol=1e-5)
 
 
-# ---- what is learnt
+# ---- training
 
 
 def one_step_game(kind: str, tmp_path, steps: int) -> tuple[Tensor, Tensor]:
@@ -216,7 +216,7 @@ COPY = [[BOS, word] for word in range(2, WORDS)]
 
 @pytest.mark.parametrize("kind", ["ppo", "dapo", "rloo"])
 def test_a_policy_learns_to_copy_and_to_stop(kind, tmp_path) -> None:
-    """The end token is the pad token (SmolLM2-Instruct), and yet is learnt."""
+    """The model learns its end token although it is the pad token (SmolLM2-Instruct)."""
     rules = replace(
         RULES,
         prompts_per_round=6,
@@ -354,7 +354,7 @@ def test_a_step_does_not_depend_on_its_micro_batches(kind) -> None:
             torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
 
 
-def test_every_answer_is_learnt_once_per_pass_and_every_prompt_once_per_epoch() -> None:
+def test_every_completion_once_per_iteration_and_every_prompt_once_per_epoch() -> None:
     game = objective("dapo")
     rounds = []
     for _ in range(4):
@@ -642,7 +642,7 @@ def test_the_kl_coefficient_follows_its_target() -> None:
         assert game.next_beta == pytest.approx(0.4 * (1 + (factor - 1) * 12 / 120), rel=1e-5)
 
 
-def test_missing_ends() -> None:
+def test_completions_without_an_end_token() -> None:
     for kind in ("ppo", "grpo"):
         game = objective(kind, replace(RULES, missing_eos_penalty=-7.0, num_generations=8))
         game.next_batches(1)

@@ -142,10 +142,10 @@ def sft_trainer(model, folder, *, lora=None, trainer=None, **options):
 
 def sft_losses(model, folder, *, lora=False, **options):
     trainer = sft_trainer(model, folder, lora=LORA if lora else None, **options)
-    found = losses(trainer)
+    values = losses(trainer)
     trained = [n for n, p in trainer.model.named_parameters() if p.requires_grad]
     assert all("lora" in n for n in trained) == lora
-    return found
+    return values
 
 
 @pytest.mark.parametrize("mode", ["plain", "lora"])

@@ -82,16 +82,16 @@ def naive(model: RewardModel, margins: bool) -> torch.Tensor:
     model = model.double()
     losses = []
     for row in ROWS:
-        found = []
+        scores = []
         for answer in row.answers:
             ids = torch.tensor([answer.ids.tolist()])
-            found.append((model.trunk.hidden(ids)[0, -1] * model.head.weight[0]).sum())
-        if len(found) == 2:
+            scores.append((model.trunk.hidden(ids)[0, -1] * model.head.weight[0]).sum())
+        if len(scores) == 2:
             margin = row.margin or 0.0 if margins else 0.0
-            losses.append(-torch.sigmoid(found[0] - found[1] - margin).log())
+            losses.append(-torch.sigmoid(scores[0] - scores[1] - margin).log())
         else:
-            for best in range(len(found) - 1):
-                rest = torch.stack(found[best:])
+            for best in range(len(scores) - 1):
+                rest = torch.stack(scores[best:])
                 losses.append(-(rest[0].exp() / rest.exp().sum()).log())
     assert len(losses) == 1 + 2 + 1 + 4 + 1
     return torch.stack(losses).mean()
@@ -210,7 +210,9 @@ def test_a_calibration_error_is_compared_with_that_of_a_calibrated_model() -> No
     rng = np.random.default_rng(0)
 
     def drawn(n: int, sharpness: float = 1.0) -> dict:
-        """Pairs that are right with the predicted probability, told with another sharpness."""
+        """Return the calibration of pairs that are right with the predicted probability, at another
+        sharpness.
+        """
         margins = np.abs(rng.normal(0, 1.5, n))
         right = rng.random(n) < 1 / (1 + np.exp(-margins))
         return calibration(sharpness * np.where(right, margins, -margins))
@@ -253,7 +255,7 @@ def test_standard_errors() -> None:
 # ---- training
 
 
-def test_the_better_answer_is_learnt(trained, base) -> None:
+def test_the_model_learns_the_better_answer(trained, base) -> None:
     out, result, events = trained
     assert result["metrics"]["val_accuracy"] > 0.9 and result["metrics"]["val_margin"] > 0.5
     first = next(e for e in events if "loss" in e)

@@ -140,7 +140,7 @@ def test_loss_and_gradient_do_not_depend_on_the_packing(model) -> None:
             torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
 
 
-def test_the_loss_is_the_mean_over_learnt_tokens(model) -> None:
+def test_the_loss_is_the_mean_over_loss_tokens(model) -> None:
     nll, count = 0.0, 0
     for e in EXAMPLES:
         logp = model(torch.tensor([e.ids.tolist()])).logits[0].detach().float().log_softmax(-1)
@@ -193,7 +193,7 @@ def test_an_epoch_takes_sources_by_their_weights(model) -> None:
         assert len(set(firsts[7:])) == 3 and min(firsts[7:]) > 3
         subsets.add(tuple(firsts[7:]))
         assert objective.scalars([objective.measurements()])["epoch"] == epoch + 1
-    assert len(subsets) > 3  # a source's share is drawn anew
+    assert len(subsets) > 3  # each epoch takes another subset of a source
     objective.next_batches(1)
     state, ahead = objective.state_dict(), objective.next_batches(2)
     objective.load_state_dict(state)
@@ -329,7 +329,7 @@ def test_another_model_is_another_training(base, data, tmp_path) -> None:
         stage(tmp_path / "sft", model=other)
 
 
-def test_held_out_conversations_are_not_learnt(base, tmp_path) -> None:
+def test_held_out_conversations_are_not_trained_on(base, tmp_path) -> None:
     rows = [
         {"prompt": f"count to {i}", "completion": f"{how} to {i}", "id": f"{how} {i}"}
         for how in ("one", "two")
@@ -343,14 +343,14 @@ def test_held_out_conversations_are_not_learnt(base, tmp_path) -> None:
         sample_tokens=5,
     )  # fmt: skip
     result = stage(tmp_path / "sft", model=base, on_event=events.append)
-    learnt = [row for row in rows if hash_fraction(parse_conversation(row)) >= 0.3]
-    assert result["conversations"] == len(learnt) == 120 - result["heldout"]
+    training = [row for row in rows if hash_fraction(parse_conversation(row)) >= 0.3]
+    assert result["conversations"] == len(training) == 120 - result["heldout"]
     assert 10 < result["heldout"] < 70
-    assert len(learnt) == 2 * len({row["prompt"] for row in learnt})  # a prompt is on one side
+    assert len(training) == 2 * len({row["prompt"] for row in training})  # a prompt is on one side
     tokenizer = Tokenizer.load(base)
-    tokens = sum(len(tokenizer.encode(row["completion"])) + 1 for row in learnt)
+    tokens = sum(len(tokenizer.encode(row["completion"])) + 1 for row in training)
     assert result["tokens"] == result["loss_tokens"] == tokens
-    assert result["steps"] == -(-len(learnt) // 2)
+    assert result["steps"] == -(-len(training) // 2)
     losses = [e["val_loss"] for e in events if "val_loss" in e]
     assert len(losses) == 3 and losses[-1] < losses[0]
     assert len([e for e in events if "sample" in e]) == 1
@@ -395,8 +395,8 @@ def test_long_rows_are_counted(base, tmp_path, how) -> None:
     assert result["counts"] == counts and result["conversations"] == conversations
     assert result["rows_read"] == 3 and result["prompt"] in ("short", "z")  # one that leaves room
     tokenizer = Tokenizer.load(base)
-    learnt = len(tokenizer.encode("yes")) + 1
-    assert result["loss_tokens"] >= learnt and (how != "skip" or result["loss_tokens"] == learnt)
+    tokens = len(tokenizer.encode("yes")) + 1
+    assert result["loss_tokens"] >= tokens and (how != "skip" or result["loss_tokens"] == tokens)
 
 
 def test_nothing_to_learn(base, tmp_path) -> None:

@@ -25,7 +25,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 @pytest.fixture(scope="module")
 def teacher(tmp_path_factory) -> Path:
-    """A model of a tokenizer of its own that has learnt to answer and to end."""
+    """A model with another tokenizer, trained to answer and to end its answers."""
     folder = tmp_path_factory.mktemp("teacher")
     text = " ".join(["what is please system user assistant\n", *WORDS])
     tokenizer = Tokenizer.train([text * 5], 340)
@@ -177,7 +177,7 @@ def test_without_a_teacher(stage, student, tmp_path) -> None:
         stage(tmp_path / "out", model=student)
 
 
-def test_the_teacher_is_asked_in_its_own_template(stage, teacher, student, tmp_path) -> None:
+def test_the_teacher_uses_its_own_template(stage, teacher, student, tmp_path) -> None:
     """Also where the student gets another one."""
     template = tmp_path / "other.jinja"
     template.write_text(

@@ -72,11 +72,11 @@ def test_the_formula_on_logits(k, softcap, monkeypatch) -> None:
         z = h @ w.T
         z = z if softcap is None else softcap * torch.tanh(z / softcap)
         logs = (z / 1.7).log_softmax(-1)
-        named = torch.zeros(9, 23, dtype=torch.bool).scatter(1, ids, True)
+        is_stored = torch.zeros(9, 23, dtype=torch.bool).scatter(1, ids, True)
         s = logs.gather(1, ids)
         kl = (top.exp() * (top - s)).sum(-1)
         if k < 23:
-            s_rest = logs.masked_fill(named, -torch.inf).logsumexp(-1)
+            s_rest = logs.masked_fill(is_stored, -torch.inf).logsumexp(-1)
             kl = kl + rest.exp() * (rest - s_rest)
         return kl
 

@@ -50,8 +50,8 @@ def expected(run: Path) -> list[tuple[int, str, float]]:
     )
 
 
-def shown(folder: Path) -> tuple[list[tuple[int, str, float]], list[str]]:
-    """What TensorBoard shows of its files: numbers and texts."""
+def events_of(folder: Path) -> tuple[list[tuple[int, str, float]], list[str]]:
+    """Return the numbers and texts that TensorBoard reads from its files."""
     board = EventAccumulator(str(folder), size_guidance={"scalars": 0, "tensors": 0})
     board.Reload()
     numbers = [
@@ -77,10 +77,10 @@ def die(data: Path, run: Path) -> None:
 
 def test_tensorboard_shows_each_step_once_after_a_kill(data, tmp_path) -> None:
     die(data, tmp_path)
-    before = shown(tmp_path / "tensorboard")[0]
+    before = events_of(tmp_path / "tensorboard")[0]
     assert {step for step, name, _ in before if name == "loss"} == set(range(1, 8))
     start(data, tmp_path, BOARD)
-    numbers, texts = shown(tmp_path / "tensorboard")
+    numbers, texts = events_of(tmp_path / "tensorboard")
     assert numbers == expected(tmp_path)
     assert texts == [line["sample"] for line in lines(tmp_path) if "sample" in line]
     files = {p.name for p in (tmp_path / "tensorboard").iterdir()}
@@ -91,11 +91,11 @@ def test_tensorboard_shows_each_step_once_after_a_kill(data, tmp_path) -> None:
 def test_a_tracker_can_join_later(data, tmp_path) -> None:
     start(data, tmp_path, replace(OPTIONS, max_steps=8))
     start(data, tmp_path, replace(BOARD, max_steps=12))
-    assert shown(tmp_path / "tensorboard")[0] == expected(tmp_path)
+    assert events_of(tmp_path / "tensorboard")[0] == expected(tmp_path)
     # and be off for a while
     start(data, tmp_path, replace(OPTIONS, max_steps=16))
     start(data, tmp_path, replace(BOARD, max_steps=20))
-    numbers, texts = shown(tmp_path / "tensorboard")
+    numbers, texts = events_of(tmp_path / "tensorboard")
     assert numbers == expected(tmp_path)
     assert texts == [line["sample"] for line in lines(tmp_path) if "sample" in line]
 

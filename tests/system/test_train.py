@@ -444,7 +444,7 @@ def test_full_disk_leaves_the_last_checkpoint(data, tmp_path, monkeypatch):
     assert list_checkpoints(tmp_path)[-1].name == "step-00000010"
 
 
-def test_another_run_is_told_by_its_options_and_not_by_hashes():
+def test_another_run_is_described_by_its_options_and_not_by_hashes():
     saved = {"lr": 0.1, "heldout": "e3b0", "data": "77aa", "loss": "sigmoid"}
     now = {**saved, "heldout": "0c11", "loss": "kto", "weight": 2.0}
     assert (

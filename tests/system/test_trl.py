@@ -1,5 +1,5 @@
-"""SFT, KTO, GRPO and RLOO beside TRL's trainers on the same tokens, scores and weights: loss and
-gradient are TRL's, in other micro-batches. DPO: test_dpo.py, PPO: test_trl_ppo.py.
+"""Compare SFT, KTO, GRPO and RLOO with TRL's trainers on the same tokens, scores and weights: loss
+and gradient are TRL's, in other micro-batches. DPO: test_dpo.py, PPO: test_trl_ppo.py.
 """
 
 from collections.abc import Sequence
@@ -105,7 +105,7 @@ MARKED = (
 
 
 def test_sft_on_the_assistants_tokens(base, tmp_path) -> None:
-    """The same tokens are learnt, and the same loss and gradient come of them."""
+    """The same tokens have a loss, and the loss and the gradient are the same."""
     import datasets
     import trl
 

@@ -32,7 +32,7 @@ class Round:
     """
 
     def __init__(self, name: str):
-        self.found: dict[str, Any] = ROUNDS[name]
+        self.values: dict[str, Any] = ROUNDS[name]
         self.last = self["sequence_lengths"].long()
         places = torch.arange(self["logprobs"].shape[1])
         self.mask = places <= self.last[:, None]
@@ -42,7 +42,7 @@ class Round:
         assert self.full.any() and not self.full.all()
 
     def __getitem__(self, name: str) -> Tensor:
-        return torch.tensor(self.found[name], dtype=torch.float64)
+        return torch.tensor(self.values[name], dtype=torch.float64)
 
 
 def close(actual: Tensor, expected: Tensor) -> None:
@@ -50,12 +50,12 @@ def close(actual: Tensor, expected: Tensor) -> None:
     torch.testing.assert_close(actual.double(), expected.double(), rtol=2e-5, atol=2e-6)
 
 
-def at(x: Tensor, places: Tensor) -> Tensor:
-    return x.gather(1, places[:, None])[:, 0]
+def at(x: Tensor, positions: Tensor) -> Tensor:
+    return x.gather(1, positions[:, None])[:, 0]
 
 
 def shrunk(mask: Tensor, actual: Tensor) -> Tensor:
-    """``found``, whitened with the biased variance, as with the unbiased one of TRL."""
+    """Return ``actual``, whitened with the biased variance, as with the unbiased one of TRL."""
     count = int(mask.sum())
     mean = actual[mask].mean()
     return torch.where(mask, mean + (actual - mean) * ((count - 1) / count) ** 0.5, 0.0)
@@ -64,10 +64,10 @@ def shrunk(mask: Tensor, actual: Tensor) -> Tensor:
 def test_rewards(name) -> None:
     """The same KL per token. TRL adds the score one position later, where there is one."""
     r = Round(name)
-    kl = losses.kl_penalty(r["logprobs"], r["ref_logprobs"], r.found["kl_estimator"], mask=r.mask)
+    kl = losses.kl_penalty(r["logprobs"], r["ref_logprobs"], r.values["kl_estimator"], mask=r.mask)
     rewards = -OPTIONS["kl_coef"] * kl
     rewards[torch.arange(len(r.end)), r.end] += r["scores"]
-    theirs = r["rewards_before" if r.found["whiten_rewards"] else "rewards"]
+    theirs = r["rewards_before" if r.values["whiten_rewards"] else "rewards"]
     close(rewards, theirs)
 
 
@@ -75,7 +75,7 @@ def test_whitening(name) -> None:
     """The same but for the variance. Whitened rewards keep their mean (conventions 2 and 3)."""
     r = Round(name)
     close(shrunk(r.mask, losses.whiten(r["advantages"], r.mask)), r["whitened_advantages"])
-    if r.found["whiten_rewards"]:
+    if r.values["whiten_rewards"]:
         actual = losses.whiten(r["rewards_before"], r.later, shift_mean=False)
         close(shrunk(r.later, actual), r["rewards"])
         close(r["rewards"][r.later].mean(), r["rewards_before"][r.later].mean())
@@ -95,7 +95,7 @@ def test_the_estimate_of_a_round_differs_by_one_position(name) -> None:
     then has gamma V' + gamma lam (score - V') in place of the score, where there is room.
     """
     r = Round(name)
-    if r.found["whiten_rewards"]:
+    if r.values["whiten_rewards"]:
         return  # over other positions, thus with another mean and variance
     gamma, lam = OPTIONS["gamma"], OPTIONS["lam"]
     policy = CausalLM(config(16), seed=0)
@@ -119,7 +119,7 @@ def test_the_estimate_of_a_round_differs_by_one_position(name) -> None:
 def test_an_answer_without_an_end(name) -> None:
     """Convention 6: TRL subtracts a number from its score, `missing_eos_penalty` replaces it."""
     r = Round(name)
-    ended = torch.tensor(r.found["ended"])
+    ended = torch.tensor(r.values["ended"])
     assert ended.any() and not ended.all()
     used = torch.where(ended, 0.0, OPTIONS["missing_eos_penalty"])
     close(r["scores_of_model"] - used, r["scores"])
@@ -130,7 +130,7 @@ def test_an_answer_without_an_end(name) -> None:
         value_model=build_value_model(policy, shared=True),
     )  # fmt: skip
     answers = [
-        Completion([1], finish_reason="stop" if end else "length") for end in r.found["ended"]
+        Completion([1], finish_reason="stop" if end else "length") for end in r.values["ended"]
     ]
     ours = torch.tensor(trained._score(trained.score, range(len(answers)), answers))
     close(ours, torch.where(ended, r["scores_of_model"], -0.5))
@@ -141,7 +141,7 @@ def test_losses_and_gradients_of_the_updates(name) -> None:
     Policy losses are over the answers' tokens, value losses over one position more.
     """
     r = Round(name)
-    updates = r.found["updates"]
+    updates = r.values["updates"]
     assert len(updates) == 4
     for update in updates:
         rows = update["rows"]
@@ -173,7 +173,7 @@ def test_losses_and_gradients_of_the_updates(name) -> None:
 def test_a_step_is_a_mean_over_its_tokens(name) -> None:
     """TRL's is the mean of its micro-batches' means, which weights tokens by their micro-batch."""
     r = Round(name)
-    parts = r.found["updates"][:2]  # one step of TRL
+    parts = r.values["updates"][:2]  # one step of TRL
     counts = [int(r.mask[part["rows"]].sum()) for part in parts]
     actual = sum(
         losses.ppo_policy_loss(

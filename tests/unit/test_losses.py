@@ -509,7 +509,7 @@ REFUSED = {
     ),
     "estimator: expected k1 or k2 or k3, got 'k4'": lambda: losses.kl_penalty(ONES, ONES, "k4"),
     "loss_type: expected sigmoid or ipo or hinge, got 'orpo'": lambda: losses.dpo_loss(
-        *torch.ones(4, 2), kind="orpo"
+        *torch.ones(4, 2), loss_type="orpo"
     ),
     "mask: expected x's shape (2, 3), got (2, 4)": lambda: losses.aggregate(ONES, torch.ones(2, 4)),
     "rewards[1]: expected a finite number, got nan": lambda: losses.rloo_advantages(
