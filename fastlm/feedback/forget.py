@@ -373,16 +373,16 @@ def descendants(registry: Registry, content_ids: Iterable[str]) -> list[RunRecor
     Data that still exists was searched itself: only its earlier content, in ``content_ids``,
     counts. A tokenizer learned words from the text; a text that it only splits does not count.
     """
-    ids, found, before = set(content_ids), {}, -1
-    while len(found) > before:
-        before = len(found)
+    ids, records, before = set(content_ids), {}, -1
+    while len(records) > before:
+        before = len(records)
         for record in registry.records:
-            if record.id not in found and ids & {*record.input_ids()}:
-                found[record.id] = record
+            if record.id not in records and ids & {*record.input_ids()}:
+                records[record.id] = record
                 searched = record.state != GONE and DATA & record.ids.keys()
                 if not searched and "tokenizer" not in record.ids:
                     ids |= {*record.output_ids()}
-    return [record for record in registry.records if record.id in found]
+    return [record for record in registry.records if record.id in records]
 
 
 def _retrain_command(record: RunRecord) -> str | None:

@@ -68,9 +68,10 @@ raters.json."""
 
     def digest_inputs(self, input_digest: InputDigest) -> Any:
         rows = [
-            input_digest.hash_tree(one) if is_export(one) else _digest(one) for one in self.database
+            input_digest.hash_tree(name) if is_export(name) else _digest(name)
+            for name in self.database
         ]
-        files = [input_digest.hash_tree(one) for one in self.decontaminate if _is_file(one)]
+        files = [input_digest.hash_tree(name) for name in self.decontaminate if _is_file(name)]
         return [rows, files, sorted(forgotten_keys([input_digest.folder]))]
 
     def run(self, ctx: StageContext) -> dict[str, Any]:
@@ -118,7 +119,7 @@ raters.json."""
                 questions += [(Path(name).name, p.messages[-1]["content"]) for p in prompts]
             elif sets:
                 questions += [
-                    (one, text) for one in sets for text in TEXTS[one](SafetySets(ctx.cache_dir))
+                    (key, text) for key in sets for text in TEXTS[key](SafetySets(ctx.cache_dir))
                 ]
             else:
                 rest.append(name)
@@ -149,14 +150,14 @@ raters.json."""
     def report(self, ctx: StageContext, result: Mapping[str, Any]) -> ReportSection:
         funnel = Funnel.load(ctx.out)
         raters = result["raters"]
-        kept = sum(step["documents"] for step in funnel.steps[-len(PARTS) :])
+        remaining = sum(step["documents"] for step in funnel.steps[-len(PARTS) :])
         return ReportSection(
             "User feedback, and what is left of it after each step",
             f"The steps count feedback items (thumbs, picks, corrections). {raters['excluded']:,}"
             f" of {raters['total']:,} raters disagree with the others and were excluded."
             f" {raters['without_overlap']:,} raters have no answer in common with another rater, so"
             " that their agreement is unknown.",
-            cards=[(f"{kept:,}", "feedback items")],
+            cards=[(f"{remaining:,}", "feedback items")],
             template="data.html.jinja",
             values=funnel_values(funnel),
         )

@@ -65,27 +65,27 @@ def now() -> str:
 
 def read_response(row: Any, name: str) -> StoredResponse:
     """Read a row of `RESPONSES` in the database ``name``. InputError names row and column."""
-    where = f"{name}: {RESPONSES.name} {row.response_id!r:.140}: "
+    prefix = f"{name}: {RESPONSES.name} {row.response_id!r:.140}: "
 
     def check_messages(messages: Any, column: str) -> list[Message]:
-        return [message for _, message in parse_messages(messages, where + column)]
+        return [message for _, message in parse_messages(messages, prefix + column)]
 
-    response = _read(row, StoredResponse, where)
+    response = _read(row, StoredResponse, prefix)
     choices = [check_messages(c, f"choices[{i}]") for i, c in enumerate(response.choices)]
     return replace(response, prompt=check_messages(response.prompt, "prompt"), choices=choices)
 
 
 def read_feedback(row: Any, name: str) -> Feedback:
     """Read a row of `FEEDBACK`. InputError names row and column."""
-    where = f"{name}: {FEEDBACK.name} {row.id!r:.40}: "
-    metrics = [list(item) for item in read_metrics(row.metrics, where).items()]
-    return _read(row, Feedback, where, metrics=metrics)
+    prefix = f"{name}: {FEEDBACK.name} {row.id!r:.40}: "
+    metrics = [list(item) for item in read_metrics(row.metrics, prefix).items()]
+    return _read(row, Feedback, prefix, metrics=metrics)
 
 
-def read_metrics(text: Any, where: str) -> dict[str, float]:
+def read_metrics(text: Any, prefix: str) -> dict[str, float]:
     """Return the numbers that feedback gives, by name."""
-    values = _load_json(text, f"{where}metrics")
-    return validate(values or {}, dict[str, Finite], f"{where}metrics.")
+    values = _load_json(text, f"{prefix}metrics")
+    return validate(values or {}, dict[str, Finite], f"{prefix}metrics.")
 
 
 def read_rating(row: Any, name: str) -> Rating:
@@ -93,33 +93,33 @@ def read_rating(row: Any, name: str) -> Rating:
     return _read(row, Rating, f"{name}: {RATINGS.name} {row.name!r:.80}: ")
 
 
-def read_time(value: Any, where: str) -> float:
+def read_time(value: Any, column: str) -> float:
     """Return the seconds since 1970 of a time in ISO 8601."""
     try:
         return datetime.fromisoformat(value).timestamp()
     except (TypeError, ValueError, OverflowError):
-        raise InputError(f"{where}: expected a time as ISO 8601, got {value!r:.80}") from None
+        raise InputError(f"{column}: expected a time as ISO 8601, got {value!r:.80}") from None
 
 
-def _read(row: Any, schema: Any, where: str, **parsed: Any) -> Any:
+def _read(row: Any, schema: Any, prefix: str, **parsed: Any) -> Any:
     """Read a row as a dataclass with the same names. ``parsed``: values of columns that were parsed
     already."""
     values = {}
     for name in (field.name for field in fields(schema)):
         value = parsed[name] if name in parsed else getattr(row, name)
         if name in JSON_COLUMNS and name not in parsed:
-            value = _load_json(value, where + name)
+            value = _load_json(value, prefix + name)
             if value is None and name == "preferred_over":
                 value = []
         # no column has bytes: an object is refused by every schema
         values[name] = {"bytes": show(value)} if isinstance(value, bytes) else value
-    return validate(values, schema, where.removesuffix(": "), extra="forbid")
+    return validate(values, schema, prefix.removesuffix(": "), extra="forbid")
 
 
-def _load_json(text: Any, where: str) -> Any:
+def _load_json(text: Any, column: str) -> Any:
     """Return the value of a JSON column."""
     if text is None:
         return None
     if not isinstance(text, str):
-        raise InputError(f"{where}: expected a string, got {show(text):.80}")
-    return parse(text, ANY, where)
+        raise InputError(f"{column}: expected a string, got {show(text):.80}")
+    return parse(text, ANY, column)

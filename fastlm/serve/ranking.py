@@ -135,9 +135,9 @@ class RankingStore(FeedbackStore):
     InputError, from every method: as `FeedbackStore`.
     """
 
-    def __init__(self, where: str | Path, *, create: bool = True, seed: int = 0):
+    def __init__(self, location: str | Path, *, create: bool = True, seed: int = 0):
         self.seed = seed
-        super().__init__(where, create=create)
+        super().__init__(location, create=create)
 
     # ---- items
 

@@ -42,9 +42,9 @@ def test_a_reader_that_keeps_the_text_in_the_log_is_told(tmp_path, monkeypatch):
         return any(b"Nobody knows" in file.read_bytes() for file in tmp_path.iterdir())
 
     with FeedbackStore(path) as store:
-        said = [{"role": "user", "content": "Nobody knows"}]
+        prompt = [{"role": "user", "content": "Nobody knows"}]
         store.add_response(
-            StoredResponse("r1", "tiny", said, [[{"role": "assistant", "content": "Yes"}]])
+            StoredResponse("r1", "tiny", prompt, [[{"role": "assistant", "content": "Yes"}]])
         )
         reader = sqlite3.connect(path, isolation_level=None)
         reader.execute("begin")
@@ -81,7 +81,7 @@ def filled(store):
     return store
 
 
-def built(database_url, out):
+def build_database(database_url, out):
     """Every row of a database."""
     options = BuildOptions(judge=0.0, test=0.0, min_rater_weight=0.0, max_rater_share=1.0, rules=())
     return build([str(database_url)], out, options=options, cache=out)
@@ -89,12 +89,12 @@ def built(database_url, out):
 
 def test_rows_to_train_on(database_url, tmp_path):
     with filled(FeedbackStore(database_url)) as store:
-        kept = store.responses()
-        assert kept["r1"].prompt == CLEAN and kept["r1"].conversation_id == "talk"
+        responses = store.responses()
+        assert responses["r1"].prompt == CLEAN and responses["r1"].conversation_id == "talk"
         assert store.all_feedback()[4].comment == "Mail <EMAIL>"
         assert store.counts()["responses"] == 2 and store.counts()["thumb"] == 6
 
-        done = built(database_url, tmp_path)
+        done = build_database(database_url, tmp_path)
         pairs = list(read_preferences([str(tmp_path / "train/preferences.jsonl")], cache=tmp_path))
         assert done.funnel.steps[0]["removed"] == {
             "a pick between answers to different prompts": 1,
@@ -122,31 +122,31 @@ def test_rows_to_train_on(database_url, tmp_path):
         assert [o.response_id for o in store.all_feedback()] == ["r2", "r2", "r3"]
         store.forget("r2")
         with pytest.raises(InputError, match="got none; 1 no consent to store the text"):
-            built(database_url, tmp_path / "none")
+            build_database(database_url, tmp_path / "none")
 
 
 def test_what_was_forgotten_is_not_stored_again(database_url, monkeypatch):
     answer = StoredResponse(
         "r1", "tiny", PROMPT, [[{"role": "assistant", "content": "Yes"}]], None, "talk"
     )
-    about = (
+    feedbacks = (
         Feedback("r1", thumb="up"), Feedback("r1", "talk", comment="Mine"), Feedback(None, "talk"),
         Feedback("r9", "talk", thumb="down"),
     )  # fmt: skip
     with FeedbackStore(database_url) as store:
         store.add_response(answer)
-        assert store.add(about[0]) == 1
+        assert store.add(feedbacks[0]) == 1
         assert store.forget("talk") == 2
-        assert [store.add(feedback) for feedback in about] == [None] * 4 and not store.add_response(
-            answer
-        )
+        assert [store.add(feedback) for feedback in feedbacks] == [
+            None
+        ] * 4 and not store.add_response(answer)
         assert not store.all_feedback() and store.add(Feedback("r2", "other", thumb="up"))
         # forgotten by another process in the middle
-        blocked, asked = store._is_forgotten, []
+        blocked, calls = store._is_forgotten, []
 
         def late(feedback):
-            asked.append(feedback)
-            if len(asked) == 2:
+            calls.append(feedback)
+            if len(calls) == 2:
                 with FeedbackStore(database_url) as other:
                     other.forget("r3")
             return blocked(feedback)
@@ -158,11 +158,11 @@ def test_what_was_forgotten_is_not_stored_again(database_url, monkeypatch):
 
 def test_a_conversation_takes_no_answer_of_another_along(database_url):
     """Feedback names the victim's answer and the attacker's conversation, who then withdraws."""
-    said = [[{"role": "assistant", "content": "Yes"}]]
+    choices = [[{"role": "assistant", "content": "Yes"}]]
     with FeedbackStore(database_url) as store:
-        store.add_response(StoredResponse("victims", "tiny", PROMPT, said, None, "theirs"))
-        store.add_response(StoredResponse("alone", "tiny", PROMPT, said))
-        store.add_response(StoredResponse("mine", "tiny", PROMPT, said, None, "talk"))
+        store.add_response(StoredResponse("victims", "tiny", PROMPT, choices, None, "theirs"))
+        store.add_response(StoredResponse("alone", "tiny", PROMPT, choices))
+        store.add_response(StoredResponse("mine", "tiny", PROMPT, choices, None, "talk"))
         for response in ("victims", "alone", "mine", "unknown"):
             store.add(Feedback(response, "talk", thumb="down"))
             store.add(Feedback(response, thumb="up"))
@@ -179,15 +179,15 @@ def test_a_conversation_takes_no_answer_of_another_along(database_url):
 
 
 def test_several_servers_write_at_once(database_url):
-    with FeedbackStore(database_url) as one, FeedbackStore(database_url) as other:
+    with FeedbackStore(database_url) as first, FeedbackStore(database_url) as other:
 
         def write(i):
-            (one, other)[i % 2].add(Feedback(f"r{i}", thumb="up"))
-            (one, other)[i % 2].add_response(StoredResponse("same", "tiny", PROMPT, []))
+            (first, other)[i % 2].add(Feedback(f"r{i}", thumb="up"))
+            (first, other)[i % 2].add_response(StoredResponse("same", "tiny", PROMPT, []))
 
         with ThreadPoolExecutor(8) as pool:
             list(pool.map(write, range(60)))
-        assert sorted(o.response_id for o in one.all_feedback()) == sorted(
+        assert sorted(o.response_id for o in first.all_feedback()) == sorted(
             f"r{i}" for i in range(60)
         )
         assert len(other.responses()) == 1
@@ -257,8 +257,8 @@ def test_over_http(database_url):
         serve_model(model, tokenizer, feedback=store) as (url, server),
     ):
         talk = {"messages": [{"role": "user", "content": "I am ann@mail.org"}]}
-        asked = {"model": "tiny", **talk, "max_tokens": 6, "temperature": 0}
-        first, second = (ask(url, asked).json() for _ in range(2))
+        request = {"model": "tiny", **talk, "max_tokens": 6, "temperature": 0}
+        first, second = (ask(url, request).json() for _ in range(2))
         assert first["id"] != second["id"] and not store.responses()
 
         def give(status=200, **fields):
@@ -266,24 +266,27 @@ def test_over_http(database_url):
             assert response.status_code == status, response.text
             return response.json()
 
-        made = give(response_id=first["id"], thumb="up", comment="I am ann@mail.org", rater="ann")
-        assert made["text_stored"] is False and store.all_feedback()[0].comment == "I am <EMAIL>"
+        result = give(response_id=first["id"], thumb="up", comment="I am ann@mail.org", rater="ann")
+        assert result["text_stored"] is False and store.all_feedback()[0].comment == "I am <EMAIL>"
         assert not store.responses()  # still nobody consented
-        said = first["choices"][0]["message"]["content"]
-        consent = {"consent": True, **talk, "choices": [said]}
+        content = first["choices"][0]["message"]["content"]
+        consent = {"consent": True, **talk, "choices": [content]}
         late = give(response_id=first["id"], corrected="Better", conversation=consent)
         assert late["text_stored"] is True
-        again = give(response_id=first["id"], thumb="up")  # the text is there from before
+        repeated = give(response_id=first["id"], thumb="up")  # the text is there from before
         assert (
-            again["text_stored"] is True
+            repeated["text_stored"] is True
             and give(response_id=second["id"], thumb="up")["text_stored"] is False
         )
-        asked_to = ask(url, {**asked, "store": True, "conversation_id": "talk"}).json()
+        asked_to = ask(url, {**request, "store": True, "conversation_id": "talk"}).json()
         assert give(response_id=asked_to["id"], thumb="up")["text_stored"] is True
         assert give(conversation_id="talk", comment="Fine")["text_stored"] is True
         assert give(conversation_id="other", comment="Fine")["text_stored"] is False
-        kept = store.responses()[first["id"]]
-        assert kept.prompt[0]["content"] == "I am <EMAIL>" and kept.choices[0][0]["content"] == said
+        stored = store.responses()[first["id"]]
+        assert (
+            stored.prompt[0]["content"] == "I am <EMAIL>"
+            and stored.choices[0][0]["content"] == content
+        )
         over = [{"response_id": second["id"]}, {"choice": 1}]
         give(response_id=first["id"], preferred_over=over)
         assert store.all_feedback()[-1].preferred_over == ((second["id"], 0), (first["id"], 1))
@@ -305,12 +308,12 @@ def test_over_http(database_url):
         refused("preferred_over[0].response_id", response_id="x",
                 preferred_over=[{"response_id": "x y"}])  # fmt: skip
         tools = [{"type": "function", "function": {"name": "\ud800"}}]
-        told = HTTP.post(
+        error = HTTP.post(
             url + "/v1/feedback",
             content=json.dumps({"response_id": "x", "conversation": {"tools": tools}}),
             headers={"content-type": "application/json"},
         )  # fmt: skip
-        assert told.status_code == 400 and "surrogate" in told.json()["error"]["message"]
+        assert error.status_code == 400 and "surrogate" in error.json()["error"]["message"]
         for lacking in ({}, {"consent": False}, {"messages": None}, {"choices": None}):
             body = {**consent, **lacking} if lacking else talk
             answer = give(400, response_id="x", thumb="up", conversation=body)
@@ -325,9 +328,11 @@ def test_over_http(database_url):
         assert wrong["error"]["param"] == "conversation_id"
         give(response_id=asked_to["id"], conversation_id="talk", thumb="up")
         store.forget("talk")
-        gone = give(response_id=asked_to["id"], comment="I am back")
+        forgotten = give(response_id=asked_to["id"], comment="I am back")
         assert (
-            gone["id"] is None and gone["text_stored"] is False and not store.has_text(None, "talk")
+            forgotten["id"] is None
+            and forgotten["text_stored"] is False
+            and not store.has_text(None, "talk")
         )
         assert (
             server.metrics.text().decode().count('fastlm_feedback_total{kind="comment"} 3.0') == 1
@@ -347,21 +352,21 @@ def test_a_rater_belongs_to_a_key(tmp_path):
     ):
         for key, thumb in ((keys[0], "up"), (keys[1], "down")):
             for rater in ({"rater": "ann"}, {}):
-                told = ask(url, {"response_id": "r1", "thumb": thumb, **rater}, "/v1/feedback",
+                error = ask(url, {"response_id": "r1", "thumb": thumb, **rater}, "/v1/feedback",
                            authorization=f"Bearer {key}")  # fmt: skip
-                assert told.status_code == 200
+                assert error.status_code == 200
         raters = [feedback.rater or "" for feedback in store.all_feedback()]
         assert len(set(raters)) == 4 and len(read_feedback_rows(store, 0, time.time() + 9)) == 4
         hashes = [rater.partition(":")[0] for rater in raters]
         assert hashes[0] == hashes[1] != hashes[2] == hashes[3]
         assert [rater.partition(":")[2] for rater in raters] == ["ann", "", "ann", ""]
-        assert all(len(one) == 12 and one.isalpha() for one in hashes)
+        assert all(len(item) == 12 and item.isalpha() for item in hashes)
         long = {"response_id": "r1", "thumb": "up", "rater": "x" * 116}
         assert ask(url, long, "/v1/feedback", authorization=f"Bearer {keys[0]}").status_code == 400
 
 
 def test_a_full_disk_costs_the_conversation_but_not_the_answer(tmp_path, capfd):
-    asked = {
+    body = {
         "model": "tiny",
         "messages": [{"role": "user", "content": "Hi " * 1400}],
         "store": True,
@@ -376,9 +381,9 @@ def test_a_full_disk_costs_the_conversation_but_not_the_answer(tmp_path, capfd):
         def fill(connection, _):
             connection.execute("PRAGMA max_page_count = 1")
 
-        answer = ask(url, {**asked, "max_tokens": 4})
+        answer = ask(url, {**body, "max_tokens": 4})
         assert answer.status_code == 200 and answer.json()["choices"][0]["message"]["content"]
-        streamed = ask(url, {**asked, "max_tokens": 4, "stream": True}).text
+        streamed = ask(url, {**body, "max_tokens": 4, "stream": True}).text
         assert streamed.endswith("data: [DONE]\n\n") and '"error"' not in streamed
         assert HTTP.get(url + "/ready").status_code == 200
         assert "fastlm_store_failures_total 2.0" in server.metrics.text().decode()
@@ -505,9 +510,9 @@ def test_commands(tmp_path):
     base = tmp_path / "f.sqlite"
     assert "not found" in call("show", base, status=2).stderr
     filled(FeedbackStore(base)).close()
-    told = json.loads(call("show", base, "--json").stdout)
-    assert (told["corrected"], told["comment"]) == (1, 1)
-    (comment,) = told["comments"]
+    report = json.loads(call("show", base, "--json").stdout)
+    assert (report["corrected"], report["comment"]) == (1, 1)
+    (comment,) = report["comments"]
     assert comment["comment"] == "Mail <EMAIL>" and comment["response_id"] == "r1"
     with FeedbackStore(base) as store:
         store.add(Feedback(None, "talk2", comment="Two\nlines \x1b[31mand colour\u202e"))
@@ -536,13 +541,13 @@ def test_numbers_by_name(database_url):
         def give(**fields):
             return ask(url, fields, "/v1/feedback")
 
-        told = HTTP.get(url + "/v1/models/tiny").json()["fastlm"]["metrics"]
-        assert [one["name"] for one in told] == ["stars", "solved"]
+        declared = HTTP.get(url + "/v1/models/tiny").json()["fastlm"]["metrics"]
+        assert [metric["name"] for metric in declared] == ["stars", "solved"]
         assert give(response_id="x", metrics={"stars": 4}).status_code == 200
         assert give(conversation_id="c", metrics={"solved": True}).status_code == 200
         both = {"stars": 1.5, "solved": False}
-        given = give(response_id="x", conversation_id="c", metrics=both, thumb="down")
-        assert given.status_code == 200
+        values = give(response_id="x", conversation_id="c", metrics=both, thumb="down")
+        assert values.status_code == 200
         assert [o.metrics for o in store.all_feedback()] == [
             (("stars", 4.0),), (("solved", 1.0),), (("stars", 1.5), ("solved", 0.0)),
         ]  # fmt: skip
@@ -562,8 +567,8 @@ def test_numbers_by_name(database_url):
             assert refused.status_code == 400
             error = refused.json()["error"]
             assert error["message"] == message and error["param"] == message.partition(":")[0]
-        about = give(conversation_id="c", metrics={"stars": 4}).json()["error"]["message"]
-        assert about == "metrics.stars: expected response_id: it is about a response"
+        ids = give(conversation_id="c", metrics={"stars": 4}).json()["error"]["message"]
+        assert ids == "metrics.stars: expected response_id: it is about a response"
         for metrics in ({}, [], 4, "stars", {f"m{i}": 1 for i in range(33)}):
             refused = give(response_id="x", metrics=metrics)
             assert refused.status_code == 400 and refused.json()["error"]["param"] == "metrics"
@@ -634,15 +639,15 @@ def test_feedback_comes_early_late_and_about_conversations(database_url):
         store.add(Feedback("late", thumb="up", rater="ann"))  # she changed her mind
         store.add(Feedback(None, "talk", metrics=(("solved", 1.0),)))
         store.add(Feedback(None, "elsewhere", thumb="down"))
-        today = {one.key: one for one in read_feedback_rows(store, now - 3600, now + 60)}
+        today = {item.key: item for item in read_feedback_rows(store, now - 3600, now + 60)}
         assert set(today) == {("early", 0), ("talk", -1), ("elsewhere", -1)}
         assert today["early", 0].model == today["talk", -1].model == "new"
         assert (today["early", 0].kind, today["early", 0].value) == ("metrics.stars", 5.0)
         assert not today["elsewhere", -1].model
         week = read_feedback_rows(store, now - 7 * 86400, now + 60)
-        (late,) = (one for one in week if one.key == ("late", 0))
+        (late,) = (item for item in week if item.key == ("late", 0))
         assert (late.value, late.model, round(now - late.at)) == (1.0, "old", 5 * 86400)
         assert store.forget("late") == 3  # two feedback rows and its measure
         with store.read() as connection:
             left = connection.execute(MEASURES.select()).all()
-        assert [one.response_id for one in left] == ["early", "t1"]
+        assert [item.response_id for item in left] == ["early", "t1"]

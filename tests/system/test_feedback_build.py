@@ -40,14 +40,17 @@ from fastlm.train.sft import Sft
 EVERYTHING = BuildOptions(judge=0.0, test=0.0, max_rater_share=1.0)
 
 
-def asked(text):
+def user_message(text):
     return [{"role": "user", "content": text}]
 
 
-def kept(store, id, prompt, *answers):
+def add_response(store, id, prompt, *answers):
     store.add_response(
         StoredResponse(
-            id, "tiny", asked(prompt), [[{"role": "assistant", "content": a}] for a in answers]
+            id,
+            "tiny",
+            user_message(prompt),
+            [[{"role": "assistant", "content": a}] for a in answers],
         )
     )
 
@@ -67,12 +70,14 @@ def store(tmp_path):
 
 
 def test_every_step_drops_what_it_must(store, tmp_path):
-    kept(store, "r1", "What is tea?", "A drink.", "A stone.")
-    kept(store, "r2", "Who may call 212-555-1234 at night?", "Nobody.")
-    kept(store, "r3", "How many legs does the common garden spider have, exactly?", "Eight.")
-    kept(store, "r4", "Say it again", "Again.\nAgain.\nAgain.\nAgain.")
-    kept(store, "r5", "What is tea?", "A drink.")  # another user, the same answer
-    kept(store, "r6", "Withdrawn?", "Yes.")
+    add_response(store, "r1", "What is tea?", "A drink.", "A stone.")
+    add_response(store, "r2", "Who may call 212-555-1234 at night?", "Nobody.")
+    add_response(
+        store, "r3", "How many legs does the common garden spider have, exactly?", "Eight."
+    )
+    add_response(store, "r4", "Say it again", "Again.\nAgain.\nAgain.\nAgain.")
+    add_response(store, "r5", "What is tea?", "A drink.")  # another user, the same answer
+    add_response(store, "r6", "Withdrawn?", "Yes.")
     for feedback in (
         Feedback("r1", choice=0, preferred_over=(("r1", 1),), rater="ann"),
         Feedback("r1", choice=0, thumb="down", rater="ann"),
@@ -96,27 +101,27 @@ def test_every_step_drops_what_it_must(store, tmp_path):
         [str(tmp_path / "feedback.db")], tmp_path / "out", options=EVERYTHING, questions=questions,
         forgotten={response_key("r6")}, cache=tmp_path,
     )  # fmt: skip
-    found = steps(done.funnel)
-    assert list(found) == [
+    by_step = steps(done.funnel)
+    assert list(by_step) == [
         "gather", "consent", "rows to train on", "scrub", "quality rules", "decontamination",
         "raters", "share of one rater", "duplicates and votes", "train", "judge", "test",
     ]  # fmt: skip
-    assert found["gather"]["documents"] == 11 and found["gather"]["removed"] == {
+    assert by_step["gather"]["documents"] == 11 and by_step["gather"]["removed"] == {
         "a pick between answers to different prompts": 1,
         "about a conversation, not an answer": 1,
         "neither a thumb, a number, a pick nor a correction": 1,
         "changed later by the same rater": 1,
     }
-    assert found["consent"]["removed"] == {
+    assert by_step["consent"]["removed"] == {
         "consent withdrawn": 1, "no consent to store the text": 1,
     }  # fmt: skip
-    assert found["quality rules"]["removed"] == {"repeated_characters": 1}
-    assert found["decontamination"]["removed"] == {"a question of garden": 1}
+    assert by_step["quality rules"]["removed"] == {"repeated_characters": 1}
+    assert by_step["decontamination"]["removed"] == {"a question of garden": 1}
     # ann's and bob's thumbs are about one text, bob's correction and dan's thumb outvote cid's
-    assert found["duplicates and votes"]["removed"] == {
+    assert by_step["duplicates and votes"]["removed"] == {
         "outvoted, or no majority": 1, "duplicate": 2,
     }  # fmt: skip
-    assert found["train"]["documents"] == 4
+    assert by_step["train"]["documents"] == 4
     assert Funnel.load(tmp_path / "out").steps == done.funnel.steps  # `fastlm data show` reads it
     pair, fixed = rows(tmp_path / "out", "preferences")
     assert fixed["prompt"][0]["content"] == "Who may call <PHONE> at night?"
@@ -126,7 +131,7 @@ def test_every_step_drops_what_it_must(store, tmp_path):
 
 def test_the_funnel_is_told_in_judgements(store, tmp_path):
     for i in range(30):
-        kept(store, f"r{i}", f"What is number {i}?", f"It is {i}.")
+        add_response(store, f"r{i}", f"What is number {i}?", f"It is {i}.")
         store.add(Feedback(f"r{i}", thumb="up", rater=f"u{i % 5}"))
     store.add(Feedback("r0", thumb="down", rater="u0"))
     database, out = str(tmp_path / "feedback.db"), tmp_path / "out"
@@ -135,9 +140,9 @@ def test_the_funnel_is_told_in_judgements(store, tmp_path):
     result = stage.run(ctx)
     console = Console(width=140, record=True, file=io.StringIO())
     console.print(stage.render(result, ctx), markup=False)
-    shown = console.export_text()
-    assert "feedback items" in shown and "documents" not in shown and "0.00" not in shown
-    assert "files" not in shown and "What was kept of each source" in shown
+    output = console.export_text()
+    assert "feedback items" in output and "documents" not in output and "0.00" not in output
+    assert "files" not in output and "What was kept of each source" in output
     values = stage.report(ctx, result).values
     assert values["unit"] == "feedback items" and not values["files"]
     assert values["funnel"][0]["why"] == ["1 changed later by the same rater"]
@@ -145,22 +150,22 @@ def test_the_funnel_is_told_in_judgements(store, tmp_path):
 
 def test_feedback_without_rows_is_named(tmp_path):
     stage = Dpo()
-    where = tmp_path / "built"
-    ctx = stage.context(tmp_path / "out", cache_dir=tmp_path, model="m", feedback=where)
+    database = tmp_path / "built"
+    ctx = stage.context(tmp_path / "out", cache_dir=tmp_path, model="m", feedback=database)
     for empty in (False, True):  # no build has succeeded; a build without preferences
         if empty:
-            (where / "train").mkdir(parents=True)
-            (where / "train/preferences.jsonl").touch()
+            (database / "train").mkdir(parents=True)
+            (database / "train/preferences.jsonl").touch()
         with pytest.raises(InputError) as error:
             stage.with_feedback(ctx)
-        assert str(error.value) == f"feedback: expected preferences in {where}/train, got none"
-    (where / "train/kto.jsonl").write_text("{}\n")  # thumbs are enough for KTO
-    assert Dpo(loss_type="kto").with_feedback(ctx).data == (f"{where}/train/kto.jsonl",)
+        assert str(error.value) == f"feedback: expected preferences in {database}/train, got none"
+    (database / "train/kto.jsonl").write_text("{}\n")  # thumbs are enough for KTO
+    assert Dpo(loss_type="kto").with_feedback(ctx).data == (f"{database}/train/kto.jsonl",)
 
 
 def test_rows_that_trainings_read(store, tmp_path):
     for i in range(60):
-        kept(store, f"r{i}", f"What is number {i}?", f"It is {i}.", f"No idea about {i}.")
+        add_response(store, f"r{i}", f"What is number {i}?", f"It is {i}.", f"No idea about {i}.")
         store.add(Feedback(f"r{i}", choice=0, preferred_over=((f"r{i}", 1),), rater=f"u{i % 7}"))
         store.add(Feedback(f"r{i}", choice=i % 2, thumb="ud"[i % 2] + ["p", "own"][i % 2],
                           rater=f"u{i % 5}"))  # fmt: skip
@@ -177,21 +182,21 @@ def test_rows_that_trainings_read(store, tmp_path):
     }
     assert not prompts["train"] & (prompts["judge"] | prompts["test"])
     assert not prompts["judge"] & prompts["test"]
-    where = out / "train"
-    pairs = list(read_preferences([str(where / "preferences.jsonl")], cache=tmp_path))
+    train = out / "train"
+    pairs = list(read_preferences([str(train / "preferences.jsonl")], cache=tmp_path))
     assert len(pairs) == sizes["train"]["preferences"]
     assert all(isinstance(pair, Comparison) for pair in pairs)
-    labels = list(read_preferences([str(where / "kto.jsonl")], cache=tmp_path))
+    labels = list(read_preferences([str(train / "kto.jsonl")], cache=tmp_path))
     assert {type(x) for x in labels} == {UnpairedPreference} and {x.desirable for x in labels} == {
         True,
         False,
     }
-    talks = list(read_conversations([str(where / "sft.jsonl")], cache=tmp_path))
+    talks = list(read_conversations([str(train / "sft.jsonl")], cache=tmp_path))
     assert len(talks) == sizes["train"]["sft"]
     # the stages read them: alone, or beside other data
     ctx = Sft(data=("more.jsonl",), data_weights=(2.0,)).context("x", model="m", feedback=out)
     with_rows = Sft(data=("more.jsonl",), data_weights=(2.0,)).with_feedback(ctx)
-    assert with_rows.data == ("more.jsonl", str(where / "sft.jsonl"))
+    assert with_rows.data == ("more.jsonl", str(train / "sft.jsonl"))
     assert with_rows.data_weights == (2.0, 1.0)
     for stage, rows in (
         (Sft(), "conversations"),
@@ -204,25 +209,25 @@ def test_rows_that_trainings_read(store, tmp_path):
             stage.plan({"model": [{"name": "m"}], "feedback": []})
     ctx = Reward(judge=True).context("x", model="m", feedback=out)
     assert Reward(judge=True).with_feedback(ctx).data == (str(out / "judge/preferences.jsonl"),)
-    assert Dpo(loss_type="kto").with_feedback(ctx).data == (str(where / "kto.jsonl"),)
+    assert Dpo(loss_type="kto").with_feedback(ctx).data == (str(train / "kto.jsonl"),)
     # the same bytes again, and from its rows
-    again = build([database], tmp_path / "again", options=BuildOptions(), cache=tmp_path)
+    repeated = build([database], tmp_path / "again", options=BuildOptions(), cache=tmp_path)
     for part in sizes:
         for form in sizes[part]:
             name = f"{part}/{form}.jsonl"
             assert (out / name).read_bytes() == (tmp_path / "again" / name).read_bytes()
     other = build(
-        [str(where / "preferences.jsonl")], tmp_path / "other", options=BuildOptions(),
+        [str(train / "preferences.jsonl")], tmp_path / "other", options=BuildOptions(),
         cache=tmp_path,
     )  # fmt: skip
-    assert other.rows["train"]["preferences"] == again.rows["train"]["preferences"]
+    assert other.rows["train"]["preferences"] == repeated.rows["train"]["preferences"]
 
 
 def test_nothing_to_learn_from(store, tmp_path):
     store.add(Feedback("r1", thumb="up"))
     with pytest.raises(InputError, match="got none; 1 no consent to store the text"):
         build([str(tmp_path / "feedback.db")], tmp_path / "out", options=EVERYTHING, cache=tmp_path)
-    kept(store, "r2", "A question", "An answer")
+    add_response(store, "r2", "A question", "An answer")
     store.add(Feedback("r2", thumb="up"))
     with pytest.raises(InputError, match=r"got none; 1 no .*, 1 kept for judge/ \(--judge 0 keeps"):
         build(
@@ -247,14 +252,16 @@ def draw_votes(draw, raters, items, each):
 def test_malicious_raters_count_less():
     draw = random.Random(1)
     raters = {f"good{i}": 0.9 for i in range(18)} | {"reversed": 0.1, "random": 0.5}
-    found = estimate_rater_weights(draw_votes(draw, raters, 120, 40))
-    good = [found[f"good{i}"] for i in range(18)]
-    assert min(one.weight for one in good) > 0.8 and min(one.agreement for one in good) > 0.75
-    assert found["reversed"].weight == 0 and found["random"].weight < 0.45
-    alone = estimate_rater_weights([(b"a", "alone", True), *draw_votes(draw, raters, 40, 20)])[
+    weights = estimate_rater_weights(draw_votes(draw, raters, 120, 40))
+    good = [weights[f"good{i}"] for i in range(18)]
+    assert (
+        min(rater.weight for rater in good) > 0.8 and min(rater.agreement for rater in good) > 0.75
+    )
+    assert weights["reversed"].weight == 0 and weights["random"].weight < 0.45
+    single = estimate_rater_weights([(b"a", "alone", True), *draw_votes(draw, raters, 40, 20)])[
         "alone"
     ]
-    assert alone.weight == 1 and alone.shared_votes == 0 and alone.agreement is None
+    assert single.weight == 1 and single.shared_votes == 0 and single.agreement is None
     # two who contradict each other: nobody knows who is wrong, and the prior bounds what follows
     two = estimate_rater_weights([(bytes([i]), who, who == "a") for i in range(3) for who in "ab"])
     assert two["a"].weight == pytest.approx(two["b"].weight, abs=0.3) and two["a"].weight > 0.3
@@ -265,25 +272,29 @@ def test_malicious_raters_do_not_turn_the_rows(tmp_path):
     raters = {f"u{i}": 0.92 for i in range(18)} | {"bad": 0.05, "flood": 0.9}
     picks = []
     for i in range(150):
-        answers = [[{"role": "assistant", "content": f"{what} {i}"}] for what in ("Good", "Poor")]
+        answers = [
+            [{"role": "assistant", "content": f"{quality} {i}"}] for quality in ("Good", "Poor")
+        ]
         for rater in draw.sample(sorted(raters), 4) + ["flood", "bad"] * (i % 2):
             order = (0, 1) if draw.random() < raters[rater] else (1, 0)
-            pair = Comparison(asked(f"Question {i}?"), tuple(answers[j] for j in order), (0, 1))
+            pair = Comparison(
+                user_message(f"Question {i}?"), tuple(answers[j] for j in order), (0, 1)
+            )
             picks.append(pair.to_row() | {"rater": rater})
     (tmp_path / "picks.jsonl").write_text("".join(json.dumps(row) + "\n" for row in picks))
     options = BuildOptions(judge=0.0, test=0.0, max_rater_share=0.01)
     done = build([str(tmp_path / "picks.jsonl")], tmp_path / "out", options=options, cache=tmp_path)
-    found = steps(done.funnel)
+    by_step = steps(done.funnel)
     assert done.raters["bad"].weight == 0 and done.raters["u0"].weight > 0.8
-    assert found["raters"]["removed"]["raters who disagree with the others"] > 80
-    assert found["share of one rater"]["removed"]["beyond the limit of one rater"] > 20
+    assert by_step["raters"]["removed"]["raters who disagree with the others"] > 80
+    assert by_step["share of one rater"]["removed"]["beyond the limit of one rater"] > 20
     good = [
         row["chosen"][0]["content"].startswith("Good")
         for row in rows(tmp_path / "out", "preferences")
     ]
     assert len(good) > 130 and sum(good) / len(good) > 0.97
-    told = json.loads((tmp_path / "out" / "raters.json").read_text())
-    assert told["bad"]["weight"] == 0 and told["bad"]["agreement"] < 0.3
+    weights = json.loads((tmp_path / "out" / "raters.json").read_text())
+    assert weights["bad"]["weight"] == 0 and weights["bad"]["agreement"] < 0.3
 
 
 def test_questions_of_evaluations_are_found():
@@ -305,38 +316,38 @@ def test_questions_are_found_as_by_a_plain_search():
     words = "tree river stone bird".split()
 
     def runs(text, n):
-        own = text.split()
-        return {tuple(own[i : i + n]) for i in range(len(own) - n + 1)}
+        words_ = text.split()
+        return {tuple(words_[i : i + n]) for i in range(len(words_) - n + 1)}
 
     texts = [" ".join(rng.choices(words, k=rng.randrange(40))) for _ in range(60)]
-    asked = []
+    question_texts = []
     for i in range(40):
-        own = rng.choice(texts).split()
-        at = rng.randrange(max(1, len(own)))
-        asked.append((f"q{i}", " ".join(own[at : at + rng.randrange(4, 14)])))
-    questions, found = Overlap(asked, 6), []
+        ngrams = rng.choice(texts).split()
+        at = rng.randrange(max(1, len(ngrams)))
+        question_texts.append((f"q{i}", " ".join(ngrams[at : at + rng.randrange(4, 14)])))
+    questions, results = Overlap(question_texts, 6), []
     for text in texts:
-        held = set()
-        for name, question in asked:
+        names = set()
+        for name, question in question_texts:
             length = min(6, len(question.split()))
-            own = runs(question, length)
-            if length >= 5 and len(own & runs(text, length)) >= 0.5 * len(own):
-                held.add(name)
-        one = questions.find([text])
-        assert one in held if held else one is None
-        found.append(one)
-    assert None in found and len({*found}) > 5
+            ngrams = runs(question, length)
+            if length >= 5 and len(ngrams & runs(text, length)) >= 0.5 * len(ngrams):
+                names.add(name)
+        result = questions.find([text])
+        assert result in names if names else result is None
+        results.append(result)
+    assert None in results and len({*results}) > 5
 
 
 def test_what_safety_asks_does_not_enter(tmp_path):
     cache = safety_sets.write(tmp_path / "cache")
     answer = {"role": "assistant", "content": "It stands on the quiet street behind our school."}
-    said = {name: texts(SafetySets(cache))[0] for name, texts in TEXTS.items()}
-    said["stranger"] = "Where does the road to the old harbour begin?"
+    sentences = {name: texts(SafetySets(cache))[0] for name, texts in TEXTS.items()}
+    sentences["stranger"] = "Where does the road to the old harbour begin?"
     short = {"crows", "realtoxicity"}  # four words in the stand-ins: everybody's
     lines = [
-        {"messages": [*asked(f"Hello! {text} Thanks."), answer], "rater": name}
-        for name, text in said.items()
+        {"messages": [*user_message(f"Hello! {text} Thanks."), answer], "rater": name}
+        for name, text in sentences.items()
     ]
     path = tmp_path / "said.jsonl"
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
@@ -348,9 +359,9 @@ def test_what_safety_asks_does_not_enter(tmp_path):
 
     # DoNotAnswer's stand-in has HarmBench's texts
     expected = {*TEXTS} - short - {"donotanswer"}
-    found = removed("safety")
-    assert {*found} == {f"a question of {name}" for name in expected}
-    assert sum(found.values()) == len(lines) - len(short) - 1
+    removed_counts = removed("safety")
+    assert {*removed_counts} == {f"a question of {name}" for name in expected}
+    assert sum(removed_counts.values()) == len(lines) - len(short) - 1
     assert removed("lookalikes", "quac") == {
         "a question of lookalikes": 1, "a question of quac": 1,
     }  # fmt: skip
@@ -361,23 +372,27 @@ def test_more_answers_to_a_prompt_narrow_the_interval_of_wins_by_what_they_add()
     single = [float(draw.random() < 0.6) for _ in range(200)]
     alike = [win for win in single for _ in range(4)]  # three answers more say nothing new
     apart = [float(draw.random() < 0.6) for _ in range(800)]
-    one, four = win_rate_interval(single, 1), win_rate_interval(alike, 4)
-    assert (one.low, one.high) == pytest.approx((four.low, four.high), abs=1e-3)
+    single_interval, four = win_rate_interval(single, 1), win_rate_interval(alike, 4)
+    assert (single_interval.low, single_interval.high) == pytest.approx(
+        (four.low, four.high), abs=1e-3
+    )
     width = win_rate_interval(apart, 4).high - win_rate_interval(apart, 4).low
-    assert 0.45 < width / (one.high - one.low) < 0.65  # half for independent answers
+    assert (
+        0.45 < width / (single_interval.high - single_interval.low) < 0.65
+    )  # half for independent answers
     low = win_rate_interval([1.0] * 40, 4).low  # no more than ten prompts show
     assert (
         0.6 < low <= win_rate_interval([1.0] * 10, 1).low
         and win_rate_interval([0.5] * 8, 4).low < 0.2
     )
     # the true rate is in the interval as often as it says, where prompts differ
-    held = 0
+    covered = 0
     for _ in range(200):
         wins = [float(draw.random() < rate) for rate in draw.choices((0.2, 1.0), k=100)
                 for _ in range(4)]  # fmt: skip
-        found = win_rate_interval(wins, 4)
-        held += found.low < 0.6 < found.high
-    assert held > 180
+        interval = win_rate_interval(wins, 4)
+        covered += interval.low < 0.6 < interval.high
+    assert covered > 180
 
 
 @pytest.mark.parametrize("answers", [1, 3])
@@ -396,13 +411,15 @@ def test_gates_decide_by_the_ends_of_intervals(tmp_path):
         Completion([1] * 5, "b", finish_reason="length" if i % 2 else "stop") for i in range(100)
     ]
     points = [[0.0] * 100, [1.0] * 70 + [0.0] * 10 + [-1.0] * 20]
-    told = compare_models(old, new, points, 1, 0.95)
-    won = told["scores"]["rate"]
+    result = compare_models(old, new, points, 1, 0.95)
+    won = result["scores"]["rate"]
     assert won["value"] == 0.75 and 0.6 < won["low"] < 0.75 < won["high"] < 0.85
-    assert told["outcomes"]["wins"] == 70 and told["outcomes"]["ties"] == 10
-    assert told["scores"]["length"]["value"] == 1.2 and told["scores"]["distinct"]["value"] == 100
+    assert result["outcomes"]["wins"] == 70 and result["outcomes"]["ties"] == 10
+    assert (
+        result["scores"]["length"]["value"] == 1.2 and result["scores"]["distinct"]["value"] == 100
+    )
     (tmp_path / "winrate").mkdir()
-    (tmp_path / "winrate" / "scores.json").write_text(json.dumps(told))
+    (tmp_path / "winrate" / "scores.json").write_text(json.dumps(result))
     bits = {"old": {"bits_per_byte": 1.0}, "new": {"bits_per_byte": 1.02}}
     (tmp_path / "eval").mkdir()
     (tmp_path / "eval" / "scores.json").write_text(json.dumps({"models": bits}))
@@ -419,10 +436,10 @@ def test_gates_decide_by_the_ends_of_intervals(tmp_path):
     assert done.exit_code == 1 and "winrate.rate: expected at least 0.7" in done.stdout
     decision = json.loads((tmp_path / "gate" / "decision.json").read_text())
     assert not decision["promoted"] and [g["passed"] for g in decision["gates"]] == [False, True]
-    again = tmp_path / "other" / "winrate"
-    again.mkdir(parents=True)
-    (again / "scores.json").write_text(json.dumps(told))
-    done = CliRunner().invoke(app, [*words, "--scores", str(again)])
+    copy = tmp_path / "other" / "winrate"
+    copy.mkdir(parents=True)
+    (copy / "scores.json").write_text(json.dumps(result))
+    done = CliRunner().invoke(app, [*words, "--scores", str(copy)])
     assert done.exit_code == 2 and "two called winrate" in done.stderr
     gates.write_text('[[gate]]\nscore = "winrate.rate"\n')
     with pytest.raises(InputError, match="max or min"):
@@ -436,8 +453,14 @@ def test_all_turns_of_a_conversation_are_in_the_same_part(tmp_path):
     """A row of the second turn holds the first prompt and its answer."""
     lines = []
     for i in range(80):
-        first = [*asked(f"What is tree {i}?"), {"role": "assistant", "content": f"An oak, {i}."}]
-        later = [*asked("And why?"), {"role": "assistant", "content": f"Because of {i} acorns."}]
+        first = [
+            *user_message(f"What is tree {i}?"),
+            {"role": "assistant", "content": f"An oak, {i}."},
+        ]
+        later = [
+            *user_message("And why?"),
+            {"role": "assistant", "content": f"Because of {i} acorns."},
+        ]
         lines += [json.dumps({"messages": m, "rater": f"r{i % 7}"}) for m in (first, first + later)]
     (tmp_path / "said.jsonl").write_text("\n".join(lines))
     build([str(tmp_path / "said.jsonl")], tmp_path / "out", options=BuildOptions(), cache=tmp_path)
@@ -450,12 +473,12 @@ def test_all_turns_of_a_conversation_are_in_the_same_part(tmp_path):
 
 
 def test_a_rater_who_says_it_of_many_responses_has_one_vote(tmp_path):
-    prompt, answer = asked("What is tea?"), [{"role": "assistant", "content": "A drink."}]
-    said = [("mallory", False)] * 5 + [("ann", True), ("bob", True)]
+    prompt, answer = user_message("What is tea?"), [{"role": "assistant", "content": "A drink."}]
+    labels = [("mallory", False)] * 5 + [("ann", True), ("bob", True)]
     (tmp_path / "said.jsonl").write_text(
         "\n".join(
             json.dumps({"prompt": prompt, "completion": answer, "label": yes, "rater": rater})
-            for rater, yes in said
+            for rater, yes in labels
         )
     )
     build([str(tmp_path / "said.jsonl")], tmp_path / "out", options=EVERYTHING, cache=tmp_path)
@@ -465,8 +488,8 @@ def test_a_rater_who_says_it_of_many_responses_has_one_vote(tmp_path):
 def test_a_score_without_an_interval_fails_its_gate(tmp_path):
     """One question has no standard error: scores.json says null."""
     (tmp_path / "gates.toml").write_text('[[gate]]\nscore = "eval.own.acc"\nmin = 0\n')
-    one = {"metric": "acc", "difference": 0.5, "low": None, "high": None, "n": 1}
-    table = {"models": {"a": {}, "b": {}}, "tasks": [{"name": "own", "compared": [one]}]}
+    row = {"metric": "acc", "difference": 0.5, "low": None, "high": None, "n": 1}
+    table = {"models": {"a": {}, "b": {}}, "tasks": [{"name": "own", "comparisons": [row]}]}
     (gate,) = read_gates(tmp_path / "gates.toml")
     assert "no interval" in (gate.failure(scores_of("eval", table)) or "")
 
@@ -477,7 +500,7 @@ def test_what_a_number_means_is_part_of_what_is_read(tmp_path):
     for better in ("higher", "lower"):
         path.unlink(missing_ok=True)
         with FeedbackStore(path) as opened:
-            kept(opened, "r1", "What is tea?", "A drink.")
+            add_response(opened, "r1", "What is tea?", "A drink.")
             opened.declare_ratings([Rating("stars", "number", better, high=5.0)])
         digests.add(_digest(str(path)))
     assert len(digests) == 2
@@ -499,8 +522,11 @@ def test_what_a_number_means_is_part_of_what_is_read(tmp_path):
 )
 def test_exports_of_strangers(tmp_path, row, message):
     file = tmp_path / "rows.jsonl"
-    talk = [*asked("Hi"), {"role": "assistant", "content": "Hello"}]
-    shapes = ({"messages": talk}, {"prompt": asked("Hi"), "completion": "Hello", "label": True})
+    talk = [*user_message("Hi"), {"role": "assistant", "content": "Hello"}]
+    shapes = (
+        {"messages": talk},
+        {"prompt": user_message("Hi"), "completion": "Hello", "label": True},
+    )
     for shape in shapes:
         file.write_text(json.dumps(shape) + "\n" + json.dumps({**shape, **row}) + "\n")
         with pytest.raises(InputError, match=rf"rows\.jsonl, line 2: {message}") as raised:
@@ -514,7 +540,7 @@ def test_questions_of_a_question_set_are_found(tmp_path, monkeypatch):
     monkeypatch.setattr("fastlm.evals.registry.load_task", lambda name, cache: task)
     answer = {"role": "assistant", "content": "It stands on the quiet street behind our school."}
     texts = (question, "Which of the lamps in the garden burns the longest?")
-    lines = [{"messages": [*asked(text), answer], "rater": text[:5]} for text in texts]
+    lines = [{"messages": [*user_message(text), answer], "rater": text[:5]} for text in texts]
     path = tmp_path / "said.jsonl"
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
     FeedbackBuild(database=(str(path),), decontaminate=("arc_easy",))(tmp_path / "out")

@@ -30,7 +30,7 @@ SMALL = ["pretrain.max_steps=2", "pretrain.validations=1", "pretrain.sample_at=[
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory):
+def run_folder(tmp_path_factory):
     """A folder with a run of a small recipe, from text to a model."""
     folder = tmp_path_factory.mktemp("forget")
     recipe = tiny_recipe.write(folder)
@@ -39,8 +39,8 @@ def made(tmp_path_factory):
 
 
 @pytest.fixture
-def runs(made, tmp_path):
-    shutil.copytree(made / "runs", tmp_path / "runs")
+def runs(run_folder, tmp_path):
+    shutil.copytree(run_folder / "runs", tmp_path / "runs")
     return tmp_path / "runs"
 
 
@@ -65,14 +65,14 @@ def shards(runs: Path) -> list[str]:
     return sorted(p.name for p in (runs / "one/shards").rglob("*.*"))
 
 
-def test_a_document_leaves_text_and_shards(runs, lost, made):
+def test_a_document_leaves_text_and_shards(runs, lost, run_folder):
     id, text = lost
     before = texts(runs)
     dry = call(runs, "--target", id, "--dry-run", status=5)
     assert "would remove 1 document:" in dry.stdout and texts(runs) == before
     assert not (runs / FORGET_LOG).exists()
-    told = call(runs, "--target", id, "--json", status=5)
-    report = json.loads(told.stdout)
+    result = call(runs, "--target", id, "--json", status=5)
+    report = json.loads(result.stdout)
     assert [(r["kind"], r["count"]) for r in report["removed"]] == [
         ("document", 1), ("set of token shards", 1), ("set of token shards", 1),
     ]  # fmt: skip
@@ -94,8 +94,8 @@ def test_a_document_leaves_text_and_shards(runs, lost, made):
         text[:40] not in (runs / FORGET_LOG).read_text()
         and id not in (runs / FORGET_LOG).read_text()
     )
-    again = json.loads(call(runs, "--target", id, "--json", status=5).stdout)
-    assert again["removed"] == [] and again["models"] == report["models"]
+    repeated = json.loads(call(runs, "--target", id, "--json", status=5).stdout)
+    assert repeated["removed"] == [] and repeated["models"] == report["models"]
     assert len(read_forget_log(runs)) == 1
 
 
@@ -106,8 +106,8 @@ def test_shards_of_text_that_an_earlier_call_cleaned(runs, lost, tmp_path):
     for name in ("data", "shards"):
         shutil.copytree(runs / "one" / name, moved / name)
     call(moved / "data", "--target", id)
-    told = json.loads(call(moved, "--target", id, "--json", status=5).stdout)
-    assert {line.rpartition(": ")[2] for line in told["unchecked"]} == {
+    report = json.loads(call(moved, "--target", id, "--json", status=5).stdout)
+    assert {line.rpartition(": ")[2] for line in report["unchecked"]} == {
         "no record tells whether it was made before documents were removed"
     }
     data = runs / "one/data"
@@ -117,11 +117,11 @@ def test_shards_of_text_that_an_earlier_call_cleaned(runs, lost, tmp_path):
     assert {r["kind"] for r in second["removed"]} == {"set of token shards"} and not shards(runs)
 
 
-def test_it_does_not_come_back_and_the_training_runs_again(runs, lost, made):
+def test_it_does_not_come_back_and_the_training_runs_again(runs, lost, run_folder):
     id, text = lost
     call(runs, "--target", id, status=5)
     events = []
-    recipe = made / "tiny.toml"
+    recipe = run_folder / "tiny.toml"
     run_recipe(
         recipe, runs / "one", overrides=SMALL, until="pretrain",
         on_event=lambda e: events.append((e.get("stage"), e.get("state"))),
@@ -131,12 +131,12 @@ def test_it_does_not_come_back_and_the_training_runs_again(runs, lost, made):
     models = json.loads(call(runs, "--target", id, "--json", status=5).stdout)["models"]
     assert [m["name"] for m in models] == ["one/previous/tokenizer", "one/previous/pretrain"]
     shutil.rmtree(runs / "one/previous")  # the index still knows it
-    gone = json.loads(call(runs, "--target", id, "--json", status=0).stdout)["models"]
-    assert {m["state"] for m in gone} == {"gone"} and "pretrain" in {m["kind"] for m in gone}
+    deleted = json.loads(call(runs, "--target", id, "--json", status=0).stdout)["models"]
+    assert {m["state"] for m in deleted} == {"gone"} and "pretrain" in {m["kind"] for m in deleted}
     # and not into another run in the same folder
     run_recipe(recipe, runs / "new", until="data")
-    found = [d.text for d in read_documents(runs / "new/data/train.jsonl.zst")]
-    assert len(found) > 15 and text not in found
+    new_texts = [d.text for d in read_documents(runs / "new/data/train.jsonl.zst")]
+    assert len(new_texts) > 15 and text not in new_texts
 
 
 class Killed(BaseException):
@@ -243,8 +243,8 @@ def message_contents(*answers):
     return [[{"role": "assistant", "content": answer}] for answer in answers]
 
 
-def filled(where):
-    store = FeedbackStore(where)
+def filled(location):
+    store = FeedbackStore(location)
     store.add_response(
         StoredResponse(
             "r1",
@@ -265,7 +265,7 @@ def filled(where):
     return store
 
 
-def built(base, out):
+def build_rows(base, out):
     build(
         [str(base)], out, options=BuildOptions(judge=0.0, test=0.0, max_rater_share=1.0), cache=out
     )
@@ -274,7 +274,7 @@ def built(base, out):
 def test_withdrawn_consent_reaches_what_was_exported(tmp_path):
     base, rows = tmp_path / "f.sqlite", tmp_path / "built/train"
     with filled(base) as store:
-        built(base, tmp_path / "built")
+        build_rows(base, tmp_path / "built")
         # of a fastlm that wrote no provenance, compressed
         old = [json.loads(line) for line in (rows / "preferences.jsonl").read_text().splitlines()]
         for row in old:
@@ -283,8 +283,8 @@ def test_withdrawn_consent_reaches_what_was_exported(tmp_path):
             file.writelines(json.dumps(row) + "\n" for row in old)
         before = {p.name: len(list(lines(p))) for p in rows.iterdir()}
         assert before["sft.jsonl"] == 2 and before["old.jsonl.gz"] == 4
-        kept = list(read_conversations([str(rows / "sft.jsonl")], cache=tmp_path))
-        assert "provenance" not in kept[0].to_row()
+        conversations = list(read_conversations([str(rows / "sft.jsonl")], cache=tmp_path))
+        assert "provenance" not in conversations[0].to_row()
         assert store.forget("talk") == 4
         assert not store.add_response(
             StoredResponse("r1", "m", talk("Secret one?"), message_contents("x"))
@@ -292,7 +292,7 @@ def test_withdrawn_consent_reaches_what_was_exported(tmp_path):
         assert not store.add_response(
             StoredResponse("r9", "m", talk("Secret?"), message_contents("x"), None, "talk")
         )
-        built(base, tmp_path / "new")
+        build_rows(base, tmp_path / "new")
         for form in FORMS:
             assert "one" not in (tmp_path / f"new/train/{form}.jsonl").read_text().lower()
     stored = b"".join(p.read_bytes() for p in tmp_path.glob("f.sqlite*"))
@@ -325,14 +325,14 @@ def lines(path: Path):
         yield from map(json.loads, file)
 
 
-def test_a_model_that_learned_withdrawn_rows_is_named(tmp_path, made, runs):
+def test_a_model_that_learned_withdrawn_rows_is_named(tmp_path, run_folder, runs):
     rows = runs / "sft.jsonl"
     with filled(tmp_path / "f.sqlite") as store:
-        built(tmp_path / "f.sqlite", tmp_path / "built")
+        build_rows(tmp_path / "f.sqlite", tmp_path / "built")
         shutil.copy(tmp_path / "built/train/sft.jsonl", rows)
         arguments = ["sft", rows, "--model", runs / "one", "-o", runs / "tuned", "--heldout", "0"]
-        arguments += ["--max-steps", "1", "--chat-template", made / "template.jinja"]
-        (made / "template.jinja").write_text(
+        arguments += ["--max-steps", "1", "--chat-template", run_folder / "template.jinja"]
+        (run_folder / "template.jinja").write_text(
             "{% for m in messages %}{{ m['content'] }}"
             "{{ '<|endoftext|>' if m['role'] == 'assistant' }}{% endfor %}"
         )
@@ -345,7 +345,7 @@ def test_a_model_that_learned_withdrawn_rows_is_named(tmp_path, made, runs):
 
 
 def test_bad_input(runs, tmp_path):
-    for arguments, told in (
+    for arguments, message in (
         ([runs], "expected --target"),
         ([runs, "--withdrawn"], "expected --feedback"),
         ([tmp_path / "none", "--target", "x"], "got nothing"),
@@ -354,17 +354,17 @@ def test_bad_input(runs, tmp_path):
         ([runs, "--list", tmp_path / "list"], "expected a readable text file"),
         ([runs, "--target", "no such"], "found nothing of 'no such'"),
     ):
-        assert told in call(*arguments, status=2).stderr
+        assert message in call(*arguments, status=2).stderr
     (tmp_path / "list").write_text("00.txt\n\n01.txt\nno such\n")
     before = shards(runs)
     heldout = runs / "one/data/heldout.jsonl.zst"
-    whole = heldout.read_bytes()
+    content = heldout.read_bytes()
     heldout.write_bytes(b"damaged")
     assert "heldout" in call(runs, "--target", "02.txt", status=2).stderr
     assert before and shards(runs) == before
-    heldout.write_bytes(whole)
-    found = json.loads(call(runs, "--list", tmp_path / "list", "--json", status=5).stdout)
-    assert found["not_found"] == ["no such"]
+    heldout.write_bytes(content)
+    report = json.loads(call(runs, "--list", tmp_path / "list", "--json", status=5).stdout)
+    assert report["not_found"] == ["no such"]
 
 
 def test_a_run_at_work_is_left_alone(runs, lost):
@@ -372,5 +372,5 @@ def test_a_run_at_work_is_left_alone(runs, lost):
 
     before = shards(runs)
     with locked(runs / "one"):
-        told = call(runs, "--target", lost[0], status=2).stderr
-    assert "another fastlm run is at work" in told and before and shards(runs) == before
+        message = call(runs, "--target", lost[0], status=2).stderr
+    assert "another fastlm run is at work" in message and before and shards(runs) == before

@@ -91,9 +91,9 @@ def test_agreement_of_rankings() -> None:
         {"ann": [1, 0], "bob": [1, 0], "cat": [0, 1]},
         {"cat": [0, 1]},
     ]
-    found = agreement_of(rankings)
-    assert found.items == 2
-    assert found.pairs == [
+    agreement = agreement_of(rankings)
+    assert agreement.items == 2
+    assert agreement.pairs == [
         PairAgreement(("ann", "bob"), 2, 3, 4),  # bob ties two answers that ann does not
         PairAgreement(("ann", "cat"), 1, 0, 1),
         PairAgreement(("bob", "cat"), 1, 0, 1),
@@ -101,7 +101,7 @@ def test_agreement_of_rankings() -> None:
     # places: tied answers share their mean, the worst of two and of three answers are both 1
     values = [[0, 0.5, 1, 1, 0], [0.25, 0.25, 1, 1, 0], [NONE, NONE, NONE, 0, 1]]
     alpha = krippendorff.alpha(values, level_of_measurement="ordinal")
-    assert found.alpha == pytest.approx(alpha)
+    assert agreement.alpha == pytest.approx(alpha)
 
 
 # ---- the store
@@ -128,33 +128,35 @@ def test_what_is_imported_is_exported(tmp_path) -> None:
     ]  # fmt: skip
     with filled(tmp_path, *rows) as store:
         assert store.raters() == {"ann": RaterCounts(1), "file": RaterCounts(2, 0, 1)}
-        found = {}
+        exported = {}
         for form in ("pairs", "ranked", "labels", "corrected"):
             count = store.export(tmp_path / f"{form}.jsonl", form)
-            found[form] = list(read_preferences([str(tmp_path / f"{form}.jsonl")], cache=tmp_path))
-            assert len(found[form]) == count
+            exported[form] = list(
+                read_preferences([str(tmp_path / f"{form}.jsonl")], cache=tmp_path)
+            )
+            assert len(exported[form]) == count
         expected = [
             replace(parse_preference(row), rater=row.get("rater", "file")) for row in rows[:4]
         ]
         a, b, c, d = map(content, expected)
-        assert [content(x) for x in found["ranked"]] == [a, b, d]
-        assert [content(x) for x in found["corrected"]] == [c]
-        assert [type(x) for x in found["pairs"]] == [Comparison] * 7
-        assert [x.margin for x in found["pairs"]] == [0.5, 5.5, 5.5, None, None, None, None]
-        assert [type(x) for x in found["labels"]] == [UnpairedPreference] * 7
-        assert Counter(x.desirable for x in found["labels"]) == {True: 3, False: 4}
+        assert [content(x) for x in exported["ranked"]] == [a, b, d]
+        assert [content(x) for x in exported["corrected"]] == [c]
+        assert [type(x) for x in exported["pairs"]] == [Comparison] * 7
+        assert [x.margin for x in exported["pairs"]] == [0.5, 5.5, 5.5, None, None, None, None]
+        assert [type(x) for x in exported["labels"]] == [UnpairedPreference] * 7
+        assert Counter(x.desirable for x in exported["labels"]) == {True: 3, False: 4}
         store.export(tmp_path / "demos.jsonl", "demonstrations")
         (demo,) = read_conversations([str(tmp_path / "demos.jsonl")], cache=tmp_path)
         assert demo.messages == parse_conversation({"prompt": "c?", "completion": "2"}).messages
         assert store.export(tmp_path / "ann.jsonl", "pairs", rater="ann") == 2
         # once more, and what was exported: nothing is new
-        again = store.add_items(
+        repeated = store.add_items(
             read_ranking_examples([str(tmp_path / "rows.jsonl")], cache=tmp_path)
         )
         again2 = store.add_items(
             read_ranking_examples([str(tmp_path / "ranked.jsonl")], cache=tmp_path)
         )
-        assert [(x.items, x.rankings, x.corrections, x.duplicates) for x in (again, again2)] == [
+        assert [(x.items, x.rankings, x.corrections, x.duplicates) for x in (repeated, again2)] == [
             (0, 0, 0, 5), (0, 0, 0, 3),
         ]  # fmt: skip
         turned = {**rows[3], "answers": rows[3]["answers"][::-1], "rater": "bob"}
@@ -335,8 +337,8 @@ def test_rankings_are_feedback(database_url, tmp_path) -> None:
         assert store.progress("ann") == (RaterCounts(2), 3)
         best = store.item(1, "ann").answers[0][0]["content"]
         assert store.forget(store.item(2, "ann").response_id) == 2  # nor imported again
-        again = store.add_items(read_ranking_examples([file], cache=tmp_path))
-        assert (again.items, again.duplicates) == (0, 2)
+        repeated = store.add_items(read_ranking_examples([file], cache=tmp_path))
+        assert (repeated.items, repeated.duplicates) == (0, 2)
         assert store.has_prompt([{"role": "user", "content": "Question 0?"}], None)
         assert store.next_item("cid").response_id == "r1"
         assert store.next_item("cid", skipped=True).id == 1
@@ -406,13 +408,13 @@ def test_bad_rows_and_options(tmp_path) -> None:
         assert message in refused("import", store, rows)
         assert not store.exists()
     private = {"prompt": "b?", "answers": ["ann@mail.org", "bob@mail.org"]}
-    told = call("import", store, rows, write(tmp_path / "b.jsonl", private), "--skip-bad")
+    result = call("import", store, rows, write(tmp_path / "b.jsonl", private), "--skip-bad")
     assert (
         "3 rows read, 1 malformed, 1 with answers that differ only in personal data, 0 duplicates"
-        in told.stdout
+        in result.stdout
     )
-    assert "; new prompts 1," in told.stdout
-    assert "line 2" in told.stderr
+    assert "; new prompts 1," in result.stdout
+    assert "line 2" in result.stderr
     out = tmp_path / "o.jsonl"
     assert "expected something to export as pairs, got nothing" in refused("export", store, out)
     assert "form: expected one of pairs, ranked" in refused("export", store, out, "--form", "x")
@@ -455,13 +457,13 @@ def test_lines_of_a_pipe_are_inputs(tmp_path) -> None:
     evil = {"prompt": "Say [red]hi[/red].\x1b[2J", "answers": ["a\x1b]0;x\x07", "b\u202ec\x9b"]}
     filled(tmp_path, evil, *map(prompt_row, range(4))).close()
     path = tmp_path / "store.sqlite"
-    shown = call("judge", path, "-r", "ann", input="2\ns\nc 3 Fixed.\nb\n12\n321\n\n?\nq\n").stdout
-    assert not set("\x1b\x07\u202e\x9b") & set(shown)
-    assert "Say [red]hi[/red].\ufffd[2J" in shown
-    assert "stored: 2 > 1\n" in shown and "stored: a correction of 3" in shown
-    assert shown.count("Question 0?") == 2 and "── back ──" in shown
-    assert "1=2 3     1 and 2 are equally good" in shown
-    assert shown.endswith("ann: 3 of 5 ranked, 2 to do\n")
+    output = call("judge", path, "-r", "ann", input="2\ns\nc 3 Fixed.\nb\n12\n321\n\n?\nq\n").stdout
+    assert not set("\x1b\x07\u202e\x9b") & set(output)
+    assert "Say [red]hi[/red].\ufffd[2J" in output
+    assert "stored: 2 > 1\n" in output and "stored: a correction of 3" in output
+    assert output.count("Question 0?") == 2 and "── back ──" in output
+    assert "1=2 3     1 and 2 are equally good" in output
+    assert output.endswith("ann: 3 of 5 ranked, 2 to do\n")
     with RankingStore(path) as store:
         (correction,) = store.comparisons("ann", corrected=True)
         assert correction.answers[0][0]["content"] == "Fixed."
@@ -477,9 +479,9 @@ def test_lines_of_a_pipe_are_inputs(tmp_path) -> None:
     ):
         assert message in refused("judge", path, "-r", "ann", input=f"{line}\n")
     call("judge", path, "-r", "bob", input="1\ns\ns\n1=2\n3=2 1\n")
-    shown = call("judge", path, "-r", "bob", "--skipped", input="s\n1 2 3\n").stdout
-    assert shown.count("skipped before") == 2
-    assert shown.endswith("bob: 4 of 5 ranked, 1 skipped, 0 to do\n")
+    output = call("judge", path, "-r", "bob", "--skipped", input="s\n1 2 3\n").stdout
+    assert output.count("skipped before") == 2
+    assert output.endswith("bob: 4 of 5 ranked, 1 skipped, 0 to do\n")
     figures = json.loads(call("agreement", path, "--json").stdout)
     assert figures["raters"]["bob"] == {"ranked": 4, "skipped": 1, "corrected": 0}
     assert figures["items"] == 2 and -1 <= figures["alpha"] <= 1
@@ -495,8 +497,8 @@ def test_agreement_of_one_rater(tmp_path) -> None:
     with filled(tmp_path, prompt_row(0)) as store:
         store.rank("[b]ann", store.next_item("[b]ann"), [0, 1, 2])
     path = tmp_path / "store.sqlite"
-    shown = call("agreement", path).stdout
-    assert "[b]ann" in shown and "alpha: none, no two raters ranked the same prompt" in shown
+    output = call("agreement", path).stdout
+    assert "[b]ann" in output and "alpha: none, no two raters ranked the same prompt" in output
     assert json.loads(call("agreement", path, "--json").stdout)["alpha"] is None
 
 
@@ -517,20 +519,20 @@ def test_on_a_terminal(tmp_path) -> None:
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )  # fmt: skip
     os.close(inside)
-    seen = ""
+    output = ""
 
     def type_(text: str, *expected: str) -> None:
-        nonlocal seen
+        nonlocal output
         os.write(fd, text.encode())
         until = time.monotonic() + 60
         for part in expected:
-            while part not in seen:
-                assert time.monotonic() < until, f"{part!r} not in {seen!r}"
+            while part not in output:
+                assert time.monotonic() < until, f"{part!r} not in {output!r}"
                 if select.select([fd], [], [], 1)[0]:
-                    seen += os.read(fd, 4096).decode(errors="replace")
+                    output += os.read(fd, 4096).decode(errors="replace")
                 elif text == "\x03":  # readline misses one between its prompt and its wait
                     os.write(fd, b"\x03")
-            seen = seen.partition(part)[2]
+            output = output.partition(part)[2]
 
     reading = "? for help: "
     try:
@@ -575,15 +577,15 @@ def test_answers_of_a_model(tmp_path, template) -> None:
     }  # fmt: skip
     CausalLM(ModelConfig.from_dict(shape), seed=1).save_pretrained(tmp_path / "model")
     tokenizer.save(tmp_path / "model")
-    asked = [{"prompt": "What is it?"}, {"messages": [{"role": "user", "content": "Who?"}]}]
-    prompts = write(tmp_path / "p.jsonl", *asked)
-    given = ["-m", tmp_path / "model", "--prompts", prompts, "--k", 3, "--max-new-tokens", 8]
-    told = call("sample", tmp_path / "a.sqlite", *given).stdout
-    assert "new prompts 2, duplicates 0," in told and told.endswith("are equal 0\n")
-    told = call("sample", tmp_path / "a.sqlite", *given).stdout
-    assert "new prompts 0, duplicates 2," in told
-    call("sample", tmp_path / "b.sqlite", *given)
-    call("sample", tmp_path / "c.sqlite", *given, "--seed", 9)
+    prompt_file = [{"prompt": "What is it?"}, {"messages": [{"role": "user", "content": "Who?"}]}]
+    prompts = write(tmp_path / "p.jsonl", *prompt_file)
+    arguments = ["-m", tmp_path / "model", "--prompts", prompts, "--k", 3, "--max-new-tokens", 8]
+    output = call("sample", tmp_path / "a.sqlite", *arguments).stdout
+    assert "new prompts 2, duplicates 0," in output and output.endswith("are equal 0\n")
+    output = call("sample", tmp_path / "a.sqlite", *arguments).stdout
+    assert "new prompts 0, duplicates 2," in output
+    call("sample", tmp_path / "b.sqlite", *arguments)
+    call("sample", tmp_path / "c.sqlite", *arguments, "--seed", 9)
     answers = []
     for name in "abc":
         with RankingStore(tmp_path / f"{name}.sqlite") as store:
@@ -592,8 +594,8 @@ def test_answers_of_a_model(tmp_path, template) -> None:
         assert all(2 <= len(item.answers) <= 3 for item in items)
         answers.append([item.answers for item in items])
     assert answers[0] == answers[1] != answers[2]
-    long = write(tmp_path / "long.jsonl", asked[0], {"prompt": "Who? " * 99})
-    message = refused("sample", tmp_path / "d.sqlite", *given, "--prompts", long)
+    long = write(tmp_path / "long.jsonl", prompt_file[0], {"prompt": "Who? " * 99})
+    message = refused("sample", tmp_path / "d.sqlite", *arguments, "--prompts", long)
     assert message.startswith(f"{long}, line 2: prompt: expected fewer than the model's 128 tokens")
     with RankingStore(tmp_path / "d.sqlite") as store:
         assert store.progress("x")[1] == 2  # what was sampled before stays

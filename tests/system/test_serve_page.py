@@ -148,9 +148,11 @@ def test_chat(opened, tiny, tmp_path):
 
         consent = page.get_by_label("Store my conversations")
         assert consent.is_visible() and not consent.is_checked()  # no settings to open
-        box, line = (page.locator(one).bounding_box() for one in ("#text", "#consent-label"))
+        box, line = (page.locator(stored).bounding_box() for stored in ("#text", "#consent-label"))
         assert line["y"] - (box["y"] + box["height"]) >= 4  # the outline of the focus is beside it
-        good, bad = (page.get_by_role("button", name=f"{one} answer") for one in ("Good", "Bad"))
+        good, bad = (
+            page.get_by_role("button", name=f"{stored} answer") for stored in ("Good", "Bad")
+        )
         good.click()
         status(page, "stored; the text of the answer is not stored, since there is no consent")
         assert good.get_attribute("aria-pressed") == "true"
@@ -193,9 +195,14 @@ def test_chat(opened, tiny, tmp_path):
         status(page, "stored, with the conversation")
         picked = store.all_feedback()[-1]
         assert picked.choice == 1 and picked.preferred_over == ((picked.response_id, 0),)
-        kept = store.responses()[picked.response_id]
-        assert [m["role"] for m in kept.prompt] == ["system", "user", "assistant", "user"]
-        assert [c[0]["content"] for c in kept.choices] == ["Fourth", "Fifth"]
+        stored_response = store.responses()[picked.response_id]
+        assert [m["role"] for m in stored_response.prompt] == [
+            "system",
+            "user",
+            "assistant",
+            "user",
+        ]
+        assert [c[0]["content"] for c in stored_response.choices] == ["Fourth", "Fifth"]
         assert page.evaluate(NAMELESS) == [] and wrong == []
 
         older = page.get_by_role("article", name="Answer").first
@@ -242,8 +249,8 @@ def test_markdown(opened, tiny):
         metrics.send("Performance.enable")
 
         def seconds():
-            found = metrics.send("Performance.getMetrics")["metrics"]
-            return next(one["value"] for one in found if one["name"] == "ThreadTime")
+            times = metrics.send("Performance.getMetrics")["metrics"]
+            return next(start["value"] for start in times if start["name"] == "ThreadTime")
 
         slow = {}
         for part in LONG:
@@ -268,9 +275,9 @@ def test_consent_after_the_answer(opened, tiny, tmp_path):
         page.get_by_label("Store my conversations").check()
         page.get_by_role("button", name="Good answer").click()
         status(page, "stored, with the conversation")
-        (kept,) = store.responses().values()
-        assert kept.choices == [[{"role": "assistant", "content": "An answer"}]]
-        store.forget(kept.response_id)
+        (stored,) = store.responses().values()
+        assert stored.choices == [[{"role": "assistant", "content": "An answer"}]]
+        store.forget(stored.response_id)
         page.get_by_role("button", name="Bad answer").click()
         status(page, "not stored, since its consent was withdrawn")
         page.get_by_role("button", name="Good answer").click()
@@ -298,8 +305,8 @@ def test_numbers_for_an_answer(opened, tiny, tmp_path):
         assert page.evaluate(NAMELESS) == []
         page.get_by_role("button", name="Save").click()
         status(page, "stored")
-        (given,) = store.all_feedback()
-        assert given.metrics == (("stars", 4.5), ("solved", 0.0)) and given.conversation_id
+        (feedback,) = store.all_feedback()
+        assert feedback.metrics == (("stars", 4.5), ("solved", 0.0)) and feedback.conversation_id
         more(page, "Rate")
         page.keyboard.press("Escape")
         page.locator("form.box").wait_for(state="detached")
@@ -322,8 +329,8 @@ def test_an_answer_belongs_to_its_conversation(opened, tiny, tmp_path):
         status(page, "tokens? in")
         articles = page.get_by_role("article").all_inner_texts()
         assert len(articles) == 2 and "old" not in "".join(articles)
-        (kept,) = store.responses().values()
-        assert [m["content"] for m in kept.prompt] == ["Second"]
+        (stored,) = store.responses().values()
+        assert [m["content"] for m in stored.prompt] == ["Second"]
 
         page.get_by_role("button", name="Regenerate").click()
         page.get_by_text("again again").wait_for()
@@ -367,17 +374,17 @@ def test_a_conversation_longer_than_the_context(opened, tiny):
         page, _ = opened(url)
         page.get_by_role("button", name="Settings").click()
         page.get_by_label("Maximum answer length").fill("60")
-        for number, said in (("1", "One"), ("2", "Two")):
+        for number, request_texts in (("1", "One"), ("2", "Two")):
             send(page, number + text)
-            page.get_by_text(said, exact=True).wait_for()
+            page.get_by_text(request_texts, exact=True).wait_for()
             status(page, "token")
         send(page, "3" + text)
         forget = page.get_by_role("button", name="Forget the oldest turn")
         forget.click()
         page.get_by_text("Three", exact=True).wait_for()
-        asked = [a[:1] for a in page.get_by_role("article", name="You").locator(".text")
+        messages = [a[:1] for a in page.get_by_role("article", name="You").locator(".text")
                  .all_inner_texts()]  # fmt: skip
-        assert asked == ["2", "3"] and page.get_by_text("One", exact=True).count() == 0
+        assert messages == ["2", "3"] and page.get_by_text("One", exact=True).count() == 0
         page.get_by_role("button", name="New").click()
         send(page, text * 4)  # nothing to forget
         status(page, "model's context")
@@ -454,8 +461,8 @@ def test_conversations_are_kept_in_the_browser(opened, tiny):
         page.remove_listener("request", note)
         assert [r.url for r in asked if r.method != "GET"] == []  # nothing leaves the browser
         assert "Second" not in "".join(r.url for r in asked)
-        kept = page.evaluate("JSON.stringify(localStorage)")
-        assert "Answer 1" in kept and "a-key-of-this-server" not in kept
+        storage = page.evaluate("JSON.stringify(localStorage)")
+        assert "Answer 1" in storage and "a-key-of-this-server" not in storage
 
         send(page, "And then?")  # the first conversation continues and becomes the newest
         page.get_by_text("Answer 3").wait_for()
@@ -569,7 +576,7 @@ def test_rank(opened, tiny, tmp_path):
         def order():
             return [t.split()[0] for t in page.locator("[role=listitem] .text").all_inner_texts()]
 
-        def place(name, at):
+        def positions(name, at):
             while (have := order().index(name)) != at:
                 page.get_by_role("listitem").nth(have).focus()
                 page.keyboard.press("ArrowLeft" if have > at else "ArrowRight")
@@ -579,7 +586,7 @@ def test_rank(opened, tiny, tmp_path):
             page.get_by_role("button", name="Start").click()
             page.get_by_role("listitem").first.wait_for()
             for at, name in enumerate(("third", "second", "first")):
-                place(name, at)
+                positions(name, at)
             assert order() == ["third", "second", "first"]
             if rater == "Ann":
                 page.get_by_role("listitem").nth(2).focus()
@@ -613,8 +620,8 @@ def test_rank(opened, tiny, tmp_path):
         assert (counts["Ann"].ranked, counts["Ann"].skipped, counts["Ann"].corrected) == (1, 1, 1)
         assert store.agreement().items == 1
         (ann,) = store.comparisons("Ann")
-        said = {a[0]["content"].split()[0]: rank for a, rank in zip(ann.answers, ann.ranks)}
-        assert said == {"third": 0, "second": 1, "first": 1}
+        ranks = {a[0]["content"].split()[0]: rank for a, rank in zip(ann.answers, ann.ranks)}
+        assert ranks == {"third": 0, "second": 1, "first": 1}
 
 
 def test_dashboard(opened, tiny, tmp_path, monkeypatch):

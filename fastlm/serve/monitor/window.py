@@ -145,14 +145,14 @@ def read_feedback_rows(store: "FeedbackStore", since: float, until: float) -> li
 
 
 def _feedback_rows(row: Any, name: str) -> Iterator[FeedbackRow]:
-    where = f"{name}: {FEEDBACK.name}: "
+    prefix = f"{name}: {FEEDBACK.name}: "
     is_conversation = row.response_id is None
     key = (row.conversation_id, -1) if is_conversation else (row.response_id, row.choice)
-    at = row.at if row.at is not None else read_time(row.created_at, f"{where}created_at")
+    at = row.at if row.at is not None else read_time(row.created_at, f"{prefix}created_at")
     values = {kind: 1.0 for kind in ("comment", "corrected", "picked") if getattr(row, kind)}
     if row.thumb is not None:
         values["thumb"] = float(row.thumb == "up")
-    for metric, value in read_metrics(row.metrics, where).items():
+    for metric, value in read_metrics(row.metrics, prefix).items():
         values[f"metrics.{metric}"] = value
     for kind, value in values.items():
         yield FeedbackRow(key, row.rater, at, row.model, kind, value)
