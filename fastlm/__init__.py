@@ -1,6 +1,6 @@
-"""fastlm: from raw web text to a quantized language model, on fused kernels.
+"""fastlm trains, evaluates and serves small language models on its own fused kernels.
 
-Public names load on first use, so that ``fastlm --help`` does not wait for torch.
+Public names load on first use, so ``fastlm --help`` does not wait for torch.
 """
 
 from importlib import import_module
@@ -32,7 +32,7 @@ __all__ = [
     "patched_ops", "quantize", "register_sdpa", "unpatch", "use_backend",
 ]  # fmt: skip
 
-# module -> the names that it defines; "" for the module itself
+# module -> its public names; "": the module itself is public
 _MODULES = {
     "backend": "use_backend", "checkpoint.config": "ModelConfig", "inventory": "info",
     "hf.patching": "patch patched_ops unpatch", "hf.sdpa": "register_sdpa",

@@ -1,5 +1,5 @@
-"""Files that fastlm reads back and that strangers may have written: each kind of row or document
-has one schema, a dataclass or a `TypedDict`, which pydantic checks.
+"""Schemas of files that fastlm reads and that anybody may have written. Each kind of row or
+document has one schema, a dataclass or a `TypedDict`, which pydantic checks.
 
     class Score(TypedDict):
         value: Finite
@@ -8,8 +8,8 @@ has one schema, a dataclass or a `TypedDict`, which pydantic checks.
     read_document(path, Score)            # {"value": 0.5, "n": 3}
     for line, row in read_lines(path, Score): ...
 
-What does not fit raises InputError, ``file:line: field: expected X, got Y``. A parser's limits hold
-before a schema does: regular files only (a pipe would block), a number of bytes, 200 levels of
+Other content raises InputError, ``file:line: field: expected X, got Y``. The parser's limits come
+before the schema: regular files only (a pipe would block), a maximum of bytes, 200 levels of
 nesting, UTF-8 without lone surrogates, integers of at most 4,300 digits.
 """
 
@@ -38,7 +38,7 @@ _HUGE = re.compile(r"0[box][\da-fA-F_]{65}")  # an integer beyond TOML's 64 bits
 
 
 def is_inside(path: str) -> bool:
-    """Whether a relative path stays below its folder, and is one that the system takes."""
+    """Return whether a relative path stays below its folder, and is valid for the system."""
     return "\0" not in path and not path.startswith("/") and ".." not in path.split("/")
 
 
@@ -51,8 +51,8 @@ Count = Annotated[int, Interval(ge=0, le=2**63 - 1)]
 def read_document(
     path: str | Path, schema: type[T], *, extra: Extra = "ignore", max_bytes: int = MAX_JSON_BYTES
 ) -> T:
-    """Read the JSON in ``path`` as ``schema``. ``extra``: what to do with keys that the schema
-    lacks. InputError: unreadable, too large, not JSON, or a value that the schema refuses.
+    """Read the JSON in ``path`` as ``schema``. ``extra``: how to treat keys that the schema lacks.
+    InputError: unreadable, too large, not JSON, or a value that the schema refuses.
     """
     return parse(read_text(path, max_bytes), schema, str(path), extra=extra)
 
@@ -78,9 +78,9 @@ def read_lines(
         raise InputError(f"{path}: expected a readable file, got: {reason(error)}") from error
 
 
-def parse(data: str | bytes, schema: type[T], where: str, *, extra: Extra = "ignore") -> T:
-    """Return the JSON ``data`` as ``schema``. ``where`` precedes the field in messages, without a
-    colon where it ends with a dot.
+def parse(data: str | bytes, schema: type[T], location: str, *, extra: Extra = "ignore") -> T:
+    """Return the JSON ``data`` as ``schema``. ``location`` precedes the field in messages, without
+    a colon where it ends with a dot.
     """
     from pydantic import ValidationError
     from pydantic_core import from_json
@@ -90,22 +90,22 @@ def parse(data: str | bytes, schema: type[T], where: str, *, extra: Extra = "ign
     except ValidationError as error:
         first, *_ = error.errors(include_url=False, include_input=False)
         if first["type"] == "json_invalid":
-            raise InputError(_not_json(where, first["msg"])) from None
+            raise InputError(_not_json(location, first["msg"])) from None
         if first["type"] == "value_error":  # of the schema's own checks
-            raise InputError(_join(where, str(first.get("ctx", {}).get("error")))) from None
+            raise InputError(_join(location, str(first.get("ctx", {}).get("error")))) from None
         path, message, _ = first_error(error, from_json(data))
-        text = f"{_join(where, field_name(path))}: {message}"
+        text = f"{_join(location, field_name(path))}: {message}"
         raise InputError(" ".join(text.split()).removeprefix(": ")) from None
 
 
-def validate(value: Any, schema: type[T], where: str, *, extra: Extra = "ignore") -> T:
-    """Return ``value``, of a database, TOML or YAML, as ``schema``, by the rules of JSON."""
+def validate(value: Any, schema: type[T], location: str, *, extra: Extra = "ignore") -> T:
+    """Return ``value``, from a database, TOML or YAML, as ``schema``, by the rules of JSON."""
     try:
         data = json.dumps(value, ensure_ascii=False).encode()
     except (TypeError, ValueError, RecursionError) as error:
         message = f"expected values of JSON, got: {reason(error)}"
-        raise InputError(f"{where.removesuffix('.')}: {message}".removeprefix(": ")) from None
-    return parse(data, schema, where, extra=extra)
+        raise InputError(f"{location.removesuffix('.')}: {message}".removeprefix(": ")) from None
+    return parse(data, schema, location, extra=extra)
 
 
 def read_toml(path: str | Path, max_bytes: int = MAX_TOML_BYTES) -> tuple[dict[str, Any], str]:
@@ -114,24 +114,26 @@ def read_toml(path: str | Path, max_bytes: int = MAX_TOML_BYTES) -> tuple[dict[s
     return parse_toml(text, str(path)), text
 
 
-def parse_toml(text: str, where: str) -> dict[str, Any]:
+def parse_toml(text: str, location: str) -> dict[str, Any]:
     """Return the table of ``text``. InputError: no TOML, nested too deeply."""
     for number, line in enumerate(text.splitlines(), 1):
         if line.count(".") > MAX_DOTS:
-            raise InputError(f"{where}:{number}: expected at most {MAX_DOTS:,} dots, got more")
+            raise InputError(f"{location}:{number}: expected at most {MAX_DOTS:,} dots, got more")
         if huge := _HUGE.search(line):
-            raise InputError(f"{where}:{number}: expected at most 64 bits, got {huge[0][:20]}...")
+            raise InputError(
+                f"{location}:{number}: expected at most 64 bits, got {huge[0][:20]}..."
+            )
     try:
         return tomllib.loads(text)
     except RecursionError:
-        raise InputError(f"{where}: expected fewer levels of nesting, got more") from None
+        raise InputError(f"{location}: expected fewer levels of nesting, got more") from None
     except ValueError as error:
         message, _, position = str(error).rpartition(" (at ")
         line = position.removeprefix("line ").partition(",")[0]
         if not line.isdigit():
             line = str(max(1, len(text.splitlines()))) if position else ""
-        place = f"{where}:{line}" if line else where
-        raise InputError(f"{place}: expected TOML, got: {message or error}") from None
+        position = f"{location}:{line}" if line else location
+        raise InputError(f"{position}: expected TOML, got: {message or error}") from None
 
 
 @cache
@@ -141,21 +143,21 @@ def _adapter(schema: type) -> Any:
     return TypeAdapter(schema)
 
 
-def _not_json(where: str, message: str) -> str:
-    """pydantic's "Invalid JSON: WHY at line 1 column 5", with the line behind the file."""
+def _not_json(location: str, message: str) -> str:
+    """Return pydantic's "Invalid JSON: REASON at line 1 column 5" with the line after the file."""
     if "recursion limit" in message:
-        return f"{where}: expected at most 200 levels of nesting, got more"
-    why, _, position = message.removeprefix("Invalid JSON: ").rpartition(" at line ")
+        return f"{location}: expected at most 200 levels of nesting, got more"
+    reason, _, position = message.removeprefix("Invalid JSON: ").rpartition(" at line ")
     line = position.partition(" ")[0]
-    if line.isdigit() and not where.rpartition(":")[2].isdigit():
-        where = f"{where}:{line}"
-    return f"{where}: expected JSON, got: {why or message}"
+    if line.isdigit() and not location.rpartition(":")[2].isdigit():
+        location = f"{location}:{line}"
+    return f"{location}: expected JSON, got: {reason or message}"
 
 
-def _join(at: str, text: str) -> str:
-    if not at or not text:
-        return at.removesuffix(".") or text
-    return f"{at}{text}" if at.endswith(".") else f"{at}: {text}"
+def _join(location: str, text: str) -> str:
+    if not location or not text:
+        return location.removesuffix(".") or text
+    return f"{location}{text}" if location.endswith(".") else f"{location}: {text}"
 
 
 def field_name(path: Field) -> str:
@@ -166,8 +168,8 @@ def field_name(path: Field) -> str:
 
 def first_error(error: Any, value: Any) -> tuple[Field, str, BaseException | None]:
     """Return the path of the first field of ``value`` that pydantic's ``error`` refuses, "expected
-    X, got Y", and what a validator raised. An unknown field comes before others, a missing one
-    after them; of a union, the branch that fits furthest.
+    X, got Y", and the exception of a validator. Unknown fields come first, missing fields last. Of
+    a union, the branch that matches furthest counts.
     """
     errors = error.errors(include_url=False)
     errors.sort(key=lambda e: {"extra_forbidden": 0, "missing": 2}.get(e["type"], 1))
@@ -178,19 +180,19 @@ def first_error(error: Any, value: Any) -> tuple[Field, str, BaseException | Non
     expected = " or ".join(dict.fromkeys(_expected(e) for e in same))
     got, tag = same[0]["input"], _tag(same[0])
     missing = same[0]["type"] == "missing" or (tag and tag not in got)
-    shown = "nothing" if missing else show(got[tag] if tag else got)[:80]
-    return deepest, f"expected {expected}, got {shown}", same[0].get("ctx", {}).get("error")
+    text = "nothing" if missing else show(got[tag] if tag else got)[:80]
+    return deepest, f"expected {expected}, got {text}", same[0].get("ctx", {}).get("error")
 
 
 def _tag(error: Any) -> str | None:
-    """The field by which pydantic could not choose a type of a union."""
+    """Return the field by which pydantic could not select a type of a union, or None."""
     name = error.get("ctx", {}).get("discriminator", "")
     return name.strip("'") if name.startswith("'") else None
 
 
 def _path(error: Any, value: Any) -> list[int | str]:
-    """The part of an error's location that is in the value: pydantic adds the names of a union's
-    types, and "[key]".
+    """Return the part of an error's location that is in the value. Pydantic adds the names of a
+    union's types, and "[key]".
     """
     path: list[int | str] = []
     for part in error["loc"]:

@@ -1,7 +1,7 @@
 """The tokenizer inside a GGUF file, rebuilt for the ``tokenizers`` library.
 
-A GGUF file contains tokens, merges or scores, and the *name* of its pre-tokenizer. The split
-pattern for each name is defined in llama.cpp and is tabulated here. An unknown name is refused: a
+A GGUF file contains tokens, merges or scores, and the *name* of its pre-tokenizer. llama.cpp
+defines the split pattern of each name; the table is here. An unknown name is refused, because a
 wrong pattern gives ids that look right.
 """
 
@@ -48,13 +48,13 @@ PRE_TOKENIZERS: dict[str, tuple[str, ...]] = {
     "tekken": (TEKKEN,),
     "default": (r"[\p{P}\$\+<=>\^~\|]+", GPT2, r"\p{N}+", r"[0-9][0-9][0-9]"),
 }
-# names for which a pre-token that is in the vocabulary is kept whole, and BOS is added unless the
-# file says otherwise
+# names for which a pre-token that is in the vocabulary is one token, and BOS is added unless the
+# file disables it
 WHOLE_WORDS = frozenset(
     "llama3 llama-v3 llama-bpe falcon3 falcon-h1 pixtral midm-2.0 lfm2 tekken".split()
 )
 
-MAX_TOKEN = 512  # characters: `_merges` tries every cut; published vocabularies have up to 128
+MAX_TOKEN_LENGTH = 512  # characters: `_merges` tries every cut; published ones have up to 128
 ROLE_KEYS = {
     "bos_token": "bos_token_id", "eos_token": "eos_token_id", "unk_token": "unknown_token_id",
     "pad_token": "padding_token_id",
@@ -86,16 +86,16 @@ def build_tokenizer(file: "GGUFFile") -> tuple[Tokenizer, dict[str, str], str | 
 
     model, tokens = get("model", str), get("tokens", list)
     if model not in ("gpt2", "llama"):
-        known = "gpt2 (byte-level BPE) or llama (SentencePiece BPE)"
-        raise refuse("model", f"{known}, got {model!r:.60}")
+        models = "gpt2 (byte-level BPE) or llama (SentencePiece BPE)"
+        raise refuse("model", f"{models}, got {model!r:.60}")
     if not tokens:
         raise refuse("tokens", "a list of texts, got none")
     if len(set(tokens)) != len(tokens):
         raise refuse("tokens", "each token once, got duplicates")
     longest = max(tokens, key=len)
-    if len(longest) > MAX_TOKEN:
+    if len(longest) > MAX_TOKEN_LENGTH:
         got = f"{len(longest)}: {longest!r:.60}"
-        raise refuse("tokens", f"at most {MAX_TOKEN} characters each, got {got}")
+        raise refuse("tokens", f"at most {MAX_TOKEN_LENGTH} characters each, got {got}")
     kinds = get("token_type", np.ndarray, np.empty(0)).tolist()
     if kinds and len(kinds) != len(tokens):
         raise refuse("token_type", f"{len(tokens)} entries, got {len(kinds)}")
@@ -136,8 +136,8 @@ def build_tokenizer(file: "GGUFFile") -> tuple[Tokenizer, dict[str, str], str | 
 
 
 def call_tokenizers(call: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
-    """Call into ``tokenizers`` and turn its errors into InputError. The library raises bare
-    Exception and, if Rust panics, something that is not even one.
+    """Call the ``tokenizers`` library and turn its errors into InputError. The library raises bare
+    Exception and, if Rust panics, a class that is not even an Exception.
     """
     try:
         return call(*arguments, **options)
@@ -151,8 +151,8 @@ def call_tokenizers(call: Callable[..., Any], *arguments: Any, **options: Any) -
 
 def _byte_level_bpe(tokens: list[str], merges: Sequence[str], pre: str, path: Any) -> Tokenizer:
     if pre not in PRE_TOKENIZERS:
-        known = ", ".join(sorted(PRE_TOKENIZERS))
-        raise InputError(f"{path}: tokenizer.ggml.pre: expected one of {known}, got {pre!r:.60}")
+        names = ", ".join(sorted(PRE_TOKENIZERS))
+        raise InputError(f"{path}: tokenizer.ggml.pre: expected one of {names}, got {pre!r:.60}")
     vocab = {token: index for index, token in enumerate(tokens)}
     # a byte-level token contains no space, so the only space separates the two halves
     pairs = [(left, right) for left, _, right in (merge.partition(" ") for merge in merges)]
@@ -209,12 +209,12 @@ def _merges(tokens: list[str], vocab: dict[str, int], rank: list[float]) -> list
     SentencePiece stores no merges: it joins the adjacent pair whose union scores highest, which is
     the same rule.
     """
-    known = set(tokens)
-    found = []
+    token_set = set(tokens)
+    merges = []
     for token in tokens:
         halves = [(token[:cut], token[cut:]) for cut in range(1, len(token))]
-        halves = [pair for pair in halves if known.issuperset(pair)]
+        halves = [pair for pair in halves if token_set.issuperset(pair)]
         halves.sort(key=lambda pair: (vocab[pair[0]], vocab[pair[1]]))
-        found += [(-rank[vocab[token]], pair) for pair in halves]
-    found.sort(key=lambda entry: entry[0])  # stable: keeps the order inside one token
-    return [pair for _, pair in found]
+        merges += [(-rank[vocab[token]], pair) for pair in halves]
+    merges.sort(key=lambda entry: entry[0])  # stable: keeps the order inside one token
+    return [pair for _, pair in merges]

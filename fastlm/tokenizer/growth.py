@@ -5,14 +5,15 @@ from typing import Any
 
 from fastlm.errors import InputError
 
-# Of all replacements of a text that is encoded, or decoded. Published files write one space as
-# U+2581 or take a few characters away; 40 rules `a -> aa` would write 2**40 characters for each.
+# The product over all replacements of a text that is encoded or decoded. Published files write a
+# space as U+2581 or remove a few characters; 40 rules `a -> aa` would write 2**40 characters for
+# one.
 MAX_GROWTH = 64
 
 
 def check_growth(text: str) -> None:
-    """Raise InputError if the replacements of a tokenizer.json can multiply a text's length by more
-    than `MAX_GROWTH`. A text that is no JSON is left to the library."""
+    """Raise InputError if the replacements of a tokenizer.json can multiply the length of a text by
+    more than `MAX_GROWTH`. A file that is not JSON is left to the library."""
     try:
         state = json.loads(text)
     except (ValueError, RecursionError):
@@ -39,7 +40,7 @@ def check_growth(text: str) -> None:
 
 
 def _growth(rule: dict[str, Any]) -> float:
-    """Return how many characters one of a text can become."""
+    """Return how many characters one character of a text can become."""
     content, pattern = rule.get("content"), rule.get("pattern")
     if not isinstance(content, str) or not isinstance(pattern, dict):
         return 1.0  # refused by the library

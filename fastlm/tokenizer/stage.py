@@ -45,25 +45,25 @@ class TrainTokenizer(Stage):
         from fastlm.tokenizer.tokenizer import Tokenizer
 
         def texts() -> Iterator[str]:
-            left = self.train_bytes
+            remaining = self.train_bytes
             for source in ctx.inputs["corpus"]:
-                read = read_texts(
+                documents = read_texts(
                     source.source, split="train", cache=ctx.cache_dir, on_skip=ctx.skipped
                 )
-                for text in read:
-                    if left <= 0:
+                for text in documents:
+                    if remaining <= 0:
                         return
                     yield text
-                    left -= len(text.encode())
+                    remaining -= len(text.encode())
 
-        track = partial(ctx.track, total=self._expected(ctx))
+        track = partial(ctx.track, total=self._num_documents(ctx))
         tokenizer = Tokenizer.train(texts(), self.vocab_size, track=track)
         tokenizer.chat_template = None  # a base model continues text; fine-tuning adds one
         tokenizer.save(ctx.out)
         return {"vocab_size": tokenizer.vocab_size}
 
-    def _expected(self, ctx: StageContext) -> int | None:
-        """Return how many documents will be counted, None unless all are in prepared folders."""
+    def _num_documents(self, ctx: StageContext) -> int | None:
+        """Return the number of documents to read, or None unless all are in prepared folders."""
         count = 0
         for source in ctx.inputs["corpus"]:
             if not (source.path / FUNNEL).is_file():
