@@ -120,7 +120,7 @@ def fastlm_side(job: dict[str, Any], folder: Path, rows: list[dict]) -> dict[str
     from fastlm.train.lora_options import LoraOptions
     from fastlm.train.objective import Example
     from fastlm.train.options import TrainOptions
-    from fastlm.train.preferences import DpoOptions, PreferenceExample
+    from fastlm.train.preference_stage import DpoOptions, PreferenceExample
     from fastlm.train.sft import SftObjective
 
     imports = peak()

@@ -10,7 +10,7 @@ from fastlm.pipeline.stage import InputSpec, ReportSection, StageContext, select
 from fastlm.train.encoding import rows_summary
 from fastlm.train.lora_options import LoraOptions
 from fastlm.train.options import TrainOptions, check_unsharded, expect
-from fastlm.train.preferences import DpoOptions, PreferenceDataset, PreferenceStage
+from fastlm.train.preference_stage import DpoOptions, PreferenceDataset, PreferenceStage
 from fastlm.train.training_stage import FEEDBACK
 
 if TYPE_CHECKING:

@@ -19,7 +19,7 @@ from fastlm.train.objective import (
     pack_groups,
     without_dropout,
 )
-from fastlm.train.preferences import (
+from fastlm.train.preference_stage import (
     DpoOptions,
     PreferenceExample,
     accuracy_error,

@@ -10,7 +10,7 @@ from fastlm.pipeline.stage import InputSpec, ReportSection, StageContext
 from fastlm.train.encoding import rows_summary
 from fastlm.train.metrics import correlation
 from fastlm.train.objective import EpochObjective
-from fastlm.train.preferences import (
+from fastlm.train.preference_stage import (
     PreferenceDataset,
     PreferenceExample,
     PreferenceStage,

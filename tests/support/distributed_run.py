@@ -44,7 +44,7 @@ from fastlm.train.online_objectives import GrpoObjective, PpoObjective, build_va
 from fastlm.train.online_stage import Grpo
 from fastlm.train.options import GrpoOptions, PpoOptions, RolloutOptions, TrainOptions
 from fastlm.train.parallel import process_group
-from fastlm.train.preferences import DpoOptions, PreferenceExample
+from fastlm.train.preference_stage import DpoOptions, PreferenceExample
 from fastlm.train.pretrain import PretrainObjective
 from fastlm.train.reward import RewardObjective
 from fastlm.train.sft import SftObjective

@@ -35,7 +35,7 @@ import tiny_recipe
 FORKS = multiprocessing.get_context("forkserver")
 PRELOAD = [
     "torch", "torch._dynamo", "fastlm.cli", "fastlm.model.causal_lm", "fastlm.train.loop",
-    "fastlm.train.online", "fastlm.train.preferences", "fastlm.data.conversations", "jinja2",
+    "fastlm.train.online", "fastlm.train.preference_stage", "fastlm.data.conversations", "jinja2",
     "fastlm.data.texts", "fastlm.data.prepare", "fastlm.model.adapter", "matplotlib.figure",
     "rich.progress",
 ]  # fmt: skip

@@ -23,7 +23,7 @@ from fastlm.train.dpo_objective import DpoObjective
 from fastlm.train.loop import TrainingInterrupted
 from fastlm.train.objective import IGNORE, Example, pack_groups
 from fastlm.train.options import TrainOptions
-from fastlm.train.preferences import DpoOptions, PreferenceExample, add_mismatched_answers
+from fastlm.train.preference_stage import DpoOptions, PreferenceExample, add_mismatched_answers
 
 TINY = Dpo(
     data=("x.jsonl",), epochs=2, batch_size=3, gradient_accumulation_steps=2, lr=2e-3, heldout=0.25,

@@ -22,7 +22,7 @@ from fastlm.model.reward_model import RewardModel, scores
 from fastlm.tokenizer.tokenizer import Tokenizer
 from fastlm.train.loop import TrainingInterrupted
 from fastlm.train.options import TrainOptions
-from fastlm.train.preferences import PreferenceExample, accuracy_error, pairwise_accuracy
+from fastlm.train.preference_stage import PreferenceExample, accuracy_error, pairwise_accuracy
 from fastlm.train.reward import Reward, RewardObjective, calibration, length_bias
 
 TINY = Reward(

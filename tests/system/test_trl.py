@@ -21,7 +21,7 @@ from fastlm.train.losses import grpo_loss
 from fastlm.train.objective import Example
 from fastlm.train.online_objectives import GrpoObjective
 from fastlm.train.options import GrpoOptions, TrainOptions
-from fastlm.train.preferences import DpoOptions, PreferenceExample
+from fastlm.train.preference_stage import DpoOptions, PreferenceExample
 from fastlm.train.sft import SftObjective
 
 pytestmark = [
