@@ -196,10 +196,10 @@ def parse_conversation(row: Any, location: str = "") -> Conversation:
     add_system(row, messages)
     check_messages(messages)
     loss_mask = []
-    for location, message in messages:
+    for field_name, message in messages:
         weight = message.pop("weight", 1)
         if message["role"] == "assistant" and weight not in (0, 1):
-            raise InputError(f"{location}: expected a weight of 0 or 1, got {weight!r:.40}")
+            raise InputError(f"{field_name}: expected a weight of 0 or 1, got {weight!r:.40}")
         loss_mask.append(message["role"] == "assistant" and weight == 1)
     if not any(loss_mask):
         raise InputError("expected an assistant message to train on, all have weight 0")
