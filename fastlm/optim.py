@@ -259,8 +259,8 @@ class AdamW(torch.optim.Optimizer):
         return _PLAIN
 
     def state_dict(self) -> dict[str, Any]:
-        """torch's `step`, `exp_avg`, `exp_avg_sq` (float32 also for 8 bits), and a float32 `master`
-        where there is one.
+        """Return torch's `step`, `exp_avg`, `exp_avg_sq` (float32 also for 8 bits), and a float32
+        `master` where there is one.
         """
         out = super().state_dict()
         # torch numbers the parameters in the order of the groups

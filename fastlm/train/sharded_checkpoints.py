@@ -45,7 +45,7 @@ def save_sharded(
 
     def write() -> dict[str, str]:
         try:
-            with _unwrapped():
+            with _raise_first_cause():
                 save(flat, storage_writer=writer)
             shards = sorted(part.glob(f"shard-{world.rank + 1:05d}-*"))
             return {file.name: _sha256(file) for file in shards}
@@ -68,7 +68,7 @@ def save_sharded(
 
 
 @contextmanager
-def _unwrapped() -> Iterator[None]:
+def _raise_first_cause() -> Iterator[None]:
     """Replace torch's CheckpointException by its first cause, within this context. torch's is no
     Exception and prints the tracebacks of all processes.
     """
@@ -117,7 +117,7 @@ def load_sharded(
                 into[name] = torch.zeros_like(like, dtype=dtype, requires_grad=False)
             else:
                 into[name] = torch.zeros(entry.size, dtype=dtype)
-        with warnings.catch_warnings(), _unwrapped():
+        with warnings.catch_warnings(), _raise_first_cause():
             warnings.simplefilter("ignore", UserWarning)  # it warns that one process loads
             load(into, storage_reader=reader, no_dist=world.size == 1)
     except (OSError, SafetensorError) as error:
