@@ -203,7 +203,7 @@ def test_recorded_steps_are_the_same(monkeypatch, error):
     assert len(cuda_decode._failed) == bool(error)
 
 
-def test_what_a_graph_reads_stays(monkeypatch):
+def test_tensors_of_a_graph_stay_alive(monkeypatch):
     """It stays if the model changes its dtype, or another generation joins its biases again."""
     model = fastlm.quantize(model_of("qwen2"), "w8a16", group_size=16)
     ids, cache, _ = prefilled(model, 2, 5, 10)

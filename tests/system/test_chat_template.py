@@ -187,8 +187,8 @@ def test_a_turn_token_that_its_file_does_not_flag(backend):
 def test_text_of_a_message_stays_text(backend, template, messages, harmless):
     tokenizer = with_template(backend, template)
     variables = harmless or {}
-    found = special_ids(tokenizer, messages, add_generation_prompt=False, **variables)
-    names = [tokenizer._backend.id_to_token(i) for i in found]
+    actual = special_ids(tokenizer, messages, add_generation_prompt=False, **variables)
+    names = [tokenizer._backend.id_to_token(i) for i in actual]
     plain = [{**m, "role": "user", "content": "x"} for m in messages]
     if template is PARTS:
         plain = [{**m, "content": [{"text": "x"}]} for m in plain]
@@ -259,9 +259,9 @@ def test_a_token_that_cannot_be_text_is_refused():
     ):
         with pytest.raises(InputError, match="expected none with '#', a special token"):
             call()
-    for one in ("#", "§"):  # "§" spells the byte 0xA7, as in "ç"
+    for single in ("#", "§"):  # "§" spells the byte 0xA7, as in "ç"
         with pytest.raises(InputError, match="special_tokens: expected"):
-            Tokenizer.train(["ça # b"], 300, special_tokens=("<|endoftext|>", one))
+            Tokenizer.train(["ça # b"], 300, special_tokens=("<|endoftext|>", single))
 
 
 # limits

@@ -26,12 +26,16 @@ def test_compiled_blocks_equal_numpy_s(kind, rows, blocks):
     size = GGML_QUANT_SIZES[kind][1]
     raw = np.random.default_rng(0).integers(0, 256, (rows, blocks * size), dtype=np.uint8)
     raw.flags.writeable = False  # as the file's pages are
-    came = gguf_blocks._compiled(raw, kind)
+    actual = gguf_blocks._compiled(raw, kind)
     with np.errstate(invalid="ignore"):
         want = gguf_blocks.unpack_by_numpy(raw, kind)
-    assert (came.bits, came.group_size, came.shape) == (want.bits, want.group_size, want.shape)
+    assert (actual.bits, actual.group_size, actual.shape) == (
+        want.bits,
+        want.group_size,
+        want.shape,
+    )
     for name in ("qdata", "scales", "zeros"):
-        a, b = getattr(came, name), getattr(want, name)
+        a, b = getattr(actual, name), getattr(want, name)
         assert (a is None) == (b is None)
         assert a is None or np.array_equal(a.numpy(), b.numpy(), equal_nan=a.is_floating_point())
 
@@ -40,9 +44,9 @@ def test_every_float16_becomes_the_same_float32():
     halves = np.arange(2**16, dtype=np.uint16)
     raw = np.zeros((2**16, GGML_QUANT_SIZES[Kind.Q8_0][1]), np.uint8)
     raw[:, :2] = halves[:, None].view(np.uint8).reshape(-1, 2)
-    came = gguf_blocks._compiled(raw, Kind.Q8_0).scales[:, 0].numpy()
+    actual = gguf_blocks._compiled(raw, Kind.Q8_0).scales[:, 0].numpy()
     with np.errstate(invalid="ignore"):
-        np.testing.assert_array_equal(came, halves.view(np.float16).astype(np.float32))
+        np.testing.assert_array_equal(actual, halves.view(np.float16).astype(np.float32))
 
 
 def test_blocks_are_refused_where_they_do_not_fit():
@@ -83,12 +87,12 @@ def test_scale_table_is_transposed_and_as_narrow_as_is_exact(bits, offset, dtype
 def test_a_held_file_is_parsed_once_and_a_new_one_again(tmp_path):
     path = tmp_path / "model.gguf"
     path.write_bytes(smollm2().read_bytes())
-    held = open_gguf(path)
-    assert open_gguf(path) is held
+    gguf_file = open_gguf(path)
+    assert open_gguf(path) is gguf_file
     new = tmp_path / "new.gguf"
     new.write_bytes(path.read_bytes())
     new.replace(path)
-    assert open_gguf(path) is not held
+    assert open_gguf(path) is not gguf_file
 
 
 def test_the_twin_for_spelt_out_tokens_is_made_when_it_is_needed():

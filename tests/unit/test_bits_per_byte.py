@@ -25,11 +25,11 @@ class Recorder(nn.Module):
     def __init__(self):
         super().__init__()
         self.logits = nn.Parameter(torch.arange(1.0, tiny_run.VOCAB + 1).log())
-        self.asked: list[tuple[np.ndarray, np.ndarray]] = []
+        self.calls: list[tuple[np.ndarray, np.ndarray]] = []
 
     def forward(self, input_ids, *, shift_labels, num_items):
         assert not torch.is_grad_enabled() and not self.training and num_items == 1
-        self.asked += zip(input_ids.numpy(), shift_labels.numpy())
+        self.calls += zip(input_ids.numpy(), shift_labels.numpy())
         counted = shift_labels[shift_labels != -100]
         return SimpleNamespace(loss=-self.logits.log_softmax(0)[counted].sum())
 
@@ -47,8 +47,8 @@ def test_every_token_is_predicted_once(heldout, seq_len, stride, batch_size):
     model = Recorder().train()
     result = evaluate(model, heldout, seq_len, batch_size, stride=stride)
     tokens = heldout.read(0, heldout.tokens)
-    asked = [labels[labels != -100] for _, labels in model.asked]
-    assert np.array_equal(np.concatenate(asked), tokens)
+    predicted = [labels[labels != -100] for _, labels in model.calls]
+    assert np.array_equal(np.concatenate(predicted), tokens)
     nats = sum(math.log(sum(range(1, tiny_run.VOCAB + 1)) / (t + 1)) for t in tokens)
     assert result.bits_per_byte == pytest.approx(
         nats / math.log(2) / heldout.bytes_of_text, rel=1e-5
@@ -56,10 +56,10 @@ def test_every_token_is_predicted_once(heldout, seq_len, stride, batch_size):
     assert result.tokens == heldout.tokens and result.bytes == heldout.bytes_of_text
     assert model.training
     # inputs are the preceding tokens; the first token of all follows end-of-text
-    row = model.asked[0][0]
+    row = model.calls[0][0]
     assert row[0] == heldout.eos_id and np.array_equal(row[1:], tokens[: len(row) - 1])
     # all but the first windows have at least seq_len - stride tokens of context
-    for _, labels in model.asked[1:]:
+    for _, labels in model.calls[1:]:
         assert (labels == -100).sum() >= len(labels) - stride
 
 
@@ -67,21 +67,21 @@ def test_windows_of_any_size_cover_all_once():
     for tokens in (1, 5, 16, 17, 100):
         for seq_len in (1, 3, 16):
             for stride in range(1, seq_len + 1):
-                seen = []
+                scored = []
                 for begin, first in windows(tokens, seq_len, stride):
                     end = min(begin + seq_len, tokens)
                     assert begin <= first < end
-                    seen += range(first, end)
-                assert seen == list(range(tokens))
+                    scored += range(first, end)
+                assert scored == list(range(tokens))
 
 
 def test_a_sample_is_spread_and_close(heldout):
     model = Recorder()
-    whole = evaluate(model, heldout, 8, 4)
-    model.asked.clear()
+    full = evaluate(model, heldout, 8, 4)
+    model.calls.clear()
     part = evaluate(model, heldout, 8, 4, max_tokens=heldout.tokens // 3)
     assert part.tokens <= heldout.tokens // 3 + 8
-    assert part.bits_per_byte == pytest.approx(whole.bits_per_byte, rel=0.1)
+    assert part.bits_per_byte == pytest.approx(full.bits_per_byte, rel=0.1)
 
 
 def test_compressors_are_measured_on_the_texts_put_together():

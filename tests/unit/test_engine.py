@@ -36,7 +36,7 @@ def requests_of(count, *, longest=200, seed=0, **options):
 @pytest.mark.parametrize("prompt_rows", [False, True])
 @pytest.mark.parametrize("format", [None, "w4a16", "w8a8"])
 @pytest.mark.parametrize("case", ["llama", "gemma2", "qwen3"])
-def test_an_answer_is_the_same_in_any_company(case, format, prompt_rows):
+def test_answers_are_batch_invariant(case, format, prompt_rows):
     """Tokens and log-probabilities to the bit: alone, beside others, with few tokens per step, and
     when pages run so short that requests are computed again."""
     model = model_of(case)
@@ -47,8 +47,8 @@ def test_an_answer_is_the_same_in_any_company(case, format, prompt_rows):
     requests += [Request(shared + r.prompt[:9], 30, seed=7, logprobs=1) for r in requests[:3]]
     requests += [Request([i] * 50, 90, seed=i, logprobs=0) for i in range(3)]  # grow by two pages
     plain = {"enable_prefix_caching": False, "prompt_rows": prompt_rows}
-    alone = [tokens_and_logprobs(Engine(model, **plain).generate([r])[0]) for r in requests]
-    assert all(len(tokens) > 3 for tokens, _ in alone)
+    expected = [tokens_and_logprobs(Engine(model, **plain).generate([r])[0]) for r in requests]
+    assert all(len(tokens) > 3 for tokens, _ in expected)
     for options in (
         {},
         {"max_num_batched_tokens": 1},
@@ -60,13 +60,13 @@ def test_an_answer_is_the_same_in_any_company(case, format, prompt_rows):
         order = torch.randperm(9, generator=torch.Generator().manual_seed(1)).tolist()
         order = [*order, 9, 10, 11]
         together = engine.generate([requests[i] for i in order])
-        assert [tokens_and_logprobs(r) for r in together] == [alone[i] for i in order]
+        assert [tokens_and_logprobs(r) for r in together] == [expected[i] for i in order]
         stats = engine.stats()
         assert stats.used_blocks == stats.running == stats.waiting == 0
         if options.get("num_blocks") == 7:
             assert stats.preemptions > 0
-        again = engine.generate(requests)  # now with all prompts cached
-        assert [tokens_and_logprobs(r) for r in again] == alone
+        repeated = engine.generate(requests)  # now with all prompts cached
+        assert [tokens_and_logprobs(r) for r in repeated] == expected
 
 
 @pytest.mark.parametrize("prompt_rows", [False, True])
@@ -78,19 +78,19 @@ def test_int8_keys(prompt_rows):
     requests += [Request([i] * 70, 70, seed=7, logprobs=1) for i in (3, 3, 3, 4)]
     plain = {"prompt_rows": prompt_rows, "kv_cache_dtype": torch.int8}
     engine = Engine(model, enable_prefix_caching=False, **plain)
-    alone = [tokens_and_logprobs(engine.generate([r])[0]) for r in requests]
+    expected = [tokens_and_logprobs(engine.generate([r])[0]) for r in requests]
     assert engine.stats().block_bytes == 64 * 3 * 2 * 3 * (24 + 4)
-    most, wide = (
+    num_int8, wide = (
         default_num_blocks(model.config, 10**9, dtype=dtype, device=model.device)
         for dtype in (torch.int8, torch.float32)
     )
-    assert most == pytest.approx(wide * 96 / 28, rel=0.01)
+    assert num_int8 == pytest.approx(wide * 96 / 28, rel=0.01)
     for options in ({"max_num_batched_tokens": 20}, {"num_blocks": 7}):
         engine = Engine(model, **plain, **options)
         for _ in range(2):  # then with all prompts cached
-            assert [tokens_and_logprobs(r) for r in engine.generate(requests)] == alone
+            assert [tokens_and_logprobs(r) for r in engine.generate(requests)] == expected
     wide = Engine(model, prompt_rows=prompt_rows).generate(requests)
-    first = [(ours[1][0][1], r.logprobs[0].logprob) for ours, r in zip(alone, wide, strict=True)]
+    first = [(ours[1][0][1], r.logprobs[0].logprob) for ours, r in zip(expected, wide, strict=True)]
     assert 0 < max(abs(ours - theirs) for ours, theirs in first) < 0.05
     model.model.layers[2].self_attn.v_proj.weight.data[1, 1] = torch.inf
     (result,) = Engine(model, **plain).generate([Request([1, 2], 5)])
@@ -132,24 +132,24 @@ def test_prompts_that_are_equal_are_computed_once():
     assert [r.cached_tokens for r in results] == [0] + 7 * [128]
     # answers that end at once, to a prompt that ends within a page
     short = Engine(model).generate([Request(prompt[:70], 1, seed=i) for i in range(8)])
-    (alone,) = Engine(model).generate([Request(prompt[:70], 1, seed=7)])
-    assert short[7].token_ids == alone.token_ids and len({r.token_ids[0] for r in short}) > 1
+    (single,) = Engine(model).generate([Request(prompt[:70], 1, seed=7)])
+    assert short[7].token_ids == single.token_ids and len({r.token_ids[0] for r in short}) > 1
     # the last token of a prompt that is cached as a whole is computed again: its logits are needed
-    whole = Engine(model)
-    first = whole.generate([Request(prompt[:128], 5, seed=1)])
-    (second,) = whole.generate([Request(prompt[:128], 5, seed=1)])
+    second_engine = Engine(model)
+    first = second_engine.generate([Request(prompt[:128], 5, seed=1)])
+    (second,) = second_engine.generate([Request(prompt[:128], 5, seed=1)])
     assert second.token_ids == first[0].token_ids and second.cached_tokens == 64
 
 
 @pytest.mark.parametrize("prompt_rows", [False, True])
-def test_requests_of_two_salts_share_no_pages(prompt_rows):
+def test_requests_of_two_salts_share_no_blocks(prompt_rows):
     """Else `cached_tokens` tells a client what another one asked."""
     engine = Engine(model_of(), prompt_rows=prompt_rows)
     prompt = list(range(64)) * 2 + [1]
 
     def cached(*salts, tokens=3):
-        asked = [Request(prompt, tokens, seed=1, cache_salt=salt) for salt in salts]
-        results = engine.generate(asked)
+        requests = [Request(prompt, tokens, seed=1, cache_salt=salt) for salt in salts]
+        results = engine.generate(requests)
         assert len({tuple(r.token_ids) for r in results}) == 1
         return [r.cached_tokens for r in results]
 
@@ -158,9 +158,9 @@ def test_requests_of_two_salts_share_no_pages(prompt_rows):
     assert cached(b"a", tokens=70) == [128]  # pages of the answer, too
     (answer,) = engine.generate([Request(prompt, 70, seed=1, cache_salt=b"a")])
     longer = [*prompt, *answer.token_ids]
-    for salt, least in ((b"b", 128), (b"", 0)):
+    for salt, min_cached in ((b"b", 128), (b"", 0)):
         (result,) = engine.generate([Request(longer, 3, seed=1, cache_salt=salt)])
-        assert result.cached_tokens == least
+        assert result.cached_tokens == min_cached
 
 
 @pytest.mark.parametrize("adjusted", [False, True])
@@ -180,9 +180,9 @@ def test_ids_beyond_the_tokenizer_are_not_drawn(adjusted):
     pieces = []
     engine = Engine(padded, tokenizer)
     (result,) = engine.generate([request], on_piece=lambda _, piece: pieces.append(piece))
-    known, unknown = pieces[0].prompt_logprobs
-    assert known.logprob > -torch.inf and unknown.logprob == -torch.inf
-    assert all(token < vocab for t in (known, unknown) for token, _ in t.top)
+    in_vocab, unknown = pieces[0].prompt_logprobs
+    assert in_vocab.logprob > -torch.inf and unknown.logprob == -torch.inf
+    assert all(token < vocab for t in (in_vocab, unknown) for token, _ in t.top)
     assert result.finish_reason == "length" and max(result.token_ids) < vocab
     assert all(token < vocab for t in result.logprobs for token, _ in t.top)
 
@@ -202,7 +202,7 @@ def test_weights_that_change_are_noticed():
     )
 
 
-def test_models_whose_steps_go_through_their_modules():
+def test_models_that_run_module_by_module():
     model = model_of()
     expected = [r.token_ids for r in Engine(model).generate(requests_of(5))]
     with fastlm.use_backend("reference"):
@@ -217,10 +217,10 @@ def test_ends_and_lengths():
     (free,) = Engine(model_of()).generate([Request(prompt, 400, seed=2, ignore_eos=True)])
     assert len(free.token_ids) == 400 and free.finish_reason == "length"
     end = free.token_ids[30]
-    place = free.token_ids.index(end)
+    position = free.token_ids.index(end)
     model = model_of(eos_token_id=end)
     (ended,) = Engine(model).generate([Request(prompt, 400, Sampling(), seed=2)])
-    assert ended.token_ids == free.token_ids[: place + 1] and ended.finish_reason == "stop"
+    assert ended.token_ids == free.token_ids[: position + 1] and ended.finish_reason == "stop"
     stop = frozenset({free.token_ids[4]})
     (stopped,) = Engine(model).generate(
         [Request(prompt, 400, Sampling(), seed=2, stop_ids=stop, ignore_eos=True)]
@@ -257,14 +257,14 @@ def test_logprobs():
         with torch.inference_mode():
             logits = model(torch.tensor([[5, 6, *result.token_ids[:-1]]])).logits[0, 1:]
         logp = (logits / (sampling.temperature or 1)).log_softmax(-1)
-        for row, found in zip(logp, result.logprobs, strict=True):
-            assert found.logprob == pytest.approx(row[found.token].item(), abs=1e-4)
+        for row, token_logprob in zip(logp, result.logprobs, strict=True):
+            assert token_logprob.logprob == pytest.approx(row[token_logprob.token].item(), abs=1e-4)
             values, ids = row.topk(3)
-            assert [i for i, _ in found.top] == ids.tolist()
-            assert [p for _, p in found.top] == pytest.approx(values.tolist(), abs=1e-4)
+            assert [i for i, _ in token_logprob.top] == ids.tolist()
+            assert [p for _, p in token_logprob.top] == pytest.approx(values.tolist(), abs=1e-4)
 
 
-def test_the_cache_is_as_large_as_likely_answers(monkeypatch):
+def test_the_cache_is_as_large_as_typical_answers(monkeypatch):
     """Not as the machine: the memory of each page stays taken once it was used."""
     config = model_of(max_position_embeddings=8192).config
     size = (
@@ -431,7 +431,7 @@ def test_a_quantized_model_keeps_its_cache():
     assert cached == [0, 128, 128]
 
 
-def test_pages_found_again_after_preemption_are_not_told_as_cached():
+def test_blocks_found_after_preemption_do_not_count_as_cached():
     engine = Engine(model_of(), num_blocks=5)
     results = engine.generate([Request([i] * 64, 100, ignore_eos=True) for i in range(3)])
     assert engine.stats().preemptions > 0 and engine.stats().cached_tokens == 0
@@ -458,17 +458,17 @@ def test_text():
 
 
 def test_listeners_and_callbacks_that_raise():
-    engine, heard = Engine(model_of()), []
+    engine, reasons = Engine(model_of()), []
 
     def angry(piece):
-        heard.append(piece.finish_reason)
+        reasons.append(piece.finish_reason)
         if piece.finish_reason:
             raise ValueError("no")
 
     engine.submit(Request([1], 3), angry)
     while engine.step():
         pass
-    assert heard == [None, None, "length"] and engine.stats().used_blocks == 0
+    assert reasons == [None, None, "length"] and engine.stats().used_blocks == 0
 
     def result(*_):
         raise ZeroDivisionError
@@ -487,7 +487,7 @@ def test_listeners_and_callbacks_that_raise():
     engine.close()
 
 
-def test_a_thread_that_fails_goes_on(monkeypatch):
+def test_a_thread_that_fails_continues(monkeypatch):
     engine = Engine(model_of())
     engine.start()
     with monkeypatch.context() as patch:

@@ -50,7 +50,7 @@ def requests_of(lengths, new=70):
     ]  # fmt: skip
 
 
-def alone(model, requests, **options):
+def run_alone(model, requests, **options):
     options = {"prompt_rows": True, "enable_prefix_caching": False, **options}
     return [tokens_and_logprobs(Engine(model, **options).generate([r])[0]) for r in requests]
 
@@ -73,7 +73,7 @@ def test_a_draft_model_changes_no_bit(format, prompt_rows):
     if format:
         model, draft = (fastlm.quantize(m, format, group_size=24) for m in (model, draft))
     requests = requests_of((3, 60, 61, 90, 140, 20))
-    expected = alone(model, requests, prompt_rows=prompt_rows)
+    expected = run_alone(model, requests, prompt_rows=prompt_rows)
     for options in (
         {},
         {"num_blocks": 5},
@@ -94,7 +94,7 @@ def test_requests_that_come_and_go():
     model = model_of()
     draw = random.Random(1)
     requests = requests_of([draw.randrange(1, 150) for _ in range(12)], new=40)
-    expected = alone(model, requests)
+    expected = run_alone(model, requests)
     engine = Engine(
         model, draft_model=model, prompt_rows=True, num_blocks=15, num_speculative_tokens=3
     )
@@ -147,32 +147,38 @@ def test_a_draft_model_that_knows_nothing():
     draft.model.norm.weight.data.mul_(-1)
     requests = requests_of((9, 70), new=30)
     engine = Engine(model, draft_model=draft, prompt_rows=True)
-    assert [tokens_and_logprobs(r) for r in engine.generate(requests)] == alone(model, requests)
+    assert [tokens_and_logprobs(r) for r in engine.generate(requests)] == run_alone(model, requests)
     stats = engine.stats()
     assert stats.drafted_tokens > 100 and stats.accepted_tokens < 0.05 * stats.drafted_tokens
 
 
-def test_guesses_are_those_of_a_draft_model_that_computes_everything_again():
+def test_draft_tokens_are_those_of_a_draft_model_that_recomputes_everything():
     """So what is left of rejected guesses and of pauses does not count."""
     model = model_of()
     draft = near(model)
-    engine, seen = Engine(model, draft_model=draft, prompt_rows=True, max_num_batched_tokens=12), 0
+    engine, num_checked = (
+        Engine(model, draft_model=draft, prompt_rows=True, max_num_batched_tokens=12),
+        0,
+    )
     ours = engine._proposer.propose
 
     def guess(sequences, budget):
-        nonlocal seen
+        nonlocal num_checked
         ours(sequences, budget)
         for s in sequences:
             if s.draft and len(s.tokens) <= MAX_ROWS:
                 guesses, fresh = s.draft, DraftModelProposer(draft, 4, 4)
                 fresh.propose([s], len(guesses))
                 assert s.draft == guesses
-                seen += 1
+                num_checked += 1
 
     engine._proposer.propose = guess
     engine.generate(requests_of((3, 20, 11, 5), new=30))
     stats = engine.stats()
-    assert seen > 30 and 0.2 * stats.drafted_tokens < stats.accepted_tokens < stats.drafted_tokens
+    assert (
+        num_checked > 30
+        and 0.2 * stats.drafted_tokens < stats.accepted_tokens < stats.drafted_tokens
+    )
 
 
 def test_each_token_is_computed_once_and_together():
@@ -190,19 +196,21 @@ def test_each_token_is_computed_once_and_together():
     assert max(rows) <= MAX_ROWS and len(rows) < 3 * engine.stats().steps
 
 
-def test_it_guesses_up_to_its_context_and_where_it_has_pages():
+def test_it_drafts_up_to_its_context_and_its_blocks():
     model = model_of()
     short = model_of(max_position_embeddings=40)
     short.load_state_dict(model.state_dict())
     (request,) = requests_of((20,), new=60)
     engine = Engine(model, draft_model=short, prompt_rows=True)
-    assert [tokens_and_logprobs(r) for r in engine.generate([request])] == alone(model, [request])
+    assert [tokens_and_logprobs(r) for r in engine.generate([request])] == run_alone(
+        model, [request]
+    )
     stats = engine.stats()  # four of five of the 20 tokens that it has room for
     assert 12 < stats.accepted_tokens == stats.drafted_tokens <= 20
     # prompts that share pages of the model take pages of their own in the draft model's cache
     engine = Engine(model, draft_model=model, prompt_rows=True, num_blocks=9)
     requests = [Request([7] * 150, 30, seed=i, logprobs=0, ignore_eos=True) for i in range(4)]
-    assert [tokens_and_logprobs(r) for r in engine.generate(requests)] == alone(model, requests)
+    assert [tokens_and_logprobs(r) for r in engine.generate(requests)] == run_alone(model, requests)
     stats = engine.stats()
     # nine pages are the 180 tokens of three answers, with 23 guesses each (29 are 5 * 5 + 4); the
     # fourth answer guesses only once another has ended
@@ -237,7 +245,7 @@ def test_a_draft_model_that_fails_ends_no_request():
     bad = None
     while engine.step():
         assert not failed.draft
-    assert [tokens_and_logprobs(answer.completion) for answer in got] == alone(model, requests)
+    assert [tokens_and_logprobs(answer.completion) for answer in got] == run_alone(model, requests)
     stats = engine.stats()
     assert stats.draft_failures == 1 and stats.finished == {"length": 3}
     nothing_is_kept(engine)
@@ -258,14 +266,16 @@ def test_a_draft_model_whose_weights_cannot_be_followed(monkeypatch):
         next(draft.parameters()).mul_(1)  # a write, after which the engine rebuilds its plan
     with monkeypatch.context() as patch:
         patch.setattr(cpu_decode, "decode_plan", broken)
-        assert [tokens_and_logprobs(r) for r in engine.generate(requests)] == alone(model, requests)
+        assert [tokens_and_logprobs(r) for r in engine.generate(requests)] == run_alone(
+            model, requests
+        )
     stats = engine.stats()
     assert stats.draft_failures == 1 and stats.drafted_tokens == 0
     engine.generate(requests)
-    again = engine.stats()
+    repeated = engine.stats()
     # it guesses again, each step four of its five tokens: 20 are one, three times five, and four
-    assert again.drafted_tokens == again.accepted_tokens == 3 * 4 + 3
-    assert (stats.steps, again.steps - stats.steps) == (20, 5)
+    assert repeated.drafted_tokens == repeated.accepted_tokens == 3 * 4 + 3
+    assert (stats.steps, repeated.steps - stats.steps) == (20, 5)
     nothing_is_kept(engine)
 
 

@@ -66,9 +66,9 @@ def test_dynamic_turns_by_the_longest_context(engine_of, monkeypatch):
     )
     engine = engine_of(model)
     assert answers(engine, (5, 50), 15) == by_definition(plain, (5, 50), 15)
-    made = []
-    monkeypatch.setattr(rotary, "frequencies", lambda *a: made.append(a) or frequencies(*a))
+    calls = []
+    monkeypatch.setattr(rotary, "frequencies", lambda *a: calls.append(a) or frequencies(*a))
     assert answers(engine, (7, 49), 15) == by_definition(plain, (7, 49), 15)
-    assert not [a for a in made if a[0]["rope_type"] == "dynamic"]  # tables are kept
+    assert not [a for a in calls if a[0]["rope_type"] == "dynamic"]  # tables are kept
     with pytest.raises(InputError, match="max_model_len: expected 2 to the model's 80, got 81"):
         engine_of(plain, max_model_len=81)

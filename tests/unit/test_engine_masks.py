@@ -20,15 +20,15 @@ class Fixed:
     """A grammar with one sentence."""
 
     def __init__(self, tokens):
-        self.tokens, self.taken = tokens, []
+        self.tokens, self.accepted = tokens, []
 
     def mask(self):
         mask = torch.zeros(97, dtype=torch.bool)
-        mask[self.tokens[len(self.taken)]] = True
+        mask[self.tokens[len(self.accepted)]] = True
         return mask
 
     def accept(self, token):
-        self.taken.append(token)
+        self.accepted.append(token)
 
 
 def test_constraints():
@@ -46,7 +46,7 @@ def test_others_go_on_while_a_mask_is_computed():
 
     class Slow(Fixed):
         def mask(self):
-            if len(self.taken) == 2 and not other_ended.wait(10):
+            if len(self.accepted) == 2 and not other_ended.wait(10):
                 ended.append("too late")
             return super().mask()
 
@@ -85,21 +85,21 @@ def test_masks_that_come_late_change_no_answer(options, monkeypatch):
         def accept(self, token):
             self.count += 1
 
-    model, found = model_of(), []
+    model, answers = model_of(), []
     sampling = Sampling(repetition_penalty=1.2)
-    asked = [Request([i] * 60, 70, sampling, seed=i, constraint=Even) for i in range(3)]
+    requests = [Request([i] * 60, 70, sampling, seed=i, constraint=Even) for i in range(3)]
     for patience in (10, 0):
         slow = not patience
         monkeypatch.setattr(fastlm.inference.engine, "MASK_PATIENCE", patience)
         engine = Engine(model, **options)
-        found.append([r.token_ids for r in engine.generate(asked)])
+        answers.append([r.token_ids for r in engine.generate(requests)])
         assert engine.stats().preemptions or "num_blocks" not in options
         assert engine.stats().used_blocks == 0
-    assert found[0] == found[1] and all(len(tokens) == 70 for tokens in found[0])
+    assert answers[0] == answers[1] and all(len(tokens) == 70 for tokens in answers[0])
 
 
 @pytest.mark.parametrize("prompt_rows", [False, True])
-def test_a_prompt_is_scored_beside_late_masks(prompt_rows, monkeypatch):
+def test_prompt_logprobs_with_late_masks(prompt_rows, monkeypatch):
     class Slow(Fixed):
         def mask(self):
             time.sleep(0.01)
@@ -107,17 +107,17 @@ def test_a_prompt_is_scored_beside_late_masks(prompt_rows, monkeypatch):
 
     monkeypatch.setattr(fastlm.inference.engine, "MASK_PATIENCE", 0)
     model, prompt = model_of(eos_token_id=3), list(range(5, 90))
-    found = []
+    logprobs = []
     for constraint in (None, lambda: Slow([9, 8, 3])):
         pieces = []
-        asked = Request(prompt, 9, prompt_logprobs=2, constraint=constraint)
+        request = Request(prompt, 9, prompt_logprobs=2, constraint=constraint)
         engine = Engine(model, prompt_rows=prompt_rows)
-        engine.generate([asked], on_piece=lambda _, piece, to=pieces: to.append(piece))
-        found.append([score for piece in pieces for score in piece.prompt_logprobs])
-    assert found[0] == found[1] and [s.token for s in found[1]] == prompt[1:]
+        engine.generate([request], on_piece=lambda _, piece, to=pieces: to.append(piece))
+        logprobs.append([score for piece in pieces for score in piece.prompt_logprobs])
+    assert logprobs[0] == logprobs[1] and [s.token for s in logprobs[1]] == prompt[1:]
 
 
-def test_an_answer_whose_masks_take_too_long_ends_alone(monkeypatch):
+def test_only_an_answer_with_slow_masks_ends(monkeypatch):
     seconds = iter(range(10**6))
 
     class Slow(Fixed):

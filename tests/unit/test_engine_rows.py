@@ -15,7 +15,7 @@ from fastlm.model.quantized_modules import QuantizedLinear
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-def test_pages_of_answers_are_found_where_prompts_are_rows():
+def test_blocks_of_answers_are_cached_where_prompts_are_rows():
     """The next prompt of a conversation contains the last answer."""
     model = model_of()
     for rows, cached in ((True, 128), (False, 64)):
@@ -24,14 +24,14 @@ def test_pages_of_answers_are_found_where_prompts_are_rows():
         prompt = [*[5] * 70, *first.token_ids, 7]
         (second,) = engine.generate([Request(prompt, 9, seed=2, logprobs=1)])
         assert second.cached_tokens == cached
-        (alone,) = Engine(model, prompt_rows=rows).generate(
+        (expected,) = Engine(model, prompt_rows=rows).generate(
             [Request(prompt, 9, seed=2, logprobs=1)]
         )
-        assert tokens_and_logprobs(second) == tokens_and_logprobs(alone)
+        assert tokens_and_logprobs(second) == tokens_and_logprobs(expected)
 
 
 @pytest.mark.parametrize("format", [None, "w4a8"])
-def test_guesses_change_no_bit(format):
+def test_draft_tokens_change_no_bit(format):
     """Prompt lookup with greedy, drawn, filtered, penalized and ended answers, alone and beside
     others, with few pages: tokens and log-probabilities are the same, in fewer steps."""
     model = model_of()
@@ -49,20 +49,20 @@ def test_guesses_change_no_bit(format):
         for i, (text, sampling) in enumerate(zip(texts, samplings, strict=True))
     ]
     plain = {"enable_prefix_caching": False, "prompt_rows": True}
-    alone = [tokens_and_logprobs(Engine(model, **plain).generate([r])[0]) for r in requests]
+    expected = [tokens_and_logprobs(Engine(model, **plain).generate([r])[0]) for r in requests]
     for options in (
         {},
         {"num_blocks": 9},
         {"max_num_batched_tokens": 9, "num_speculative_tokens": 30},
     ):
         engine = Engine(model, **{"num_speculative_tokens": 4, "prompt_rows": True, **options})
-        assert [tokens_and_logprobs(r) for r in engine.generate(requests)] == alone
+        assert [tokens_and_logprobs(r) for r in engine.generate(requests)] == expected
         stats = engine.stats()
         assert 0 < stats.accepted_tokens < stats.drafted_tokens
-        assert stats.new_tokens == sum(len(tokens) for tokens, _ in alone)
+        assert stats.new_tokens == sum(len(tokens) for tokens, _ in expected)
         assert stats.used_blocks == 0
-        again = engine.generate(requests[:2])
-        assert [tokens_and_logprobs(r) for r in again] == alone[:2]
+        repeated = engine.generate(requests[:2])
+        assert [tokens_and_logprobs(r) for r in repeated] == expected[:2]
     # an answer that repeats itself takes few steps
     engine, plain = Engine(model, num_speculative_tokens=8), Engine(model)
     sampling = Sampling(temperature=0.0, logit_bias=((5, 90.0),))
@@ -76,13 +76,13 @@ def test_guesses_change_no_bit(format):
 ELEVENS = Sampling(temperature=0.0, logit_bias=((11, 1000.0),))
 
 
-def test_guesses_of_a_request_that_is_preempted_are_forgotten():
+def test_draft_tokens_of_a_preempted_request_are_dropped():
     """Else one that comes true would count a token as computed, on a page that others find."""
     model = model_of()
     options = {"prompt_rows": True, "num_speculative_tokens": 2}
     request = Request([1, 2, 3], 80, ELEVENS, seed=1, logprobs=0, ignore_eos=True)
     later = Request([1, 2, 3] + [11] * 70, 2, logprobs=0, seed=1)
-    alone, expected = (
+    undisturbed, expected = (
         tokens_and_logprobs(Engine(model, **options).generate([r])[0]) for r in (request, later)
     )
     for at in (20, 62, 63, 64):
@@ -95,7 +95,7 @@ def test_guesses_of_a_request_that_is_preempted_are_forgotten():
         engine.scheduler.requeue(sequence)
         while engine.step():
             pass
-        assert tokens_and_logprobs(got.completion) == alone
+        assert tokens_and_logprobs(got.completion) == undisturbed
         assert tokens_and_logprobs(engine.generate([later])[0]) == expected
 
 
@@ -119,8 +119,8 @@ def test_rows_that_fail_end_their_own_request(prompt_rows):
     """Whatever else is in their step, and nobody is told anything after the end."""
     engine = Engine(model_of(), prompt_rows=prompt_rows, max_num_seqs=80, num_blocks=200)
     pieces = [[] for _ in range(70)]
-    for i, own in enumerate(pieces):
-        engine.submit(Request([1, i], 20, ELEVENS, seed=i, ignore_eos=True), own.append)
+    for i, request_pieces in enumerate(pieces):
+        engine.submit(Request([1, i], 20, ELEVENS, seed=i, ignore_eos=True), request_pieces.append)
     while not all(pieces):
         engine.step()
     ours, bad = engine._batch.runner.logits, engine.scheduler.running[68].block_table[0]
@@ -133,9 +133,11 @@ def test_rows_that_fail_end_their_own_request(prompt_rows):
     engine._batch.runner.logits = broken
     while engine.step():
         pass
-    ends = [[p.finish_reason for p in own if p.finish_reason] for own in pieces]
+    ends = [
+        [p.finish_reason for p in request_pieces if p.finish_reason] for request_pieces in pieces
+    ]
     assert ends.count(["length"]) == 69 and ends.count(["error"]) == 1
-    assert all(own[-1].finish_reason for own in pieces)
+    assert all(request_pieces[-1].finish_reason for request_pieces in pieces)
     assert engine.stats().finished == {"length": 69, "error": 1}
 
 

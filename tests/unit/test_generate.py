@@ -110,11 +110,11 @@ def test_ragged_batch_equals_each_row_alone(kind):
         {"temperature": 0.9, "top_k": 20, "top_p": 0.9, "repetition_penalty": 1.2},
     ):
         together = model.generate(prompts, max_new_tokens=9, seed=11, **options)
-        alone = [
+        expected = [
             model.generate([p], max_new_tokens=9, seed=11 + r, **options)[0]
             for r, p in enumerate(prompts)
         ]
-        assert together == alone
+        assert together == expected
         assert [t[: len(p)] for t, p in zip(together, prompts)] == prompts
         assert [len(t) - len(p) for t, p in zip(together, prompts)] == [9] * 4
 
@@ -139,8 +139,8 @@ def test_a_prompt_of_several_rows_is_computed_once(kind, monkeypatch):
         together, logprobs = model.generate(prompts, seed=3, **options)
         assert computed == [9 + 4 + 5]
         for i, prompt in enumerate(prompts):
-            (alone,), (logp,) = model.generate([prompt], seed=3 + i, **options)
-            assert together[i] == alone and logprobs[i] == pytest.approx(logp, abs=1e-4)
+            (expected,), (logp,) = model.generate([prompt], seed=3 + i, **options)
+            assert together[i] == expected and logprobs[i] == pytest.approx(logp, abs=1e-4)
 
 
 @pytest.mark.parametrize("format", ["w4a16", "w8a8"])
@@ -152,8 +152,8 @@ def test_a_padded_prompt_of_several_rows_of_a_quantized_model(format):
     mask[3:, :2] = 0
     options = {"max_new_tokens": 5, "temperature": 0.0}
     together = model.generate(ids, attention_mask=mask, **options)
-    alone = [model.generate(ids[i, 2 * (i > 2) :][None], **options)[0] for i in range(6)]
-    assert [row[7:].tolist() for row in together] == [row[-5:].tolist() for row in alone]
+    expected = [model.generate(ids[i, 2 * (i > 2) :][None], **options)[0] for i in range(6)]
+    assert [row[7:].tolist() for row in together] == [row[-5:].tolist() for row in expected]
 
 
 def test_attention_mask_hides_padding():
@@ -161,9 +161,9 @@ def test_attention_mask_hides_padding():
     prompt = ids_of(1, 6)
     padded = torch.cat((torch.full((1, 3), 50), prompt), 1)
     mask = torch.tensor([[0] * 3 + [1] * 6])
-    alone = model.generate(prompt, max_new_tokens=5, temperature=0.0)
+    expected = model.generate(prompt, max_new_tokens=5, temperature=0.0)
     masked = model.generate(padded, attention_mask=mask, max_new_tokens=5, temperature=0.0)
-    assert torch.equal(masked[:, 3:], alone)
+    assert torch.equal(masked[:, 3:], expected)
     logits = model(padded, attention_mask=mask).logits[:, 3:]
     torch.testing.assert_close(logits, model(prompt).logits, rtol=1e-4, atol=1e-4)
 
@@ -188,9 +188,9 @@ def test_shapes_and_stops():
     for pad in (7, None):
         assert torch.equal(model_of(pad_token_id=pad).generate(ids, max_new_tokens=0), ids)
 
-    seen = []
-    model.generate(ids, max_new_tokens=4, temperature=0.0, on_token=lambda *a: seen.append(a))
-    assert seen == [(r, int(free[r, 5 + i])) for i in range(4) for r in range(3)]
+    tokens = []
+    model.generate(ids, max_new_tokens=4, temperature=0.0, on_token=lambda *a: tokens.append(a))
+    assert tokens == [(r, int(free[r, 5 + i])) for i in range(4) for r in range(3)]
     cut = model.generate(
         ids.tolist(), max_new_tokens=4, temperature=0.0, on_token=lambda row, _: row == 1
     )
@@ -208,8 +208,8 @@ def test_generation_ends_at_the_models_end_tokens():
 
     def cut(row, *ends):
         new = free[row, 5:].tolist()
-        found = [new.index(e) for e in ends if e in new]
-        return ids[row].tolist() + new[: min(found, default=7) + 1]
+        index = [new.index(e) for e in ends if e in new]
+        return ids[row].tolist() + new[: min(index, default=7) + 1]
 
     for eos in (end, [100, end]):
         model = model_of(eos_token_id=eos)
@@ -236,17 +236,22 @@ def test_prompts_are_texts_ids_or_requests():
     letters.encode = lambda text: [1, 2, 3]
     engine, prompts, pieces = Engine(model, letters), [[1, 2], "text"], []
     letters.start()
-    found = engine.generate(
+    completions = engine.generate(
         prompts, max_new_tokens=6, seed=4, on_piece=lambda i, piece: pieces.append((i, piece))
     )
     requests = [Request(ids, 6, seed=4 + i) for i, ids in enumerate(([1, 2], [1, 2, 3]))]
-    again = engine.generate(requests)
-    assert [one.token_ids for one in found] == [one.token_ids for one in again]
-    for row, one in enumerate(found):
-        own = [piece for i, piece in pieces if i == row]
-        assert one.token_ids == [token for piece in own for token in piece.tokens]
-        assert one.text == "".join(piece.text for piece in own) != ""
-        assert one.finish_reason == own[-1].finish_reason == "length" and not one.ended
+    repeated = engine.generate(requests)
+    assert [completion.token_ids for completion in completions] == [
+        completion.token_ids for completion in repeated
+    ]
+    for row, completion in enumerate(completions):
+        built_requests = [piece for i, piece in pieces if i == row]
+        assert completion.token_ids == [token for piece in built_requests for token in piece.tokens]
+        assert completion.text == "".join(piece.text for piece in built_requests) != ""
+        assert (
+            completion.finish_reason == built_requests[-1].finish_reason == "length"
+            and not completion.ended
+        )
     with pytest.raises(InputError, match="prompts: expected requests alone or none, got both"):
         engine.generate([requests[0], [1, 2]])
     with pytest.raises(InputError, match="prompts: expected ids, as the engine has no tokenizer"):
@@ -536,9 +541,9 @@ def test_fused_projections_of_quantized_models(kind, tmp_path):
 
     assert torch.equal(generated(model), by_full_passes(model, ids, 6))
     attention, mlp = model.model.layers[0].self_attn, model.model.layers[0].mlp
-    made = attention.fused.weight, mlp.fused.weight
+    calls = attention.fused.weight, mlp.fused.weight
     generated(model)
-    assert (attention.fused.weight, mlp.fused.weight) == made  # not created again
+    assert (attention.fused.weight, mlp.fused.weight) == calls  # not created again
     after = model.state_dict()
     assert before.keys() == after.keys()
     assert all(torch.equal(v, after[k]) for k, v in before.items())
@@ -581,9 +586,9 @@ def test_rows_that_end_leave_the_others_as_they_are(kind):
     }  # fmt: skip
     rows, logprobs = model.generate(prompts, seed=5, return_logprobs=True, **options)
     for i, prompt in enumerate(prompts):
-        (row,), (alone,) = model.generate([prompt], seed=5 + i, return_logprobs=True, **options)
+        (row,), (single,) = model.generate([prompt], seed=5 + i, return_logprobs=True, **options)
         assert row == rows[i] and len(logprobs[i]) == len(row) - len(prompt)
-        assert logprobs[i] == pytest.approx(alone, abs=1e-4)
+        assert logprobs[i] == pytest.approx(single, abs=1e-4)
         if kind == "llama":  # against the definition: no penalty here
             (row,), (got,) = model.generate(
                 [prompt], max_new_tokens=4, temperature=0.7, seed=i, return_logprobs=True
@@ -618,9 +623,9 @@ def test_rows_that_may_be_drawn_together_have_their_own_bits(options, rows):
     assert sampling.is_row_invariant
     logits = torch.randn(rows, 5000).mul(3).round(decimals=1)  # with ties
     p, ids = sampling.candidates(logits)
-    alone = [sampling.candidates(logits[row][None]) for row in range(rows)]
-    assert torch.equal(p, torch.cat([own for own, _ in alone]))
-    assert torch.equal(ids, torch.cat([own for _, own in alone]))
+    single = [sampling.candidates(logits[row][None]) for row in range(rows)]
+    assert torch.equal(p, torch.cat([row_values for row_values, _ in single]))
+    assert torch.equal(ids, torch.cat([row_values for _, row_values in single]))
     together = sampling.sample(logits, make_generators(3, rows)).tolist()
     for row in range(rows):
         assert [together[row]] == sampling.sample(

@@ -195,7 +195,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_what_no_answer_can_begin_with_is_the_clients_fault(compiler, name):
+def test_a_grammar_without_a_first_token_is_the_clients_fault(compiler, name):
     """It is refused before the engine has it, so no server's failure is counted."""
     with pytest.raises(OutputFormatError, match=f"^{REFUSED[name].param}: expected") as refused:
         compiler.constraint(REFUSED[name])

@@ -50,14 +50,14 @@ def ids_of(rows=2, length=20, seed=3):
     return torch.randint(0, SMALL["vocab_size"], (rows, length), generator=g)
 
 
-def assert_same(ours, theirs, dtype, what):
+def assert_same(ours, theirs, dtype, message):
     """Both sides round each of a few hundred operations, in different orders: 2^7 units in the last
     place of the largest value (1.5e-5 in float32). A wrong constant or a mixed-up weight exceeds
     1e-3.
     """
     scale = theirs.abs().max().item()
     worst = (ours - theirs).abs().max().item()
-    assert worst <= 2**7 * ULP[dtype] * max(scale, 1e-30), f"{what}: {worst:.2e} of {scale:.2e}"
+    assert worst <= 2**7 * ULP[dtype] * max(scale, 1e-30), f"{message}: {worst:.2e} of {scale:.2e}"
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -102,13 +102,13 @@ def test_saved_models_load_on_both_sides(case, tmp_path):
     theirs.save_pretrained(tmp_path / "theirs")
     loaded = CausalLM.from_pretrained(tmp_path / "theirs")
     ours.save_pretrained(tmp_path / "ours")
-    again = transformers.AutoModelForCausalLM.from_pretrained(
+    reloaded = transformers.AutoModelForCausalLM.from_pretrained(
         tmp_path / "ours", attn_implementation="eager"
     )
-    assert type(again) is type(theirs)
+    assert type(reloaded) is type(theirs)
     with torch.no_grad():
         assert torch.equal(loaded(ids).logits, ours(ids).logits)
-        assert torch.equal(again(ids).logits, theirs(ids).logits)
+        assert torch.equal(reloaded(ids).logits, theirs(ids).logits)
         assert torch.equal(
             CausalLM.from_pretrained(tmp_path / "ours")(ids).logits, ours(ids).logits
         )
@@ -156,10 +156,10 @@ def test_logprobs():
             got = model.logprobs(ids, labels, temperature=temperature)
             torch.testing.assert_close(got[:, :-1], expected[..., 0])
             assert (got[:, -1] == 0).all()
-            again, entropy = model.logprobs(
+            repeated, entropy = model.logprobs(
                 ids, labels, temperature=temperature, return_entropy=True
             )
-            assert torch.equal(again, got) and (entropy[:, -1] == 0).all()
+            assert torch.equal(repeated, got) and (entropy[:, -1] == 0).all()
             expected = torch.distributions.Categorical(logits=logits / temperature).entropy()
             torch.testing.assert_close(entropy[:, :-1], expected[:, :-1])
         packed, cu_seqlens = ids.view(1, -1), torch.tensor([0, 20, 40], dtype=torch.int32)
@@ -198,11 +198,11 @@ def test_config_round_trip(case):
     ours = ModelConfig.from_dict(json.loads(theirs.to_json_string(use_diff=False)))
     written = json.loads(json.dumps(ours.to_dict()))
     assert ModelConfig.from_dict(written).to_dict() == ours.to_dict()
-    again = type(theirs).from_dict(written)
+    reloaded = type(theirs).from_dict(written)
     skip = {"id2label", "architectures", "dtype", "transformers_version", "_sliding_window_pattern"}
     for name, value in theirs.to_dict().items():
         if name not in skip:
-            assert getattr(again, name) == value, name
+            assert getattr(reloaded, name) == value, name
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -314,8 +314,8 @@ def test_the_tensors_a_checkpoint_must_hold_are_the_models(case):
     full = hf_config(case).to_dict()
     sizes = (*("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers"),)
     bare = {"model_type": full["model_type"], "num_attention_heads": 2, "num_key_value_heads": 1}
-    for given in (full, bare | {name: full[name] for name in sizes}):
-        config = ModelConfig.from_dict(given)
+    for shapes in (full, bare | {name: full[name] for name in sizes}):
+        config = ModelConfig.from_dict(shapes)
         with torch.device("meta"):
             model = CausalLM(config)
         have = {name: tuple(p.shape) for name, p in model.named_parameters()}
@@ -347,8 +347,8 @@ def test_initialisation():
     config = small(num_hidden_layers=2, hidden_size=240, head_dim=40, initializer_range=0.02)
     model = CausalLM(config, seed=5)
     state = model.state_dict()
-    again = CausalLM(config, seed=5).state_dict()
-    assert all(torch.equal(v, again[k]) for k, v in state.items())
+    repeated = CausalLM(config, seed=5).state_dict()
+    assert all(torch.equal(v, repeated[k]) for k, v in state.items())
     assert not torch.equal(CausalLM(config, seed=6).head_weight, model.head_weight)
     std = {k: v.std().item() for k, v in state.items() if v.dim() == 2}
     for name, value in std.items():

@@ -185,8 +185,8 @@ def test_gguf_tokenizer_saved_as_a_folder(smol, tmp_path):
 def test_pre_tokenizers(pre, text, pieces):
     from fastlm.tokenizer.gguf_vocab import PRE_TOKENIZERS, byte_level
 
-    found = byte_level(PRE_TOKENIZERS[pre]).pre_tokenize_str(text)
-    assert [text[start:end] for _, (start, end) in found] == pieces
+    parts = byte_level(PRE_TOKENIZERS[pre]).pre_tokenize_str(text)
+    assert [text[start:end] for _, (start, end) in parts] == pieces
 
 
 # SentencePiece vocabularies
@@ -399,11 +399,11 @@ def test_damaged_tokenizer_json(tmp_path, trained):
     """One value is replaced at random: it works or is refused in one line."""
     trained.save(tmp_path)
     file = tmp_path / "tokenizer.json"
-    whole = file.read_text()
+    text = file.read_text()
     draw = random.Random(0)
     refusals = 0
     for _ in range(200):
-        node = changed = json.loads(whole)
+        node = changed = json.loads(text)
         while True:
             key = draw.choice(list(node) if isinstance(node, dict) else range(len(node)))
             if not isinstance(node[key], dict | list) or not node[key] or draw.random() < 0.3:
@@ -449,11 +449,11 @@ def test_other_threads_run_while_a_long_text_is_encoded(trained):
 
     backend = trained._backend
     assert trained.encode(text)[: len(short)] == short
-    whole = backend.encode(text, add_special_tokens=False)
+    full_text = backend.encode(text, add_special_tokens=False)
     for offsets in (False, True):
         encoding = tokenizer_module._encode(Batches(), text, False, offsets)
-        assert encoding.ids == whole.ids
-        assert not offsets or encoding.offsets == whole.offsets
+        assert encoding.ids == full_text.ids
+        assert not offsets or encoding.offsets == full_text.offsets
 
 
 def edited(folder, **parts):
@@ -483,8 +483,8 @@ def test_truncation_and_padding_of_a_file_are_ignored(tmp_path, trained, saved):
     assert loaded.encode_batch([text, "a"]) == trained.encode_batch([text, "a"])
     assert loaded.encode_chat(chat) == trained.encode_chat(chat)
     loaded.save(tmp_path / "again")
-    again = json.loads((tmp_path / "again" / "tokenizer.json").read_text())
-    assert again["truncation"] is again["padding"] is None
+    reloaded = json.loads((tmp_path / "again" / "tokenizer.json").read_text())
+    assert reloaded["truncation"] is reloaded["padding"] is None
 
 
 @pytest.mark.parametrize("part", ["normalizer", "decoder"])
@@ -509,8 +509,8 @@ def test_replacements_that_multiply_a_text_are_refused(tmp_path, trained, part, 
 def test_replacements_of_two_parts_multiply(tmp_path, trained):
     trained.save(tmp_path)
     rule = {"type": "Replace", "pattern": {"String": "a"}, "content": "a" * 16}
-    own = json.loads((tmp_path / "tokenizer.json").read_text())["pre_tokenizer"]
-    both = {"type": "Sequence", "pretokenizers": [rule, own]}
+    rules = json.loads((tmp_path / "tokenizer.json").read_text())["pre_tokenizer"]
+    both = {"type": "Sequence", "pretokenizers": [rule, rules]}
     with pytest.raises(InputError, match="pre_tokenizer: expected replacements"):
         edited(tmp_path, normalizer=rule, pre_tokenizer=both)
 
