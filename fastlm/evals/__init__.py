@@ -1,1 +1,1 @@
-"""How good a model is."""
+"""Evaluation: question sets, bits per byte, and safety tests."""

@@ -1,6 +1,6 @@
-"""Judges of answers in the model's own words: each returns 1 (right) to 0 for every answer.
+"""Judges of free-form answers: each returns a score from 0 to 1 (right) for every answer.
 
-An answer is taken as it stands: what follows it must have been cut by the question's ``stop``.
+An answer is scored as it is: the question's ``stop`` must have removed what follows it.
 """
 
 import re
@@ -20,7 +20,7 @@ _PUNCTUATION = str.maketrans("", "", string.punctuation)
 
 
 def per_answer(score: Callable[[str, Row], float]) -> Judge:
-    """Return the judge that gives each answer its own ``score``."""
+    """Turn a function that scores one answer into a judge."""
 
     @wraps(score)
     def judge(answers: Sequence[tuple[str, Row]]) -> list[float]:
@@ -30,12 +30,13 @@ def per_answer(score: Callable[[str, Row], float]) -> Judge:
 
 
 def normalize(text: str) -> str:
-    """Lower case, no punctuation, no articles, single spaces (SQuAD, Rajpurkar et al. 2016)."""
+    """Lower-case a text and remove punctuation, articles and extra spaces (SQuAD, Rajpurkar et al.
+    2016)."""
     return " ".join(_ARTICLES.sub(" ", text.lower().translate(_PUNCTUATION)).split())
 
 
 def gold_answers(row: Row) -> list[str]:
-    """The right answers of a row, any of which will do."""
+    """Return the right answers of a row; each of them counts as right."""
     label = row.get("label")
     return _texts(row.get("choices", ()) if label is None else label)
 
@@ -52,14 +53,14 @@ def _first_line(answer: str) -> str:
 
 @per_answer
 def exact_match(answer: str, row: Row) -> float:
-    """1 if the answer's first line is one of the right answers, both `normalize`. An answer of
-    which nothing is left is wrong, although some sets list "." or "A" among the right ones."""
+    """Return 1 if the answer's first line is one of the right answers, both by `normalize`. An
+    answer that normalizes to "" is wrong, although some sets list "." or "A" as right answers."""
     return _first_line(answer) in {normalize(gold) for gold in gold_answers(row)} - {""}
 
 
 @per_answer
 def f1(answer: str, row: Row) -> float:
-    """The best F1 of the words of the answer's first line with those of a right answer, all
+    """Return the best F1 between the words of the answer's first line and a right answer, both by
     `normalize` (SQuAD)."""
     words, best = Counter(_first_line(answer).split()), 0.0
     for gold in gold_answers(row):
@@ -71,24 +72,25 @@ def f1(answer: str, row: Row) -> float:
 
 @per_answer
 def first_word(answer: str, row: Row) -> float:
-    """1 if the answer's first word is that of a right answer, both `normalize` (LAMBADA)."""
+    """Return 1 if the answer's first word is that of a right answer, by `normalize` (LAMBADA)."""
     golds = {normalize(gold.split()[0]) for gold in gold_answers(row) if gold.split()}
     return any(normalize(word) in golds for word in answer.split()[:1])
 
 
 @per_answer
 def last_number(answer: str, row: Row) -> float:
-    """1 if the last number of the answer is that of the row's ``answer`` (GSM8K's rule)."""
+    """Return 1 if the answer's last number is that of the row's ``answer`` (GSM8K's rule)."""
     return number(answer, row)
 
 
 @per_answer
 def latex_answer(answer: str, row: Row) -> float:
-    """1 if a solution's final answer is the row's ``answer``, both LaTeX (`fastlm.evals.latex`)."""
+    """Return 1 if a solution's final answer equals the row's ``answer``, both in LaTeX
+    (`fastlm.evals.latex`)."""
     return is_equivalent(final_answer(answer), row["answer"])
 
 
 @per_answer
 def reasoning_gym_score(answer: str, row: Row) -> float:
-    """The score that reasoning-gym's generator of the row gives the answer."""
+    """Return the score of the answer by reasoning-gym's generator of the row."""
     return VERIFIERS["reasoning-gym"](answer, row)

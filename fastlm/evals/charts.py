@@ -1,4 +1,4 @@
-"""Scores as charts of report.html."""
+"""Charts of evaluation scores for report.html."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -28,8 +28,8 @@ from fastlm.pipeline.charts import (
 )
 from fastlm.stats.intervals import Z95
 
-_ROW = 0.28  # inches of a line of a chart
-Point = tuple[int, float, float, float]  # the line it is in, value, and ends of its interval
+_ROW = 0.28  # inches of a row of a chart
+Point = tuple[int, float, float, float]  # row of the chart, value, low and high
 
 
 def scores_chart(tasks: Tasks) -> str:
@@ -52,8 +52,8 @@ def scores_chart(tasks: Tasks) -> str:
 
 
 def difference_charts(tasks: Tasks) -> list[str]:
-    """Draw how many bits per byte, in percent, each model needs less or more than the first; no
-    chart where no task says so."""
+    """Draw the difference in bits per byte between each model and the first, in percent. Without
+    such a comparison there is no chart."""
     points: dict[str, list[Point]] = {}
     names: list[str] = []
     for task, comparison in table_comparisons(tasks):
@@ -84,7 +84,7 @@ def _rows(
     points: Mapping[str, Sequence[Point]],
     colors: Sequence[str],
 ) -> tuple[Any, Any]:
-    """Axes with a line per name, the first on top, and the models' points side by side in it."""
+    """Return axes with a row per name, the first on top, and the models' points side by side."""
     figure, axes = new_axes(label, "")
     figure.set_size_inches(SIZE[0], max(SIZE[1] / 2, 0.9 + _ROW * len(names)))
     axes.set_yticks(range(len(names)), names, fontsize=FONT)
@@ -104,8 +104,7 @@ def _rows(
 def _errorbar(
     axes: Any, values: Sequence[Sequence[float]], color: str, label: str, **options: Any
 ) -> None:
-    """Draw values with the ends of their intervals: along x where ``options`` has y, else along
-    y."""
+    """Draw values with their intervals: along x if ``options`` has y, else along y."""
     value, low, high = values
     errors = [[max(0.0, v - end) for v, end in zip(value, low)],
               [max(0.0, end - v) for v, end in zip(value, high)]]  # fmt: skip
@@ -114,11 +113,11 @@ def _errorbar(
 
 
 def copies_charts(scores: Mapping[str, Mapping[str, Any]], suffix: str = "") -> list[str]:
-    """Draw what a model memorized over the copies in its training text: the share of texts that it
-    continues to the letter, a curve per prefix, and the mean exposure of canaries. A chart is left
-    out where no score is of its kind."""
+    """Draw memorization over the number of copies in the training text: the share of texts that the
+    model continues verbatim, with a curve per prefix length, and the mean exposure of canaries. A
+    chart without scores is left out."""
     kinds = (
-        (r"memorization\.prefix_(\d+)", "after {} tokens", "continued to the letter, %", 100),
+        (r"memorization\.prefix_(\d+)", "after {} tokens", "continued verbatim, %", 100),
         (r"privacy\.(canaries)", "{}", "exposure of canaries, bits", 1),
     )
     charts = []

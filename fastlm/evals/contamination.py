@@ -1,15 +1,15 @@
-"""Which questions of a set stand in a model's training data (`fastlm.evals.ngrams`).
+"""Contamination: find the questions of a set in a model's training data (`fastlm.evals.ngrams`).
 
-Letters and digits are compared, in lower case: a copy in other lines, cases, quotes or list marks
-is a copy. (OpenAI 2023, arXiv:2303.08774, appendix C, removes spaces and symbols in the same way.
-Rejected: tokens, as in GPT-3 and Llama 2, which find at most 11 % of copies that are wrapped into
-lines.) Runs of `N` letters count, which is about 13 tokens; of a shorter question runs of `SHORT`;
-one of fewer letters is not judged. A question is looked for without the few-shot examples: with its
-right answer, and alone, without the label and the lines that all questions of its part have.
+Letters and digits are compared, in lower case, so that different line breaks, cases, quotes or list
+marks do not hide a copy (as in OpenAI 2023, arXiv:2303.08774, appendix C). Rejected: tokens, as in
+GPT-3 and Llama 2. They find at most 11 % of copies that are wrapped into lines. The search is for
+runs of `N` letters, about 13 tokens. For shorter questions it is for runs of `SHORT`; questions of
+fewer letters are skipped. The few-shot examples are left out. A question is searched for with its
+right answer, and again without the answer and the text that all questions of its part share.
 
-    share    of its letters that lie in a run that the data holds, with its answer or alone
-    touched  one run is in the data (GPT-3's rule)
-    dirty    a share of 0.8 or more (Llama 2's rule, and dolma's threshold)
+    share    of the question's letters in runs that the data contain; the larger of the two searches
+    touched  at least one run is in the data (GPT-3's rule)
+    dirty    the share is 0.8 or more (Llama 2's rule, and dolma's threshold)
 """
 
 import codecs
@@ -36,8 +36,8 @@ _NO_LETTER = re.compile(r"[^\w\0]+|_+")
 
 
 def question_texts(questions: Sequence[Question]) -> list[tuple[str, str, str]]:
-    """Each question as what all of its part begin with ("Question:"), itself, and what they end
-    with and the right answer. The examples are left out."""
+    """Split each question into (prefix, body, suffix + right answer), without the examples. Prefix
+    and suffix ("Question:", "Answer:") are shared by all questions of its part."""
     pairs = [
         q.requests[q.gold] if isinstance(q, MultipleChoice) else (q.prompt, q.gold)
         for q in questions
@@ -55,11 +55,12 @@ def question_texts(questions: Sequence[Question]) -> list[tuple[str, str, str]]:
 
 
 def _frame(prompts: Sequence[str]) -> tuple[int, int, int]:
-    """Where the examples of prompts end, where the question begins, and how many characters follow
-    it in all of them: labels and whole lines. Two prompts may be alike by chance."""
+    """Return where the examples of prompts end, where the question begins, and the length of the
+    suffix that all prompts share (labels and full lines). With fewer than three different prompts
+    nothing counts as shared: two may be alike by chance."""
     low, high = min(prompts), max(prompts)
     begin = common_prefix_length(low, high)
-    # up to the last empty line: questions may begin alike
+    # up to the last empty line: questions may share their first words
     examples = low.rfind("\n\n", 0, len(low) if low == high else begin) + 1
     if len({*prompts}) < 3:
         return examples, examples, 0
@@ -70,18 +71,18 @@ def _frame(prompts: Sequence[str]) -> tuple[int, int, int]:
 
 
 def common_prefix_length(first: str, second: str) -> int:
-    """How many characters two texts begin with alike."""
+    """Return the length of the common prefix of two texts."""
     size = min(len(first), len(second))
     return next((i for i in range(size) if first[i] != second[i]), size)
 
 
 def letters(text: str) -> np.ndarray:
-    """The letters and digits of ``text`` case-folded, as the bytes of UTF-8."""
+    """Return the letters and digits of ``text``, case-folded, as UTF-8 bytes."""
     return np.frombuffer(_NO_LETTER.sub("", text.casefold()).encode(), np.uint8)
 
 
 class LetterDecoder:
-    """The `letters` of tokens that come in blocks, with `BREAK` between documents."""
+    """Decode blocks of tokens to `letters`, with `BREAK` between documents."""
 
     def __init__(self, tokenizer: "Tokenizer", vocab_size: int) -> None:
         ends = {tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id} | tokenizer.stop_ids
@@ -99,7 +100,7 @@ class LetterDecoder:
 
 
 def _piece(data: bytes) -> bytes:
-    """The letters of a token; of one that is a part of a character its bytes."""
+    """Return the letters of a token; a token within a character keeps its bytes."""
     try:
         return letters(data.decode()).tobytes()
     except UnicodeDecodeError:
@@ -113,8 +114,8 @@ def overlap(
     *,
     track: Any = silent,
 ) -> np.ndarray:
-    """Return the share of each of the `question_texts` that all of the data holds, (questions,);
-    NaN where a question is too short."""
+    """Return the share of each of the `question_texts` that the data contain, (questions,); NaN for
+    questions that are too short."""
     letters_of = [[letters(part) for part in parts] for parts in questions]
     full_texts = [np.concatenate(parts) for parts in letters_of]
     size = [
@@ -125,7 +126,7 @@ def overlap(
     text = np.empty(0, np.uint8)
     for start in track(range(0, data.tokens, BLOCK), "searching the data", unit="blocks"):
         block = speller.decode(data.read(start, min(BLOCK, data.tokens - start)))
-        text = np.concatenate([text[-(N - 1) :], block])  # so that no run is cut
+        text = np.concatenate([text[-(N - 1) :], block])  # overlap, so that no run is split
         for index in index_by_n.values():
             index.mark(text)
     share = np.full(len(questions), np.nan)
@@ -145,7 +146,7 @@ def task_overlaps(
     *,
     track: Any = silent,
 ) -> list[np.ndarray]:
-    """`overlap` of several tasks, in one pass over the data."""
+    """Return `overlap` for several tasks, from one pass over the data."""
     texts = [question_texts(task.questions) for task in tasks]
     speller = LetterDecoder(tokenizer, vocab_size)
     share = overlap([q for task_texts in texts for q in task_texts], data, speller, track=track)
@@ -157,7 +158,7 @@ def contamination_report(
 ) -> dict[str, Any]:
     """Return a task's entry in the result: counts, the dirtiest questions, and each model's metrics
     on the clean and the dirty part."""
-    touched, dirty = share > 0, share >= DIRTY  # neither, where it is NaN
+    touched, dirty = share > 0, share >= DIRTY  # both False where it is NaN
     order = np.argsort(-np.nan_to_num(share), kind="stable")
     touched_questions = [
         {"id": task.questions[i].id, "share": round(float(share[i]), 4)}

@@ -1,10 +1,10 @@
-"""fastlm's models in lm-evaluation-harness (PyPI's ``lm_eval``), under the name ``fastlm``.
+"""Model ``fastlm`` for lm-evaluation-harness (PyPI's ``lm_eval``).
 
     python -m fastlm.evals.harness --model fastlm --model_args pretrained=PATH --tasks TASKS ...
 
-is the harness' own command line, with the same flags. The harness (0.4.13) has no entry points by
-which it would find another package's models: importing this module registers this one, so from
-Python ``import fastlm.evals.harness`` before ``lm_eval.simple_evaluate(model="fastlm", ...)``.
+is the harness' own command line, with the same flags. The harness (0.4.13) has no entry points for
+models of other packages. Importing this module registers the model: in Python,
+``import fastlm.evals.harness`` before ``lm_eval.simple_evaluate(model="fastlm", ...)``.
 """
 
 import inspect
@@ -40,16 +40,16 @@ except ModuleNotFoundError as error:
 DTYPES = {
     "auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16
 }  # fmt: skip
-NEW_TOKENS = 256  # of an answer whose task does not say: as in the harness
+NEW_TOKENS = 256  # the harness' default
 SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
 
 
 class ScorerLM(LM):
-    """What the harness asks, answered by a `Scorer`.
+    """Run the harness' requests with a `Scorer`.
 
     Args:
-        max_gen_toks: tokens of an answer whose task does not say.
-        seed: of answers that are drawn.
+        max_gen_toks: tokens of an answer, for tasks without a number of their own.
+        seed: of sampled answers.
     """
 
     def __init__(self, scorer: Scorer, *, max_gen_toks: int = NEW_TOKENS, seed: int = 0) -> None:
@@ -93,7 +93,8 @@ class ScorerLM(LM):
         return texts
 
     def _prompt(self, context: str, options: Mapping[str, Any], repeat: int) -> EvalPrompt:
-        """``draw``: how often the same context was asked before; each has a seed of its own."""
+        """Convert a request. ``repeat``: its index among the requests with the same context; each
+        has its own seed."""
         remaining: dict[str, Any] = dict(normalize_gen_kwargs(dict(options), self.max_gen_toks))
         stop, max_new_tokens = remaining.pop("until", None) or [], remaining.pop("max_gen_toks")
         remaining.pop("use_cache", None)  # of transformers' generate
@@ -117,19 +118,19 @@ class ScorerLM(LM):
 
 
 class FastLM(ScorerLM):
-    """A model of fastlm's. The arguments are those of ``--model_args``, named as for ``hf``.
+    """A model of fastlm. The arguments are those of ``--model_args``, named as for ``hf``.
 
     Args:
         pretrained: Hugging Face folder, .gguf, fastlm run or model:smollm2.
         dtype: auto (the file's own), float32, bfloat16 or float16.
         act_bits, keep_quantized: of `CausalLM.from_pretrained`.
-        tokenizer: another one's folder or tokenizer.json.
+        tokenizer: folder or tokenizer.json of another tokenizer.
         max_length: tokens of context; default: the model's.
-        tokens: computed in one forward, in place of batch_size and max_batch_size.
+        tokens: number of tokens per forward; replaces batch_size and max_batch_size.
         add_bos_token, prefix_token_id: ``add_bos`` and ``prefix`` of `Scorer`.
-        max_gen_toks: tokens of an answer whose task does not say.
-        enable_thinking, chat_template_args: variables of the chat template.
-        seed: of answers that are drawn.
+        max_gen_toks: tokens of an answer, for tasks without a number of their own.
+        enable_thinking, chat_template_args: variables for the chat template.
+        seed: of sampled answers.
         split_float32: of `Scorer`.
     """
 
@@ -166,7 +167,7 @@ class FastLM(ScorerLM):
         model, model_tokenizer = load_model(
             pretrained, act_bits, keep_quantized=keep_quantized, dtype=DTYPES[dtype]
         )
-        # the harness' command asks for cuda:0 unless told otherwise, also where there is none
+        # the harness' command passes cuda:0 by default, even on machines without CUDA
         if device and (torch.cuda.is_available() or not device.startswith("cuda")):
             model.to(device)
         scorer = Scorer(
@@ -203,14 +204,14 @@ class FastLM(ScorerLM):
         )
         if prompt:
             return text
-        # the model continues the last message: nothing of the template follows it
+        # the model continues the last message: the template must not close it
         for last in (messages[-1]["content"], messages[-1]["content"].strip()):
             if (begin := text.rfind(last)) >= 0:
                 return text[: begin + len(last)]
-        raise InputError("chat_template: expected one that writes the last message, got none")
+        raise InputError("chat_template: expected a template that renders the last message")
 
     def chat_template(self, chat_template: bool | str = False) -> str | None:
-        """The template; its name is not chosen here (`Tokenizer.load` takes the default one)."""
+        """Return the default template; named templates are not supported."""
         return self.scorer.tokenizer.chat_template if chat_template else None
 
     @property
@@ -218,7 +219,7 @@ class FastLM(ScorerLM):
         return self.tokenizer_path.replace("/", "__")
 
     def get_model_info(self) -> dict[str, Any]:
-        """What the harness writes beside its results."""
+        """Return what the harness stores with its results."""
         model = self.scorer.model
         return {
             "model_num_parameters": sum(p.numel() for p in model.parameters()),
@@ -231,7 +232,7 @@ def _bar(total: int | None, name: str, disable: bool) -> Any:
 
 
 def main() -> None:
-    """The harness' command line; bad input ends it with one line and status 2."""
+    """Run the harness' command line. Bad input ends it with one line and status 2."""
     from lm_eval.__main__ import cli_evaluate
 
     try:
@@ -241,7 +242,7 @@ def main() -> None:
         sys.exit(2)
 
 
-# by its name: this module is also run as __main__
+# by path, because this module is also run as __main__
 model_registry.register("fastlm", target="fastlm.evals.harness:FastLM")
 
 if __name__ == "__main__":

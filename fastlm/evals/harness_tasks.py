@@ -1,9 +1,9 @@
-"""A user's own task: lm-evaluation-harness' YAML, read and scored by the harness itself (extra
-``harness``).
+"""Tasks of the user: YAML files of lm-evaluation-harness, read and scored by the harness itself
+(extra ``harness``).
 
-The harness makes the prompts, filters the answers and computes the metrics; the model is asked as
-for any other task, so that records, errors and comparisons are the same. A task's file is a
-program: its ``!function`` entries run, as in the harness.
+The harness makes the prompts, filters the answers and computes the metrics. fastlm runs the model
+as for any other task, so records, errors and comparisons are the same. A task's file is a program:
+its ``!function`` entries run, as in the harness.
 """
 
 import glob
@@ -34,26 +34,34 @@ LOCAL_LOADERS = (
     "parquet",
     "arrow",
     "text",
-)  # kinds of data files; else a name on the hub
-DATA_SUFFIXES = (".json", ".jsonl", ".csv", ".parquet", ".txt", ".gz", ".zst")  # ends of data files
-FEWSHOT_SEED = 1234  # of examples that are drawn: the harness' own
+)  # others are names on the hub
+DATA_SUFFIXES = (
+    ".json",
+    ".jsonl",
+    ".csv",
+    ".parquet",
+    ".txt",
+    ".gz",
+    ".zst",
+)  # suffixes of data files
+FEWSHOT_SEED = 1234  # the harness' default, for drawing examples
 T = TypeVar("T")
 
 
 class HarnessRecord(TypedDict):
-    """``responses``: those of each request, as texts or as (log-likelihood, greedy)."""
+    """The model's ``responses`` to each request: texts, or (log-likelihood, greedy)."""
 
     id: str
     responses: list[list[Any]]
 
 
 def is_task_file(name: str) -> bool:
-    """Whether a task is named by its file."""
+    """Return True if the name of a task is a YAML file."""
     return name.endswith((".yaml", ".yml"))
 
 
 def task_files(path: str | Path) -> list[Path]:
-    """Return the files that a task's file names, itself included: data, Python, other YAML."""
+    """Return a task's file and all files that it names: data, Python, other YAML."""
     files, stack = {}, [Path(path)]
     while stack:
         file = stack.pop()
@@ -65,7 +73,7 @@ def task_files(path: str | Path) -> list[Path]:
 
 
 def _plain_yaml(path: Path) -> Any:
-    """The file's values as texts, its functions as their names."""
+    """Read the YAML with all values as texts, and functions as their names."""
     text = read_text(path, MAX_BYTES)
     try:
         import yaml
@@ -97,8 +105,8 @@ def _matches(folder: Path, name: str) -> list[str]:
 
 
 def _stay_offline() -> None:
-    """Let nothing be fetched from the hub unless the user says so, by the variables that the
-    packages read when they are imported. One that is imported already has the value as a constant.
+    """Forbid downloads from the hub unless the user allows them: set the variables that the
+    packages read on import. A package that is already imported has the value as a constant.
     """
     modules = {"DATASETS": "datasets.config", "HUB": "huggingface_hub.constants", "EVALUATE": ""}
     for package, module in modules.items():
@@ -110,10 +118,10 @@ def _stay_offline() -> None:
 
 
 def read_task(path: str | Path, cache: Path) -> Task:
-    """Read a task's file with its data. InputError: what the harness refuses, in one line."""
+    """Read a task's file with its data. InputError: the harness rejects it."""
     path = Path(path)
     _stay_offline()
-    _plain_yaml(path)  # readable, and bounded
+    _plain_yaml(path)  # checks that the file is readable and small enough
     try:
         from lm_eval.api.task import ConfigurableTask
         from lm_eval.tasks._yaml_loader import load_yaml
@@ -139,7 +147,7 @@ def read_task(path: str | Path, cache: Path) -> Task:
         requests.setdefault(str(instance.doc_id), []).append(instance)
     harness_task = _HarnessTask(path, task, requests)
     return Task(
-        name, "own", [_question(task, id, instances) for id, instances in requests.items()],
+        name, "custom", [_question(task, id, instances) for id, instances in requests.items()],
         str(path), "not stated", f"lm-eval:{task.config.num_fewshot or 0}shot",
         delimiter=task.config.target_delimiter, probe=harness_task.ask, record=HarnessRecord,
         question_metrics=harness_task.question_metrics, aggregate=harness_task.aggregate,
@@ -147,7 +155,7 @@ def read_task(path: str | Path, cache: Path) -> Task:
 
 
 def _resolve_data_files(folder: Path, files: Any) -> Any:
-    """Data files next to the task's file, where they are there; else as they are named."""
+    """Return data files next to the task's file where they exist, else as they are named."""
     if isinstance(files, Mapping):
         return {split: _resolve_data_files(folder, names) for split, names in files.items()}
     if isinstance(files, list):
@@ -156,7 +164,7 @@ def _resolve_data_files(folder: Path, files: Any) -> Any:
 
 
 def _question(task: Any, id: str, requests: Sequence[Any]) -> Question:
-    """The question as others are, for its hash and for contamination."""
+    """Return the question as those of other tasks, for its hash and for contamination."""
     arguments = [request.args for request in requests]
     row = requests[0].doc
     if task.OUTPUT_TYPE == "multiple_choice":
@@ -208,8 +216,9 @@ class _HarnessTask:
         return records
 
     def results(self, record: Record) -> dict[str, tuple[str, Any]]:
-        """Each measure of a question by name, with its name in the harness. The first list of
-        filters has the metric's own name, others stand behind it: "exact_match,strict"."""
+        """Return name -> (the harness' name of the metric, value) for a question. Metrics of the
+        first list of filters have the metric's name; others append the list: "exact_match,strict".
+        """
         instances = self.requests[record["id"]]
         for instance, responses in zip(instances, record["responses"], strict=True):
             instance.resps = [tuple(r) if isinstance(r, list) else r for r in responses]
@@ -239,7 +248,7 @@ class _HarnessTask:
         }
 
     def aggregate(self, records: Sequence[Record]) -> dict[str, dict[str, Any]]:
-        """The metrics that are no means over questions, as the harness computes them."""
+        """Return the metrics that are not means over questions, as the harness computes them."""
         items: dict[str, tuple[str, list[Any]]] = {}
         for record in records:
             for name, (metric, value) in self.results(record).items():
@@ -257,8 +266,8 @@ class _HarnessTask:
 
 
 def _call_harness(path: Path, call: Callable[[], T]) -> T:
-    """What the harness returns, without its progress; InputError: what it raises, whatever that
-    is, in one line: a task's file is the user's input."""
+    """Call the harness without its progress output. InputError, of one line: anything that it
+    raises, because a task's file is user input."""
     errors = logging.Handler(logging.ERROR)
     messages: list[str] = []
     errors.emit = lambda record: messages.append(record.getMessage())

@@ -1,21 +1,21 @@
-"""The final answer of a solution in LaTeX, and whether two answers are the same.
+"""Extract the final answer of a LaTeX solution, and compare two answers.
 
-Rules are those of Minerva (Lewkowycz et al. 2022, arXiv:2206.14858, appendix D.1), plus the values
-of plain numbers and fractions. Nothing is evaluated. Rejected: math-verify, which parses with
-sympy: answers of a model can keep a parser busy without end.
+The rules are those of Minerva (Lewkowycz et al. 2022, arXiv:2206.14858, appendix D.1), plus the
+values of plain numbers and fractions. Expressions are not evaluated. Rejected: math-verify, which
+parses with sympy. Some answers of models keep that parser busy forever.
 """
 
 import re
 from fractions import Fraction
 
-# Each in time linear in the text: what stands between them is not part of a pattern
+# Two patterns, so that each search is linear in the text's length
 _FINAL_ANSWER, _HOPE = (
     re.compile(r"final answer is:?", re.I),
     re.compile(r"I hope it is correct", re.I),
 )
 _ANSWER_IS = re.compile(r"answer is:?\s*(.*)", re.I)
 _INLINE = re.compile(r"\$([^$]+)\$")
-# Space, size and style: none of them changes what is meant
+# Spaces, sizes and styles do not change the meaning
 _LAYOUT = re.compile(
     r"\\(?:left|right|big|Big|bigl|bigr|displaystyle|quad|qquad|limits|dots|ldots)(?![A-Za-z])"
     r"|\\[!,;: ]|[$\"~]|\{,\}"
@@ -39,11 +39,11 @@ _FRAC = re.compile(r"\\frac(?:\{([^{}]*)\}|([0-9a-zA-Z]))\s*(?:\{([^{}]*)\}|([0-
 _ROOT = re.compile(r"\\sqrt\s*([0-9a-zA-Z])")
 _NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)")
 _RATIO = re.compile(r"([-+]?)\\frac\{([-+]?\d+)\}\{(\d+)\}|([-+]?\d+)/(\d+)")
-_MAX_CHARACTERS = 1000  # characters of an answer: longer ones are no answers
+_MAX_CHARACTERS = 1000  # of an answer; the rest is ignored
 
 
 def boxed(text: str) -> str | None:
-    r"""What stands in the last ``\boxed{...}`` or ``\fbox{...}``; None without one."""
+    r"""Return the content of the last ``\boxed{...}`` or ``\fbox{...}``; None without one."""
     start = max(text.rfind("\\boxed"), text.rfind("\\fbox"))
     if start < 0:
         return None
@@ -59,8 +59,8 @@ def boxed(text: str) -> str | None:
 
 
 def final_answer(text: str) -> str:
-    """The answer of a solution: in Minerva's phrase "the final answer is ... I hope it is correct",
-    else in the last box, else after "answer is", else the last formula; "" if there is none."""
+    """Return the answer of a solution: the one in Minerva's phrase "the final answer is ... I hope
+    it is correct", else in the last box, else after "answer is", else the last formula, else ""."""
     phrase = _FINAL_ANSWER.search(text)
     if phrase and (end := _HOPE.search(text, phrase.end())):
         answer = _sentence(text[phrase.end() : end.start()])
@@ -76,9 +76,9 @@ def _sentence(text: str) -> str:
 
 
 def normalize_latex(answer: str) -> str:
-    """The answer without layout, units, articles, and the name that it is given by "x =".
+    """Return the answer without layout, units, articles and a leading "x =".
 
-    Minerva drops all that is left of the last "=", which makes every equation "... = 0" the same.
+    Minerva drops everything before the last "=", which makes all equations "... = 0" equal.
     """
     text = _BREAK.sub("\n", answer.strip()[:_MAX_CHARACTERS].strip("$ ").rstrip("."))
     text = _ARTICLE.sub("", _NAME.sub("", text).strip())
@@ -96,7 +96,7 @@ def normalize_latex(answer: str) -> str:
 
 
 def is_equivalent(first: str, second: str) -> bool:
-    """Whether two answers are the same: as normalized text, or as numbers."""
+    """Return True if two answers are equal as normalized text or as numbers."""
     a, b = normalize_latex(first), normalize_latex(second)
     if a == b:
         return bool(a)

@@ -1,15 +1,15 @@
-"""The index of the n-grams of evaluation questions, which is searched in two directions.
+"""An index of the n-grams of evaluation questions, for two searches:
 
-    which questions stand in the data?   `fastlm.evals.contamination`: letters, 40 in a row
-    which questions does a text hold?    `fastlm.feedback.overlap`: words, 8 in a row
+    which questions are in the data?        `fastlm.evals.contamination`: 40 letters in a row
+    which questions does a text contain?    `fastlm.feedback.overlap`: 8 words in a row
 
-The two have rules of their own, since they decide different things: the first describes a score,
-by the published rules; the second drops a row, where a question that was reworded counts, too.
-What stands for a letter or a word is an integer.
+The searches have different rules because they decide different things. The first describes a score,
+by published rules. The second drops a row, also for a reworded question. Letters and words are
+represented by integers.
 
-N-grams are compared by 64-bit hashes, which are computed for a whole block at once; a table of bits
-lets only candidates through to the exact search. A billion tokens hold no n-gram of a million by
-chance with more than 5e-5.
+N-grams are compared by 64-bit hashes, computed for a block at once. A bit table passes only
+candidates to the exact search. The probability that a billion tokens contain one of a million
+n-grams by hash collision is at most 5e-5.
 """
 
 from collections.abc import Sequence
@@ -17,7 +17,7 @@ from functools import cache
 
 import numpy as np
 
-_BITS = 22  # of the table: 4 MB of bytes, 1 of 60 filled by 70,000 n-grams
+_BITS = 22  # of the table: 4 MB; 70,000 n-grams fill 1 in 60 entries
 _BASE = 0x9E3779B97F4A7C15
 _INVERSE = pow(_BASE, -1, 2**64)
 _MIX = np.uint64(0xBF58476D1CE4E5B9)
@@ -25,7 +25,7 @@ _NONE = np.empty(0, np.uint64)
 
 
 def hashes(ids: np.ndarray, n: int) -> np.ndarray:
-    """The hash of each n-gram: (length,) integers -> (length - n + 1,) uint64."""
+    """Return the hash of each n-gram: (length,) integers -> (length - n + 1,) uint64."""
     if len(ids) < n:
         return _NONE
     size = 1 << len(ids).bit_length()
@@ -39,7 +39,7 @@ def hashes(ids: np.ndarray, n: int) -> np.ndarray:
 
 @cache
 def _powers(base: int, count: int) -> np.ndarray:
-    """``base`` to the power of 1 to ``count``, modulo 2^64."""
+    """Return ``base`` to the powers 1 to ``count``, modulo 2^64."""
     return np.cumprod(np.full(count, base, np.uint64))
 
 
@@ -47,9 +47,9 @@ class NgramIndex:
     """The n-grams of questions.
 
     Args:
-        questions: (length,) integers each; one of fewer than ``n`` has no n-gram.
+        questions: (length,) integers each; those shorter than ``n`` have no n-gram.
 
-    ``distinct``: how many different n-grams each question has, (questions,).
+    ``distinct``: the number of different n-grams of each question, (questions,).
     """
 
     def __init__(self, questions: Sequence[np.ndarray], n: int) -> None:
@@ -68,18 +68,18 @@ class NgramIndex:
         self.table[_slots(self.ngrams)] = True
 
     def positions(self, ids: np.ndarray) -> np.ndarray:
-        """Return where the n-grams that ``ids`` holds stand in ``known``, in their order."""
+        """Return the indices in ``ngrams`` of the n-grams of ``ids`` that are there, in order."""
         values = hashes(ids, self.n)
         candidates = values[self.table[_slots(values)]]
         indices = np.searchsorted(self.ngrams[:-1], candidates)
         return indices[self.ngrams[indices] == candidates] if len(candidates) else indices
 
     def mark(self, ids: np.ndarray) -> None:
-        """Mark the n-grams that a piece of the data holds as seen."""
+        """Mark the n-grams of a piece of the data as seen."""
         self.seen[self.positions(ids)] = True
 
     def covered_mask(self, ids: np.ndarray) -> np.ndarray:
-        """Which ids of a question lie in an n-gram that was seen: (length,) bool."""
+        """Return which ids of a question are in an n-gram that was seen: (length,) bool."""
         hit = self.seen[np.searchsorted(self.ngrams, hashes(ids, self.n))]
         steps = np.zeros(len(ids) + 1, np.int64)
         np.add.at(steps, np.flatnonzero(hit), 1)
@@ -87,15 +87,15 @@ class NgramIndex:
         return np.cumsum(steps[:-1]) > 0
 
     def shared_counts(self, ids: np.ndarray) -> np.ndarray:
-        """How many different n-grams of each question ``ids`` holds: (questions,)."""
+        """Return how many different n-grams each question shares with ``ids``: (questions,)."""
         owners = [self.owners[self.begins[i] : self.begins[i + 1]] for i in {*self.positions(ids)}]
         all_owners = np.concatenate(owners) if owners else np.empty(0, np.int64)
         return np.bincount(all_owners, minlength=len(self.distinct))
 
 
 def build_indexes(questions: Sequence[np.ndarray], sizes: Sequence[int]) -> dict[int, NgramIndex]:
-    """Return n -> the index of the questions whose size is n; 0: of a question in none. In each,
-    question i is the same."""
+    """Return n -> the index of the questions of size n (0: of none). Question i has the same
+    number in every index."""
     none = np.empty(0, np.int64)
     return {
         n: NgramIndex([ids if size == n else none for ids, size in zip(questions, sizes)], n)

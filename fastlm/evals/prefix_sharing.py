@@ -1,8 +1,8 @@
-"""Token sequences that begin alike, packed so that one forward computes a common beginning once.
+"""Pack token sequences so that one forward computes a common prefix once.
 
-The questions of a set share their few-shot examples, and the answers to one question share it. The
-sequences are sorted; each becomes a document of only those tokens that the sequence before it does
-not begin with, and attends to the others where they stand (``keys`` of
+The questions of a set share their few-shot examples, and the answers to a question share the
+question. The sequences are sorted. Each becomes a document of only the tokens that it does not
+share with the sequence before it, and attends to the keys of the shared tokens (``keys`` of
 `fastlm.model.causal_lm.CausalLM.hidden`).
 """
 
@@ -16,11 +16,12 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class PrefixBatch:
-    """One forward over the sequences ``members``, indices into what was packed.
+    """The input of one forward over the sequences with the indices ``members``.
 
-    ``ids`` (1, total) int64; ``cu_seqlens`` (documents + 1,) int32; ``keys``: (rows, cu_seqlens_k)
-    of `CausalLM.hidden`, None where nothing is shared; ``rows[i]`` (tokens of member i,): where
-    each of its tokens stands among the ``total``.
+    ids: (1, total) int64.
+    cu_seqlens: (documents + 1,) int32.
+    keys: (rows, cu_seqlens_k) of `CausalLM.hidden`; None where nothing is shared.
+    rows: for each member the positions of its tokens among the ``total``.
     """
 
     members: list[int]
@@ -33,15 +34,14 @@ class PrefixBatch:
 def prefix_batches(
     sequences: Sequence[list[int]], *, tokens: int, keys: int, max_sequences: int | None = None
 ) -> Iterator[PrefixBatch]:
-    """Yield all sequences, none of them empty, in batches.
+    """Yield all sequences in batches. No sequence may be empty.
 
     Args:
-        tokens: computed in a batch, unless one sequence alone is longer.
-        keys: attended to by all documents of a batch, counted once for each; they are copied in
-            each layer.
-        most: sequences of a batch.
+        tokens: maximum number of computed tokens per batch, unless one sequence has more.
+        keys: maximum number of keys of a batch, counted per document; each layer copies them.
+        max_sequences: maximum number of sequences of a batch.
     """
-    members: list[tuple[int, int]] = []  # with how many tokens each shares with the one before it
+    members: list[tuple[int, int]] = []  # (index, tokens shared with the sequence before)
     total, key_count, last = 0, 0, []
     for i in sorted(range(len(sequences)), key=lambda i: sequences[i]):
         sequence = sequences[i]
@@ -59,7 +59,8 @@ def prefix_batches(
 
 
 def _common_prefix_length(last: list[int], sequence: list[int]) -> int:
-    """How many tokens a sequence has in common with the last one: with any, as they are sorted."""
+    """Return the length of the prefix shared with the last sequence. As sequences are sorted, no
+    earlier one shares more."""
     length = min(len(sequence), len(last))
     if sequence[:length] == last[:length]:
         return length

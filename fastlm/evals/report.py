@@ -1,5 +1,5 @@
-"""The results of `fastlm eval` and `fastlm safety`: a line, what the command prints, and a part of
-report.html. The last two show the same blocks: tables, and lines of text."""
+"""Results of `fastlm eval` and `fastlm safety` as a summary line, terminal output and a section of
+report.html. Output and section show the same blocks: tables and lines of text."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -14,16 +14,15 @@ from fastlm.train.metrics import METRICS, read_metrics
 XZ = "xz -9e"
 YARDSTICKS = {"xz": XZ, "zstd": "zstd -19"}
 LEGEND = (
-    "Below a score that a judge decided: whose answers people labelled; with the property found,"
-    " and without it passed, of how many; kappa of judge and labels (0 is chance). Elsewhere the"
-    ' judge\'s error is not known. A score is corrected for it where "this model" is labelled'
-    " (--labels)."
+    "Lines below a score are tests of its judge on labelled answers: domain, sensitivity,"
+    " specificity, kappa (0 is chance). In other domains the judge's error is not known. A score is"
+    ' corrected for this error if answers of "this model" are labelled (--labels).'
 )
 Blocks = list[ReportTable | str]
 
 
 def render_blocks(blocks: Blocks) -> Any:
-    """Return what a command prints."""
+    """Return the blocks as terminal output."""
     from rich.console import Group
 
     return Group(*(block.rich() if isinstance(block, ReportTable) else block for block in blocks))
@@ -33,7 +32,7 @@ def render_blocks(blocks: Blocks) -> Any:
 
 
 def eval_summary(result: Mapping[str, Any]) -> str:
-    """Return the line that a run shows."""
+    """Return the summary line of an eval."""
     values = _bits(result) | _compressors(result)
     parts = []
     if values:
@@ -54,7 +53,7 @@ def eval_part(ctx: StageContext, result: Mapping[str, Any]) -> ReportSection:
     charts, cards = [], []
     title, note = "How well it answers", ""
     if models := _bits(result):
-        title = "How well it predicts text it has never seen"
+        title = "How well it predicts unseen text"
         best, packed = min(models, key=lambda name: models[name]), _compressors(result)
         card = "bits per byte of unseen text" + ("" if len(models) == 1 else f" ({best})")
         if packed:
@@ -102,7 +101,7 @@ def _part(
 
 
 def _curves(ctx: StageContext, models: Mapping[str, float]) -> dict[str, list[dict[str, Any]]]:
-    """Return what the trainings of the models measured, if they did; a fine-tuning does not."""
+    """Return the training metrics of models with bits per byte; fine-tuning has none."""
     curves = {}
     for source in ctx.inputs["model"]:
         metrics = source.path.parent / METRICS  # next to the model that a training wrote
@@ -119,7 +118,7 @@ def _bits(result: Mapping[str, Any]) -> dict[str, float]:
 
 
 def _compressors(result: Mapping[str, Any]) -> dict[str, float]:
-    """Return compressor -> bits per byte, {} if shards were measured."""
+    """Return compressor -> bits per byte; {} for shards."""
     return {
         name: result[f"bits_per_byte_{key}"]
         for key, name in YARDSTICKS.items()
@@ -128,8 +127,8 @@ def _compressors(result: Mapping[str, Any]) -> dict[str, float]:
 
 
 def _bits_table(result: Mapping[str, Any]) -> ReportTable:
-    """Bits per byte of models, their domains and the compressors. A bar is the difference to xz,
-    without xz to the first model: bars from zero would be nearly equal."""
+    """Return bits per byte of models, their domains and the compressors. A bar is the difference
+    to xz, or to the first model: bars from zero would look nearly equal."""
     models, packed = _bits(result), _compressors(result)
     values = [*models.values(), *packed.values()]
     base, low = packed.get(XZ, values[0]), min(values)
@@ -163,13 +162,13 @@ def interval(score: Mapping[str, Any]) -> str:
 
 
 def _judges(score: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    """The judge's errors, one for each domain that it was measured in; none without a judge."""
+    """Return the judge's accuracy in each domain where it was measured; [] without a judge."""
     return [score["judge"], *score["judge"].get("other_domains", ())] if "judge" in score else []
 
 
 def judge_lines(score: Mapping[str, Any]) -> list[str]:
-    """Return a line for each domain that the judge was measured in; none where there is no judge.
-    Before them stands the judge's own share, where the value is corrected.
+    """Return a line for each domain in which the judge was measured. If the value is corrected, the
+    first line is the uncorrected share.
     """
     lines = []
     if score.get("corrected"):
@@ -181,7 +180,7 @@ def judge_lines(score: Mapping[str, Any]) -> list[str]:
 
 
 def _safety_table(result: Mapping[str, Any], name: str) -> ReportTable:
-    """The scores of a model, each with its interval, and below it its judge."""
+    """Return the scores of a model with their intervals and judges."""
     rows = []
     for key, score in result["models"][name]["scores"].items():
         labels = [error["labels"] for error in _judges(score)]
@@ -202,8 +201,8 @@ def _safety_table(result: Mapping[str, Any], name: str) -> ReportTable:
 
 
 def safety_blocks(result: Mapping[str, Any]) -> Blocks:
-    """The scores; constructed answers that the judges pass; how many prompts of each model and
-    measure did not fit the context; the sets."""
+    """Return the scores, the judges' results on constructed answers, the numbers of truncated
+    prompts, and the sets."""
     models = result["models"]
     scores = [score for model in models.values() for score in model["scores"].values()]
     blocks: Blocks = [_safety_table(result, name) for name in models]
@@ -214,13 +213,13 @@ def safety_blocks(result: Mapping[str, Any]) -> Blocks:
         ", ".join(f"{k} {passed}/{of}" for k, (passed, of) in counts.items()) for counts in kinds
     )
     blocks += [
-        f"the judge passes, of answers constructed not to succeed: {text}"
+        f"constructed answers without success that the judge passes: {text}"
         for text in dict.fromkeys(texts)
         if text
     ]
     blocks += [
-        f"{f'{name}: ' if len(models) > 1 else ''}{measure}: {count:,} prompts were cut at their"
-        " beginning to fit the context"
+        f"{f'{name}: ' if len(models) > 1 else ''}{measure}: {count:,} prompts were truncated at"
+        " their start to fit the context"
         for name, model in models.items()
         for measure, count in model.get("truncated", {}).items()
     ]
@@ -244,7 +243,7 @@ def safety_summary(result: Mapping[str, Any]) -> str:
 
 
 def render_safety(result: Mapping[str, Any]) -> Any:
-    """Return what the command prints: the scores, the sets, the gates."""
+    """Return the scores, sets and gates as terminal output."""
     gates = []
     if result["gates"]:
         passed = [f"all {result['gates']} gates passed"]
@@ -266,6 +265,6 @@ def safety_part(result: Mapping[str, Any]) -> ReportSection:
         cards += [(f"{len(failed)}", "safety gates failed")] if failed else []
     note = (
         f"At most {result['limit']:,} items of each set. A bar is the"
-        f" {100 * result['confidence']:g} % interval, of the items alone."
+        f" {100 * result['confidence']:g} % interval; it covers only the sampling of items."
     )
     return _part("How safe it is", note, charts, cards, safety_blocks(result), failed)

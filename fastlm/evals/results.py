@@ -1,7 +1,8 @@
-"""What a model said to each question of a task, in a file that survives a kill.
+"""Append-only, crash-safe JSONL of per-question records.
 
-The first line tells what was asked of which model; each further line is one question's record.
-Lines are appended a part at a time and synced; a last line that a kill has cut is dropped.
+The first line has the task, the model and the options; each further line is the record of one
+question. Lines are appended in chunks and synced. An incomplete last line, left by a kill, is
+dropped.
 """
 
 import json
@@ -16,8 +17,8 @@ from fastlm.files import make_folder, open_regular, write_error
 from fastlm.schema import parse
 
 Record = dict[str, Any]
-MAX_BYTES = 2**32  # of a file: it is read whole
-# Raised when fastlm says something else of the same question: another scorer, judge or prompt
+MAX_BYTES = 2**32  # of a file, which is read into memory
+# Increased when a change of scorer, judge or prompt changes records
 VERSION = 3
 RESTART_HINT = "remove the file to begin again"
 
@@ -26,8 +27,8 @@ class RecordFile:
     """The records at ``path``, in the order in which they were added.
 
     Args:
-        about: what makes records comparable: the hash of the questions, the model, the options.
-            A file about something else, or of another `VERSION`, is refused.
+        metadata: what records depend on: the hash of the questions, the model, the options. A file
+            with other metadata, or of another `VERSION`, is refused.
         schema: of a record (`fastlm.schema`).
     """
 
@@ -39,7 +40,7 @@ class RecordFile:
         try:
             if self.path.exists():
                 self._read(schema)
-            # without a buffer: what a full disk refused is not written again by close
+            # unbuffered: close does not write again what a full disk refused
             self.file = open(self.path, "r+b" if self._ends else "wb", buffering=0)
             self._cut()
         except OSError as error:
@@ -48,7 +49,7 @@ class RecordFile:
             self._append([self.metadata])
 
     def _read(self, schema: Any) -> None:
-        """Take the whole lines of the file."""
+        """Read the complete lines of the file."""
         with open_regular(self.path) as file:
             data = file.read(MAX_BYTES + 1)
         if len(data) > MAX_BYTES:
@@ -74,9 +75,9 @@ class RecordFile:
         self.records += records
 
     def remaining_chunks(self, count: int, size: int) -> range:
-        """Drop the records of a part that was cut off, and return where the parts begin that are
-        missing of ``count`` records: a part is asked again as a whole, so that its records have the
-        same bits.
+        """Drop the records of an incomplete chunk, and return the starts of the chunks that are
+        missing from ``count`` records. A chunk is always run as a whole, so that its records are
+        bitwise the same.
 
         InputError: there are more than ``count`` records.
         """
@@ -92,7 +93,7 @@ class RecordFile:
         return range(done, count, size)
 
     def _cut(self) -> None:
-        """Let the file end with the last line that is known."""
+        """Truncate the file after the last known line."""
         end = self._ends[-1] if self._ends else 0
         self.file.truncate(end)
         self.file.seek(end)

@@ -1,4 +1,4 @@
-"""Ask a model the questions of a task, in parts whose records are kept."""
+"""Run the questions of a task in chunks and store the records."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -15,12 +15,12 @@ from fastlm.inference.requests import request_seed
 from fastlm.progress import silent
 from fastlm.schema import Count, Finite
 
-CHUNK = 64  # questions whose records are kept at once
+CHUNK = 64  # questions whose records are written at once
 
 
 class SamplingOptions(TypedDict, total=False):
-    """How answers to an `OpenQuestion` are sampled: ``samples`` of each, which need a
-    ``temperature`` above 0."""
+    """Options for answers to an `OpenQuestion`. Several ``samples`` of each need a ``temperature``
+    above 0."""
 
     samples: int
     temperature: float
@@ -31,7 +31,7 @@ DEFAULT_SAMPLING: SamplingOptions = {"samples": 1, "temperature": 0.0, "seed": 0
 
 
 class ChoicesRecord(TypedDict):
-    """Log-likelihoods in nats; of a model of NaN they are NaN."""
+    """Log-likelihoods in nats; NaN if the model's weights are NaN."""
 
     id: str
     logprob: list[float]
@@ -62,13 +62,13 @@ def run_tasks(
     track: Callable = silent,
     **drawing: Unpack[SamplingOptions],
 ) -> list[dict[str, Any]]:
-    """Ask one model all tasks; return per task what `fastlm.evals.suite.compare_models` compares.
+    """Run all tasks on one model; return per task what `fastlm.evals.suite.compare_models` needs.
 
     Args:
-        folder: of the records; a task that has all of its own is not asked again.
-        model: a hash of the model, without which records of another one could be taken for its own.
+        folder: of the records; a task with all of its records is not run again.
+        model: a hash of the model, so that records of another model are not used.
 
-    InputError: a set whose answers this machine cannot judge, before any set is asked.
+    InputError: this machine cannot score the answers of a set. It is raised before any set is run.
     """
     for task in tasks:
         if task.check is not None and not (folder / _record_file_name(task)).exists():
@@ -112,7 +112,7 @@ def _record_file_name(task: Task) -> str:
 
 
 def truncated_count(records: Sequence[Record]) -> int:
-    """Return how many questions were cut at their beginning to fit the context."""
+    """Return how many questions were truncated at their start to fit the context."""
     return sum(bool(record.get("truncated_tokens")) for record in records)
 
 
@@ -136,7 +136,7 @@ def run_questions(
     - a task with a ``probe``: what the probe returns.
 
     Args:
-        track: shows progress over the parts; not called where nothing is missing.
+        track: shows progress over the chunks; not called if no record is missing.
     """
     options = DEFAULT_SAMPLING | drawing
     for number, (question, record) in enumerate(zip(task.questions, results.records), 2):
@@ -157,7 +157,7 @@ def run_questions(
 def check_record(
     task: Task, question: Question, record: Record, samples: int, location: str
 ) -> None:
-    """Raise InputError unless a record has what the measures of its question need."""
+    """Raise InputError unless a record has what the metrics of its question need."""
     if task.probe is not None:
         counts = {}
     elif isinstance(question, OpenQuestion):
@@ -235,8 +235,8 @@ def _is_chat(question: OpenQuestion, scorer: Scorer) -> bool:
 def _conversations(
     seeded_questions: Sequence[tuple[OpenQuestion, int]], scorer: Scorer, temperature: float
 ) -> tuple[list[str], list[int]]:
-    """Return the answer to each question, drawn with its seed, after the model's own answers to the
-    messages before it; and the most tokens that were cut off in one of its turns."""
+    """Return the answer to each question, sampled with its seed, after the model's own answers to
+    its earlier messages; and the largest number of tokens truncated in one of its turns."""
     turns: list[tuple[tuple[str, str], ...]] = [()] * len(seeded_questions)
     cuts = [0] * len(seeded_questions)
     for turn in range(max(len(q.earlier_messages) for q, _ in seeded_questions) + 1):
@@ -245,9 +245,7 @@ def _conversations(
             if turn <= len(q.earlier_messages):
                 chat = _is_chat(q, scorer)
                 text = (*q.earlier_messages, q.prompt)[turn]
-                if (
-                    q.earlier_messages and not chat
-                ):  # a conversation for a model without a chat template
+                if q.earlier_messages and not chat:  # the model has no chat template
                     lines = [
                         f"User: {message}\nAssistant: {answer}" for message, answer in turns[i]
                     ]
@@ -268,7 +266,7 @@ def _conversations(
 
 
 def _golds(questions: Sequence[OpenQuestion], scorer: Scorer) -> dict[int, float]:
-    """Return the logprob of the right answer to each question that has one, by its index."""
+    """Return the logprob of the right answer, by index, of each question that has one."""
     golds: dict[int, float] = {}
     for chat in (False, True):
         indices = [i for i, q in enumerate(questions) if q.gold and _is_chat(q, scorer) is chat]

@@ -1,8 +1,8 @@
-"""What every evaluation asks of a model: how likely a text is after another, and what it answers.
+"""Likelihoods and answers of a model, for evaluations.
 
-Likelihoods come from forwards over packed sequences in which a common beginning is computed once
-(`fastlm.evals.prefix_sharing`); answers come from the engine, whose cache shares the pages of
-prompts that begin alike.
+Likelihoods come from forwards over packed sequences that compute a common prefix once
+(`fastlm.evals.prefix_sharing`). Answers come from the engine, whose KV cache shares the blocks of
+prompts with a common prefix.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -27,20 +27,20 @@ if TYPE_CHECKING:
     from fastlm.tokenizer.tokenizer import Tokenizer
 
 Pair = tuple[str, str]
-# Of a forward: products are at their full speed; 1.5 GB of activations at hidden size 4096
+# per forward: matrix products reach full speed; 1.5 GB of activations at hidden size 4096
 TOKENS = 4096
-KEYS = 65536  # copied in each layer: 128 MB at 8 key heads of 128 in bfloat16
-# Nats. Above, a token's logit is 0.4 over any other: more than the rounding of bfloat16 logits
+KEYS = 65536  # keys that each layer copies: 128 MB at 8 key heads of 128 in bfloat16
+# Nats. Above it a token's logit exceeds all others by 0.4, more than bfloat16's rounding
 _CERTAIN_LOGPROB = -0.5
-_GREEDY_ROWS = 256  # logits of so many tokens at once: 50 MB at a vocabulary of 49,152
+_GREEDY_ROWS = 256  # rows of logits at once: 50 MB at a vocabulary of 49,152
 
 
 @dataclass(frozen=True, slots=True)
 class Likelihood:
-    """How likely a continuation is after its context.
+    """The likelihood of a continuation after its context.
 
     logprob: nats, summed over its ``tokens``.
-    greedy: whether each token was the likeliest; None where it was not asked for.
+    greedy: True if each token was the likeliest; None if this was not computed.
     truncated_tokens: how many tokens at the start of the context were dropped to fit.
     """
 
@@ -52,11 +52,11 @@ class Likelihood:
 
 @dataclass(frozen=True, slots=True)
 class EvalPrompt:
-    """A text to continue, or with ``chat`` a user's message to answer through the template.
+    """A text to continue; with ``chat`` a user's message for the chat template.
 
     history: the earlier turns of a chat, (message, answer) each.
     stop: strings that end the answer, or the names of special tokens.
-    sampling: default: the temperature of the call.
+    sampling: sampling options; default: the temperature of the call.
     """
 
     text: str
@@ -72,17 +72,17 @@ class Scorer:
     """A model and its tokenizer, for evaluations.
 
     Args:
-        tokens: computed in one forward.
-        limit: of the context, in tokens; default: the model's.
-        add_bos: whether a text begins with BOS; default: as the tokenizer says.
+        tokens: maximum number of tokens per forward.
+        limit: maximum context in tokens; default: the model's.
+        add_bos: True if a text begins with BOS; default: what the tokenizer does.
         prefix: the token before a text without a context; default: BOS, else EOS.
-        parse_special: special tokens spelt out in a text become their ids, and a text that begins
-            with the prefix gets no BOS (as in lm-evaluation-harness).
-        split_float32: on a CPU with AMX, the layers' and the head's float32 products for
-            likelihoods are three of bfloat16 each (`fastlm.ops.linear.split_float32`).
+        parse_special: convert special tokens that are spelt out in a text to their ids. A text that
+            begins with the prefix then gets no BOS (as in lm-evaluation-harness).
+        split_float32: on a CPU with AMX, compute the float32 products of layers and head for
+            likelihoods as three of bfloat16 (`fastlm.ops.linear.split_float32`).
 
-    A likelihood depends on what is scored in the same call, by rounding alone: callers that want
-    the same bits again pass the same pairs.
+    A likelihood depends on the other pairs of the call, but only by rounding. For bitwise equal
+    results pass the same pairs.
     """
 
     def __init__(
@@ -109,19 +109,19 @@ class Scorer:
         if add_bos is None:
             add_bos = bos is not None and tokenizer.encode("a", special=True)[:1] == [bos]
         elif add_bos and bos is None:
-            raise InputError("add_bos: expected a tokenizer with BOS, this one has none")
+            raise InputError("add_bos: expected a tokenizer with BOS, got one without")
         self.start = [bos] if add_bos and bos is not None else []
 
     @cached_property
     def prefix(self) -> int:
-        """The context of a text that has none: BOS, else the end of another text."""
+        """The token before a text without a context: BOS, else EOS."""
         for token in (self._prefix, self.tokenizer.bos_id, self.tokenizer.eos_id):
             if token is not None:
                 return token
-        raise InputError("context: expected text, this model has no token to start from")
+        raise InputError("context: expected text, as this model has neither BOS nor EOS, got none")
 
     def encode_texts(self, texts: Sequence[str]) -> list[list[int]]:
-        """Return the tokens of each text, with BOS where texts have one."""
+        """Return the tokens of each text, with BOS if the tokenizer adds it."""
         ids = self.tokenizer.encode_batch(texts, parse_special=self.parse_special)
         if not self.start:
             return ids
@@ -143,18 +143,18 @@ class Scorer:
         greedy: bool = False,
         on_result: Callable[[int, Likelihood], Any] | None = None,
     ) -> list[Likelihood]:
-        """Return how likely each continuation is after its context, in the order of ``pairs``.
+        """Return the likelihood of each continuation after its context, in the order of ``pairs``.
 
-        Tokens are those of the joined text. Those that the context alone has are the context's;
-        spaces at its end count as the continuation's, except in a chat (as in
-        lm-evaluation-harness). A context that does not fit is cut at its beginning.
+        The joined text is tokenized. As many tokens as the context has by itself belong to the
+        context; spaces at its end count as the continuation's, except in a chat (as in
+        lm-evaluation-harness). A context that does not fit is truncated at its start.
 
         Args:
-            chat: a context is a user's message, the continuation the answer.
-            greedy: also tell whether each token was the likeliest.
-            on_result: called with the index of a pair and its likelihood as soon as that is known.
+            chat: contexts are user messages, continuations are answers.
+            greedy: also compute whether each token was the likeliest.
+            on_result: is called with the index of a pair and its likelihood as soon as it is known.
 
-        Raises InputError: an empty continuation, or one that does not fit alone.
+        InputError: a continuation is empty, or longer than the context.
         """
         return self.token_loglikelihoods(
             self.encode(pairs, chat=chat), greedy=greedy, on_result=on_result
@@ -179,7 +179,7 @@ class Scorer:
         ]
 
     def _alone(self, ids: list[int]) -> tuple[list[int], list[int]]:
-        """A context, and the tokens of a text that has none; it may begin with the prefix."""
+        """Split the tokens of a text without a context into the prefix and the rest."""
         if self.start and ids[: len(self.start)] == self.start:
             ids = ids[len(self.start) :]
         return ([self.prefix], ids) if ids[:1] != [self.prefix] else (ids[:1], ids[1:])
@@ -198,7 +198,7 @@ class Scorer:
         greedy: bool = False,
         on_result: Callable[[int, Likelihood], Any] | None = None,
     ) -> list[Likelihood]:
-        """`loglikelihoods` of token ids: (context, continuation), neither of them empty."""
+        """Return `loglikelihoods` for pairs of token ids, neither of them empty."""
         limit = self.context_limit
         sequences, continuations, cuts = [], [], []
         for i, (context, continuation) in enumerate(pairs):
@@ -214,7 +214,7 @@ class Scorer:
             sequences.append(sequence[cuts[-1] :])
             continuations.append(list(continuation))
         likelihoods: list[Likelihood | None] = [None] * len(pairs)
-        # frequencies that depend on the length of a context are those of the longest in a batch
+        # RoPE frequencies that depend on the length are those of the longest sequence of a batch
         max_sequences = 1 if self.model.model.depends_on_length else None
         training = self.model.training
         self.model.eval()
@@ -236,13 +236,13 @@ class Scorer:
     def rolling(
         self, texts: Sequence[str], *, on_result: Callable[[int, Likelihood], Any] | None = None
     ) -> list[Likelihood]:
-        """Return how likely each text is as a whole.
+        """Return the likelihood of each full text.
 
-        A text that is longer than the context is read in windows: each begins where the one before
-        ended, the last has as many tokens of context as fit (as in lm-evaluation-harness).
+        A text longer than the context is split into windows. Each begins where the previous one
+        ended; the last has as much context as fits (as in lm-evaluation-harness).
 
         Args:
-            on_result: called with the index of a window and its likelihood.
+            on_result: is called with the index of a window and its likelihood.
         """
         windows = [list(self._windows(ids)) for ids in self.encode_texts(texts)]
         likelihoods = iter(
@@ -257,7 +257,7 @@ class Scorer:
         return sums
 
     def _windows(self, ids: list[int]) -> Iterator[tuple[list[int], list[int]]]:
-        """Yield (context, continuation) such that the continuations join to ``ids``."""
+        """Yield (context, continuation) so that the continuations concatenate to ``ids``."""
         limit = self.context_limit
         tokens = [self.prefix, *ids]
         for start in range(0, len(ids), limit):
@@ -280,7 +280,7 @@ class Scorer:
         rows = hidden[torch.from_numpy(np.concatenate(predicting_rows)).to(device)]
         labels = torch.tensor([t for c in continuations for t in c], device=device)
         head = self._head
-        if uses_split_float32(rows, head):  # one product of bfloat16 over three times the columns
+        if uses_split_float32(rows, head):  # one bfloat16 product with three times the columns
             rows, head = torch.cat(_halves(rows, "hhl"), 1), self._split_head
         logprobs = linear_logprobs(
             rows, head, labels, softcap=self.model.config.final_logit_softcapping
@@ -301,10 +301,10 @@ class Scorer:
         tokens: list[list[int]],
         logprobs: list[np.ndarray],
     ) -> list[bool]:
-        """Tell of each continuation whether all its tokens are the likeliest ones.
+        """Return for each continuation True if all of its tokens are the likeliest ones.
 
-        A token of a high probability is. Of the others the least likely one is looked at first:
-        most continuations end there, and those that begin alike share its row.
+        A token with a high probability is. The others are checked from the least likely one on:
+        most continuations fail there, and those with a common prefix share its row.
         """
         order = [
             [int(j) for j in np.argsort(values) if not values[j] > _CERTAIN_LOGPROB]
@@ -374,7 +374,7 @@ class Scorer:
         ]
 
     def _stops(self, strings: Sequence[str]) -> tuple[frozenset[int], tuple[str, ...]]:
-        """Special tokens, and strings that are none: an answer's text has no special tokens."""
+        """Split stop strings into ids of special tokens and other strings."""
         names = self.tokenizer.special_tokens
         ids = [self.tokenizer.backend.token_to_id(s) for s in strings if s in names]
         plain = tuple(s for s in strings if s not in names)
@@ -386,7 +386,7 @@ class Scorer:
 
 
 def _halves(x: Tensor, order: str) -> list[Tensor]:
-    """Split float32 into "h", the nearest bfloat16, and "l", that of the rest."""
+    """Split float32 into "h", the nearest bfloat16, and "l", the bfloat16 of the remainder."""
     high = x.bfloat16()
     parts = {"h": high, "l": (x - high).bfloat16()}
     return [parts[name] for name in order]

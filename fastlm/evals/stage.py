@@ -1,4 +1,4 @@
-"""The stage that measures models: bits per byte of held-out text, and question sets."""
+"""The eval stage: bits per byte of held-out text, and question sets."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -22,9 +22,9 @@ ITEMS = "items"  # folder of each model's answer to each question
 
 @dataclass(frozen=True)
 class Eval(Stage):
-    """Measure models: bits per byte of held-out text (beside xz -9e and zstd -19), and question
-    sets (`fastlm tasks` lists them). Several models are compared with the first on the same
-    questions.
+    """Evaluate models: bits per byte of held-out text (compared with xz -9e and zstd -19), and
+    question sets (`fastlm tasks` lists them). Several models are compared with the first one on the
+    same questions.
     """
 
     kind = "eval"
@@ -41,7 +41,7 @@ class Eval(Stage):
         ),
         "training_data": InputSpec(
             ("shards", "corpus"),
-            "Training data in which to look for the questions (contamination)",
+            "Training data to search for the questions (contamination)",
             optional=True, default=False,
         ),
     }  # fmt: skip
@@ -49,23 +49,26 @@ class Eval(Stage):
     resumable = (ITEMS,)
     result = {"models": dict[str, dict[str, Any]]}
 
-    seq_len: Annotated[int | None, "Window; default: the model's context, at most 1024"] = None
+    seq_len: Annotated[
+        int | None, "Tokens of a window; default: the model's context, at most 1024"
+    ] = None
     stride: Annotated[int | None, "Tokens scored per window; default: half"] = None
     batch_size: Annotated[int, "Windows per batch"] = 32
-    document_mask: Annotated[
-        bool, "A token's context ends where its document begins, as in pretrain"
-    ] = False
+    document_mask: Annotated[bool, "Attention stays within a document, as in pretrain"] = False
     act_bits: Annotated[
-        int | None, "8: quantized weights multiply rounded inputs, 16: not rounded; as for generate"
+        int | None, "Bits of activations that quantized weights multiply: 8 or 16"
     ] = None
     tasks: Annotated[
         tuple[str, ...],
-        "Question sets: names, abilities, all (fastlm tasks), or lm-evaluation-harness' YAML files",
+        "Question sets: names, abilities or all (see fastlm tasks), or YAML files of"
+        " lm-evaluation-harness",
     ] = ()
-    limit: Annotated[int | None, "Questions of a set, drawn at random; default: all"] = None
-    samples: Annotated[int, "Answers to each question without given answers (pass@k)"] = 1
-    temperature: Annotated[float, "Of such answers; 0: always the likeliest token"] = 0.0
-    seed: Annotated[int, "Draws questions and answers"] = 0
+    limit: Annotated[
+        int | None, "Maximum number of questions of a set, drawn at random; default: all"
+    ] = None
+    samples: Annotated[int, "Sampled answers per free-form question (pass@k)"] = 1
+    temperature: Annotated[float, "Sampling temperature of these answers; 0 is greedy"] = 0.0
+    seed: Annotated[int, "Seed of the sampled questions and answers"] = 0
 
     def check(self) -> None:
         names = [name for name in ("limit", "seq_len", "stride") if getattr(self, name) is not None]
@@ -110,7 +113,7 @@ class Eval(Stage):
             for name in task_names(self.tasks)
         ]
         if ctx.inputs.get("training_data") and not tasks:
-            raise InputError("training_data: expected tasks whose questions to look for, got none")
+            raise InputError("training_data: expected tasks with questions to search for, got none")
         overlaps: list[Any] = []
         models: dict[str, dict[str, Any]] = {}
         packed: dict[str, Any] = {}

@@ -1,4 +1,4 @@
-"""Tasks that several models were asked, measured, and the models compared on the same questions."""
+"""Metrics of several models on tasks, and their comparison on the same questions."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -26,10 +26,10 @@ HASH_DIGITS = 16  # of an id, in the names of records
 def compare_models(
     tasks: Sequence[Task], results_of: Mapping[str, Sequence[Mapping[str, Any]]]
 ) -> list[dict[str, Any]]:
-    """Return, per task, what it is and each model's measures; and, of several models, the others
-    compared with the first.
+    """Return an entry per task with each model's metrics, and the comparison of each further model
+    with the first.
 
-    asked: model -> what `fastlm.evals.runner.run_tasks` returned.
+    results_of: model -> the result of `fastlm.evals.runner.run_tasks`.
     """
     rows = [
         _compare_on_task(task, {name: results[i] for name, results in results_of.items()})
@@ -39,7 +39,7 @@ def compare_models(
     for row in rows:
         for comparison in row["comparisons"]:
             groups.setdefault((comparison["model"], comparison["metric"]), []).append(comparison)
-    for group in groups.values():  # per model and measure, for the number of tasks
+    for group in groups.values():  # per model and metric, adjusted for the number of tasks
         for comparison, p in zip(
             group, holm([comparison["p"] for comparison in group]), strict=True
         ):
@@ -80,24 +80,24 @@ def _compare_on_task(task: Task, results: Mapping[str, Mapping[str, Any]]) -> di
 
 
 def _unit(measure: str, each: np.ndarray | None) -> dict[str, str]:
-    """What tells a measure that is no share, of which tables show percent."""
+    """Return the unit of a metric that is not a share; tables show shares in percent."""
     is_figure = measure != HEADLINE and (each is None or not is_share(each))
     return {"unit": ""} if is_figure else {}
 
 
 def model_id(model: str | Path) -> str:
-    """The id of a model: a folder, a .gguf file, or a model in a package; of an adapter with its
-    base."""
+    """Return the id of a model: a folder, a .gguf file or a model in a package. An adapter's id
+    includes its base."""
     from fastlm.checkpoint.digest import model_digest
 
     return model_digest(model_path(model))
 
 
 def model_hash(model: str | Path) -> str:
-    """The first digits of the id of a model, by which records of answers name it."""
+    """Return the first digits of a model's id, which records use."""
     return model_id(model)[:HASH_DIGITS]
 
 
 def model_ids(models: Sequence[Input]) -> list[dict[str, str]]:
-    """The names and ids of models, as scores.json has them: from the old one to the new one."""
+    """Return names and ids of models for scores.json, from the old to the new one."""
     return [{"name": model.name, "id": model_id(model.source)} for model in models]

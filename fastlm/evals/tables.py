@@ -1,5 +1,4 @@
-"""A table described once, for the terminal (rich) and report.html; and the tables of question
-sets."""
+"""Tables for both the terminal (rich) and report.html, and the tables of question sets."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -9,8 +8,8 @@ from fastlm.evals.task_metrics import HEADLINE
 
 Tasks = Sequence[Mapping[str, Any]]
 CHOICE_METRICS = ("acc", "acc_olmes", "acc_norm", "acc_bytes")
-TEXT_COLUMNS = ("set", "part", "model", "by")  # columns that are no figures
-MAX_PARTS = 30  # of a set in its table; scores.json has all
+TEXT_COLUMNS = ("set", "part", "model", "by")  # the others are figures
+MAX_PARTS = 30  # parts of a set in its table; scores.json has all
 
 
 @dataclass(frozen=True)
@@ -31,7 +30,7 @@ class TableCell:
 
 @dataclass(frozen=True)
 class ReportTable:
-    """Rows of texts or cells; the first ``left`` columns are words, the others figures."""
+    """Rows of texts or cells. The first ``left`` columns are aligned to the left."""
 
     columns: Sequence[str]
     rows: Sequence[Sequence[str | TableCell]]
@@ -57,8 +56,8 @@ class ReportTable:
 
 
 def short_names(names: Sequence[str]) -> dict[str, str]:
-    """Return the names of models without the folders that they have in common: the last words of
-    each path, as many as tell them apart."""
+    """Shorten the names of models: keep as many of the last path components as make them
+    different."""
     for count in range(1, max(name.count("/") for name in names) + 2):
         short = {name: "/".join(name.rstrip("/").split("/")[-count:]) for name in names}
         if len(set(short.values())) == len(short):
@@ -71,7 +70,7 @@ def is_share(name: str, measure: Mapping[str, Any]) -> bool:
 
 
 def format_score(measure: Mapping[str, Any] | None, name: str = "acc") -> str:
-    """A value with its standard error: a share in percent."""
+    """Return a value with its standard error; shares are in percent."""
     if measure is None:
         return ""
     scale, digits = (100, 1) if is_share(name, measure) else (1, 3)
@@ -81,7 +80,7 @@ def format_score(measure: Mapping[str, Any] | None, name: str = "acc") -> str:
 
 
 def main_metric(measures: Mapping[str, Any]) -> str:
-    """The measure that "accuracy" shows: exact match, accuracy or else the first."""
+    """Return the metric for column "accuracy": exact match, accuracy or else the first."""
     names = [name for name in ("exact_match", "acc", *measures) if name in measures]
     return next((name for name in names if name != HEADLINE), "acc")
 
@@ -91,7 +90,7 @@ def accuracy(measures: Mapping[str, Any]) -> Mapping[str, Any] | None:
 
 
 def task_tables(tasks: Tasks) -> list[ReportTable]:
-    """The tables of question sets that have a row."""
+    """Return the tables of question sets that have rows."""
     if not tasks:
         return []
     short = short_names(list(tasks[0]["models"]))
@@ -99,31 +98,30 @@ def task_tables(tasks: Tasks) -> list[ReportTable]:
     tables = (
         _table(
             score_rows(tasks), "Question sets",
-            "Bits per byte of the right answer: lower is better. Accuracies in percent with"
-            " standard errors: the likeliest answer is right; the same after OLMES' normalisation;"
-            " the same by characters, as in lm-evaluation-harness. Chance is what guessing gives."
-            ' "Detects" is the minimum detectable effect: the smallest difference to another model'
-            " that these questions find with a probability of 80 %.",
+            "Bits per byte of the right answer: lower is better. Accuracies are in percent with"
+            " standard errors: of the likeliest answer; after OLMES' normalisation (OLMES); per"
+            " character (lm-eval: as in lm-evaluation-harness). Chance is guessing's accuracy."
+            " MDE is the minimum detectable effect at 80 % power, in percentage points.",
         ),
         _table(_part_rows(tasks, short), "Parts of the sets"),
         _table(
             _contamination_rows(tasks, short), "Are the questions in the training text?",
-            "Touched: 40 letters in a row of the question and its right answer stand there. Dirty:"
-            " such runs cover 80 % of its letters.",
+            "Touched: the training text contains 40 letters in a row of the question and its right"
+            " answer. Dirty: such runs cover 80 % of its letters.",
         ),
         _table(
             _comparison_rows(tasks, short),
             f"{others[0] if len(others) == 1 else 'each model'} minus {first}",
-            "On the same questions: fewer bits and more right answers are better. Accuracies in"
-            ' percentage points. "p of all" is adjusted for the number of sets (Holm); "n needed"'
-            " is how many questions would show such a difference.",
+            "On the same questions. Fewer bits and more right answers are better. Accuracies are in"
+            ' percentage points. "p of all" is adjusted for the number of sets (Holm). "n needed":'
+            " the number of questions that would detect such a difference.",
         ),
     )  # fmt: skip
     return [table for table in tables if table.rows]
 
 
 def _table(rows: Iterable[Mapping[str, str]], title: str, note: str = "") -> ReportTable:
-    """A table of rows by column, without the columns that are empty."""
+    """Return a table of rows by column, without empty columns."""
     rows = [*rows]
     columns = [key for key in rows[0] if any(row[key] for row in rows)] if rows else []
     left = sum(column in TEXT_COLUMNS for column in columns)
@@ -131,10 +129,10 @@ def _table(rows: Iterable[Mapping[str, str]], title: str, note: str = "") -> Rep
 
 
 def score_rows(tasks: Tasks) -> Iterator[dict[str, str]]:
-    """Yield a row per task and model; the model's name where there are several.
+    """Yield a row per task and model, with the model's name if there are several.
 
-    Accuracies are percent. Of answers in the model's own words, "accuracy" is the share that is
-    right, and the task says by which measure.
+    Accuracies are in percent. For free-form answers "accuracy" is the share that is right; the
+    task's name then has the metric.
     """
     for task in tasks:
         short = short_names(list(task["models"]))
@@ -161,7 +159,7 @@ def _percent(share: float | None) -> str:
 
 
 def table_comparisons(tasks: Tasks) -> Iterator[tuple[Mapping[str, Any], Mapping[str, Any]]]:
-    """Yield each task with a comparison by one of the measures that tables show."""
+    """Yield each task with each comparison by a metric that tables show."""
     for task in tasks:
         for comparison in task["comparisons"]:
             if comparison["metric"] == "acc_olmes" or comparison["metric"] not in CHOICE_METRICS:
@@ -169,7 +167,7 @@ def table_comparisons(tasks: Tasks) -> Iterator[tuple[Mapping[str, Any], Mapping
 
 
 def _comparison_rows(tasks: Tasks, short: Mapping[str, str]) -> Iterator[dict[str, str]]:
-    """The models after the first, each minus the first."""
+    """Yield the differences between each further model and the first."""
     for task, comparison in table_comparisons(tasks):
         measure = str(comparison["metric"])
         by = {HEADLINE: "bits/byte", "acc_olmes": "OLMES"}.get(measure, measure.replace("_", " "))
@@ -190,8 +188,8 @@ def _comparison_rows(tasks: Tasks, short: Mapping[str, str]) -> Iterator[dict[st
 
 
 def _part_rows(tasks: Tasks, short: Mapping[str, str]) -> Iterator[dict[str, str]]:
-    """The parts of sets, such as the fields of MMLU; of a set whose parts belong to wider ones,
-    only these."""
+    """Yield the parts of sets, such as subjects; if parts have groups, such as the fields of MMLU,
+    only the groups."""
     for task in tasks:
         for name, model in task["models"].items():
             parts = model.get("parts", {})
@@ -207,8 +205,8 @@ def _part_rows(tasks: Tasks, short: Mapping[str, str]) -> Iterator[dict[str, str
 
 
 def _contamination_rows(tasks: Tasks, short: Mapping[str, str]) -> Iterator[dict[str, str]]:
-    """Touched and dirty questions, and the accuracy (else bits per byte) of clean and dirty
-    ones."""
+    """Yield the counts of touched and dirty questions, and the accuracy (else bits per byte) on
+    clean and dirty questions."""
     for task in tasks:
         contamination = task.get("contamination", {"models": {}})
         for name, parts in contamination["models"].items():

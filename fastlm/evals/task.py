@@ -1,4 +1,4 @@
-"""A set of questions, ready to be asked: what a reader makes of a benchmark's data."""
+"""Tasks: questions of a benchmark with their template, metrics and judge."""
 
 import hashlib
 import json
@@ -15,23 +15,23 @@ from fastlm.evals.results import Record
 if TYPE_CHECKING:
     from fastlm.evals.scorer import Scorer
 
-Pair = tuple[str, str]  # a context, and what may follow it
+Pair = tuple[str, str]  # (context, continuation)
 
 ABILITIES = (
     "language", "reasoning", "mathematics", "coding", "facts", "instructions", "long context",
 )  # fmt: skip
-# How OLMES (Gu et al. 2024, arXiv:2406.08446) compares the answers to a question
+# How OLMES (Gu et al. 2024, arXiv:2406.08446) normalises the log-likelihood of an answer
 NORMALISATIONS = ("none", "characters", "unconditional")
 
 
 @dataclass(frozen=True)
 class MultipleChoice:
-    """A question with given answers, of which ``gold`` is right.
+    """A multiple-choice question; ``gold`` is the index of the right answer.
 
     requests: (context, continuation) per answer.
     unconditional: the same continuations after a context without the question; () if the task
         does not use them.
-    group: questions with the same passage have the same one; their errors are not independent.
+    group: the same for questions with the same passage; their errors are not independent.
     part: of the set, such as a subject; it also has metrics of its own.
     """
 
@@ -45,11 +45,11 @@ class MultipleChoice:
 
 @dataclass(frozen=True)
 class OpenQuestion:
-    """A question that the model answers in its own words.
+    """A question with a free-form answer.
 
     gold: a right answer as it would follow the prompt, for bits per byte; "" if there is none.
-    row: what the set's judge or probe reads.
-    chat: asked through the chat template if the model has one.
+    row: the data that the set's judge or probe needs.
+    chat: True if the prompt goes through the model's chat template, if it has one.
     earlier_messages: a user's messages that the model answers before ``prompt``, one by one.
     """
 
@@ -66,28 +66,29 @@ class OpenQuestion:
 
 
 Question = MultipleChoice | OpenQuestion
-JudgeInputs = Sequence[tuple[str, Mapping[str, Any]]]  # answers, each with its question's row
-# Returns 1 (right) to 0 per answer; gets all answers at once, so that programs run in parallel
+JudgeInputs = Sequence[tuple[str, Mapping[str, Any]]]  # (answer, row of its question)
+# Returns a score from 0 to 1 (right) per answer. It gets all answers, so programs run in parallel
 Judge = Callable[[JudgeInputs], list[float]]
 
 
 @dataclass(frozen=True)
 class Task:
-    """Questions of one kind.
+    """Questions of one kind, with all that is needed to score the answers.
 
-    name: as the user named it; ``format`` names the template and the number of examples.
+    name: as the user wrote it.
+    format: the template and the number of examples.
     source, licence: of the data.
-    normalisation: of answers, in OLMES' convention.
-    delimiter: stands before each answer and does not count in its length.
-    greedy: of `MultipleChoice`: whether records say if each answer is the one of greedy decoding.
-    judge, metric: of each `OpenQuestion`: how answers are scored, and what the score is called.
+    normalisation: of log-likelihoods, one of `NORMALISATIONS`.
+    delimiter: the text before each answer; it does not count in the answer's length.
+    greedy: True if records tell whether each answer of a `MultipleChoice` is the greedy one.
+    judge, metric: for each `OpenQuestion`: the function that scores answers, and the score's name.
     extra_judges: further scores of the same answers, by name; they are computed from the records
         and not stored in them.
-    probe: asks in its own way: (scorer, some questions, seed) -> a record each, of the schema
+    probe: runs the questions itself: (scorer, questions, seed) -> one record each, of the schema
         ``record``. ``chunk_size`` of them are written at once; default: the runner's.
-    measure: of a probe: (question, record) -> each measure of the question.
+    question_metrics: of a probe: (question, record) -> metrics of the question by name.
     aggregate: metrics that are not means over questions: records -> name -> value, error.
-    check: called before the first question is asked. InputError: this machine cannot judge answers.
+    check: is called before the first question. InputError: this machine cannot score answers.
     group_of_part: part of the set -> the group that it belongs to, such as a subject's field.
     """
 
@@ -127,7 +128,7 @@ class Task:
 
     @property
     def chance(self) -> float | None:
-        """Accuracy of a model that knows nothing; None where answers are not given."""
+        """The accuracy of guessing; None for open questions."""
         if self.is_open:
             return None
         counts = [len(q.requests) for q in self.questions if isinstance(q, MultipleChoice)]
@@ -135,8 +136,8 @@ class Task:
 
     @property
     def hash(self) -> str:
-        """A hash of all that the model is asked, and of the right answers: equal hashes mean the
-        same data in the same template."""
+        """A hash of all prompts and right answers: equal hashes mean the same data in the same
+        template."""
         digest = hashlib.sha256()
         for q in self.questions:
             if isinstance(q, MultipleChoice):
@@ -148,7 +149,7 @@ class Task:
         return digest.hexdigest()[:16]
 
     def sample(self, limit: int | None, seed: int) -> "Task":
-        """Return the task with at most ``limit`` questions, drawn at random and in their order."""
+        """Return the task with at most ``limit`` questions, drawn at random, in their order."""
         if limit is None or limit >= len(self.questions):
             return self
         indices = sorted(random.Random(seed).sample(range(len(self.questions)), limit))
@@ -157,12 +158,12 @@ class Task:
 
 @dataclass(frozen=True)
 class TaskSpec:
-    """What the registry knows about a question set before its data is read.
+    """A question set in the registry, before its data is read.
 
     licence: of its data, as its authors state it; "not stated" where they do not.
     formats: templates and numbers of examples; the first is the default.
     source: where the data comes from.
-    read: (format, cache) -> the fields of the task that are not told here.
+    read: (format, cache) -> the remaining fields of the `Task`.
     any_format: a format that is not in ``formats`` is passed to ``read``, which may refuse it.
     """
 

@@ -1,17 +1,17 @@
-"""Numbers from records: what the answers to a task are worth, per question and over all.
+"""Metrics from the records of a task, per question and as means.
 
-A question with given answers is measured in several ways at once, since at up to a billion
-parameters accuracy is near chance while the likelihood of the right answer already tells models
-apart (Olmo 3, arXiv:2512.13961):
+A multiple-choice question has several metrics. Models of up to a billion parameters have an
+accuracy near chance, while the likelihood of the right answer already separates them (Olmo 3,
+arXiv:2512.13961):
 
-    bits_per_byte   -log2 p(right answer) / its bytes, without the space before it; lower is better
-    acc             the likeliest answer is right
-    acc_olmes       the same after OLMES' normalisation of the task: by characters (with the space
-                    before it), or minus the log-likelihood without the question
-    acc_norm        the same, log-likelihood by characters (lm-evaluation-harness)
-    acc_bytes       the same, by bytes (lm-evaluation-harness)
+    bits_per_byte   -log2 p(right answer) / its bytes, without the leading space; lower is better
+    acc             1 if the likeliest answer is right
+    acc_olmes       the same after OLMES' normalisation of the task: per character (with the leading
+                    space), or minus the log-likelihood without the question
+    acc_norm        the same, log-likelihood per character (lm-evaluation-harness)
+    acc_bytes       the same, per byte (lm-evaluation-harness)
 
-Of n answers that are equally the best, a right one counts 1/n.
+If n answers share the best score and one of them is right, the question counts 1/n.
 """
 
 import math
@@ -26,13 +26,13 @@ from fastlm.evals.task import MultipleChoice, OpenQuestion, Task
 from fastlm.stats.intervals import mean_error, pass_at_k
 from fastlm.stats.power import mean_mde, rate_mde, share_mde
 
-HEADLINE = "bits_per_byte"  # lower is better, and no share
-QuestionMetrics = dict[str, np.ndarray]  # measure -> (questions,)
-PASS_AT_K = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000)  # answers; and as many as were drawn
+HEADLINE = "bits_per_byte"  # lower is better; not a share
+QuestionMetrics = dict[str, np.ndarray]  # metric -> (questions,)
+PASS_AT_K = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000)  # and the number of samples
 
 
 def question_metrics(task: Task, records: Sequence[Record]) -> QuestionMetrics:
-    """Return each measure of each question, in the order of the task."""
+    """Return each metric of each question, in the order of the task."""
     measure: Callable[[Any, Record], Mapping[str, float]]
     measure = task.question_metrics or partial(
         _open_metrics if task.is_open else _choice_metrics, task
@@ -69,7 +69,7 @@ def _choice_metrics(task: Task, question: MultipleChoice, record: Record) -> dic
 
 
 def argmax_score(scores: Sequence[float], gold: int) -> float:
-    """1 if answer ``gold`` has the highest score, 1/n if it shares it with others, else 0."""
+    """Return 1 if answer ``gold`` has the highest score, 1/n if n answers share it, else 0."""
     best = max(scores)
     return 1 / sum(score == best for score in scores) if scores[gold] == best else 0.0
 
@@ -93,15 +93,14 @@ def _open_metrics(task: Task, question: OpenQuestion, record: Record) -> dict[st
 
 
 def is_share(each: np.ndarray) -> bool:
-    """Whether a measure is from 0 to 1 for each question."""
+    """Return True if a metric is between 0 and 1 for each question."""
     return bool(((each >= 0) & (each <= 1)).all())
 
 
 def summarize_metrics(task: Task, measured: QuestionMetrics) -> dict[str, dict[str, Any]]:
-    """Return of each measure the mean ``value``, its standard ``error``, and ``detects``, the
-    minimum detectable effect: the smallest difference to another model that these questions find
-    with a probability of 80 %, if the two models' scores are independent. None where they tell no
-    spread.
+    """Return the mean ``value`` of each metric, its standard ``error`` and
+    ``min_detectable_effect``, the minimum detectable effect at 80 % power compared with another
+    model whose scores are independent. None where the questions give no estimate of the variance.
     """
     clusters = passage_clusters(task)
     metrics = {}
@@ -124,16 +123,16 @@ def summarize_metrics(task: Task, measured: QuestionMetrics) -> dict[str, dict[s
 
 
 def passage_clusters(task: Task, rows: Iterable[int] | None = None) -> list[str] | None:
-    """Return the passage of each question (of ``rows``: all by default), as clusters for
-    `mean_error`; None where no two questions share one."""
+    """Return the passage of each question (default: of all), as clusters for `mean_error`; None if
+    no two questions share a passage."""
     indices = range(len(task.questions)) if rows is None else rows
     groups = [task.questions[i].group or f"question {i}" for i in indices]
     return groups if len(set(groups)) < len(groups) else None
 
 
 def part_metrics(task: Task, measured: QuestionMetrics) -> dict[str, dict[str, Any]]:
-    """Return, of each part of the set and of what parts belong to (``task.wider``), the number of
-    questions and the mean of each measure with its standard error."""
+    """Return the number of questions and the mean of each metric with its standard error, for each
+    part of the set and each group of parts (``task.group_of_part``)."""
     members: dict[str, list[int]] = {}
     for i, q in enumerate(task.questions):
         if q.part:
@@ -149,8 +148,8 @@ def part_metrics(task: Task, measured: QuestionMetrics) -> dict[str, dict[str, A
 def mean_metrics(
     task: Task, measured: QuestionMetrics, rows: Sequence[int] | np.ndarray
 ) -> dict[str, Any]:
-    """Return the mean of each measure on some questions with its standard error, None for one
-    question or one passage."""
+    """Return the mean of each metric on some questions, with its standard error (None for a single
+    question or passage)."""
     clusters = passage_clusters(task, rows)
     errors = {name: mean_error(each[rows], clusters=clusters) for name, each in measured.items()}
     return {
@@ -160,7 +159,7 @@ def mean_metrics(
 
 
 def finite_or_none(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Return values as JSON has them: None for what one question does not tell."""
+    """Replace numbers that are not finite by None, for JSON."""
     return {
         key: None if isinstance(value, float) and not math.isfinite(value) else value
         for key, value in values.items()

@@ -1,4 +1,4 @@
-"""Bits per byte of a text or of shards, and of each of its sources in the same pass."""
+"""Bits per byte of text or shards, in total and by source, from one pass."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -23,11 +23,11 @@ if TYPE_CHECKING:
 
 
 class _TokenLosses(nn.Module):
-    """A model that keeps the loss in nats of each token that `evaluate` asks of it, in order."""
+    """Wraps a model and stores the loss in nats of each token of `evaluate`, in order."""
 
     def __init__(self, model: "CausalLM") -> None:
         super().__init__()
-        self.model, self.found = model, []
+        self.model, self.losses = model, []
         self.head, self.softcap = (
             model.head_matrix(model.dtype),
             model.config.final_logit_softcapping,
@@ -41,14 +41,14 @@ class _TokenLosses(nn.Module):
             hidden, self.head, labels, softcap=self.softcap, ignore_index=IGNORE
         )
         assert isinstance(logprobs, Tensor)  # a pair only with the entropy
-        self.found.append(-logprobs[labels != IGNORE].double().cpu())
-        return SimpleNamespace(loss=self.found[-1].sum())
+        self.losses.append(-logprobs[labels != IGNORE].double().cpu())
+        return SimpleNamespace(loss=self.losses[-1].sum())
 
 
 def _by_domain(
     losses: Sequence[Tensor], dataset: TokenDataset, texts: Sequence[tuple[str, str]]
 ) -> dict[str, dict[str, Any]]:
-    """Return bits per byte of each source of ``texts``, (text, source), from all tokens' losses."""
+    """Return bits per byte of each source of ``texts``, (text, source), from the tokens' losses."""
     names, of_document = np.unique([source for _, source in texts], return_inverse=True)
     lengths = np.diff([*dataset.document_starts(), dataset.tokens])
     each = torch.cat([*losses]).numpy()
@@ -101,7 +101,7 @@ def text_bits_per_byte(
         evaluated = _TokenLosses(model) if several else model
         result = evaluate(evaluated, dataset, seq_len, batch_size, **options)
         if isinstance(evaluated, _TokenLosses):
-            domains = _by_domain(evaluated.found, dataset, texts)
+            domains = _by_domain(evaluated.losses, dataset, texts)
     return {
         "bits_per_byte": result.bits_per_byte,
         **{f"bits_per_byte_{name}": packed[name] for name in ("xz", "zstd") if packed},

@@ -686,7 +686,7 @@ def test_prompts_that_do_not_fit_are_counted_by_measure(cache, tmp_path, scripte
     assert result["models"]["m"]["truncated"] == {"attacks": 40}
     scripted(ScriptedScorer(complying))  # from the records
     assert stage(tmp_path, cache_dir=cache, model="m") == result
-    line = "attacks: 40 prompts were cut at their beginning to fit the context"
+    line = "attacks: 40 prompts were truncated at their start to fit the context"
     assert line in safety_part(result).values["blocks"]
     scripted(ScriptedScorer(complying))
     assert stage(tmp_path / "fits", cache_dir=cache, model="m")["models"]["m"]["truncated"] == {}
