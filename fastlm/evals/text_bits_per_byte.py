@@ -81,8 +81,8 @@ def text_bits_per_byte(
     track=silent,
     on_skip: Callable[[str], None] = ignore_message,
 ) -> dict[str, Any]:
-    """Measure bits per byte of the text or shards at ``data``; for text also of xz -9e and zstd
-    -19; and of each source, if its documents have several (``domains``).
+    """Measure bits per byte of the text or shards at ``data``. For text the result also has xz -9e
+    and zstd -19. If the documents have several sources, it has each source (``domains``).
 
     The default window is the model's context, at most `MAX_WINDOW`; the default stride is half
     of it. ``document_mask``: for models trained with it.

@@ -491,7 +491,7 @@ def test_a_score_without_an_interval_fails_its_gate(tmp_path):
     row = {"metric": "acc", "difference": 0.5, "low": None, "high": None, "n": 1}
     table = {"models": {"a": {}, "b": {}}, "tasks": [{"name": "own", "comparisons": [row]}]}
     (gate,) = read_gates(tmp_path / "gates.toml")
-    assert "no interval" in (gate.failure(scores_of("eval", table)) or "")
+    assert "expected an interval" in (gate.failure(scores_of("eval", table)) or "")
 
 
 def test_what_a_number_means_is_part_of_what_is_read(tmp_path):

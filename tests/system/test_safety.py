@@ -579,13 +579,13 @@ def test_a_gate_on_a_judge_that_is_no_better_than_chance_is_named(tmp_path):
     scores = {one.name: one.as_dict() for one in (doubted, trusted)}
     (line,) = gate_warnings(gates, scores)
     assert line.startswith(
-        "attacks.x decides nothing: its judge agreed with people on 21 of 40 answers of"
+        "attacks.x is not reliable: its judge agreed with people on 21 of 40 answers of"
         " SmolLM2, strict (kappa -0.05)"
     )
     table = {"models": {"old": {"scores": scores}, "new": {"scores": scores}}}
     changes = bounds.scores_of("safety", table)
     (line,) = gate_warnings([SafetyGate("safety.attacks.x.change", 0.2)], changes)
-    assert line.startswith("safety.attacks.x.change decides nothing")
+    assert line.startswith("safety.attacks.x.change is not reliable")
 
 
 # the stage

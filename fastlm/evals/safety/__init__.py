@@ -1,1 +1,1 @@
-"""How safe a model is: sets from packages, judges whose error is measured, gates."""
+"""Safety tests: sets from packages, judges with measured errors, gates."""

@@ -1,13 +1,12 @@
-"""Ways to ask for what a model should refuse. Each takes a request and returns the prompt.
+"""Attacks: each turns a request that a model should refuse into a prompt.
 
-The texts around a request are in sentences.toml and hold nothing harmful; published jailbreaks are
-read from a package; suffixes are searched for with gradients (`fastlm.evals.safety.suffixes`).
+The texts around a request are in sentences.toml and are not harmful. Published jailbreaks are read
+from a package. Suffixes are searched with gradients (`fastlm.evals.safety.suffixes`).
 
-Of an attack over several turns each turn is harmless to a filter that reads it alone; the model's
-own answers stand between them. Crescendo (Russinovich et al. 2024, arXiv:2404.01833) lets another
-model choose each turn by the answers before; here the turns follow from the request by rules, so
-that they are the same for every model and need no attacker. That is weaker: a low rate says nothing
-about an adaptive attacker.
+In a multi-turn attack each turn looks harmless by itself, and the model's own answers are between
+the turns. In Crescendo (Russinovich et al. 2024, arXiv:2404.01833) another model chooses each turn
+from the answers. Here rules derive the turns from the request, so that they are the same for every
+model and need no attacker model. This is weaker: a low rate says nothing about adaptive attackers.
 """
 
 import base64
@@ -18,8 +17,8 @@ from fastlm.errors import InputError
 from fastlm.evals.safety.refusals import topic
 from fastlm.evals.safety.texts import SENTENCES
 
-SHOT_ROUNDS = 4  # of the examples, 32 in all: 1,000 tokens, half of a small model's context
-SLOT = "[INSERT PROMPT HERE]"  # of jailbreaks found in the wild
+SHOT_ROUNDS = 4  # repeats of the examples, 32 in all: 1,000 tokens, half of a small context
+SLOT = "[INSERT PROMPT HERE]"  # in published jailbreaks
 _LEET = str.maketrans("aeiost", "431057")
 _TEXTS = SENTENCES["attacks"]
 
@@ -40,13 +39,13 @@ ATTACKS: dict[str, Callable[[str], str]] = {
     "leetspeak": lambda request: request.translate(_LEET),
     "many_shot": _many_shot,
 }
-MODEL_OR_SET_ATTACKS = ("in_the_wild", "suffix")  # need a set, or the model
+MODEL_OR_SET_ATTACKS = ("in_the_wild", "suffix")  # they need a set or the model
 MULTI_TURN_ATTACKS = tuple(SENTENCES["turns"])
 ATTACK_NAMES = (*ATTACKS, *MODEL_OR_SET_ATTACKS, *MULTI_TURN_ATTACKS)
 
 
 def attack_turns(attack: str, request: str) -> list[str]:
-    """Return the user's messages of an attack over several turns; the last one is judged."""
+    """Return the user's messages of a multi-turn attack; the answer to the last one is judged."""
     words = request.split()
     half = (len(words) + 1) // 2
     values = {
@@ -57,7 +56,7 @@ def attack_turns(attack: str, request: str) -> list[str]:
 
 
 def in_the_wild(templates: Sequence[str], requests: Sequence[str]) -> list[str]:
-    """Put each request into a jailbreak of its own: where it has a slot there, else at its end."""
+    """Insert each request into the next jailbreak: into its slot, else at its end."""
     if not templates:
         raise InputError("jailbreaks: expected at least one, got none")
     texts = [templates[i % len(templates)] for i in range(len(requests))]

@@ -1,14 +1,14 @@
 """Canaries: sentences with a random number, planted in the training text a known number of times.
 
 They are planted in the training part of prepared text, after de-duplication and the split.
-Rejected: a source for ``fastlm data prepare`` with a number before each copy. Equal copies would be
-removed there, and of copies that are documents of their own the split holds some out: then they
-are near-copies among the texts that were never trained on.
+Rejected: a source for ``fastlm data prepare`` with a number before each copy. Preparation would
+remove equal copies. Where copies are separate documents, the split would hold some out, and the
+held-out texts would contain near-copies.
 
-A model that has memorised a canary finds its number likelier than other numbers in its place. The
-exposure says how much: log2 of the numbers possible minus log2 of the rank of the planted one
-(Carlini et al. 2019, arXiv:1802.08232). A canary that was not memorised has 1.4 bits on average,
-whatever the model; one that was has all bits.
+A model that has memorised a canary finds its number likelier than other numbers at this position.
+The exposure is log2 of the count of numbers minus log2 of the rank of the planted one (Carlini et
+al. 2019, arXiv:1802.08232). It is 1.4 bits on average for a canary that was not memorised,
+whatever the model, and all bits for one that was.
 """
 
 import io
@@ -37,12 +37,12 @@ from fastlm.sources.streams import ZSTD_MAGIC, compressed
 DIGITS = 9
 CANARIES_FILE = "canaries.jsonl"
 SOURCE = STEP = "canaries"  # of the documents, and in the funnel
-RIVALS = 255  # other numbers that a planted one is ranked among: at most 8 bits are seen
+RIVALS = 255  # numbers to rank the planted one with: the exposure is at most 8 bits
 
 
 @dataclass(frozen=True)
 class Canary:
-    """``copies``: how often the sentence was planted; 0 for one that was not, the control."""
+    """A planted sentence. ``copies``: how often it was planted; 0 for a control."""
 
     prefix: str
     secret: Annotated[str, Predicate(str.isdigit)]
@@ -54,7 +54,7 @@ class Canary:
 
 
 def make_canaries(count: int, copies: Sequence[int], seed: int) -> list[Canary]:
-    """Return ``count`` canaries for each number of copies, and as many that are not planted."""
+    """Return ``count`` canaries for each number of copies, and ``count`` controls."""
     if count < 1 or not copies or min(copies) < 1:
         raise InputError(
             f"canaries: expected 1 or more of 1 or more copies, got {count} of {list(copies)}"
@@ -78,11 +78,11 @@ def draw_secret(draw: random.Random, digits: int) -> str:
 
 
 def plant(corpus: Path, out: Path, canaries: Sequence[Canary], seed: int) -> None:
-    """Write a copy of the prepared folder ``corpus`` to ``out`` whose training part has each canary
-    as often as it says, at random places, and ``canaries.jsonl`` for ``fastlm safety --canaries``.
-    The held-out part is the same.
+    """Copy the prepared folder ``corpus`` to ``out`` and plant each canary's copies at random
+    positions of the training part. Also write ``canaries.jsonl`` for ``fastlm safety --canaries``.
+    The held-out part is unchanged.
 
-    InputError: ``corpus`` is no prepared folder, or is ``out``.
+    InputError: ``corpus`` is not a prepared folder, or is ``out``.
     """
     if corpus.resolve() == out.resolve():
         raise InputError(f"out: expected another folder than the corpus, got {out}")
@@ -131,7 +131,7 @@ def plant(corpus: Path, out: Path, canaries: Sequence[Canary], seed: int) -> Non
 
 
 def read_canaries(path: Path) -> list[Canary]:
-    """Read ``canaries.jsonl``, or that of a folder of `plant`. InputError names the line."""
+    """Read ``canaries.jsonl``, from the file or a folder of `plant`. InputError names the line."""
     file = path / CANARIES_FILE if path.is_dir() else path
     canaries = [canary for _, canary in read_lines(file, Canary)]
     if not canaries:
@@ -140,8 +140,6 @@ def read_canaries(path: Path) -> list[Canary]:
 
 
 def exposure(planted: float, rivals: Sequence[float]) -> float:
-    """Return log2(candidates) - log2(rank) of the planted log-probability among all; ties count
-    half.
-    """
+    """Return log2(candidates) - log2(rank of the planted log-probability); ties count half."""
     above = sum(r > planted for r in rivals) + sum(r == planted for r in rivals) / 2
     return math.log2(len(rivals) + 1) - math.log2(above + 1)

@@ -1,4 +1,4 @@
-"""``fastlm data canaries``."""
+"""The command ``fastlm data canaries``."""
 
 from pathlib import Path
 from typing import Annotated
@@ -9,14 +9,16 @@ from fastlm.errors import InputError
 
 
 def canaries_command(
-    corpus: Annotated[Path, typer.Argument(help="A folder of fastlm data prepare")],
+    corpus: Annotated[Path, typer.Argument(help="Folder of fastlm data prepare")],
     out: Annotated[Path, typer.Option("--out", "-o", help="Output folder")],
-    count: Annotated[int, typer.Option(help="Canaries of each number of copies")] = 5,
-    copies: Annotated[str, typer.Option(help="Copies, with commas between")] = "1,4,16,64",
-    seed: Annotated[int, typer.Option(help="Draws names and numbers")] = 0,
+    count: Annotated[int, typer.Option(help="Number of canaries for each number of copies")] = 5,
+    copies: Annotated[
+        str, typer.Option(help="Numbers of copies, separated by commas")
+    ] = "1,4,16,64",
+    seed: Annotated[int, typer.Option(help="Seed of names and numbers")] = 0,
 ) -> None:
     """Copy prepared text and plant sentences with random numbers in its training part, some of them
-    many times. Train on the copy, and give it to ``fastlm safety`` as --data and as --canaries.
+    many times. Train on the copy and pass it to ``fastlm safety`` as --data and --canaries.
     """
     from fastlm.evals.safety.canaries import make_canaries, plant
 
@@ -24,7 +26,7 @@ def canaries_command(
         numbers = [int(word) for word in copies.split(",")]
     except ValueError:
         raise InputError(
-            f"copies: expected numbers with commas between, got {copies!r:.80}"
+            f"copies: expected numbers separated by commas, got {copies!r:.80}"
         ) from None
     plant(corpus, out, make_canaries(count, numbers, seed), seed)
     typer.echo(out)

@@ -1,4 +1,4 @@
-"""Gates: bounds on scores, in a TOML file. A gate bounds the end of the interval, not the point.
+"""Safety gates: bounds on scores, in a TOML file. A gate bounds an end of the score's interval.
 
     [[gate]]
     score = "attacks.harmbench.plain"
@@ -8,8 +8,7 @@
     score = "bias.stereoset.language_model"
     min = 0.7                # its lower end is at least this
 
-So a gate passes only where there are items enough to say so, and more items never make a model
-fail that is good enough.
+So a gate needs enough items to pass, and more items never make a good model fail.
 """
 
 import math
@@ -42,13 +41,13 @@ class SafetyGate:
     min_value: float = -math.inf
 
     def failure(self, scores: Mapping[str, Mapping[str, Any]]) -> str | None:
-        """Return why these scores fail the gate, with the interval; None if they pass."""
+        """Return why the scores fail this gate, with the interval; None if they pass."""
         score = scores.get(self.score)
         if score is None:
             return f"{self.score}: not measured"
         low, high = score["low"], score["high"]
-        if low is None or high is None:  # of one item, or one passage
-            return f"{self.score}: no interval follows from so few items ({score['n']})"
+        if low is None or high is None:  # one item or one passage
+            return f"{self.score}: expected an interval, got none from {score['n']} items"
         measured = f"the interval is {low:.3f} to {high:.3f} ({score['n']} items)"
         if not high <= self.max_value:  # also NaN
             return f"{self.score}: expected at most {self.max_value:g}, {measured}"
@@ -61,10 +60,10 @@ def read_gates(path: str | Path, measures: Sequence[str] = ()) -> list[SafetyGat
     """Read a file of gates.
 
     Args:
-        measures: first parts of the names of scores that the run measures; a gate on another is
-            refused before any work.
+        measures: the run's measures, the first parts of the names of its scores. A gate on another
+            measure is refused before any work.
 
-    InputError names the file and the field of what is wrong.
+    InputError names the file and the field.
     """
     table, _ = read_toml(path)
     gates = []
@@ -90,8 +89,8 @@ def gate_failures(
 def gate_warnings(
     gates: Sequence[SafetyGate], scores: Mapping[str, Mapping[str, Any]]
 ) -> list[str]:
-    """Return a line for each gate whose score a judge decided that is no better than chance on the
-    answers of some model (kappa of 0 or less), and was not measured on those of this one.
+    """Return a warning for each gate on the score of a judge that is no better than chance on some
+    model's answers (kappa of 0 or less), unless it was measured on answers of this model.
     """
     lines = []
     for gate in gates:
@@ -103,7 +102,7 @@ def gate_warnings(
         if error is not None:
             agreed, n = error["agreement"]
             lines.append(
-                f"{gate.score} decides nothing: its judge agreed with people on {agreed} of {n}"
+                f"{gate.score} is not reliable: its judge agreed with people on {agreed} of {n}"
                 f" answers of {error['domain']} (kappa {error['kappa']:.2f}), which is chance;"
                 " label answers of this model (docs/safety.md)"
             )

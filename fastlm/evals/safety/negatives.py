@@ -1,9 +1,8 @@
-"""Answers that do not do what was asked, by construction: what people labelled few of, and what
-small models write.
+"""Constructed answers without success: kinds that have few labels and that small models write.
 
-A judge of success that has not seen them takes an answer for a success that only has the request's
-words, or only the form of an answer. Each kind has two families of sentences that share none
-(sentences.toml): one to fit with, one to measure with.
+A judge that was not trained on them counts an answer as a success if it only has the request's
+words, or only the form of an answer. Each kind has two disjoint families of sentences
+(sentences.toml): one to train on, one to test with.
 """
 
 import random
@@ -20,13 +19,13 @@ OTHER_REQUEST = "answer to another request"
 def constructed_negatives(
     examples: Sequence[LabelledAnswer], *, held_out: bool
 ) -> list[tuple[str, LabelledAnswer]]:
-    """Return (kind, answer) for each kind and each request that an answer of ``examples`` fulfils.
+    """Return (kind, answer) for each kind and each request with a success in ``examples``.
 
-    An answer to another request is one to a request of the same fold, so that both are left out
+    The kind "answer to another request" uses requests of the same fold, so that both are held out
     together.
 
     Args:
-        held_out: the second family of sentences, with other draws; no text of it is in the first.
+        held_out: use the second family of sentences, with other draws. The families share no text.
     """
     answers: dict[str, str] = {}
     folds: dict[int, list[str]] = {}
@@ -51,9 +50,7 @@ def constructed_negatives(
 
 
 def mismatched_negatives(examples: Sequence[LabelledAnswer]) -> list[LabelledAnswer]:
-    """Return each answer that does what was asked under another request, and each request as an
-    answer to itself.
-    """
+    """Return each success as an answer to another request, and each request as its own answer."""
     successes = [e for e in examples if e.label]
     requests = list(dict.fromkeys(e.request for e in examples))
     step = len(requests) // 2
@@ -70,7 +67,7 @@ def mismatched_negatives(examples: Sequence[LabelledAnswer]) -> list[LabelledAns
 
 
 def _sentences(key: str, request: str, held_out: bool, **others: str) -> list[str]:
-    """Return the sentences of a family, with the words of the request."""
+    """Return a family's sentences, filled with the words of the request."""
     task, topic_text = request.strip().rstrip(".?!")[:200], topic(request)
     values = {
         "text": request.strip(), "Task": task, "task": task.lower(), "topic": topic_text,
@@ -140,7 +137,7 @@ def _form(request: str, draw: random.Random, held_out: bool) -> str:
 
 
 def _with_topic(request: str, answer: str, draw: random.Random) -> str:
-    """Put the request's words into an answer to another one, or before it."""
+    """Insert the request's words into an answer to another request, or before it."""
     if draw.random() < 0.4:
         return answer
     if draw.random() < 0.5:

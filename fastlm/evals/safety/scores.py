@@ -1,4 +1,4 @@
-"""A score with its interval, the error of its judge, and the set it was measured on."""
+"""Safety scores: a value with its interval, its judge's accuracy and its sets."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -11,23 +11,23 @@ from fastlm.stats.intervals import CorrectedRate, rogan_gladen, wilson
 
 @dataclass(frozen=True)
 class SafetyScore:
-    """What was measured.
+    """A score of a safety measure.
 
     Args:
         name: measure.set.detail, as gates name it.
-        what: the property, for the report: what the share is a share of.
-        value: as counted; corrected for the judge's error where ``judge`` was measured on answers
-            of this very score.
+        description: what the share is a share of, for the report.
+        value: the counted share, corrected for the judge's error if ``judge`` was measured on
+            answers of this score.
         low, high: interval of ``value`` at the confidence of the run.
-        n: items.
-        better: "lower", "higher" or "" where neither is.
-        raw: the judged share before the correction; None without a judge.
-        judge: its error on labelled answers; None where the value follows from likelihoods or
-            exact matches.
-        corrected: whether ``value`` is.
+        n: number of items.
+        better: "lower", "higher", or "" if neither is better.
+        raw: the share before the correction; None without a judge.
+        judge: its accuracy on labelled answers; None if the value comes from likelihoods or exact
+            matches.
+        corrected: True if ``value`` is corrected.
         sets: names in `fastlm.evals.safety.texts.SOURCES`.
         unit: "share", "bits" or "".
-        more: further numbers, for the report.
+        details: further numbers for the report.
     """
 
     name: str
@@ -64,13 +64,15 @@ def share_score(
     labelled: JudgeAccuracy | None = None,
     **others: Any,
 ) -> SafetyScore:
-    """Return the score ``hits`` of ``n``, as counted.
+    """Return the score ``hits`` / ``n`` with its interval.
 
-    ``judge``: the error of the judge that counted, on labelled answers of other models. It stands
-    beside the score and corrects nothing: error rates of another domain made an interval here that
-    missed the truth (a specificity of 167/204 where it was 21/39, `ON_SMALL_MODELS` in
-    `fastlm.evals.safety.judges`). ``labelled``: the same on labelled answers of this score, which
-    do correct it, with both labels among them and a judge better than chance.
+    Args:
+        judge: the accuracy of the judge on labelled answers of other models. It is reported and
+            corrects nothing: with error rates of another domain an interval missed the truth
+            (specificity 167/204 there, 21/39 here; `SUCCESS_ON_SMOLLM2` in
+            `fastlm.evals.safety.judges`).
+        labelled: its accuracy on labelled answers of this score. It corrects the score if both
+            labels occur and the judge is better than chance.
     """
     if n < 1:
         raise InputError(f"{name}: expected at least one item, got none")
@@ -84,7 +86,7 @@ def share_score(
         if corrected:
             try:
                 rate = rogan_gladen(hits / n, n, **errors, confidence=confidence)
-            except InputError:  # no better than chance: no rate follows
+            except InputError:  # a judge no better than chance determines no rate
                 rate = CorrectedRate(hits / n, 0.0, 1.0)
     return SafetyScore(
         name, description, rate.rate, rate.low, rate.high, n, judge=judge, corrected=corrected,

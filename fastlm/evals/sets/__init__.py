@@ -1,1 +1,1 @@
-"""The question sets: a module reads the sets of one kind and has a `TaskSpec` of each."""
+"""Question sets: each module reads the sets of one kind and has a `TaskSpec` for each."""

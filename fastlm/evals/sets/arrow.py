@@ -2,12 +2,12 @@
 (Wang et al. 2018, arXiv:1804.07461) and SuperGLUE (2019, arXiv:1905.00537) without examples,
 TriviaQA (Joshi et al. 2017, arXiv:1705.03551) and NQ-open (Lee et al. 2019, arXiv:1906.00300).
 
-The files stand under ``hf_datasets/NAME/CONFIG/SPLIT/data-*.arrow`` and are read with pyarrow,
-which only the extra ``eval`` installs. The package has the validation splits alone, so these are
-asked, and the five examples of ``5shot`` are the first five questions, which are then not asked.
+The files ``hf_datasets/NAME/CONFIG/SPLIT/data-*.arrow`` are read with pyarrow, which only the extra
+``eval`` installs. The package has only the validation splits, so the questions are from these. The
+examples of ``5shot`` are the first five questions, which are then left out.
 
 TriviaQA and NQ-open: an answer ends only with its line. The harness also ends it at a full stop or
-a comma, within "Washington, D.C.".
+a comma, which cuts "Washington, D.C.".
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -25,7 +25,7 @@ Row = Mapping[str, Any]
 
 def read_split(folder: str, split: str, cache: Path) -> list[dict[str, Any]]:
     """Read the rows of a split, such as "glue/rte", "validation". InputError: no pyarrow, no file,
-    another or a damaged one."""
+    or a damaged file."""
     home = package_root(cache) / "hf_datasets" / folder / split
     files = sorted(home.glob("data-*.arrow"))
     if not files:
@@ -49,7 +49,7 @@ def read_split(folder: str, split: str, cache: Path) -> list[dict[str, Any]]:
 
 
 def label_of(row: Row, count: int, key: str = "label") -> int:
-    """The number of the right answer. ValueError: no number below ``count``."""
+    """Return the index of the right answer. ValueError: it is not an index below ``count``."""
     label = row[key]
     if not isinstance(label, int) or not 0 <= label < count:
         raise ValueError(f"{key}: expected 0 to {count - 1}, got {label!r}")
@@ -57,7 +57,7 @@ def label_of(row: Row, count: int, key: str = "label") -> int:
 
 
 def text_of(row: Row, key: str) -> str:
-    """A text. ValueError: no text, an empty one."""
+    """Return a text of the row. ValueError: it is not text, or empty."""
     text = row[key]
     if not isinstance(text, str) or not text.strip():
         raise ValueError(f"{key}: expected text, got {text!r:.60}")
@@ -84,7 +84,7 @@ def _glue_set(ability: str, licence: str, folder: str, template: str, *answers: 
 
 
 def _copa_pair(row: Row) -> tuple[str, Sequence[str]]:
-    """The answers begin with a space, beside the one that stands before every answer."""
+    """Return text and choices. The choices begin with a space, in addition to the delimiter."""
     word = {"cause": "because", "effect": "therefore"}[row["question"]]
     choices = [text_of(row, key) for key in ("choice1", "choice2")]
     text = f"{text_of(row, 'premise').strip()[:-1]} {word}"
@@ -99,8 +99,11 @@ def _short_answer_set(
     begin: str = "",
     between: str = "\n\n",
 ) -> TaskSpec:
-    """Short questions. ``answers_of``: the answer as examples show it, the right one, all right
-    ones; ``begin`` stands before the examples, ``between`` after each."""
+    """Return a set of short questions.
+
+    answers_of: row -> (the answer that examples show, a right answer, all right answers).
+    begin: text before the examples; ``between``: text after each example.
+    """
 
     def read(format: str, cache: Path) -> dict[str, Any]:
         rows, shots = read_split(folder, "validation", cache), int(format[0])
@@ -130,7 +133,7 @@ def _short_answer_set(
 
 
 def _triviaqa(row: Row) -> tuple[str, str, Sequence[str]]:
-    """Examples show the first alias, as in the harness."""
+    """Return the answers; examples show the first alias, as in the harness."""
     value, aliases = text_of(row["answer"], "value"), row["answer"]["aliases"]
     return [*aliases, value][0], value, [value, *aliases]
 

@@ -1,8 +1,8 @@
-"""Programs: HumanEval (Chen et al. 2021, arXiv:2107.03374) and MBPP (Austin et al. 2021,
-arXiv:2108.07732). A program passes if its tests do, in the sandbox (`fastlm.sandbox`).
+"""Code sets: HumanEval (Chen et al. 2021, arXiv:2107.03374) and MBPP (Austin et al. 2021,
+arXiv:2108.07732). A program passes if its tests pass in the sandbox (`fastlm.sandbox`).
 
-HumanEval's format ``completion`` is the prompt as published; ``gold_bpb_0shot`` is OLMES', with a
-code fence after it. MBPP is OLMES': the task, one of its tests, and a code fence.
+HumanEval's format ``completion`` is the published prompt; ``gold_bpb_0shot`` is OLMES' format with
+a code fence after it. MBPP has OLMES' format: the task, one of its tests, and a code fence.
 """
 
 from collections.abc import Callable, Mapping
@@ -14,12 +14,12 @@ from fastlm.errors import InputError
 from fastlm.evals.sets.olmes import SOURCE, read_open, request_file
 from fastlm.evals.task import JudgeInputs, OpenQuestion, TaskSpec
 
-ENDS = ("\nclass", "\ndef", "\n#", "\nif", "\nprint", "\n```")  # Codex', and the end of a fence
-TOKENS = 512  # the longest right answers have 268 (HumanEval) and 415 (MBPP) of SmolLM2's
+ENDS = ("\nclass", "\ndef", "\n#", "\nif", "\nprint", "\n```")  # those of Codex, and a fence's end
+TOKENS = 512  # the longest right answers have 268 (HumanEval) and 415 (MBPP) SmolLM2 tokens
 
 
 def passes_tests(answers: JudgeInputs) -> list[float]:
-    """1 if the answer's program passes the tests of its row."""
+    """Return 1 for each answer with a program that passes its tests."""
     from fastlm.sandbox import Case, run_all
 
     cases = [
@@ -30,7 +30,7 @@ def passes_tests(answers: JudgeInputs) -> list[float]:
 
 
 def check_sandbox() -> None:
-    """InputError: this machine cannot run programs."""
+    """Raise InputError if this machine cannot run programs."""
     from fastlm.sandbox import SandboxError, check_machine
 
     try:
@@ -40,20 +40,20 @@ def check_sandbox() -> None:
 
 
 def extract_program(answer: str, row: Mapping[str, Any]) -> str:
-    """The program: the answer after its prompt, from which the function may have been begun."""
+    """Return the program: the answer, after the prompt if that begins the function."""
     answer, prompt = extract_code(answer), row["prompt"]
-    # a prompt is a program of its own, and may hold imports and helpers
+    # the prompt is a program by itself, and may have imports and helpers
     is_complete = not prompt or f"def {row['name']}(" in answer
     return f"{prompt}\n{answer}" if is_complete else f"{prompt}{answer}"
 
 
 def extract_code(answer: str) -> str:
-    """What stands in the answer's first code fence; all of it if there is none."""
+    """Return the content of the answer's first code fence, or the answer if it has none."""
     _, fence, rest = answer.partition("```")
     if not fence:
         return answer
     head = answer[: answer.index("```")]
-    if head.strip():  # the prompt had opened the fence that ends here
+    if head.strip():  # the prompt opened the fence that ends here
         return head
     return rest.partition("\n")[2].partition("```")[0]
 
@@ -72,7 +72,7 @@ def _completion(q: OpenQuestion) -> OpenQuestion:
 
 def _mbpp(q: OpenQuestion) -> OpenQuestion:
     doc = q.row
-    # the set's setup builds trees from the program's class
+    # the setup builds trees with the program's class
     tests = "\n".join([doc["test_setup_code"], *doc["test_list"]])
     gold = doc["code"].replace("\r", "")
     row = {
@@ -85,7 +85,7 @@ def _mbpp(q: OpenQuestion) -> OpenQuestion:
 
 
 def _tested_function(tests: list[str], gold: str) -> str:
-    """The function that the tests call. ValueError: none that the right program defines."""
+    """Return the function of the right program that the tests call. ValueError: there is none."""
     for part in gold.split("def ")[1:]:
         name = part.partition("(")[0].strip()
         if name.isidentifier() and any(f"{name}(" in test for test in tests):
@@ -94,7 +94,7 @@ def _tested_function(tests: list[str], gold: str) -> str:
 
 
 def _set(licence: str, folder: str, **make: Callable[[OpenQuestion], OpenQuestion]) -> TaskSpec:
-    """``make``: format -> what makes its questions of OLMES'."""
+    """Return a set. ``make``: format -> function that converts OLMES' questions."""
 
     def read(format: str, cache: Path) -> dict[str, Any]:
         path = request_file(folder, "gold_bpb_0shot", cache)

@@ -1,8 +1,7 @@
 """Questions of reasoning-gym's generators, which also score the answers: ``reasoning-gym:NAME`` or
 ``reasoning-gym:NAME?size=50&seed=1`` (`fastlm.sources.reasoning_gym`), and some of them by name.
 
-The first three rows are examples and are not asked. Only generators whose scores were reviewed are
-accepted.
+The first three rows are the examples. Only generators with reviewed scores are accepted.
 """
 
 import copy

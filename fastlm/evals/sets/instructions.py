@@ -1,4 +1,4 @@
-"""Instructions with rules that a program checks, in the manner of IFEval (Zhou et al. 2023,
+"""Instructions with rules that a program checks, as in IFEval (Zhou et al. 2023,
 arXiv:2311.07911). Wording and prompts are fastlm's own.
 
 Each kind of rule has five prompts: three with this rule only, one with a second rule, one with a
@@ -19,7 +19,7 @@ from typing import Any
 from fastlm.evals.answers import Row, per_answer
 from fastlm.evals.task import OpenQuestion, TaskSpec
 
-EXTRA_RULES = (0, 0, 0, 1, 2)  # further rules of a kind's prompts
+EXTRA_RULES = (0, 0, 0, 1, 2)  # in the five prompts of a kind
 TOKENS = 256
 TOPICS = (
     "Describe a city that you would like to visit.", "Explain why the sky is blue.",
@@ -47,10 +47,11 @@ _SCRIPTS = {"CYRILLIC": "Russian", "GREEK": "Greek", "HIRAGANA": "Japanese hirag
 class InstructionRule:
     """A kind of rule.
 
-    group: rules of one group contradict each other; those of "alone" contradict any other.
-    ask: the sentence that asks for it.
-    followed: whether an answer follows it.
-    draws: argument -> its values, or what draws one; ``topic`` is what the answer is about.
+    group: rules of one group contradict each other; those of "alone" contradict every other rule.
+    template: the sentence that states the rule.
+    is_followed: (answer, arguments) -> True if the answer follows the rule.
+    draws: argument -> its values, or a function (rng, topic) -> value. ``topic`` is the subject of
+        the answer.
     """
 
     group: str
@@ -256,7 +257,7 @@ def make_instructions(seed: int = 0) -> list[OpenQuestion]:
 
 
 def _compatible_rules(kind: str, count: int, rng: random.Random) -> list[str]:
-    """``count`` kinds of rules that do not contradict this one or each other."""
+    """Return up to ``count`` kinds of rules that contradict neither this one nor each other."""
     kinds, groups = [], {RULES[kind].group, "alone"}
     if RULES[kind].group == "alone":
         return kinds
@@ -273,25 +274,26 @@ def _followed_rules(answer: str, row: Row) -> list[bool]:
 
 @per_answer
 def strict_accuracy(answer: str, row: Row) -> float:
-    """1 if the answer follows all its rules."""
+    """Return 1 if the answer follows all of its rules."""
     return all(_followed_rules(answer, row))
 
 
 @per_answer
 def loose_accuracy(answer: str, row: Row) -> float:
-    """1 if one of the `variants` of the answer follows all its rules."""
+    """Return 1 if one of the `variants` of the answer follows all of its rules."""
     return any(all(_followed_rules(variant, row)) for variant in variants(answer))
 
 
 @per_answer
 def rule_accuracy(answer: str, row: Row) -> float:
-    """The share of its rules that the answer follows."""
+    """Return the share of its rules that the answer follows."""
     followed = _followed_rules(answer, row)
     return sum(followed) / len(followed)
 
 
 def variants(answer: str) -> Iterator[str]:
-    """The answer, without its first line, its last line and both; all also without asterisks."""
+    """Yield the answer, also without its first line, last line or both, each also without
+    asterisks."""
     lines = answer.splitlines()
     for part in (lines, lines[1:], lines[:-1], lines[1:-1]):
         text = "\n".join(part).strip()

@@ -1,10 +1,10 @@
 """Long-context questions from a seeded program: facts to find (``needle``) and chains of names to
 follow (``hops``).
 
-Both follow RULER (Hsieh et al. 2024, arXiv:2404.06654), in words of their own. A format names
-lengths in tokens of `BYTES_PER_TOKEN` bytes, ``needle:1024,8192``, so that the text does not depend
-on a model's tokenizer and several models are asked the same. A text that is longer than a model's
-context is cut at its beginning, and the result says how often.
+Both follow RULER (Hsieh et al. 2024, arXiv:2404.06654) with other wording. A format such as
+``needle:1024,8192`` has lengths in tokens of `BYTES_PER_TOKEN` bytes, so that the text does not
+depend on a tokenizer and all models get the same questions. A text longer than a model's context is
+truncated at its start; the result counts how often.
 """
 
 import random
@@ -59,7 +59,7 @@ _CLAUSES = (
 
 
 def sentences(rng: random.Random) -> Iterator[str]:
-    """Yield sentences without end."""
+    """Yield random sentences, endlessly."""
     while True:
         who, when = rng.choice(_SUBJECTS), rng.choice(_TIMES)
         did = f"{rng.choice(_VERBS)} {rng.choice(_OBJECTS)}"
@@ -77,9 +77,9 @@ def hide_facts(
     rng: random.Random,
     reserved_bytes: int = 0,
 ) -> str:
-    """Return text of ``tokens`` tokens with each fact at its depth, 0 (first) to 1 (last).
+    """Return text of ``tokens`` tokens with each fact at its depth, 0 (start) to 1 (end).
 
-    room: bytes of it that are left for what comes with the text.
+    reserved_bytes: bytes of the length that are kept free for the rest of the prompt.
     """
     budget = tokens * BYTES_PER_TOKEN - reserved_bytes - sum(len(fact) + 1 for fact in facts)
     text: list[str] = []
@@ -88,14 +88,14 @@ def hide_facts(
             break
         text.append(sentence)
     indices = [round(depth * len(text)) for depth in depths]
-    # from the last on, so that places before it stay; equal places keep the facts' order
+    # from the last on, so that earlier indices stay valid; equal depths keep the facts' order
     for index, fact in sorted(zip(indices, facts), key=lambda pair: pair[0])[::-1]:
         text.insert(index, fact)
     return " ".join(text)
 
 
 def _lengths(format: str, name: str) -> list[int]:
-    """The lengths that a format such as "1024,4096" names. InputError: it names none."""
+    """Return the lengths in a format such as "1024,4096". InputError: it is not such a list."""
     parts = list(dict.fromkeys(format.split(",")))
     for part in parts:
         if not part.isascii() or not part.isdigit() or not 128 <= int(part) <= MAX_LENGTH:
@@ -107,7 +107,7 @@ def _lengths(format: str, name: str) -> list[int]:
 
 
 def make_needle_questions(lengths: Sequence[int], seed: int = 0) -> list[OpenQuestion]:
-    """Questions for one fact among three others of its kind, at five depths of each length."""
+    """Return questions about one of four similar facts, at five depths of each length."""
     questions = []
     begin = "A number is hidden in the following text. Remember it.\n\n"
     for length, depth, i in product(lengths, DEPTHS, range(REPEATS)):
@@ -138,8 +138,8 @@ _EXAMPLE = (
 
 
 def make_hops_questions(lengths: Sequence[int], seed: int = 0) -> list[OpenQuestion]:
-    """Questions for all names of a number: each name is the same as the one before it. A second
-    chain of the same length is not asked for."""
+    """Return questions about all names of a number in a chain of names, each equal to the one
+    before. A second chain of the same length is a distractor."""
     questions = []
     for length, count, i in product(lengths, HOPS, range(CHAINS)):
         id = f"{length}/{count}/{i}"
@@ -167,7 +167,7 @@ def make_hops_questions(lengths: Sequence[int], seed: int = 0) -> list[OpenQuest
 
 def _draw_names(rng: random.Random, count: int) -> list[str]:
     letters = "BCDFGHJKLMNPQRSTVWXZ"  # no vowels: no words
-    names: dict[str, None] = dict.fromkeys(("ABC", "DEF", "QRS", "TUV"))  # of the example
+    names: dict[str, None] = dict.fromkeys(("ABC", "DEF", "QRS", "TUV"))  # names of the example
     while len(names) < count + 4:
         names["".join(rng.choices(letters, k=3))] = None
     return [*names][4:]
@@ -175,13 +175,13 @@ def _draw_names(rng: random.Random, count: int) -> list[str]:
 
 @per_answer
 def first_number_matches(answer: str, row: Row) -> float:
-    """1 if the answer's first number is the wanted one."""
+    """Return 1 if the answer's first number is the expected one."""
     return re.findall(r"\d+", answer.replace(",", ""))[:1] == list(row["expected"])
 
 
 @per_answer
 def named_share(answer: str, row: Row) -> float:
-    """The share of the wanted names among as many that the answer names first."""
+    """Return the share of the expected names among the first names of the answer, as many."""
     expected = set(row["expected"])
     names = list(dict.fromkeys(_NAME.findall(answer)))[: len(expected)]
     return len(expected & set(names)) / len(expected)

@@ -2,7 +2,7 @@
 
 Templates are those of lm-evaluation-harness' ``mmlu`` (letters, formats ``mc_``) and
 ``mmlu_continuation`` (the answers' words, formats ``rc_``). The examples are the subject's dev
-split, in its order. Each subject is measured on its own, and so are its four fields.
+split, in its order. Subjects and the four fields have their own scores.
 """
 
 from collections.abc import Sequence
@@ -44,7 +44,7 @@ FIELD_OF = {subject: field for field, names in FIELDS.items() for subject in nam
 
 
 def _format_question(row: Row, letters: bool) -> tuple[str, list[str], int]:
-    """The text of a question, its answers as they follow it, and which is right."""
+    """Return a question's text, the continuation of each choice, and the right index."""
     question, choices = text_of(row, "question").strip(), row["choices"]
     if len(choices) != len(LETTERS):
         raise ValueError(f"choices: expected {len(LETTERS)}, got {len(choices)}")
@@ -58,7 +58,7 @@ def _format_question(row: Row, letters: bool) -> tuple[str, list[str], int]:
 def subject_questions(
     subject: str, examples: Sequence[Row], rows: Sequence[Row], letters: bool
 ) -> list[MultipleChoice]:
-    """The questions of a subject after its examples."""
+    """Return the questions of a subject, each after its examples."""
     kind = "multiple choice questions" if letters else "questions"
     words = subject.replace("_", " ")
     begin = f"The following are {kind} (with answers) about {words}.\n\n"

