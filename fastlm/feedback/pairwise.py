@@ -172,7 +172,7 @@ def compare_models(
     lengths = [[float(len(c.token_ids)) for c in answers] for answers in (new, old)]
     length = compare(*lengths, clusters=clusters, confidence=confidence)
     old_length = max(1e-9, fmean(lengths[1]))
-    ended = wilson(sum(c.ended for c in new) / num_generations, prompts, confidence)
+    ended = wilson(sum(c.is_stopped for c in new) / num_generations, prompts, confidence)
     distinct = len({c.text for c in new}) / max(1, len({c.text for c in old}))
     values = {
         "rate": (fmean(wins), rate.low, rate.high),
@@ -182,7 +182,7 @@ def compare_models(
             1 + length.low / old_length,
             1 + length.high / old_length,
         ),
-        "ended": (fmean(c.ended for c in new), ended.low, ended.high),
+        "ended": (fmean(c.is_stopped for c in new), ended.low, ended.high),
         "distinct": (distinct, distinct, distinct),
     }
     return {

@@ -197,7 +197,7 @@ class Completion:
     truncated_prompt_tokens: int = 0
 
     @property
-    def ended(self) -> bool:
+    def is_stopped(self) -> bool:
         """Whether an end token or a stop string ended it, not a limit."""
         return self.finish_reason == "stop"
 

@@ -75,7 +75,7 @@ class PeftConfig(TypedDict, total=False):
     exclude_modules: Any
 
 
-class Generation(TypedDict, total=False):
+class GenerationConfig(TypedDict, total=False):
     """The fields of an adapter's generation_config.json that are read."""
 
     eos_token_id: int | list[int] | None
@@ -160,7 +160,7 @@ def load_adapter(model: "CausalLM", folder: str | Path) -> "CausalLM":
     digest = read_json(file).get(DIGEST) if file.is_file() else None
     file, ends = folder / GENERATION, None
     if file.is_file():  # the end tokens that an adapter of fastlm was trained with
-        ends = read_document(file, Generation).get("eos_token_id")
+        ends = read_document(file, GenerationConfig).get("eos_token_id")
     dropout, use_rslora = config.get("lora_dropout") or 0.0, bool(config.get("use_rslora"))
     base_digest = digest or model_digest
     lora = LoraConfig(config["r"], config["lora_alpha"], dropout, use_rslora, base_digest)

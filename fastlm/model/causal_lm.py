@@ -120,7 +120,7 @@ class CausalLM(nn.Module):
         return self.model.embed_tokens.weight if tied else self.lm_head.weight
 
     def head_matrix(self, dtype: torch.dtype) -> Tensor:
-        """`head_weight` as a matrix: a quantized one is dequantized."""
+        """Return `head_weight` as a matrix; a quantized one is dequantized."""
         head = self.head_weight
         return head.dequantize(dtype) if isinstance(head, QuantizedWeight) else head
 

@@ -155,7 +155,7 @@ class CpuDecodePlan:
         self.copies.append((copy, source, offset))
         return copy
 
-    def follows(self, model: "CausalLM") -> bool:
+    def matches(self, model: "CausalLM") -> bool:
         """Return whether the plan still matches the model. Norms and biases are compared by value,
         since a write to ``p.data`` (of averaged weights, for example) leaves no trace."""
         return self.fingerprint == model_fingerprint(model) and all(
@@ -263,7 +263,7 @@ def decode_plan(model: "CausalLM") -> CpuDecodePlan | None:
         model.model.fuse()
         return None
     plan = _plans.get(model)
-    if plan is None or not plan.follows(model):
+    if plan is None or not plan.matches(model):
         model.model.fuse()
         plan = _plans[model] = CpuDecodePlan(model)
     return plan

@@ -43,7 +43,7 @@ class ModelRunner:
     def is_current(self) -> bool:
         """Return whether the model has not changed since."""
         if self._plan is not None:
-            return self._plan.follows(self.model)
+            return self._plan.matches(self.model)
         return cpu_decode.model_fingerprint(self.model) == self._fingerprint
 
     def decode_runner(self, block_manager: "BlockManager") -> "DecodeRunner":

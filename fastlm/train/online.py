@@ -272,7 +272,7 @@ class OnlineObjective(Objective):
             return np.zeros(0)
         scores = np.array(score(indices, completions), np.float64)
         if self.options.missing_eos_penalty is not None:
-            scores[[not completion.ended for completion in completions]] = (
+            scores[[not completion.is_stopped for completion in completions]] = (
                 self.options.missing_eos_penalty
             )
         return scores
@@ -333,7 +333,7 @@ class OnlineObjective(Objective):
             "kl_error": error,
             "kl3": float(k3.mean()),
             "length": float(lengths.mean()),
-            "eos_fraction": float(np.mean([completion.ended for completion in completions])),
+            "eos_fraction": float(np.mean([completion.is_stopped for completion in completions])),
             "score_length_correlation": correlation(scores, lengths) or 0.0,  # type: ignore[arg-type]
             "repetition": float(np.mean([repetition_rate(c.token_ids) for c in completions])),
             "mismatch": mismatch,
@@ -487,7 +487,7 @@ class OnlineObjective(Objective):
             "val_score": float(scores.mean()),
             "val_score_error": float(scores.std(ddof=1)) / math.sqrt(count) if count > 1 else 0.0,
             "val_length": float(np.mean([len(c.token_ids) for c in completions])),
-            "val_eos_fraction": float(np.mean([c.ended for c in completions])),
+            "val_eos_fraction": float(np.mean([c.is_stopped for c in completions])),
         }
 
     def load_policy(self, checkpoint: Path) -> None:

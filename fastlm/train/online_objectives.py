@@ -250,7 +250,7 @@ class GrpoObjective(OnlineObjective):
         self.round_metrics["informative_groups"] = float((high > low).float().mean())
         loss_mask = mask
         if self.options.mask_truncated_completions:
-            ended = torch.tensor([c.ended for c in self.completions], device=mask.device)
+            ended = torch.tensor([c.is_stopped for c in self.completions], device=mask.device)
             loss_mask = mask & ended[:, None]
         weighted = advantages[:, None] * importance_weights(difference)
         return {

@@ -428,7 +428,7 @@ class RewardScorer:
     def call_function(self, prompt: "Prompt", completion: "Completion") -> float:
         """Return the reward function's score."""
         assert self.function is not None
-        tokens = completion.token_ids[:-1] if completion.ended else completion.token_ids
+        tokens = completion.token_ids[:-1] if completion.is_stopped else completion.token_ids
         try:
             value = self.function(decode_text(self.tokenizer, tokens), prompt.row)
         except InputError as error:

@@ -72,7 +72,7 @@ def completions_to_tensors(completions: Sequence[Completion]) -> dict[str, Tenso
     return {
         "tokens": torch.tensor(joined, dtype=torch.int32),
         "lengths": torch.tensor([len(c.token_ids) for c in completions], dtype=torch.int32),
-        "ended": torch.tensor([c.ended for c in completions], dtype=torch.bool),
+        "ended": torch.tensor([c.is_stopped for c in completions], dtype=torch.bool),
     }
 
 

@@ -378,7 +378,7 @@ def write_completions(
             rows = []
             for (_, prompt), completion in zip(part, completions, strict=True):
                 text = decode_text(tokenizer, completion.token_ids[:-1])
-                if completion.ended and text.strip():
+                if completion.is_stopped and text.strip():
                     rows.append(json.dumps(_row(prompt, text), ensure_ascii=False) + "\n")
             write_text(path, "".join(rows))
         count += path.read_bytes().count(b"\n")

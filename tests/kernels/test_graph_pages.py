@@ -202,7 +202,7 @@ def test_rollouts_replay(recorder, case):
         expected = complete_by_definition(
             model, Request(prompt, 7, Sampling(temperature=0.8), seed=3 + i)
         )
-        assert answer.token_ids == expected and not answer.ended
+        assert answer.token_ids == expected and not answer.is_stopped
         logits = model(torch.tensor([[*prompt, *expected]])).logits[0, len(prompt) - 1 : -1]
         logprobs = (logits / 0.8).log_softmax(-1).gather(-1, torch.tensor(expected)[:, None])[:, 0]
         actual = [token.logprob for token in answer.logprobs]

@@ -262,7 +262,7 @@ def test_answers_depend_on_prompt_and_seed(tokenizer):
     best = scorer.generate(prompts)
     assert best[0].text == best[1].text
     ids = tokenizer.encode("the bird")
-    assert not best[0].ended and best[0].text == tokenizer.decode(greedy_tokens(model, ids, 9))
+    assert not best[0].is_stopped and best[0].text == tokenizer.decode(greedy_tokens(model, ids, 9))
     seeded = [EvalPrompt("the bird", 9, sampling=Sampling(0.0)), EvalPrompt("the bird", 9, seed=3)]
     assert scorer.generate(seeded, temperature=1.0) == [best[0], drawn[3]]
 
@@ -273,7 +273,7 @@ def test_answers_end_at_stop_strings_and_special_tokens(tokenizer):
     (full,) = scorer.generate([EvalPrompt("the bird", 12)])
     stop = full.text[3:5]
     (cut,) = scorer.generate([EvalPrompt("the bird", 12, stop=(stop,))])
-    assert cut.ended and cut.text == full.text[: full.text.index(stop)]
+    assert cut.is_stopped and cut.text == full.text[: full.text.index(stop)]
     # the special token that this model writes is not in the text of an answer
     with torch.no_grad():
         bird = tokenizer.encode("the bird")
@@ -284,7 +284,7 @@ def test_answers_end_at_stop_strings_and_special_tokens(tokenizer):
     changed = Scorer(model, tokenizer)
     assert greedy_tokens(model, bird, 1) == [special]
     (ended,) = changed.generate([EvalPrompt("the bird", 12, stop=("<|im_end|>",))])
-    assert ended.text == "" and ended.ended and len(ended.token_ids) <= 1
+    assert ended.text == "" and ended.is_stopped and len(ended.token_ids) <= 1
 
 
 def test_prompts_leave_room_and_chats_go_through_the_template(tokenizer):

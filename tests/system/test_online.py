@@ -98,9 +98,11 @@ def lines(run) -> list[dict]:
 def test_answers_have_the_log_probabilities_that_training_computes() -> None:
     model = model_of().eval()
     answers = sample_completions(model, PROMPTS * 3, max_new_tokens=6, temperature=0.7, seed=5)
-    assert {a.ended for a in answers} == {True, False}  # both kinds were drawn
+    assert {a.is_stopped for a in answers} == {True, False}  # both kinds were drawn
     for prompt, answer in zip(PROMPTS * 3, answers, strict=True):
-        assert answer.ended == (answer.token_ids[-1] == END)  # kept, although it is the pad token
+        assert answer.is_stopped == (
+            answer.token_ids[-1] == END
+        )  # kept, although it is the pad token
         assert END not in answer.token_ids[:-1] and 1 <= len(answer.token_ids) <= 6
         packed = pack_rollouts([prompt], [answer.token_ids], torch.device("cpu"))
         logp = packed.rows(model.logprobs(packed.ids, packed.labels, temperature=0.7))
@@ -424,7 +426,7 @@ def test_ppo_estimates_by_plain_loops() -> None:
         with torch.no_grad():
             logp, _, value = game.forward(packed)
             ref = game.logprobs(game.reference, packed)[0]
-        score = sevens([0], [answer])[0] if answer.ended else -1.0
+        score = sevens([0], [answer])[0] if answer.is_stopped else -1.0
         row = [-0.3 * float(a - b) for a, b in zip(logp[0], ref[0])]
         row[-1] += score
         rewards.append(row)
@@ -646,7 +648,7 @@ def test_completions_without_an_end_token() -> None:
     for kind in ("ppo", "grpo"):
         game = objective(kind, replace(RULES, missing_eos_penalty=-7.0, num_generations=8))
         game.next_batches(1)
-        some = [a.ended for a in game.completions]
+        some = [a.is_stopped for a in game.completions]
         assert True in some and False in some
         scores = [
             s if e else -7.0 for s, e in zip(sevens(game.prompt_indices, game.completions), some)
@@ -656,7 +658,7 @@ def test_completions_without_an_end_token() -> None:
         "grpo", replace(RULES, num_generations=8), group={"mask_truncated_completions": True}
     )
     game.next_batches(1)
-    assert game.columns["loss_mask"].any(1).tolist() == [a.ended for a in game.completions]
+    assert game.columns["loss_mask"].any(1).tolist() == [a.is_stopped for a in game.completions]
 
 
 def test_denominators() -> None:

@@ -250,7 +250,7 @@ def test_prompts_are_texts_ids_or_requests():
         assert completion.text == "".join(piece.text for piece in built_requests) != ""
         assert (
             completion.finish_reason == built_requests[-1].finish_reason == "length"
-            and not completion.ended
+            and not completion.is_stopped
         )
     with pytest.raises(InputError, match="prompts: expected requests alone or none, got both"):
         engine.generate([requests[0], [1, 2]])
