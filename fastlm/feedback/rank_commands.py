@@ -18,7 +18,9 @@ if TYPE_CHECKING:
     from fastlm.serve.text_generator import TextGenerator
 
 app = typer.Typer(help="Rank answers to prompts, as preferences to train on.", no_args_is_help=True)
-Store = Annotated[str, typer.Argument(help="Feedback database: SQLite file or postgresql://...")]
+Store = Annotated[
+    str, typer.Argument(help="Use this feedback database: SQLite file or postgresql://...")
+]
 SkipBad = Annotated[bool, typer.Option("--skip-bad", help="Count bad rows and continue")]
 
 
@@ -37,12 +39,13 @@ def _open_store(store: str, *, seed: int = 0) -> "RankingStore":
 def import_command(
     store: Store,
     sources: Annotated[
-        list[str], typer.Argument(help=".jsonl or .json files, folders, pypi:, sdist: or deb:NAME")
+        list[str],
+        typer.Argument(help="Read .jsonl or .json files, folders, pypi:, sdist: or deb:NAME"),
     ],
     skip_bad: SkipBad = False,
     cache: Cache = None,
 ) -> None:
-    """Add prompts with answers to a feedback database; a missing file is made.
+    """Add prompts with answers to a feedback database; a missing file is created.
 
     Rows are {"prompt", "answers"}, or preferences: pairs, ranked lists, corrections. Their ranks
     are those of the row's "rater", or of a rater called "file".
@@ -57,7 +60,7 @@ def import_command(
         read_ranking_examples(
             sources, cache=cache or default_cache(), skip_bad=skip_bad, rows=rows, on_skip=_note
         )
-    )  # before the store: a bad row leaves no empty one behind
+    )  # before the store is created, so that a bad row leaves no empty file
     with RankingStore(store) as ranking_store:
         added = ranking_store.add_items(examples)
     rows.by_reason["with answers that differ only in personal data"] = added.indistinct
@@ -73,21 +76,26 @@ def import_command(
 def sample_command(
     store: Store,
     prompts: Annotated[
-        list[str], typer.Option(help="Rows with a prompt, or conversations; may be given again")
+        list[str], typer.Option(help="Read rows with a prompt, or conversations; may be repeated")
     ],
     model: Annotated[
-        Path, typer.Option("--model", "-m", help="Hugging Face folder, .gguf, run or model:smollm2")
+        Path,
+        typer.Option(
+            "--model", "-m", help="Use this Hugging Face folder, .gguf, run or model:smollm2"
+        ),
     ],
-    k: Annotated[int, typer.Option(min=2, help="Answers per prompt")] = 4,
-    temperature: Annotated[float, typer.Option(min=0.01)] = 1.0,
-    top_p: Annotated[float | None, typer.Option(help="As for generate")] = None,
-    max_new_tokens: Annotated[int, typer.Option(min=1)] = 256,
-    seed: Annotated[int, typer.Option(help="The same seed samples the same answers")] = 0,
+    num_generations: Annotated[int, typer.Option(min=2, help="Sample N answers per prompt")] = 4,
+    temperature: Annotated[float, typer.Option(min=0.01, help="Set the temperature")] = 1.0,
+    top_p: Annotated[
+        float | None, typer.Option(help="Sample from the most likely tokens up to this probability")
+    ] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Limit the tokens per answer")] = 256,
+    seed: Annotated[int, typer.Option(help="Set the seed; it determines the answers")] = 0,
     skip_bad: SkipBad = False,
     cache: Cache = None,
     threads: Threads = None,
 ) -> None:
-    """Let a model answer each prompt K times, and add the answers to a store.
+    """Sample answers to each prompt from a model, and add them to a store.
 
     Each prompt's answers are stored at once: after Ctrl-C the same command continues. Equal and
     empty answers are left out.
@@ -110,7 +118,9 @@ def sample_command(
                 continue
             try:
                 ids = _prompt_ids(generator, row)
-                answers = generator.generate([ids] * k, seed=seed + number * k, **sampling)
+                answers = generator.generate(
+                    [ids] * num_generations, seed=seed + number * num_generations, **sampling
+                )
             except InputError as error:
                 raise InputError(f"{row.location}: {error}") from None
             texts = dict.fromkeys(answer.text for answer in answers if answer.text.strip())
@@ -142,13 +152,13 @@ def _prompt_ids(generator: "TextGenerator", row: "Prompt") -> list[int]:
 @app.command("judge", short_help="Rank the answers, prompt by prompt.")
 def judge_command(
     store: Store,
-    rater: Annotated[str, typer.Option("--rater", "-r", help="Your name")],
+    rater: Annotated[str, typer.Option("--rater", "-r", help="Set your name")],
     skipped: Annotated[
-        bool, typer.Option("--skipped", help="Only the prompts that you skipped")
+        bool, typer.Option("--skipped", help="Rank only the prompts that you skipped")
     ] = False,
-    seed: Annotated[int, typer.Option(help="Draws the order of answers on the screen")] = 0,
+    seed: Annotated[int, typer.Option(help="Set the seed of the display order")] = 0,
 ) -> None:
-    """Rank the answers to each prompt: the numbers on the screen, the best first. ? shows more.
+    """Rank the answers to each prompt: type their numbers, the best first. ? shows the commands.
 
     Each ranking is stored at once. Several raters can work at the same time. If stdin is not a
     terminal, each of its lines is an input.
@@ -160,11 +170,12 @@ def judge_command(
         rank_terminal.rank_items(ranking_store, rater, skipped=skipped)
 
 
-@app.command("agreement", short_help="What each rater did, and how far raters agree.")
+@app.command("agreement", short_help="Show what each rater did, and how far raters agree.")
 def agreement_command(
-    store: Store, as_json: Annotated[bool, typer.Option("--json", help="As JSON")] = False
+    store: Store, as_json: Annotated[bool, typer.Option("--json", help="Print JSON")] = False
 ) -> None:
-    """What each rater did, and how far raters agree: Krippendorff's alpha and pairs in order."""
+    """Show what each rater did, and how far raters agree: Krippendorff's alpha, and pairs of
+    answers in the same order."""
     import json
 
     from rich.console import Console
@@ -201,18 +212,18 @@ def agreement_command(
         )
 
 
-@app.command("export", short_help="Write what was ranked as rows to train on.")
+@app.command("export", short_help="Write rankings and corrections as rows to train on.")
 def export_command(
     store: Store,
-    path: Annotated[Path, typer.Argument(help="The .jsonl file to write")],
+    path: Annotated[Path, typer.Argument(help="Write this .jsonl file")],
     form: Annotated[
-        str, typer.Option(help="pairs, ranked, labels, corrected or demonstrations")
+        str, typer.Option(help="Write pairs, ranked, labels, corrected or demonstrations")
     ] = "pairs",
     rater: Annotated[
-        str | None, typer.Option("--rater", "-r", help="Only what this rater did")
+        str | None, typer.Option("--rater", "-r", help="Export only this rater")
     ] = None,
 ) -> None:
-    """Write what was ranked or corrected as rows to train on.
+    """Write rankings and corrections as rows to train on.
 
     pairs: the better and the worse one of two answers. ranked: whole rankings. labels: the best
     and the worst answers. corrected: corrections. demonstrations: corrections as conversations.

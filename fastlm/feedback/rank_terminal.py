@@ -25,8 +25,8 @@ HELP = """\
 1=2 3     1 and 2 are equally good, 3 is worse (also 1=23)
 s         skip this prompt
 c 2       correct answer 2 in your editor; c 2 TEXT replaces it by TEXT
-b         back to the prompt before
-q         quit; what you ranked is stored already"""
+b         back to the previous prompt
+q         quit; your rankings are stored already"""
 # Control characters of terminals, and marks that change the direction of writing
 UNSAFE = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069]")
 

@@ -172,7 +172,8 @@ CASES = [
     Case("rank-import", "rank import {out}.sqlite answers.jsonl", shows=False),
     Case(
         "rank-sample",
-        "rank sample {out}.sqlite --model base --prompts prompts.jsonl --k 2 --max-new-tokens 6",
+        "rank sample {out}.sqlite --model base --prompts prompts.jsonl --num-generations 2"
+        " --max-new-tokens 6",
         shows=False,
     ),
     Case(

@@ -577,9 +577,10 @@ def test_answers_of_a_model(tmp_path, template) -> None:
     }  # fmt: skip
     CausalLM(ModelConfig.from_dict(shape), seed=1).save_pretrained(tmp_path / "model")
     tokenizer.save(tmp_path / "model")
-    prompt_file = [{"prompt": "What is it?"}, {"messages": [{"role": "user", "content": "Who?"}]}]
-    prompts = write(tmp_path / "p.jsonl", *prompt_file)
-    arguments = ["-m", tmp_path / "model", "--prompts", prompts, "--k", 3, "--max-new-tokens", 8]
+    prompt_rows = [{"prompt": "What is it?"}, {"messages": [{"role": "user", "content": "Who?"}]}]
+    prompts = write(tmp_path / "p.jsonl", *prompt_rows)
+    arguments = ["-m", tmp_path / "model", "--prompts", prompts, "--num-generations", 3]
+    arguments += ["--max-new-tokens", 8]
     output = call("sample", tmp_path / "a.sqlite", *arguments).stdout
     assert "new prompts 2, duplicates 0," in output and output.endswith("are equal 0\n")
     output = call("sample", tmp_path / "a.sqlite", *arguments).stdout
@@ -594,7 +595,7 @@ def test_answers_of_a_model(tmp_path, template) -> None:
         assert all(2 <= len(item.answers) <= 3 for item in items)
         answers.append([item.answers for item in items])
     assert answers[0] == answers[1] != answers[2]
-    long = write(tmp_path / "long.jsonl", prompt_file[0], {"prompt": "Who? " * 99})
+    long = write(tmp_path / "long.jsonl", prompt_rows[0], {"prompt": "Who? " * 99})
     message = refused("sample", tmp_path / "d.sqlite", *arguments, "--prompts", long)
     assert message.startswith(f"{long}, line 2: prompt: expected fewer than the model's 128 tokens")
     with RankingStore(tmp_path / "d.sqlite") as store:
