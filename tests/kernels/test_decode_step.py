@@ -53,7 +53,7 @@ def int8_of(x):
 
 
 def pages_of(data, dtype):
-    """Return the arguments of `PagedSteps` for float32 pages in `dtype`."""
+    """Return the arguments of `CpuDecodeRunner` for float32 pages in `dtype`."""
     return int8_of(data) if dtype == torch.int8 else (data.to(dtype), None)
 
 
@@ -207,8 +207,8 @@ def test_same_bits(format, isa):
 @pytest.mark.parametrize("page_size", [16, 48, 128, 256])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.int8])
 def test_pages(case, page_size, dtype, isa):
-    """Rows of other lengths, in pages in any order, some shared, give the bits of each row alone in
-    one page, and nothing beyond a row's end is read."""
+    """Rows of different lengths, in pages in any order, some shared, have the bits of each row
+    alone in one page, and nothing beyond a row's end is read."""
     model = model_of(case, **({"sliding_window": 150} if case == "mistral" else {}))
     lengths, pages = [140, 3, 15, 271, 128], -(-272 // page_size)
     ids, cache = prefilled(model, 1, 271, 272)
@@ -287,7 +287,7 @@ def test_several_tokens_of_a_sequence(case, format, dtype, isa):
 
 
 class Filled(RowCache):
-    """A cache that holds the next keys already; ``given``: those that the modules have for it."""
+    """A cache that holds the next keys already; ``given``: the keys of the modules."""
 
     def __init__(self, model, data, length):
         super().__init__(model, data.shape[2], data.shape[4])
@@ -353,7 +353,7 @@ def test_int8_keys_that_are_not_finite_are_seen(name, value, isa):
 
 
 def test_prompts_as_rows_of_steps(monkeypatch):
-    """`generate` then gives each row what it gives it alone, and nearly what modules give."""
+    """`generate` then returns for each row its result alone, and nearly that of the modules."""
     model = fastlm.quantize(model_of(), "w8a8", group_size=24)
     assert cpu_decode.prefers_prompt_rows(cpu_decode.decode_plan(model)) == (
         backend.cpu_extension.isa() == "avx2"

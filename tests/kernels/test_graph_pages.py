@@ -82,8 +82,8 @@ def test_a_graph_reads_the_rows_of_its_step(recorder, case, expected):
 
 
 def test_rows_that_pad_change_nothing(cuda):
-    """Three rows are padded to four. On the kernels, too, each is as alone, and a page that no row
-    has is not written to."""
+    """Three rows are padded to four. With the kernels, too, each row has the result that it has
+    alone, and pages without rows are not written."""
     model = model_of().to(cuda)
     model.model.fuse()
     pages = pages_of(model, 9)
@@ -123,7 +123,7 @@ def requests_of(count, longest=100, **options):
 
 
 def test_the_engine_replays(recorder, monkeypatch):
-    """Requests that come, go and are preempted: the tokens of steps through the modules."""
+    """Requests arrive, end and are preempted: the tokens are those of steps through the modules."""
     model = model_of("qwen3")
     options = {"logprobs": 0, "ignore_eos": True}
     requests = requests_of(4, 60) + [Request([i] * 50, 90, seed=i, **options) for i in range(3)]

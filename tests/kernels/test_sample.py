@@ -46,7 +46,7 @@ def rows_of(sampling, count, vocab, *, logprobs=3, masks=(None,), may_end=True):
 
 
 def assert_same(logits, make):
-    """Both choose the same, and report the same log-probabilities to float32's rounding."""
+    """Both sample the same, and report the same log-probabilities up to float32's rounding."""
     with guarded_memory() as memory:  # NaN where the workspace was not written
         ours = Sampler().sample(logits, make())
         memory.check()
@@ -79,7 +79,7 @@ def test_it_chooses_what_torch_chooses(isa, sampling):
 
 
 def test_long_rows_on_several_threads(isa):
-    """With many logits threads share the rows. A row alone has the same bits."""
+    """With many logits, threads share the rows. A row alone has the same bits."""
     logits = 2 * torch.randn(8, 40_003)
     for sampling in (OPTIONS[0], OPTIONS[1], OPTIONS[4], OPTIONS[8]):
         together = assert_same(logits, lambda s=sampling: rows_of(s, 8, 40_003))
@@ -111,7 +111,7 @@ def test_rows_that_are_not_finite(isa, sampling, position):
 
 
 def test_draws_follow_the_probabilities(isa):
-    """Each token from the interval that is its own in the sum of float64 probabilities."""
+    """Each token is drawn from its interval in the sum of float64 probabilities."""
     logits = 3 * torch.randn(1, 3001)
     reached = logits[0].double().softmax(-1).cumsum(-1)
     for seed in range(200):

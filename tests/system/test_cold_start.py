@@ -1,4 +1,4 @@
-"""What a command does before its first token: same results as the slow ways, and nothing twice."""
+"""Tests of the work before a first token: the results of the slow ways, and nothing done twice."""
 
 import gc
 import subprocess

@@ -1,4 +1,4 @@
-"""The engine against one request alone, against `generate`, and when pages or patience run out."""
+"""Tests of the engine: against one request alone, against `generate`, and with too few blocks."""
 
 import threading
 import time
@@ -37,15 +37,15 @@ def requests_of(count, *, longest=200, seed=0, **options):
 @pytest.mark.parametrize("format", [None, "w4a16", "w8a8"])
 @pytest.mark.parametrize("case", ["llama", "gemma2", "qwen3"])
 def test_answers_are_batch_invariant(case, format, prompt_rows):
-    """Tokens and log-probabilities to the bit: alone, beside others, with few tokens per step, and
-    when pages run so short that requests are computed again."""
+    """Tokens and log-probabilities have the same bits alone, next to other requests, with few
+    tokens per step, and when blocks run short and requests are recomputed."""
     model = model_of(case)
     if format:
         model = fastlm.quantize(model, format, group_size=16)
     shared = torch.arange(140).remainder(97).tolist()
     requests = requests_of(6)
     requests += [Request(shared + r.prompt[:9], 30, seed=7, logprobs=1) for r in requests[:3]]
-    requests += [Request([i] * 50, 90, seed=i, logprobs=0) for i in range(3)]  # grow by two pages
+    requests += [Request([i] * 50, 90, seed=i, logprobs=0) for i in range(3)]  # grow by two blocks
     plain = {"enable_prefix_caching": False, "prompt_rows": prompt_rows}
     expected = [tokens_and_logprobs(Engine(model, **plain).generate([r])[0]) for r in requests]
     assert all(len(tokens) > 3 for tokens, _ in expected)
@@ -71,8 +71,8 @@ def test_answers_are_batch_invariant(case, format, prompt_rows):
 
 @pytest.mark.parametrize("prompt_rows", [False, True])
 def test_int8_keys(prompt_rows):
-    """The same bits in any company, and nearly those of float32 keys, of which an int8 one has 28
-    bytes of 96; all that a page holds is copied and shared."""
+    """int8 keys are batch-invariant and close to float32 keys (28 bytes instead of 96); blocks with
+    their scales are copied and shared."""
     model = model_of("gemma2")
     requests = requests_of(5, longest=150)
     requests += [Request([i] * 70, 70, seed=7, logprobs=1) for i in (3, 3, 3, 4)]
@@ -130,11 +130,11 @@ def test_prompts_that_are_equal_are_computed_once():
     assert len({tuple(r.token_ids) for r in results}) > 1
     assert engine.stats().prompt_tokens == 150
     assert [r.cached_tokens for r in results] == [0] + 7 * [128]
-    # answers that end at once, to a prompt that ends within a page
+    # answers that end at once, to a prompt that ends within a block
     short = Engine(model).generate([Request(prompt[:70], 1, seed=i) for i in range(8)])
     (single,) = Engine(model).generate([Request(prompt[:70], 1, seed=7)])
     assert short[7].token_ids == single.token_ids and len({r.token_ids[0] for r in short}) > 1
-    # the last token of a prompt that is cached as a whole is computed again: its logits are needed
+    # the last token of a fully cached prompt is recomputed, because its logits are needed
     second_engine = Engine(model)
     first = second_engine.generate([Request(prompt[:128], 5, seed=1)])
     (second,) = second_engine.generate([Request(prompt[:128], 5, seed=1)])
@@ -143,7 +143,7 @@ def test_prompts_that_are_equal_are_computed_once():
 
 @pytest.mark.parametrize("prompt_rows", [False, True])
 def test_requests_of_two_salts_share_no_blocks(prompt_rows):
-    """Else `cached_tokens` tells a client what another one asked."""
+    """Otherwise `cached_tokens` would reveal the requests of other clients."""
     engine = Engine(model_of(), prompt_rows=prompt_rows)
     prompt = list(range(64)) * 2 + [1]
 
@@ -153,9 +153,9 @@ def test_requests_of_two_salts_share_no_blocks(prompt_rows):
         assert len({tuple(r.token_ids) for r in results}) == 1
         return [r.cached_tokens for r in results]
 
-    assert cached(b"a", b"b", b"a") == [0, 0, 128]  # beside each other
+    assert cached(b"a", b"b", b"a") == [0, 0, 128]  # at the same time
     assert cached(b"c") == [0] and cached(b"c") == [128]
-    assert cached(b"a", tokens=70) == [128]  # pages of the answer, too
+    assert cached(b"a", tokens=70) == [128]  # blocks of the answer, too
     (answer,) = engine.generate([Request(prompt, 70, seed=1, cache_salt=b"a")])
     longer = [*prompt, *answer.token_ids]
     for salt, min_cached in ((b"b", 128), (b"", 0)):
@@ -265,7 +265,7 @@ def test_logprobs():
 
 
 def test_the_cache_is_as_large_as_typical_answers(monkeypatch):
-    """Not as the machine: the memory of each page stays taken once it was used."""
+    """It does not grow with the machine: the memory of a block stays allocated once it was used."""
     config = model_of(max_position_embeddings=8192).config
     size = (
         BLOCK_SIZE * 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * 4
@@ -276,8 +276,8 @@ def test_the_cache_is_as_large_as_typical_answers(monkeypatch):
         device = torch.device("cpu")
         return default_num_blocks(config, rows, dtype=torch.float32, device=device, **options)
 
-    assert count(64) == count(64, gib=2000) == 64 * 9  # 512 tokens each, and a page to grow
-    assert count(1) == 129 and count(8, max_model_len=65536) == 1025  # one whole context
+    assert count(64) == count(64, gib=2000) == 64 * 9  # 512 tokens each, and a block to grow
+    assert count(1) == 129 and count(8, max_model_len=65536) == 1025  # one full context
     assert count(64, max_model_len=128) == 64 * 3
     assert count(64, expected_tokens=8192) == 64 * 129
     assert count(10**6, gib=1) == 2**28 // size
@@ -352,7 +352,7 @@ def test_a_step_that_fails_ends_its_requests_not_the_engine(monkeypatch):
 
 
 def test_a_request_with_the_prompt_of_one_that_fails_is_computed_itself(monkeypatch):
-    """Also when the first of them has been computed before, and was preempted."""
+    """This holds also when the first of them was computed before, and preempted."""
     model = model_of()
     engine = Engine(model, max_num_batched_tokens=1000)
     prompt = [13, *range(96), *range(31)]
@@ -439,7 +439,7 @@ def test_blocks_found_after_preemption_do_not_count_as_cached():
 
 
 def test_text():
-    """Pieces join to the text of the tokens; a stop string ends it, across tokens, too."""
+    """Pieces join to the text of the tokens. A stop string ends it, even across tokens."""
     tokenizer = fastlm.Tokenizer.train(["the river sees the tree " * 20], 300)
     model = model_of(vocab_size=tokenizer.vocab_size)
     engine = Engine(model, tokenizer)
@@ -475,7 +475,7 @@ def test_listeners_and_callbacks_that_raise():
 
     with pytest.raises(ZeroDivisionError):
         engine.generate([Request([1], 3), Request([2], 30)], on_piece=result)
-    stats = engine.stats()  # no step is needed to give the pages back
+    stats = engine.stats()  # no step is needed to release the blocks
     assert stats.used_blocks == stats.running == stats.waiting == 0
 
     for threaded in (False, True):
@@ -536,7 +536,7 @@ def test_an_interrupt_leaves_an_engine_that_works(monkeypatch):
 
 
 def test_threads():
-    """Many threads submit, some cancel; every answer is its own prompt's."""
+    """Many threads submit and some cancel; every answer belongs to its prompt."""
     engine = Engine(model_of(), max_num_seqs=8, num_blocks=40)
     requests = requests_of(24, longest=90, logprobs=None)
     expected = [r.token_ids for r in Engine(engine.model).generate(requests)]

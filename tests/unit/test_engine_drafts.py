@@ -1,4 +1,4 @@
-"""The engine with a draft model: its guesses change no bit of an answer, and come true."""
+"""Tests of the engine with a draft model: draft tokens change no bit of an answer."""
 
 import copy
 import math
@@ -66,8 +66,8 @@ def nothing_is_kept(engine):
 @pytest.mark.parametrize("format", [None, "w4a8"])
 @pytest.mark.parametrize("prompt_rows", [True, False])
 def test_a_draft_model_changes_no_bit(format, prompt_rows):
-    """Greedy, drawn, filtered, penalized and biased answers, together, with few pages and with few
-    tokens per step: tokens and log-probabilities are those of each request alone."""
+    """Greedy, sampled, filtered, penalized and biased answers run together, with few blocks and few
+    tokens per step. Tokens and log-probabilities are those of each request alone."""
     model = model_of()
     draft = near(model)
     if format:
@@ -82,7 +82,7 @@ def test_a_draft_model_changes_no_bit(format, prompt_rows):
         engine = Engine(model, draft_model=draft, prompt_rows=prompt_rows, **options)
         assert [tokens_and_logprobs(r) for r in engine.generate(requests)] == expected
         stats = engine.stats()
-        assert 0 < stats.accepted_tokens < stats.drafted_tokens  # how many differs by machine
+        assert 0 < stats.accepted_tokens < stats.drafted_tokens  # the number depends on the machine
         assert stats.new_tokens == sum(len(tokens) for tokens, _ in expected)
         assert ("num_blocks" in options) == (stats.preemptions > 0)
         assert stats.draft_failures == 0
@@ -90,7 +90,7 @@ def test_a_draft_model_changes_no_bit(format, prompt_rows):
 
 
 def test_requests_that_come_and_go():
-    """At random moments they arrive, are cancelled and are preempted."""
+    """Requests arrive, are cancelled and are preempted at random moments."""
     model = model_of()
     draw = random.Random(1)
     requests = requests_of([draw.randrange(1, 150) for _ in range(12)], new=40)
@@ -118,13 +118,14 @@ def test_requests_that_come_and_go():
         else:
             assert ours == (tokens, logprobs)
     stats = engine.stats()
-    # the model guesses for itself: wrong are only what a penalty or a filter changes
+    # the model drafts for itself: only a penalty or a filter makes a draft token wrong
     assert stats.accepted_tokens > 0.5 * stats.drafted_tokens > 50
     nothing_is_kept(engine)
 
 
 def test_a_model_guesses_its_own_tokens():
-    """All come true, drawn ones, too, so a step gives five; also after an update of its weights."""
+    """All draft tokens are accepted, sampled ones, too, so a step gives five tokens; also after an
+    update of the weights."""
     model = model_of()
     engine = Engine(model, draft_model=model, prompt_rows=True, max_num_batched_tokens=32)
     for weights in ("old", "new"):
@@ -142,7 +143,7 @@ def test_a_model_guesses_its_own_tokens():
 
 
 def test_a_draft_model_that_knows_nothing():
-    """What the model finds likely, it finds unlikely."""
+    """The draft model finds tokens unlikely that the model finds likely."""
     model, draft = model_of(), model_of()
     draft.model.norm.weight.data.mul_(-1)
     requests = requests_of((9, 70), new=30)
@@ -153,7 +154,7 @@ def test_a_draft_model_that_knows_nothing():
 
 
 def test_draft_tokens_are_those_of_a_draft_model_that_recomputes_everything():
-    """So what is left of rejected guesses and of pauses does not count."""
+    """So rejected draft tokens and pauses leave no trace."""
     model = model_of()
     draft = near(model)
     engine, num_checked = (
@@ -182,7 +183,8 @@ def test_draft_tokens_are_those_of_a_draft_model_that_recomputes_everything():
 
 
 def test_each_token_is_computed_once_and_together():
-    """By the draft model: prompts in chunks, and one step for the guesses of all answers."""
+    """The draft model computes prompts in chunks, and the draft tokens of all answers in one
+    step."""
     model, rows = model_of(), []
     engine = Engine(model, draft_model=model, prompt_rows=True, num_speculative_tokens=3)
     steps = engine._proposer._batch.runner.logits
@@ -205,21 +207,22 @@ def test_it_drafts_up_to_its_context_and_its_blocks():
     assert [tokens_and_logprobs(r) for r in engine.generate([request])] == run_alone(
         model, [request]
     )
-    stats = engine.stats()  # four of five of the 20 tokens that it has room for
+    stats = engine.stats()  # four of five of the 20 tokens that fit
     assert 12 < stats.accepted_tokens == stats.drafted_tokens <= 20
-    # prompts that share pages of the model take pages of their own in the draft model's cache
+    # prompts that share blocks of the model have blocks of their own in the draft model's cache
     engine = Engine(model, draft_model=model, prompt_rows=True, num_blocks=9)
     requests = [Request([7] * 150, 30, seed=i, logprobs=0, ignore_eos=True) for i in range(4)]
     assert [tokens_and_logprobs(r) for r in engine.generate(requests)] == run_alone(model, requests)
     stats = engine.stats()
-    # nine pages are the 180 tokens of three answers, with 23 guesses each (29 are 5 * 5 + 4); the
-    # fourth answer guesses only once another has ended
+    # nine blocks hold the 180 tokens of three answers, with 23 draft tokens each (29 are 5 * 5 +
+    # 4); the fourth answer has draft tokens only after another has ended
     assert 3 * 23 <= stats.accepted_tokens == stats.drafted_tokens < 4 * 23
     nothing_is_kept(engine)
 
 
 def test_a_draft_model_that_fails_ends_no_request():
-    """The answer whose guesses fail continues without guesses; the others keep theirs."""
+    """The answer for which drafting fails continues without draft tokens; the others keep
+    theirs."""
     model = model_of()
     requests = requests_of((9, 9, 9), new=60)
     engine, got = (
@@ -273,7 +276,7 @@ def test_a_draft_model_whose_weights_cannot_be_followed(monkeypatch):
     assert stats.draft_failures == 1 and stats.drafted_tokens == 0
     engine.generate(requests)
     repeated = engine.stats()
-    # it guesses again, each step four of its five tokens: 20 are one, three times five, and four
+    # it drafts again, four of the five tokens of each step: 20 are one, three times five, and four
     assert repeated.drafted_tokens == repeated.accepted_tokens == 3 * 4 + 3
     assert (stats.steps, repeated.steps - stats.steps) == (20, 5)
     nothing_is_kept(engine)
@@ -308,10 +311,11 @@ def test_stop_strings_and_grammars():
     stopped.generate(requests[:1])
     even.generate(requests[1:])
     stats, count = stopped.stats(), len(expected[0].token_ids)
-    # the model guesses for itself: wrong are only guesses behind the stop, of the last step's four
+    # the model drafts for itself: only draft tokens after the stop are wrong, of the last step's
+    # four
     assert stats.steps == 1 + math.ceil((count - 1) / 5)
     assert count > 6 and stats.drafted_tokens - stats.accepted_tokens < 4
-    # guesses do not know the grammar: some come true, and each saves a step
+    # drafting ignores the grammar: some draft tokens are accepted, and each saves a step
     stats = even.stats()
     assert 0 < stats.accepted_tokens < stats.drafted_tokens / 4
     assert stats.steps == 40 - stats.accepted_tokens
@@ -342,7 +346,7 @@ def test_refusals():
 
 
 def test_a_padded_model_guesses_ids_of_the_tokenizer():
-    """Penalties have the tokenizer's size: guesses of a request with some failed."""
+    """Penalties have the tokenizer's size: drafting failed for a request with penalties."""
     penalised = Request([1, 2], 4, Sampling(temperature=0.0, repetition_penalty=1.1))
     sequence = sequences.Sequence(
         0, penalised, print, tokenizer=None, stop_ids=frozenset(), max_new_tokens=4, vocab=90,

@@ -1,4 +1,4 @@
-"""Models whose rotary frequencies depend on the length of the context, in an engine."""
+"""Tests of the engine with rotary frequencies that depend on the length of the context."""
 
 import contextlib
 
@@ -51,7 +51,7 @@ def test_longrope_turns_by_the_longest_context(engine_of):
 
 
 def test_dynamic_turns_by_the_longest_context(engine_of, monkeypatch):
-    """As a plain model whose base is that of the longest context."""
+    """The results are those of a plain model with the base of the longest context."""
     dynamic = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
     model = model_of(rope_parameters=dynamic, max_position_embeddings=40)
     assert answers(engine_of(model, max_model_len=40), (5, 20), 15) == by_definition(

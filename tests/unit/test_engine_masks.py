@@ -1,4 +1,4 @@
-"""Answers with a grammar in the engine: masks that are late, too slow, or leave nothing."""
+"""Tests of answers with a grammar: masks that are late, too slow, or allow no token."""
 
 import threading
 import time
@@ -71,7 +71,7 @@ def test_others_go_on_while_a_mask_is_computed():
     "options", [{}, {"num_speculative_tokens": 3}, {"num_blocks": 4}, {"prompt_rows": True}]
 )
 def test_masks_that_come_late_change_no_answer(options, monkeypatch):
-    """Also where the answer is preempted meanwhile."""
+    """This holds also where the answer is preempted meanwhile."""
 
     class Even:
         def __init__(self):

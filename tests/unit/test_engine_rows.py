@@ -1,4 +1,4 @@
-"""The engine where prompts, answers and guesses are rows of one decode step."""
+"""Tests of the engine where prompts, answers and draft tokens are rows of one decode step."""
 
 import pytest
 import torch
@@ -32,8 +32,8 @@ def test_blocks_of_answers_are_cached_where_prompts_are_rows():
 
 @pytest.mark.parametrize("format", [None, "w4a8"])
 def test_draft_tokens_change_no_bit(format):
-    """Prompt lookup with greedy, drawn, filtered, penalized and ended answers, alone and beside
-    others, with few pages: tokens and log-probabilities are the same, in fewer steps."""
+    """Prompt lookup with greedy, sampled, filtered, penalized and ended answers, alone and
+    together, with few blocks: tokens and log-probabilities are the same, in fewer steps."""
     model = model_of()
     if format:
         model = fastlm.quantize(model, format, group_size=24)
@@ -77,7 +77,7 @@ ELEVENS = Sampling(temperature=0.0, logit_bias=((11, 1000.0),))
 
 
 def test_draft_tokens_of_a_preempted_request_are_dropped():
-    """Else one that comes true would count a token as computed, on a page that others find."""
+    """Otherwise an accepted draft token would count as computed, in a block that others find."""
     model = model_of()
     options = {"prompt_rows": True, "num_speculative_tokens": 2}
     request = Request([1, 2, 3], 80, ELEVENS, seed=1, logprobs=0, ignore_eos=True)
@@ -100,7 +100,7 @@ def test_draft_tokens_of_a_preempted_request_are_dropped():
 
 
 def test_a_prompt_whose_pages_were_all_found_is_no_source_of_another():
-    """An answer that was preempted finds its own pages again, and no row told what follows it."""
+    """A preempted answer finds its own blocks in the cache, and none of its rows has logits."""
     engine, got = Engine(model_of(), prompt_rows=True), CompletionCollector()
     prompt = [i % 97 for i in range(100)]
     engine.submit(Request(prompt, 200, seed=1, ignore_eos=True), got)
@@ -116,7 +116,7 @@ def test_a_prompt_whose_pages_were_all_found_is_no_source_of_another():
 
 @pytest.mark.parametrize("prompt_rows", [True, False])
 def test_rows_that_fail_end_their_own_request(prompt_rows):
-    """Whatever else is in their step, and nobody is told anything after the end."""
+    """Other rows of the step do not matter, and no listener is called after the end."""
     engine = Engine(model_of(), prompt_rows=prompt_rows, max_num_seqs=80, num_blocks=200)
     pieces = [[] for _ in range(70)]
     for i, request_pieces in enumerate(pieces):
@@ -142,7 +142,7 @@ def test_rows_that_fail_end_their_own_request(prompt_rows):
 
 
 def test_an_update_after_which_modules_compute_prompts(monkeypatch):
-    """An answer that waits, preempted, then continues."""
+    """A preempted answer that waits continues afterwards."""
     model = fastlm.quantize(model_of(), "w8a8", group_size=32)
     monkeypatch.setattr(cpu_decode, "prefers_prompt_rows", lambda plan: plan.multiplies_int8)
     engine, got = (

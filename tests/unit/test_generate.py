@@ -64,7 +64,7 @@ def ids_of(rows, length, seed=0):
 
 
 def by_full_passes(model, ids, new):
-    """(B, S) -> (B, S + new): the definition of greedy generation."""
+    """Return (B, S + new) for (B, S): the definition of greedy generation."""
     with torch.no_grad():
         for _ in range(new):
             ids = torch.cat((ids, model(ids).logits[:, -1].argmax(-1, keepdim=True)), 1)
@@ -87,7 +87,7 @@ def test_greedy_tokens_are_those_of_full_passes(kind, how):
 
 
 def test_frequencies_are_those_of_the_longest_context():
-    """As of a plain model with that base, also beyond the context that the model names."""
+    """The results are those of a plain model with that base, also beyond the model's context."""
     model = model_of("dynamic")
     longest, width = 58, model.config.head_dim
     base = 1e4 * (2.0 * longest / 48 - 1.0) ** (width / (width - 2))
@@ -121,7 +121,7 @@ def test_ragged_batch_equals_each_row_alone(kind):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_prompt_of_several_rows_is_computed_once(kind, monkeypatch):
-    """Each row continues as alone."""
+    """Each row continues as it does alone."""
     model = model_of(kind)
     long, short = ids_of(1, 9)[0].tolist(), ids_of(1, 4, seed=1)[0].tolist()
     prompts = [long, short, long, [0, *short], long, short]
@@ -503,7 +503,7 @@ def test_stop_strings(stop, expected):
     assert "".join(pieces) == expected
     assert all(pieces)
     if not stop:
-        assert len(pieces) > 1  # streamed, not held back to the end
+        assert len(pieces) > 1  # streamed, not buffered to the end
 
 
 def test_stop_ids_end_the_text():

@@ -24,7 +24,7 @@ def schema_format(schema):
 
 
 def accepts(compiler, output_format, text):
-    """Whether a text may be an answer."""
+    """Return whether a text may be an answer."""
     state = compiler.constraint(output_format)()
     for token in compiler.tokenizer.encode(text):
         if not state.mask()[token]:
@@ -34,7 +34,7 @@ def accepts(compiler, output_format, text):
 
 
 def calls(parameters, arguments):
-    """Forms in which a function may be called, each with a call of these arguments."""
+    """Yield formats in which a function may be called, each with a call of these arguments."""
     tool = {"type": "function", "function": {"name": "f"}}
     if parameters is not None:
         tool["function"]["parameters"] = parameters
@@ -52,7 +52,7 @@ TOOL = {"type": "function", "function": {"name": "f"}}
 
 
 def formats(schema, text):
-    """Forms that keep an answer to a schema, each with an answer."""
+    """Yield formats that hold an answer to a schema, each with an answer."""
     yield schema_format(schema), text
     yield OutputFormat("calls_or", ([TOOL], True, schema_format(schema)), "response_format"), text
     generic = OutputFormat("generic", GenericTools([TOOL], False, False, schema), "response_format")

@@ -1,4 +1,4 @@
-"""Files of strangers against their schemas: what is wrong is named by file, line and field."""
+"""Tests of schemas: an error names file, line and field."""
 
 import os
 from dataclasses import dataclass, field
