@@ -126,14 +126,14 @@ def test_a_conversation_stays_with_its_model(models, tmp_path):
 def test_thumbs_promote_and_late_thumbs_count_for_the_model_that_answered(
     models, tmp_path, monkeypatch
 ):
-    in_loop, compare = [], decisions.sequential.always_valid
+    in_loop, compare = [], decisions.sequential.compare_rates
 
     def recorded(*counts):
         with suppress(RuntimeError):  # in a thread without a loop
             in_loop.append(asyncio.get_running_loop())
         return compare(*counts)
 
-    monkeypatch.setattr(decisions.sequential, "always_valid", recorded)
+    monkeypatch.setattr(decisions.sequential, "compare_rates", recorded)
     with canary_trial(models, tmp_path, alpha=0.2) as (url, server):
         old, new = server.served_model.name, server.models.experiment.served_model.name
         answers = [chat(url, f"Hello {i}") for i in range(60)]
