@@ -196,7 +196,8 @@ class AdamW(torch.optim.Optimizer):
         ordinal: int,
     ) -> tuple[Tensor, AdamWTensor]:
         """Return this rank's part of the parameter, and what the op updates: itself or a dense
-        copy."""
+        copy.
+        """
         if grad.layout != torch.strided:
             raise InputError(f"grad: expected a dense gradient, got layout {grad.layout}")
         state = self.state[param]

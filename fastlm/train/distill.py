@@ -77,7 +77,8 @@ class DistillObjective(SftObjective):
 
     def divergence(self, student: "Tensor", head: "Tensor", batch: Any, num_items: int) -> "Tensor":
         """Return the sum over the loss tokens, divided by ``num_items``. ``student``: hidden
-        states."""
+        states.
+        """
         raise NotImplementedError
 
     def loss(self, batch: Any, num_items: int) -> "Tensor":
@@ -117,7 +118,7 @@ class TeacherModelObjective(DistillObjective):
         return {**super().identity(), "teacher": weights_digest(self.teacher)}
 
     def next_batches(self, count: int) -> "list[PackedBatch]":
-        """Return ``count`` micro-batches, or what the epoch has left."""
+        """Return ``count`` micro-batches, or the rest of the epoch."""
         import numpy as np
 
         rows = self.next_rows(count)

@@ -487,7 +487,8 @@ def _at_least_one(count: Count) -> Count:
 
 def _per_row(name: str, value: Tensor | float, rows: Tensor) -> Tensor:
     """Return ``value``, a number or a tensor of the shape of ``rows``, as a tensor of their
-    dtype."""
+    dtype.
+    """
     value = torch.as_tensor(value, dtype=rows.dtype, device=rows.device)
     if value.shape not in ((), rows.shape):
         raise InputError(

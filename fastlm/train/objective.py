@@ -339,7 +339,8 @@ class EpochObjective(Objective):
 
     def next_rows(self, count: int) -> list[list[int]]:
         """Return the indices of the examples of ``count`` micro-batches, or the rest of the
-        epoch."""
+        epoch.
+        """
         if self.next_index == len(self.order):
             self._begin(self.epoch + 1)
         self.step_measurements = []

@@ -185,7 +185,8 @@ class OnlineObjective(Objective):
 
     def _prompts_of_round(self) -> list[int]:
         """Return the indices of the next prompts. An epoch takes every prompt once, in a new
-        order."""
+        order.
+        """
         count, size = len(self.prompts), self.options.prompts_per_round
         positions = (divmod(i, count) for i in range(self.round * size, (self.round + 1) * size))
         return [int(self._order(0, epoch, count)[index]) for epoch, index in positions]
@@ -468,7 +469,8 @@ class OnlineObjective(Objective):
 
     def validate(self) -> dict[str, float]:
         """Return the mean score of greedy completions of held-out prompts, and its standard
-        error."""
+        error.
+        """
         count = min(len(self.heldout), self.options.val_prompts)
         if not count:
             return {}

@@ -60,7 +60,8 @@ LAST_GOOD = "last-good"
 @dataclass(frozen=True)
 class OnlineStage(LoraOptions, RolloutOptions, ChatStage):
     """A stage that trains on rollouts. A subclass builds its
-    `fastlm.train.online.OnlineObjective`."""
+    `fastlm.train.online.OnlineObjective`.
+    """
 
     version = 2
     truncations: ClassVar[tuple[str, ...]] = ("skip",)
@@ -91,13 +92,13 @@ messages), or of conversations, whose last answer is cut off."""
     ] = ()
     reward_function: Annotated[
         str,
-        "Function that scores completions: exact, contains, number, reasoning-gym or "
-        "file.py:function",
+        "Function that scores completions: exact, contains, number, reasoning-gym or"
+        " file.py:function",
     ] = ""
     ensemble: Annotated[
         str,
-        "Combined score of several reward models: mean, min or uwo (mean - uwo_coefficient * "
-        "variance)",
+        "Combined score of several reward models: mean, min or uwo (mean - uwo_coefficient *"
+        " variance)",
     ] = "mean"
     uwo_coefficient: Annotated[
         float, "Coefficient of the variance over the reward models in uwo"

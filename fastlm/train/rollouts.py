@@ -106,7 +106,8 @@ class PackedRollouts:
 
     def rows(self, x: Tensor) -> Tensor:
         """Select the values of the completions' tokens: (1, total) -> (B, S), 0 beyond their
-        ends."""
+        ends.
+        """
         out = torch.zeros(self.mask.shape, dtype=x.dtype, device=x.device)
         return out.masked_scatter(self.mask, x[self.labels != IGNORE])
 

@@ -145,7 +145,8 @@ class TeacherLogits:
 
     def identity(self, examples: Sequence[Example]) -> str:
         """Return a hash of the header and the rows of ``examples``. This reads and checks all
-        rows."""
+        rows.
+        """
         assert self.header is not None
         digest = hashlib.sha256(json.dumps(asdict(self.header)).encode())
         for example in examples:

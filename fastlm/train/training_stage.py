@@ -67,7 +67,8 @@ class TrainingSetup:
 @dataclass(frozen=True)
 class TrainingStage(TrainOptions, Stage):
     """A stage that trains a model. A subclass defines `prepare`, `section`, and perhaps
-    `summary_parts`."""
+    `summary_parts`.
+    """
 
     outputs = {"model": MODEL}
     checkpoints = ("checkpoints",)
@@ -275,12 +276,14 @@ class ChatStage(TrainingStage):
 
     def check_data(self, feedback: bool) -> None:
         """Raise InputError for a training without data. ``feedback``: whether it has user
-        feedback."""
+        feedback.
+        """
         expect(self.data or feedback, "data", f"at least one source of {self.row_name}", "none")
 
     def feedback_file(self) -> str:
         """Return the file of the feedback that the stage trains on
-        (`fastlm.feedback.build.PARTS`)."""
+        (`fastlm.feedback.build.PARTS`).
+        """
         return f"train/{self.feedback_format}.jsonl"
 
     def with_feedback(self, ctx: StageContext) -> Self:
@@ -328,7 +331,8 @@ class ChatStage(TrainingStage):
         self, ctx: StageContext, model: Any, data: Any, options: TrainOptions, **common: Any
     ) -> "Objective":
         """Return the objective. ``common``: arguments of
-        `fastlm.train.objective.EpochObjective`."""
+        `fastlm.train.objective.EpochObjective`.
+        """
         raise NotImplementedError
 
     def prepare(self, ctx: StageContext) -> TrainingSetup:

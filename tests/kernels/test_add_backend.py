@@ -108,7 +108,8 @@ NAMES = {"numbers": "options", "dh_above": "dh"}
 @pytest.mark.parametrize("row", ROWS.values(), ids=ROWS)
 def test_hosts_are_what_is_declared(row):
     """Each declared host function exists, with the definition's parameters. No other function has
-    the name of one."""
+    the name of one.
+    """
     for entry in OPS.values():
         module = f"{row.package}.{entry.module}"
         exists = importlib.util.find_spec(module) is not None

@@ -86,7 +86,8 @@ def test_compiles_in_one_graph(dtype):
 
 def trained(model, ids, dtype, optimizer, spoiled=None):
     """Return the losses of ten steps, and the skipped steps. Step `spoiled` has an infinite
-    gradient."""
+    gradient.
+    """
     opt = optimizer(model.parameters(), lr=3e-3)
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10, enabled=dtype == torch.float16)
     losses, skipped = [], []

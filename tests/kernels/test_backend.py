@@ -84,7 +84,8 @@ def test_default_device_does_not_matter(function, tensors):
 @pytest.mark.parametrize("name", ["cpu", "reference"])
 def test_autocast(name, op):
     """Products use autocast's dtype, as in F.linear and torch's attention. Nothing else changes:
-    the reference's own products would be bfloat16."""
+    the reference's own products would be bfloat16.
+    """
     function, tensors = CALLS[op]
     cast = tensors
     if op.startswith(("attention", "varlen", "linear")):

@@ -208,7 +208,8 @@ def test_same_bits(format, isa):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.int8])
 def test_pages(case, page_size, dtype, isa):
     """Rows of different lengths, in pages in any order, some shared, have the bits of each row
-    alone in one page, and nothing beyond a row's end is read."""
+    alone in one page, and nothing beyond a row's end is read.
+    """
     model = model_of(case, **({"sliding_window": 150} if case == "mistral" else {}))
     lengths, pages = [140, 3, 15, 271, 128], -(-272 // page_size)
     ids, cache = prefilled(model, 1, 271, 272)
@@ -244,7 +245,8 @@ WIDE, INT8 = torch.float32, torch.int8
 @pytest.mark.parametrize("case", ["llama", "mistral", "gemma2", "qwen3"])
 def test_several_tokens_of_a_sequence(case, format, dtype, isa):
     """Rows that follow each other in a sequence have the bits that they have one by one, however
-    they are cut into steps and beside whatever they are; logits are those of the rows expected."""
+    they are cut into steps and beside whatever they are; logits are those of the rows expected.
+    """
     model = model_of(case, **({"sliding_window": 40} if case == "mistral" else {}))
     if format:
         model = fastlm.quantize(model, format, group_size=24)
@@ -304,7 +306,8 @@ class Filled(RowCache):
 def test_int8_keys(case, head_dim, isa, monkeypatch):
     """A step computes what float64 modules compute with the keys that its int8 mean and queries
     that are rounded like them. It rounds its own key and value to the nearest int8: codes and
-    scales have the bits of `round_rows`."""
+    scales have the bits of `round_rows`.
+    """
 
     def rounded(q, k, v, *rest, **options):
         codes, scales = int8_of(q)

@@ -278,7 +278,8 @@ def test_generation_within_a_generation(monkeypatch):
 @pytest.mark.parametrize("format", [None, "w4a16", "w8a8"])
 def test_the_engine_by_graphs(monkeypatch, format):
     """The same tokens as from unrecorded steps, and as through the modules; rows come and go, and
-    are preempted."""
+    are preempted.
+    """
     model = small_model(format).cuda()
     prompts = [list(range(1, 30)), [5, 6, 7], list(range(100, 300)), [8], [9] * 60]
     requests = [

@@ -1,5 +1,6 @@
 """bench/gpu.py has to work the first time it runs on a GPU: its small cases, interpreted here, and
-how it handles failures."""
+how it handles failures.
+"""
 
 import json
 import os

@@ -182,7 +182,8 @@ print(growth(lambda: run(n)))
 
 def test_logits_are_never_in_memory():
     """1024 x 32768 logits take 64 MiB in bf16 and twice that in float32, and their gradient as much
-    again."""
+    again.
+    """
     (grown,) = run_script(MEMORY)
     assert grown <= 64
 

@@ -404,7 +404,8 @@ def test_masters_kept_before_the_cast():
 @pytest.mark.parametrize("begin", ["steps", "keep_masters"])
 def test_masters_of_a_model_cast_later(dtype, begin):
     """Small updates are not lost after steps in float32, or after a cast to a 16-bit dtype other
-    than the one `keep_masters` assumes."""
+    than the one `keep_masters` assumes.
+    """
     p = torch.nn.Parameter(torch.full((64,), 2.0))
     module = torch.nn.ParameterList([p])
     optimizer = AdamW([p], lr=1e-4, weight_decay=0.0, master_weights=True)

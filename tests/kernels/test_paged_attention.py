@@ -134,7 +134,8 @@ def test_supports_its_rows(op, kernel, dtype):
 @pytest.mark.parametrize("heads", [1, 3])
 def test_every_int8_is_widened_exactly(kernel, dtype, heads):
     """Sequence b has b + 1 keys, and the last one has all the weight: its score is 16 more than
-    that of its predecessor. q selects the column that is the score."""
+    that of its predecessor. q selects the column that is the score.
+    """
     device = kernel.device
     k = torch.arange(-128, 128).to(torch.int8).reshape(1, 16, 1, 16).to(device)
     lens = torch.arange(1, 17, dtype=torch.int32, device=device)
@@ -310,7 +311,8 @@ def test_no_shared_memory(kernel, monkeypatch):
 @pytest.mark.parametrize("heads", [2, 8])
 def test_reads_whole_sectors_without_bank_conflicts(kernel, heads):
     """In the emulator's counts the kernels read q and the cache in whole sectors, and the kernel of
-    matrix instructions has no bank conflicts."""
+    matrix instructions has no bank conflicts.
+    """
     if kernel.device != "cpu":
         pytest.skip("counts are the emulator's")
     simt = importlib.import_module("fastlm._simt")

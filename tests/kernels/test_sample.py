@@ -1,5 +1,6 @@
 """The C++ sampler against torch's (`sample_with_torch`, the definition) and float64, on every
-instruction set: all options, ties, -inf, NaN, vocabularies that are no multiple of a vector."""
+instruction set: all options, ties, -inf, NaN, vocabularies that are no multiple of a vector.
+"""
 
 import math
 

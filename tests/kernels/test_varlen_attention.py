@@ -57,7 +57,8 @@ def test_any_hint_gives_the_same(kernel, longest):
 def test_wrong_offsets_stay_inside(kernel, wrong):
     """The CPU refuses these. A GPU sees them too late, and writes no row outside all sequences.
     There is one element per row, so that blocks of rows outside the tensors end inside the
-    guards."""
+    guards.
+    """
     q, k, v = (torch.randn(9, 1, 1).to(kernel.device) for _ in range(3))
     cu = torch.tensor(wrong).to(kernel.device)
     results, _ = run(lambda *x: ops.varlen_attention(*x, cu, return_lse=True), [q, k, v])

@@ -34,7 +34,8 @@ def model_folders(root, names="abc", context=512):
 @contextlib.contextmanager
 def canary_server(base, state, *, canary=None, store=None, models_dir=None, lock=None, **options):
     """Serve the model in the folder ``base``; yield (URL, server). ``keys``, ``admin_keys`` and
-    ``monitoring`` are options of the server; the others are options of the canary's experiment."""
+    ``monitoring`` are options of the server; the others are options of the canary's experiment.
+    """
     server_options = {key: options.pop(key) for key in ("keys", "admin_keys") if key in options}
     monitor = monitor_of(store, options.pop("monitoring", None))
     loader = ModelLoader("tiny", None, OPTIONS, lock=lock or FairLock(), versioned_names=True)

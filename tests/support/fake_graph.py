@@ -1,6 +1,7 @@
 """A stand-in for CUDA graphs where there is no GPU. Each replay calls the recorded operators again,
 on the same tensors and with the same numbers: a value that the host chose does not change, as in a
-real graph."""
+real graph.
+"""
 
 import contextlib
 

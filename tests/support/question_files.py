@@ -43,7 +43,8 @@ def write_requests(cache: Path, folder: str, format: str, rows: list[dict]) -> P
 @dataclass
 class FakeScorer:
     """A scorer without a model: ``logprob(context, continuation)`` is a continuation's logprob,
-    ``answer(prompt)`` an answer."""
+    ``answer(prompt)`` an answer.
+    """
 
     logprob: object = None
     answer: object = None

@@ -1,12 +1,14 @@
 """A KV cache of sequences of equal length, each in a page of its own. `fastlm.model.cpu_decode` and
-`fastlm.model.cuda_decode` read pages of any size."""
+`fastlm.model.cuda_decode` read pages of any size.
+"""
 
 import torch
 
 
 class RowCache:
     """A cache for `CausalLM.chunk_hidden`, with ``new`` tokens of each row. ``data`` is (layers, 2,
-    rows, Hkv, capacity, D), and `length` of its columns are filled."""
+    rows, Hkv, capacity, D), and `length` of its columns are filled.
+    """
 
     def __init__(self, model, rows, capacity, dtype=None):
         config = model.config

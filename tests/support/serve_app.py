@@ -108,7 +108,8 @@ def run_server(server, *, buffer=None, drain=0.0, connections=1024):
 @contextlib.contextmanager
 def serve_process(*options, **environment):
     """Run `fastlm serve` with these options in a separate process on a free port; yield (process,
-    URL, lines of its log so far)."""
+    URL, lines of its log so far).
+    """
     process = subprocess.Popen(
         [*COMMAND, "--port", "0", *map(str, options)], stderr=subprocess.PIPE, text=True,
         env={**os.environ, "OMP_NUM_THREADS": "1", **environment},

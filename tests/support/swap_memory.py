@@ -1,6 +1,7 @@
 """Measure the memory of a process that serves and swaps models, and does nothing else:
 swap_memory.py FOLDER prints its resident MiB before and after each of four promotions between
-FOLDER/1 and FOLDER/2."""
+FOLDER/1 and FOLDER/2.
+"""
 
 import resource
 import sys

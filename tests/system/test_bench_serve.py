@@ -99,7 +99,8 @@ def test_a_missing_peer_is_named(monkeypatch, capsys):
 @contextmanager
 def fake_server(answer):
     """Run a server; yield it and the bodies that it gets. `answer(body)` returns a status and the
-    events of a stream."""
+    events of a stream.
+    """
     bodies = []
 
     class Handler(BaseHTTPRequestHandler):

@@ -620,7 +620,8 @@ def test_metrics_of_a_file(tmp_path):
 
 def test_feedback_comes_early_late_and_about_conversations(database_url):
     """Before its answer is measured, after a restart, and after days; the answer's own time and
-    model count."""
+    model count.
+    """
     now = time.time()
     with FeedbackStore(database_url) as store:
         store.declare_ratings([STARS, SOLVED])

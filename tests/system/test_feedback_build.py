@@ -1,5 +1,6 @@
 """`fastlm feedback build`: every step of the funnel drops what it must and counts it; raters far
-from the others are left out; the rows are read by the trainings; gates."""
+from the others are left out; the rows are read by the trainings; gates.
+"""
 
 import io
 import json

@@ -1,5 +1,6 @@
 """Test one round of the feedback loop in this process: simulated users, feedback over HTTP, the
-recipe that trains a new model, and its gates."""
+recipe that trains a new model, and its gates.
+"""
 
 import json
 import os

@@ -1,5 +1,6 @@
 """Patched models in Hugging Face's Trainer and TRL's SFTTrainer over 50 steps, also with
-`fastlm.AdamW` as optimizer: the losses equal those of the plain model with torch's."""
+`fastlm.AdamW` as optimizer: the losses equal those of the plain model with torch's.
+"""
 
 import peft
 import pytest
@@ -170,7 +171,8 @@ def test_sft_trainer(tmp_path, monkeypatch, mode):
 @pytest.mark.parametrize("mode", ["plain", "lora", "packing"])
 def test_sft_trainer_with_the_loss_of_the_model(tmp_path, monkeypatch, mode):
     """`fastlm.compat.trl.SFTTrainer`: the fused op yields TRL's losses of the plain model;
-    evaluation works as in TRL."""
+    evaluation works as in TRL.
+    """
     from fastlm.compat.trl import SFTTrainer
     from fastlm.hf import forwards
 

@@ -40,7 +40,8 @@ def models(tmp_path_factory):
 @contextmanager
 def canary_trial(models, folder, **options):
     """Serve a model with a canary, which gets half of the conversations by default; yield (URL,
-    server)."""
+    server).
+    """
     with FeedbackStore(folder / "feedback.sqlite") as store:
         options = {"share": 0.5, **options}
         with canary_server(

@@ -633,7 +633,8 @@ def test_metrics_and_the_dashboard(tiny):
 
 def test_few_threads_encode_prompts(tiny):
     """The tokenizers package keeps the words of each thread that encodes: with one thread for each
-    of 64 clients, the memory of a server grew for hours."""
+    of 64 clients, the memory of a server grew for hours.
+    """
     with serve_model(*tiny) as (url, server):
         chat, threads = server.served_model.prompt_encoder.encode_chat, set()
 

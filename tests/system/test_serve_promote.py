@@ -1,5 +1,6 @@
 """``fastlm serve`` as a process whose model changes: the commands promote and rollback, a kill, and
-what is refused at the start."""
+what is refused at the start.
+"""
 
 import json
 import threading

@@ -1,5 +1,6 @@
 """Promotions and rollbacks under load: no request is lost, each answer is that of the model it
-names, and a replaced model's memory returns."""
+names, and a replaced model's memory returns.
+"""
 
 import json
 import re

@@ -75,7 +75,8 @@ def by_full_passes(model, ids, new):
 @pytest.mark.parametrize("how", ["steps", "modules", "w4a16"])
 def test_greedy_tokens_are_those_of_full_passes(kind, how):
     """Also of rows of other lengths side by side. Where frequencies depend on the length of the
-    context, here all lengths have the same."""
+    context, here all lengths have the same.
+    """
     model = model_of(kind)
     if how == "w4a16":
         model = quantize(model, how, group_size=8)

@@ -84,7 +84,8 @@ def test_other_text_than_personal_data_stays(text):
 
 def test_recall_over_the_numbers_of_all_countries():
     """Google's example of a mobile and of a fixed number of each of 245 regions, as it is written
-    at home and abroad."""
+    at home and abroad.
+    """
     hits: dict[str, list[bool]] = {}
     for region in sorted(phonenumbers.SUPPORTED_REGIONS):
         for kind in (PhoneNumberType.MOBILE, PhoneNumberType.FIXED_LINE):

@@ -158,7 +158,8 @@ def test_an_effect_on_shares_of_passages_is_found_four_times_in_five(rate, draws
 
 def burst_paces(rng, n: int, length: float) -> np.ndarray:
     """Seconds per token of conversations in a row, a third of which fall into bursts of load of
-    ``length`` in the mean, in which answers take five times as long."""
+    ``length`` in the mean, in which answers take five times as long.
+    """
     busy, state = np.zeros(n), False
     for i, draw in enumerate(rng.random(n)):
         state = draw > 1 / length if state else draw < 0.5 / length
@@ -193,7 +194,8 @@ def test_load_in_bursts_rolls_no_equal_model_back(length, share, draws):
 @pytest.mark.parametrize("share, most", [(0.5, 400), (0.1, 1100)])
 def test_a_slower_model_is_noticed(share, most, draws):
     """Three times as slow, in bursts of 20: in nine of ten trials within 400 conversations where
-    half of them go to the canary, 1,100 where a tenth do."""
+    half of them go to the canary, 1,100 where a tenth do.
+    """
     rng = np.random.default_rng(1)
     ended = [decided_after(rng, 3.0, share, 20, most) for _ in range(draws)]
     assert sum(one is None for one in ended) / draws < above(0.1, draws)
