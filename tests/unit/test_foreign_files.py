@@ -253,7 +253,7 @@ def test_overrides_that_are_none(recipe, override):
 
 def test_a_pipe_for_a_recipe(tmp_path):
     os.mkfifo(tmp_path / "r.toml")
-    with pytest.raises(InputError, match="no file"):
+    with pytest.raises(InputError, match="not a file"):
         load_recipe(tmp_path / "r.toml")
 
 
