@@ -1,4 +1,4 @@
-"""How far raters agree: Krippendorff's alpha, and pairs of answers in the same order."""
+"""Agreement of raters: Krippendorff's alpha, and the share of pairs in the same order."""
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -10,8 +10,11 @@ import numpy as np
 
 @dataclass(frozen=True)
 class PairAgreement:
-    """Two raters: how many items both ranked; how many pairs of answers those have, and how many
-    of them both put in the same order (or both tied).
+    """The agreement of two raters.
+
+    items: number of items that both ranked.
+    alike: pairs of answers that both put in the same order (or both tied).
+    pairs: pairs of answers of these items.
     """
 
     raters: tuple[str, str]
@@ -22,10 +25,12 @@ class PairAgreement:
 
 @dataclass(frozen=True)
 class Agreement:
-    """``alpha``: Krippendorff's ordinal alpha (2011, "Computing Krippendorff's Alpha-Reliability"):
-    1 is agreement, 0 is what chance gives, below 0 raters contradict each other; NaN where it is
-    undefined. ``items``: how many have two raters or more. ``pairs``: of each two raters with an
-    item in common.
+    """The agreement of all raters.
+
+    alpha: Krippendorff's ordinal alpha (2011, "Computing Krippendorff's Alpha-Reliability"): 1 is
+        full agreement, 0 is chance, below 0 raters contradict each other; NaN if undefined.
+    items: number of items with two raters or more.
+    pairs: the agreement of each two raters with a common item.
     """
 
     alpha: float
@@ -36,8 +41,9 @@ class Agreement:
 def agreement_of(rankings: Iterable[Mapping[str, Sequence[int]]]) -> Agreement:
     """Return the agreement on items. ``rankings``: per item, the ranks of its answers by rater.
 
-    The units of alpha are answers. A value is the answer's place from 0 (best) to 1 (worst), so
-    that items with different numbers of answers compare; tied answers share their mean place.
+    The units of alpha are answers. A value is the answer's relative rank from 0 (best) to 1
+    (worst), so that items with different numbers of answers are comparable. Tied answers share
+    their mean rank.
     """
     import krippendorff
 
@@ -49,7 +55,7 @@ def agreement_of(rankings: Iterable[Mapping[str, Sequence[int]]]) -> Agreement:
         for item in ranks_of
         for i in range(len(next(iter(item.values()))))
     ]
-    alpha = math.nan  # also where all places are equal
+    alpha = math.nan  # also if all ranks are equal
     if len({rank for unit in units for rank in unit if not math.isnan(rank)}) > 1:
         alpha = krippendorff.alpha(np.transpose(units), level_of_measurement="ordinal")
     pairs = []

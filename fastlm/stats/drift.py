@@ -1,4 +1,4 @@
-"""How far a window of traffic has moved from a reference window: PSI of counts, MMD of vectors."""
+"""Drift between a window of traffic and a reference window: PSI of counts, MMD of vectors."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -7,14 +7,14 @@ import numpy as np
 
 from fastlm.errors import InputError
 
-SMOOTHING = 0.5  # added to each count: an empty bin has no logarithm
-DRAWS = 999  # of windows without drift
+SMOOTHING = 0.5  # added to each count, because an empty bin has no logarithm
+DRAWS = 999  # simulated windows without drift
 
 
 @dataclass(frozen=True)
 class Drift:
-    """``value`` of a measure; ``floor``: what 95 % of windows without drift stay below; ``p``: the
-    share of windows without drift that have as large a value.
+    """The ``value`` of a drift measure. ``floor``: the 95th percentile of windows without drift;
+    ``p``: the share of windows without drift with at least this value.
     """
 
     value: float
@@ -28,9 +28,9 @@ def psi(reference_counts: Any, counts: Any, *, seed: int = 0) -> Drift:
         sum over bins of (q - r) log(q / r)
 
     r and q are the bins' shares with 1/2 added to each count. The usual thresholds (0.1, 0.25)
-    know nothing of the number of items: two windows of 100 items over 20 bins have a PSI of 0.4
-    without any drift. ``floor`` and ``p`` come from windows of these sizes drawn from the pooled
-    shares (``seed``); p is in steps of 1/1000, and conservative where nearly all counts are 0.
+    ignore the number of items: two windows of 100 items over 20 bins have a PSI of 0.4 without any
+    drift. ``floor`` and ``p`` come from simulated windows of these sizes, drawn from the pooled
+    shares (``seed``). p has steps of 1/1000 and is conservative if nearly all counts are 0.
     """
     r, q = _counts("reference_counts", reference_counts), _counts("counts", counts)
     if len(r) != len(q):
@@ -47,10 +47,10 @@ def mmd(
 
     The kernel is exp(-|u - v|^2 / (2 bandwidth^2)); the bandwidth is by default the median distance
     within the pooled sample (Gretton et al. 2012). ``floor`` and ``p`` come from permutations of
-    the pooled sample (``seed``): p is exact and uniform in steps of 1 / (permutations + 1) where
-    the vectors are independent. ``value`` is near 0, and may be below it, without drift.
+    the pooled sample (``seed``). p is exact and uniform in steps of 1 / (permutations + 1) if the
+    vectors are independent. Without drift ``value`` is near 0, and may be negative.
 
-    Memory: 16 (n + m)^2 bytes. Draw a sample of a window of more than some thousands.
+    Memory: 16 (n + m)^2 bytes. Sample windows of more than a few thousand vectors.
     """
     x, y = (np.asarray(a, dtype=np.float64) for a in (x, y))
     for name, a in (("x", x), ("y", y)):
@@ -59,7 +59,7 @@ def mmd(
                 f"{name}: expected two or more finite vectors, as in x {x.shape}, got {a.shape}"
             )
     pooled, n = np.concatenate([x, y]), len(x)
-    pooled -= pooled.mean(axis=0)  # distances of vectors far from 0 cancel
+    pooled -= pooled.mean(axis=0)  # vectors far from 0 lose precision by cancellation
     squares = (pooled**2).sum(axis=1)
     distances = np.maximum(squares[:, None] + squares - 2 * pooled @ pooled.T, 0)
     if bandwidth is None:
@@ -80,7 +80,7 @@ def mmd(
 
 
 def _mmd(kernel: np.ndarray, in_x: np.ndarray, n: int) -> np.ndarray:
-    """The statistic for each row of ``chosen`` (R, N), 1 where a vector counts as one of x."""
+    """Return the statistic for each row of ``in_x`` (R, N): 1 for vectors assigned to x."""
     m = len(kernel) - n
     towards = in_x @ kernel  # (R, N)
     within = (towards * in_x).sum(axis=1)

@@ -1,23 +1,23 @@
-"""What an evaluation's numbers are worth: standard errors, intervals, and two models compared.
+"""Standard errors, intervals and paired comparisons of evaluation scores.
 
-Scores are one number an item: 0 or 1 (right or wrong), a share, or bits per byte. Items are taken
-as drawn from a larger set of such items (Miller 2024, arXiv:2411.00640); items that share a passage
-are not drawn one by one, so their passage is passed in ``clusters``.
+An item has one score: 0 or 1 (wrong or right), a share, or bits per byte. Items are assumed to be a
+sample of a larger population (Miller 2024, arXiv:2411.00640). Items that share a passage are not
+independent; their passages are passed as ``clusters``.
 
-Two models are compared on the same items. Their scores go up and down together, so that the error
-of the difference is smaller than that of either score, often by half.
+Two models are compared on the same items. Their scores are correlated, so the error of the
+difference is smaller than that of either score, often by half.
 
-An interval of a mean and the p-value of a difference are one calculation, in closed form
-(`Mean`). It is Student's t made robust against what evaluations have:
+The interval of a mean and the p-value of a difference are one calculation, in closed form
+(`Mean`). It is Student's t with corrections for
 
-- skewed scores (bits per byte are): Hall's transformation (1992, Annals of Statistics 20) removes
-  the skewness of t. Where Student's interval reaches farther, that end is used;
+- skewed scores, such as bits per byte: Hall's transformation (1992, Annals of Statistics 20)
+  removes the skewness of t. For each end, the wider of Hall's and Student's is used;
 - items in clusters of unequal size (a few documents with most of the items): the bias-reduced
   error CR2 and Satterthwaite's degrees of freedom (Bell and McCaffrey 2002; Imbens and Kolesar
-  2016, doi:10.1162/REST_a_00552), for items as alike within a cluster as these are.
+  2016, doi:10.1162/REST_a_00552), for the estimated correlation within clusters.
 
-How often it rejects a true difference of 0 where 5 % are said (test_simulations.py: 2,000
-draws each; in brackets flips of signs, which assume symmetry):
+Rejection rates of a true difference of 0 at a nominal 5 % (test_simulations.py: 2,000 draws each;
+in brackets the sign-flip test, which assumes symmetry):
 
     n                                   10            20            50            200
     normal                         .03 (.05)     .04 (.05)     .05 (.05)     .05 (.05)
@@ -25,16 +25,16 @@ draws each; in brackets flips of signs, which assume symmetry):
     exponential                    .05 (.10)     .05 (.09)     .04 (.06)     .04 (.05)
     lognormal, sigma 1             .08 (.16)     .07 (.13)     .05 (.10)     .05 (.07)
 
-    clusters with most of the items in a few (before: an error of G / (G - 1), G - 1 degrees)
+    clusters with most of the items in a few (in brackets: factor G / (G - 1), G - 1 degrees)
     10 clusters, lognormal sizes   .01 to .04 (.13 to .34)
     30 clusters                    .01 to .04 (.07 to .24)
 
-No test holds for every distribution of mean 0: a difference that one item in a thousand makes is
-not seen in a hundred. With fewer than 10 items or clusters, or with cluster means as skewed as a
-lognormal, up to .13 are rejected. Rejected alternatives, by the same simulations: the bootstrap's t
-(.06 for normal, .11 to .13 for lognormal differences at n = 10, and needs random numbers), Mammen's
-wild bootstrap (.08 and .21), Wilcoxon's ranks (they test symmetry, so that skewness alone rejects
-more and more often as n grows).
+No test is valid for every distribution of mean 0: a hundred items rarely show a difference that
+comes from one item in a thousand. With fewer than 10 items or clusters, or with cluster means as
+skewed as a lognormal, up to .13 are rejected. Rejected alternatives, by the same simulations: the
+bootstrap t (.06 for normal, .11 to .13 for lognormal differences at n = 10, and it needs random
+numbers), Mammen's wild bootstrap (.08 and .21), Wilcoxon's ranks (they test symmetry, so skewness
+alone causes more rejections as n grows).
 """
 
 import math
@@ -56,12 +56,12 @@ from fastlm.stats.power import (
 )
 
 Z95 = NormalDist().inv_cdf(0.975)  # standard errors on each side of a 95 % interval of many items
-ROUNDING = 1e-12  # of the largest score: a spread below it is none
+ROUNDING = 1e-12  # relative to the largest score: a smaller spread counts as 0
 
 
 @dataclass(frozen=True)
 class Interval:
-    """``low`` to ``high``."""
+    """An interval from ``low`` to ``high``."""
 
     low: float
     high: float
@@ -72,7 +72,8 @@ class Mean:
     """A mean with its standard error.
 
     error: infinite for one item (or one cluster).
-    df: degrees of freedom of the error. skewness: of the mean, estimated.
+    df: degrees of freedom of the error.
+    skewness: estimated skewness of the mean.
     """
 
     mean: float
@@ -82,22 +83,22 @@ class Mean:
     skewness: float = 0.0
 
     def interval(self, confidence: float = 0.95) -> Interval:
-        """Return the interval of the true mean: all for which `p_value` is above 1 - confidence.
-        Without any spread it is a point, of few items too, where `p_value` says less."""
+        """Return the interval of the true mean: all means with a `p_value` above 1 - confidence.
+        If all scores are equal it is a point, even where few items have a larger `p_value`."""
         _z(confidence)
         if not self.error:
             return Interval(self.mean, self.mean)
         if not math.isfinite(self.error):
             return Interval(-math.inf, math.inf)
-        from scipy import special  # a third of a second that the server's start need not wait for
+        from scipy import special  # takes a third of a second; not needed when the server starts
 
         t = float(special.stdtrit(self.df, (1 + confidence) / 2))
         low, high = max(t, self._plain(t)), min(-t, self._plain(-t))
         return Interval(self.mean - low * self.error, self.mean - high * self.error)
 
     def p_value(self, null: float = 0.0) -> float:
-        """Return the probability of a mean at least as far from ``null`` if that is the true one,
-        two-sided. Scores without any spread: that of one sign."""
+        """Return the two-sided probability of a mean at least as far from ``null`` if ``null`` is
+        the true mean. If all scores are equal, it is the probability of equal signs."""
         if not math.isfinite(self.error):
             return 1.0
         if not self.error:
@@ -113,7 +114,7 @@ class Mean:
         return t + k * t**2 / 3 + k**2 * t**3 / 27 + k / 6
 
     def _plain(self, t: float) -> float:
-        """The inverse of `_unskewed`, which is ((1 + k t / 3)^3 - 1) / k + k / 6."""
+        """Return the inverse of `_unskewed`, which is ((1 + k t / 3)^3 - 1) / k + k / 6."""
         k = self.skewness
         if abs(k) < 1e-6:
             return t
@@ -125,13 +126,13 @@ class PairedComparison:
     """The scores of a minus those of b on the same items.
 
     low, high: interval of the difference at ``confidence``.
-    p: probability of a difference at least as large if the models were equally good.
-    correlation: of the two models' scores; None where a model has the same score on all items.
-    sd: of the difference per item, so that the error is sd / sqrt(n). With clusters it holds what
-        they add.
-    detectable: the minimum detectable effect: the smallest true difference that these items find
-        with a power of 0.8; infinite where the differences have no spread to learn it from.
-    needed: items that find a true difference of this size with a power of 0.8; None if it is 0.
+    p: probability of a difference at least as large if the models are equally good.
+    correlation: of the two models' scores; None if a model has the same score on all items.
+    sd: standard deviation of the difference per item; the error is sd / sqrt(n). It includes the
+        effect of clusters.
+    min_detectable_effect: minimum detectable effect at 80 % power; infinite if the differences
+        give no estimate of their variance.
+    items_needed: items that detect a true difference of this size at 80 % power; None if it is 0.
     test: "mcnemar" or "t".
     """
 
@@ -158,10 +159,10 @@ def mean_error(values: Any, *, clusters: Sequence[Any] | None = None) -> Mean:
 
         sqrt(sum over clusters of w_g^2 e_g^2 v_g / E[e_g^2])        v_g = icc + (1 - icc) / n_g
 
-    v_g is the variance of a cluster's mean up to a factor, for the intraclass correlation of the
-    values (one-way analysis of variance), and E[e_g^2] that of e_g which follows: the squared error
-    is unbiased. For clusters of equal size it is G / (G - 1) sum of w_g^2 e_g^2 with G - 1 degrees
-    of freedom. One cluster with most of the items leaves little more than one.
+    v_g is the variance of a cluster's mean up to a factor, from the intraclass correlation of the
+    values (one-way analysis of variance). E[e_g^2] is the resulting expectation, so that the
+    squared error is unbiased. For clusters of equal size it is G / (G - 1) sum of w_g^2 e_g^2 with
+    G - 1 degrees of freedom. If one cluster has most of the items, df is little more than 1.
     """
     values = _scores("values", values)
     n, mean = len(values), float(values.mean())
@@ -175,7 +176,7 @@ def mean_error(values: Any, *, clusters: Sequence[Any] | None = None) -> Mean:
     scale = v / (v - 2 * u + total)
     parts = np.sqrt(scale) * sums / n
     squares = float(parts @ parts)
-    # 2 E^2 / Var of the squared error, a quadratic form in the clusters' means, if they are normal
+    # 2 E^2 / Var of the squared error, a quadratic form in the clusters' means, assumed normal
     d = scale * weights**2
     d_sum, first, second = d.sum(), d @ u, d @ u**2
     trace = d**2 @ (v**2 + 2 * v * (total - 2 * u)) + total**2 * d_sum**2
@@ -201,7 +202,7 @@ def ratio_error(pairs: Sequence[tuple[float, float]]) -> float | None:
 
 
 def _spread_of_means(residuals: np.ndarray, sums: np.ndarray, sizes: np.ndarray) -> np.ndarray:
-    """The variance of each cluster's mean, up to a factor."""
+    """Return the variance of each cluster's mean, up to a factor."""
     n, groups = len(residuals), len(sums)
     if groups == n:
         return np.ones(n)
@@ -218,9 +219,9 @@ def clustered_wilson(
 ) -> Interval:
     """Return Wilson's interval of the mean of ``values`` (n,), each in [0, 1].
 
-    Items of a cluster are not drawn one by one: n is the effective one, p (1 - p) / error^2 (Dean
+    Items of a cluster are not independent, so the effective n is used: p (1 - p) / error^2 (Dean
     and Pagano 2015, doi:10.1093/jssam/smv024), at most n, times the squared ratio of Student's
-    quantiles with n - 1 and with the error's degrees of freedom (Korn and Graubard 1998). Where all
+    quantiles with n - 1 and with the error's degrees of freedom (Korn and Graubard 1998). If all
     values are equal, a cluster counts as one item.
     """
     values = _scores("values", values)
@@ -242,9 +243,9 @@ def clustered_wilson(
 
 
 def wilson(successes: float, n: float, confidence: float = 0.95) -> Interval:
-    """Return Wilson's score interval of a rate (1927): good for small n and rates near 0 or 1.
+    """Return Wilson's score interval of a rate (1927), which suits small n and rates near 0 or 1.
 
-    scipy's (`scipy.stats.binomtest`) takes whole numbers alone, not an effective n.
+    scipy's (`scipy.stats.binomtest`) takes only integers, not an effective n.
     """
     check_between("successes", successes, 0, n)
     if n <= 0:
@@ -262,15 +263,14 @@ def compare(
 ) -> PairedComparison:
     """Compare two models' scores (n,), (n,) on the same items, in the same order.
 
-    - Scores 0 and 1 without clusters: McNemar's mid-p test on the items that only one model got
-      right, two-sided. It is discrete. The mid-p value has mean 1/2 and is as near to uniform as
-      steps permit; with few such items (below 20) it is conservative: it rejects less often than it
-      says. It can exceed alpha slightly, which Fagerland, Lydersen and Laake (2013) never saw in
-      practice. The interval is that of Bonett and Price (2012): not the same calculation, so that
-      in rare cases one excludes 0 and the other does not.
-    - All else: the differences' `Mean`, whose interval leaves out 0 exactly where p is below
-      1 - confidence (of fewer than six equal differences p is larger). It assumes that items (or
-      clusters) are drawn independently, and rejects as often as this module says.
+    - Scores 0 and 1 without clusters: McNemar's two-sided mid-p test on the items that only one
+      model got right. The test is discrete: the mid-p value has mean 1/2 and is as uniform as its
+      steps permit. With fewer than 20 such items it is conservative. It can exceed alpha slightly,
+      which Fagerland, Lydersen and Laake (2013) never saw in practice. The interval is Bonett and
+      Price's (2012), another calculation: in rare cases one excludes 0 and the other does not.
+    - Other scores: the differences' `Mean`. Its interval excludes 0 exactly if p is below
+      1 - confidence, except for fewer than six equal differences, where p is larger. Items (or
+      clusters) are assumed to be independent; the module's docstring has the rejection rates.
 
     Swapping a and b changes the signs of difference, low and high and nothing else.
     """
@@ -314,8 +314,8 @@ def compare(
 def holm(pvalues: Sequence[float]) -> list[float]:
     """Return p-values adjusted for their number (Holm 1979), in the order given.
 
-    The chance that any of the adjusted values of true nulls is below alpha is at most alpha,
-    however the tests depend on each other.
+    The probability that any adjusted value of a true null is below alpha is at most alpha, for any
+    dependence between the tests.
     """
     for p in pvalues:
         check_between("p", p, 0, 1)
@@ -326,7 +326,7 @@ def holm(pvalues: Sequence[float]) -> list[float]:
 
 
 def pass_at_k(n: int, c: int, k: int) -> float:
-    """Return the chance that one of ``k`` answers passes, from ``c`` of ``n`` answers that passed.
+    """Return the probability that one of ``k`` answers passes, if ``c`` of ``n`` answers passed.
 
     1 - C(n - c, k) / C(n, k), unbiased (Chen et al. 2021, arXiv:2107.03374).
     """
@@ -338,7 +338,7 @@ def pass_at_k(n: int, c: int, k: int) -> float:
 
 @dataclass(frozen=True)
 class CorrectedRate:
-    """``rate`` corrected for the judge's errors, with its interval ``low`` to ``high``."""
+    """A ``rate`` corrected for a judge's errors, with its interval ``low`` to ``high``."""
 
     rate: float
     low: float
@@ -358,11 +358,12 @@ def rogan_gladen(
         (rate + specificity - 1) / (sensitivity + specificity - 1)        Rogan and Gladen 1978
 
     ``sensitivity`` is (flagged, all) of labelled items that should be flagged, ``specificity``
-    (passed, all) of those that should not. The interval holds the error of all three rates (Lang
+    (passed, all) of those that should not. The interval covers the errors of all three rates (Lang
     and Reiczigel 2014, doi:10.1016/j.prevetmed.2013.09.015); both are clipped to [0, 1]. Unlike
-    theirs, the adjusted rate is clipped before its error is taken, so that no interval is a point.
+    theirs, the adjusted rate is clipped before its error is computed, so that no interval is a
+    point.
 
-    InputError: a judge that is no better than chance, from which no rate follows.
+    InputError: the judge is no better than chance, so it determines no rate.
     """
     check_between("rate", rate, 0, 1)
     check_between("n", n, 1)
@@ -382,7 +383,7 @@ def rogan_gladen(
     se, sp = (tp + 1) / (positives + 2), (tn + 1) / (negatives + 2)
     var_se, var_sp = se * (1 - se) / (positives + 2), sp * (1 - sp) / (negatives + 2)
     gain = se + sp - 1
-    if gain <= 0:  # a judge better than chance on so few items that it says nothing
+    if gain <= 0:  # too few labelled items to show that the judge beats chance
         return CorrectedRate(point, 0.0, 1.0)
     true = min(1.0, max(0.0, (shrunk_rate + sp - 1) / gain))
     shift = 2 * z * z * (true * var_se - (1 - true) * var_sp)
@@ -395,7 +396,7 @@ def rogan_gladen(
 
 
 def _mcnemar(wins: int, losses: int) -> float:
-    """Two-sided mid-p of Binomial(wins + losses, 1/2)."""
+    """Return the two-sided mid-p value of Binomial(wins + losses, 1/2)."""
     from scipy import special
 
     total, fewer = wins + losses, min(wins, losses)
@@ -420,7 +421,7 @@ def _scores(name: str, values: Any) -> np.ndarray:
 
 
 def _clusters(values: np.ndarray, clusters: Sequence[Any] | None) -> tuple[np.ndarray, np.ndarray]:
-    """The sum of each cluster's values, and its size."""
+    """Return the sum of each cluster's values, and its size."""
     if clusters is None:
         return values, np.ones(len(values))
     if len(clusters) != len(values):
@@ -431,6 +432,6 @@ def _clusters(values: np.ndarray, clusters: Sequence[Any] | None) -> tuple[np.nd
 
 
 def _z(confidence: float) -> float:
-    """Two-sided quantile of the normal distribution."""
+    """Return the two-sided quantile of the normal distribution."""
     check_between("confidence", confidence, 0, 1)
     return quantile("confidence", (1 + confidence) / 2)

@@ -1,15 +1,15 @@
-"""Which of two models answers slower, from pairs of conversations that were answered in turn.
+"""Test which of two models answers slower, from pairs of conversations.
 
-Times of answers are not independent: a machine's load comes in bursts, and within one all answers
-are slow. A share of slow answers per model, tested as if they were independent, rolled back a model
-equal to the old one after some 45 answers.
+Latencies are not independent: load comes in bursts, and all answers within a burst are slow. A test
+of the share of slow answers that assumed independence rolled back a model equal to the old one
+after some 45 answers.
 
-So conversations are taken two by two in the order in which their first answers ended. Where the two
-models have one each, the pair says which was slower by more than `SLOWDOWN`. Which model a
-conversation gets is drawn by a hash: given all times, a pair of equal models says "new" and "old"
-with the same probability, whatever the load did. That is all that the always-valid test of the mean
-(`fastlm.stats.sequential.SequentialTest`) needs, whose chance to roll back such a model is at most
-alpha, at any time. tests/unit/test_simulations.py has the rates.
+So conversations are paired in the order in which their first answers ended. If the two models have
+one each, the pair records which was slower by more than a factor of `SLOWDOWN`. A hash assigns
+conversations to models. So, given all times, a pair of equal models gives "new" and "old" with the
+same probability, whatever the load. The always-valid test of the mean
+(`fastlm.stats.sequential.SequentialTest`) needs no more: it rolls back an equal model with a
+probability of at most alpha, at any time. tests/unit/test_simulations.py has the rates.
 """
 
 from dataclasses import dataclass, replace
@@ -19,13 +19,13 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from fastlm.stats.sequential import SequentialResult
 
-SLOWDOWN = 2.0  # times as long per token as the other conversation of the pair
-BOUND = 0.25  # mean of a pair: so many more pairs in which the new model is the slower one
+SLOWDOWN = 2.0  # factor in seconds per token between the conversations of a pair
+BOUND = 0.25  # allowed mean of a pair: share of "new slower" minus share of "old slower"
 
 
 @dataclass(frozen=True)
 class PairCounts:
-    """Pairs of conversations: in which the "new" model, the "old" one, or neither was slower."""
+    """Counts of pairs of conversations in which "new", "old" or neither model was slower."""
 
     new: int = 0
     old: int = 0
@@ -37,7 +37,7 @@ class PairCounts:
 
 
 class PacePairs:
-    """Counts pairs. ``pace``: seconds per token; ``arm``: "old" or "new"."""
+    """Forms and counts pairs. ``pace``: seconds per token; ``arm``: "old" or "new"."""
 
     def __init__(self) -> None:
         self.counts = PairCounts()
@@ -59,9 +59,9 @@ class PacePairs:
         self.counts = replace(self.counts, **{slower: getattr(self.counts, slower) + 1})
 
 
-@lru_cache(64)  # most counts are those of the last look
+@lru_cache(64)  # most calls repeat the last counts
 def compare_paces(counts: PairCounts, alpha: float) -> "SequentialResult":
-    """Return the difference of the shares of pairs in which the new and the old model were slower,
+    """Return the share of pairs with the new model slower minus that with the old model slower,
     with its always-valid interval and p-value."""
     from fastlm.stats.sequential import SequentialTest
 

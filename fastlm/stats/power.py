@@ -1,12 +1,12 @@
-"""The power of comparisons: the minimum detectable effect of so many items, and the number of items
-that an effect needs.
+"""The power of comparisons: the minimum detectable effect (MDE) for a number of items, and the
+number of items for an effect.
 
 "Detect" means a p-value of `fastlm.stats.intervals.compare` at or below ``alpha`` with a
-probability of ``power``. For means this is Student's noncentral t of normal scores, and a little
-more for few items; differences skewed away from 0 are found more often, those skewed towards it
-less (0.96 and 0.44 at 10 exponential ones). For rates it is the exact power of McNemar's mid-p
-test: near 0 and 1 the test is discrete and the spread of the better model is not that of the worse,
-so that a normal approximation promises too much (its 0.8 at 10 of 200 right was 0.59).
+probability of ``power``. For means this is Student's noncentral t for normal scores, with a
+correction for few items. Differences skewed away from 0 are detected more often, those skewed
+towards 0 less often (0.96 and 0.44 for 10 exponential ones). For rates it is the exact power of
+McNemar's mid-p test. Near 0 and 1 the test is discrete and the two models have different variances,
+so a normal approximation is too optimistic (its 0.8 at 10 of 200 right was 0.59).
 """
 
 import math
@@ -18,12 +18,10 @@ import numpy as np
 
 from fastlm.errors import InputError
 
-TAIL_SIGMAS = 6.0  # standard deviations, outside which 2e-9 of a binomial distribution is
-# what Hall's end costs few items, a factor of at most MOST: fitted to draws of 4 to 500 items
+TAIL_SIGMAS = 6.0  # standard deviations that contain all but 2e-9 of a binomial distribution
+# loss of power by Hall's correction, at most MAX_FACTOR; fitted to draws of 4 to 500 items
 HALL, MAX_FACTOR = (0.04, 0.6), 1.7
-MIN_NORMAL = (
-    100  # discordant items from which on McNemar's test is normal: a power 0.005 off at most
-)
+MIN_NORMAL = 100  # discordant items above which McNemar's test is nearly normal: power within 0.005
 
 
 def mean_mde(
@@ -32,28 +30,29 @@ def mean_mde(
     """Return the minimum detectable effect of ``n`` items on a mean: noncentrality sd / sqrt(n),
     which for many items is (z_alpha/2 + z_power) sd / sqrt(n).
 
-    ``sd`` is that of the difference per item (`PairedComparison.sd`). Against a fixed number such
-    as chance it is that of the score. ``df``: degrees of freedom of sd; n - 1 where it is not
-    given. Two rates: `rate_mde`.
+    ``sd`` is the standard deviation of the difference per item (`PairedComparison.sd`), or of the
+    score for a comparison with a fixed number such as chance. ``df``: degrees of freedom of sd,
+    default n - 1. For two rates use `rate_mde`.
     """
     check_between("n", n, 1)
     return _noncentrality(n - 1 if df is None else df, alpha, power) * sd / math.sqrt(n)
 
 
 def items_needed(difference: float, sd: float, *, alpha: float = 0.05, power: float = 0.8) -> int:
-    """Return how many items detect ``difference``: the inverse of `mean_mde`, at least 2."""
+    """Return the number of items that detect ``difference``; the inverse of `mean_mde`."""
     if difference == 0:
         raise InputError("difference: expected a number other than 0, got 0")
     n = max(2, math.ceil((_noncentrality(math.inf, alpha, power) * sd / difference) ** 2))
-    while mean_mde(n, sd, alpha=alpha, power=power) > abs(difference):  # a few more for Student's
+    while mean_mde(n, sd, alpha=alpha, power=power) > abs(
+        difference
+    ):  # Student's t needs a few more
         n += 1
     return n
 
 
 def rate_mde(n: int, rate: float, *, alpha: float = 0.05, power: float = 0.8) -> float:
-    """Return the minimum detectable effect on a ``rate``, where the other model's rate is nearer
-    1/2 and the two models are right independently of each other. Infinite: no other rate is far
-    enough away.
+    """Return the minimum detectable effect on a ``rate``, if the other model's rate is nearer 1/2
+    and the two models' answers are independent. Infinite if no rate is far enough away.
     """
     check_between("n", n, 1)
     check_between("rate", rate, 0, 1)
@@ -69,13 +68,13 @@ def share_mde(
     n: int, mean: float, error: float, *, df: float, alpha: float = 0.05, power: float = 0.8
 ) -> float:
     """Return the minimum detectable effect on a ``mean`` of scores in [0, 1] with its standard
-    ``error``, as `rate_mde`. Their variance is taken to grow with p (1 - p), as a rate's
-    does: the other model's differs.
+    ``error``, like `rate_mde`. The variance is assumed to be proportional to p (1 - p), as for a
+    rate, so the other model's variance differs.
     """
     check_between("n", n, 1)
     p = min(mean, 1 - mean)
     rate = p * (1 - p)
-    # scores that are all 0 or all 1 tell no spread: a rate's
+    # if all scores are 0 or all 1, use the variance of a rate
     size = error**2 / rate if rate > 0 and error > 0 else 1 / n
     size *= _noncentrality(df, alpha, power) ** 2
     # d^2 = size (p (1 - p) + (p + d) (1 - p - d))
@@ -86,8 +85,8 @@ def share_mde(
 
 
 def mcnemar_mde(n: int, discordant: float, *, alpha: float = 0.05, power: float = 0.8) -> float:
-    """Return the minimum detectable effect where a share ``discordant`` of ``n`` items is right for
-    one of two models only (or as large a share as the effect itself)."""
+    """Return the minimum detectable effect if on a share ``discordant`` of ``n`` items only one of
+    two models is right (or on a share of the size of the effect, if that is larger)."""
     check_between("n", n, 1)
 
     def power_of(d: float) -> float:
@@ -100,8 +99,8 @@ def mcnemar_mde(n: int, discordant: float, *, alpha: float = 0.05, power: float 
 def mcnemar_items_needed(
     wins: float, losses: float, *, alpha: float = 0.05, power: float = 0.8
 ) -> int:
-    """Return how many items tell two models apart of which one alone is right on a share ``wins``
-    of the items and the other on ``losses``."""
+    """Return the number of items that distinguish two models if only the first is right on a share
+    ``wins`` of the items, and only the second on ``losses``."""
     share, difference = wins + losses, abs(wins - losses)
     if difference == 0:
         raise InputError("wins: expected another share than losses, got the same")
@@ -110,7 +109,7 @@ def mcnemar_items_needed(
     n = max(1, math.ceil((reach / difference) ** 2))
     if n * share >= MIN_NORMAL:
         return n
-    low, high = 0, 2 * n + 20  # of few discordant items the exact test needs more
+    low, high = 0, 2 * n + 20  # with few discordant items the exact test needs more
     while high - low > 1:
         middle = (low + high) // 2
         enough = mcnemar_power(middle, wins, losses, alpha) >= power
@@ -119,10 +118,10 @@ def mcnemar_items_needed(
 
 
 def mcnemar_power(n: int, wins: float, losses: float, alpha: float = 0.05) -> float:
-    """Return the probability that McNemar's mid-p test rejects at ``alpha``, two-sided, where an
-    item is right for the one model alone with probability ``wins``, for the other ``losses``.
+    """Return the probability that McNemar's mid-p test rejects at ``alpha``, two-sided, if only the
+    first model is right on an item with probability ``wins``, only the second with ``losses``.
 
-    Exact, or Miettinen's (1968) where `MIN_NORMAL` discordant items are expected.
+    The result is exact, or Miettinen's (1968) if `MIN_NORMAL` discordant items are expected.
     """
     share, difference = min(1.0, wins + losses), abs(wins - losses)
     if share <= 0:
@@ -145,12 +144,12 @@ def mcnemar_power(n: int, wins: float, losses: float, alpha: float = 0.05) -> fl
 
 
 def _critical_losses(m: np.ndarray, alpha: float) -> np.ndarray:
-    """The most items of ``m`` (M,) discordant ones that the worse model may have alone where the
-    test rejects; -1: it never does."""
+    """Return the largest number of ``m`` (M,) discordant items that the worse model may win while
+    the test rejects; -1 if it never rejects."""
     from scipy import special
 
     max_losses = (m - 1) // 2
-    # the normal quantile is at most one item off
+    # the normal quantile is off by at most one item
     k = np.floor(m / 2 - quantile("alpha", 1 - alpha / 2) * np.sqrt(m) / 2) + 1
     k = np.clip(k, -1, max_losses).astype(np.int64)
     active = np.flatnonzero(k >= 0)
@@ -166,8 +165,8 @@ def _critical_losses(m: np.ndarray, alpha: float) -> np.ndarray:
 def _solve_effect(
     power_of: Callable[[float], float], ends: tuple[float, float], power: float
 ) -> float:
-    """The effect that has the ``power``; infinite where the second of ``ends`` has less. It is most
-    often below the first."""
+    """Return the effect with this ``power``; infinite if the second of ``ends`` has less. Usually
+    it is below the first."""
     from scipy.optimize import brentq
 
     quantile("power", power)  # refuses 0 and 1
@@ -179,7 +178,7 @@ def _solve_effect(
 
 
 def _noncentrality(df: float, alpha: float, power: float) -> float:
-    """Standard errors that a true difference must be from 0."""
+    """Return the distance of a detectable difference from 0, in standard errors."""
     reach = quantile("alpha", 1 - alpha / 2) + quantile("power", power)
     if df <= 0:
         return math.inf
@@ -193,7 +192,7 @@ def _noncentrality(df: float, alpha: float, power: float) -> float:
 
 
 def quantile(name: str, p: float) -> float:
-    """Return the normal distribution's ``p`` quantile. InputError: p is not between 0 and 1."""
+    """Return the normal distribution's ``p`` quantile. InputError: p is not in (0, 1)."""
     if not 0 < p < 1:
         raise InputError(f"{name}: expected a number between 0 and 1, got {p}")
     return NormalDist().inv_cdf(p)

@@ -1,22 +1,23 @@
-"""Tests of two arms that may be looked at after every observation.
+"""Sequential tests of two arms, which may be checked after every observation.
 
-A fixed-size test whose p-value is watched until it is below 0.05 finds a difference sooner or later
-where there is none. Here the chance that the p-value is ever at or below alpha, or that the
-interval ever leaves out the true difference, is at most alpha: stop whenever you like. Both are of
-the moment: a p-value that was below alpha may rise again, and the decision made then stands.
+If the p-value of a fixed-size test is watched until it is below 0.05, the test will find a
+difference sooner or later where there is none. Here the probability that the p-value is ever at or
+below alpha, or that the interval ever excludes the true difference, is at most alpha. So you may
+stop at any time. A p-value may rise again after it was below alpha; the decision made at that time
+remains valid.
 
-Both are mixtures of likelihood ratios, which are test martingales under the null (Ville's
+Both tests are mixtures of likelihood ratios, which are test martingales under the null (Ville's
 inequality; Howard et al. 2021, arXiv:1810.08240; Waudby-Smith and Ramdas 2023, arXiv:2010.09686):
 
-- `compare_rates` reads counts of two arms of any sizes (a canary gets 10 % of the requests).
-- `SequentialTest` reads pairs: both models answered the same request. It needs half the answers.
+- `compare_rates` compares counts of two arms of any sizes (a canary gets 10 % of the requests).
+- `SequentialTest` compares pairs: both models answered the same request. It needs half the answers.
 
-They hold for any number of observations, with no normal approximation. To tell rates of 0.6 and 0.5
-apart at alpha = 0.05 takes 1,750 observations in the median (2,710 in four of five cases) over two
-equal arms, 4,980 (7,680) where one arm gets a tenth of them, and 430 pairs (730).
+They are valid for any number of observations and use no normal approximation. To distinguish rates
+of 0.6 and 0.5 at alpha = 0.05 they need 1,750 observations in the median (2,710 in four of five
+cases) over two equal arms, 4,980 (7,680) if one arm gets a tenth of them, and 430 pairs (730).
 
 The rejected alternative is the mixture SPRT on a normal difference (Johari et al. 2015,
-arXiv:1512.04922): it is faster, but its bound is asymptotic and a canary begins with counts of 0
+arXiv:1512.04922). It is faster, but its bound is asymptotic, and a canary begins with counts of 0
 and 1.
 """
 
@@ -30,12 +31,12 @@ import numpy as np
 from fastlm.stats.power import check_between, quantile
 
 STEPS = 50  # of a bisection or a golden section: below 1e-10
-BETS = np.geomspace(0.004, 0.9, 25)  # shares of the largest bet; the best is mean / variance
-MEANS = 401  # differences from -1 to 1 that an interval may begin or end at
+BETS = np.geomspace(0.004, 0.9, 25)  # as shares of the largest bet; the best bet is mean / variance
+MEANS = 401  # grid of differences from -1 to 1 for the ends of an interval
 
 
 class SequentialResult(NamedTuple):
-    """The difference, its always-valid interval ``low`` to ``high``, and p-value."""
+    """A difference with its always-valid interval ``low`` to ``high`` and p-value."""
 
     difference: float
     low: float
@@ -52,10 +53,10 @@ def compare_rates(
 
         B(s + 1/2, f + 1/2) / B(1/2, 1/2) / (p^s (1 - p)^f)
 
-    a likelihood ratio against Jeffreys' prior. p is 1 / its minimum over p_a = p_b; the interval
-    holds the differences of all (p_a, p_b) whose e-value is below 1 / alpha, so that it leaves out
-    0 exactly where p <= alpha. Which arm the next observation goes to may depend on the past;
-    observations of an arm must be independent with one rate.
+    a likelihood ratio with Jeffreys' prior. p is 1 / its minimum over p_a = p_b. The interval
+    contains the differences of all (p_a, p_b) with an e-value below 1 / alpha, so it excludes 0
+    exactly if p <= alpha. The choice of the next arm may depend on the past. Observations of an arm
+    must be independent with the same rate.
     """
     quantile("alpha", alpha)
     for name, s, n in (("a", successes_a, n_a), ("b", successes_b, n_b)):
@@ -66,7 +67,7 @@ def compare_rates(
     mixed = sum(_log_beta(s + 0.5, n - s + 0.5) - _log_beta(0.5, 0.5) for s, n in arms)
 
     def log_e(difference: float) -> float:
-        """The minimum over rates that are ``difference`` apart; convex in both."""
+        """Return the minimum over rates with this difference; it is convex in both."""
 
         def at(p_b: float) -> float:
             return mixed - _log_rate(arms[0], p_b + difference) - _log_rate(arms[1], p_b)
@@ -83,13 +84,13 @@ def compare_rates(
 
 
 class SequentialTest:
-    """Scores in [0, 1] of two models on the same requests, new minus old.
+    """A sequential test of paired scores in [0, 1], new minus old, on the same requests.
 
-    Wealth is bet on the sign of the difference x in [-1, 1]: the mean over bets of the product of
-    1 + bet (x - m) over requests. If E[x | past] = m its expectation stays at 1, whatever the
-    distribution. Bets above 0 grow where the mean is above m, bets below 0 where it is below;
-    either side may spend alpha / 2. `p` is 2 / the wealth at m = 0. The interval holds the means m
-    whose wealth is below 2 / alpha; its ends are rounded outwards to 1/200.
+    Wealth is bet on the sign of the difference x in [-1, 1]: it is the mean over bets of the
+    product of 1 + bet (x - m) over requests. If E[x | past] = m, its expectation is always 1, for
+    every distribution. Positive bets grow if the mean is above m, negative bets if it is below;
+    each side may spend alpha / 2. `p` is 2 / the wealth at m = 0. The interval contains the means m
+    with a wealth below 2 / alpha; its ends are rounded outwards to 1/200.
 
     >>> test = SequentialTest(alpha=0.05)
     >>> for new, old in [(1, 0)] * 12:
@@ -99,12 +100,12 @@ class SequentialTest:
     """
 
     def __init__(self, alpha: float = 0.05):
-        quantile("alpha", alpha)  # refuses what is not between 0 and 1
+        quantile("alpha", alpha)  # refuses alpha outside 0 to 1
         self.alpha, self.n = alpha, 0
         self._counts: Counter[float] = Counter()  # of differences
 
     def add(self, new: float, old: float, *, times: int = 1) -> None:
-        """Add one request's scores, or those of as many requests as ``times``, all the same."""
+        """Add one request's scores, or those of ``times`` requests with the same scores."""
         for name, value in (("new", new), ("old", old)):
             check_between(name, value, 0, 1)
         self.n += times
@@ -112,14 +113,14 @@ class SequentialTest:
 
     @property
     def p(self) -> float:
-        """The p-value so far; 1 before any request."""
+        """The current p-value; 1 before any request."""
         return min(1.0, 2 * math.exp(-self._log_wealth(np.zeros(1)).max()))
 
     def result(self) -> SequentialResult:
-        """Return the answer so far; before any request it is 0, -1 to 1, p = 1."""
+        """Return the current result; before any request it is 0, -1 to 1, p = 1."""
         means = np.linspace(-1, 1, MEANS)
         below, above = self._log_wealth(means) < math.log(2 / self.alpha)
-        # wealth falls with m on the first side and rises on the second: one end each
+        # wealth falls with m on the first side and rises on the second: one end per side
         low = means[max(int(below.argmax()) - 1, 0)] if below.any() else 1.0
         last = MEANS - 1 - int(above[::-1].argmax())
         high = means[min(last + 1, MEANS - 1)] if above.any() else -1.0
@@ -144,7 +145,7 @@ def _log_beta(a: float, b: float) -> float:
 
 
 def _log_rate(arm: tuple[int, int], p: float) -> float:
-    """Log-likelihood of the arm's counts."""
+    """Return the log-likelihood of the arm's counts."""
     s, n = arm
     if (s and p <= 0) or (n - s and p >= 1):
         return -math.inf
@@ -152,7 +153,7 @@ def _log_rate(arm: tuple[int, int], p: float) -> float:
 
 
 def _convex_minimum(function: Callable[[float], float], low: float, high: float) -> float:
-    """The minimum of a convex function, by golden section."""
+    """Return the minimum of a convex function, by golden section."""
     ratio = (math.sqrt(5) - 1) / 2
     for _ in range(STEPS):
         left, right = high - ratio * (high - low), low + ratio * (high - low)
@@ -161,7 +162,7 @@ def _convex_minimum(function: Callable[[float], float], low: float, high: float)
 
 
 def _bisect_edge(inside: Callable[[float], bool], start: float, end: float) -> float:
-    """The point between ``start``, which is inside, and ``end`` beyond which it is outside."""
+    """Return the last inside point between ``start``, which is inside, and ``end``."""
     if inside(end):
         return end
     for _ in range(STEPS):

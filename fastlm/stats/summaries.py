@@ -1,4 +1,4 @@
-"""Rates, means and quantiles as tables of JSON, with their 95 % intervals."""
+"""Rates, means and quantiles as JSON objects, with 95 % intervals."""
 
 import math
 from collections.abc import Iterable
@@ -12,14 +12,14 @@ UNKNOWN = {"low": None, "high": None}
 
 
 def rate(hits: float, n: int) -> dict[str, Any]:
-    """A rate with its counts and Wilson's interval; ``value`` is None where n is 0."""
+    """Return a rate with its counts and Wilson's interval; ``value`` is None if n is 0."""
     interval = wilson(hits, n) if n else Interval(0.0, 1.0)
     value = hits / n if n else None
     return {"n": n, "hits": hits, "value": value, "low": interval.low, "high": interval.high}
 
 
 def mean(values: Iterable[float]) -> dict[str, Any]:
-    """A mean with its interval (`fastlm.stats.intervals.Mean`); None below two values."""
+    """Return a mean with its interval (`fastlm.stats.intervals.Mean`); None below two values."""
     numbers = list(values)
     if len(numbers) < 2:
         return {"n": len(numbers), "value": math.fsum(numbers) if numbers else None, **UNKNOWN}
@@ -29,7 +29,7 @@ def mean(values: Iterable[float]) -> dict[str, Any]:
 
 
 def quantiles(values: np.ndarray, at: Iterable[float] = (0.5, 0.95, 0.99)) -> dict[str, Any]:
-    """p50, p95, ... of the values that are not NaN; None where there is none."""
+    """Return p50, p95, ... of the values that are not NaN; None if there are none."""
     numbers = values[~np.isnan(values)]
     return {"n": len(numbers)} | {
         f"p{q * 100:g}": float(np.quantile(numbers, q)) if len(numbers) else None for q in at
