@@ -1,50 +1,51 @@
 """Run generated Python programs against tests that they can neither read nor fake.
 
-A package of its own: it imports the standard library alone.
+The package imports only the standard library.
 
     run_code("def add(a, b): return a + b", "assert add(2, 3) == 5").passed
 
 The program and its tests are two processes. The tests call the program's functions over a pipe:
-arguments go there and results come back as plain data (JSON), so that neither process holds the
-other's code, frames or objects. Only the process of the tests can say that they passed.
+arguments and results are plain data (JSON), so that neither process has the other's code, frames or
+objects. Only the process of the tests can report that they passed.
 
-Contained (Linux x86-64; `fastlm.sandbox.jail`):
+Isolation (Linux x86-64; `fastlm.sandbox.jail`):
 
-- Network: a network namespace without interfaces; no call makes a socket but a pair of its own.
-- Files: the root is in memory and read-only and holds Python's standard library. Site packages, the
-  user's files and /proc are not there. /tmp is the program's own, of `SandboxLimits.disk` bytes.
+- Network: a network namespace without interfaces; the only sockets are local socket pairs.
+- Files: the root is in memory, read-only, and has only Python's standard library. Site packages,
+  the user's files and /proc are not there. The program's own /tmp has `SandboxLimits.disk` bytes.
 - Processes: fork, exec, kill and ptrace are refused by seccomp, which admits some 120 system calls.
-  Threads are counted by RLIMIT_NPROC within the user namespace. When the tests end, so does all
-  that runs in the process namespace.
-- Time: processor seconds (a hard RLIMIT_CPU) and seconds by the clock. Memory: RLIMIT_AS. The
-  output is cut off, and ends the program, at `SandboxLimits.output` bytes. The environment and
-  stdin are empty.
-- Root: a process of root's becomes the user nobody before it enters its namespaces.
-- The tests are code of a data set and run in the same jail, apart from the program.
+  Threads are counted by RLIMIT_NPROC within the user namespace. When the tests end, all processes
+  of the process namespace end.
+- Time: processor seconds (a hard RLIMIT_CPU) and wall-clock seconds. Memory: RLIMIT_AS. The output
+  is limited to `SandboxLimits.output` bytes; more ends the program. The environment and stdin are
+  empty.
+- Root: a process of root becomes the user nobody before it enters its namespaces.
+- The tests are code of a data set. They run in the same isolation, separately from the program.
 
 What a program can still do:
 
-- See each call's arguments as the call comes, and answer differently from call to call. Recognising
-  a benchmark's inputs is memorization, which no sandbox sees.
-- Answer wrongly where the tests ask it for more than data. Results that are not plain data stay in
-  the program's process; the tests may call them, iterate over them and ask for items, length and
-  truth. They never equal anything but themselves.
-- Attack the kernel through the calls that are admitted, or its neighbours through timing and shared
-  caches. This is no virtual machine: do not run programs here that are worth an exploit.
-- Use its seconds, memory and disk in full: `workers` times of them are needed.
+- See the arguments of each call, and answer differently from call to call. Recognising the inputs
+  of a benchmark is memorization, which no sandbox detects.
+- Return wrong results that are not plain data. Such results stay in the program's process; the
+  tests may call them, iterate over them, and ask for items, length and truth value. They equal only
+  themselves.
+- Attack the kernel through the system calls that are admitted, or observe its neighbours through
+  timing and shared caches. The sandbox is not a virtual machine: do not run programs here that
+  could contain an exploit.
+- Use its seconds, memory and disk in full. The machine needs `workers` times these limits.
 
-What tests cannot do here: pass functions or objects of their own to the program, see an argument
-changed in place, catch exception types that the program defines. The program can import the
-standard library but ssl, sqlite3, ctypes' libraries and the like, which need more of the system.
+What tests cannot do: pass their own functions or objects to the program, see an argument changed in
+place, catch exception types that the program defines. The program can import the standard library
+except ssl, sqlite3, libraries of ctypes and others that need more of the system.
 
-A machine that refuses a part (user namespaces in most containers, mount_setattr before Linux 5.12)
-is a SandboxError that names it. With ``isolated=False`` seccomp and limits stand alone: no network,
-no process, no thread, no signal, no file opened for writing; but every file that the user may read
-can be read, answers included.
+If the machine lacks a feature (user namespaces in most containers, mount_setattr before Linux
+5.12), a SandboxError names it. ``isolated=False`` uses only seccomp and limits: no network,
+processes, threads, signals or files opened for writing. The program can then read every file that
+the user may read, answers included.
 
 Rejected: tests in the program's process (it can read them, replace ``print``, ``assert`` and
 ``__eq__``, and end with status 0); a container (it needs a daemon and an image); patched Python
-functions as in HumanEval's own runner (any ``ctypes`` call goes round them).
+functions as in HumanEval's own runner (any ``ctypes`` call bypasses them).
 """
 
 import json
@@ -63,24 +64,24 @@ from pathlib import Path
 from typing import Any
 
 WORKER = Path(__file__).with_name("worker.py")
-GRACE = 30.0  # seconds that a worker may take beyond a program's own
+GRACE = 30.0  # seconds that a worker may take in addition to a program's limit
 SIZES = struct.Struct("<QQ")
 
 
 class SandboxError(ValueError):
-    """Limits that cannot be, or a machine that lacks a part of the isolation, in one line."""
+    """Raised for invalid limits, or a machine that lacks a feature of the isolation."""
 
 
 @dataclass(frozen=True)
 class SandboxLimits:
-    """What one program may use.
+    """The limits of one program.
 
-    seconds: of processor time.
-    wall: seconds by the clock: for programs that sleep, and on machines that others use.
+    seconds: seconds of processor time.
+    wall: wall-clock seconds, for programs that sleep, and for shared machines.
     memory: bytes of address space; Python itself takes 20 MB.
     disk: bytes in /tmp.
     output: bytes on stdout and stderr together.
-    threads: beside the first.
+    threads: number of threads in addition to the first.
     """
 
     seconds: int = 10
@@ -109,11 +110,11 @@ class SandboxLimits:
 class Case:
     """A program and its tests.
 
-    setup: code that both the tests and, by copy, the program may use: helpers of a prompt. It runs
-        before the tests, in their process; the program gets what the caller writes into it.
-    names: the program's functions that the tests call. They replace those of ``setup`` and of
-        Python, as for a task that asks for ``sum``. Names that the tests use and neither define nor
-        find in ``setup`` or in Python are the program's without being named.
+    setup: code that runs before the tests, in their process, such as the helpers of a prompt. The
+        program has these helpers only if the caller copies them into it.
+    names: the program's functions that the tests call. They replace functions of ``setup`` and
+        built-ins, for a task such as ``sum``. Other undefined names in the tests are the program's
+        too, and need not be listed.
     """
 
     program: str
@@ -124,13 +125,13 @@ class Case:
 
 @dataclass(frozen=True)
 class Outcome:
-    """Whether the tests passed, and if not, why.
+    """The result of a case: whether the tests passed, and if not, the reason.
 
     reason: passed; wrong (an assertion failed); error (an exception); ended (the program ended or
-        stopped answering before its tests did); crashed (a signal ended it); time (processor
-        seconds), wall, memory, output: the limit that was reached; tests (they cannot be used).
-    detail: one line on it.
-    output: what the program wrote, up to the limit.
+        stopped answering before its tests ended); crashed (a signal ended it); time (processor
+        seconds), wall, memory, output: the limit that was exceeded; tests (they are invalid).
+    detail: one line with details.
+    output: the program's output, up to the limit.
     """
 
     passed: bool
@@ -151,10 +152,10 @@ def run_code(
     limits: SandboxLimits = DEFAULT_LIMITS,
     isolated: bool = True,
 ) -> Outcome:
-    """Run one program against its tests; see `Case` and the module. `run_all` shares the start of
-    the worker (0.07 s) among programs.
+    """Run one program against its tests; see `Case`. `run_all` is faster for several programs: it
+    starts a worker (0.07 s) only once.
 
-    SandboxError: this machine lacks a part of the isolation.
+    SandboxError: this machine lacks a feature of the isolation.
     """
     return run_all([Case(program, tests, setup, names)], limits=limits, isolated=isolated)[0]
 
@@ -167,9 +168,9 @@ def run_all(
     isolated: bool = True,
     on_outcome: Callable[[Outcome], Any] = lambda outcome: None,
 ) -> list[Outcome]:
-    """Run each case and return the outcomes in order, ``workers`` at a time (default: processors).
+    """Run the cases, ``workers`` at a time (default: CPUs), and return the outcomes in order.
 
-    ``on_outcome`` is called with each outcome, in order. SandboxError: as `run_code`.
+    ``on_outcome`` is called with each outcome, in order. SandboxError: as for `run_code`.
     """
     cases = list(cases)
     count = len(os.sched_getaffinity(0)) if workers is None else workers
@@ -197,7 +198,7 @@ def run_all(
                     on_outcome(outcome)
             except BaseException:
                 for worker in started:
-                    worker.stop()  # what runs now is not waited for
+                    worker.stop()  # do not wait for running cases
                 raise
     finally:
         for worker in started:
@@ -206,12 +207,12 @@ def run_all(
 
 
 def check_machine(*, isolated: bool = True) -> None:
-    """Raise SandboxError where this machine lacks a part of the isolation."""
+    """Raise SandboxError if this machine lacks a feature of the isolation."""
     _Worker(DEFAULT_LIMITS, isolated).close()
 
 
 class _Worker:
-    """One `fastlm.sandbox.worker`, started again where it was lost."""
+    """A process of `fastlm.sandbox.worker`, which is restarted if it is lost."""
 
     def __init__(self, limits: SandboxLimits, isolated: bool) -> None:
         if sys.platform != "linux" or platform.machine() != "x86_64":
@@ -261,16 +262,16 @@ class _Worker:
         return Outcome(False, "crashed", "the worker was lost")
 
     def line(self, seconds: float) -> dict[str, Any] | None:
-        """The worker's next line; None where it ended or took too long."""
+        """Return the worker's next line; None if it ended or timed out."""
         assert self.process.stdout is not None
         stdout = self.process.stdout
         if not select.select([stdout], [], [], seconds)[0]:
             return None
-        line = stdout.readline()  # the keeper writes lines whole
+        line = stdout.readline()  # the keeper writes full lines
         return json.loads(line) if line.endswith(b"\n") else None
 
     def kill(self) -> None:
-        """End the worker and all that it started."""
+        """Kill the worker and all of its processes."""
         try:
             os.killpg(self.process.pid, signal.SIGKILL)
         except ProcessLookupError:
@@ -287,5 +288,5 @@ class _Worker:
         for stream in (self.process.stdin, self.process.stdout):
             try:
                 stream.close()
-            except OSError:  # a case that was being sent
+            except OSError:  # a case was being sent
                 continue

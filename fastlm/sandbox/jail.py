@@ -27,7 +27,7 @@ WRITES = 0o3 | os.O_CREAT | os.O_TRUNC | 0o20000000  # of open: any of them can 
 FILES_OPEN = 64
 DEVICES = ("/dev/null", "/dev/zero", "/dev/urandom")
 
-# What a Python program and its threads need, by number (x86-64).
+# System calls that a Python program and its threads need, by number (x86-64).
 ALLOWED = {
     "read": 0, "write": 1, "close": 3, "stat": 4, "fstat": 5, "lstat": 6, "poll": 7, "lseek": 8,
     "mmap": 9, "mprotect": 10, "munmap": 11, "brk": 12, "rt_sigaction": 13, "rt_sigprocmask": 14,
@@ -46,14 +46,14 @@ ALLOWED = {
     "eventfd2": 290, "epoll_create1": 291, "dup3": 292, "pipe2": 293, "getrandom": 318,
     "membarrier": 324, "statx": 332, "rseq": 334, "faccessat2": 439,
 }  # fmt: skip
-# These change files: admitted where the only ones that can be changed are the program's own.
+# These change files: admitted only if all writable files are the program's own.
 WRITING = {
     "open": 2, "truncate": 76, "ftruncate": 77, "rename": 82, "mkdir": 83, "rmdir": 84, "creat": 85,
     "link": 86, "unlink": 87, "symlink": 88, "chmod": 90, "fchmod": 91, "utime": 132,
     "mkdirat": 258, "unlinkat": 263, "renameat": 264, "linkat": 265, "symlinkat": 266,
     "fchmodat": 268, "utimensat": 280, "fallocate": 285, "renameat2": 316, "copy_file_range": 326,
 }  # fmt: skip
-# Told apart so that the program's error says "not permitted"; all others are "not implemented".
+# These fail with "not permitted", all others with "not implemented".
 REFUSED = {
     "clone": 56, "fork": 57, "vfork": 58, "execve": 59, "execveat": 322, "kill": 62, "tkill": 200,
     "socket": 41, "connect": 42, "bind": 49, "ptrace": 101, "process_vm_readv": 310,
@@ -66,16 +66,16 @@ _libc = ctypes.CDLL(None, use_errno=True)
 
 
 class MissingFeature(Exception):
-    """What this machine lacks, with the step that it refused."""
+    """Raised for a feature that this machine lacks, with the step that failed."""
 
 
 def enter(library: str) -> None:
     """Move this process into namespaces whose root holds ``library``, read-only, and a ``/tmp``.
 
-    Children get a process namespace of their own by `isolate_child`.
+    `isolate_child` gives children their own process namespace.
     """
     proc = os.open("/proc", os.O_PATH)
-    if os.geteuid() == 0:  # while it can still reach a library below /root
+    if os.geteuid() == 0:  # first, while it can still read a library below /root
         unshare("a mount namespace", NEWNS)
         _new_root(library)
         become_nobody()
@@ -132,14 +132,14 @@ def _new_root(library: str) -> None:
 
 
 def isolate_child(disk: int) -> None:
-    """Give the next child its own processes, and an empty ``/tmp`` of ``disk`` bytes."""
+    """Give the next child its own process namespace and an empty ``/tmp`` of ``disk`` bytes."""
     unshare("a process namespace", NEWPID | NEWNS)
     mount("tmpfs", "/tmp", "tmpfs", NOSUID | NODEV, f"mode=777,size={disk},nr_inodes=1024")
     os.chdir("/tmp")
 
 
 def become_nobody() -> None:
-    """Give up root where the process has it: limits on processes do not bind root."""
+    """Become the user nobody if the process is root: limits on processes do not apply to root."""
     if os.geteuid() == 0:
         try:
             os.setgroups([])
@@ -147,7 +147,7 @@ def become_nobody() -> None:
             os.setresuid(NOBODY, NOBODY, NOBODY)
         except OSError as error:
             raise MissingFeature(f"a user without rights (setresuid: {error.strerror})") from None
-        _libc.prctl(DUMPABLE, 1, 0, 0, 0)  # else its own /proc files are root's
+        _libc.prctl(DUMPABLE, 1, 0, 0, 0)  # otherwise its /proc files belong to root
 
 
 def unshare(feature: str, flags: int) -> None:
@@ -165,7 +165,7 @@ def die_with_parent() -> None:
 
 
 def drop_privileges(memory: int, seconds: int, file: int, threads: int, isolated: bool) -> None:
-    """Set limits and give up everything that `ALLOWED` does not admit; for good."""
+    """Set limits, and permanently give up capabilities and all calls that are not `ALLOWED`."""
     limits = {
         resource.RLIMIT_AS: memory,
         resource.RLIMIT_CPU: seconds,
@@ -175,7 +175,7 @@ def drop_privileges(memory: int, seconds: int, file: int, threads: int, isolated
         resource.RLIMIT_MEMLOCK: 0,
         resource.RLIMIT_MSGQUEUE: 0,
     }
-    if isolated:  # counted within the user namespace: the worker, its child, this one, the tests
+    if isolated:  # counted in the user namespace: worker, its child, this process, the tests
         limits[resource.RLIMIT_NPROC] = 4 + threads
     for name, value in limits.items():
         hard = resource.getrlimit(name)[1]
@@ -191,8 +191,8 @@ def drop_privileges(memory: int, seconds: int, file: int, threads: int, isolated
 def install_filter(isolated: bool) -> None:
     """Install the filter of system calls.
 
-    Threads are admitted where the namespace counts them, opening a file for writing where the
-    only files are the program's own.
+    Threads are admitted only if the namespace counts them. Opening a file for writing is admitted
+    only if all writable files are the program's own.
     """
     rules: dict[int, tuple[int, int, int] | None] = dict.fromkeys(ALLOWED.values())
     rules[TGKILL] = (0, 0xFFFFFFFF, os.getpid())  # abort() signals itself
@@ -210,7 +210,7 @@ def install_filter(isolated: bool) -> None:
 
 
 def assemble_bpf(rules: dict[int, tuple[int, int, int] | None], refused: list[int]) -> bytes:
-    """Return a BPF program: the numbers in ``rules`` pass, if (argument, mask, value) holds."""
+    """Return a BPF program that admits calls in ``rules`` if (argument, mask, value) matches."""
     load, mask, jump_equal, jump_at_least, give = 0x20, 0x54, 0x15, 0x35, 0x06
     allow, kill, fail = 0x7FFF0000, 0x80000000, 0x00050000
 

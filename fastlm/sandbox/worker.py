@@ -1,16 +1,16 @@
-"""The process that runs generated programs. `fastlm.sandbox` starts it by its path and sends
-it cases over a pipe.
+"""The process that runs generated programs. `fastlm.sandbox` starts it by its path and sends it
+cases through a pipe.
 
-    worker          waits for a case, forks; reads nothing itself
-      keeper        new process namespace and /tmp; reads the program; watches clock and output
-        tests       process 1 of the namespace, so that all in it die with it
-          program   runs the program and answers calls; it was forked before any process of its line
-                    read the tests
+    worker          waits for a case and forks; reads nothing itself
+      keeper        new process namespace and /tmp; reads the program; watches time and output
+        tests       process 1 of the namespace: when it dies, all processes there die
+          program   runs the program and answers calls; forked before any of its ancestors read the
+                    tests
 
-A case is two numbers (the sizes of what follows), the program with its limits, and the tests. The
-keeper reads the tests once the program's process exists and passes them to the process of the
+A case is two numbers (the sizes of the two parts), the program with its limits, and the tests. When
+the program's process exists, the keeper reads the tests and passes them to the process of the
 tests. There the program's functions are `Remote`: a call sends the arguments as JSON and receives
-plain data, never objects whose ``__eq__`` the program wrote. The verdict goes to the keeper through
+plain data, never objects with an ``__eq__`` of the program. The verdict goes to the keeper through
 a pipe that the program does not have.
 """
 
@@ -32,29 +32,32 @@ from functools import partial
 from itertools import islice
 from typing import Any
 
-sys.path.append(os.path.dirname(os.path.abspath(__file__)))  # last: the library's names come first
+sys.path.append(
+    os.path.dirname(os.path.abspath(__file__))
+)  # last, so that the library's modules take precedence
 import jail
 
 sys.path.pop()
 
 SIZES = struct.Struct("<QQ")
-ITEMS = 10**6  # of an iterator that the tests read
-REPLY = 2**24  # bytes of one answer
-DETAIL = 500  # characters of a reason
+ITEMS = 10**6  # maximum items of an iterator that the tests read
+REPLY = 2**24  # maximum bytes of one answer
+DETAIL = 500  # maximum characters of a detail
 SEQUENCES = (list, tuple, set, frozenset)
 ENDED_EARLY = "the program ended before its tests did"
 
 
 class ProgramEnded(BaseException):
-    """The program's process is gone, or said SystemExit; no ``except Exception`` hides it."""
+    """Raised if the program's process ended, or raised SystemExit. Not an Exception, so that the
+    tests cannot catch it."""
 
 
 class ProgramError(Exception):
-    """An exception of a type that the program defined."""
+    """Raised for an exception of a type that the program defines."""
 
 
 def main(library: str, isolated: bool) -> None:
-    """Prepare the process, say so, then serve cases until standard input ends."""
+    """Prepare the process, report that it is ready, and serve cases until standard input ends."""
     preload()
     try:
         if isolated:
@@ -65,14 +68,14 @@ def main(library: str, isolated: bool) -> None:
         return
     jail.die_with_parent()
     os.write(1, b"{}\n")
-    gc.freeze()  # a collection in a child would copy every page
+    gc.freeze()  # garbage collection in a child would copy every page
     while select.select([0], [], []):
         if os.waitpid(fork_child(run_case, isolated), 0)[1]:
             return
 
 
 def fork_child(run: Callable[..., None], *arguments: Any) -> int:
-    """Fork a process that runs ``run``, which ends it, and dies with this one; return its id."""
+    """Fork a process that calls ``run`` and dies with this process; return its id."""
     pid = os.fork()
     if pid == 0:
         jail.die_with_parent()
@@ -84,8 +87,8 @@ def fork_child(run: Callable[..., None], *arguments: Any) -> int:
 
 
 def preload() -> None:
-    """Import what programs use most (0.1 ms a program instead of 10), and what needs libraries of
-    the system, which the root does not have.
+    """Import frequent modules (0.1 ms per program instead of 10), and modules that need system
+    libraries, which the new root lacks.
     """
     names = """bisect collections copy datetime decimal fractions functools hashlib heapq math
         operator random re statistics string textwrap threading traceback typing"""
@@ -99,7 +102,7 @@ def preload() -> None:
 
 
 def probe(isolated: bool) -> None:
-    """Raise `jail.MissingFeature` in this process where a child cannot get what a program gets."""
+    """Raise `jail.MissingFeature` if a child process cannot be isolated like a program."""
     read, write = os.pipe()
     pid = os.fork()
     if pid == 0:
@@ -137,11 +140,11 @@ def run_case(isolated: bool) -> None:
     pid = fork_child(Tests(request, isolated).run, texts, output, verdict)
     for fd in (verdict, texts, output):
         os.close(fd)
-    os.read(verdicts, 1)  # the program's process exists; or none ever will
+    os.read(verdicts, 1)  # the program's process exists, or failed to start
     tests = read_all(0, second)
     try:
         write_all(text, tests)
-    except OSError:  # the process of the tests is gone: no verdict follows
+    except OSError:  # the process of the tests ended without a verdict
         pass
     os.close(text)
     outcome = watch(request, verdicts, outputs, pid)
@@ -150,7 +153,7 @@ def run_case(isolated: bool) -> None:
 
 
 def watch(request: dict, verdicts: int, outputs: int, pid: int) -> dict[str, Any]:
-    """Wait for the verdict, bounded in time and output; end all processes; return both."""
+    """Wait for the verdict within the limits, kill all processes, and return the outcome."""
     deadline = time.monotonic() + request["wall"]
     verdict, output, reason = b"", b"", ""
     waiting = {verdicts, outputs}
@@ -170,16 +173,16 @@ def watch(request: dict, verdicts: int, outputs: int, pid: int) -> dict[str, Any
                 if len(output) > request["output"]:
                     reason = "output"
     os.kill(pid, signal.SIGKILL)
-    os.waitpid(pid, 0)  # with it all processes of the namespace
+    os.waitpid(pid, 0)  # this ends all processes of the namespace
     while outputs in waiting and len(output) <= request["output"]:
         data = os.read(outputs, 65536)
         output += data
         if not data:
             break
-    if len(output) > request["output"]:  # also where the verdict came before the last of it
+    if len(output) > request["output"]:  # also if the verdict came before the last output
         reason = "output"
     details = {
-        "wall": f"more than {request['wall']:g} s by the clock",
+        "wall": f"more than {request['wall']:g} s of wall-clock time",
         "output": f"more than {request['output']:,} bytes",
         "crashed": "the process of the tests ended without a verdict",
     }
@@ -220,13 +223,13 @@ class Tests:
         os._exit(0)
 
     def judge(self, tests: dict[str, Any]) -> tuple[str, str]:
-        """Return the reason ("passed" if all is well) and one line on it."""
+        """Return the reason ("passed" for success) and one line of detail."""
         space: dict[str, Any] = {"__name__": "tests"}
         try:
             exec(compile(tests["setup"], "<setup>", "exec"), space)
             code = ast.parse(tests["tests"], "<tests>")
         except Exception as error:
-            return "tests", f"they cannot be used: {describe_error(error, '<setup>')}"
+            return "tests", f"they are invalid: {describe_error(error, '<setup>')}"
         try:
             self.receive()  # the program has run
             for name in {*tests["names"], *program_names(code, space)}:
@@ -243,14 +246,14 @@ class Tests:
             return "error", describe_error(error, "<tests>")
 
     def end_reason(self, reason: str) -> tuple[str, str]:
-        self.channel.close()  # a program that waits for a call ends now
+        self.channel.close()  # ends a program that waits for a call
         if reason != ENDED_EARLY:
             return "ended", reason
-        # CPU seconds are a hard limit, whose signal no program can ignore
+        # the CPU limit is hard: no program can ignore its signal
         status, usage = os.wait4(self.child, 0)[1:]
         if os.WIFSIGNALED(status):
             used, number = usage.ru_utime + usage.ru_stime, os.WTERMSIG(status)
-            # the limit counts ticks of the clock: up to a fifth more on a machine that others use
+            # the kernel counts clock ticks: up to a fifth more on a busy machine
             if number == signal.SIGKILL and used > self.request["seconds"] / 2:
                 return "time", f"more than {self.request['seconds']} s of processor time"
             return "crashed", f"{signal.Signals(number).name} after {used:.1f} s"
@@ -282,7 +285,7 @@ class Tests:
                 raise ValueError("neither a value nor an error")
         except (ValueError, TypeError, KeyError, IndexError, RecursionError):
             raise ProgramEnded(
-                f"the program's process wrote what is no answer: {line[:80]!r}"
+                f"the program's process wrote an invalid answer: {line[:80]!r}"
             ) from None
         if name == "SystemExit":
             raise ProgramEnded("the program called sys.exit")
@@ -290,7 +293,7 @@ class Tests:
         if isinstance(error, type) and issubclass(error, Exception):
             try:
                 error = error(text)
-            except TypeError:  # UnicodeDecodeError wants five arguments
+            except TypeError:  # UnicodeDecodeError takes five arguments
                 error = ProgramError(f"{name}: {text}")
             raise error
         raise ProgramError(f"{name}: {text}")
@@ -369,7 +372,7 @@ ANSWERS: dict[str, Callable[..., Any]] = {
 
 
 class Remote:
-    """A function or object in the program's process. It equals itself only."""
+    """A proxy of a function or object in the program's process. It equals only itself."""
 
     def __init__(self, ask: Callable[..., Any], key: str | int) -> None:
         self.__dict__.update(_ask=ask, _key=key)
@@ -399,10 +402,10 @@ class Remote:
 
 
 def pack(value: Any, keep: Callable[[Any], int] | None = None) -> Any:
-    """Return ``value`` as JSON: text, numbers and None as they are, the rest as [kind, ...].
+    """Return ``value`` as JSON: text, numbers and None unchanged, other values as [kind, ...].
 
-    Subclasses become their plain type. Other objects are kept and named by number; without
-    ``keep``, in the tests' process, they are a TypeError.
+    Subclasses become their plain type. Other objects are stored by ``keep`` and referenced by
+    number; without ``keep``, in the tests' process, they raise TypeError.
     """
     if value is None or value is True or value is False:
         return value
@@ -426,7 +429,7 @@ def pack(value: Any, keep: Callable[[Any], int] | None = None) -> Any:
 
 
 def unpack(value: Any, find: Callable[[Any], Any]) -> Any:
-    """The inverse of `pack`. ValueError, TypeError, KeyError: what `pack` never writes."""
+    """Invert `pack`. ValueError, TypeError or KeyError: the value is not from `pack`."""
     if not isinstance(value, list):
         if isinstance(value, dict):
             raise ValueError("an object of JSON")
@@ -447,7 +450,7 @@ def unpack(value: Any, find: Callable[[Any], Any]) -> Any:
 
 
 def describe_error(error: BaseException, file: str, *, name: bool = True) -> str:
-    """One line: the last line of ``file`` that the error went through, its type and text."""
+    """Describe an error in one line: its last line in ``file``, its type and text."""
     frames = traceback.walk_tb(error.__traceback__)
     line = next((n for frame, n in reversed([*frames]) if frame.f_code.co_filename == file), 0)
     text = " ".join(str(error).split())
@@ -477,7 +480,7 @@ def write_all(fd: int, data: bytes) -> None:
 
 
 def program_names(code: ast.Module, space: dict[str, Any]) -> list[str]:
-    """The names that the tests use and neither define nor find in the setup or in Python."""
+    """Return the names in the tests that neither they, the setup nor Python define."""
     nodes = list(ast.walk(code))
     used = {n.id: None for n in nodes if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Load)}
     defined = {n.id for n in nodes if isinstance(n, ast.Name) and not isinstance(n.ctx, ast.Load)}
@@ -496,8 +499,8 @@ def program_names(code: ast.Module, space: dict[str, Any]) -> list[str]:
 
 
 def move_descriptors(moved: dict[int, int], also: Collection[int] = ()) -> None:
-    """Move descriptors to where they are wanted and close all others but ``also``."""
-    # first beyond every target, so that none is overwritten
+    """Move descriptors to their targets and close all others except ``also``."""
+    # first to numbers above every target, so that none is overwritten
     aside = {fcntl.fcntl(fd, fcntl.F_DUPFD, 10): target for fd, target in moved.items()}
     for fd, target in aside.items():
         os.dup2(fd, target)
