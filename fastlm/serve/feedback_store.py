@@ -30,7 +30,7 @@ from fastlm.serve.tables import (
     CANARY_ANSWERS,
     CANARY_OUTCOMES,
     FEEDBACK,
-    MEASURES,
+    MEASUREMENTS,
     RATINGS,
     RESPONSES,
     WITHDRAWN,
@@ -266,7 +266,7 @@ class FeedbackStore:
         with self.write() as connection:
             ids = _response_ids(connection, id)
             deleted = _anonymise_canary(connection, ids)
-            for table in (RESPONSES, FEEDBACK, MEASURES):
+            for table in (RESPONSES, FEEDBACK, MEASUREMENTS):
                 for condition in _conditions(table, id, ids):
                     deleted += connection.execute(table.delete().where(condition)).rowcount
         if self.engine.dialect.name == "sqlite":  # the log has the text until it is truncated
@@ -320,9 +320,9 @@ class FeedbackStore:
 
 def _conversation(connection: sa.Connection, response: str) -> tuple[str | None] | None:
     """Return the conversation of a response, (None,) if it has none, None if it is unknown."""
-    for table in (RESPONSES, MEASURES):  # measurements have one only with consent
+    for table in (RESPONSES, MEASUREMENTS):  # measurements have one only with consent
         query = sa.select(table.c.conversation_id).where(table.c.response_id == response)
-        if table is MEASURES:
+        if table is MEASUREMENTS:
             query = query.where(table.c.conversation_id.is_not(None))
         if (row := connection.execute(query.limit(1)).first()) is not None:
             return (row[0],)
@@ -334,7 +334,7 @@ def _response_ids(connection: sa.Connection, id: str) -> set[str]:
     conversation and a response of another one, that response is left out.
     """
     ids = {id}
-    for table in (RESPONSES, FEEDBACK, MEASURES):
+    for table in (RESPONSES, FEEDBACK, MEASUREMENTS):
         query = sa.select(table.c.response_id).where(table.c.conversation_id == id).distinct()
         responses = connection.execute(query).scalars().all()
         for response in filter(None, responses):

@@ -48,7 +48,7 @@ GETS = {
     "/metrics": ("Return metrics for Prometheus", None),
     "/dashboard/data": (
         "Return the data of the dashboard",
-        "now window since until edges groups drift alerts measures"
+        "now window since until edges groups drift alerts measurements"
     ),
 }  # fmt: skip
 ADMIN_GETS = {"/v1/canary": ("Return the state of the canary and the decisions", MANAGER_KEYS)}

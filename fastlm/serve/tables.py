@@ -1,6 +1,6 @@
 """Define the tables of the feedback database.
 
-`fastlm_measures` has numbers about every answer, with or without consent to store its text;
+`fastlm_measurements` has numbers about every answer, with or without consent to store its text;
 `fastlm.serve.monitor` writes and reads them. The tables of a canary have no text either: they say
 which model gave which answer, and the outcome of each conversation.
 """
@@ -48,8 +48,8 @@ RATINGS = sa.Table(  # `fastlm.serve.ratings.Rating`
     sa.Column("low", sa.Float, nullable=False),
     sa.Column("high", sa.Float, nullable=False),
 )
-MEASURES = sa.Table(
-    "fastlm_measures",
+MEASUREMENTS = sa.Table(
+    "fastlm_measurements",
     metadata,
     sa.Column("id", sa.Integer, primary_key=True),
     sa.Column("response_id", sa.String(128), index=True),

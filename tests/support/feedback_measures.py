@@ -7,7 +7,7 @@ import numpy as np
 from fastlm.serve.feedback import Feedback
 from fastlm.serve.monitor import features
 from fastlm.serve.monitor.answer_judges import JUDGES
-from fastlm.serve.tables import MEASURES
+from fastlm.serve.tables import MEASUREMENTS
 
 COOKING = "how do I bake a soft loaf of bread with butter and milk in the oven today"
 CODE = "def f(x): return x[0] + 1  # why does this raise IndexError: {}?"
@@ -20,7 +20,7 @@ def prompt(rng, words):
     return " ".join(names[i] for i in rng.integers(0, len(names), rng.integers(4, 16)))
 
 
-def fill_measures(
+def fill_measurements(
     store, count, *, days=1.0, models=MODELS[:1], now=None, words=(COOKING, COOKING), seed=0
 ):
     """Add ``count`` measures over the last ``days``. The first half of the prompts has the first of
@@ -57,7 +57,7 @@ def fill_measures(
         rows.append(row)
     with store.write() as connection:
         for begin in range(0, count, 5000):
-            connection.execute(MEASURES.insert(), rows[begin : begin + 5000])
+            connection.execute(MEASUREMENTS.insert(), rows[begin : begin + 5000])
     for id in ids[:500:10]:
         store.add(Feedback(id, thumb=str(rng.choice(("up", "down"), p=(0.7, 0.3)))))
     return ids

@@ -345,7 +345,7 @@ def rows_of(store: sqlite3.Connection) -> list[str]:
     names: dict[str, str] = {}
     lines = []
     for line in sorted(store.iterdump(), key=lambda line: line * line.startswith("CREATE INDEX")):
-        if "fastlm_measures" not in line:  # durations of answers
+        if "fastlm_measurements" not in line:  # durations of answers
             line = re.sub(r"\d{4}-\d\d-\d\dT[\d:.+]+", "TIME", line)
             for id in re.findall("chatcmpl-[0-9a-f]+", line):
                 line = line.replace(id, names.setdefault(id, f"response {len(names)}"))

@@ -28,7 +28,7 @@ from fastlm.serve.feedback_store import Feedback, FeedbackStore, StoredResponse
 from fastlm.serve.monitor.monitor import MonitorConfig
 from fastlm.serve.monitor.window import read_feedback_rows
 from fastlm.serve.ratings import Rating, read_ratings
-from fastlm.serve.tables import MEASURES
+from fastlm.serve.tables import MEASUREMENTS
 
 PROMPT = [{"role": "user", "content": "Write to ann@mail.org or +44 20 7946 0958"}]
 CLEAN = [{"role": "user", "content": "Write to <EMAIL> or <PHONE>"}]
@@ -627,10 +627,10 @@ def test_feedback_comes_early_late_and_about_conversations(database_url):
         store.declare_ratings([STARS, SOLVED])
         store.add(Feedback("early", thumb="up", metrics=(("stars", 5.0),)))
         assert read_feedback_rows(store, now - 60, now + 60)[0].model == ""  # no answer yet
-        row = dict.fromkeys(c.name for c in MEASURES.columns if c.name != "id")
+        row = dict.fromkeys(c.name for c in MEASUREMENTS.columns if c.name != "id")
         row |= {"choice": 0, "status": 200}
         with store.write() as connection:
-            connection.execute(MEASURES.insert(), [
+            connection.execute(MEASUREMENTS.insert(), [
                 row | {"response_id": "early", "model": "new", "at": now},
                 row | {"response_id": "late", "model": "old", "at": now - 5 * 86400},
                 row | {"response_id": "t1", "conversation_id": "talk", "model": "new", "at": now},
@@ -650,5 +650,5 @@ def test_feedback_comes_early_late_and_about_conversations(database_url):
         assert (late.value, late.model, round(now - late.at)) == (1.0, "old", 5 * 86400)
         assert store.forget("late") == 3  # two feedback rows and its measure
         with store.read() as connection:
-            left = connection.execute(MEASURES.select()).all()
+            left = connection.execute(MEASUREMENTS.select()).all()
         assert [item.response_id for item in left] == ["early", "t1"]

@@ -33,11 +33,11 @@ def test_databases_are_compared_without_random_ids_and_times(tmp_path: Path) -> 
     def written(name: str, ids: list[str], time: str, thumb: str = "up") -> object:
         with sqlite3.connect(tmp_path / name) as store:
             store.execute("CREATE TABLE fastlm_feedback (id TEXT, over TEXT, thumb TEXT, at TEXT)")
-            store.execute("CREATE TABLE fastlm_measures (id TEXT, seconds FLOAT)")
+            store.execute("CREATE TABLE fastlm_measurements (id TEXT, seconds FLOAT)")
             for id in ids:
                 row = (f"chatcmpl-{id}", f'[["chatcmpl-{ids[0]}", 1]]', thumb, time)
                 store.execute("INSERT INTO fastlm_feedback VALUES (?, ?, ?, ?)", row)
-                store.execute("INSERT INTO fastlm_measures VALUES (?, ?)", (id, len(name) / 7))
+                store.execute("INSERT INTO fastlm_measurements VALUES (?, ?)", (id, len(name) / 7))
         return kill_stages.content(tmp_path / name)
 
     one = written("one.db", ["a1", "b2"], "2026-11-28T19:35:56+00:00")

@@ -10,7 +10,7 @@ import time
 import numpy as np
 import pytest
 from canary_app import canary_server, model_folders
-from feedback_measures import CODE, COOKING, MODELS, fill_measures
+from feedback_measures import CODE, COOKING, MODELS, fill_measurements
 from serve_app import HTTP, ask, script, serve_model, tiny_model
 
 from fastlm.errors import InputError
@@ -24,7 +24,7 @@ from fastlm.serve.monitor.prompt_drift import DriftReference, drift
 from fastlm.serve.monitor.recorder import Measurement, Recorder, Retention
 from fastlm.serve.monitor.summary import RATES, VALUES, value_of
 from fastlm.serve.ratings import Rating
-from fastlm.serve.tables import MEASURES
+from fastlm.serve.tables import MEASUREMENTS
 
 STARS = Rating("stars", "number", "higher", low=1, high=5)
 SECRET = "Zanzibar"  # in prompts and answers
@@ -35,10 +35,11 @@ def tiny():
     return tiny_model()
 
 
-def measures(store):
+def measurements(store):
     with store.read() as connection:
         return [
-            row._mapping for row in connection.execute(MEASURES.select().order_by(MEASURES.c.id))
+            row._mapping
+            for row in connection.execute(MEASUREMENTS.select().order_by(MEASUREMENTS.c.id))
         ]
 
 
@@ -77,7 +78,7 @@ def test_every_answer_is_measured_without_its_text(tiny, database_url):
         ask(url, chat | {"stream": True})
         assert ask(url, chat | {"temperature": 9}).status_code == 400  # never reached the engine
         assert server.monitor.recorder.flush()
-        rows = measures(store)
+        rows = measurements(store)
         assert [row["response_id"] for row in rows[:2]] == [first["id"], second["id"]]
         assert [row["conversation_id"] for row in rows] == [None, "talk", *[None] * 4]
         assert [row["choice"] for row in rows] == [0, 0, 0, 0, 1, 0]
@@ -138,7 +139,7 @@ def test_outcomes_that_are_no_answer(tiny, tmp_path):
         server.served_model.engine.submit = fails
         assert ask(url, body, "/v1/completions").status_code == 500
         assert server.monitor.recorder.flush()
-        rows = measures(store)
+        rows = measurements(store)
         assert sorted(row["status"] for row in rows) == [200, 429, 499, 500]
         bad = [row for row in rows if row["status"] != 200]
         assert all(row["prompt_tokens"] == 1 and row["seconds"] is None for row in bad)
@@ -167,11 +168,11 @@ def test_the_database_goes_and_comes_back(tmp_path, capfd):
         assert writer.counts.database_errors and not writer.counts.written
         broken = False
         assert writer.flush(60)
-        assert [row["response_id"] for row in measures(store)] == ["first", "second"]
+        assert [row["response_id"] for row in measurements(store)] == ["first", "second"]
         assert (writer.counts.written, writer.counts.dropped) == (2, 0)
         writer.put(measurement("third"))
         writer.close()  # writes what waits
-        assert len(measures(store)) == 3
+        assert len(measurements(store)) == 3
     assert capfd.readouterr().err.count("the database cannot be used") == 1
 
 
@@ -184,7 +185,7 @@ def test_measurements_wait_in_a_bounded_queue(tmp_path, monkeypatch):
             writer.put(measurement(str(i)))
         assert writer.counts.dropped == 15
         writer.start()
-        assert writer.flush(60) and len(measures(store)) == 10
+        assert writer.flush(60) and len(measurements(store)) == 10
         writer.put(Measurement(measurement().values, "x" * 990, 1, "x" * 11))
         assert writer.counts.dropped == 16
         writer.close()
@@ -199,22 +200,22 @@ def test_measurements_wait_in_a_bounded_queue(tmp_path, monkeypatch):
         bad.start()
         bad.put(measurement())
         assert bad.flush(60) and bad.counts.judge_errors == 1
-        assert measures(store)[-1]["toxicity"] is None and measures(store)[-1]["features"]
+        assert measurements(store)[-1]["toxicity"] is None and measurements(store)[-1]["features"]
         bad.close()
 
 
 def test_old_measures_go_and_those_of_the_reference_stay_without_names(database_url):
     now = time.time()
     with FeedbackStore(database_url) as store:
-        fill_measures(store, 300, days=10, now=now)
+        fill_measurements(store, 300, days=10, now=now)
         writer = make_recorder(store, retention=Retention(days=2, rows=40))
         with store.read() as connection:
             reference_rows = connection.execute(
-                MEASURES.select().where(DriftReference(50).rows(connection))
+                MEASUREMENTS.select().where(DriftReference(50).rows(connection))
             ).all()
         assert sum(row.features is not None for row in reference_rows) == 50
         deleted = writer.sweep(now)
-        rows = measures(store)
+        rows = measurements(store)
         assert deleted == 300 - len(rows) == 300 - 40 - len(reference_rows)
         old = rows[: len(reference_rows)]
         assert [row["features"] for row in old] == [row.features for row in reference_rows]
@@ -234,7 +235,7 @@ def test_old_measures_go_and_those_of_the_reference_stay_without_names(database_
         )
         period = DriftReference(begin=begin, end=end)
         make_recorder(store, retention=Retention(days=1, rows=1), reference=period.rows).sweep(now)
-        assert len(measures(store)) == 10 + 1
+        assert len(measurements(store)) == 10 + 1
 
 
 def test_features():
@@ -278,7 +279,7 @@ def test_rates_name_their_judge_and_do_not_mix(tiny, tmp_path):
         FeedbackStore(tmp_path / "f.sqlite") as store,
         serve_model(*tiny, feedback=store, monitoring=config) as (url, server),
     ):
-        fill_measures(store, 40, days=0.01)
+        fill_measurements(store, 40, days=0.01)
         script(server, "No", "A long answer")
         for _ in range(2):
             ask(url, {"model": "tiny", "prompt": "The"}, "/v1/completions")
@@ -286,7 +287,7 @@ def test_rates_name_their_judge_and_do_not_mix(tiny, tmp_path):
         refusals = server.monitor.data("hour")["groups"][0]["summary"]["refusal"]
         assert (refusals["judge"], refusals["hits"], refusals["n"]) == ("length 2", 1, 2)
         assert refusals["other_judges"] == sum(
-            r["refusal_judge"] == REFUSAL_RULES.id for r in measures(store)
+            r["refusal_judge"] == REFUSAL_RULES.id for r in measurements(store)
         )
 
 
@@ -312,10 +313,10 @@ def test_dashboard_data(tiny, database_url):
             assert result["groups"][0]["summary"]["answers"] == 0 and result["models"] == []
             assert result["groups"][0]["summary"]["refusal"]["value"] is None
             assert not result["drift"]["enough_prompts"]
-        ids = fill_measures(store, 1, days=0.001)
+        ids = fill_measurements(store, 1, days=0.001)
         store.add(Feedback(ids[0], metrics=(("stars", 3.0),)))
         with store.read() as connection:
-            (row,) = connection.execute(MEASURES.select()).all()
+            (row,) = connection.execute(MEASUREMENTS.select()).all()
         assert row.status == 200  # seed 0
         server.monitor._cached.clear()  # what was read serves all who look for five seconds
         result = data(window="all")
@@ -344,14 +345,14 @@ def test_two_models_side_by_side(tmp_path, tiny):
         FeedbackStore(tmp_path / "f.sqlite") as store,
         serve_model(*tiny, feedback=store, monitoring=MonitorConfig([STARS])) as (_, server),
     ):
-        ids = fill_measures(store, 1200, models=MODELS, words=(COOKING, CODE))
+        ids = fill_measurements(store, 1200, models=MODELS, words=(COOKING, CODE))
         for i, id in enumerate(ids[:40]):
             store.add(Feedback(id, metrics=(("stars", 5.0 if i % 2 else 1.0),), rater="ann"))
         store.add(Feedback("elsewhere", thumb="up"))
         data = server.monitor.data("day")
         assert [group["model"] for group in data["groups"]] == [None, *MODELS]
         both, old, new = (group["summary"] for group in data["groups"])
-        rows = [row for row in measures(store) if row["status"] == 200]
+        rows = [row for row in measurements(store) if row["status"] == 200]
         assert both["answers"] == len(rows) == old["answers"] + new["answers"]
         times = [row["first_token_seconds"] for row in rows if row["model"] == MODELS[1]]
         assert new["first_token"]["p50"] == pytest.approx(np.median(times))
@@ -376,7 +377,7 @@ def test_a_hundred_thousand_answers_are_read_in_bounded_time(tmp_path, tiny, mon
         FeedbackStore(tmp_path / "f.sqlite") as store,
         serve_model(*tiny, feedback=store) as (_, server),
     ):
-        fill_measures(store, 12_000)
+        fill_measurements(store, 12_000)
         start = time.process_time()
         data = server.monitor.data("all")
         assert time.process_time() - start < 10  # 0.2 measured
@@ -387,11 +388,11 @@ def test_a_hundred_thousand_answers_are_read_in_bounded_time(tmp_path, tiny, mon
 def test_drift_is_seen_and_none_is_not(database_url):
     with FeedbackStore(database_url) as store:
         now = time.time()
-        fill_measures(store, 1600, days=2, now=now, words=(COOKING, COOKING))
+        fill_measurements(store, 1600, days=2, now=now, words=(COOKING, COOKING))
         same = drift(store, DriftReference(300), now - 86400, now)
         assert same["enough_prompts"] and same["reference_prompts"] == 300
         assert same["mmd"]["p"] > 0.05 and all(f["p"] > 0.05 for f in same["features"])
-        fill_measures(store, 400, days=0.5, now=now, words=(CODE, CODE), seed=1)
+        fill_measurements(store, 400, days=0.5, now=now, words=(CODE, CODE), seed=1)
         moved = drift(store, DriftReference(300), now - 0.5 * 86400, now)
         assert moved["mmd"]["p"] <= 0.002
         by_name = {f["name"]: f for f in moved["features"]}
@@ -524,7 +525,7 @@ def test_an_alert_on_the_dashboard_in_prometheus_and_in_the_log(tiny, tmp_path, 
         FeedbackStore(tmp_path / "f.sqlite") as store,
         serve_model(*tiny, feedback=store, monitoring=config) as (url, server),
     ):
-        ids = fill_measures(store, 1000, words=(COOKING, CODE))
+        ids = fill_measurements(store, 1000, words=(COOKING, CODE))
         for i, id in enumerate(ids[:30]):
             store.add(Feedback(id, metrics=(("stars", 1.0 + i % 2),)))
         server.monitor.alerts.check(time.time())
@@ -535,7 +536,7 @@ def test_an_alert_on_the_dashboard_in_prometheus_and_in_the_log(tiny, tmp_path, 
         text = HTTP.get(url + "/metrics").text
         assert 'fastlm_alert{name="refuses"} 1.0' in text
         assert 'fastlm_alert{name="idle"} 0.0' in text
-        assert 'fastlm_measures_total{outcome="written"}' in text
+        assert 'fastlm_measurements_total{outcome="written"}' in text
         server.monitor.alerts.check(time.time() + 3 * 86400)  # nothing of the last day
         text = HTTP.get(url + "/metrics").text
         assert 'fastlm_alert{name="refuses"} 0.0' in text
@@ -551,7 +552,7 @@ def test_every_metric_of_a_rule_has_a_value(tiny, tmp_path):
         FeedbackStore(tmp_path / "f.sqlite") as store,
         serve_model(*tiny, feedback=store) as (_, server),
     ):
-        fill_measures(store, 600)
+        fill_measurements(store, 600)
         data = server.monitor.data("day")
         for metric in (*RATES, *VALUES):
             value = value_of(metric, data["groups"][0]["summary"], data["drift"])
@@ -596,7 +597,7 @@ def test_a_canary_is_a_column_of_its_own(tmp_path):
             thumb = "down" if made["model"] == old else "up"
             ask(url, {"response_id": made["id"], "thumb": thumb}, "/v1/feedback")
         assert server.monitor.recorder.flush()
-        assert {row["response_id"]: row["model"] for row in measures(store)} == answered
+        assert {row["response_id"]: row["model"] for row in measurements(store)} == answered
         data = server.monitor.data("hour")
         names = [group["model"] for group in data["groups"]]
         assert len(names) == 3 and set(names[1:]) == set(answered.values())

@@ -9,7 +9,7 @@ import time
 
 import markdown_cases
 import pytest
-from feedback_measures import CODE, COOKING, MODELS, fill_measures
+from feedback_measures import CODE, COOKING, MODELS, fill_measurements
 from markdown_cases import AROUND, AS_HTML, EXAMPLES, GROWN, HARMLESS, LONG, SHOWN
 from serve_app import script, serve_model, tiny_model
 
@@ -647,7 +647,7 @@ def test_dashboard(opened, tiny, tmp_path, monkeypatch):
         page.get_by_text("Too few to compare").wait_for()  # nothing was measured yet
         assert page.locator("figure").count() == 9
 
-        ids = fill_measures(store, 900, models=models, words=(COOKING, CODE))
+        ids = fill_measurements(store, 900, models=models, words=(COOKING, CODE))
         for id in ids[:20]:
             store.add(Feedback(id, metrics=(("stars", 4.0),)))
         server.monitor.alerts.check(time.time())
@@ -710,7 +710,7 @@ def test_the_dashboard_opens_on_what_has_answers(opened, tiny, tmp_path, ago, ex
         serve_model(*tiny, feedback=store, monitoring=MonitorConfig()) as (url, _),
     ):
         for seed, seconds in enumerate(ago):
-            fill_measures(store, 20, days=0.001, now=time.time() - seconds, seed=seed)
+            fill_measurements(store, 20, days=0.001, now=time.time() - seconds, seed=seed)
         page, wrong = opened(f"{url}/dashboard{expected}")
         page.wait_for_load_state("networkidle")
         status(page, "updated")

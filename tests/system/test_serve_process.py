@@ -22,7 +22,7 @@ from typer.testing import CliRunner
 from fastlm.cli import app
 from fastlm.errors import InputError
 from fastlm.serve.feedback_store import FeedbackStore
-from fastlm.serve.monitor.window import read_feedback_rows, read_measures
+from fastlm.serve.monitor.window import read_feedback_rows, read_measurements
 from fastlm.serve.process import _listen
 from fastlm.tokenizer.tokenizer import Tokenizer
 
@@ -113,7 +113,7 @@ def test_sigterm_lets_running_answers_end(folder, tmp_path):
             HTTP.get(url + "/health")
     assert [file.name for file in tmp_path.iterdir()] == ["f.sqlite"]  # no write-ahead log remains
     with FeedbackStore(base) as store:
-        assert len(read_measures(store, 0, time.time() + 9)) == 1
+        assert len(read_measurements(store, 0, time.time() + 9)) == 1
     events = [line["event"] for line in lines]
     assert lines[0]["num_blocks"] == 40 and lines[0]["block_bytes"] == 64 * 2 * 2 * (16 + 4)
     assert events[-3:] == ["stopping", "request", "stopped"] and "uvicorn" not in events

@@ -112,9 +112,9 @@ class Monitor:
         text = (
             "Measurements of answers: written to the database, dropped because the queue was full"
         )
-        yield metric_family(CounterMetricFamily, "measures", text, ["outcome"], outcomes)
+        yield metric_family(CounterMetricFamily, "measurements", text, ["outcome"], outcomes)
         text = "Times that the monitor could not use the database"
-        yield CounterMetricFamily("fastlm_measure_errors", text, counts.database_errors)
+        yield CounterMetricFamily("fastlm_measurement_errors", text, counts.database_errors)
 
     # ---- alerts
 
@@ -176,7 +176,7 @@ class Monitor:
         counts = self.recorder.counts
         retention = self.config.retention
         limits = {"retention_days": retention.days, "retention_rows": retention.rows}
-        return data | {"alerts": self.alerts.rows(), "measures": asdict(counts) | limits}
+        return data | {"alerts": self.alerts.rows(), "measurements": asdict(counts) | limits}
 
     def _data(self, name: str, reference: DriftReference) -> dict[str, Any]:
         now = time.time()

@@ -11,7 +11,7 @@ from pydantic import Field
 from fastlm.errors import InputError
 from fastlm.serve.monitor import features
 from fastlm.serve.monitor.window import C, read_features
-from fastlm.serve.tables import MEASURES
+from fastlm.serve.tables import MEASUREMENTS
 from fastlm.stats.drift import mmd, psi
 from fastlm.stats.intervals import holm
 
@@ -58,7 +58,7 @@ class DriftReference:
         """Return the SQL condition on the measures that selects the rows of the reference."""
         if (period := self.period()) is not None:
             return period
-        ids = sa.select(MEASURES.c.id).where(C.features.is_not(None)).order_by(C.id)
+        ids = sa.select(MEASUREMENTS.c.id).where(C.features.is_not(None)).order_by(C.id)
         last = connection.execute(ids.limit(1).offset(self.first - 1)).scalar()
         return C.features.is_not(None) if last is None else C.id <= last
 

@@ -21,7 +21,7 @@ from fastlm.serve.monitor.answer_judges import MAX_CHARACTERS as MAX_JUDGED_CHAR
 from fastlm.serve.monitor.answer_judges import Judge
 from fastlm.serve.protocol.chat_completion import ChatCompletionRequest
 from fastlm.serve.protocol.completion import CompletionRequest, GenerationRequest
-from fastlm.serve.tables import MEASURES
+from fastlm.serve.tables import MEASUREMENTS
 
 if TYPE_CHECKING:
     from fastlm.serve.completion_response import ChatCompletionResponse
@@ -36,7 +36,7 @@ MAX_NAME_LENGTH = 256  # characters of a model's name
 
 @dataclass(frozen=True)
 class Measurement:
-    """The measurement of one choice of a finished answer: ``values`` of the columns of `MEASURES`,
+    """The measurement of one choice of a finished answer: ``values`` of columns of `MEASUREMENTS`,
     and the texts, which become numbers and are then discarded. ``prompt``, ``answer``: None if
     nothing of them is measured.
     """
@@ -74,8 +74,8 @@ class RecorderCounts:
 @dataclass
 class Recorder:
     """A queue of measurements, and the thread that writes them. ``reference``: the SQL condition on
-    `MEASURES` of the rows that stay (`Retention`). ``on_tick``: called about each second, in the
-    thread.
+    `MEASUREMENTS` of the rows that stay (`Retention`). ``on_tick``: called about each second, in
+    the thread.
     """
 
     store: "FeedbackStore"
@@ -160,7 +160,7 @@ class Recorder:
 
     def _row(self, measurement: Measurement) -> dict[str, Any]:
         row: dict[str, Any] = {
-            column.name: None for column in MEASURES.columns if column.name != "id"
+            column.name: None for column in MEASUREMENTS.columns if column.name != "id"
         }
         row |= measurement.values
         if measurement.prompt is not None:
@@ -180,7 +180,7 @@ class Recorder:
     def _write(self) -> None:
         if self._rows:
             with self.store.write() as connection:
-                connection.execute(MEASURES.insert(), self._rows)
+                connection.execute(MEASUREMENTS.insert(), self._rows)
             with self._changed:
                 self.counts.written += len(self._rows)
                 self._rows = []
@@ -194,18 +194,20 @@ class Recorder:
     def sweep(self, now: float) -> int:
         """Delete the measurements that are too old at ``now``, or too many. Return the number of
         deleted rows. InputError: the database cannot be used."""
-        ids = sa.select(MEASURES.c.id).order_by(MEASURES.c.id.desc())
+        ids = sa.select(MEASUREMENTS.c.id).order_by(MEASUREMENTS.c.id.desc())
         with self.store.write() as connection:
             last = connection.execute(ids.limit(1).offset(self.retention.rows)).scalar()
-            old = MEASURES.c.at < now - self.retention.days * 86400
+            old = MEASUREMENTS.c.at < now - self.retention.days * 86400
             if last is not None:
-                old = sa.or_(old, MEASURES.c.id <= last)
+                old = sa.or_(old, MEASUREMENTS.c.id <= last)
             reference = self.reference(connection)
-            query = MEASURES.delete().where(old, sa.not_(reference))
+            query = MEASUREMENTS.delete().where(old, sa.not_(reference))
             deleted = connection.execute(query).rowcount
             without_ids = {"response_id": None, "conversation_id": None}
-            has_id = MEASURES.c.response_id.is_not(None)
-            connection.execute(MEASURES.update().where(old, reference, has_id).values(without_ids))
+            has_id = MEASUREMENTS.c.response_id.is_not(None)
+            connection.execute(
+                MEASUREMENTS.update().where(old, reference, has_id).values(without_ids)
+            )
         return deleted
 
 

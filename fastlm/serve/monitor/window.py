@@ -11,7 +11,7 @@ import sqlalchemy as sa
 from fastlm.errors import InputError
 from fastlm.serve.feedback import latest
 from fastlm.serve.feedback_rows import read_metrics, read_time
-from fastlm.serve.tables import FEEDBACK, MEASURES
+from fastlm.serve.tables import FEEDBACK, MEASUREMENTS
 
 if TYPE_CHECKING:
     from fastlm.serve.feedback_store import FeedbackStore
@@ -24,7 +24,7 @@ FLOATS = (
 TEXTS = ("model", "finish_reason", "refusal_judge", "toxicity_judge")
 # A missing value is NaN in a column of numbers, and "" in a column of texts
 ANSWER = np.dtype([*((name, np.float64) for name in FLOATS), *((name, object) for name in TEXTS)])
-C = MEASURES.c
+C = MEASUREMENTS.c
 
 
 @dataclass(frozen=True)
@@ -68,14 +68,14 @@ def read_period(store: "FeedbackStore", since: float, until: float, minutes: flo
     If the database has more answers than `MAX_ROWS`, the period begins with the first one that is
     read.
     """
-    answers = read_measures(store, since, until)
+    answers = read_measurements(store, since, until)
     if truncated := len(answers) > MAX_ROWS:
         answers = answers[1:]
         minutes -= (float(answers["at"][0]) - since) / 60
     return Period(answers, read_feedback_rows(store, since, until), minutes, truncated)
 
 
-def read_measures(store: "FeedbackStore", since: float, until: float) -> np.ndarray:
+def read_measurements(store: "FeedbackStore", since: float, until: float) -> np.ndarray:
     """Return the measurements of [since, until), at most `MAX_ROWS` + 1."""
     texts = [sa.func.coalesce(C[name], "") for name in TEXTS]
     query = sa.select(*(C[name] for name in FLOATS), *texts).where(C.at >= since, C.at < until)
@@ -83,7 +83,9 @@ def read_measures(store: "FeedbackStore", since: float, until: float) -> np.ndar
     try:
         return np.array([tuple(row) for row in rows[::-1]], ANSWER)
     except (TypeError, ValueError) as error:
-        raise InputError(f"{store.name}: {MEASURES.name}: expected numbers, got: {error}") from None
+        raise InputError(
+            f"{store.name}: {MEASUREMENTS.name}: expected numbers, got: {error}"
+        ) from None
 
 
 def read_features(
@@ -131,7 +133,7 @@ def read_feedback_rows(store: "FeedbackStore", since: float, until: float) -> li
             C.at, sa.func.coalesce(C.model, conversations.c.model, "").label("model"),
         )
         .select_from(FEEDBACK)
-        .outerjoin(MEASURES, sa.and_(C.response_id == F.response_id, C.choice == F.choice))
+        .outerjoin(MEASUREMENTS, sa.and_(C.response_id == F.response_id, C.choice == F.choice))
         .outerjoin(
             conversations,
             sa.and_(F.response_id.is_(None), conversations.c.conversation_id == F.conversation_id),

@@ -190,11 +190,11 @@ function drawDrift() {
 }
 
 function drawMeasurements() {
-  const { measures } = data;
-  $("measurements").textContent = `Measurements of answers, without their text: ${integer(measures.written)} written since this server started, `
-    + `${integer(measures.dropped)} dropped because the queue was full, ${integer(measures.database_errors)} times the database could not be used`
-    + `${measures.judge_errors ? `, ${integer(measures.judge_errors)} times a judge failed` : ""}. `
-    + `They are stored for ${measures.retention_days} days, at most ${integer(measures.retention_rows)}.`;
+  const { measurements } = data;
+  $("measurements").textContent = `Measurements of answers, without their text: ${integer(measurements.written)} written since this server started, `
+    + `${integer(measurements.dropped)} dropped because the queue was full, ${integer(measurements.database_errors)} times the database could not be used`
+    + `${measurements.judge_errors ? `, ${integer(measurements.judge_errors)} times a judge failed` : ""}. `
+    + `They are stored for ${measurements.retention_days} days, at most ${integer(measurements.retention_rows)}.`;
 }
 
 // ---- controls
