@@ -68,12 +68,12 @@ def _forward(
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     at = tl.arange(0, BLOCK)[None, :]
     mask = (row < rows)[:, None] & (at < width)
-    to = row[:, None] * width + at
+    out_at = row[:, None] * width + at
     sum_ = load_sum(
         x, residual, row[:, None] * x_stride + at, row[:, None] * residual_stride + at, mask
     )
     if residual is not None:
-        tl.store(h + to, sum_, mask=mask)
+        tl.store(h + out_at, sum_, mask=mask)
     wide = sum_.to(tl.float32)
     center = tl.sum(wide, 1) / width
     deviation = tl.where(mask, wide - center[:, None], 0.0)
@@ -81,7 +81,7 @@ def _forward(
     deviation = tl.where(mask, deviation - lack[:, None], 0.0)
     r = 1.0 / tl.sqrt_rn(tl.sum(deviation * deviation, 1) / width + eps)
     z = _affine(deviation * r[:, None], weight, bias, at, at < width)
-    tl.store(y + to, z.to(y.dtype.element_ty), mask=mask)
+    tl.store(y + out_at, z.to(y.dtype.element_ty), mask=mask)
     tl.store(mean + row, center + lack, mask=row < rows)
     tl.store(rstd + row, r, mask=row < rows)
 
@@ -182,11 +182,11 @@ def _backward(
             grad += tl.load(dh_above + from_above, mask=mask, other=0.0).to(tl.float32)
         tl.store(dh + row[:, None] * width + at, grad.to(dh.dtype.element_ty), mask=mask)
     column = tl.arange(0, BLOCK)
-    to = program * width + column
+    out_at = program * width + column
     if dweight is not None:
-        tl.store(dweight + to, tl.sum(weights, 0), mask=column < width)
+        tl.store(dweight + out_at, tl.sum(weights, 0), mask=column < width)
     if dbias is not None:
-        tl.store(dbias + to, tl.sum(biases, 0), mask=column < width)
+        tl.store(dbias + out_at, tl.sum(biases, 0), mask=column < width)
 
 
 @triton.jit

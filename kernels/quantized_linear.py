@@ -512,7 +512,7 @@ class _Tiling(NamedTuple):
     grid: tuple[int, int]
     parts: int
     part_tiles: int
-    to: Tensor  # y, or (parts, M, N) float32
+    output: Tensor  # y, or (parts, M, N) float32
 
 
 def _tiling(config: Config, tiles: int, w: _Weight, y: Tensor) -> _Tiling:
@@ -523,15 +523,15 @@ def _tiling(config: Config, tiles: int, w: _Weight, y: Tensor) -> _Tiling:
     max_parts = min(2 * multiprocessors(y.device) // blocks, w.row_bytes // (8 * m))
     part_tiles = triton.cdiv(tiles, max(1, min(max_parts, MAX_PARTS, tiles // _PART_TILES)))
     parts = triton.cdiv(tiles, part_tiles)
-    to = y if parts == 1 else torch.empty((parts, m, n), dtype=torch.float32, device=y.device)
-    return _Tiling(config, (blocks, parts), parts, part_tiles, to)
+    output = y if parts == 1 else torch.empty((parts, m, n), dtype=torch.float32, device=y.device)
+    return _Tiling(config, (blocks, parts), parts, part_tiles, output)
 
 
 def _add(t: _Tiling, bias: Tensor | None, y: Tensor) -> None:
     if t.parts > 1:
         grid = (triton.cdiv(y.numel(), _ADD.sizes["BLOCK"]),)
         size = y.numel()
-        launch(_add_parts, grid, t.to, bias, y, y.shape[1], size, config=_ADD, PARTS=t.parts)
+        launch(_add_parts, grid, t.output, bias, y, y.shape[1], size, config=_ADD, PARTS=t.parts)
 
 
 def _select_rows_config(tiles: TileConfigs, x: Tensor) -> Config:
@@ -544,7 +544,7 @@ def _fused_rows(x: Tensor, w: _Weight, bias: Tensor | None, y: Tensor) -> None:
     config = _select_rows_config(_MATRIX_FLOAT32 if x.dtype == torch.float32 else _MATRIX, x)
     t = _tiling(config, triton.cdiv(w.k, config.sizes["BK"]), w, y)
     launch(
-        _matrix, t.grid, x, *w.tensors(), bias, t.to, *y.shape, w.k, x.stride(0), w.row_bytes,
+        _matrix, t.grid, x, *w.tensors(), bias, t.output, *y.shape, w.k, x.stride(0), w.row_bytes,
         w.groups, t.part_tiles, config=config, BITS=w.bits, GROUP=w.group,
         STEP=w.step(config.sizes["BK"]), PARTS=t.parts,
     )  # fmt: skip
@@ -563,7 +563,7 @@ def _integer_rows(
     tiles = full_groups * tiles_per_group + triton.cdiv(w.k - full_groups * w.group, width)
     t = _tiling(config, tiles, w, y)
     launch(
-        _integers, t.grid, x, scale, sums, *w.tensors(), bias, t.to, *y.shape, w.k, w.row_bytes,
+        _integers, t.grid, x, scale, sums, *w.tensors(), bias, t.output, *y.shape, w.k, w.row_bytes,
         w.groups, w.runs, tiles, t.part_tiles, config=config, BITS=w.bits, GROUP=w.group,
         RUNS=w.runs_per_group, TILES=tiles_per_group, PARTS=t.parts,
     )  # fmt: skip

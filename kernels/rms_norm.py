@@ -60,18 +60,18 @@ def _forward(
     at = tl.arange(0, BLOCK)
     mask = (row < rows)[:, None] & (at < width)[None, :]
     from_x = row[:, None] * x_stride + at[None, :]
-    to = row[:, None] * width + at[None, :]
+    out_at = row[:, None] * width + at[None, :]
     from_residual = row[:, None] * residual_stride + at[None, :]
     sum_ = load_sum(x, residual, from_x, from_residual, mask)
     if residual is not None:
-        tl.store(h + to, sum_, mask=mask)
+        tl.store(h + out_at, sum_, mask=mask)
     wide = sum_.to(tl.float32)
     r = _rstd(tl.sum(wide * wide, 1), width, eps)
     scaled = wide * r[:, None]
     if weight is not None:
         w = offset + tl.load(weight + at, mask=at < width, other=0.0).to(tl.float32)
         scaled *= w[None, :]
-    tl.store(y + to, scaled.to(y.dtype.element_ty), mask=mask)
+    tl.store(y + out_at, scaled.to(y.dtype.element_ty), mask=mask)
     tl.store(rstd + row, r, mask=row < rows)
 
 
@@ -152,8 +152,8 @@ def _backward(
         if dh_above is not None:
             from_above = row[:, None] * above_stride + at[None, :]
             grad += tl.load(dh_above + from_above, mask=mask, other=0.0).to(tl.float32)
-        to = row[:, None] * width + at[None, :]
-        tl.store(dh + to, grad.to(dh.dtype.element_ty), mask=mask)
+        out_at = row[:, None] * width + at[None, :]
+        tl.store(dh + out_at, grad.to(dh.dtype.element_ty), mask=mask)
     if weight is not None:
         tl.store(dweight + program * width + at, tl.sum(share, 0), mask=at < width)
 
