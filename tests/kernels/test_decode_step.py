@@ -75,9 +75,9 @@ def assert_steps_equal_modules(model, rows=3, length=9, count=4, act_bits=16):
         assert max(errors) <= FLIPPED
 
 
-def error_of(got, expected):
-    assert got.isfinite().all()
-    return ((got - expected).abs().max() / expected.abs().max()).item()
+def error_of(actual, expected):
+    assert actual.isfinite().all()
+    return ((actual - expected).abs().max() / expected.abs().max()).item()
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -86,7 +86,7 @@ def test_families(case):
     assert_steps_equal_modules(fastlm.quantize(model_of(case), "w4a16", group_size=16))
 
 
-def test_a_prompt_beside_a_narrow_cache_is_attended_in_bfloat16(monkeypatch):
+def test_a_prompt_with_a_16_bit_cache_is_attended_in_bfloat16(monkeypatch):
     model, dtypes = model_of("gemma2"), []
     ours = layers.varlen_attention
 

@@ -33,7 +33,7 @@ def gradients(model, backwards=1):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("family", ["llama", "qwen3", "gemma2", "olmo2"])
-def test_gradients_are_those_of_kept_values(dtype, family, monkeypatch):
+def test_recomputed_values_have_the_same_gradients(dtype, family, monkeypatch):
     model = small_model(family, head_dim=16).to(dtype)
     loss, grads = gradients(model)
     model.zero_grad(set_to_none=True)
@@ -44,7 +44,7 @@ def test_gradients_are_those_of_kept_values(dtype, family, monkeypatch):
         assert torch.equal(actual, expected)
 
 
-def test_second_backward_of_a_kept_graph():
+def test_second_backward_of_a_retained_graph():
     model = small_model()
     _, once = gradients(model)
     model.zero_grad(set_to_none=True)
@@ -69,7 +69,7 @@ def bytes_in_use():
 
 @pytest.mark.skipif(sys.platform != "linux", reason="glibc's allocator")
 @pytest.mark.parametrize("cover", [True, False])
-def test_value_is_not_kept(cover):
+def test_the_value_is_not_stored(cover):
     x = torch.randn(1 << 18, 32, requires_grad=True)  # 32 MiB
     first, second = nn.Linear(32, 1), nn.Linear(32, 1)
     calls = 0
@@ -151,7 +151,7 @@ print(faults())
 
 @pytest.mark.skipif(sys.platform != "linux", reason="glibc's allocator")
 @pytest.mark.parametrize("call", ["assert keep_freed_memory()", ""])
-def test_freed_memory_is_not_asked_for_again(call):
+def test_freed_memory_is_reused(call):
     """32 MiB four times: 8192 pages each time with glibc's defaults, none if it is kept."""
     command = [sys.executable, "-P", "-c", PROGRAM.replace("CALL", call)]
     done = subprocess.run(command, capture_output=True, text=True, check=True)

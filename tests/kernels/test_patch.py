@@ -311,7 +311,7 @@ def test_hooks_on_the_activation():
     assert len(outputs) == 2
 
 
-def test_unpatch_refuses_what_lies_on_top():
+def test_unpatch_refuses_classes_derived_from_patched_ones():
     """parametrize (and fully_shard) derive a new class from the patched one."""
     model = fastlm.patch(model_of())
     norm, ids = model.model.norm, tokens()

@@ -201,7 +201,7 @@ def test_looking_disturbs_nothing():
     assert other.config._attn_implementation == "sdpa"
 
 
-def test_a_rotation_told_more():
+def test_a_rotation_with_more_arguments():
     """An apply_rotary_pos_emb that gets unsqueeze_dim as a positional argument."""
     from fastlm.hf.forwards import _attention
 

@@ -84,7 +84,7 @@ def test_scale_table_is_transposed_and_as_narrow_as_is_exact(bits, offset, dtype
     assert torch.equal(table.float(), padded.view(3, 16, 5, len(parts)).permute(0, 2, 3, 1))
 
 
-def test_a_held_file_is_parsed_once_and_a_new_one_again(tmp_path):
+def test_an_open_file_is_parsed_once(tmp_path):
     path = tmp_path / "model.gguf"
     path.write_bytes(smollm2().read_bytes())
     gguf_file = open_gguf(path)

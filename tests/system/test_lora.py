@@ -531,7 +531,7 @@ def test_it_resumes_to_the_same_bits(base, data, tmp_path, changes, dtype) -> No
         (None, 4, []),
     ],
 )
-def test_what_is_kept_of_a_quantized_base_is_said(base, tmp_path, format, bits, lines) -> None:
+def test_a_line_reports_what_stays_quantized(base, tmp_path, format, bits, lines) -> None:
     source, warnings = base, []
     if format:
         model = CausalLM.from_pretrained(base)

@@ -118,8 +118,8 @@ def test_it_draws_from_what_full_passes_compute():
     prompts = [r.prompt for r in requests_of(8, longest=40)]
     for sampling in (Sampling(temperature=0.0), Sampling(), Sampling(top_p=0.8)):
         requests = [Request(prompt, 12, sampling, seed=5 + i) for i, prompt in enumerate(prompts)]
-        for request, got in zip(requests, Engine(model).generate(requests), strict=True):
-            assert got.token_ids == complete_by_definition(model, request)
+        for request, actual in zip(requests, Engine(model).generate(requests), strict=True):
+            assert actual.token_ids == complete_by_definition(model, request)
 
 
 def test_prompts_that_are_equal_are_computed_once():
@@ -206,8 +206,8 @@ def test_models_that_run_module_by_module():
     model = model_of()
     expected = [r.token_ids for r in Engine(model).generate(requests_of(5))]
     with fastlm.use_backend("reference"):
-        got = [r.token_ids for r in Engine(model).generate(requests_of(5))]
-    assert got == expected
+        actual = [r.token_ids for r in Engine(model).generate(requests_of(5))]
+    assert actual == expected
     add_lora(model, 4)
     assert [r.token_ids for r in Engine(model).generate(requests_of(5))] == expected
 
@@ -367,15 +367,15 @@ def test_a_request_with_the_prompt_of_one_that_fails_is_computed_itself(monkeypa
 
     monkeypatch.setattr(CausalLM, "chunk_hidden", once)
     engine = Engine(model, max_num_batched_tokens=1000)
-    got = [[], []]
-    engine.submit(Request(prompt, 5, seed=1), got[0].append)
+    actual = [[], []]
+    engine.submit(Request(prompt, 5, seed=1), actual[0].append)
     engine.step()
     engine.scheduler.requeue(engine.scheduler.running[0])
-    engine.submit(Request(prompt, 5, seed=2), got[1].append)
+    engine.submit(Request(prompt, 5, seed=2), actual[1].append)
     while engine.step():
         pass
-    assert got[0][-1].finish_reason == "error"
-    assert [t for piece in got[1] for t in piece.tokens] == expected.token_ids
+    assert actual[0][-1].finish_reason == "error"
+    assert [t for piece in actual[1] for t in piece.tokens] == expected.token_ids
 
 
 def test_a_request_that_nothing_can_be_drawn_for_ends_alone():
@@ -502,7 +502,7 @@ def test_a_thread_that_fails_continues(monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["call", "update"])
-def test_a_call_beside_a_step_is_not_lost(name):
+def test_a_call_during_a_step_is_not_lost(name):
     """It waits for the lock while a step takes the calls before it."""
     engine, futures = Engine(model_of()), []
     thread = threading.Thread(target=lambda: futures.append(getattr(engine, name)(lambda: 7)))
@@ -541,13 +541,13 @@ def test_threads():
     requests = requests_of(24, longest=90, logprobs=None)
     expected = [r.token_ids for r in Engine(engine.model).generate(requests)]
     engine.start()
-    got = [None] * len(requests)
+    actual = [None] * len(requests)
 
     def ask(i):
         if i % 6 == 5:
             id = engine.submit(requests[i], lambda piece: None)
             engine.cancel(id)
-        got[i] = engine.generate([requests[i]])[0].token_ids
+        actual[i] = engine.generate([requests[i]])[0].token_ids
 
     threads = [threading.Thread(target=ask, args=(i,)) for i in range(len(requests))]
     for thread in threads:
@@ -557,7 +557,7 @@ def test_threads():
         engine.call(lambda: 1 / 0).result()
     for thread in threads:
         thread.join()
-    assert got == expected
+    assert actual == expected
     engine.close()
     assert not any(t.name == "fastlm-engine" for t in threading.enumerate())
 

@@ -89,7 +89,7 @@ def test_a_draft_model_changes_no_bit(format, prompt_rows):
         nothing_is_kept(engine)
 
 
-def test_requests_that_come_and_go():
+def test_requests_that_arrive_and_end():
     """Requests arrive, are cancelled and are preempted at random moments."""
     model = model_of()
     draw = random.Random(1)
@@ -98,19 +98,19 @@ def test_requests_that_come_and_go():
     engine = Engine(
         model, draft_model=model, prompt_rows=True, num_blocks=15, num_speculative_tokens=3
     )
-    got, ids, left = [CompletionCollector() for _ in requests], {}, list(range(12))
+    answers, ids, left = [CompletionCollector() for _ in requests], {}, list(range(12))
     cancelled = {2, 5, 7}
-    while left or any(answer.completion is None for answer in got):
+    while left or any(answer.completion is None for answer in answers):
         if left and draw.random() < 0.2:
-            ids[left[0]] = engine.submit(requests[left[0]], got[left[0]])
+            ids[left[0]] = engine.submit(requests[left[0]], answers[left[0]])
             left.pop(0)
         for i in cancelled & ids.keys():
-            if len(got[i].pieces) > 10:
+            if len(answers[i].pieces) > 10:
                 engine.cancel(ids[i])
         if engine.scheduler.running and draw.random() < 0.05:
             engine.scheduler.requeue(draw.choice(engine.scheduler.running))
         engine.step()
-    for i, (answer, (tokens, logprobs)) in enumerate(zip(got, expected, strict=True)):
+    for i, (answer, (tokens, logprobs)) in enumerate(zip(answers, expected, strict=True)):
         ours = tokens_and_logprobs(answer.completion)
         if i in cancelled:
             assert answer.completion.finish_reason == "cancelled"
@@ -123,7 +123,7 @@ def test_requests_that_come_and_go():
     nothing_is_kept(engine)
 
 
-def test_a_model_guesses_its_own_tokens():
+def test_a_model_drafts_its_own_tokens():
     """All draft tokens are accepted, sampled ones, too, so a step gives five tokens; also after an
     update of the weights."""
     model = model_of()
@@ -163,17 +163,17 @@ def test_draft_tokens_are_those_of_a_draft_model_that_recomputes_everything():
     )
     ours = engine._proposer.propose
 
-    def guess(sequences, budget):
+    def propose(sequences, budget):
         nonlocal num_checked
         ours(sequences, budget)
         for s in sequences:
             if s.draft and len(s.tokens) <= MAX_ROWS:
-                guesses, fresh = s.draft, DraftModelProposer(draft, 4, 4)
-                fresh.propose([s], len(guesses))
-                assert s.draft == guesses
+                draft_tokens, new_proposer = s.draft, DraftModelProposer(draft, 4, 4)
+                new_proposer.propose([s], len(draft_tokens))
+                assert s.draft == draft_tokens
                 num_checked += 1
 
-    engine._proposer.propose = guess
+    engine._proposer.propose = propose
     engine.generate(requests_of((3, 20, 11, 5), new=30))
     stats = engine.stats()
     assert (
@@ -225,11 +225,11 @@ def test_a_draft_model_that_fails_ends_no_request():
     theirs."""
     model = model_of()
     requests = requests_of((9, 9, 9), new=60)
-    engine, got = (
+    engine, answers = (
         Engine(model, draft_model=model, prompt_rows=True),
         [CompletionCollector() for _ in "abc"],
     )
-    for request, answer in zip(requests, got, strict=True):
+    for request, answer in zip(requests, answers, strict=True):
         engine.submit(request, answer)
     for _ in range(3):
         engine.step()
@@ -248,13 +248,15 @@ def test_a_draft_model_that_fails_ends_no_request():
     bad = None
     while engine.step():
         assert not failed.draft
-    assert [tokens_and_logprobs(answer.completion) for answer in got] == run_alone(model, requests)
+    assert [tokens_and_logprobs(answer.completion) for answer in answers] == run_alone(
+        model, requests
+    )
     stats = engine.stats()
     assert stats.draft_failures == 1 and stats.finished == {"length": 3}
     nothing_is_kept(engine)
 
 
-def test_a_draft_model_whose_weights_cannot_be_followed(monkeypatch):
+def test_a_draft_model_with_weights_that_fail(monkeypatch):
     model, draft = model_of(), model_of()
     engine = Engine(model, draft_model=draft, prompt_rows=True)
     requests = requests_of((9,), new=20)
@@ -341,11 +343,14 @@ def test_refusals():
     refused("draft_model: .* length of the context", draft_model=model_of(rope_scaling=by_length))
     hooked = model_of()
     hooked.model.norm.register_forward_hook(lambda *rest: None)
-    refused("draft_model: .* rows of steps, got: .*has hooks", draft_model=hooked)
+    refused(
+        "draft_model: expected a model that runs on the decode kernel, got: .*has hooks",
+        draft_model=hooked,
+    )
     refused("draft_model: expected None .*has hooks.*, got llama", model=hooked, draft_model=model)
 
 
-def test_a_padded_model_guesses_ids_of_the_tokenizer():
+def test_a_padded_model_drafts_ids_of_the_tokenizer():
     """Penalties have the tokenizer's size: drafting failed for a request with penalties."""
     penalised = Request([1, 2], 4, Sampling(temperature=0.0, repetition_penalty=1.1))
     sequence = sequences.Sequence(

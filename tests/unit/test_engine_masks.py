@@ -70,7 +70,7 @@ def test_others_go_on_while_a_mask_is_computed():
 @pytest.mark.parametrize(
     "options", [{}, {"num_speculative_tokens": 3}, {"num_blocks": 4}, {"prompt_rows": True}]
 )
-def test_masks_that_come_late_change_no_answer(options, monkeypatch):
+def test_late_masks_change_no_answer(options, monkeypatch):
     """This holds also where the answer is preempted meanwhile."""
 
     class Even:

@@ -86,8 +86,8 @@ def test_draft_tokens_of_a_preempted_request_are_dropped():
         tokens_and_logprobs(Engine(model, **options).generate([r])[0]) for r in (request, later)
     )
     for at in (20, 62, 63, 64):
-        engine, got = Engine(model, **options), CompletionCollector()
-        engine.submit(request, got)
+        engine, collected = Engine(model, **options), CompletionCollector()
+        engine.submit(request, collected)
         engine.step()
         sequence = engine.scheduler.running[0]
         while len(sequence.tokens) < at:
@@ -95,15 +95,15 @@ def test_draft_tokens_of_a_preempted_request_are_dropped():
         engine.scheduler.requeue(sequence)
         while engine.step():
             pass
-        assert tokens_and_logprobs(got.completion) == undisturbed
+        assert tokens_and_logprobs(collected.completion) == undisturbed
         assert tokens_and_logprobs(engine.generate([later])[0]) == expected
 
 
-def test_a_prompt_whose_pages_were_all_found_is_no_source_of_another():
+def test_a_fully_cached_prompt_is_no_source_of_another():
     """A preempted answer finds its own blocks in the cache, and none of its rows has logits."""
-    engine, got = Engine(model_of(), prompt_rows=True), CompletionCollector()
+    engine, collected = Engine(model_of(), prompt_rows=True), CompletionCollector()
     prompt = [i % 97 for i in range(100)]
-    engine.submit(Request(prompt, 200, seed=1, ignore_eos=True), got)
+    engine.submit(Request(prompt, 200, seed=1, ignore_eos=True), collected)
     for _ in range(60):
         engine.step()
     engine.scheduler.requeue(engine.scheduler.running[0])
@@ -111,7 +111,7 @@ def test_a_prompt_whose_pages_were_all_found_is_no_source_of_another():
     (second,) = engine.generate([Request(prompt, 5, seed=2, ignore_eos=True)])
     while engine.step():
         pass
-    assert second.finish_reason == got.completion.finish_reason == "length"
+    assert second.finish_reason == collected.completion.finish_reason == "length"
 
 
 @pytest.mark.parametrize("prompt_rows", [True, False])
@@ -145,12 +145,12 @@ def test_an_update_after_which_modules_compute_prompts(monkeypatch):
     """A preempted answer that waits continues afterwards."""
     model = fastlm.quantize(model_of(), "w8a8", group_size=32)
     monkeypatch.setattr(cpu_decode, "prefers_prompt_rows", lambda plan: plan.multiplies_int8)
-    engine, got = (
+    engine, collected = (
         Engine(model, num_speculative_tokens=3),
         [CompletionCollector(), CompletionCollector()],
     )
-    engine.submit(Request([1, 2, 3], 90, seed=1, ignore_eos=True), got[0])
-    engine.submit(Request([4, 5], 20, seed=1, ignore_eos=True), got[1])
+    engine.submit(Request([1, 2, 3], 90, seed=1, ignore_eos=True), collected[0])
+    engine.submit(Request([4, 5], 20, seed=1, ignore_eos=True), collected[1])
     for _ in range(70):
         engine.step()
 
@@ -164,11 +164,11 @@ def test_an_update_after_which_modules_compute_prompts(monkeypatch):
     while engine.step():
         pass
     assert engine.scheduler.aligns_chunks
-    assert [len(c.completion.token_ids) for c in got] == [90, 20]
+    assert [len(c.completion.token_ids) for c in collected] == [90, 20]
 
 
 @pytest.mark.parametrize("draft", [False, True])
-def test_guesses_stay_within_the_tokens_of_a_step(draft):
+def test_draft_tokens_stay_within_the_budget_of_a_step(draft):
     model, rows = model_of(), []
     engine = Engine(
         model, prompt_rows=True, max_num_batched_tokens=16, num_speculative_tokens=7,
@@ -182,18 +182,18 @@ def test_guesses_stay_within_the_tokens_of_a_step(draft):
     assert max(rows) <= 16 and engine.stats().accepted_tokens > 0
 
 
-def test_prompts_go_on_beside_many_answers():
+def test_prompts_continue_with_many_answers():
     """Prompts get half as many tokens of a step as answers."""
     engine = Engine(model_of(), prompt_rows=True, max_num_batched_tokens=8)
     for i in range(8):
         engine.submit(Request([i], 400, seed=i, ignore_eos=True), lambda piece: None)
     for _ in range(5):
         engine.step()
-    got = []
-    engine.submit(Request([9] * 20, 3, seed=1), got.append)
+    collected = []
+    engine.submit(Request([9] * 20, 3, seed=1), collected.append)
     for _ in range(4):
         engine.step()
-    assert not got
+    assert not collected
     for _ in range(2):
         engine.step()
-    assert got and len(engine.scheduler.running) == 9
+    assert collected and len(engine.scheduler.running) == 9

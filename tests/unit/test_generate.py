@@ -83,8 +83,8 @@ def test_greedy_tokens_are_those_of_full_passes(kind, how):
     rows = [ids_of(1, n, seed=n) for n in (1, 7, 12, 4)]
     prompts = [ids[0].tolist() for ids in rows]
     with backend.use_backend("reference") if how == "modules" else nullcontext():
-        got = model.generate(prompts, max_new_tokens=9, temperature=0.0)
-    assert got == [by_full_passes(model, ids, 9)[0].tolist() for ids in rows]
+        actual = model.generate(prompts, max_new_tokens=9, temperature=0.0)
+    assert actual == [by_full_passes(model, ids, 9)[0].tolist() for ids in rows]
 
 
 def test_frequencies_are_those_of_the_longest_context():
@@ -96,8 +96,8 @@ def test_frequencies_are_those_of_the_longest_context():
         rope_parameters={"rope_type": "default", "rope_theta": base}, max_position_embeddings=100
     )
     prompts = [[3, 1, 4], ids_of(1, 40)[0].tolist()]
-    got = model.generate(prompts, max_new_tokens=18, temperature=0.0)
-    assert got == plain.generate(prompts, max_new_tokens=18, temperature=0.0)
+    actual = model.generate(prompts, max_new_tokens=18, temperature=0.0)
+    assert actual == plain.generate(prompts, max_new_tokens=18, temperature=0.0)
     assert len(model.generate([[1] * 99], max_new_tokens=5)[0]) == 104  # 48 * factor is 96
 
 
@@ -591,14 +591,14 @@ def test_rows_that_end_leave_the_others_as_they_are(kind):
         assert row == rows[i] and len(logprobs[i]) == len(row) - len(prompt)
         assert logprobs[i] == pytest.approx(single, abs=1e-4)
         if kind == "llama":  # against the definition: no penalty here
-            (row,), (got,) = model.generate(
+            (row,), (actual,) = model.generate(
                 [prompt], max_new_tokens=4, temperature=0.7, seed=i, return_logprobs=True
             )
             logits = model(torch.tensor([row])).logits[0, len(prompt) - 1 : -1]
             expected = (
                 (logits / 0.7).log_softmax(-1).gather(-1, torch.tensor(row[len(prompt) :])[:, None])
             )
-            assert got == pytest.approx(expected[:, 0].tolist(), abs=1e-4)
+            assert actual == pytest.approx(expected[:, 0].tolist(), abs=1e-4)
 
 
 @pytest.mark.parametrize("vocab", [1, 255, 256, 257, 1000])
@@ -612,9 +612,9 @@ def test_a_draw_without_filters_is_the_inverse_of_the_cumulative_sum(vocab):
     p = logits.double().softmax(-1)[0]
     edges = torch.cat((torch.zeros(1, dtype=torch.float64), p.cumsum(0)))
     u = torch.cat((torch.tensor([0.0, 1 - 2**-53]), torch.rand(500, generator=g).double()))
-    got = sampling_module._sample_unfiltered(logits.expand(len(u), -1), u[:, None].double())
-    assert (p[got] > 0).all()
-    assert (edges[got] <= u + 1e-6).all() and (u <= edges[got + 1] + 1e-6).all()
+    actual = sampling_module._sample_unfiltered(logits.expand(len(u), -1), u[:, None].double())
+    assert (p[actual] > 0).all()
+    assert (edges[actual] <= u + 1e-6).all() and (u <= edges[actual + 1] + 1e-6).all()
 
 
 @pytest.mark.parametrize("options", [{"top_k": 40, "top_p": 0.9, "min_p": 0.02}, {"top_k": 1024}])

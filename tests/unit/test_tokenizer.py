@@ -52,7 +52,7 @@ def reload_with_transformers(tokenizer: Tokenizer, folder):
 
 @settings(max_examples=200, deadline=None)
 @given(st.text())
-def test_any_text_comes_back(trained, text):
+def test_any_text_survives_a_round_trip(trained, text):
     text = text.encode("utf-8", "ignore").decode()  # without lone surrogates
     ids = trained.encode(text)
     assert trained.decode(ids) == text
