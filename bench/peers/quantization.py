@@ -56,8 +56,8 @@ METHODS = (
 
 def round_to_nearest(model: CausalLM, group_size: int, symmetric: bool) -> CausalLM:
     """Round to nearest: put the largest weight of a group on 7, or its range on 15 steps."""
-    plan = select_targets(model, QuantizeOptions(group_size=group_size, symmetric=symmetric))
-    for target in plan:
+    targets = select_targets(model, QuantizeOptions(group_size=group_size, symmetric=symmetric))
+    for target in targets:
         w = target.module.weight.detach().float()
         n, k = w.shape
         v = w.view(n, -1, group_size)  # GRIDS divide the widths

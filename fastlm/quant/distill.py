@@ -116,14 +116,14 @@ class _Student:
     """A float32 copy of `model` and its optimizer; its quantized weights are `_TrainableScales`."""
 
     def __init__(
-        self, model: "CausalLM", plan: Sequence[Target], weights: Mapping[str, QuantizedWeight],
+        self, model: "CausalLM", targets: Sequence[Target], weights: Mapping[str, QuantizedWeight],
         floats: Mapping[str, Tensor],
     ):  # fmt: skip
         self.model = copy.deepcopy(model).float().eval().requires_grad_(False)
         for name, value in floats.items():
             self.model.get_parameter(name).copy_(value)
         self.parametrizations: dict[str, _TrainableScales] = {}
-        for target in plan:
+        for target in targets:
             module = self.model.get_submodule(target.name)
             trainable = _TrainableScales(weights[target.name])
             q = weights[target.name]
@@ -177,7 +177,7 @@ class Distillation:
 
     Args:
         model: the teacher; not changed.
-        plan: the layers that are quantized.
+        targets: the layers that are quantized.
         weights: name of a layer -> its initial quantized weight.
         floats: name -> value of the parameters that changed with them, such as AWQ's norms.
         ids: (windows, S), 2 or more. The last eighth, at most `HELDOUT` tokens, is held out.
@@ -192,7 +192,7 @@ class Distillation:
     def __init__(
         self,
         model: "CausalLM",
-        plan: Sequence[Target],
+        targets: Sequence[Target],
         weights: Mapping[str, QuantizedWeight],
         floats: Mapping[str, Tensor],
         ids: Tensor,
@@ -203,7 +203,7 @@ class Distillation:
         track: Callable = silent,
         log: Callable[[str], None] = lambda line: None,
     ):
-        self.teacher, self.plan, self.weights, self.floats = model, plan, weights, floats
+        self.teacher, self.targets, self.weights, self.floats = model, targets, weights, floats
         heldout = num_heldout_windows(len(ids), ids.shape[1])
         self.ids, self.heldout = ids[:-heldout], ids[-heldout:]
         self.steps, self.seed, self.folder = steps, seed, folder
@@ -226,7 +226,7 @@ class Distillation:
 
     def _train(self, key: str) -> StepResult:
         with torch.no_grad():
-            student = _Student(self.teacher, self.plan, self.weights, self.floats)
+            student = _Student(self.teacher, self.targets, self.weights, self.floats)
         before, begin = self._heldout_kl(student), 0
         if self.folder is not None and (saved := load_tensors(self.folder / STATE, key)):
             student.load(saved[0])
@@ -303,9 +303,9 @@ class Distillation:
     def _key(self) -> str:
         """Return a hash of what a saved state depends on."""
         values = [VERSION, self.steps, self.seed, self.batch, len(self.heldout), MAX_CHANGE,
-                [[t.name, t.scheme.bits, t.scheme.group_size] for t in self.plan],
+                [[t.name, t.scheme.bits, t.scheme.group_size] for t in self.targets],
                 self.teacher.config.to_dict()]  # fmt: skip
-        parts = [p for t in self.plan for q in [self.weights[t.name]]
+        parts = [p for t in self.targets for q in [self.weights[t.name]]
                  for p in (q.qdata, q.scales, q.zeros) if p is not None]  # fmt: skip
         return cache_key(
             values,

@@ -84,12 +84,12 @@ class _Moments:
 
 
 class LayerwiseQuantizer:
-    """Quantize the layers `plan` of `model`. `ids`: (windows, S), the calibration text."""
+    """Quantize the layers `targets` of `model`. `ids`: (windows, S), the calibration text."""
 
     def __init__(
         self,
         model: "CausalLM",
-        plan: Sequence[Target],
+        targets: Sequence[Target],
         ids: Tensor,
         options: QuantizeOptions,
         *,
@@ -98,10 +98,10 @@ class LayerwiseQuantizer:
         log: Callable[[str], None] = lambda line: None,
     ):
         if options.awq:
-            check_folds(model, plan)
-        self.model, self.plan, self.options = model, plan, options
+            check_folds(model, targets)
+        self.model, self.targets, self.options = model, targets, options
         self.ids, self.track, self.log, self.folder = ids, track, log, folder
-        self.key = _key(model, plan, ids, options) if folder is not None else ""
+        self.key = _key(model, targets, ids, options) if folder is not None else ""
         self.batch = max(1, _TOKENS // ids.shape[1])
         rotary = model.model.rotary(0, ids.shape[1], ids.shape[1], model.device)
         self.context = ForwardContext(None, None, None, rotary)
@@ -118,7 +118,7 @@ class LayerwiseQuantizer:
             name = f"model.layers.{index}"
             layer = copy.deepcopy(decoder.layers[index]).float().requires_grad_(False)
             assert isinstance(layer, DecoderLayer)
-            targets = layer_targets(self.plan, index)
+            targets = layer_targets(self.targets, index)
             target_outputs = None if plain is None else self._run_layer(layer, plain)
             step = self._cached(
                 f"layer-{index:05d}",
@@ -133,7 +133,7 @@ class LayerwiseQuantizer:
                 mean = sum(step.errors.values()) / len(step.errors)
                 self.log(f"{name}: error {100 * mean:.3g} % of its linear layers' outputs")
             yield step
-        if head_targets := [t for t in self.plan if t.module is head]:
+        if head_targets := [t for t in self.targets if t.module is head]:
             moments = self._head_moments(hidden)
             yield self._cached("head", lambda: self._outer(head_targets, moments))
 
@@ -149,7 +149,7 @@ class LayerwiseQuantizer:
     def _embeddings(self) -> StepResult:
         """Quantize the embedding; if it is tied to the head, by the head's inputs."""
         decoder = self.model.model
-        targets = [t for t in self.plan if t.module is decoder.embed_tokens]
+        targets = [t for t in self.targets if t.module is decoder.embed_tokens]
         if not targets or self.model.head_weight is not decoder.embed_tokens.weight:
             return self._outer(targets, None)
         hidden = self._embed({})
@@ -244,29 +244,32 @@ class LayerwiseQuantizer:
         return total
 
 
-def layer_targets(plan: Sequence[Target], index: int) -> dict[str, Target]:
+def layer_targets(targets: Sequence[Target], index: int) -> dict[str, Target]:
     """Return the targets in a decoder layer, by their names in it."""
     start = f"model.layers.{index}."
-    return {t.name.removeprefix(start): t for t in plan if t.name.startswith(start)}
+    return {t.name.removeprefix(start): t for t in targets if t.name.startswith(start)}
 
 
-def check_folds(model: "CausalLM", plan: Sequence[Target]) -> None:
+def check_folds(model: "CausalLM", targets: Sequence[Target]) -> None:
     """Raise InputError if AWQ's scales can be folded into no layer of `model`."""
     for index, layer in enumerate(model.model.layers):
         assert isinstance(layer, DecoderLayer)
-        if find_folds(layer, layer_targets(plan, index)):
+        if find_folds(layer, layer_targets(targets, index)):
             return
     raise InputError(
         "awq: expected layers with inputs from a norm or a quantized layer (all of q_proj,"
         " k_proj and v_proj; gate_proj and up_proj; up_proj and down_proj; v_proj and o_proj), got"
-        f" {len(plan)} layers without"
+        f" {len(targets)} layers without"
     )
 
 
-def _key(model: "CausalLM", plan: Sequence[Target], ids: Tensor, options: QuantizeOptions) -> str:
+def _key(
+    model: "CausalLM", targets: Sequence[Target], ids: Tensor, options: QuantizeOptions
+) -> str:
     """Return a hash of what a stored step depends on."""
     values = [
-        VERSION, [[t.name, vars(t.scheme)] for t in plan], list(ids.shape), model.config.to_dict(),
+        VERSION, [[t.name, vars(t.scheme)] for t in targets], list(ids.shape),
+        model.config.to_dict(),
         options.method, options.iterations, options.seed, options.awq,
     ]  # fmt: skip
     return cache_key(values, ids, *model.parameters(), *model.buffers())

@@ -208,8 +208,8 @@ def test_refusals(trained):
 def test_the_order_of_windows_is_a_permutation_of_each_pass(trained, monkeypatch):
     monkeypatch.setattr(distill, "TOKENS", 3 * LENGTH)
     ids = text(8, seed=2)
-    plan = select_targets(trained, QuantizeOptions(group_size=16))
-    run = Distillation(trained, plan, {}, {}, ids, steps=7)
+    targets = select_targets(trained, QuantizeOptions(group_size=16))
+    run = Distillation(trained, targets, {}, {}, ids, steps=7)
     windows = torch.cat([run._windows(step) for step in range(7)]).view(3, 7, LENGTH)
     for epoch in windows:
         assert sorted(map(tuple, epoch.tolist())) == sorted(map(tuple, ids[:7].tolist()))
