@@ -66,15 +66,15 @@ def read(config: Mapping[str, Any], tensors: TensorFolder, location: str) -> Qua
     stated = sizes[0] if len(sizes) == 1 else None
     for name in tensors.modules("weight_packed"):
         if tensors.headers[f"{name}.weight_packed"].dtype == "U8":
-            packed, format_text = _floats(name, tensors)
+            packed, format_text = _read_floats(name, tensors)
         else:
-            packed, format_text = _words(name, tensors, stated)
+            packed, format_text = _read_words(name, tensors, stated)
         weights[f"{name}.weight"] = packed
         formats.add(format_text)
     act_bits = {}
     for name in tensors.modules("weight_scale"):
         if (header := tensors.headers.get(f"{name}.weight")) and header.dtype == "I8":
-            weights[f"{name}.weight"] = _int8(name, tensors)
+            weights[f"{name}.weight"] = _read_int8(name, tensors)
             act_bits[name] = _activation_bits(groups, location)
             formats.add("int-quantized 8 bits")
     unused = [n for n in tensors.headers if n.rpartition(".")[2] in UNUSED]
@@ -102,7 +102,7 @@ def _activation_bits(groups: list[dict[str, Any]], location: str) -> int:
     return 8 if True in rounded else 16
 
 
-def _words(name: str, tensors: TensorFolder, stated: Any) -> tuple[PackedWeight, str]:
+def _read_words(name: str, tensors: TensorFolder, stated: Any) -> tuple[PackedWeight, str]:
     n, words = tensors.check(f"{name}.weight_packed", WORDS, (None, None))
     tensors.check(f"{name}.weight_shape", INTS, (2,))
     _, groups = tensors.check(f"{name}.weight_scale", SCALES, (n, None))
@@ -139,7 +139,7 @@ def _words(name: str, tensors: TensorFolder, stated: Any) -> tuple[PackedWeight,
     return PackedWeight((n, k), parts, build), f"pack-quantized {bits} bits, groups of {group_size}"
 
 
-def _int8(name: str, tensors: TensorFolder) -> PackedWeight:
+def _read_int8(name: str, tensors: TensorFolder) -> PackedWeight:
     n, k = tensors.check(f"{name}.weight", ("I8",), (None, None))
     _, groups = tensors.check(f"{name}.weight_scale", SCALES, (n, None))
     group_size = infer_group_size(k, groups, None, name)
@@ -159,7 +159,7 @@ def _int8(name: str, tensors: TensorFolder) -> PackedWeight:
     return PackedWeight((n, k), parts, build)
 
 
-def _floats(name: str, tensors: TensorFolder) -> tuple[PackedWeight, str]:
+def _read_floats(name: str, tensors: TensorFolder) -> tuple[PackedWeight, str]:
     nv = f"{name}.weight_global_scale" in tensors.headers
     shape = fp4.check_layout(
         name, "weight_packed", tensors, ("F8_E4M3",) if nv else ("U8", "F8_E8M0")

@@ -131,7 +131,7 @@ def read_examples(
     InputError: also a source that is missing or has no file of JSON rows.
     """
     rows = RowCounts() if rows is None else rows
-    for name, unit, explicit, numbered_rows in _files(sources, cache, on_skip):
+    for name, unit, explicit, numbered_rows in _list_rows(sources, cache, on_skip):
         try:
             yield from parse_rows(
                 _count_rows(numbered_rows, rows), parse, name, unit, counts=rows.by_reason,
@@ -150,7 +150,7 @@ def _count_rows(numbered_rows: Iterable[Row], rows: RowCounts) -> Iterator[Row]:
         yield row
 
 
-def _files(
+def _list_rows(
     sources: Sequence[str], cache: Path, on_skip: Callable[[str], None]
 ) -> Iterator[tuple[str, str, bool, Iterable[Row]]]:
     """Yield (name, unit of its numbers, whether the user named it, numbered rows) of each file and
@@ -256,35 +256,37 @@ def parse_messages(values: Any, name: str) -> LocatedMessages:
     """
     kind = "turns" if name == "conversations" else "messages"
     messages: LocatedMessages = []
-    for i, value in enumerate(_typed(values, list, name, f"a list of {kind}")):
+    for i, value in enumerate(_check_type(values, list, name, f"a list of {kind}")):
         location = f"{name}[{i}]"
         message = {
-            k: v for k, v in _typed(value, Mapping, location, "an object").items() if v is not None
+            k: v
+            for k, v in _check_type(value, Mapping, location, "an object").items()
+            if v is not None
         }
         if "role" not in message:
             message["role"] = message.pop("from", None)
         content = message.get("content", message.pop("value", None))
         if isinstance(content, list):  # parts, as in requests to an API
-            content = "".join(_text_part(part, location) for part in content)
+            content = "".join(_parse_text_part(part, location) for part in content)
         content = check_text(content, location)
         calls, older = message.pop("tool_calls", None), message.pop("function_call", None)
         if older is not None:
             calls = calls or [{"function": older}]
         if message["role"] == "function_call":
-            calls, content = [_json(content, f"{location}: expected a call")], ""
-        message |= {"role": _role(message["role"], location), "content": content}
+            calls, content = [_parse_json(content, f"{location}: expected a call")], ""
+        message |= {"role": _parse_role(message["role"], location), "content": content}
         if calls:
-            message["tool_calls"] = _tool_calls(calls, f"{location}.tool_calls")
+            message["tool_calls"] = _parse_tool_calls(calls, f"{location}.tool_calls")
         messages.append((location, message))
     return messages
 
 
-def _tool_calls(calls: Any, location: str) -> list[Message]:
+def _parse_tool_calls(calls: Any, location: str) -> list[Message]:
     """Parse the arguments of calls to objects. OpenAI has them as JSON text, which templates would
     quote a second time.
     """
     parsed = []
-    for i, call in enumerate(_typed(calls, list, location, "a list")):
+    for i, call in enumerate(_check_type(calls, list, location, "a list")):
         function = call.get("function", call) if isinstance(call, Mapping) else {}
         function = function if isinstance(function, Mapping) else {}
         name = function.get("name")
@@ -292,7 +294,7 @@ def _tool_calls(calls: Any, location: str) -> list[Message]:
             raise InputError(f"{location}[{i}]: expected a call with a name, got {call!r:.60}")
         arguments = function.get("arguments") or {}
         if isinstance(arguments, str):
-            arguments = _json(arguments, f"{location}[{i}]: expected arguments")
+            arguments = _parse_json(arguments, f"{location}[{i}]: expected arguments")
         if not isinstance(arguments, Mapping):
             raise InputError(
                 f"{location}[{i}]: expected arguments as an object, got {arguments!r:.60}"
@@ -303,7 +305,7 @@ def _tool_calls(calls: Any, location: str) -> list[Message]:
     return parsed
 
 
-def _text_part(part: Any, location: str) -> str:
+def _parse_text_part(part: Any, location: str) -> str:
     if not isinstance(part, Mapping) or part.get("type") != "text":
         got = part.get("type") if isinstance(part, Mapping) else type(part).__name__
         raise InputError(f"{location}: expected parts of type 'text', got {got!r:.40}")
@@ -313,7 +315,7 @@ def _text_part(part: Any, location: str) -> str:
 def parse_alpaca_prompt(row: Mapping[str, Any]) -> LocatedMessages:
     """Return ``"history"``, and ``"instruction"`` with ``"input"``, as messages."""
     messages: LocatedMessages = []
-    history = _typed(row.get("history") or [], list, "history", "a list of pairs")
+    history = _check_type(row.get("history") or [], list, "history", "a list of pairs")
     for i, pair in enumerate(history):
         location = f"history[{i}]"
         if not isinstance(pair, list) or len(pair) != 2:
@@ -330,7 +332,7 @@ def _locate(location: str, role: str, text: Any) -> tuple[str, Message]:
     return location, {"role": role, "content": check_text(text, location)}
 
 
-def _role(role: Any, location: str) -> str:
+def _parse_role(role: Any, location: str) -> str:
     if not isinstance(role, str) or role not in ROLES:
         raise InputError(
             f"{location}: expected a role, one of {', '.join(ROLES)}, got {role!r:.40}"
@@ -342,17 +344,17 @@ def check_text(text: Any, location: str) -> str:
     """Return the text, "" for None. InputError: another type, or text that UTF-8 cannot encode."""
     if text is None:
         return ""
-    check_unicode(_typed(text, str, location, "text"), location)
+    check_unicode(_check_type(text, str, location, "text"), location)
     return text
 
 
-def _typed(value: Any, kind: type[T], location: str, expected: str) -> T:
+def _check_type(value: Any, kind: type[T], location: str, expected: str) -> T:
     if not isinstance(value, kind):
         raise InputError(f"{location}: expected {expected}, got {type(value).__name__}")
     return value
 
 
-def _json(text: str, error: str) -> Any:
+def _parse_json(text: str, error: str) -> Any:
     try:
         return json.loads(text)
     except (ValueError, RecursionError):  # nested too deep
@@ -363,11 +365,11 @@ def parse_tools(row: Mapping[str, Any]) -> list[Any] | None:
     """Return the row's ``"tools"`` (a list or its JSON), or None."""
     tools = row.get("tools")
     if not tools and row.get("functions"):  # the older form
-        functions = _typed(row["functions"], list, "functions", "a list")
+        functions = _check_type(row["functions"], list, "functions", "a list")
         return [{"type": "function", "function": function} for function in functions]
     if isinstance(tools, str):
-        tools = _json(tools, "tools: expected a list") if tools.strip() else None
-    return _typed(tools, list, "tools", "a list") if tools else None
+        tools = _parse_json(tools, "tools: expected a list") if tools.strip() else None
+    return _check_type(tools, list, "tools", "a list") if tools else None
 
 
 read_conversations = partial(read_examples, parse=parse_conversation)

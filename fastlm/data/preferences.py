@@ -173,7 +173,7 @@ def parse_preference(row: Any, location: str = "") -> Comparison | UnpairedPrefe
     equal answers with different ranks, answers that are all tied, ranks that are not whole numbers
     from 0, scores or a margin that are not finite.
     """
-    row = _object(row)
+    row = _present_fields(row)
     if "chosen_messages" in row and "rejected_messages" in row:
         row |= {"chosen": row["chosen_messages"], "rejected": row["rejected_messages"]}
     elif "preferred_output" in row and "non_preferred_output" in row:
@@ -199,7 +199,7 @@ def parse_preference(row: Any, location: str = "") -> Comparison | UnpairedPrefe
     margin = None
     if len(answers) == 2:
         if "margin" in row:
-            if (margin := _number(row["margin"], "margin")) < 0:
+            if (margin := _parse_number(row["margin"], "margin")) < 0:
                 raise InputError(f"margin: expected a number >= 0, got {margin}")
         elif scores is not None:
             margin = abs(scores[0] - scores[1])
@@ -211,7 +211,7 @@ def parse_preference(row: Any, location: str = "") -> Comparison | UnpairedPrefe
         scores,
         margin,
         parse_tools(row),
-        _rater(row),
+        _parse_rater(row),
         corrected,
         location,
     )
@@ -223,7 +223,7 @@ def parse_answers(
     """Parse a row as `parse_preference` does, or a row ``{"prompt", "answers"}`` without ranks.
     InputError: also two equal answers of such a row.
     """
-    values = _object(row)
+    values = _present_fields(row)
     ranked = ("ranks", "scores", "chosen", "corrected", "label", "kto_tag")
     if not _answers_key(values) or any(key in values for key in ranked):
         return parse_preference(row, location)
@@ -233,7 +233,7 @@ def parse_answers(
     return UnrankedAnswers(prompt, tuple(answers), parse_tools(values), location)
 
 
-def _object(row: Any) -> dict[str, Any]:
+def _present_fields(row: Any) -> dict[str, Any]:
     if not isinstance(row, Mapping):
         raise InputError(f"expected an object with {ROW_FORMATS}, got {type(row).__name__}")
     return {key: value for key, value in row.items() if value is not None}
@@ -256,7 +256,7 @@ def _from_openai(row: Mapping[str, Any]) -> dict[str, Any]:
 def _pair_scores(row: Mapping[str, Any]) -> tuple[float, float] | None:
     if "score_chosen" not in row or "score_rejected" not in row:
         return None
-    better, worse = (_number(row[key], key) for key in ("score_chosen", "score_rejected"))
+    better, worse = (_parse_number(row[key], key) for key in ("score_chosen", "score_rejected"))
     if better < worse:
         raise InputError(f"score_chosen: expected at least score_rejected {worse}, got {better}")
     return better, worse
@@ -269,10 +269,10 @@ def _ranks_and_scores(
     scores, ranks = None, ()
     if "scores" in row:
         values = _enumerate_values(row["scores"], "scores", answers)
-        scores = tuple(_number(value, f"scores[{i}]") for i, value in values)
+        scores = tuple(_parse_number(value, f"scores[{i}]") for i, value in values)
         ranks = tuple(-score for score in scores)
     if "ranks" in row:
-        ranks = _ranks(row["ranks"], answers)
+        ranks = _parse_ranks(row["ranks"], answers)
         for (better, a), (worse, b) in permutations(zip(ranks, scores or ()), 2):
             if better < worse and a < b:
                 raise InputError(
@@ -283,7 +283,7 @@ def _ranks_and_scores(
     return tuple(distinct.index(rank) for rank in ranks), scores
 
 
-def _ranks(values: Any, answers: list[Any]) -> tuple[int, ...]:
+def _parse_ranks(values: Any, answers: list[Any]) -> tuple[int, ...]:
     for i, rank in _enumerate_values(values, "ranks", answers):
         if type(rank) is not int or not 0 <= rank < len(answers):
             raise InputError(
@@ -302,7 +302,7 @@ def _enumerate_values(values: Any, name: str, answers: list[Any]) -> Iterator[tu
     yield from enumerate(values)
 
 
-def _number(value: Any, location: str) -> float:
+def _parse_number(value: Any, location: str) -> float:
     try:
         if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
             return float(value)
@@ -326,7 +326,9 @@ def _parse_label(row: Mapping[str, Any], location: str) -> UnpairedPreference:
         check_messages(messages)
         (*prompt, last) = strip_locations(messages)
         answer = [last]
-    return UnpairedPreference(prompt, answer, row[key], parse_tools(row), _rater(row), location)
+    return UnpairedPreference(
+        prompt, answer, row[key], parse_tools(row), _parse_rater(row), location
+    )
 
 
 def _answers_key(row: Mapping[str, Any]) -> str | None:
@@ -351,7 +353,7 @@ def _prompt_and_answers(
     the prompt if there is one.
     """
     prompt = parse_prompt_messages(row)
-    answers = {name: _answer(value, name, prompt is None) for name, value in values.items()}
+    answers = {name: _parse_answer(value, name, prompt is None) for name, value in values.items()}
     conversations = [
         name for name, answer in answers.items() if answer[0][1]["role"] in ("system", "user")
     ]
@@ -361,7 +363,7 @@ def _prompt_and_answers(
             list(takewhile(lambda column: column.count(column[0]) == len(column), columns))
         )
         common = next(iter(answers.values()))[:length]
-        if prompt is not None and not _begins(common, prompt):
+        if prompt is not None and not _begins_with(common, prompt):
             raise InputError(
                 f"prompt: expected the beginning of {' and '.join(answers)}, got another one"
             )
@@ -389,7 +391,7 @@ def _prompt_and_answers(
     return strip_locations(prompt), [strip_locations(answer) for answer in answers.values()]
 
 
-def _answer(value: Any, name: str, needs_prompt: bool) -> LocatedMessages:
+def _parse_answer(value: Any, name: str, needs_prompt: bool) -> LocatedMessages:
     """Parse an answer or a conversation. ``needs_prompt``: there is no prompt, so a text must have
     it.
     """
@@ -409,7 +411,7 @@ def _contents(messages: LocatedMessages) -> list[list[Any]]:
     return message_contents([message for _, message in messages])
 
 
-def _begins(messages: LocatedMessages, beginning: LocatedMessages) -> bool:
+def _begins_with(messages: LocatedMessages, beginning: LocatedMessages) -> bool:
     """Return True if messages begin with others; one of the two may lack the system message."""
     a, b = _contents(messages), _contents(beginning)
     if a[:1] != b[:1]:
@@ -425,7 +427,7 @@ def _equal_pairs(answers: Sequence[list[Message]]) -> Iterator[tuple[int, int]]:
             yield i, j
 
 
-def _rater(row: Mapping[str, Any]) -> str | None:
+def _parse_rater(row: Mapping[str, Any]) -> str | None:
     return check_text(row.get("rater"), "rater") or None
 
 

@@ -254,11 +254,11 @@ def _write_clean(
     documents, repeats = DocumentDedup(), ParagraphDedup(options.min_paragraph)
     total = 0
     with compressed(work, ZSTD_MAGIC) as lines:
-        for document, result in _parts(_clean_all(gather_documents(), options), cut):
+        for document, result in _flatten_results(_clean_all(gather_documents(), options), cut):
             if not result.key:
                 extracted.removed[result.failed or "no text"] += 1
                 continue
-            if forgotten and not _keys(document, result).isdisjoint(forgotten):
+            if forgotten and not _forget_keys(document, result).isdisjoint(forgotten):
                 extracted.removed["forgotten"] += 1
                 continue
             extracted.keep(result.extracted_bytes)
@@ -311,14 +311,14 @@ def _rejection(text: str, before: str, options: DataOptions, forgotten: Collecti
     return "forgotten" if text_key(text) in forgotten else ""
 
 
-def _keys(document: Document, result: _CleanResult) -> set[str]:
+def _forget_keys(document: Document, result: _CleanResult) -> set[str]:
     """Return the keys by which a document, or a part of it, is forgotten."""
     location = document.source, document.id
     text = f"text:{result.key.hex()}"
     return {document_key(*location), line_key(*location), text, text_key(result.text)}
 
 
-def _parts(
+def _flatten_results(
     cleaned: Iterable[tuple[Document, list[_CleanResult]]], cut: Counter[str]
 ) -> Iterator[tuple[Document, _CleanResult]]:
     """Yield one result at a time. The id of a part ends with its number."""

@@ -71,13 +71,13 @@ def scrub_chat(text: str) -> tuple[str, dict[str, int]]:
     """Return (text with ``<EMAIL>``, ``<PHONE>``, ``<IP>`` for personal data, count of each)."""
     emails = phones = 0
     if "@" in text or "\uff20" in text:
-        text, emails = _emails(text)
-    text, phones = _phones(text)
+        text, emails = _replace_emails(text)
+    text, phones = _replace_phones(text)
     text, counts = scrub(text)
     return text, {**counts, "email": counts["email"] + emails, "phone": counts["phone"] + phones}
 
 
-def _emails(text: str) -> tuple[str, int]:
+def _replace_emails(text: str) -> tuple[str, int]:
     count = 0
 
     def mark(m: re.Match[str]) -> str:
@@ -90,16 +90,16 @@ def _emails(text: str) -> tuple[str, int]:
     return EMAIL.sub(mark, text), count
 
 
-def _phones(text: str) -> tuple[str, int]:
+def _replace_phones(text: str) -> tuple[str, int]:
     parts, end, count = [], 0, 0
     for run in RUN.finditer(text):
-        for first, last in _numbers(text, run):
+        for first, last in _find_numbers(text, run):
             parts += [text[end:first], "<PHONE>"]
             end, count = last, count + 1
     return "".join([*parts, text[end:]]), count
 
 
-def _numbers(text: str, run: re.Match[str]) -> Iterator[tuple[int, int]]:
+def _find_numbers(text: str, run: re.Match[str]) -> Iterator[tuple[int, int]]:
     """Yield the begin and end of each phone number in a run of groups of digits."""
     groups = [(m.start(), m.end()) for m in DIGITS.finditer(text, run.start(), run.end())]
     if sum(b - a for a, b in groups) < MIN_DIGITS:
@@ -195,7 +195,7 @@ def _national_numbers() -> re.Pattern[str]:
 
 
 @cache
-def _grouped() -> list[tuple[re.Pattern[str], re.Pattern[str], re.Pattern[str]]]:
+def _grouped_formats() -> list[tuple[re.Pattern[str], re.Pattern[str], re.Pattern[str]]]:
     """Return patterns per format of a region: its numbers, their leading digits, its groups."""
     formats = []
     for region in GROUPED:
@@ -213,7 +213,7 @@ def _is_grouped(digits: str, sizes: Sequence[int]) -> bool:
     """Return True if digits are a number in the usual groups of its region."""
     if digits[0] == "8" and sizes[0] == 1:  # Russia's 0
         digits, sizes = digits[1:], sizes[1:]
-    for numbers, leads, form in _grouped():
+    for numbers, leads, form in _grouped_formats():
         match = form.fullmatch(digits)
         if match and leads.match(digits) and numbers.fullmatch(digits):
             if [len(group) for group in match.groups()] == list(sizes):

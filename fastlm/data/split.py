@@ -31,14 +31,15 @@ def split_text(text: str, max_words: int) -> list[str]:
         share = ceil(remaining / ceil(remaining / max_words))
         middle, end = starts[first + share // 2], starts[first + share]
         cut = next(
-            (position for marks in ENDS if (position := _last(text, marks, middle, end))), end
+            (position for marks in ENDS if (position := _last_mark_end(text, marks, middle, end))),
+            end,
         )
         parts.append(text[begin:cut].strip("\n").rstrip())
         begin, first = cut, bisect_left(starts, cut)
     return [*parts, text[begin:].strip("\n")]
 
 
-def _last(text: str, marks: tuple[str, ...], start: int, end: int) -> int:
+def _last_mark_end(text: str, marks: tuple[str, ...], start: int, end: int) -> int:
     """Return the position after the last of ``marks`` in text[start:end], 0 if there is none."""
     ends = (
         position + len(mark) for mark in marks if (position := text.rfind(mark, start, end)) >= 0

@@ -59,10 +59,10 @@ class Data(DataOptions, Stage):
         names = [f.name for f in fields(DataOptions)]
         options = DataOptions(**{name: getattr(self, name) for name in names})
         # of the run and of the folder of runs: nothing comes back from a source that still has it
-        above = (ctx.out.parent, ctx.out.absolute().parent.parent) if ctx.in_recipe else ()
+        folders = (ctx.out.parent, ctx.out.absolute().parent.parent) if ctx.in_recipe else ()
         funnel = prepare(
             self.sources, ctx.out, options=options, cache=ctx.cache_dir, track=ctx.track,
-            forgotten=forgotten_keys([ctx.out, *above]),
+            forgotten=forgotten_keys([ctx.out, *folders]),
         )  # fmt: skip
         steps = {s["step"]: s for s in funnel.steps}
         if ctx.in_recipe and self.heldout_bytes and not steps["heldout"]["documents"]:

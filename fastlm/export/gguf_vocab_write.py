@@ -42,7 +42,7 @@ def gguf_vocabulary(tokenizer: Tokenizer, config: ModelConfig) -> dict[str, Any]
     for index, token in backend.get_added_tokens_decoder().items():
         kinds[index] = CONTROL if token.special else USER_DEFINED
     merges = [m if isinstance(m, str) else " ".join(m) for m in state["model"]["merges"]]
-    before, after = _ends(tokenizer)
+    before, after = _added_ids(tokenizer)
     values: dict[str, Any] = {
         "model": "gpt2",
         "pre": pre_tokenizer(state),
@@ -58,9 +58,9 @@ def gguf_vocabulary(tokenizer: Tokenizer, config: ModelConfig) -> dict[str, Any]
     if tokenizer.eos_id is not None and tokenizer.eos_id not in ends:
         ends = [tokenizer.eos_id, *ends] if not ends else [*ends, tokenizer.eos_id]
     ids = {
-        "bos": before[0] if before else _first(tokenizer.bos_id, config.bos_token_id),
+        "bos": before[0] if before else _first_not_none(tokenizer.bos_id, config.bos_token_id),
         **dict(zip(("eos", "eot", "eom"), ends)),
-        "padding": _first(tokenizer.pad_id, config.pad_token_id),
+        "padding": _first_not_none(tokenizer.pad_id, config.pad_token_id),
     }
     values |= {f"{role}_token_id": i for role, i in ids.items() if i is not None}
     entries = {f"tokenizer.ggml.{key}": value for key, value in values.items()}
@@ -69,11 +69,11 @@ def gguf_vocabulary(tokenizer: Tokenizer, config: ModelConfig) -> dict[str, Any]
     return entries
 
 
-def _first(*ids: int | None) -> int | None:
+def _first_not_none(*ids: int | None) -> int | None:
     return next((i for i in ids if i is not None), None)
 
 
-def _ends(tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
+def _added_ids(tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
     """Return the ids that transformers' ``encode`` adds before and after a text."""
     plain, special = tokenizer.encode("a"), tokenizer.encode("a", special=True)
     start = next((i for i in range(len(special)) if special[i : i + len(plain)] == plain), 0)

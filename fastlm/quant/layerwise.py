@@ -110,7 +110,7 @@ class LayerwiseQuantizer:
     def run(self) -> Iterator[StepResult]:
         """Yield the steps in order. The model is not changed."""
         decoder, head = self.model.model, find_head(self.model)
-        step = self._cached("embeddings", self._embeddings)
+        step = self._cached("embeddings", self._quantize_embeddings)
         yield step
         hidden = self._embed(step.weights)
         plain = self._embed({}) if self.options.method == "autoround" else None
@@ -122,7 +122,7 @@ class LayerwiseQuantizer:
             target_outputs = None if plain is None else self._run_layer(layer, plain)
             step = self._cached(
                 f"layer-{index:05d}",
-                partial(self._layer, layer, targets, hidden, target_outputs, index),
+                partial(self._quantize_layer, layer, targets, hidden, target_outputs, index),
             )
             for short, target in targets.items():
                 get_weight(layer, short).copy_(step.weights[target.name].dequantize())
@@ -135,7 +135,7 @@ class LayerwiseQuantizer:
             yield step
         if head_targets := [t for t in self.targets if t.module is head]:
             moments = self._head_moments(hidden)
-            yield self._cached("head", lambda: self._outer(head_targets, moments))
+            yield self._cached("head", lambda: self._quantize_matrices(head_targets, moments))
 
     def _cached(self, name: str, work: Callable[[], StepResult]) -> StepResult:
         """Read the step back if it was finished, else do it and store it."""
@@ -146,21 +146,21 @@ class LayerwiseQuantizer:
             save_step_result(file, self.key, step := work())
         return step
 
-    def _embeddings(self) -> StepResult:
+    def _quantize_embeddings(self) -> StepResult:
         """Quantize the embedding; if it is tied to the head, by the head's inputs."""
         decoder = self.model.model
         targets = [t for t in self.targets if t.module is decoder.embed_tokens]
         if not targets or self.model.head_weight is not decoder.embed_tokens.weight:
-            return self._outer(targets, None)
+            return self._quantize_matrices(targets, None)
         hidden = self._embed({})
         for layer in self.track(decoder.layers, "head's inputs", unit="layers"):
             hidden = self._run_layer(copy.deepcopy(layer).float(), hidden)
         moments = self._head_moments(hidden)
         if moments.dim() == 2:  # it is looked up, too: weigh each row's error
             moments.diagonal().add_(LOOKUP * moments.diagonal().mean())
-        return self._outer(targets, moments)
+        return self._quantize_matrices(targets, moments)
 
-    def _outer(self, targets: Sequence[Target], moments: Tensor | None) -> StepResult:
+    def _quantize_matrices(self, targets: Sequence[Target], moments: Tensor | None) -> StepResult:
         """Quantize the embedding or the head, with moments of the head's inputs."""
         step = StepResult()
         for target in targets:
@@ -173,7 +173,7 @@ class LayerwiseQuantizer:
             step.errors[target.name] = relative_error(w, q, moments)
         return step
 
-    def _layer(
+    def _quantize_layer(
         self, layer: DecoderLayer, targets: Mapping[str, Target], hidden: Tensor,
         target_outputs: Tensor | None, index: int,
     ) -> StepResult:  # fmt: skip

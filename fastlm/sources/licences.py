@@ -31,10 +31,10 @@ def read_licence(spec: str, cache: Path) -> tuple[str | None, str | None]:
         folder = fetch(scheme, name, cache=cache)
     except InputError:
         return None, None
-    return folder.name, _debian(folder) if scheme == "deb" else _python(folder)
+    return folder.name, _debian_licence(folder) if scheme == "deb" else _python_licence(folder)
 
 
-def _python(folder: Path) -> str | None:
+def _python_licence(folder: Path) -> str | None:
     """Return the licence that a wheel's METADATA or a source archive's PKG-INFO states."""
     patterns = ("*.dist-info/METADATA", "PKG-INFO", "*/PKG-INFO")
     files = [file for pattern in patterns for file in sorted(folder.glob(pattern))]
@@ -53,7 +53,7 @@ def _stated_licence(fields: Any) -> str | None:
     return ", ".join(names) or None
 
 
-def _debian(folder: Path) -> str | None:
+def _debian_licence(folder: Path) -> str | None:
     """Return the names in the machine-readable form of debian/copyright."""
     names: dict[str, None] = {}
     for file in sorted(folder.glob("usr/share/doc/*/copyright")):

@@ -208,7 +208,7 @@ def read_file(
     if file.format in ("jsonl", "json"):
         unit = row_unit(file)
         yield from parse_rows(
-            read_rows(file), partial(_document, file=file, field=field), str(file.path), unit,
+            read_rows(file), partial(_parse_document, file=file, field=field), str(file.path), unit,
             counts=skipped, reason=f"{unit}: malformed", on_skip=on_skip,
         )  # fmt: skip
         return
@@ -310,7 +310,7 @@ def _refuse_binary(file: SourceFile, head: bytes) -> None:
         raise InputError(f"{file.path}: expected text, it holds binary data")
 
 
-def _text(file: SourceFile, data: bytes, line: int) -> str:
+def _decode_text(file: SourceFile, data: bytes, line: int) -> str:
     """Decode local files as strict UTF-8, so that a wrong byte is found before training."""
     try:
         return data.decode("utf-8-sig" if line == 1 else "utf-8")
@@ -346,7 +346,9 @@ def _read_text(file: SourceFile, stream: BinaryIO) -> Iterator[Document]:
                 piece = bytes(rest[:cut])
                 if piece.strip():
                     name = f"{file.name}:{part}" if part or block else file.name
-                    yield Document(_text(file, piece, line), name, file.source, {"format": "text"})
+                    yield Document(
+                        _decode_text(file, piece, line), name, file.source, {"format": "text"}
+                    )
                     part += 1
                 line += piece.count(b"\n")
                 del rest[:cut]
@@ -446,7 +448,7 @@ def parse_rows(
                 on_skip(f"{name}: {bad - len(messages):,} more of its {good + bad:,} {unit}s")
 
 
-def _document(row: Any, location: str, file: SourceFile, field: str) -> Document:
+def _parse_document(row: Any, location: str, file: SourceFile, field: str) -> Document:
     if isinstance(row, str) and file.format == "json":
         row = {field: row}
     if not isinstance(row, dict) or not isinstance(row.get(field), str):
@@ -457,7 +459,7 @@ def _document(row: Any, location: str, file: SourceFile, field: str) -> Document
                 got = f"{type(row[field]).__name__} there"
         raise InputError(f"expected an object with a text in {field!r}, got {got}")
     meta = row["meta"] if isinstance(row.get("meta"), dict) else {}
-    if _deeper(meta, MAX_META_LEVELS):
+    if _is_deeper(meta, MAX_META_LEVELS):
         raise InputError(f"expected a meta of at most {MAX_META_LEVELS} levels, got more")
     if isinstance(row.get("url"), str):
         meta = {"url": row["url"], **meta}
@@ -467,10 +469,10 @@ def _document(row: Any, location: str, file: SourceFile, field: str) -> Document
     return Document(text, id, file.source, {"format": "text", **meta})
 
 
-def _deeper(value: Any, levels: int) -> bool:
+def _is_deeper(value: Any, levels: int) -> bool:
     """Return True if a JSON value has more than ``levels`` levels."""
     inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
-    return any(levels == 0 or _deeper(v, levels - 1) for v in inner)
+    return any(levels == 0 or _is_deeper(v, levels - 1) for v in inner)
 
 
 def _read_notebook(file: SourceFile, stream: BinaryIO) -> Document:
