@@ -287,11 +287,11 @@ class CommandRunner:
             child.kill()  # no matter if it has ended just now
             child.join()
             if delay is None:
-                raise TimeoutError(f"{case.name}: no end after {LIMIT} s: {self.said()}")
+                raise TimeoutError(f"{case.name}: no end after {LIMIT} s: {self.log_end()}")
         assert child.exitcode is not None
         return child.exitcode
 
-    def said(self) -> str:
+    def log_end(self) -> str:
         return self.log.read_text(errors="replace")[-600:]
 
     def state(self, case: Case, out: str) -> dict[str, Any]:
@@ -406,7 +406,7 @@ def kill_repeatedly(
     counts, out = KillCounts(), "killed"
     began = time.perf_counter()
     if status := runner.start(case, case.name):
-        raise RuntimeError(f"{case.name}: exit status {status}: {runner.said()}")
+        raise RuntimeError(f"{case.name}: exit status {status}: {runner.log_end()}")
     took = time.perf_counter() - began
     changes = int(runner.counted.read_text())
     expected = runner.state(case, case.name)
@@ -428,7 +428,7 @@ def kill_repeatedly(
             counts.moments[progress(runner.folder, out, case)] += 1
         counts.ends += 1
         if status:
-            counts.failures.append(f"exit status {status}: {runner.said()}")
+            counts.failures.append(f"exit status {status}: {runner.log_end()}")
         elif message := difference(expected, runner.state(case, out)):
             counts.failures.append(message)
     runner.remove(out)
