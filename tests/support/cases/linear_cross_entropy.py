@@ -21,12 +21,12 @@ def gradient_method(name: str) -> Iterator[None]:
     from fastlm.ops.linear_cross_entropy import linear_cross_entropy
 
     names = linear_cross_entropy.__globals__
-    few_rows, small = {
-        "forward": (0, 0), "recomputed": (64, 0), "small": (64, names["_SMALL"])
+    few_rows, max_small_product = {
+        "forward": (0, 0), "recomputed": (64, 0), "small": (64, names["_MAX_SMALL_PRODUCT"])
     }[name]  # fmt: skip
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(names, "_FEW_ROWS", few_rows)
-        patch.setitem(names, "_SMALL", small)
+        patch.setitem(names, "_MAX_SMALL_PRODUCT", max_small_product)
         yield
 
 
