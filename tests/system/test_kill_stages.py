@@ -1,4 +1,4 @@
-"""Some of what `make kill` does: commands killed at random moments come to the same end."""
+"""A part of `make kill`: commands that are killed at random moments have the same result."""
 
 import sqlite3
 from pathlib import Path
@@ -9,17 +9,17 @@ import pytest
 
 @pytest.mark.parametrize("case, kills", [("shards", 6), ("dpo", 3)])
 def test_killed_and_started_again(case: str, kills: int) -> None:
-    told: list[str] = []
-    assert kill_stages.run_cases([case], kills, 0, told.append) == []
-    assert f"{case}: {kills} kills" in told[-1]
+    lines: list[str] = []
+    assert kill_stages.run_cases([case], kills, 0, lines.append) == []
+    assert f"{case}: {kills} kills" in lines[-1]
 
 
-def test_differences_are_seen() -> None:
+def test_differences_are_reported() -> None:
     same = {"a.json": [{"loss": 1.0, "steps": [1, 2]}], "model": b"1"}
     assert kill_stages.difference(same, dict(same)) == ""
     other = {**same, "a.json": [{"loss": 1.0, "steps": [1, 3]}]}
-    told = "a.json differs: [0].steps[1] expected 2, got 3"
-    assert kill_stages.difference(same, other) == told
+    message = "a.json differs: [0].steps[1] expected 2, got 3"
+    assert kill_stages.difference(same, other) == message
     assert kill_stages.difference(same, {**same, ".model.part": b""}) == (
         ".model.part should not be there"
     )
@@ -30,7 +30,7 @@ def test_differences_are_seen() -> None:
 
 
 def test_databases_are_compared_without_random_ids_and_times(tmp_path: Path) -> None:
-    def written(name: str, ids: list[str], time: str, thumb: str = "up") -> object:
+    def database_content(name: str, ids: list[str], time: str, thumb: str = "up") -> object:
         with sqlite3.connect(tmp_path / name) as store:
             store.execute("CREATE TABLE fastlm_feedback (id TEXT, over TEXT, thumb TEXT, at TEXT)")
             store.execute("CREATE TABLE fastlm_measurements (id TEXT, seconds FLOAT)")
@@ -40,7 +40,7 @@ def test_databases_are_compared_without_random_ids_and_times(tmp_path: Path) -> 
                 store.execute("INSERT INTO fastlm_measurements VALUES (?, ?)", (id, len(name) / 7))
         return kill_stages.content(tmp_path / name)
 
-    one = written("one.db", ["a1", "b2"], "2026-11-28T19:35:56+00:00")
-    assert one == written("another.db", ["c3", "d4"], "2026-11-29T00:00:00.5+00:00")
-    assert one != written("same.db", ["a1", "a1"], "2026-11-28T19:35:56+00:00")
-    assert one != written("down.db", ["a1", "b2"], "2026-11-28T19:35:56+00:00", "down")
+    content = database_content("one.db", ["a1", "b2"], "2026-11-28T19:35:56+00:00")
+    assert content == database_content("another.db", ["c3", "d4"], "2026-11-29T00:00:00.5+00:00")
+    assert content != database_content("same.db", ["a1", "a1"], "2026-11-28T19:35:56+00:00")
+    assert content != database_content("down.db", ["a1", "b2"], "2026-11-28T19:35:56+00:00", "down")
