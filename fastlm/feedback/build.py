@@ -53,7 +53,7 @@ RULES = ("symbol_ratio", "ellipsis_lines", "repeated_characters", "lorem_ipsum")
 class BuildOptions:
     """The options of `build`."""
 
-    judge: Annotated[float, "Share of the prompts whose feedback only a judge learns from"] = 0.2
+    judge: Annotated[float, "Share of prompts with feedback that only trains judges"] = 0.2
     test: Annotated[float, "Share of the prompts that are never trained on"] = 0.1
     scrub: Annotated[bool, "Replace e-mail addresses, phone numbers and public IP addresses"] = True
     rules: Annotated[tuple[str, ...], "Quality rules that a good answer has to pass"] = RULES
@@ -231,7 +231,7 @@ def _reject_by_rater(
 
 
 def _random_number(text: str, key: bytes) -> float:
-    """Return a number in [0, 1) that depends on the two arguments alone."""
+    """Return a number in [0, 1) that depends only on the two arguments."""
     digest = blake2b(text.encode("utf-8", "replace") + b"\0" + key, digest_size=8).digest()
     return int.from_bytes(digest, "big") / 2**64
 

@@ -276,7 +276,7 @@ class _Removal:
 
         folders = [*self.affected, *self.shards]
         records = {r.id: r for folder in folders if (r := self._record(folder))}
-        # also those whose data an earlier call, which was killed, rewrote
+        # also the records of data that an earlier, killed call rewrote
         for record in self.registry.records:
             is_ours = DATA & record.ids.keys() and self.content_ids & {*record.output_ids()}
             if is_ours and record.state == CHANGED:

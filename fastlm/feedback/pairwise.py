@@ -207,7 +207,7 @@ def compare_models(
 def win_rate_interval(
     wins: Sequence[float], num_generations: int, confidence: float = 0.95
 ) -> Interval:
-    """Return Wilson's interval of the mean of ``wins`` (0, 0.5 or 1), of which ``num_generations``
-    in a row belong to one prompt (`fastlm.stats.intervals.clustered_wilson`)."""
+    """Return Wilson's interval of the mean of ``wins`` (0, 0.5 or 1); each ``num_generations`` in
+    a row belong to one prompt (`fastlm.stats.intervals.clustered_wilson`)."""
     clusters = [i // num_generations for i in range(len(wins))]
     return clustered_wilson(wins, clusters, confidence)

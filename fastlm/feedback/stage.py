@@ -39,7 +39,7 @@ class FeedbackBuild(BuildOptions, Stage):
     version = 3
     inputs = {
         "feedback_db": InputSpec(
-            ("feedback_db",), "The database that `fastlm feedback simulate` left, beside others",
+            ("feedback_db",), "The database of `fastlm feedback simulate`, in addition to others",
             optional=True,
         ),
     }  # fmt: skip

@@ -124,11 +124,13 @@ def rater_of(client: str, name: str | None) -> str:
 
 
 def _check_conversation(store: "FeedbackStore", feedback: Feedback) -> None:
-    """ApiError: the answer is known, and of another conversation than the feedback says: whoever
-    forgets that conversation would delete what was said in this one."""
-    response, given = feedback.response_id, feedback.conversation_id
-    own = None if response is None or given is None else store.parse_conversation(response)
-    if own is not None and own != (given,):
+    """Refuse feedback that names another conversation than the answer's. Otherwise, forgetting that
+    conversation would delete feedback of this one. ApiError."""
+    response, conversation = feedback.response_id, feedback.conversation_id
+    if response is None or conversation is None:
+        return
+    stored = store.stored_conversation(response)
+    if stored is not None and stored != (conversation,):
         raise ApiError(
             "conversation_id: expected that of the answer, or none, got another",
             param="conversation_id",

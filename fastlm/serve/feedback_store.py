@@ -115,7 +115,7 @@ class FeedbackStore:
 
     @contextmanager
     def write(self) -> Iterator[sa.Connection]:
-        """Context: a connection whose transaction ends with the block."""
+        """Context: a connection with a transaction that ends with the block."""
         with self._errors(), self.engine.begin() as connection:
             yield connection
 
@@ -188,7 +188,7 @@ class FeedbackStore:
         condition = in_conversation if response_id is None else a.response_id == response_id
         return self.first(sa.select(a.id).where(condition)) is not None
 
-    def parse_conversation(self, response_id: str) -> tuple[str | None] | None:
+    def stored_conversation(self, response_id: str) -> tuple[str | None] | None:
         """Return the conversation of a response, (None,) if it has none, None if it is unknown."""
         with self.read() as connection:
             return _conversation(connection, response_id)
@@ -311,7 +311,7 @@ class FeedbackStore:
         return keys
 
     def withdrawn_keys(self, id: str | None = None) -> frozenset[str]:
-        """Return the keys of everything that was ever forgotten here, or of ``id`` alone."""
+        """Return the keys of everything that was ever forgotten here, or only of ``id``."""
         query = sa.select(WITHDRAWN.c.key)
         if id is not None:
             query = query.where(WITHDRAWN.c.request_key == request_key(id))

@@ -74,7 +74,7 @@ class RankingItem:
 @dataclass
 class ImportCounts:
     """The counts of an import: ``items`` and ``rankings`` that it added, ``duplicates`` that the
-    store had already, and ``indistinct`` rows, whose answers differ only in personal data.
+    store had already, and ``indistinct`` rows with answers that differ only in personal data.
     """
 
     items: int = 0
@@ -103,7 +103,7 @@ def read_ranking_examples(
 ) -> Iterator[Comparison | UnrankedAnswers]:
     """Yield rows for `RankingStore.add_items` from files or packages, as `read_preferences` does.
     These rows are bad, too: a row with a label, which has one answer; a correction that changes
-    more than the text of the last message; a rater whose name is an address or a number.
+    more than the text of the last message; a rater with an address or a number as name.
     """
 
     def parse(row: Any, location: str) -> Comparison | UnrankedAnswers:

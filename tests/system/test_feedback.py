@@ -129,17 +129,17 @@ def test_what_was_forgotten_is_not_stored_again(database_url, monkeypatch):
     answer = StoredResponse(
         "r1", "tiny", PROMPT, [[{"role": "assistant", "content": "Yes"}]], None, "talk"
     )
-    feedbacks = (
+    rows = (
         Feedback("r1", thumb="up"), Feedback("r1", "talk", comment="Mine"), Feedback(None, "talk"),
         Feedback("r9", "talk", thumb="down"),
     )  # fmt: skip
     with FeedbackStore(database_url) as store:
         store.add_response(answer)
-        assert store.add(feedbacks[0]) == 1
+        assert store.add(rows[0]) == 1
         assert store.forget("talk") == 2
-        assert [store.add(feedback) for feedback in feedbacks] == [
-            None
-        ] * 4 and not store.add_response(answer)
+        assert [store.add(feedback) for feedback in rows] == [None] * 4 and not store.add_response(
+            answer
+        )
         assert not store.all_feedback() and store.add(Feedback("r2", "other", thumb="up"))
         # forgotten by another process in the middle
         blocked, calls = store._is_forgotten, []
@@ -166,9 +166,9 @@ def test_a_conversation_takes_no_answer_of_another_along(database_url):
         for response in ("victims", "alone", "mine", "unknown"):
             store.add(Feedback(response, "talk", thumb="down"))
             store.add(Feedback(response, thumb="up"))
-        assert store.parse_conversation("victims") == ("theirs",)
-        assert store.parse_conversation("alone") == (None,)
-        assert store.parse_conversation("unknown") is None
+        assert store.stored_conversation("victims") == ("theirs",)
+        assert store.stored_conversation("alone") == (None,)
+        assert store.stored_conversation("unknown") is None
         # the attacker's four feedback rows; the answer of the conversation, and what is unknown
         assert store.forget("talk") == 4 + 2 + 1
         assert set(store.responses()) == {"victims", "alone"}

@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 
 # name -> (seconds, intervals of the charts); 0: since the first answer
 WINDOWS = {"hour": (3600.0, 60), "day": (86400.0, 48), "week": (7 * 86400.0, 56), "all": (0.0, 60)}
-RATE_INTERVALS = 4  # that are merged for rates, whose confidence intervals need more answers
+RATE_INTERVALS = 4  # merged for rates, since confidence intervals need more answers
 CACHE_SECONDS = 5.0  # several viewers of the dashboard cause one read of the database
 MAX_MODELS = 6  # side by side: the latest ones
 PARAMETERS = ("window", "begin", "end")

@@ -63,7 +63,7 @@ class Period:
 
 
 def read_period(store: "FeedbackStore", since: float, until: float, minutes: float) -> Period:
-    """Read [since, until), of which ``minutes`` are over. InputError: the database cannot be used.
+    """Read [since, until); ``minutes`` of it have passed. InputError: the database cannot be used.
 
     If the database has more answers than `MAX_ROWS`, the period begins with the first one that is
     read.
