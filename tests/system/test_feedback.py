@@ -234,7 +234,7 @@ def test_a_database_that_cannot_be_used(tmp_path):
         assert "pw" not in str(raised.value) and "\n" not in str(raised.value)
 
 
-def test_an_opinion_is_stored_where_what_is_kept_cannot_be_read(tmp_path, monkeypatch):
+def test_feedback_is_stored_if_responses_cannot_be_read(tmp_path, monkeypatch):
     with (
         FeedbackStore(tmp_path / "f.sqlite") as store,
         serve_model(*tiny_model(), feedback=store) as (url, _),
