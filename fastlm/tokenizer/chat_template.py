@@ -33,7 +33,7 @@ STRING = re.compile(r'"(?:[^"\\]|\\.)*"')  # in JSON
 Ranges = list[tuple[int, int]]  # (start, end) in a text
 
 
-def _json(value: Any, where: str) -> str:
+def _json(value: Any, location: str) -> str:
     """Return ``value`` as JSON. InputError: it has values that JSON lacks."""
 
     def convert(item: Any) -> Any:
@@ -42,17 +42,17 @@ def _json(value: Any, where: str) -> str:
         if isinstance(item, Sequence) and not isinstance(item, bytes | bytearray):
             return list(item)
         name = type(item).__name__
-        raise InputError(f"{where}: expected text, numbers, lists and mappings, got {name}")
+        raise InputError(f"{location}: expected text, numbers, lists and mappings, got {name}")
 
     try:
         text = json.dumps(value, ensure_ascii=False, default=convert)
     except InputError:
         raise
     except (RecursionError, TypeError, ValueError) as error:  # too deep, numbers too long
-        raise InputError(f"{where}: expected what JSON can hold: {error}") from None
+        raise InputError(f"{location}: expected what JSON can hold: {error}") from None
     if not text.isascii():
         for string in STRING.findall(text):
-            check_unicode(json.loads(string), where)
+            check_unicode(json.loads(string), location)
     return text
 
 
@@ -97,7 +97,7 @@ def start_worker() -> None:
     _worker.start()
 
 
-class _Worker:
+class _TemplateWorker:
     """The process that renders. It is started on first use, and again after it has died."""
 
     def __init__(self) -> None:
@@ -158,6 +158,6 @@ class _Worker:
             self.child = None
 
 
-_worker = _Worker()
+_worker = _TemplateWorker()
 atexit.register(_worker.close)
 os.register_at_fork(after_in_child=_worker.reset)

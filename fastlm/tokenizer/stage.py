@@ -125,8 +125,8 @@ class Shards(Stage):
     def summary(self, result: Mapping[str, Any], ctx: StageContext) -> str:
         counts = [
             f"{result[f'{part}_tokens']:,} tokens of {result[f'{part}_documents']:,} documents"
-            f" for {what}"
-            for part, what in (("train", "training"), ("heldout", "evaluation"))
+            f" for {purpose}"
+            for part, purpose in (("train", "training"), ("heldout", "evaluation"))
             if f"{part}_tokens" in result
         ]
         return f"{ctx.out}: {', '.join(counts)}"
@@ -134,9 +134,9 @@ class Shards(Stage):
     def report(self, ctx: StageContext, result: Mapping[str, Any]) -> ReportSection:
         del ctx
         facts = {"vocabulary": f"{result['vocab_size']:,}"}
-        for part, what in (("train", "training text"), ("heldout", "held-out text")):
+        for part, purpose in (("train", "training text"), ("heldout", "held-out text")):
             if tokens := result.get(f"{part}_tokens"):
                 size = result[f"{part}_bytes"]
                 mean = f"{size / tokens:.2f} bytes per token"
-                facts[what] = f"{count_text(tokens)} tokens, {size_text(size)}, {mean}"
+                facts[purpose] = f"{count_text(tokens)} tokens, {size_text(size)}, {mean}"
         return ReportSection("Tokens", facts=facts)

@@ -1,5 +1,5 @@
 """SmolLM2, the real model that a package carries: its file against transformers, to the last bit
-and in its answers; what 8-bit activations change.
+and in its answers; check 8-bit activations change.
 """
 
 import os
@@ -10,10 +10,10 @@ import pytest
 from paths import SUPPORT
 
 
-@pytest.mark.parametrize("what", ["transformers", "answers"])
-def test_smollm2(what):
+@pytest.mark.parametrize("check", ["transformers", "answers"])
+def test_smollm2(check):
     done = subprocess.run(
-        [sys.executable, "-P", str(SUPPORT / "smollm2_check.py"), what],
+        [sys.executable, "-P", str(SUPPORT / "smollm2_check.py"), check],
         env=os.environ | {"PYTHONPATH": str(SUPPORT), "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,

@@ -228,8 +228,12 @@ def test_generation_ends_at_the_models_end_tokens():
         new = cut(1, end)[5:-1]
         assert text == "abcdefghijklmnop"[: 2 * len(new)]
         letters.start()
-        (one,) = Engine(model, letters).generate([ids[1].tolist()], GREEDY, max_new_tokens=8)
-        assert (one.text, one.token_ids, one.finish_reason) == (text, [*new, end], "stop")
+        (completion,) = Engine(model, letters).generate([ids[1].tolist()], GREEDY, max_new_tokens=8)
+        assert (completion.text, completion.token_ids, completion.finish_reason) == (
+            text,
+            [*new, end],
+            "stop",
+        )
 
 
 def test_prompts_are_texts_ids_or_requests():
@@ -465,11 +469,11 @@ class Letters:
         return self
 
     def start(self):
-        self.buffer, self.place = b"", 0
+        self.buffer, self.position = b"", 0
 
     def push(self, _):
-        self.buffer += self.parts[self.place % len(self.parts)]
-        self.place += 1
+        self.buffer += self.parts[self.position % len(self.parts)]
+        self.position += 1
         for cut in range(len(self.buffer), -1, -1):
             try:
                 text = self.buffer[:cut].decode()
