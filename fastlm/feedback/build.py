@@ -53,20 +53,18 @@ RULES = ("symbol_ratio", "ellipsis_lines", "repeated_characters", "lorem_ipsum")
 class BuildOptions:
     """The options of `build`."""
 
-    judge: Annotated[float, "Share of prompts with feedback that only trains judges"] = 0.2
-    test: Annotated[float, "Share of the prompts that are never trained on"] = 0.1
+    judge: Annotated[float, "Use this share of the prompts only to train judges"] = 0.2
+    test: Annotated[float, "Hold out this share of the prompts, which is never trained on"] = 0.1
     scrub: Annotated[bool, "Replace e-mail addresses, phone numbers and public IP addresses"] = True
-    rules: Annotated[tuple[str, ...], "Quality rules that a good answer has to pass"] = RULES
-    ngram: Annotated[
-        int, "Length in words of the n-grams by which evaluation questions are found"
-    ] = 8
+    rules: Annotated[tuple[str, ...], "Apply these quality rules to good answers"] = RULES
+    ngram: Annotated[int, "Find evaluation questions by n-grams of this many words"] = 8
     min_rater_weight: Annotated[
         float, "Leave out raters with a lower weight, 0 to 1; 0 gives all raters the weight 1"
     ] = 0.25
     max_rater_share: Annotated[
         float, "Limit one rater to this share of all feedback, or to twice the mean rater's"
     ] = 0.05
-    licence: Annotated[str, "Licence of the rows; a row that states its own keeps it"] = (
+    licence: Annotated[str, "Write this licence into the rows; a row with a licence keeps it"] = (
         "LicenseRef-user-consent"
     )
 

@@ -45,8 +45,8 @@ class Gate(Stage):
     version = 2
     inputs = {
         "scores": InputSpec(
-            ("scores",), "Folders or scores.json files of winrate, eval and safety", several=True,
-            flag="s",
+            ("scores",), "Folders or scores.json files of winrate, eval and safety",
+            several=True, flag="s",
         ),
     }  # fmt: skip
     outputs = {"gate_decision": DECISION}

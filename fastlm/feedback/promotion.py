@@ -27,11 +27,9 @@ class Promotion(Stage):
     kind = "promotion"
     command = ("promotion",)
     inputs = {
-        "new": InputSpec(("model",), "The new model"),
-        "old": InputSpec(("model",), "The model that serves now", default=False),
-        "decision": InputSpec(
-            ("gate_decision",), "The folder of `fastlm gate`, or its decision.json"
-        ),
+        "new": InputSpec(("model",), "New model"),
+        "old": InputSpec(("model",), "Model that serves now", default=False),
+        "decision": InputSpec(("gate_decision",), "Folder of `fastlm gate`, or its decision.json"),
     }
     outputs = {"model": MODEL}
     result = {"promoted": bool, "served_model": str, "failures": list[str]}

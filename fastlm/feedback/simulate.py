@@ -46,7 +46,7 @@ class Simulate(Stage):
         "model": InputSpec(
             ("quantized", "model"), "Model to serve, as for `fastlm serve`", flag="m"
         ),
-        "reward_model": InputSpec(("reward",), "The users prefer answers that it scores higher"),
+        "reward_model": InputSpec(("reward",), "Reward model with the preference of the users"),
     }  # fmt: skip
     outputs = {"feedback_db": DATABASE}
     sources_in = ("data",)
@@ -61,21 +61,23 @@ The same command starts again from the beginning."""
 
     data: Annotated[
         tuple[str, ...],
-        Positional(
-            "Questions of the users, as for ppo; the answers in them are written as corrections"
-        ),
+        Positional("Read the users' questions, as for ppo; the answers in them become corrections"),
     ] = ()
-    limit: Annotated[int, "Ask at most so many questions, drawn at random"] = 200
-    users: Annotated[int, "Number of users, who ask in turn"] = 12
-    reviewers: Annotated[int, "Number of other users who judge the same answers"] = 2
-    noise: Annotated[float, "Error rate of the users"] = 0.1
-    malicious_share: Annotated[float, "Share of users who say the opposite, or anything"] = 0.0
-    consent_rate: Annotated[float, "Share of the questions with consent to store the text"] = 0.9
-    thumb_threshold: Annotated[float, "Lowest score of an answer that gets a thumb up"] = 0.0
-    clients: Annotated[int, "Number of concurrent requests"] = 8
-    max_new_tokens: Annotated[int, "Maximum number of tokens per answer"] = 64
-    temperature: Annotated[float, "Sampling temperature"] = 1.0
-    seed: Annotated[int, "Seed of the answers and of the users"] = 0
+    limit: Annotated[int, "Ask at most this many questions, drawn at random"] = 200
+    users: Annotated[int, "Simulate this many users, who ask in turn"] = 12
+    reviewers: Annotated[int, "Let this many other users judge the same answers"] = 2
+    noise: Annotated[float, "Set the error rate of the users"] = 0.1
+    malicious_share: Annotated[
+        float, "Make this share of the users say the opposite, or anything"
+    ] = 0.0
+    consent_rate: Annotated[float, "Give consent to store the text of this share of questions"] = (
+        0.9
+    )
+    thumb_threshold: Annotated[float, "Give a thumb up to answers with at least this score"] = 0.0
+    clients: Annotated[int, "Send this many concurrent requests"] = 8
+    max_new_tokens: Annotated[int, "Limit the tokens per answer"] = 64
+    temperature: Annotated[float, "Set the sampling temperature"] = 1.0
+    seed: Annotated[int, "Set the seed of the answers and of the users"] = 0
 
     def check(self) -> None:
         at_least_one(self, "limit", "clients", "max_new_tokens")

@@ -39,20 +39,21 @@ class FeedbackBuild(BuildOptions, Stage):
     version = 3
     inputs = {
         "feedback_db": InputSpec(
-            ("feedback_db",), "The database of `fastlm feedback simulate`, in addition to others",
+            ("feedback_db",),
+            "Database of `fastlm feedback simulate`, in addition to others",
             optional=True,
         ),
     }  # fmt: skip
     outputs = {"feedback": "."}
     result = {"rows": dict[str, dict[str, int]], "raters": dict[str, Any]}
-    notes = """Written are train/, judge/ and test/ with sft.jsonl, preferences.jsonl (for dpo and
-reward), kto.jsonl (for dpo with loss = kto) and prompts.jsonl, funnel.json (fastlm data show) and
+    notes = """The output is train/, judge/ and test/ with sft.jsonl, preferences.jsonl (for dpo and
+reward), kto.jsonl (for dpo with loss = kto) and prompts.jsonl; funnel.json (fastlm data show); and
 raters.json."""
 
     database: Annotated[
         tuple[str, ...],
         MaybePositional(
-            "Feedback databases: SQLite files or postgresql://USER@HOST/NAME; .jsonl files"
+            "Read feedback databases (SQLite files or postgresql://USER@HOST/NAME) or .jsonl files"
         ),
     ] = ()
     decontaminate: Annotated[

@@ -32,12 +32,12 @@ class WinRate(Stage):
     command = ("winrate",)
     version = 5
     inputs = {
-        "model": InputSpec(("model", "quantized"), "The new model, as for eval", flag="m"),
-        "old": InputSpec(("model", "quantized"), "The model that serves now", default=False),
+        "model": InputSpec(("model", "quantized"), "New model, as for eval", flag="m"),
+        "old": InputSpec(("model", "quantized"), "Model that serves now", default=False),
         "judge": InputSpec(("reward",), "Reward models that trained neither model", several=True),
         "feedback": InputSpec(
             ("feedback",),
-            "The output of `fastlm feedback build`, for the prompts of test/",
+            "Output of `fastlm feedback build`, for the prompts of test/",
             optional=True,
         ),
     }
@@ -52,14 +52,14 @@ class WinRate(Stage):
         "Measure the judge's accuracy on these held-out preferences, instead of those of the"
         " feedback's test/",
     ] = ()
-    limit: Annotated[int, "Use at most so many prompts, in an order that depends only on them"] = (
-        200
-    )
-    num_generations: Annotated[int, "Answers per model and prompt"] = 1
-    max_new_tokens: Annotated[int, "Maximum number of tokens per answer"] = 256
-    temperature: Annotated[float, "Sampling temperature; 0 is greedy"] = 0.7
-    seed: Annotated[int, "Seed of the answers"] = 0
-    confidence: Annotated[float, "Confidence level of the intervals"] = 0.95
+    limit: Annotated[
+        int, "Use at most this many prompts, in an order that depends only on them"
+    ] = 200
+    num_generations: Annotated[int, "Sample this many answers per model and prompt"] = 1
+    max_new_tokens: Annotated[int, "Limit the tokens per answer"] = 256
+    temperature: Annotated[float, "Set the sampling temperature; 0 is greedy"] = 0.7
+    seed: Annotated[int, "Set the seed of the answers"] = 0
+    confidence: Annotated[float, "Set the confidence level of the intervals"] = 0.95
 
     def check(self) -> None:
         at_least_one(self, "limit", "num_generations", "max_new_tokens")
