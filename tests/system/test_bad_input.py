@@ -142,7 +142,10 @@ def test_gguf(tmp_path):
         (content[:-10], "cut short"),
         (content[:30], "expected a count that fits in the file"),
         (b"", "cannot be read"),
-        (content[:8] + struct.pack("<Q", 2**60) + content[16:], "tensor count: expected at most"),
+        (
+            content[:8] + struct.pack("<Q", 2**60) + content[16:],
+            "tensor count: expected a count that fits",
+        ),
         (b"GGML" + content[4:], "expected a GGUF file"),
     ):
         path.write_bytes(data)
@@ -257,7 +260,7 @@ def test_token_ids_out_of_range(finished, tmp_path):
         (["--format", "w3a16"], "format: expected one of w4a16"),
         (["--method", "magic"], "method: expected one of rtn"),
         (["--embeddings", 5], "embeddings: expected 4, 8, 16 or 0"),
-        (["--head", 8], "head: CausalLM has none beside its embeddings"),
+        (["--head", 8], "head: CausalLM has no head besides its embeddings"),
     ],
 )
 def test_quantize(finished, tmp_path, options, text):

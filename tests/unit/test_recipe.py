@@ -103,7 +103,7 @@ def test_overrides(path):
         ("quantize.overrides=['head']", "quantize.overrides: expected PATTERN=FORMAT"),
         ("quantize.group_size=-3", "quantize.group_size: expected -1"),
         ("quantize.embeddings=3", "quantize.embeddings: expected 4, 8, 16"),
-        ("quantize.head=8", "quantize.head: CausalLM has none beside its embeddings"),
+        ("quantize.head=8", "quantize.head: CausalLM has no head besides its embeddings"),
     ],
 )  # fmt: skip
 def test_refusals_name_the_key_what_is_wanted_and_what_came(path, override, text):
