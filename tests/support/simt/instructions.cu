@@ -355,7 +355,7 @@ extern "C" const char* run(const char* name, int x_threads, int y_threads, int z
       launch({name, 1, dim3(x_threads, y_threads, z_threads), sizeof(uint32_t) * threads}, c.kernel,
              x, y);
 #ifdef __CUDACC__
-      succeed(cudaDeviceSynchronize(), name);
+      check_cuda(cudaDeviceSynchronize(), name);
 #endif
     } catch (const std::exception& e) {
       fault = e.what();
