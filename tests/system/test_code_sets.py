@@ -21,8 +21,14 @@ def test_programs_pass_their_tests_or_do_not(tmp_path):
         task.check()  # this machine can run programs
         (q,) = task.questions
         body = q.gold if q.gold.startswith("def") else HUMANEVAL["prompt"] + q.gold
-        said = [q.gold, f"```python\n{body}\n```\nDone.", q.gold.replace("+", "-"), "", "assert 0"]
-        assert task.judge([(one, q.row) for one in said]) == [1, 1, 0, 0, 0]
+        answers = [
+            q.gold,
+            f"```python\n{body}\n```\nDone.",
+            q.gold.replace("+", "-"),
+            "",
+            "assert 0",
+        ]
+        assert task.judge([(item, q.row) for item in answers]) == [1, 1, 0, 0, 0]
     assert measure(task, oracle(task), tmp_path) == {
         "bits_per_byte": pytest.approx(-1.0 / -math.log(2) / len(q.gold)), "pass@1": 1,
     }  # fmt: skip

@@ -50,10 +50,10 @@ class Tokens:
 def test_hashes_are_those_of_the_ngrams():
     tokens = np.random.default_rng(0).integers(0, 3, 3000)
     for n in (1, 2, 8, 13):
-        found = hashes(tokens, n)
+        actual = hashes(tokens, n)
         grams = [tuple(tokens[i : i + n]) for i in range(len(tokens) - n + 1)]
-        assert len(found) == len(grams)
-        assert len(set(zip(grams, found.tolist()))) == len(set(grams)) == len(set(found.tolist()))
+        assert len(actual) == len(grams)
+        assert len(set(zip(grams, actual.tolist()))) == len(set(grams)) == len(set(actual.tolist()))
     assert len(hashes(tokens[:12], 13)) == 0 and len(hashes(tokens[:13], 13)) == 1
 
 
@@ -76,25 +76,25 @@ def test_overlap_is_that_of_a_plain_search(monkeypatch):
             question = data[at : at + length].copy()
             question[list(changed)] = ord("0")
             questions.append(("", question.tobytes().decode(), "000"))
-    found = overlap(questions, Tokens(data), Letters())
+    actual = overlap(questions, Tokens(data), Letters())
     text = data.tobytes().decode()
-    for (_, body, end), share in zip(questions, found):
-        whole, n = body + end, 40 if len(body) >= 40 else 25
-        covered = np.zeros(len(whole), bool)
-        for i in range(len(whole) - n + 1):
-            if whole[i : i + n] in text:
+    for (_, body, end), share in zip(questions, actual):
+        full_text, n = body + end, 40 if len(body) >= 40 else 25
+        covered = np.zeros(len(full_text), bool)
+        for i in range(len(full_text) - n + 1):
+            if full_text[i : i + n] in text:
                 covered[i : i + n] = True
-        if len(whole) < 25:
+        if len(full_text) < 25:
             assert np.isnan(share)
         else:
-            alone = covered[: len(body)].mean() if len(body) >= n else 0
-            assert share == max(covered.mean(), alone)
-    assert found[-3] == 1 and 0 < found[-2] < 1
+            without_frame = covered[: len(body)].mean() if len(body) >= n else 0
+            assert share == max(covered.mean(), without_frame)
+    assert actual[-3] == 1 and 0 < actual[-2] < 1
 
 
 QUESTIONS = [
-    (f"Why do {animal} of {place} sleep through the long winter?", f" since {food} is rare there")
-    for animal, place, food in (("bears", "Norway", "fish"), ("hedgehogs", "Kent", "worms"),
+    (f"Why do {animal} of {index} sleep through the long winter?", f" since {food} is rare there")
+    for animal, index, food in (("bears", "Norway", "fish"), ("hedgehogs", "Kent", "worms"),
                                 ("bats", "the Alps", "insects"), ("dormice", "Wales", "fruit"))
 ]  # fmt: skip
 COPIES = {
@@ -118,8 +118,8 @@ def test_copies_are_found_however_they_are_set(copy, base):
     texts = [f"{sentence(rng)} {text} {sentence(rng)}" for text in planted]
     ids = [*itertools.chain(*([*tokenizer.encode(text), tokenizer.eos_id] for text in texts))]
     speller = contamination.LetterDecoder(tokenizer, model.config.vocab_size)
-    found = overlap(question_texts(rows), Tokens(np.array(ids)), speller)
-    assert (found >= contamination.DIRTY).tolist() == [True, False, True, False]
+    actual = overlap(question_texts(rows), Tokens(np.array(ids)), speller)
+    assert (actual >= contamination.DIRTY).tolist() == [True, False, True, False]
 
 
 def test_letters_of_tokens_are_those_of_the_text(base):
@@ -137,10 +137,10 @@ def test_examples_are_no_part_of_a_question(tmp_path):
         {"question": f"How {w} is it?", "choices": ["so", "no", "ever", w], "answer": 3}
         for w in WORDS
     ]
-    asked = subject_questions("anatomy", rows[:5], rows[5:], letters=False)
-    texts = question_texts(asked)
+    questions = subject_questions("anatomy", rows[:5], rows[5:], letters=False)
+    texts = question_texts(questions)
     assert texts[0] == ("Question:", f" How {WORDS[5]} is it?", f"\nAnswer: {WORDS[5]}")
-    assert "".join(*question_texts(asked[:1])).strip() == "".join(texts[0])
+    assert "".join(*question_texts(questions[:1])).strip() == "".join(texts[0])
     without = subject_questions("anatomy", [], rows, letters=False)
     assert ["".join(text) for text in question_texts(without)] == [
         f"Question: How {w} is it?\nAnswer: {w}" for w in WORDS
@@ -154,18 +154,22 @@ def planted(base, tmp_path_factory):
     """A task in a file, and shards in which its questions 0 and 1 stand, 1 but for a word."""
     folder, rng = tmp_path_factory.mktemp("planted"), random.Random(5)
     # words of random letters: the small tokenizer needs a token for each
-    asked = [" ".join("".join(rng.choices("abcdefgh", k=5)) for _ in range(24)) for _ in range(6)]
-    rows = [{"text": text, "names": ["yes", "no"], "label": i % 2} for i, text in enumerate(asked)]
+    questions = [
+        " ".join("".join(rng.choices("abcdefgh", k=5)) for _ in range(24)) for _ in range(6)
+    ]
+    rows = [
+        {"text": text, "names": ["yes", "no"], "label": i % 2} for i, text in enumerate(questions)
+    ]
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (folder / "own.yaml").write_text(
         "task: own\ndataset_path: json\ndataset_kwargs: {data_files: {test: rows.jsonl}}\n"
         "test_split: test\noutput_type: multiple_choice\ndoc_to_text: text\n"
         "doc_to_choice: names\ndoc_to_target: label\n"
     )
-    words = asked[1].split()
+    words = questions[1].split()
     words[11] = "moon"
     texts = [sentence(rng, 200) for _ in range(8)]
-    texts[3] += f" {asked[0]} yes and on"
+    texts[3] += f" {questions[0]} yes and on"
     texts[5] += f" {' '.join(words)} no and on"
     write_shards(texts, load_model(base)[1], folder / "shards" / "train")
     return folder
@@ -176,13 +180,13 @@ def test_planted_questions_are_caught(base, planted):
     scores = Eval(tasks=(str(planted / "own.yaml"),))(
         out, model=[str(base)], training_data=str(planted / "shards")
     )
-    found = scores["tasks"][0]["contamination"]
-    shares = {one["id"]: one["share"] for one in found["touched_questions"]}
-    assert found["questions"] == 6 and found["short"] == 0
-    assert found["touched"] == 2 and shares.keys() == {"0", "1"}
-    assert shares["0"] > 0.9 and found["dirty"] >= 1
+    actual = scores["tasks"][0]["contamination"]
+    shares = {entry["id"]: entry["share"] for entry in actual["touched_questions"]}
+    assert actual["questions"] == 6 and actual["short"] == 0
+    assert actual["touched"] == 2 and shares.keys() == {"0", "1"}
+    assert shares["0"] > 0.9 and actual["dirty"] >= 1
     assert shares["1"] < shares["0"]  # all but what is near the other word
-    (parts,) = found["models"].values()
+    (parts,) = actual["models"].values()
     assert set(parts) == {"clean", "dirty"}
     assert 0 <= parts["clean"]["acc"]["value"] <= 1 and "bits_per_byte" in parts["dirty"]
     clean = Eval(tasks=(str(planted / "own.yaml"),))(out, model=[str(base)])
@@ -208,17 +212,17 @@ def test_bits_per_byte_of_each_source(base, tmp_path):
     path.write_bytes(zstandard.ZstdCompressor().compress(body))
     options = {"seq_len": 32, "stride": 16, "batch_size": 3, "compressors": False}
     for mask in (False, True):
-        found = text_bits_per_byte(model, tokenizer, path, document_mask=mask, **options)
-        own = found["domains"]
-        assert own["deb:a"]["documents"] == 3 and own["deb:b"]["documents"] == 2
-        assert sum(d["bytes"] for d in own.values()) == found["bytes"]
-        assert sum(d["tokens"] for d in own.values()) == found["tokens"]
-        bits = sum(d["bits_per_byte"] * d["bytes"] for d in own.values())
-        assert found["bits_per_byte"] == pytest.approx(bits / found["bytes"])
+        actual = text_bits_per_byte(model, tokenizer, path, document_mask=mask, **options)
+        values = actual["domains"]
+        assert values["deb:a"]["documents"] == 3 and values["deb:b"]["documents"] == 2
+        assert sum(d["bytes"] for d in values.values()) == actual["bytes"]
+        assert sum(d["tokens"] for d in values.values()) == actual["tokens"]
+        bits = sum(d["bits_per_byte"] * d["bytes"] for d in values.values())
+        assert actual["bits_per_byte"] == pytest.approx(bits / actual["bytes"])
         same = b"".join(json.dumps({**r, "source": "one"}).encode() + b"\n" for r in rows)
         path.with_name("one.jsonl.zst").write_bytes(zstandard.ZstdCompressor().compress(same))
-        one = text_bits_per_byte(
+        entry = text_bits_per_byte(
             model, tokenizer, path.with_name("one.jsonl.zst"), document_mask=mask, **options
         )
-        assert "domains" not in one
-        assert one["bits_per_byte"] == pytest.approx(found["bits_per_byte"], rel=1e-5)
+        assert "domains" not in entry
+        assert entry["bits_per_byte"] == pytest.approx(actual["bits_per_byte"], rel=1e-5)

@@ -49,7 +49,7 @@ def sides(base):
 def requests(kind, *arguments):
     from lm_eval.api.instance import Instance
 
-    return [Instance(kind, {}, one, i) for i, one in enumerate(arguments)]
+    return [Instance(kind, {}, item, i) for i, item in enumerate(arguments)]
 
 
 def test_likelihoods_are_those_of_hf(sides):
@@ -66,38 +66,41 @@ def test_likelihoods_are_those_of_hf(sides):
         requests("generate_until", *((c, plain) for c in contexts)), disable_tqdm=True
     )
     pairs += list(zip(contexts, answers, strict=True))
-    found, truth = (
+    actual, truth = (
         side.loglikelihood(requests("loglikelihood", *pairs), disable_tqdm=True) for side in sides
     )
-    assert [greedy for _, greedy in found] == [greedy for _, greedy in truth]
-    assert any(greedy for _, greedy in found)
-    assert [p for p, _ in found] == pytest.approx([p for p, _ in truth], abs=1e-4)
+    assert [greedy for _, greedy in actual] == [greedy for _, greedy in truth]
+    assert any(greedy for _, greedy in actual)
+    assert [p for p, _ in actual] == pytest.approx([p for p, _ in truth], abs=1e-4)
 
 
 def test_whole_texts_are_those_of_hf(sides):
     texts = ["tree", "what is a lamp? " * 60, CONTEXT]
-    found, truth = (
+    actual, truth = (
         side.loglikelihood_rolling(
             requests("loglikelihood_rolling", *((t,) for t in texts)), disable_tqdm=True
         )
         for side in sides
     )
-    assert found == pytest.approx(truth, abs=1e-3)
+    assert actual == pytest.approx(truth, abs=1e-3)
 
 
 def test_answers_are_those_of_hf(sides):
     _, theirs = sides
     plain = {"until": ["\n\n"], "max_gen_toks": 12}
-    whole = theirs.generate_until(requests("generate_until", (CONTEXT, plain)), disable_tqdm=True)
-    asked = [
-        (CONTEXT, plain), ("user", {**plain, "do_sample": False, "temperature": 0.7}),
-        (CONTEXT, {"until": whole[0][5:7], "max_gen_toks": 12}), (CONTEXT * 30, plain),
-    ]  # fmt: skip
-    found, truth = (
-        side.generate_until(requests("generate_until", *asked), disable_tqdm=True) for side in sides
+    full_answers = theirs.generate_until(
+        requests("generate_until", (CONTEXT, plain)), disable_tqdm=True
     )
-    assert found == truth
-    assert len(found[2]) < len(found[0])
+    instances = [
+        (CONTEXT, plain), ("user", {**plain, "do_sample": False, "temperature": 0.7}),
+        (CONTEXT, {"until": full_answers[0][5:7], "max_gen_toks": 12}), (CONTEXT * 30, plain),
+    ]  # fmt: skip
+    actual, truth = (
+        side.generate_until(requests("generate_until", *instances), disable_tqdm=True)
+        for side in sides
+    )
+    assert actual == truth
+    assert len(actual[2]) < len(actual[0])
 
 
 def test_drawn_answers_have_seeds(sides, base):
@@ -105,13 +108,13 @@ def test_drawn_answers_have_seeds(sides, base):
 
     ours, _ = sides
     options = {"until": [], "max_gen_toks": 8, "do_sample": True, "temperature": 1.5, "top_k": 50}
-    asked = requests("generate_until", *[(CONTEXT, options)] * 3, ("user", options))
-    first = ours.generate_until(asked, disable_tqdm=True)
+    instances = requests("generate_until", *[(CONTEXT, options)] * 3, ("user", options))
+    first = ours.generate_until(instances, disable_tqdm=True)
     assert len(set(first)) > 2  # each repeat is drawn anew
-    assert ours.generate_until(asked, disable_tqdm=True) == first
-    assert ours.generate_until(asked[3:], disable_tqdm=True) == first[3:]
+    assert ours.generate_until(instances, disable_tqdm=True) == first
+    assert ours.generate_until(instances[3:], disable_tqdm=True) == first[3:]
     other = FastLM(str(base), seed=1)
-    assert other.generate_until(asked, disable_tqdm=True) != first
+    assert other.generate_until(instances, disable_tqdm=True) != first
 
 
 def test_chats_are_those_of_hf(sides):
@@ -130,10 +133,10 @@ def test_chats_are_those_of_hf(sides):
         assert text.rstrip() == theirs.apply_chat_template(messages, False).rstrip()
     # the text of a chat begins with a special token, which both read as such
     pairs = [(ours.apply_chat_template(history[:2]), "lamp")]
-    found, truth = (
+    actual, truth = (
         side.loglikelihood(requests("loglikelihood", *pairs), disable_tqdm=True) for side in sides
     )
-    assert found[0][0] == pytest.approx(truth[0][0], abs=1e-4)
+    assert actual[0][0] == pytest.approx(truth[0][0], abs=1e-4)
 
 
 def test_what_is_done_is_cached(base, tmp_path, monkeypatch):
@@ -142,8 +145,8 @@ def test_what_is_done_is_cached(base, tmp_path, monkeypatch):
     from fastlm.evals.harness import FastLM
 
     model = FastLM(str(base), tokens=16)  # a forward for each question
-    asked = requests("loglikelihood", *((f"{CONTEXT} {i}", " lamp") for i in range(6)))
-    whole = model.loglikelihood(asked, disable_tqdm=True)
+    instances = requests("loglikelihood", *((f"{CONTEXT} {i}", " lamp") for i in range(6)))
+    full_answers = model.loglikelihood(instances, disable_tqdm=True)
     cached = CachingLM(model, str(tmp_path / "cache.db"))
     score, calls = model.scorer._score, []
 
@@ -158,15 +161,15 @@ def test_what_is_done_is_cached(base, tmp_path, monkeypatch):
 
     monkeypatch.setattr(model.scorer, "_score", failing)
     with pytest.raises(KeyboardInterrupt):
-        cached.loglikelihood(asked)
+        cached.loglikelihood(instances)
     done = sum(calls)
     assert 0 < done < 6
     calls.clear()
     monkeypatch.setattr(model.scorer, "_score", counting)
-    again = cached.loglikelihood(asked)
-    assert [p for p, _ in again] == pytest.approx([p for p, _ in whole], abs=1e-4)
+    second_answers = cached.loglikelihood(instances)
+    assert [p for p, _ in second_answers] == pytest.approx([p for p, _ in full_answers], abs=1e-4)
     assert sum(calls) == 6 - done
-    assert cached.loglikelihood(asked) == again
+    assert cached.loglikelihood(instances) == second_answers
     assert sum(calls) == 6 - done  # all of it was known
     cached.dbdict.close()
 
@@ -200,8 +203,8 @@ def test_the_command_line_of_the_harness(base, tmp_path, monkeypatch, capsys):
     with pytest.raises(SystemExit) as ended:
         run("--model_args", f"pretrained={base},dtyp=float32")
     assert ended.value.code == 2
-    told = "fastlm: model_args: dtyp: unknown key; the nearest valid one is 'dtype'"
-    assert told in capsys.readouterr().err
+    message = "fastlm: model_args: dtyp: unknown key; the nearest valid one is 'dtype'"
+    assert message in capsys.readouterr().err
 
 
 TASKS = {
@@ -243,8 +246,10 @@ def test_a_users_own_task_has_the_scores_of_the_harness(sides, tmp_path, monkeyp
         (tmp_path / f"{config['task']}.yaml").write_text(json.dumps(config))
         tasks.append(load_task(str(tmp_path / f"{config['task']}.yaml"), tmp_path / "cache"))
     ours, _ = sides
-    asked = {"m": run_tasks(tasks, ours.scorer, tmp_path / "items", model="m")}
-    found = {row["name"]: row["models"]["m"]["metrics"] for row in compare_models(tasks, asked)}
+    instances = {"m": run_tasks(tasks, ours.scorer, tmp_path / "items", model="m")}
+    actual = {
+        row["name"]: row["models"]["m"]["metrics"] for row in compare_models(tasks, instances)
+    }
     theirs = lm_eval.simple_evaluate(ours, tasks=configs, bootstrap_iters=0)
     for name, scores in theirs["results"].items():
         values = {
@@ -254,7 +259,7 @@ def test_a_users_own_task_has_the_scores_of_the_harness(sides, tmp_path, monkeyp
         }
         assert values
         for metric, value in values.items():
-            assert found[name][metric]["value"] == pytest.approx(value, rel=1e-5), (name, metric)
+            assert actual[name][metric]["value"] == pytest.approx(value, rel=1e-5), (name, metric)
 
 
 ROW = {
@@ -279,7 +284,7 @@ SETS = {  # the harness' file -> rows, what fastlm makes of them with the first 
 @pytest.mark.parametrize("file", SETS)
 def test_sets_are_asked_in_the_templates_of_the_harness(file, tmp_path):
     """Rendered from the harness' own files, with one example where fastlm has them."""
-    row, made = SETS[file]
+    row, expected_prompts = SETS[file]
     config = harness_config(file)
     text, target = (_harness(config[f"doc_to_{key}"], row) for key in ("text", "target"))
     if "doc_to_choice" in config:
@@ -294,16 +299,18 @@ def test_sets_are_asked_in_the_templates_of_the_harness(file, tmp_path):
     if file.partition("/")[0] in ("glue", "super_glue"):
         folder = file.partition("/default")[0]
         write_arrow(tmp_path, folder, "validation", [row])
-        (question,) = load_task(made, tmp_path).questions
+        (question,) = load_task(expected_prompts, tmp_path).questions
         assert question.requests == tuple((text, delimiter + choice) for choice in choices)
-    elif isinstance(made, bool):
-        (question,) = mmlu.subject_questions("anatomy", [row], [row], letters=made)
+    elif isinstance(expected_prompts, bool):
+        (question,) = mmlu.subject_questions("anatomy", [row], [row], letters=expected_prompts)
         assert question.requests == tuple((prompt, delimiter + choice) for choice in choices)
     else:
-        folder = {"triviaqa": "trivia_qa/rc.wikipedia.nocontext", "nq_open": "nq_open/none"}[made]
+        folder = {"triviaqa": "trivia_qa/rc.wikipedia.nocontext", "nq_open": "nq_open/none"}[
+            expected_prompts
+        ]
         write_arrow(tmp_path, folder, "validation", [{"question": row["question"],
                                                       "answer": row["answer"]}] * 6)  # fmt: skip
-        (question,) = load_task(f"{made}:5shot", tmp_path).questions
+        (question,) = load_task(f"{expected_prompts}:5shot", tmp_path).questions
         example = f"{text}{delimiter}{target}{between}"
         assert question.prompt == f"{config.get('description', '')}{example * 5}{text}"
 
@@ -363,18 +370,18 @@ def test_arguments(base):
     assert scorer.model.dtype == torch.bfloat16 and scorer.tokens == 64
     assert (scorer.context_limit, scorer.prefix) == (32, 5)
     assert model.variables == {"enable_thinking": False}
-    for wrong, told in (
+    for wrong, message in (
         ({"dtype": "int8"}, "dtype: expected one of auto"),
         ({"max_length": 4096}, "limit: expected 1 to 128, got 4096"),
         ({"add_bos_token": True}, "add_bos: expected a tokenizer with BOS"),
         ({"tokens": 0}, "tokens: expected 1 or more, got 0"),
         ({"max_gen_toks": 0}, "max_gen_toks: expected 1 or more, got 0"),
     ):
-        with pytest.raises(InputError, match=told):
+        with pytest.raises(InputError, match=message):
             FastLM(str(base), **wrong)
-    asked = SimpleNamespace(args=("what", {"until": [], "beams": 4}))
+    instances = SimpleNamespace(args=("what", {"until": [], "beams": 4}))
     with pytest.raises(InputError, match="gen_kwargs: beams: unknown key"):
-        model.generate_until([asked], disable_tqdm=True)
-    asked = SimpleNamespace(args=("what", {"until": [], "max_gen_toks": 32}))
+        model.generate_until([instances], disable_tqdm=True)
+    instances = SimpleNamespace(args=("what", {"until": [], "max_gen_toks": 32}))
     with pytest.raises(InputError, match="max_gen_toks: expected less than the context's 32"):
-        model.generate_until([asked], disable_tqdm=True)
+        model.generate_until([instances], disable_tqdm=True)

@@ -56,8 +56,8 @@ def choices(count: int, **changes) -> Task:
 
 
 def written(count: int) -> Task:
-    def judge(asked):
-        return [float(text.count("e") % 2) for text, _ in asked]
+    def judge(answers):
+        return [float(text.count("e") % 2) for text, _ in answers]
 
     questions = [
         OpenQuestion(str(i), f"tree {i}", {}, " river", max_new_tokens=5) for i in range(count)
@@ -89,8 +89,8 @@ def test_a_killed_evaluation_continues_with_the_same_bits(
     if task.is_open:
         options = {"samples": 2, "temperature": 1.0, "seed": 3}
     with RecordFile(tmp_path / "whole.jsonl", {"task": task.hash}) as results:
-        whole = run_questions(task, scorer, results, **options)
-    assert len(whole) == 20
+        full_records = run_questions(task, scorer, results, **options)
+    assert len(full_records) == 20
 
     class Cut(RecordFile):
         def add(self, records):
@@ -105,7 +105,7 @@ def test_a_killed_evaluation_continues_with_the_same_bits(
         lines = (tmp_path / "whole.jsonl").read_bytes().splitlines(keepends=True)[9:]
         file.write(b"".join(lines[:torn]) if isinstance(torn, int) else torn)
     with RecordFile(path, {"task": task.hash}) as results:
-        assert run_questions(task, scorer, results, **options) == whole
+        assert run_questions(task, scorer, results, **options) == full_records
     assert path.read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
 
 
@@ -192,11 +192,11 @@ def test_measures_follow_their_formulas():
         "logprob": [-9.0, -8.0, -12.0, -30.0],
         "unconditional": [-8.0, -1.0, -20.0, -30.0],
     }
-    found = {name: each[0] for name, each in question_metrics(task, [record]).items()}
-    assert found["bits_per_byte"] == pytest.approx(9 / math.log(2) / len("tree 0"))
-    assert found["acc"] == 0  # the second answer is the likeliest
-    assert found["acc_olmes"] == 0  # -1, -7, 8, 0: the third
-    assert found["acc_norm"] == 0 and found["acc_bytes"] == 0  # -9/6, -8/7, ...
+    actual = {name: each[0] for name, each in question_metrics(task, [record]).items()}
+    assert actual["bits_per_byte"] == pytest.approx(9 / math.log(2) / len("tree 0"))
+    assert actual["acc"] == 0  # the second answer is the likeliest
+    assert actual["acc_olmes"] == 0  # -1, -7, 8, 0: the third
+    assert actual["acc_norm"] == 0 and actual["acc_bytes"] == 0  # -9/6, -8/7, ...
     by_characters = question_metrics(choices(1, normalisation="characters"), [record])
     assert by_characters["acc_olmes"][0] == argmax_score([-9 / 7, -8 / 8, -12 / 8, -30 / 7], 0)
     assert (
@@ -207,16 +207,16 @@ def test_measures_follow_their_formulas():
 def test_models_whose_answers_are_known(tmp_path):
     task = choices(80)
     for make, accuracy in ((question_files.oracle, 1.0), (question_files.always_first, 0.25)):
-        found = question_files.measure(task, make(task), tmp_path / str(accuracy))
-        assert found["acc"] == accuracy
+        actual = question_files.measure(task, make(task), tmp_path / str(accuracy))
+        assert actual["acc"] == accuracy
     flat = question_files.measure(task, question_files.FakeScorer(), tmp_path / "flat")
     assert flat["acc"] == pytest.approx(task.chance)  # all answers are equally likely
     records = [{"id": str(i), "logprob": [0.0, -1, -1, -1]} for i in range(80)]
-    told = summarize_metrics(
+    metrics = summarize_metrics(
         task, question_metrics(task, [r | {"unconditional": [0.0] * 4} for r in records])
     )
-    assert told["acc"]["error"] == pytest.approx(math.sqrt(0.25 * 0.75 / 79))
-    assert told["acc"]["min_detectable_effect"] == pytest.approx(
+    assert metrics["acc"]["error"] == pytest.approx(math.sqrt(0.25 * 0.75 / 79))
+    assert metrics["acc"]["min_detectable_effect"] == pytest.approx(
         rate_mde(80, 0.25)
     )  # its power is 0.8
     nothing = summarize_metrics(task, {"acc": np.zeros(80)})["acc"]
@@ -232,10 +232,10 @@ def test_models_whose_answers_are_known(tmp_path):
 def test_as_many_answers_as_were_drawn_pass():
     task = replace(written(1), metric="pass", extra_judges={})
     record = {"gold": None, "scores": [1.0, 0.0, 0.0, 1.0, 0.0, 0.0, 0.0], "answers": [""] * 7}
-    found = question_metrics(task, [record])
-    assert list(found) == ["pass@1", "pass@2", "pass@5", "pass@7"]
+    actual = question_metrics(task, [record])
+    assert list(actual) == ["pass@1", "pass@2", "pass@5", "pass@7"]
     expected = [2 / 7, 1 - 10 / 21, 20 / 21, 1.0]  # 5 of 7 miss both in one of 21 draws
-    assert [each[0] for each in found.values()] == pytest.approx(expected)
+    assert [each[0] for each in actual.values()] == pytest.approx(expected)
     assert list(question_metrics(task, [record | {"scores": [0.0]}])) == ["pass@1"]
     assert list(question_metrics(task, [record | {"scores": [0.0] * 10}])) == [
         "pass@1", "pass@2", "pass@5", "pass@10",
@@ -244,25 +244,25 @@ def test_as_many_answers_as_were_drawn_pass():
 
 def test_questions_of_a_passage_count_as_one_draw_in_parts_and_clean_ones():
     plain = choices(40)
-    asked = [
+    results_of = [
         replace(q, group=f"passage {i // 10}" if i < 30 else "", part="ab"[i % 2])
         for i, q in enumerate(plain.questions)
     ]
-    task = replace(plain, questions=asked)
+    task = replace(plain, questions=results_of)
     each = {"acc": np.repeat([1.0, 0.0, 1.0, 0.0], 10)}  # a passage is right or wrong as a whole
-    names = [q.group or q.id for q in asked]
-    found = part_metrics(task, each)
+    names = [q.group or q.id for q in results_of]
+    actual = part_metrics(task, each)
     rows = np.arange(0, 40, 2)
     clustered = mean_error(each["acc"][rows], clusters=[names[i] for i in rows]).error
-    assert found["a"]["metrics"]["acc"]["error"] == pytest.approx(clustered)
+    assert actual["a"]["metrics"]["acc"]["error"] == pytest.approx(clustered)
     assert clustered > 1.5 * mean_error(each["acc"][rows]).error
     dirty = np.arange(40) < 20
     parted = contamination.contamination_report(task, dirty.astype(float), {"m": each})["models"][
         "m"
     ]
-    for part, chosen in (("dirty", dirty), ("clean", ~dirty)):
-        own = [name for name, one in zip(names, chosen) if one]
-        expected = mean_error(each["acc"][chosen], clusters=own).error
+    for part, indices in (("dirty", dirty), ("clean", ~dirty)):
+        groups = [name for name, entry in zip(names, indices) if entry]
+        expected = mean_error(each["acc"][indices], clusters=groups).error
         assert parted[part]["acc"]["error"] == pytest.approx(expected)
 
 
@@ -287,14 +287,14 @@ def test_a_comparison_is_symmetric_and_adjusted(tmp_path):
             logprob=lambda c, a: -8 + noise.get((c, a), 0) + skill * ((c, a) in golds)
         )  # fmt: skip
 
-    asked = {
+    results_of = {
         name: run_tasks(tasks, model(skill), tmp_path / name, model=name)
         for name, skill in (("weak", 0.5), ("strong", 2.0))
     }
-    forth = compare_models(tasks, asked)
-    back = compare_models(tasks, dict(reversed(asked.items())))
-    for one, other in zip(forth, back, strict=True):
-        for a, b in zip(one["comparisons"], other["comparisons"], strict=True):
+    forth = compare_models(tasks, results_of)
+    back = compare_models(tasks, dict(reversed(results_of.items())))
+    for entry, other in zip(forth, back, strict=True):
+        for a, b in zip(entry["comparisons"], other["comparisons"], strict=True):
             assert a["difference"] == -b["difference"] and a["p"] == b["p"]
             assert (a["low"], a["high"]) == (-b["high"], -b["low"])
             assert a["p_adjusted"] >= a["p"]
@@ -341,16 +341,16 @@ def test_the_stage_asks_models_and_compares_them(base, cache, tmp_path):
     assert json.loads((out / "scores.json").read_text()) == json.loads(json.dumps(scores))
     files = sorted(p.relative_to(out / "items") for p in (out / "items").rglob("*.jsonl"))
     assert [p.parts[0] for p in files] == sorted([model_hash(str(base)), model_hash(str(other))])
-    told = [(one["name"], one["id"][:16]) for one in scores["ids"]]
-    assert told == [(str(path), model_hash(str(path))) for path in (base, other)]
+    summary = [(entry["name"], entry["id"][:16]) for entry in scores["ids"]]
+    assert summary == [(str(path), model_hash(str(path))) for path in (base, other)]
     (base / "README.md").write_text("a card is no part of a model")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Scorer, "loglikelihoods", None)  # nothing is asked again
-        again = stage(out, model=[str(base), str(other)], cache_dir=cache)
-    for name, model in again["tasks"][0]["models"].items():
+        second_scores = stage(out, model=[str(base), str(other)], cache_dir=cache)
+    for name, model in second_scores["tasks"][0]["models"].items():
         assert model["metrics"] == task["models"][name]["metrics"]
-    shown = list(score_rows(scores["tasks"]))
-    assert [row["chance"] for row in shown] == ["50.0", "50.0"]
+    output = list(score_rows(scores["tasks"]))
+    assert [row["chance"] for row in output] == ["50.0", "50.0"]
 
 
 def test_activations_are_rounded_as_asked(base, cache, tmp_path, monkeypatch):
@@ -359,10 +359,10 @@ def test_activations_are_rounded_as_asked(base, cache, tmp_path, monkeypatch):
     monkeypatch.setattr(
         fastlm.model.load, "load_model", lambda path, *rest: (loaded.append(rest), load(path))[1]
     )
-    given = {"model": [str(base)], "cache": cache}
-    Eval(tasks=("winogrande",), limit=4, act_bits=8)(tmp_path / "out", **given)
+    options = {"model": [str(base)], "cache": cache}
+    Eval(tasks=("winogrande",), limit=4, act_bits=8)(tmp_path / "out", **options)
     with pytest.raises(InputError, match="act_bits 16"):
-        Eval(tasks=("winogrande",), limit=4, act_bits=16)(tmp_path / "out", **given)
+        Eval(tasks=("winogrande",), limit=4, act_bits=16)(tmp_path / "out", **options)
     assert loaded == [(8,), (16,)]
     with pytest.raises(InputError, match="act_bits: expected 8 or 16, got 4"):
         Eval(tasks=("winogrande",), act_bits=4).check()
@@ -373,19 +373,19 @@ def test_the_command_writes_a_report(base, cache, tmp_path):
 
     from fastlm.cli import app
 
-    given = ["eval", "-m", str(base), "--tasks", "winogrande", "--cache", str(cache)]
-    told = CliRunner().invoke(app, [*given, "-o", str(tmp_path / "out")])
-    assert told.exit_code == 0, told.output
+    options = ["eval", "-m", str(base), "--tasks", "winogrande", "--cache", str(cache)]
+    result = CliRunner().invoke(app, [*options, "-o", str(tmp_path / "out")])
+    assert result.exit_code == 0, result.output
     page = (tmp_path / "out/report.html").read_text()
     assert "Question sets" in page and "CC-BY" in page and "<svg" in page
-    assert "winogrande" in told.stdout
+    assert "winogrande" in result.stdout
     for extra, message in (
         (["--limit", "0"], "limit: expected 1 or more, got 0"),
         (["--samples", "2"], "temperature: expected more than 0 for 2 samples"),
         (["--tasks", "winogrand"], "expected a name such as winogrande"),
         (["--tasks", ""], "data: expected held-out text, or tasks, got neither"),
     ):
-        refused = CliRunner().invoke(app, [*given, *extra])
+        refused = CliRunner().invoke(app, [*options, *extra])
         assert refused.exit_code == 2 and message in refused.stderr, refused.stderr
 
 
@@ -416,17 +416,17 @@ def test_a_full_disk_is_one_line_and_loses_no_record(tmp_path):
 
 def test_the_delimiter_before_an_answer_has_no_length():
     """lm-evaluation-harness divides by the length of the choice alone."""
-    asked = MultipleChoice("0", (("q", "\nab"), ("q", "\nabcdef")), 1)
-    task = Task("own", "own", [asked], "", "", "", delimiter="\n")
-    found = question_metrics(task, [{"logprob": [-2.0, -5.0]}])
-    assert found["acc_norm"][0] == 1.0  # by 2 and 6 characters; by 3 and 7 the first is better
-    assert found["bits_per_byte"][0] == pytest.approx(5 / math.log(2) / 6)
+    questions = MultipleChoice("0", (("q", "\nab"), ("q", "\nabcdef")), 1)
+    task = Task("own", "own", [questions], "", "", "", delimiter="\n")
+    actual = question_metrics(task, [{"logprob": [-2.0, -5.0]}])
+    assert actual["acc_norm"][0] == 1.0  # by 2 and 6 characters; by 3 and 7 the first is better
+    assert actual["bits_per_byte"][0] == pytest.approx(5 / math.log(2) / 6)
 
 
 def test_one_question_tells_no_error(tmp_path):
     task = choices(1)
-    asked = {"m": run_tasks([task], question_files.oracle(task), tmp_path, model="m")}
-    (row,) = compare_models([task], asked)
+    results_of = {"m": run_tasks([task], question_files.oracle(task), tmp_path, model="m")}
+    (row,) = compare_models([task], results_of)
     json.dumps(row, allow_nan=False)
     assert row["models"]["m"]["metrics"]["acc"] == {
         "value": 1.0,

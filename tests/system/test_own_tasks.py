@@ -70,10 +70,12 @@ class Model(FakeScorer):
 
     def loglikelihoods(self, pairs, *, chat=False, greedy=False, on_result=None):
         Model.asked += len(pairs)
-        found = [Likelihood(self.logprob(*pair), 1, self.logprob(*pair) > -0.5) for pair in pairs]
-        for i, one in enumerate(found):
-            on_result(i, one)
-        return found
+        likelihoods = [
+            Likelihood(self.logprob(*pair), 1, self.logprob(*pair) > -0.5) for pair in pairs
+        ]
+        for i, likelihood in enumerate(likelihoods):
+            on_result(i, likelihood)
+        return likelihoods
 
     def generate(self, prompts, *, temperature=0.0, on_result=None):
         Model.asked += len(prompts)
@@ -112,10 +114,10 @@ def write(tmp_path, cache):
 
 def scores(task, folder, **models):
     """Of each model its measures by name, and the comparisons with the first."""
-    asked = {
+    results_of = {
         name: run_tasks([task], model, folder / name, model=name) for name, model in models.items()
     }
-    (row,) = compare_models([task], asked)
+    (row,) = compare_models([task], results_of)
     json.dumps(row, allow_nan=False)
     assert list(score_rows([row]))
     values = {
@@ -139,7 +141,7 @@ def test_given_answers_are_measured_and_compared(write, tmp_path, cache):
         {"acc": 1, "acc_norm": 1, "f1": 1, "bits_per_byte": 0.1 / 3 / 0.6931}, rel=1e-3
     )
     assert values["cat"]["acc"] == 0.5 and values["cat"]["f1"] == 0.0
-    compared = {one["metric"]: one["difference"] for one in row["comparisons"]}
+    compared = {comparison["metric"]: comparison["difference"] for comparison in row["comparisons"]}
     assert compared["acc"] == 0.5 and "f1" not in compared  # no mean over questions
     measures = row["models"]["cat"]["metrics"]
     assert measures["acc"]["error"] == pytest.approx(0.2887, abs=1e-4)
@@ -159,8 +161,8 @@ def test_written_answers_are_filtered_by_the_harness(write, tmp_path, cache):
     task = load_task(write(WRITTEN), cache)
     q = task.questions[1]
     assert (q.prompt, q.gold) == ("10 + -4 =", " 6")
-    said = {"1 + 2 =": " so #### 3", "10 + -4 =": " 10 - 4 is 6."}
-    values, _ = scores(task, tmp_path, m=Model(answer=said.get))
+    message = {"1 + 2 =": " so #### 3", "10 + -4 =": " 10 - 4 is 6."}
+    values, _ = scores(task, tmp_path, m=Model(answer=message.get))
     assert values["m"] == {"exact_match": 0.5, "exact_match,flexible": 1}
 
 
@@ -184,8 +186,8 @@ def test_code_of_a_task_runs_and_its_figures_are_no_percent(write, tmp_path, cac
     assert task.name == "more" and values["m"] == {"words": 3}
     (line,) = score_rows([row])
     assert line["accuracy"] == "3.000±0.000" and line["MDE"] == ""
-    named = {path.name for path in task_files(tmp_path / "task.yaml")}
-    assert named == {"task.yaml", "sums.yaml", "sums.csv", "utils.py"}
+    names = {path.name for path in task_files(tmp_path / "task.yaml")}
+    assert names == {"task.yaml", "sums.yaml", "sums.csv", "utils.py"}
     assert {p.name for p in task_files(base)} == {"sums.yaml", "sums.csv"}
 
 

@@ -269,12 +269,12 @@ def test_the_area_under_the_curve_and_its_interval():
     area, low, high = auc(np.array([3.0] * 50), np.array([0.0] * 50), 0.95)
     assert area == high == 1.0 and 0.9 < low < 1.0
     assert auc(np.array([1.0]), np.array([0.0, 1.0]), 0.95) == (0.75, 0.0, 1.0)
-    draw, held = np.random.default_rng(0), 0
+    draw, heldout = np.random.default_rng(0), 0
     truth = 0.5 * (1 + math.erf(0.5))  # of two normals whose means are 1 apart: Phi(1 / sqrt 2)
     for _ in range(200):
         _, low, high = auc(draw.normal(1, 1, 40), draw.normal(0, 1, 40), 0.95)
-        held += low <= truth <= high
-    assert held >= 182
+        heldout += low <= truth <= high
+    assert heldout >= 182
     with pytest.raises(InputError, match="expected texts in both parts"):
         auc(np.array([]), np.array([1.0]), 0.95)
 
@@ -320,13 +320,13 @@ def test_the_search_lowers_the_loss_and_beats_random_search(tiny):
     for seed in range(4):
         ends = []
         for gradient, candidates in ((True, 13), (False, 16)):  # a gradient costs three forwards
-            found = search_suffix(
+            result = search_suffix(
                 tiny, BEFORE, AFTER, TARGET, START, steps=8, candidates=candidates, seed=seed,
                 top_k=16, gradient=gradient,
             )  # fmt: skip
-            losses = found.losses
+            losses = result.losses
             assert losses == sorted(losses, reverse=True) and len(losses) == 9
-            now = float(target_losses(tiny, BEFORE, [found.suffix], AFTER, TARGET)[0])
+            now = float(target_losses(tiny, BEFORE, [result.suffix], AFTER, TARGET)[0])
             assert now == pytest.approx(losses[-1], abs=1e-4)
             ends.append(losses[-1])
         assert ends[0] < losses[0] - 1.0 and ends[0] < ends[1]

@@ -283,12 +283,12 @@ def outcomes(victim, port) -> dict[str, Outcome]:
     sleeps = [name == "sleep" for name in programs]
     results = iter(run_all([c for c, s in zip(cases, sleeps) if not s], workers=2, limits=LIMITS))
     short = SandboxLimits(seconds=1, wall=1)
-    found = {
+    outcome_of = {
         name: run_code(case.program, case.tests, limits=short) if s else next(results)
         for name, case, s in zip(programs, cases, sleeps)
     }
     del os.environ["FASTLM_TEST_SECRET"]
-    return found
+    return outcome_of
 
 
 def test_each_attack_is_told_by_its_reason(outcomes, victim, port):
@@ -320,8 +320,8 @@ def test_files_outside_are_neither_read_nor_written(outcomes, victim):
     assert (victim / "kept.txt").read_text() == SECRET
     assert os.path.exists(os.__file__)
     assert outcomes["a full disk"].output == "disk refused OSError\ninodes refused OSError\n"
-    seen = outcomes["finds no file"].output
-    assert seen.startswith("[] ['dev', ") and "'tmp'" in seen and "proc" not in seen
+    observed = outcomes["finds no file"].output
+    assert observed.startswith("[] ['dev', ") and "'tmp'" in observed and "proc" not in observed
 
 
 def test_the_network_is_out_of_reach(outcomes, port):
@@ -355,15 +355,15 @@ def test_the_tests_and_the_caller_cannot_be_read(outcomes):
 
 def processes(*, group: int = -1, parent: int = -1) -> list[int]:
     """The processes of a process group, or the children of a process; no zombies."""
-    found = []
+    actual = []
     for stat in Path("/proc").glob("[0-9]*/stat"):
         try:
             state, ppid, pgrp = stat.read_text().rpartition(")")[2].split()[:3]
         except OSError:  # it has just ended
             continue
         if state != "Z" and (int(pgrp) == group or int(ppid) == parent):
-            found.append(int(stat.parent.name))
-    return found
+            actual.append(int(stat.parent.name))
+    return actual
 
 
 def test_no_process_outlives_its_tests_and_a_lost_worker_is_replaced():
@@ -523,9 +523,9 @@ def test_tests_that_fail_say_where(tests, reason, detail):
 
 def test_outcomes_are_in_order_and_told_as_they_come():
     cases = [Case(f"def f(): return {i}", f"assert f() == {i if i % 3 else -1}") for i in range(12)]
-    told: list[Outcome] = []
-    outcomes = run_all(cases, workers=3, on_outcome=told.append)
-    assert [o.passed for o in outcomes] == [bool(i % 3) for i in range(12)] and told == outcomes
+    reported: list[Outcome] = []
+    outcomes = run_all(cases, workers=3, on_outcome=reported.append)
+    assert [o.passed for o in outcomes] == [bool(i % 3) for i in range(12)] and reported == outcomes
     assert run_all([]) == []
 
 

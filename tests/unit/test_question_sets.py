@@ -82,9 +82,9 @@ def test_mmlu_asks_in_the_templates_of_lm_eval(cache):
     letters = load_task("mmlu:mc_5shot", cache).questions[1]
     context, answer = letters.requests[letters.gold]
     begin = "The following are multiple choice questions (with answers) about abstract algebra.\n\n"
-    shown = "A. one\nB. two\nC. three\nD. four\nAnswer:"
-    assert context.startswith(f"{begin}What is 0 in abstract_algebra?\n{shown} A\n\nWhat is 1")
-    assert context.endswith(f"What is 1 in abstract_algebra?\n{shown}") and answer == " B"
+    prompt = "A. one\nB. two\nC. three\nD. four\nAnswer:"
+    assert context.startswith(f"{begin}What is 0 in abstract_algebra?\n{prompt} A\n\nWhat is 1")
+    assert context.endswith(f"What is 1 in abstract_algebra?\n{prompt}") and answer == " B"
     assert context.count("Answer:") == 6
     words = load_task("mmlu:rc_0shot", cache).questions[1].requests[1]
     begin = "The following are questions (with answers) about abstract algebra.\n\n"
@@ -112,8 +112,8 @@ def test_glue_asks_in_the_templates_of_lm_eval(cache):
     assert effect.requests[1] == ("It rained therefore", "  the street was wet.")
     assert cause.requests[0] == ("It rained because", "  he sang.")
     rte = load_task("rte", cache).questions[0]
-    asked = "A cat sat.\nQuestion: An animal sat 0. True or False?\nAnswer:"
-    assert rte.requests == ((asked, " True"), (asked, " False")) and rte.gold == 0
+    questions = "A cat sat.\nQuestion: An animal sat 0. True or False?\nAnswer:"
+    assert rte.requests == ((questions, " True"), (questions, " False")) and rte.gold == 0
     assert [a for _, a in load_task("cb", cache).questions[0].requests][2] == " Neither"
 
 
@@ -175,8 +175,8 @@ def test_gsm8k_is_judged_by_the_last_number(tmp_path):
     task = load_task("gsm8k", tmp_path)
     assert measure(task, oracle(task), tmp_path)["exact_match"] == 1
     for answer, score in (("5, so 1006.00", 1), ("1006 of 7", 0), ("none", 0)):
-        said = files.FakeScorer(answer=lambda prompt, answer=answer: answer)
-        assert measure(task, said, tmp_path)["exact_match"] == score
+        scorer = files.FakeScorer(answer=lambda prompt, answer=answer: answer)
+        assert measure(task, scorer, tmp_path)["exact_match"] == score
     files.write_requests(
         tmp_path, "gsm8k", "gold_bpb_5shot", [*rows, request("a", " b", {"short_answer": "six"})]
     )
@@ -227,13 +227,13 @@ OTHER = [
 
 
 @pytest.mark.parametrize(("one", "other"), SAME)
-def test_answers_in_latex_are_the_same(one, other):
-    assert latex.is_equivalent(one, other) and latex.is_equivalent(other, one)
+def test_answers_in_latex_are_the_same(first, other):
+    assert latex.is_equivalent(first, other) and latex.is_equivalent(other, first)
 
 
 @pytest.mark.parametrize(("one", "other"), OTHER)
-def test_answers_in_latex_differ(one, other):
-    assert not latex.is_equivalent(one, other) and not latex.is_equivalent(other, one)
+def test_answers_in_latex_differ(first, other):
+    assert not latex.is_equivalent(first, other) and not latex.is_equivalent(other, first)
 
 
 def test_the_final_answer_of_a_solution():
@@ -255,15 +255,15 @@ def test_drop_joins_spans_and_counts_shared_words(tmp_path):
     task = load_task("drop", tmp_path)
     assert task.questions[0].gold == " two dogs, cat"
     assert measure(task, oracle(task), tmp_path)["exact_match"] == 1
-    said = measure(task, files.FakeScorer(answer=lambda prompt: " the two cats\nmore"), tmp_path)
-    assert said["exact_match"] == 0 and said["f1"] == pytest.approx(2 / 3)
+    scorer = measure(task, files.FakeScorer(answer=lambda prompt: " the two cats\nmore"), tmp_path)
+    assert scorer["exact_match"] == 0 and scorer["f1"] == pytest.approx(2 / 3)
     files.write_requests(tmp_path, "drop", "bpb_5shot", [request("a", " b", {"answers": []})])
     with pytest.raises(InputError, match="line 1: expected a question, got IndexError"):
         load_task("drop", tmp_path)
 
 
 def test_each_ability_has_three_sets_or_more():
-    by_ability = Counter(listed.ability for listed in SETS.values())
+    by_ability = Counter(listing.ability for listing in SETS.values())
     for ability in ("language", "reasoning", "mathematics", "coding", "facts"):
         assert by_ability[ability] >= 3
     assert set(by_ability) <= set(ABILITIES)
@@ -273,9 +273,9 @@ def test_each_ability_has_three_sets_or_more():
 
 
 def test_the_catalogue_is_printed():
-    listed = json.loads(CliRunner().invoke(app, ["tasks", "--json"]).stdout)
-    assert [row["name"] for row in listed] == list(SETS)
-    assert listed[0].keys() == {"name", "ability", "formats", "licence", "source"}
+    listing = json.loads(CliRunner().invoke(app, ["tasks", "--json"]).stdout)
+    assert [row["name"] for row in listing] == list(SETS)
+    assert listing[0].keys() == {"name", "ability", "formats", "licence", "source"}
     table = CliRunner().invoke(app, ["tasks", "--ability", "coding"]).stdout
     assert "humaneval" in table and "hellaswag" not in table
     refused = CliRunner().invoke(app, ["tasks", "--ability", "cooking"])
@@ -295,14 +295,14 @@ MBPP = {
 
 def test_questions_about_one_passage_are_a_group(tmp_path):
     example = "Sea -- Salt water.\nQuestion: is it wet?\nAnswer: yes\n\n"
-    asked = [("Tree -- A plant.", "is it old"), ("Tree -- A plant.", "has it bark"),
+    questions = [("Tree -- A plant.", "is it old"), ("Tree -- A plant.", "has it bark"),
              ("River -- It flows.", "is it old")]  # fmt: skip
     rows = [
         {"doc_id": i, "label": 0, "request": {
             "context": f"{example}{passage}\nQuestion: {question}?\nAnswer:",
             "continuation": f" {answer}",
         }}
-        for i, (passage, question) in enumerate(asked) for answer in ("yes", "no")
+        for i, (passage, question) in enumerate(questions) for answer in ("yes", "no")
     ]  # fmt: skip
     files.write_requests(tmp_path, "boolq", "rc_5shot", rows)
     groups = [q.group for q in load_task("boolq", tmp_path).questions]

@@ -59,13 +59,13 @@ def test_a_test_that_is_not_sequential_alarms_far_too_often():
 def test_a_difference_of_a_tenth_is_found():
     """Rates 0.6 and 0.5: within 2,710 observations over two equal arms in four of five streams."""
     rng = np.random.default_rng(1)
-    found = missed = 0
+    sample_sizes = missed = 0
     for _ in range(100):
         counts = [list(c) for c in arms(rng, 0.6, 0.5, 0.5, 2710)]
-        found += min(pvalues(*counts)) <= ALPHA
+        sample_sizes += min(pvalues(*counts)) <= ALPHA
         answer = compare_rates(*(c[-1] for c in counts))
         missed += not answer.low <= 0.1 <= answer.high
-    assert found / 100 >= 0.68  # 0.8 less three errors of 100 streams
+    assert sample_sizes / 100 >= 0.68  # 0.8 less three errors of 100 streams
     assert missed / 100 <= ALPHA
 
 
@@ -116,7 +116,7 @@ def test_pairs_of_equal_models_seldom_alarm(kind):
 def test_pairs_find_a_difference_of_a_tenth():
     """Rates 0.6 and 0.5: within 730 pairs in four of five streams."""
     rng = np.random.default_rng(3)
-    found = 0
+    counts = 0
     for _ in range(50):
         test = SequentialTest(alpha=ALPHA)
         early = False
@@ -126,8 +126,8 @@ def test_pairs_find_a_difference_of_a_tenth():
         answer = test.result()
         assert answer.low <= 0.1 <= answer.high and answer.p == test.p
         assert (answer.p <= ALPHA) == (answer.low >= 0) or abs(answer.low) <= 0.005
-        found += early
-    assert found / 50 >= 0.63  # 0.8 less three errors of 50 streams
+        counts += early
+    assert counts / 50 >= 0.63  # 0.8 less three errors of 50 streams
 
 
 @pytest.mark.parametrize("pair", [(1.0, 0.0), (0.0, 1.0), (0.5, 0.5), (0.3, 0.2)])

@@ -97,8 +97,10 @@ def test_intervals_of_rates_of_clusters_cover(rate, sizes, groups, draws):
     for _ in range(draws):
         count = np.minimum(SIZES[sizes](rng, groups), 1000)
         names = np.repeat(np.arange(groups), count)
-        own = rng.beta(5 * rate, 5 * (1 - rate), groups)  # of each cluster
-        interval = clustered_wilson((rng.random(len(names)) < own[names]).astype(float), names)
+        cluster_scores = rng.beta(5 * rate, 5 * (1 - rate), groups)  # of each cluster
+        interval = clustered_wilson(
+            (rng.random(len(names)) < cluster_scores[names]).astype(float), names
+        )
         missed += not interval.low <= rate <= interval.high
     # a tenth of the clusters with most of the items and rates of 0.1: few clusters have any
     assert missed / draws < above(0.08 if rate == 0.1 else 0.05, draws)
@@ -112,8 +114,8 @@ def test_intervals_of_rates_of_clusters_cover(rate, sizes, groups, draws):
 def test_an_effect_on_a_mean_is_found_four_times_in_five(n, draws):
     rng = np.random.default_rng(n)
     effect = mean_mde(n, 1.0)
-    found = sum(mean_error(effect + rng.normal(size=n)).p_value() <= 0.05 for _ in range(draws))
-    assert abs(found / draws - 0.8) < 0.02 + 3.1 * math.sqrt(0.16 / draws)
+    detected = sum(mean_error(effect + rng.normal(size=n)).p_value() <= 0.05 for _ in range(draws))
+    assert abs(detected / draws - 0.8) < 0.02 + 3.1 * math.sqrt(0.16 / draws)
 
 
 @DRAWS
@@ -124,11 +126,11 @@ def test_an_effect_on_a_rate_is_found_four_times_in_five(n, right, draws):
     rng = np.random.default_rng(n)
     rate = right / n
     effect = rate_mde(n, rate) * (1 if rate <= 0.5 else -1)
-    found = 0
+    detected = 0
     for _ in range(draws):
         a, b = rng.random(n) < rate + effect, rng.random(n) < rate
-        found += _mcnemar(int((a & ~b).sum()), int((b & ~a).sum())) <= 0.05
-    assert abs(found / draws - 0.8) < 0.01 + 3.1 * math.sqrt(0.16 / draws)
+        detected += _mcnemar(int((a & ~b).sum()), int((b & ~a).sum())) <= 0.05
+    assert abs(detected / draws - 0.8) < 0.01 + 3.1 * math.sqrt(0.16 / draws)
 
 
 @DRAWS
@@ -139,18 +141,18 @@ def test_an_effect_on_shares_of_passages_is_found_four_times_in_five(rate, draws
     names = np.repeat(np.arange(60), rng.integers(1, 9, 60))
 
     def right(p):
-        own = rng.beta(6 * p, 6 * (1 - p), 60)  # of each passage
-        return (rng.random(len(names)) < own[names]).astype(float)
+        cluster_scores = rng.beta(6 * p, 6 * (1 - p), 60)  # of each passage
+        return (rng.random(len(names)) < cluster_scores[names]).astype(float)
 
     some = [mean_error(right(rate), clusters=names) for _ in range(50)]
     error = math.sqrt(np.mean([mean.error**2 for mean in some]))
     df = float(np.mean([mean.df for mean in some]))
     effect = share_mde(len(names), rate, error, df=df)
-    found = 0
+    detected = 0
     for _ in range(draws):
         d = right(rate + effect) - right(rate)
-        found += mean_error(d, clusters=names).p_value() <= 0.05
-    assert abs(found / draws - 0.8) < 0.05 + 3.1 * math.sqrt(0.16 / draws)
+        detected += mean_error(d, clusters=names).p_value() <= 0.05
+    assert abs(detected / draws - 0.8) < 0.05 + 3.1 * math.sqrt(0.16 / draws)
 
 
 # ---- the canary's rule on slow answers
@@ -167,10 +169,10 @@ def burst_paces(rng, n: int, length: float) -> np.ndarray:
     return (1 + 4 * busy) * np.exp(0.3 * rng.normal(size=n))
 
 
-def decided_after(rng, slower: float, share: float, length: float, most: int) -> int | None:
+def decided_after(rng, slower: float, share: float, length: float, max_pairs: int) -> int | None:
     """Conversations after which a canary that takes ``slower`` times as long is rolled back."""
-    paces, pairs = burst_paces(rng, most, length), PacePairs()
-    for i, (pace, new) in enumerate(zip(paces, rng.random(most) < share)):
+    paces, pairs = burst_paces(rng, max_pairs, length), PacePairs()
+    for i, (pace, new) in enumerate(zip(paces, rng.random(max_pairs) < share)):
         before = pairs.counts
         pairs.add("new" if new else "old", pace * slower if new else pace)
         counts = pairs.counts
@@ -187,15 +189,15 @@ def decided_after(rng, slower: float, share: float, length: float, most: int) ->
 def test_load_in_bursts_rolls_no_equal_model_back(length, share, draws):
     rng = np.random.default_rng(int(length))
     ended = [decided_after(rng, 1.0, share, length, 1000) for _ in range(draws)]
-    assert sum(one is not None for one in ended) / draws < above(0.05, draws)
+    assert sum(model is not None for model in ended) / draws < above(0.05, draws)
 
 
 @FEW_DRAWS
 @pytest.mark.parametrize("share, most", [(0.5, 400), (0.1, 1100)])
-def test_a_slower_model_is_noticed(share, most, draws):
+def test_a_slower_model_is_noticed(share, max_pairs, draws):
     """Three times as slow, in bursts of 20: in nine of ten trials within 400 conversations where
     half of them go to the canary, 1,100 where a tenth do.
     """
     rng = np.random.default_rng(1)
-    ended = [decided_after(rng, 3.0, share, 20, most) for _ in range(draws)]
-    assert sum(one is None for one in ended) / draws < above(0.1, draws)
+    ended = [decided_after(rng, 3.0, share, 20, max_pairs) for _ in range(draws)]
+    assert sum(model is None for model in ended) / draws < above(0.1, draws)

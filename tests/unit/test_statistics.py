@@ -79,15 +79,15 @@ def test_pvalues_are_uniform_and_intervals_cover_where_models_are_equal(scores, 
 def test_items_of_a_passage_are_one_draw(n, passages):
     rng = np.random.default_rng(3)
     passage = np.repeat(np.arange(passages), n // passages)
-    pvalues, alone = [], []
+    pvalues, unclustered = [], []
     for turn in range(PAIRS):
         lucky = rng.normal(size=passages)[passage]  # one model likes a passage more
         a, b = rng.normal(size=n) + lucky, rng.normal(size=n)
         pvalues.append(compare(a, b, clusters=passage).p)
         if turn < 100:
-            alone.append(compare(a, b).p)
+            unclustered.append(compare(a, b).p)
     assert_uniform(pvalues, steps=0.01)
-    assert (np.array(alone) <= 0.05).mean() > 0.1  # the error that clusters correct
+    assert (np.array(unclustered) <= 0.05).mean() > 0.1  # the error that clusters correct
 
 
 def test_with_few_discordant_items_mcnemar_is_conservative():
@@ -152,8 +152,8 @@ def test_halls_transformation_by_hand():
     hall = u + skewness * u**2 / 3 + skewness**2 * u**3 / 27 + skewness / (6 * n)
     result = mean_error(d)
     assert result.skewness == pytest.approx(skewness / math.sqrt(n)) and result.df == 3
-    least = min(t, math.sqrt(n) * hall)
-    assert result.p_value() == pytest.approx(2 * scipy.stats.t.sf(least, 3))
+    minimum = min(t, math.sqrt(n) * hall)
+    assert result.p_value() == pytest.approx(2 * scipy.stats.t.sf(minimum, 3))
 
 
 def test_equal_models_without_spread():
@@ -174,8 +174,10 @@ def test_the_number_of_items_finds_the_difference_four_times_in_five():
     n = items_needed(0.1, sd)
     assert mean_mde(n, sd) == pytest.approx(0.1, abs=1e-3) and mean_mde(n, sd) <= 0.1
     assert rate_mde(n, 0.5) == pytest.approx(0.1, abs=2e-3)
-    found = sum(compare(rng.random(n) < 0.6, rng.random(n) < 0.5).p <= 0.05 for _ in range(PAIRS))
-    assert abs(found / PAIRS - 0.8) < 3 * math.sqrt(0.8 * 0.2 / PAIRS)
+    detected = sum(
+        compare(rng.random(n) < 0.6, rng.random(n) < 0.5).p <= 0.05 for _ in range(PAIRS)
+    )
+    assert abs(detected / PAIRS - 0.8) < 3 * math.sqrt(0.8 * 0.2 / PAIRS)
     assert items_needed(90.0, 0.1) == 2
     for true in (0.3, 1.0, 2.5):
         n = items_needed(true, 1.0)
@@ -249,13 +251,13 @@ def test_the_error_of_clusters_is_unbiased_and_has_satterthwaites_freedom():
     covariance = residual @ spread @ residual.T
     form = np.diag(weights**2 * np.diag(spread) / np.diag(covariance))
     e = means - values.mean()
-    found = mean_error(values, clusters=names)
-    assert found.error**2 == pytest.approx(e @ form @ e)
+    detected = mean_error(values, clusters=names)
+    assert detected.error**2 == pytest.approx(e @ form @ e)
     expected = np.trace(form @ covariance)
     assert expected == pytest.approx(weights @ spread @ weights)  # the variance of the mean
     product = form @ covariance
-    assert found.df == pytest.approx(expected**2 / np.trace(product @ product))
-    assert found.df < 2  # nearly all items are of one cluster
+    assert detected.df == pytest.approx(expected**2 / np.trace(product @ product))
+    assert detected.df < 2  # nearly all items are of one cluster
 
 
 def test_rates_of_clusters():
