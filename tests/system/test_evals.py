@@ -359,7 +359,7 @@ def test_activations_are_rounded_as_asked(base, cache, tmp_path, monkeypatch):
     monkeypatch.setattr(
         fastlm.model.load, "load_model", lambda path, *rest: (loaded.append(rest), load(path))[1]
     )
-    options = {"model": [str(base)], "cache": cache}
+    options = {"model": [str(base)], "cache_dir": cache}
     Eval(tasks=("winogrande",), limit=4, act_bits=8)(tmp_path / "out", **options)
     with pytest.raises(InputError, match="act_bits 16"):
         Eval(tasks=("winogrande",), limit=4, act_bits=16)(tmp_path / "out", **options)
