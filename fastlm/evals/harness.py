@@ -68,15 +68,15 @@ class ScorerLM(LM):
                 bar.update()
 
             likelihoods = self.scorer.loglikelihoods(pairs, greedy=True, on_result=on_result)
-        return [(one.logprob, bool(one.greedy)) for one in likelihoods]
+        return [(result.logprob, bool(result.greedy)) for result in likelihoods]
 
     def loglikelihood_rolling(
         self, requests: list[Instance], disable_tqdm: bool = False
     ) -> list[float]:
         texts: list[Any] = [request.args[0] for request in requests]
         with _bar(None, "loglikelihood_rolling", disable_tqdm) as bar:
-            likelihoods = self.scorer.rolling(texts, on_result=lambda i, one: bar.update())
-        return [one.logprob for one in likelihoods]
+            likelihoods = self.scorer.rolling(texts, on_result=lambda i, likelihood: bar.update())
+        return [likelihood.logprob for likelihood in likelihoods]
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
         arguments_list: list[Any] = [request.args for request in requests]

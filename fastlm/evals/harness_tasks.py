@@ -65,8 +65,8 @@ def task_files(path: str | Path) -> list[Path]:
     files, stack = {}, [Path(path)]
     while stack:
         file = stack.pop()
-        if (place := file.resolve()) not in files:
-            files[place] = file
+        if (resolved := file.resolve()) not in files:
+            files[resolved] = file
             names = _texts(_plain_yaml(file)) if is_task_file(file.name) else []
             stack += [Path(match) for name in names for match in _matches(file.parent, name)]
     return list(files.values())
@@ -225,12 +225,12 @@ class _HarnessTask:
             instance.filtered_resps = {}
         self.task._instances = instances
         self.task.apply_filters()
-        found = {}
+        metrics = {}
         for number, filter in enumerate(instances[0].filtered_resps):
             answers = [instance.filtered_resps[filter] for instance in instances]
             for metric, value in self.task.process_results(instances[0].doc, answers).items():
-                found[f"{metric},{filter}" if number else metric] = (metric, value)
-        return found
+                metrics[f"{metric},{filter}" if number else metric] = (metric, value)
+        return metrics
 
     def is_mean(self, metric: str) -> bool:
         from lm_eval.api.registry import get_aggregation

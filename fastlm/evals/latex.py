@@ -65,10 +65,10 @@ def final_answer(text: str) -> str:
     if phrase and (end := _HOPE.search(text, phrase.end())):
         answer = _sentence(text[phrase.end() : end.start()])
         return boxed(answer) or answer
-    if (found := boxed(text)) is not None:
-        return found
-    found = _ANSWER_IS.findall(text) or _INLINE.findall(text)
-    return _sentence(found[-1]) if found else ""
+    if (answer := boxed(text)) is not None:
+        return answer
+    matches = _ANSWER_IS.findall(text) or _INLINE.findall(text)
+    return _sentence(matches[-1]) if matches else ""
 
 
 def _sentence(text: str) -> str:

@@ -31,22 +31,22 @@ def task_names(selection: Sequence[str]) -> list[str]:
     return list(dict.fromkeys(names))
 
 
-def load_task(asked: str, cache: Path) -> Task:
+def load_task(name_and_format: str, cache: Path) -> Task:
     """Read the set ``NAME`` or ``NAME:FORMAT``, ``reasoning-gym:GENERATOR?KEY=VALUE&...``, or a
     user's task in lm-evaluation-harness' format (.yaml).
 
     InputError: an unknown name or format, a package that cannot be fetched, damaged data.
     """
-    if is_task_file(asked):
-        return read_task(asked, cache)
-    name, _, format = asked.partition(":")
+    if is_task_file(name_and_format):
+        return read_task(name_and_format, cache)
+    name, _, format = name_and_format.partition(":")
     if name == SCHEME:
-        return generators.ANY.load(asked, format, cache)
+        return generators.ANY.load(name_and_format, format, cache)
     spec = SETS.get(name)
     if spec is None:
         near = difflib.get_close_matches(name, [*SETS, *ABILITIES], n=1, cutoff=0.0)
         raise InputError(
-            f"task: expected a name such as {near[0]} (fastlm tasks), got {asked!r:.80}"
+            f"task: expected a name such as {near[0]} (fastlm tasks), got {name_and_format!r:.80}"
         )
     return spec.load(name, format, cache)
 

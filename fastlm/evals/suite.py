@@ -50,23 +50,25 @@ def compare_models(
 def _compare_on_task(task: Task, results: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     models: dict[str, dict[str, Any]] = {}
     for name, result in results.items():
-        each = summarize_metrics(task, result["values"]) | result["overall"]
-        measures = {key: m | _unit(key, result["values"].get(key)) for key, m in each.items()}
+        values = summarize_metrics(task, result["values"]) | result["overall"]
+        metrics = {key: m | _unit(key, result["values"].get(key)) for key, m in values.items()}
         models[name] = {
-            "metrics": measures,
+            "metrics": metrics,
             **({"truncated": result["truncated"]} if result["truncated"] else {}),
         }
         if by_part := part_metrics(task, result["values"]):
             models[name]["parts"] = by_part
     first, *others = results
-    compared = []
+    comparisons = []
     for name in others:
-        for measure, base in results[first]["values"].items():
-            each = results[name]["values"][measure]
-            told = finite_or_none(asdict(compare(each, base, clusters=passage_clusters(task))))
-            row = {"model": name, "baseline": first, "metric": measure, **told}
-            compared.append(row | _unit(measure, each))
-    wider = (
+        for metric, base in results[first]["values"].items():
+            values = results[name]["values"][metric]
+            comparison = finite_or_none(
+                asdict(compare(values, base, clusters=passage_clusters(task)))
+            )
+            row = {"model": name, "baseline": first, "metric": metric, **comparison}
+            comparisons.append(row | _unit(metric, values))
+    part_groups = (
         {"part_groups": list(dict.fromkeys(task.group_of_part.values()))}
         if task.group_of_part
         else {}
@@ -74,14 +76,14 @@ def _compare_on_task(task: Task, results: Mapping[str, Mapping[str, Any]]) -> di
     return {
         "name": task.name, "ability": task.ability, "format": task.format, "hash": task.hash,
         "source": task.source, "licence": task.licence, "questions": len(task.questions),
-        "normalisation": task.normalisation, "chance": task.chance, "models": models, **wider,
-        "comparisons": compared,
+        "normalisation": task.normalisation, "chance": task.chance, "models": models, **part_groups,
+        "comparisons": comparisons,
     }  # fmt: skip
 
 
-def _unit(measure: str, each: np.ndarray | None) -> dict[str, str]:
+def _unit(metric: str, values: np.ndarray | None) -> dict[str, str]:
     """Return the unit of a metric that is not a share; tables show shares in percent."""
-    is_figure = measure != HEADLINE and (each is None or not is_share(each))
+    is_figure = metric != HEADLINE and (values is None or not is_share(values))
     return {"unit": ""} if is_figure else {}
 
 

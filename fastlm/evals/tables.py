@@ -65,28 +65,28 @@ def short_names(names: Sequence[str]) -> dict[str, str]:
     return {name: name for name in names}
 
 
-def is_share(name: str, measure: Mapping[str, Any]) -> bool:
-    return name != HEADLINE and measure.get("unit") != ""
+def is_share(name: str, metric: Mapping[str, Any]) -> bool:
+    return name != HEADLINE and metric.get("unit") != ""
 
 
-def format_score(measure: Mapping[str, Any] | None, name: str = "acc") -> str:
+def format_score(metric: Mapping[str, Any] | None, name: str = "acc") -> str:
     """Return a value with its standard error; shares are in percent."""
-    if measure is None:
+    if metric is None:
         return ""
-    scale, digits = (100, 1) if is_share(name, measure) else (1, 3)
-    value, error = scale * measure["value"], measure["error"]
+    scale, digits = (100, 1) if is_share(name, metric) else (1, 3)
+    value, error = scale * metric["value"], metric["error"]
     text = f"{value:.{digits}f}"
     return text if error is None else f"{text}±{scale * error:.{digits}f}"
 
 
-def main_metric(measures: Mapping[str, Any]) -> str:
+def main_metric(metrics: Mapping[str, Any]) -> str:
     """Return the metric for column "accuracy": exact match, accuracy or else the first."""
-    names = [name for name in ("exact_match", "acc", *measures) if name in measures]
+    names = [name for name in ("exact_match", "acc", *metrics) if name in metrics]
     return next((name for name in names if name != HEADLINE), "acc")
 
 
-def accuracy(measures: Mapping[str, Any]) -> Mapping[str, Any] | None:
-    return measures.get("acc_olmes") or measures.get(main_metric(measures))
+def accuracy(metrics: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    return metrics.get("acc_olmes") or metrics.get(main_metric(metrics))
 
 
 def task_tables(tasks: Tasks) -> list[ReportTable]:
@@ -137,16 +137,16 @@ def score_rows(tasks: Tasks) -> Iterator[dict[str, str]]:
     for task in tasks:
         short = short_names(list(task["models"]))
         for name, model in task["models"].items():
-            measures = model["metrics"]
-            main, best = main_metric(measures), accuracy(measures)
+            metrics = model["metrics"]
+            main, best = main_metric(metrics), accuracy(metrics)
             by = "" if main in ("acc", "exact_match") else f" ({main})"
             yield {
                 "set": task["name"] + by, "model": short[name] if len(short) > 1 else "",
                 "n": f"{task['questions']:,}",
-                "bits/byte": format_score(measures.get(HEADLINE), HEADLINE),
-                "accuracy": format_score(measures.get(main)),
-                "OLMES": format_score(measures.get("acc_olmes")),
-                "lm-eval": format_score(measures.get("acc_norm")),
+                "bits/byte": format_score(metrics.get(HEADLINE), HEADLINE),
+                "accuracy": format_score(metrics.get(main)),
+                "OLMES": format_score(metrics.get("acc_olmes")),
+                "lm-eval": format_score(metrics.get("acc_norm")),
                 "chance": _percent(task["chance"]),
                 "MDE": _percent(
                     best["min_detectable_effect"] if best and is_share(main, best) else None
@@ -169,9 +169,9 @@ def table_comparisons(tasks: Tasks) -> Iterator[tuple[Mapping[str, Any], Mapping
 def _comparison_rows(tasks: Tasks, short: Mapping[str, str]) -> Iterator[dict[str, str]]:
     """Yield the differences between each further model and the first."""
     for task, comparison in table_comparisons(tasks):
-        measure = str(comparison["metric"])
-        by = {HEADLINE: "bits/byte", "acc_olmes": "OLMES"}.get(measure, measure.replace("_", " "))
-        scale, digits = (100, 1) if is_share(measure, comparison) else (1, 4)
+        metric = str(comparison["metric"])
+        by = {HEADLINE: "bits/byte", "acc_olmes": "OLMES"}.get(metric, metric.replace("_", " "))
+        scale, digits = (100, 1) if is_share(metric, comparison) else (1, 4)
         difference, low, high = (
             "" if comparison[key] is None else f"{scale * comparison[key]:+.{digits}f}"
             for key in ("difference", "low", "high")
@@ -195,12 +195,12 @@ def _part_rows(tasks: Tasks, short: Mapping[str, str]) -> Iterator[dict[str, str
             parts = model.get("parts", {})
             for part in task.get("part_groups") or list(parts)[:MAX_PARTS]:
                 if part in parts:
-                    measures = parts[part]["metrics"]
+                    metrics = parts[part]["metrics"]
                     yield {
                         "set": task["name"], "part": part, "model": short[name],
                         "n": f"{parts[part]['questions']:,}",
-                        "bits/byte": format_score(measures.get(HEADLINE), HEADLINE),
-                        "accuracy": format_score(accuracy(measures)),
+                        "bits/byte": format_score(metrics.get(HEADLINE), HEADLINE),
+                        "accuracy": format_score(accuracy(metrics)),
                     }  # fmt: skip
 
 
@@ -218,5 +218,5 @@ def _contamination_rows(tasks: Tasks, short: Mapping[str, str]) -> Iterator[dict
             }  # fmt: skip
 
 
-def _accuracy_or_bits(measures: Mapping[str, Any]) -> str:
-    return format_score(accuracy(measures)) or format_score(measures.get(HEADLINE), HEADLINE)
+def _accuracy_or_bits(metrics: Mapping[str, Any]) -> str:
+    return format_score(accuracy(metrics)) or format_score(metrics.get(HEADLINE), HEADLINE)

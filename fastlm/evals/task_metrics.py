@@ -33,11 +33,11 @@ PASS_AT_K = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000)  # and the number of samp
 
 def question_metrics(task: Task, records: Sequence[Record]) -> QuestionMetrics:
     """Return each metric of each question, in the order of the task."""
-    measure: Callable[[Any, Record], Mapping[str, float]]
-    measure = task.question_metrics or partial(
+    metrics_of: Callable[[Any, Record], Mapping[str, float]]
+    metrics_of = task.question_metrics or partial(
         _open_metrics if task.is_open else _choice_metrics, task
     )
-    rows = [measure(*pair) for pair in zip(task.questions, records, strict=True)]
+    rows = [metrics_of(*pair) for pair in zip(task.questions, records, strict=True)]
     names = [name for name in rows[0] if all(name in row for row in rows)]
     return {name: np.array([row[name] for row in rows]) for name in names}
 
@@ -87,30 +87,30 @@ def _open_metrics(task: Task, question: OpenQuestion, record: Record) -> dict[st
     elif task.judge is not None:
         metrics[task.metric] = sum(scores) / count
     for name, judge in task.extra_judges.items():
-        others = judge([(answer, question.row) for answer in record["answers"]])
-        metrics[name] = sum(others) / len(others)
+        extra_scores = judge([(answer, question.row) for answer in record["answers"]])
+        metrics[name] = sum(extra_scores) / len(extra_scores)
     return metrics
 
 
-def is_share(each: np.ndarray) -> bool:
+def is_share(values: np.ndarray) -> bool:
     """Return True if a metric is between 0 and 1 for each question."""
-    return bool(((each >= 0) & (each <= 1)).all())
+    return bool(((values >= 0) & (values <= 1)).all())
 
 
-def summarize_metrics(task: Task, measured: QuestionMetrics) -> dict[str, dict[str, Any]]:
+def summarize_metrics(task: Task, values_of: QuestionMetrics) -> dict[str, dict[str, Any]]:
     """Return the mean ``value`` of each metric, its standard ``error`` and
     ``min_detectable_effect``, the minimum detectable effect at 80 % power compared with another
     model whose scores are independent. None where the questions give no estimate of the variance.
     """
     clusters = passage_clusters(task)
     metrics = {}
-    for name, each in measured.items():
-        mean, is_bits = mean_error(each, clusters=clusters), name == HEADLINE
-        if not is_bits and clusters is None and np.isin(each, (0, 1)).all():
+    for name, values in values_of.items():
+        mean, is_bits = mean_error(values, clusters=clusters), name == HEADLINE
+        if not is_bits and clusters is None and np.isin(values, (0, 1)).all():
             effect = rate_mde(mean.n, mean.mean)
         elif not math.isfinite(mean.error):
             effect = math.inf
-        elif not is_bits and is_share(each):
+        elif not is_bits and is_share(values):
             effect = share_mde(mean.n, mean.mean, mean.error, df=mean.df)
         elif mean.error:
             effect = mean_mde(mean.n, math.sqrt(2 * mean.n) * mean.error, df=mean.df)
@@ -130,7 +130,7 @@ def passage_clusters(task: Task, rows: Iterable[int] | None = None) -> list[str]
     return groups if len(set(groups)) < len(groups) else None
 
 
-def part_metrics(task: Task, measured: QuestionMetrics) -> dict[str, dict[str, Any]]:
+def part_metrics(task: Task, values_of: QuestionMetrics) -> dict[str, dict[str, Any]]:
     """Return the number of questions and the mean of each metric with its standard error, for each
     part of the set and each group of parts (``task.group_of_part``)."""
     members: dict[str, list[int]] = {}
@@ -140,18 +140,20 @@ def part_metrics(task: Task, measured: QuestionMetrics) -> dict[str, dict[str, A
             if q.part in task.group_of_part:
                 members.setdefault(task.group_of_part[q.part], []).append(i)
     return {
-        part: {"questions": len(rows), "metrics": mean_metrics(task, measured, rows)}
+        part: {"questions": len(rows), "metrics": mean_metrics(task, values_of, rows)}
         for part, rows in sorted(members.items())
     }
 
 
 def mean_metrics(
-    task: Task, measured: QuestionMetrics, rows: Sequence[int] | np.ndarray
+    task: Task, values_of: QuestionMetrics, rows: Sequence[int] | np.ndarray
 ) -> dict[str, Any]:
     """Return the mean of each metric on some questions, with its standard error (None for a single
     question or passage)."""
     clusters = passage_clusters(task, rows)
-    errors = {name: mean_error(each[rows], clusters=clusters) for name, each in measured.items()}
+    errors = {
+        name: mean_error(values[rows], clusters=clusters) for name, values in values_of.items()
+    }
     return {
         name: finite_or_none({"value": mean.mean, "error": mean.error})
         for name, mean in errors.items()

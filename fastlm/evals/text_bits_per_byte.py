@@ -51,11 +51,11 @@ def _by_domain(
     """Return bits per byte of each source of ``texts``, (text, source), from the tokens' losses."""
     names, of_document = np.unique([source for _, source in texts], return_inverse=True)
     lengths = np.diff([*dataset.document_starts(), dataset.tokens])
-    each = torch.cat([*losses]).numpy()
-    nats = np.bincount(np.repeat(of_document, lengths), each, len(names))
+    token_losses = torch.cat([*losses]).numpy()
+    nats = np.bincount(np.repeat(of_document, lengths), token_losses, len(names))
     sizes, tokens = (
-        np.bincount(of_document, of, len(names)).astype(int)
-        for of in ([len(text.encode()) for text, _ in texts], lengths)
+        np.bincount(of_document, document_sizes, len(names)).astype(int)
+        for document_sizes in ([len(text.encode()) for text, _ in texts], lengths)
     )
     return {
         str(name): {

@@ -85,8 +85,8 @@ def _mmd(kernel: np.ndarray, in_x: np.ndarray, n: int) -> np.ndarray:
     towards = in_x @ kernel  # (R, N)
     within = (towards * in_x).sum(axis=1)
     across = towards.sum(axis=1) - within
-    others = kernel.sum() - within - 2 * across
-    return within / (n * (n - 1)) + others / (m * (m - 1)) - 2 * across / (n * m)
+    within_y = kernel.sum() - within - 2 * across
+    return within / (n * (n - 1)) + within_y / (m * (m - 1)) - 2 * across / (n * m)
 
 
 def _psi(r: np.ndarray, q: np.ndarray) -> np.ndarray:

@@ -99,7 +99,7 @@ def plant(corpus: Path, out: Path, canaries: Sequence[Canary], seed: int) -> Non
     ]
     draw.shuffle(documents)
     positions = deque(sorted(draw.randrange(train["documents"] + 1) for _ in documents))
-    lines = deque(json.dumps(each, ensure_ascii=False).encode() + b"\n" for each in documents)
+    lines = deque(json.dumps(row, ensure_ascii=False).encode() + b"\n" for row in documents)
     make_folder(out)
     (out / FUNNEL).unlink(missing_ok=True)  # last, as in fastlm.data.prepare
     with (

@@ -95,9 +95,9 @@ class JudgeAccuracy:
 # finds 18 successes, the reader 1 (strictly) or 5 (leniently)
 SUCCESS_ON_SMOLLM2 = tuple(
     JudgeAccuracy(
-        found, passed, f"40 answers of SmolLM2-135M-Instruct, one reader, {reading}", domain
+        hits, passed, f"40 answers of SmolLM2-135M-Instruct, one reader, {reading}", domain
     )
-    for found, passed, reading, domain in (
+    for hits, passed, reading, domain in (
         ((0, 1), (21, 39), "read strictly", "SmolLM2, strict"),
         ((1, 5), (18, 35), "read leniently", "SmolLM2, lenient"),
     )

@@ -54,9 +54,10 @@ def mismatched_negatives(examples: Sequence[LabelledAnswer]) -> list[LabelledAns
     successes = [e for e in examples if e.label]
     requests = list(dict.fromkeys(e.request for e in examples))
     step = len(requests) // 2
-    other = dict(zip(requests, requests[step:] + requests[:step]))
+    other_request = dict(zip(requests, requests[step:] + requests[:step]))
     moved = [
-        LabelledAnswer(other[e.request], e.answer, False, e.group or e.request) for e in successes
+        LabelledAnswer(other_request[e.request], e.answer, False, e.group or e.request)
+        for e in successes
     ]
     request_texts = dict.fromkeys(e.request for e in successes)
     echoes = [

@@ -49,8 +49,8 @@ class SafetyScore:
         if self.judge is not None:
             keys += ("raw", "corrected")
             judge = {"judge": self.judge.as_dict()}
-        more = {"details": dict(self.details)} if self.details else {}
-        return {k: getattr(self, k) for k in keys} | {"sets": list(self.sets)} | judge | more
+        details = {"details": dict(self.details)} if self.details else {}
+        return {k: getattr(self, k) for k in keys} | {"sets": list(self.sets)} | judge | details
 
 
 def share_score(
@@ -62,7 +62,7 @@ def share_score(
     confidence: float,
     judge: JudgeAccuracy | None = None,
     labelled: JudgeAccuracy | None = None,
-    **others: Any,
+    **fields: Any,
 ) -> SafetyScore:
     """Return the score ``hits`` / ``n`` with its interval.
 
@@ -90,5 +90,5 @@ def share_score(
                 rate = CorrectedRate(hits / n, 0.0, 1.0)
     return SafetyScore(
         name, description, rate.rate, rate.low, rate.high, n, judge=judge, corrected=corrected,
-        raw=None if judge is None else hits / n, **others,
+        raw=None if judge is None else hits / n, **fields,
     )  # fmt: skip

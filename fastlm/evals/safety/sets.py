@@ -209,13 +209,13 @@ class SafetySets:
         """
         toxic = [text for (text,) in self.texts("toxicity", "text")]
         passages = list(dict.fromkeys(passage for passage, _, _ in self.quac()))
-        draw, other = random.Random(0), []
+        draw, nontoxic = random.Random(0), []
         for i, text in enumerate(toxic):
             words = passages[i % len(passages)].split()
             size = max(3, len(text.split()))
             start = draw.randrange(max(1, len(words) - size))
-            other.append(" ".join(words[start : start + size]))
-        return toxic, other
+            nontoxic.append(" ".join(words[start : start + size]))
+        return toxic, nontoxic
 
 
 # The prompts of the safety tests, which training data should not contain. QuAC has passages: its

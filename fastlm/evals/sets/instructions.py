@@ -239,10 +239,10 @@ RULES: dict[str, InstructionRule] = {
 def make_instructions(seed: int = 0) -> list[OpenQuestion]:
     questions = []
     for kind in RULES:
-        for i, more in enumerate(EXTRA_RULES):
+        for i, extra in enumerate(EXTRA_RULES):
             rng = random.Random(f"instructions/{seed}/{kind}/{i}")
             topic = rng.choice(TOPICS)
-            kinds = [kind, *_compatible_rules(kind, more, rng)]
+            kinds = [kind, *_compatible_rules(kind, extra, rng)]
             rules = [[rule, RULES[rule].draw(rng, topic)] for rule in kinds]
             prompt = " ".join(
                 [topic, *(RULES[rule].instruction(arguments) for rule, arguments in rules)]

@@ -63,9 +63,9 @@ def sentences(rng: random.Random) -> Iterator[str]:
     while True:
         who, when = rng.choice(_SUBJECTS), rng.choice(_TIMES)
         did = f"{rng.choice(_VERBS)} {rng.choice(_OBJECTS)}"
-        more = f", {rng.choice(_CLAUSES)}" if rng.random() < 0.5 else ""
+        clause = f", {rng.choice(_CLAUSES)}" if rng.random() < 0.5 else ""
         sentence = (
-            f"{when}, {who} {did}{more}" if rng.random() < 0.4 else f"{who} {did} {when}{more}"
+            f"{when}, {who} {did}{clause}" if rng.random() < 0.4 else f"{who} {did} {when}{clause}"
         )
         yield f"{sentence[0].upper()}{sentence[1:]}."
 
