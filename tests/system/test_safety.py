@@ -546,7 +546,7 @@ def test_a_gate_bounds_the_interval_not_the_point(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "old, new, said",
+    "old, new, message",
     [
         ("max = 0.6", "max = ", "Invalid value"),
         ("max = 0.6", 'max = "low"', "gate[0].max: expected a number, got 'low'"),

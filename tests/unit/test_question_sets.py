@@ -226,12 +226,12 @@ OTHER = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("one", "other"), SAME)
+@pytest.mark.parametrize(("first", "other"), SAME)
 def test_answers_in_latex_are_the_same(first, other):
     assert latex.is_equivalent(first, other) and latex.is_equivalent(other, first)
 
 
-@pytest.mark.parametrize(("one", "other"), OTHER)
+@pytest.mark.parametrize(("first", "other"), OTHER)
 def test_answers_in_latex_differ(first, other):
     assert not latex.is_equivalent(first, other) and not latex.is_equivalent(other, first)
 

@@ -193,7 +193,7 @@ def test_load_in_bursts_rolls_no_equal_model_back(length, share, draws):
 
 
 @FEW_DRAWS
-@pytest.mark.parametrize("share, most", [(0.5, 400), (0.1, 1100)])
+@pytest.mark.parametrize("share, max_pairs", [(0.5, 400), (0.1, 1100)])
 def test_a_slower_model_is_noticed(share, max_pairs, draws):
     """Three times as slow, in bursts of 20: in nine of ten trials within 400 conversations where
     half of them go to the canary, 1,100 where a tenth do.
