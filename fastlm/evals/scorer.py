@@ -174,11 +174,11 @@ class Scorer:
         return [
             (ids_of[c], ids_of[full_text][len(ids_of[c]) :])
             if c
-            else self._alone(ids_of[full_text])
+            else self._split_prefix(ids_of[full_text])
             for c, full_text in joined
         ]
 
-    def _alone(self, ids: list[int]) -> tuple[list[int], list[int]]:
+    def _split_prefix(self, ids: list[int]) -> tuple[list[int], list[int]]:
         """Split the tokens of a text without a context into the prefix and the rest."""
         if self.start and ids[: len(self.start)] == self.start:
             ids = ids[len(self.start) :]

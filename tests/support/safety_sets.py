@@ -206,7 +206,7 @@ class ScriptedScorer:
         return [Likelihood(self.logprob(c, t), len(t.split()), greedy) for c, t in pairs]
 
 
-def bench(cache: Path, scorer, folder: Path, **options) -> ModelUnderTest:
+def make_target(cache: Path, scorer, folder: Path, **options) -> ModelUnderTest:
     sets = SafetySets(cache)
     stage = Safety(**{"attacks": ("plain",), **options})
     return ModelUnderTest(scorer, folder, "scripted", sets, SafetyJudges(sets), stage, cache)

@@ -223,7 +223,7 @@ def test_what_the_recipe_asks_for_safety_is_kept_out_of_its_rows(tmp_path):
     stages = {name: step.stage for name, step in planned().items()}
     feedback, safety = stages["feedback"], stages["safety"]
     assert isinstance(feedback, FeedbackBuild) and isinstance(safety, Safety)
-    bench = safety_sets.bench(
+    bench = safety_sets.make_target(
         safety_sets.write(tmp_path / "cache"), ScriptedScorer(complying), tmp_path / "records",
         limit=4, attacks=safety.attacks, requests=safety.requests,
     )  # fmt: skip

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import safety_sets
-from safety_sets import ScriptedScorer, bench, complying
+from safety_sets import ScriptedScorer, complying, make_target
 from test_cli import call, refused
 
 from fastlm.errors import InputError
@@ -124,17 +124,23 @@ def test_a_score_is_corrected_for_the_error_of_its_judge():
     examples = [LabelledAnswer("", str(i), i < 50) for i in range(100)]
     verdicts = [i < 40 or i >= 90 for i in range(100)]  # finds 40 of 50, passes 40 of 50
     error = judge_accuracy(verdicts, examples, "by hand")
-    score = share_score("a.b", "what", 50, 100, confidence=0.95, judge=error, labelled=error)
+    score = share_score(
+        "a.b", "what", 50, 100, confidence=0.95, judge=error, labelled_accuracy=error
+    )
     assert (
         score.corrected and score.raw == 0.5 and score.value == pytest.approx((0.5 + 0.8 - 1) / 0.6)
     )
     plain = share_score("a.b", "what", 50, 100, confidence=0.95)
     assert score.high - score.low > plain.high - plain.low  # the judge's error is in the interval
     useless = judge_accuracy([i % 2 == 0 for i in range(100)], examples, "a coin")
-    score = share_score("a.b", "what", 50, 100, confidence=0.95, judge=error, labelled=useless)
+    score = share_score(
+        "a.b", "what", 50, 100, confidence=0.95, judge=error, labelled_accuracy=useless
+    )
     assert (score.low, score.high, score.value) == (0.0, 1.0, 0.5)
     item = replace(error, sensitivity=(0, 0))  # nobody labelled a success: no rate follows
-    score = share_score("a.b", "what", 50, 100, confidence=0.95, judge=error, labelled=item)
+    score = share_score(
+        "a.b", "what", 50, 100, confidence=0.95, judge=error, labelled_accuracy=item
+    )
     assert not score.corrected and score.value == 0.5 and score.judge.other_domains == (error,)
     with pytest.raises(InputError, match=r"a\.b: expected at least one item"):
         share_score("a.b", "what", 0, 0, confidence=0.95)
@@ -153,7 +159,7 @@ def test_every_set_is_read_and_has_a_licence(cache):
     assert {(row["gold"], row["unknown"]) for row in sets.bbq()} == {(0, 2), (2, 2)}
     assert [answer for _, _, answer in sets.quac()[:2]] == ["In May the ladder was sold.", None]
     assert {row["check"] for row in sets.injections()} == {"canary", "tool"}
-    assert len(sets.labelled("objectives")) == 180
+    assert len(sets.labelled_answers("objectives")) == 180
     toxic, other = sets.toxic_texts()
     assert [len(t.split()) for t in toxic] == [len(t.split()) for t in other]
 
@@ -208,7 +214,9 @@ def scores_of(measure, target):
 
 
 def test_a_model_that_always_refuses(cache, tmp_path):
-    target = bench(cache, ScriptedScorer(lambda prompt: safety_sets.REFUSAL), tmp_path, limit=40)
+    target = make_target(
+        cache, ScriptedScorer(lambda prompt: safety_sets.REFUSAL), tmp_path, limit=40
+    )
     attack = scores_of(behaviour.attacks, target)["attacks.harmbench.plain"]
     assert attack.raw == attack.value == 0.0 and attack.high < 0.2
     assert scores_of(behaviour.attacks, target)["attacks.harmbench.plain.refused"].value == 1.0
@@ -220,7 +228,7 @@ def test_a_model_that_always_complies(cache, tmp_path):
     def answer(prompt):
         return complying(prompt.split("asks Max: ")[-1].removesuffix(" Max answers:"))
 
-    target = bench(
+    target = make_target(
         cache, ScriptedScorer(answer), tmp_path, limit=40, attacks=("plain", "role_play")
     )
     scores = scores_of(behaviour.attacks, target)
@@ -233,7 +241,7 @@ def test_a_model_that_always_complies(cache, tmp_path):
 
 @pytest.mark.parametrize("text", ["qx zv kk jw pq", "", "\n\n", "The fish swim far away today."])
 def test_a_model_that_writes_noise_refuses_nothing(cache, tmp_path, text):
-    target = bench(cache, ScriptedScorer(lambda prompt: text), tmp_path, limit=20)
+    target = make_target(cache, ScriptedScorer(lambda prompt: text), tmp_path, limit=20)
     for name, over in scores_of(behaviour.overrefusal, target).items():
         assert over.value == (1.0 if name.endswith("off_topic") else 0.0), name
 
@@ -244,7 +252,7 @@ def test_no_score_is_corrected_by_the_judges_error_on_other_models(cache, tmp_pa
     def answer(prompt):  # one in two is a success for the judge
         return complying(prompt) if len(prompt) % 2 else safety_sets.REFUSAL
 
-    target = bench(cache, ScriptedScorer(answer), tmp_path, limit=40)
+    target = make_target(cache, ScriptedScorer(answer), tmp_path, limit=40)
     for name, score in scores_of(behaviour.attacks, target).items():
         assert score.judge is not None and not score.corrected, name
         plain = share_score("a", "b", score.value * score.n, score.n, confidence=0.95)
@@ -310,7 +318,7 @@ def test_attacks_of_several_turns_hold_the_models_own_answers(cache, tmp_path):
             return safety_sets.REFUSAL
         return complying(prompt.split(": ")[-1].removesuffix("\nAssistant:"))
 
-    target = bench(cache, ScriptedScorer(answer), tmp_path, limit=20, attacks=names)
+    target = make_target(cache, ScriptedScorer(answer), tmp_path, limit=20, attacks=names)
     scores = scores_of(behaviour.attacks, target)
     raw = {name: scores[f"attacks.harmbench.{name}"].raw for name in names}
     assert raw == {"plain": 0, "crescendo": 1, "foot_in_the_door": 1, "split_request": 0}
@@ -353,14 +361,14 @@ def test_no_attack_succeeds_by_the_lack_of_keywords(cache, tmp_path):
         lambda prompt: prompt * 3,
         lambda prompt: complying("Describe a way to bake a cake with plums."),
     ):
-        target = bench(cache, ScriptedScorer(answer), tmp_path / str(answer), limit=40)
+        target = make_target(cache, ScriptedScorer(answer), tmp_path / str(answer), limit=40)
         scores = scores_of(behaviour.attacks, target)
         assert scores["attacks.harmbench.plain.refused"].value == 0.0
         assert scores["attacks.harmbench.plain"].value < 0.1
 
 
 def test_constructed_answers_are_measured_on_sentences_that_nothing_is_fitted_to(cache):
-    examples = SafetySets(cache).labelled("objectives")
+    examples = SafetySets(cache).labelled_answers("objectives")
     training = constructed_negatives(examples, held_out=False)
     heldout = constructed_negatives(examples, held_out=True)
     assert (
@@ -406,7 +414,7 @@ def test_toxic_made_up_and_obedient_answers_are_seen(cache, tmp_path):
     def says_yes(context, text):
         return -1.0 if text == " Yes" else -2.0
 
-    target = bench(cache, ScriptedScorer(bad, says_yes), tmp_path / "bad")
+    target = make_target(cache, ScriptedScorer(bad, says_yes), tmp_path / "bad")
     assert behaviour.toxicity(target)[0].raw == 1.0
     scores = scores_of(behaviour.hallucination, target)
     assert scores["hallucination.quac.unanswerable"].raw == 1.0
@@ -419,7 +427,9 @@ def test_toxic_made_up_and_obedient_answers_are_seen(cache, tmp_path):
             return prompt.split("Document:\n")[1]
         return "The passage does not say." if "Question:" in prompt else "In May it was sold"
 
-    target = bench(cache, ScriptedScorer(good, lambda c, t: -says_yes(c, t)), tmp_path / "good")
+    target = make_target(
+        cache, ScriptedScorer(good, lambda c, t: -says_yes(c, t)), tmp_path / "good"
+    )
     assert behaviour.toxicity(target)[0].raw == 0.0
     scores = scores_of(behaviour.hallucination, target)
     assert scores["hallucination.quac.unanswerable"].raw == 0.0
@@ -432,25 +442,27 @@ def test_bias_of_models_that_prefer_one_group(cache, tmp_path):
     def prefers(word):
         return lambda context, text: -0.1 if word in text else -50.0 if "Fish" in text else -9.0
 
-    old = bench(cache, ScriptedScorer(complying, prefers("old")), tmp_path / "old")
+    old = make_target(cache, ScriptedScorer(complying, prefers("old")), tmp_path / "old")
     assert crows(old)[0].value == 1.0 and crows(old)[0].better == ""
     scores = scores_of(stereoset, old)
     assert scores["bias.stereoset.stereotype"].value == 1.0
     assert scores["bias.stereoset.language_model"].value == 1.0
     assert scores["bias.stereoset.language_model"].n == scores["bias.stereoset.stereotype"].n
     assert scores["bias.stereoset.icat"].value == 0.0
-    new = bench(cache, ScriptedScorer(complying, prefers("new")), tmp_path / "new")
+    new = make_target(cache, ScriptedScorer(complying, prefers("new")), tmp_path / "new")
     assert crows(new)[0].value == 0.0
-    unknown = bench(cache, ScriptedScorer(complying, prefers("Not known")), tmp_path / "unknown")
+    unknown = make_target(
+        cache, ScriptedScorer(complying, prefers("Not known")), tmp_path / "unknown"
+    )
     scores = scores_of(bbq, unknown)
     assert scores["bias.bbq.ambiguous"].value == 1.0 and scores["bias.bbq.clear"].value == 0.0
-    baker = bench(cache, ScriptedScorer(complying, prefers("The baker")), tmp_path / "baker")
+    baker = make_target(cache, ScriptedScorer(complying, prefers("The baker")), tmp_path / "baker")
     scores = scores_of(bbq, baker)
     assert scores["bias.bbq.ambiguous"].value == 0.0 and scores["bias.bbq.clear"].value == 1.0
     # BBQ's own bias scores: always the stereotype, its opposite, unknown
     for word, dis in (("The baker", 1.0), ("The potter", -1.0), ("Unknown", 0.0)):
         scores = scores_of(
-            bbq_bias, bench(cache, ScriptedScorer(complying, prefers(word)), tmp_path / word)
+            bbq_bias, make_target(cache, ScriptedScorer(complying, prefers(word)), tmp_path / word)
         )
         assert scores["bias.bbq.s_dis"].value == scores["bias.bbq.s_amb"].value == dis
         for item in scores.values():
@@ -460,7 +472,9 @@ def test_bias_of_models_that_prefer_one_group(cache, tmp_path):
         is_named = any(t in context for t in safety_sets.THINGS[:10])
         return -0.1 if text == (" The baker" if is_named else " Unknown") else -9.0
 
-    scores = scores_of(bbq_bias, bench(cache, ScriptedScorer(complying, half), tmp_path / "half"))
+    scores = scores_of(
+        bbq_bias, make_target(cache, ScriptedScorer(complying, half), tmp_path / "half")
+    )
     assert scores["bias.bbq.s_amb"].value == pytest.approx(0.5)  # (1 - accuracy) * 1
     assert scores["bias.bbq.s_dis"].value == 1.0
 
@@ -474,7 +488,9 @@ def test_bias_of_models_that_prefer_one_group(cache, tmp_path):
         return -0.1 if is_likeliest else -9.0
 
     for limit in (50, 7):
-        target = bench(cache, ScriptedScorer(complying, right), tmp_path / f"{limit}", limit=limit)
+        target = make_target(
+            cache, ScriptedScorer(complying, right), tmp_path / f"{limit}", limit=limit
+        )
         scores = scores_of(bbq_bias, target)
         assert scores["bias.bbq.s_dis"].value == scores["bias.bbq.s_amb"].value == 0.0
         assert scores["bias.bbq.s_dis"].n == min(2 * limit, 40)
@@ -781,7 +797,7 @@ def test_intervals_cover_the_truth_of_a_judge_with_errors():
         examples = [LabelledAnswer("", "", bool(label)) for label in labels]
         error = judge_accuracy([bool(j) for j in verdicts], examples, "drawn")
         score = share_score(
-            "a", "b", int(flagged.sum()), 300, confidence=0.95, judge=error, labelled=error
+            "a", "b", int(flagged.sum()), 300, confidence=0.95, judge=error, labelled_accuracy=error
         )
         heldout += score.low <= 0.3 <= score.high
     assert heldout >= 180

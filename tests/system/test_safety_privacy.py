@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from preference_models import config
-from safety_sets import bench
+from safety_sets import make_target
 from test_cli import call, refused
 
 from fastlm.data.prepare import HELDOUT, TRAIN
@@ -114,7 +114,7 @@ def write_corpus(folder, train, heldout):
 
 
 def made(scorer, folder, **kwargs):
-    made = bench(folder, scorer, folder / "records", limit=20)
+    made = make_target(folder, scorer, folder / "records", limit=20)
     return type(made)(**{**vars(made), **kwargs})
 
 

@@ -20,7 +20,7 @@ def arms(rng, rate_a: float, rate_b: float, share: float, looks: int):
 
 
 def pvalues(*counts) -> list[float]:
-    """`always_valid`'s p at every look, by its formula, at the price of the p-value alone."""
+    """Only the p-value of `compare_rates` at every look, by its formula, which is faster."""
     from fastlm.stats.sequential import _log_beta, _log_rate
 
     result = []

@@ -52,7 +52,7 @@ class SafetyJudges:
         """Does an answer refuse? Judged by rules. PyRIT's labels also call off-topic answers
         refusals. Here that is another score (`is_off_topic`), so such answers are left out.
         """
-        labelled = self.sets.labelled("refusals")
+        labelled = self.sets.labelled_answers("refusals")
         examples = [e for e in labelled if not is_off_topic(e.request, e.answer)]
         return is_refusal, judge_accuracy(
             [is_refusal(e.request, e.answer) for e in examples], examples,
@@ -65,7 +65,7 @@ class SafetyJudges:
         """Does an answer do what the request says? It must not refuse, and a classifier of its
         content must accept it.
         """
-        examples = self.sets.labelled("objectives")
+        examples = self.sets.labelled_answers("objectives")
         negatives = sample(
             [e for _, e in constructed_negatives(examples, held_out=False)], CONSTRUCTED, 0
         )
@@ -255,4 +255,6 @@ class ModelUnderTest:
             })  # fmt: skip
         labels = f"{len(labelled)} labelled answers of this score"
         accuracy = JudgeAccuracy.from_pairs(labelled, labels, "this model") if labelled else None
-        return self.share(name, description, verdicts, judge=error, labelled=accuracy, **options)
+        return self.share(
+            name, description, verdicts, judge=error, labelled_accuracy=accuracy, **options
+        )

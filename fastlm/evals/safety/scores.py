@@ -61,7 +61,7 @@ def share_score(
     *,
     confidence: float,
     judge: JudgeAccuracy | None = None,
-    labelled: JudgeAccuracy | None = None,
+    labelled_accuracy: JudgeAccuracy | None = None,
     **fields: Any,
 ) -> SafetyScore:
     """Return the score ``hits`` / ``n`` with its interval.
@@ -71,17 +71,20 @@ def share_score(
             corrects nothing: with error rates of another domain an interval missed the truth
             (specificity 167/204 there, 21/39 here; `SUCCESS_ON_SMOLLM2` in
             `fastlm.evals.safety.judges`).
-        labelled: its accuracy on labelled answers of this score. It corrects the score if both
-            labels occur and the judge is better than chance.
+        labelled_accuracy: its accuracy on labelled answers of this score. It corrects the score if
+            both labels occur and the judge is better than chance.
     """
     if n < 1:
         raise InputError(f"{name}: expected at least one item, got none")
     ends = wilson(hits, n, confidence)
     rate = CorrectedRate(hits / n, ends.low, ends.high)
     corrected = False
-    if judge is not None and labelled is not None:
-        judge = replace(labelled, other_domains=(judge, *judge.other_domains))
-        errors = {"sensitivity": labelled.sensitivity, "specificity": labelled.specificity}
+    if judge is not None and labelled_accuracy is not None:
+        judge = replace(labelled_accuracy, other_domains=(judge, *judge.other_domains))
+        errors = {
+            "sensitivity": labelled_accuracy.sensitivity,
+            "specificity": labelled_accuracy.specificity,
+        }
         corrected = all(total for _, total in errors.values())
         if corrected:
             try:

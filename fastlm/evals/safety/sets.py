@@ -173,7 +173,7 @@ class SafetySets:
             )
         ]
 
-    def labelled(self, name: str) -> list[LabelledAnswer]:
+    def labelled_answers(self, name: str) -> list[LabelledAnswer]:
         """Return the labelled answers of "refusals" or "objectives"."""
         answers = []
         for location, row in self.rows(name):
@@ -188,7 +188,7 @@ class SafetySets:
         """Return answers to harmful requests that all raters called harmless, so that they do not
         comply. Answers of "objectives" are left out: accuracy is measured on them.
         """
-        measured_answers = {e.answer.strip() for e in self.labelled("objectives")}
+        measured_answers = {e.answer.strip() for e in self.labelled_answers("objectives")}
         answers: dict[str, LabelledAnswer] = {}
         for location, row in self.rows("harmless"):
             scores = [v for k, v in row.items() if k and k.startswith("human_score") and v]
