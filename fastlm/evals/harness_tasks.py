@@ -97,9 +97,8 @@ def _matches(folder: Path, name: str) -> list[str]:
         return []
     module = name.rpartition(".")[0].replace(".", "/") + ".py"  # of a function
     paths = [folder / name, Path(name), folder / module]
-    if name.endswith(DATA_SUFFIXES) and glob.has_magic(
-        name
-    ):  # of data files alone: texts have * and ?, too
+    # only for data files: other texts have * and ?, too
+    if name.endswith(DATA_SUFFIXES) and glob.has_magic(name):
         paths = [Path(match) for path in paths[:2] for match in sorted(glob.glob(str(path)))]
     return [str(path) for path in paths if path.is_file()]
 

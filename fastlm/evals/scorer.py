@@ -1,7 +1,7 @@
 """Likelihoods and answers of a model, for evaluations.
 
 Likelihoods come from forwards over packed sequences that compute a common prefix once
-(`fastlm.evals.prefix_sharing`). Answers come from the engine, whose KV cache shares the blocks of
+(`fastlm.evals.prefix_sharing`). Answers come from the engine; its KV cache shares the blocks of
 prompts with a common prefix.
 """
 

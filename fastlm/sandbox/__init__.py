@@ -240,7 +240,7 @@ class _Worker:
         missing = "a worker that starts" if ready is None else ready.get("missing")
         if missing:
             self.close()
-            other = "; isolated=False runs programs with limits alone" if self.isolated else ""
+            other = "; isolated=False runs programs with only limits" if self.isolated else ""
             raise SandboxError(f"sandbox: this machine lacks {missing}{other}")
 
     def run(self, case: Case) -> Outcome:

@@ -70,7 +70,7 @@ class MissingFeature(Exception):
 
 
 def enter(library: str) -> None:
-    """Move this process into namespaces whose root holds ``library``, read-only, and a ``/tmp``.
+    """Move this process into namespaces with a root of ``library``, read-only, and a ``/tmp``.
 
     `isolate_child` gives children their own process namespace.
     """

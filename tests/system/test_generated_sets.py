@@ -148,7 +148,7 @@ def test_instructions_are_judged_strictly_and_loosely(tmp_path):
     assert {q.part for q in task.questions} == set(RULES)
     for q in task.questions:
         groups = [RULES[kind].group for kind, _ in q.row["rules"]]
-        assert len(set(groups)) == len(groups) and ("alone" not in groups or len(groups) == 1)
+        assert len(set(groups)) == len(groups) and ("exclusive" not in groups or len(groups) == 1)
         for kind, arguments in q.row["rules"]:
             assert RULES[kind].instruction(arguments) in q.prompt
     row = {"rules": [["lower case", {}], ["no commas", {}]]}

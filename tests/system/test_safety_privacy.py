@@ -195,7 +195,7 @@ def test_copies_are_those_in_the_training_part(models, planted, texts, tmp_path)
     assert {s.n for s in membership(measured)} == {len(copied) + len(heldout)}
     assert {s.name.rpartition("_")[2] for s in memorization(measured)} == {"0", "1"}
     write_corpus(tmp_path, train, [*heldout, f"Entry 7. {canary.text}."])
-    with pytest.raises(InputError, match="canaries: expected them in the training part alone"):
+    with pytest.raises(InputError, match="canaries: expected them only in the training part"):
         canaries(measured)
 
 

@@ -42,7 +42,7 @@ class JudgeAccuracy:
 
     Args:
         labels: where the labels come from, for the report.
-        domain: whose answers are labelled, in a word or two.
+        domain: the models with the labelled answers, in a word or two.
         constructed: (passed, total) of constructed answers without the property, per kind. They
             correct no score, because a kind's frequency in a model's answers is not known.
         other_domains: the same judge's accuracy on answers of other domains.
@@ -123,7 +123,7 @@ def judge_accuracy(
     """Return the accuracy of verdicts. InputError: a label has no example."""
     error = JudgeAccuracy.from_pairs(zip(verdicts, (e.label for e in examples)), labels, domain)
     if not error.sensitivity[1] or not error.specificity[1]:
-        raise InputError(f"{labels}: expected examples with both labels, got one alone")
+        raise InputError(f"{labels}: expected examples with both labels, got only one label")
     return error
 
 

@@ -111,7 +111,7 @@ def trained_canaries(target: ModelUnderTest) -> list[Canary]:
         for canary in planted:
             if canary.text in text:
                 raise InputError(
-                    f"canaries: expected them in the training part alone (fastlm data canaries),"
+                    f"canaries: expected them only in the training part (fastlm data canaries),"
                     f" got {canary.text!r} in the held-out part of {target.data}"
                 )
     return [replace(canary, copies=counts[canary.text]) for canary in planted]

@@ -47,7 +47,7 @@ _SCRIPTS = {"CYRILLIC": "Russian", "GREEK": "Greek", "HIRAGANA": "Japanese hirag
 class InstructionRule:
     """A kind of rule.
 
-    group: rules of one group contradict each other; those of "alone" contradict every other rule.
+    group: rules of one group contradict each other; those of "exclusive" contradict all others.
     template: the sentence that states the rule.
     is_followed: (answer, arguments) -> True if the answer follows the rule.
     draws: argument -> its values, or a function (rng, topic) -> value. ``topic`` is the subject of
@@ -177,21 +177,22 @@ RULES: dict[str, InstructionRule] = {
         lambda t, letter, n: t.lower().count(letter) >= n, letter="bfgkvw", n=range(4, 10),
     ),
     "lower case": _rule(
-        "alone", "Write in lower case only, without any capital letter.",
+        "exclusive", "Write in lower case only, without any capital letter.",
         lambda t: _has_letters(t) and t == t.lower(),
     ),
     "upper case": _rule(
-        "alone", "WRITE IN CAPITAL LETTERS ONLY.", lambda t: _has_letters(t) and t == t.upper()
+        "exclusive", "WRITE IN CAPITAL LETTERS ONLY.", lambda t: _has_letters(t) and t == t.upper()
     ),
     "capital words": _rule(
         "capitals", "Write at least {n} words in capital letters.",
         lambda t, n: sum(w.isupper() and len(w) > 1 for w in _words(t)) >= n, n=range(2, 6),
     ),
     "script": _rule(
-        "alone", "Write only in {language}, in its own letters and in no others.", _is_in_script,
+        "exclusive", "Write only in {language}, in its own letters and in no others.",
+        _is_in_script,
         script=sorted(_SCRIPTS),
     ),
-    "json": _rule("alone", "Write the whole answer as JSON, and nothing else.", _is_json),
+    "json": _rule("exclusive", "Write the whole answer as JSON, and nothing else.", _is_json),
     "begins with": _rule(
         "begin", "Begin with the words '{text}'.", lambda t, text: t.lstrip().startswith(text),
         text=("Dear reader", "In short", "Let us see"),
@@ -221,16 +222,16 @@ RULES: dict[str, InstructionRule] = {
         lambda t, n: _count(r"\[[^\[\]\n]+\]", t) >= n, n=range(2, 5),
     ),
     "quoted": _rule(
-        "alone", "Put the whole answer in double quotation marks.",
+        "exclusive", "Put the whole answer in double quotation marks.",
         lambda t: len(t.strip()) > 2 and t.strip()[0] == t.strip()[-1] == '"',
     ),
     "repeat": _rule(
-        "alone", "First repeat the sentence above word for word, then answer it.",
+        "exclusive", "First repeat the sentence above word for word, then answer it.",
         lambda t, text: t.lstrip().startswith(text) and bool(_words(t.lstrip()[len(text) :])),
         text=lambda rng, topic: topic,
     ),
     "choice": _rule(
-        "alone", "Whatever you think of it, answer with one word only: yes, no or maybe.",
+        "exclusive", "Whatever you think of it, answer with one word only: yes, no or maybe.",
         lambda t: t.strip().rstrip(".!").lower() in ("yes", "no", "maybe"),
     ),
 }  # fmt: skip
@@ -258,8 +259,8 @@ def make_instructions(seed: int = 0) -> list[OpenQuestion]:
 
 def _compatible_rules(kind: str, count: int, rng: random.Random) -> list[str]:
     """Return up to ``count`` kinds of rules that contradict neither this one nor each other."""
-    kinds, groups = [], {RULES[kind].group, "alone"}
-    if RULES[kind].group == "alone":
+    kinds, groups = [], {RULES[kind].group, "exclusive"}
+    if RULES[kind].group == "exclusive":
         return kinds
     for other in rng.sample(sorted(RULES), len(RULES)):
         if len(kinds) < count and RULES[other].group not in groups:
