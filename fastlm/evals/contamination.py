@@ -110,7 +110,7 @@ def _piece(data: bytes) -> bytes:
 def overlap(
     questions: Sequence[tuple[str, str, str]],
     data: "TokenDataset",
-    speller: LetterDecoder,
+    decoder: LetterDecoder,
     *,
     track: Any = silent,
 ) -> np.ndarray:
@@ -118,22 +118,22 @@ def overlap(
     questions that are too short."""
     letters_of = [[letters(part) for part in parts] for parts in questions]
     full_texts = [np.concatenate(parts) for parts in letters_of]
-    size = [
+    sizes = [
         N if len(body) >= N else SHORT if len(w) >= SHORT else 0
         for w, (_, body, _) in zip(full_texts, letters_of)
     ]
-    index_by_n = build_indexes(full_texts, size)
+    index_by_n = build_indexes(full_texts, sizes)
     text = np.empty(0, np.uint8)
     for start in track(range(0, data.tokens, BLOCK), "searching the data", unit="blocks"):
-        block = speller.decode(data.read(start, min(BLOCK, data.tokens - start)))
+        block = decoder.decode(data.read(start, min(BLOCK, data.tokens - start)))
         text = np.concatenate([text[-(N - 1) :], block])  # overlap, so that no run is split
         for index in index_by_n.values():
             index.mark(text)
     share = np.full(len(questions), np.nan)
-    for i, (n, (before, body, _)) in enumerate(zip(size, letters_of)):
+    for i, (n, (prefix, body, _)) in enumerate(zip(sizes, letters_of)):
         if n:
             covered = index_by_n[n].covered_mask(full_texts[i])
-            without_frame = covered[len(before) : len(before) + len(body)]
+            without_frame = covered[len(prefix) : len(prefix) + len(body)]
             share[i] = max(covered.mean(), without_frame.mean() if len(body) >= n else 0.0)
     return share
 
@@ -148,8 +148,8 @@ def task_overlaps(
 ) -> list[np.ndarray]:
     """Return `overlap` for several tasks, from one pass over the data."""
     texts = [question_texts(task.questions) for task in tasks]
-    speller = LetterDecoder(tokenizer, vocab_size)
-    share = overlap([q for task_texts in texts for q in task_texts], data, speller, track=track)
+    decoder = LetterDecoder(tokenizer, vocab_size)
+    share = overlap([q for task_texts in texts for q in task_texts], data, decoder, track=track)
     return np.split(share, np.cumsum([len(task_texts) for task_texts in texts])[:-1])
 
 

@@ -208,7 +208,7 @@ def _ask_open(
     seed: int = 0,
 ) -> list[Record]:
     seeded_questions = [(q, request_seed(seed, q.id, i)) for q in questions for i in range(samples)]
-    answers, cuts = _conversations(seeded_questions, scorer, temperature)
+    answers, truncated = _conversations(seeded_questions, scorer, temperature)
     scores: list[float] = []
     if task.judge is not None:
         scores = task.judge(
@@ -222,7 +222,7 @@ def _ask_open(
             "id": q.id, "answers": answers[question_slice], "scores": scores[question_slice],
             "gold": golds.get(i),
         }  # fmt: skip
-        if cut := max(cuts[question_slice]):
+        if cut := max(truncated[question_slice]):
             record["truncated_tokens"] = cut
         records.append(record)
     return records
@@ -238,7 +238,7 @@ def _conversations(
     """Return the answer to each question, sampled with its seed, after the model's own answers to
     its earlier messages; and the largest number of tokens truncated in one of its turns."""
     turns: list[tuple[tuple[str, str], ...]] = [()] * len(seeded_questions)
-    cuts = [0] * len(seeded_questions)
+    truncated = [0] * len(seeded_questions)
     for turn in range(max(len(q.earlier_messages) for q, _ in seeded_questions) + 1):
         rows, prompts = [], []
         for i, (q, seed) in enumerate(seeded_questions):
@@ -259,10 +259,10 @@ def _conversations(
                 )
         completions = scorer.generate(prompts, temperature=temperature)
         for i, answer in zip(rows, completions, strict=True):
-            cuts[i] = max(cuts[i], answer.truncated_prompt_tokens)
+            truncated[i] = max(truncated[i], answer.truncated_prompt_tokens)
             q, _ = seeded_questions[i]
             turns[i] = (*turns[i], ((*q.earlier_messages, q.prompt)[turn], answer.text))
-    return [question_turns[-1][1] for question_turns in turns], cuts
+    return [question_turns[-1][1] for question_turns in turns], truncated
 
 
 def _golds(questions: Sequence[OpenQuestion], scorer: Scorer) -> dict[int, float]:

@@ -190,10 +190,10 @@ class Safety(Stage):
                 ctx.skipped(f"{name}, which wants the training text as data")
                 continue
             scores |= {score.name: score.as_dict() for score in functions[name](target)}
-        cut = Counter[str]()
+        truncated = Counter[str]()
         for task, count in target.truncated.items():
-            cut[task.split(".")[0]] += count
-        cuts = {name: cut[name] for name in self.measures if cut[name]}
+            truncated[task.split(".")[0]] += count
+        cuts = {name: truncated[name] for name in self.measures if truncated[name]}
         if cuts:
             counts = ", ".join(f"{count:,} of {name}" for name, count in cuts.items())
             ctx.warning(f"{source}: prompts truncated at their start to fit the context: {counts}")
