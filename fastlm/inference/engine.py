@@ -421,14 +421,14 @@ class Engine:
             self._follow_model()
         start, previous_tokens = time.monotonic(), self._prompt_tokens + self._new_tokens
         self._sample_paused()
-        decodes = self.scheduler.schedule_answers()
-        max_tokens = self.max_num_batched_tokens or self._default_budget(len(decodes))
-        min_prompt_tokens = max(max_tokens // 4, len(decodes) // 2, 1)
-        budget = max(max_tokens - len(decodes), min_prompt_tokens)
+        decoding = self.scheduler.schedule_answers()
+        max_tokens = self.max_num_batched_tokens or self._default_budget(len(decoding))
+        min_prompt_tokens = max(max_tokens // 4, len(decoding) // 2, 1)
+        budget = max(max_tokens - len(decoding), min_prompt_tokens)
         draft_budget = budget - min_prompt_tokens if self._has_row_kernel else 0
         self._proposer.propose(self.scheduler.running, draft_budget)
-        answers = [Chunk(s, s.num_computed, s.num_computed + 1 + len(s.draft)) for s in decodes]
-        budget -= sum(len(s.draft) for s in decodes)
+        answers = [Chunk(s, s.num_computed, s.num_computed + 1 + len(s.draft)) for s in decoding]
+        budget -= sum(len(s.draft) for s in decoding)
         prompts: list[Chunk] = []
         for chunk in self.scheduler.schedule_prompts(budget, admits=not self._updates):
             if chunk is not None:
@@ -437,7 +437,7 @@ class Engine:
             self._compute(answers, prompts)
             answers, prompts = [], []
         self._compute(answers, prompts)
-        if not decodes and self._prompt_tokens + self._new_tokens == previous_tokens:
+        if not decoding and self._prompt_tokens + self._new_tokens == previous_tokens:
             # all running sequences wait for masks; a new request may come at any time
             masks = [s.masks.next for s in self._paused() if s.masks is not None]
             wait_for(masks, timeout=0.01, return_when=FIRST_COMPLETED)
@@ -455,6 +455,7 @@ class Engine:
                 self._sample(logits[None], [(s, 0)])
 
     def _paused(self) -> list[sequences.Sequence]:
+        """Return the sequences with logits that wait for a mask."""
         return [s for s in self.scheduler.running if s.pending_logits is not None]
 
     def _wait_for_mask(self, sequence: sequences.Sequence) -> bool:
@@ -529,18 +530,19 @@ class Engine:
         dtype = self.kv_cache_dtype if runner.fallback_reason is None else None
         return dtype or runner.cache_dtype
 
-    def _make_block_manager(self, count: int, runner: "ModelRunner") -> BlockManager:
+    def _make_block_manager(self, num_blocks: int, runner: "ModelRunner") -> BlockManager:
         model = self.model
         return BlockManager(
-            model.config, count, dtype=self._cache_dtype(runner), device=model.device,
+            model.config, num_blocks, dtype=self._cache_dtype(runner), device=model.device,
             rope_length=self.context_limit if model.model.depends_on_length else 0,
         )  # fmt: skip
 
     def _make_batch(self, runner: "ModelRunner") -> DecodeBatch:
-        rows = self.prompt_rows
+        """Return the decode batch of a runner, and set how prompts are computed."""
+        option = self.prompt_rows
         self._has_row_kernel = runner.fallback_reason is None
         self._uses_prompt_rows = self._has_row_kernel and (
-            runner.prefers_prompt_rows if rows is None else rows
+            runner.prefers_prompt_rows if option is None else option
         )
         self.scheduler.aligns_chunks = self.batch_invariant and not self._uses_prompt_rows
         self.scheduler.recomputes_as_prompt = self._uses_prompt_rows
@@ -575,12 +577,12 @@ class Engine:
             else:  # the source failed, perhaps for a reason of its own
                 self.scheduler.requeue(chunk.sequence)
         # not before the copies: an answer of one token releases its blocks
-        last = [c.sequence for c in prompts if c.end == c.sequence.prompt_length]
-        begun = [s for s in last if s.block_table and s.is_decoding]
-        if fresh := [s for s in begun if len(s.tokens) == s.prompt_length]:  # not recomputed
-            self._cached_tokens += sum(s.num_cached for s in fresh)
-            rows = [s.prompt_logits for s in fresh if s.prompt_logits is not None]
-            self._sample(torch.cat(rows), list(zip(fresh, itertools.count())))
+        completed = [c.sequence for c in prompts if c.end == c.sequence.prompt_length]
+        decoding = [s for s in completed if s.block_table and s.is_decoding]
+        if new := [s for s in decoding if len(s.tokens) == s.prompt_length]:  # not recomputed
+            self._cached_tokens += sum(s.num_cached for s in new)
+            rows = [s.prompt_logits for s in new if s.prompt_logits is not None]
+            self._sample(torch.cat(rows), list(zip(new, itertools.count())))
         if answer_logits is None:
             answer_logits = self._compute_rows(answers)
         self._continue_answers(answer_logits)

@@ -1,5 +1,5 @@
 """SmolLM2, the real model that a package carries: its file against transformers, to the last bit
-and in its answers; check 8-bit activations change.
+and in its answers; the effect of 8-bit activations.
 """
 
 import os
