@@ -10,7 +10,7 @@ import time
 import numpy as np
 import pytest
 from canary_app import canary_server, model_folders
-from feedback_measures import CODE, COOKING, MODELS, fill_measurements
+from feedback_measurements import CODE, COOKING, MODELS, fill_measurements
 from serve_app import HTTP, ask, script, serve_model, tiny_model
 
 from fastlm.errors import InputError

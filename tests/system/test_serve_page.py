@@ -9,7 +9,7 @@ import time
 
 import markdown_cases
 import pytest
-from feedback_measures import CODE, COOKING, MODELS, fill_measurements
+from feedback_measurements import CODE, COOKING, MODELS, fill_measurements
 from markdown_cases import AROUND, AS_HTML, EXAMPLES, GROWN, HARMLESS, LONG, SHOWN
 from serve_app import script, serve_model, tiny_model
 
