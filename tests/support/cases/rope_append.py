@@ -47,7 +47,7 @@ def build(case: Case, dtype: torch.dtype) -> OpCall:
             return [(truth - error).float().to(x.dtype), (truth + error).float().to(x.dtype)]
 
         ends = [
-            (q, *paged_append.expected(k, v, *caches, table, positions))
+            (q, *paged_append.expected_caches(k, v, *caches, table, positions))
             for q, k in zip(between(q), between(k))
         ]
         for name, got, low, high in zip(("q", "k_cache"), results, *ends):
