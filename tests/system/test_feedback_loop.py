@@ -164,7 +164,7 @@ def test_one_server_is_promoted_and_measured(tmp_path):
         past_questions = {
             users.draw_question(random.Random(i), harmful=0).text for i in range(2000)
         }
-        past_questions |= {one.text for one in users.harmful_questions()[6:]}
+        past_questions |= {question.text for question in users.harmful_questions()[6:]}
         metrics = feedback_loop.measure(server.client, 12, 7, past_questions)
     assert metrics["accepted"]["n"] == 12 and metrics["refused_harmful"]["n"] == 6
     assert metrics["accepted"]["value"] == 0.0  # of a model that knows nothing

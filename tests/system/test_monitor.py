@@ -581,10 +581,10 @@ def test_a_server_that_measures_while_another_deletes(tmp_path):
 
 
 def test_a_canary_is_a_column_of_its_own(tmp_path):
-    made = model_folders(tmp_path, "ab")
+    models = model_folders(tmp_path, "ab")
     with (
         FeedbackStore(tmp_path / "f.sqlite") as store,
-        canary_server(made["a"], tmp_path / "state", canary=made["b"], store=store, share=0.5) as (
+        canary_server(models["a"], tmp_path / "state", canary=models["b"], store=store, share=0.5) as (
             url, server,
         ),
     ):  # fmt: skip
@@ -592,10 +592,10 @@ def test_a_canary_is_a_column_of_its_own(tmp_path):
         for i in range(24):
             talk = {"store": True, "conversation_id": f"talk{i}", "max_tokens": 2}
             body = {"model": "tiny", "messages": [{"role": "user", "content": "Hi"}]} | talk
-            made = ask(url, body).json()
-            answered[made["id"]] = made["model"]
-            thumb = "down" if made["model"] == old else "up"
-            ask(url, {"response_id": made["id"], "thumb": thumb}, "/v1/feedback")
+            response = ask(url, body).json()
+            answered[response["id"]] = response["model"]
+            thumb = "down" if response["model"] == old else "up"
+            ask(url, {"response_id": response["id"], "thumb": thumb}, "/v1/feedback")
         assert server.monitor.recorder.flush()
         assert {row["response_id"]: row["model"] for row in measurements(store)} == answered
         data = server.monitor.data("hour")

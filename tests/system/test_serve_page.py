@@ -437,10 +437,10 @@ def test_conversations_are_kept_in_the_browser(opened, tiny):
         status(page, "tokens? in")
         assert titles(page) == ["Second", f"First {HOSTILE}"[:59] + "…"]
 
-        asked = []
+        messages = []
 
         def note(request):
-            asked.append(request)
+            messages.append(request)
 
         page.on("request", note)
         page.reload()
@@ -459,8 +459,8 @@ def test_conversations_are_kept_in_the_browser(opened, tiny):
         assert page.evaluate("window.hacked") is None and page.locator("img").count() == 0
         assert page.evaluate(NAMELESS) == []
         page.remove_listener("request", note)
-        assert [r.url for r in asked if r.method != "GET"] == []  # nothing leaves the browser
-        assert "Second" not in "".join(r.url for r in asked)
+        assert [r.url for r in messages if r.method != "GET"] == []  # nothing leaves the browser
+        assert "Second" not in "".join(r.url for r in messages)
         storage = page.evaluate("JSON.stringify(localStorage)")
         assert "Answer 1" in storage and "a-key-of-this-server" not in storage
 
@@ -522,8 +522,8 @@ def test_a_server_that_does_not_answer(opened, tiny):
         opened(url)
         status(page, "The server does not answer. Is it running?")
         page.unroute_all()
-        again = page.get_by_role("button", name="Try again")
-        again.click()
+        retry = page.get_by_role("button", name="Try again")
+        retry.click()
         status(page, "^$")
         page.route("**/v1/**", lambda route: route.abort())
         send(page, "Hi")
@@ -531,14 +531,14 @@ def test_a_server_that_does_not_answer(opened, tiny):
         assert page.get_by_label("Message", exact=True).input_value() == "Hi"
         assert page.get_by_role("article").count() == 0
         page.unroute_all()
-        again.click()
+        retry.click()
         page.get_by_text("Answer 1").wait_for()
         assert page.get_by_role("article").count() == 2
         page.route("**/v1/**", lambda route: route.fulfill(status=502, body="<html>Bad gateway"))
         page.get_by_role("button", name="Regenerate").click()
         status(page, "Bad Gateway")
         page.unroute_all()
-        again.click()
+        retry.click()
         page.get_by_text("Answer 2").wait_for()
         assert page.get_by_text("Answer 1").count() == 0
         assert all("Failed to load resource" in line for line in wrong), wrong
@@ -692,7 +692,7 @@ def test_dashboard(opened, tiny, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "ago, expected, shown",
+    "ago, expected, expected_window",
     [
         ([], "", "Hour"),
         ([300, 86_400], "", "Hour"),
@@ -703,7 +703,9 @@ def test_dashboard(opened, tiny, tmp_path, monkeypatch):
         ([300], "#century", "Hour"),
     ],
 )
-def test_the_dashboard_opens_on_what_has_answers(opened, tiny, tmp_path, ago, expected, shown):
+def test_the_dashboard_opens_on_what_has_answers(
+    opened, tiny, tmp_path, ago, expected, expected_window
+):
     """The shortest period that has some, unless the address names one."""
     with (
         FeedbackStore(tmp_path / "f.sqlite") as store,
@@ -714,6 +716,6 @@ def test_the_dashboard_opens_on_what_has_answers(opened, tiny, tmp_path, ago, ex
         page, wrong = opened(f"{url}/dashboard{expected}")
         page.wait_for_load_state("networkidle")
         status(page, "updated")
-        assert page.locator("#windows [aria-pressed=true]").all_inner_texts() == [shown]
+        assert page.locator("#windows [aria-pressed=true]").all_inner_texts() == [expected_window]
         first = page.locator("#table tbody tr").first.locator("td").inner_text()
         assert (first == "0") == (not ago) and wrong == []
