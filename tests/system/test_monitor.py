@@ -584,9 +584,9 @@ def test_a_canary_is_a_column_of_its_own(tmp_path):
     models = model_folders(tmp_path, "ab")
     with (
         FeedbackStore(tmp_path / "f.sqlite") as store,
-        canary_server(models["a"], tmp_path / "state", canary=models["b"], store=store, share=0.5) as (
-            url, server,
-        ),
+        canary_server(
+            models["a"], tmp_path / "state", canary=models["b"], store=store, share=0.5
+        ) as (url, server),
     ):  # fmt: skip
         answered, old = {}, server.served_model.name
         for i in range(24):
