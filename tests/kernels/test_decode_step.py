@@ -95,14 +95,16 @@ def test_a_prompt_with_a_16_bit_cache_is_attended_in_bfloat16(monkeypatch):
         return ours(q, k, v, *rest, **options)
 
     monkeypatch.setattr(layers, "varlen_attention", spy)
-    ids = torch.randint(0, 97, (2, layers._PREFILL + 5))
+    ids = torch.randint(0, 97, (2, layers._MIN_BF16_TOKENS + 5))
     logits = {}
     for dtype in (torch.float32, torch.float16):
         cache = RowCache(model, 2, 80, dtype=dtype)
         with torch.inference_mode():
             logits[dtype] = [
                 next_logits(model, part, cache)
-                for part in ids.tensor_split([layers._PREFILL, layers._PREFILL + 1], 1)
+                for part in ids.tensor_split(
+                    [layers._MIN_BF16_TOKENS, layers._MIN_BF16_TOKENS + 1], 1
+                )
             ]
     count = model.config.num_hidden_layers
     wide = {torch.float32}

@@ -26,7 +26,7 @@ def test_compiled_blocks_equal_numpy_s(kind, rows, blocks):
     size = GGML_QUANT_SIZES[kind][1]
     raw = np.random.default_rng(0).integers(0, 256, (rows, blocks * size), dtype=np.uint8)
     raw.flags.writeable = False  # as the file's pages are
-    actual = gguf_blocks._compiled(raw, kind)
+    actual = gguf_blocks._unpack_by_extension(raw, kind)
     with np.errstate(invalid="ignore"):
         want = gguf_blocks.unpack_by_numpy(raw, kind)
     assert (actual.bits, actual.group_size, actual.shape) == (
@@ -44,7 +44,7 @@ def test_every_float16_becomes_the_same_float32():
     halves = np.arange(2**16, dtype=np.uint16)
     raw = np.zeros((2**16, GGML_QUANT_SIZES[Kind.Q8_0][1]), np.uint8)
     raw[:, :2] = halves[:, None].view(np.uint8).reshape(-1, 2)
-    actual = gguf_blocks._compiled(raw, Kind.Q8_0).scales[:, 0].numpy()
+    actual = gguf_blocks._unpack_by_extension(raw, Kind.Q8_0).scales[:, 0].numpy()
     with np.errstate(invalid="ignore"):
         np.testing.assert_array_equal(actual, halves.view(np.float16).astype(np.float32))
 
