@@ -1,4 +1,4 @@
-"""Question sets whose answers are programs: they run, and pass their tests or do not."""
+"""Code sets: answers are programs that run against tests."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""Questions in training data are found, and their share; bits per byte by source; the stage."""
+"""Contamination: planted questions are found with their share; bits per byte by source."""
 
 import io
 import itertools
@@ -38,7 +38,7 @@ def sentence(rng: random.Random, count: int = 24) -> str:
 
 
 class Tokens:
-    """Data of these tokens."""
+    """A dataset of these tokens."""
 
     def __init__(self, tokens):
         self.all, self.tokens = tokens, len(tokens)
@@ -58,14 +58,14 @@ def test_hashes_are_those_of_the_ngrams():
 
 
 class Letters:
-    """A speller to which a token is a letter."""
+    """A decoder that maps each token to one letter."""
 
     def decode(self, tokens):
         return tokens.astype(np.uint8)
 
 
 def test_overlap_is_that_of_a_plain_search(monkeypatch):
-    """Random questions and data of few letters, so that runs of all sizes are shared."""
+    """Questions and data are random over few letters, so that they share runs of all sizes."""
     monkeypatch.setattr(contamination, "BLOCK", 100)
     rng = np.random.default_rng(1)
     data = rng.integers(97, 123, 2000).astype(np.uint8)
@@ -109,7 +109,7 @@ COPIES = {
 
 @pytest.mark.parametrize("copy", COPIES)
 def test_copies_are_found_however_they_are_set(copy, base):
-    """Tokens differ; letters do not. A question without its answer is a copy too."""
+    """The tokens differ, the letters do not. A question without its answer is a copy too."""
     model, tokenizer = load_model(base)
     rows = [MultipleChoice(str(i), ((f"Question: {q}\nAnswer:", a),), 0) for i, (q, a) in
             enumerate(QUESTIONS)]  # fmt: skip
@@ -151,7 +151,7 @@ def test_examples_are_no_part_of_a_question(tmp_path):
 
 @pytest.fixture(scope="module")
 def planted(base, tmp_path_factory):
-    """A task in a file, and shards in which its questions 0 and 1 stand, 1 but for a word."""
+    """Return a task's file and shards with its questions 0 and 1, the latter without a word."""
     folder, rng = tmp_path_factory.mktemp("planted"), random.Random(5)
     # words of random letters: the small tokenizer needs a token for each
     questions = [
@@ -200,7 +200,7 @@ def test_planted_questions_are_caught(base, planted):
 
 
 def test_bits_per_byte_of_each_source(base, tmp_path):
-    """The sources' bits make up the whole, which is that without sources."""
+    """The bits of all sources sum to the total, which is that without sources."""
     model, tokenizer = load_model(base)
     rng = random.Random(2)
     rows = [

@@ -1,4 +1,4 @@
-"""fastlm's models in lm-evaluation-harness, beside its own ``hf`` with the same weights."""
+"""fastlm's models in lm-evaluation-harness, compared with its ``hf`` on the same weights."""
 
 import ast
 import json
@@ -35,7 +35,7 @@ def base(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def sides(base):
-    """The two models."""
+    """Return both models."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         from lm_eval.api.registry import get_model
@@ -283,7 +283,7 @@ SETS = {  # the harness' file -> rows, what fastlm makes of them with the first 
 
 @pytest.mark.parametrize("file", SETS)
 def test_sets_are_asked_in_the_templates_of_the_harness(file, tmp_path):
-    """Rendered from the harness' own files, with one example where fastlm has them."""
+    """Prompts equal those that the harness renders from its own files, with one example."""
     row, expected_prompts = SETS[file]
     config = harness_config(file)
     text, target = (_harness(config[f"doc_to_{key}"], row) for key in ("text", "target"))
@@ -316,7 +316,7 @@ def test_sets_are_asked_in_the_templates_of_the_harness(file, tmp_path):
 
 
 def harness_config(file):
-    """A task's file of the harness with what it includes; a function becomes itself."""
+    """Read a task's file of the harness with its includes; functions are resolved."""
     import lm_eval.tasks
 
     path = Path(lm_eval.tasks.__file__).parent / file
@@ -338,7 +338,7 @@ def harness_config(file):
 
 
 def _harness(template, row):
-    """As `lm_eval.api.task.ConfigurableTask` renders a key."""
+    """Render a key as `lm_eval.api.task.ConfigurableTask` does."""
     from lm_eval.utils import apply_template
 
     if callable(template):

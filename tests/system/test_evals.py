@@ -1,4 +1,4 @@
-"""Question sets asked of a model: records that survive a kill, measures, comparisons, the stage."""
+"""Question sets: records that survive a kill, metrics, comparisons, the stage."""
 
 import json
 import math
@@ -39,7 +39,7 @@ WORDS = ("tree", "river", "stone", "bird")
 
 
 def choices(count: int, **changes) -> Task:
-    """Questions of four answers, of which each place is right equally often."""
+    """Return questions with four answers; each index is right equally often."""
     questions = [
         MultipleChoice(
             str(i), tuple((f"what is {i}\n", f" {w} {i % 7}") for w in WORDS), i % 4,
@@ -110,7 +110,7 @@ def test_a_killed_evaluation_continues_with_the_same_bits(
 
 
 def test_a_killed_process_continues(base, tmp_path):
-    """SIGKILL at a part that is being asked; the records are those of a run without it."""
+    """After a SIGKILL within a chunk the records are those of an uninterrupted run."""
     code = (
         "import sys, test_evals as t; from fastlm.evals.results import RecordFile\n"
         "scorer = t.Scorer(*t.load_model(sys.argv[1])); task = t.choices(256)\n"
@@ -144,7 +144,7 @@ def test_records_of_something_else_are_refused(tmp_path):
 
 @pytest.fixture(scope="module")
 def records(scorer, tmp_path_factory):
-    """Kind of task -> the records of three questions."""
+    """Return kind of task -> the records of three questions."""
     files = {}
     for make in (choices, written):
         path = tmp_path_factory.mktemp("records") / "r.jsonl"
@@ -354,7 +354,7 @@ def test_the_stage_asks_models_and_compares_them(base, cache, tmp_path):
 
 
 def test_activations_are_rounded_as_asked(base, cache, tmp_path, monkeypatch):
-    """Answers of one rounding are not taken for those of another."""
+    """Records of one activation width are not used for another."""
     loaded, load = [], fastlm.model.load.load_model
     monkeypatch.setattr(
         fastlm.model.load, "load_model", lambda path, *rest: (loaded.append(rest), load(path))[1]
@@ -415,7 +415,7 @@ def test_a_full_disk_is_one_line_and_loses_no_record(tmp_path):
 
 
 def test_the_delimiter_before_an_answer_has_no_length():
-    """lm-evaluation-harness divides by the length of the choice alone."""
+    """lm-evaluation-harness divides by the length of the choice without the delimiter."""
     questions = MultipleChoice("0", (("q", "\nab"), ("q", "\nabcdef")), 1)
     task = Task("own", "own", [questions], "", "", "", delimiter="\n")
     actual = question_metrics(task, [{"logprob": [-2.0, -5.0]}])

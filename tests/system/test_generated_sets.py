@@ -1,4 +1,4 @@
-"""Question sets that a program makes: the same in every run, judged by rule."""
+"""Generated question sets: the same in every run, scored by rules."""
 
 import subprocess
 import sys

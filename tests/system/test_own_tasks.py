@@ -1,4 +1,4 @@
-"""Tasks in lm-evaluation-harness' YAML with local data, asked and compared as other sets."""
+"""Tasks in lm-evaluation-harness' YAML with local data."""
 
 import json
 import os
@@ -63,7 +63,7 @@ LIKELY = WRITTEN[: WRITTEN.index("generation_kwargs")].replace("generate_until",
 
 
 class Model(FakeScorer):
-    """A scorer without a model that counts what it is asked."""
+    """A scorer without a model that counts its requests."""
 
     asked = 0
     context_limit = 2048
@@ -84,7 +84,7 @@ class Model(FakeScorer):
 
 @pytest.fixture(scope="module", autouse=True)
 def offline():
-    """What these packages have read from the environment where a test before imported them."""
+    """Set offline mode in packages that an earlier test imported."""
     with pytest.MonkeyPatch.context() as patch:
         for name in ("datasets.config.HF_DATASETS_OFFLINE", "datasets.config.HF_HUB_OFFLINE",
                      "evaluate.config.HF_EVALUATE_OFFLINE",
@@ -113,7 +113,7 @@ def write(tmp_path, cache):
 
 
 def scores(task, folder, **models):
-    """Of each model its measures by name, and the comparisons with the first."""
+    """Return each model's metrics by name, and the comparisons with the first."""
     results_of = {
         name: run_tasks([task], model, folder / name, model=name) for name, model in models.items()
     }

@@ -1,4 +1,4 @@
-"""Safety: models whose answers are known, judges with their errors, gates, kills."""
+"""Safety: models with scripted answers, judges and their errors, gates, kills."""
 
 import io
 import json
@@ -247,7 +247,7 @@ def test_a_model_that_writes_noise_refuses_nothing(cache, tmp_path, text):
 
 
 def test_no_score_is_corrected_by_the_judges_error_on_other_models(cache, tmp_path):
-    """The judge's error on PyRIT's answers says nothing of this model's; labels of its own do."""
+    """Only labels of this model's answers correct a score, not the judge's error on PyRIT's."""
 
     def answer(prompt):  # one in two is a success for the judge
         return complying(prompt) if len(prompt) % 2 else safety_sets.REFUSAL
@@ -306,7 +306,7 @@ def test_labels_are_read_or_refused_by_line(tmp_path):
 
 
 def test_attacks_of_several_turns_hold_the_models_own_answers(cache, tmp_path):
-    """A model that refuses at once, and complies with who it has talked to before."""
+    """The model refuses in the first turn and complies in later ones."""
     names = ("plain", *MULTI_TURN_ATTACKS)
 
     def answer(prompt):
@@ -619,7 +619,7 @@ def test_a_gate_on_a_judge_that_is_no_better_than_chance_is_named(tmp_path):
 
 @pytest.fixture
 def scripted(monkeypatch):
-    """Put a scripted model in the place of what the stage loads."""
+    """Replace the model that the stage loads by a scripted one."""
     import fastlm.evals.scorer
     import fastlm.evals.suite
     import fastlm.model.load
@@ -764,7 +764,7 @@ def test_the_report_shows_values_judges_licences_and_failed_gates(cache, tmp_pat
 
 
 def test_a_run_of_real_models_gives_every_score(tmp_path, cache):
-    """A model that has learnt nothing, through the engine and the chat template."""
+    """An untrained model runs through the engine and the chat template."""
     import preference_models
 
     base = preference_models.make_base(tmp_path / "base", max_position_embeddings=512)
@@ -786,7 +786,7 @@ def test_a_run_of_real_models_gives_every_score(tmp_path, cache):
 
 
 def test_intervals_cover_the_truth_of_a_judge_with_errors():
-    """Over many draws the corrected interval holds the true rate about as often as it says."""
+    """The corrected interval covers the true rate at about its nominal frequency."""
     draw = np.random.default_rng(0)
     heldout = 0
     for _ in range(200):

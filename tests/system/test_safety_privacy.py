@@ -1,4 +1,4 @@
-"""What a model gives away: a memorizer is caught, one that has seen nothing is not."""
+"""Privacy: a model that memorized is detected, one that was not trained is not."""
 
 import json
 import math
@@ -54,7 +54,7 @@ def planted():
 
 @pytest.fixture(scope="module")
 def texts():
-    """Training texts, of which the first have ``COPIES`` copies, another, and held-out ones."""
+    """Return training texts (the first have ``COPIES`` copies), another one, and held-out ones."""
     draw = random.Random(0)
     words = "tree river stone bird cloud road house garden letter winter lamp boat".split()
     made = [" ".join(draw.choice(words) for _ in range(30)) for _ in range(14)]
@@ -63,7 +63,7 @@ def texts():
 
 @pytest.fixture(scope="module")
 def models(planted, texts):
-    """One that has seen canaries and texts until it knows them by heart, and one that has not."""
+    """Return a model that memorized canaries and texts, and one that was not trained on them."""
     copied, single, heldout = texts
     everything = [c.text for c in planted] + [*copied, *single, *heldout]
     tokenizer = Tokenizer.train([" ".join(everything)], 300)
@@ -181,7 +181,7 @@ def test_canaries_are_planted_in_the_training_part_alone(tmp_path):
 
 
 def test_copies_are_those_in_the_training_part(models, planted, texts, tmp_path):
-    """Whatever canaries.jsonl says: what the model was trained on counts."""
+    """The copies in the training text count, whatever canaries.jsonl says."""
     copied, _, heldout = texts
     canary, other, third = (c for c in planted if c.copies)
     train = [f"{canary.text}."] * 3 + [f"{other.text}. And {other.text}."] + copied

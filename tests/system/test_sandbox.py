@@ -1,4 +1,4 @@
-"""Generated programs: right ones pass, wrong ones fail, hostile ones are contained and told why."""
+"""Sandbox: right programs pass, wrong ones fail, hostile ones are contained with a reason."""
 
 import ast
 import json
@@ -43,7 +43,7 @@ def victim(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def port():
-    """A server on loopback; its queue tells whether anyone has connected."""
+    """Start a server on loopback; its queue shows connections."""
     with socket.create_server(("127.0.0.1", 0)) as server:
         server.setblocking(False)
         yield server.getsockname()[1]
@@ -52,7 +52,7 @@ def port():
 
 
 def attacks(victim: Path, port: int) -> dict[str, tuple[str, str]]:
-    """Programs by name, each with the reason that is expected."""
+    """Return programs by name, each with the expected reason."""
     end = RIGHT
     return {
         "fork bomb": ("import os\nwhile True: os.fork()", "error"),
@@ -354,7 +354,7 @@ def test_the_tests_and_the_caller_cannot_be_read(outcomes):
 
 
 def processes(*, group: int = -1, parent: int = -1) -> list[int]:
-    """The processes of a process group, or the children of a process; no zombies."""
+    """Return the processes of a group, or the children of a process, without zombies."""
     actual = []
     for stat in Path("/proc").glob("[0-9]*/stat"):
         try:
@@ -622,7 +622,7 @@ SYSTEM_PYTHON = "/usr/bin/python3"  # below /root the user nobody reaches none
     os.geteuid() != 0 or not os.path.exists(SYSTEM_PYTHON), reason="(Debian: python3), for root"
 )
 def test_a_user_without_rights_has_the_same_sandbox(tmp_path):
-    """Root gives up its rights on another path than a plain user; both end in the same jail."""
+    """Root drops its rights in another way than a normal user; both get the same sandbox."""
     folder = Path(sandbox.__file__).parent
     place = Path(shutil.copytree(folder, tmp_path / "copy", ignore=shutil.ignore_patterns("__*")))
     for path in (tmp_path, *tmp_path.parents[:-1], place):

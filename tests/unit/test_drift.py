@@ -1,4 +1,4 @@
-"""Drift: p-values are uniform where nothing moved, and a shift is found."""
+"""Drift: p-values are uniform without drift, and a shift is detected."""
 
 import numpy as np
 import pytest

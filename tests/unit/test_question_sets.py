@@ -1,4 +1,4 @@
-"""Question sets: templates, damaged data, and models whose scores are known."""
+"""Question sets: templates, damaged data, and models with known scores."""
 
 import json
 import time
@@ -51,7 +51,7 @@ def mmlu_rows(count: int, subject: str) -> list[dict]:
 
 @pytest.fixture(scope="module")
 def cache(tmp_path_factory):
-    """A cache that holds small stand-ins of all sets in Arrow files."""
+    """Return a cache with small stand-ins for all sets in Arrow files."""
     cache = tmp_path_factory.mktemp("cache")
     for folder, rows in GLUE.values():
         files.write_arrow(cache, folder, "validation", rows)
@@ -161,7 +161,7 @@ def test_unknown_formats_are_refused(cache):
 
 
 def request(context: str, continuation: str, doc: dict, label=None, number: int = 0) -> dict:
-    """A line of requests.jsonl.gz."""
+    """Return a line of requests.jsonl.gz."""
     return {
         "doc": doc, "request": {"context": context, "continuation": continuation},
         "doc_id": number, "label": label,

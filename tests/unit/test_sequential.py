@@ -1,4 +1,4 @@
-"""Two arms looked at after every observation: false alarms stay below alpha, differences show."""
+"""Sequential tests of two arms: false alarms stay below alpha, differences are detected."""
 
 import math
 
@@ -13,14 +13,14 @@ ALPHA = 0.05
 
 
 def arms(rng, rate_a: float, rate_b: float, share: float, looks: int):
-    """Counts of two arms after each of ``looks`` observations."""
+    """Return the counts of two arms after each of ``looks`` observations."""
     to_a = rng.random(looks) < share
     passed = rng.random(looks) < np.where(to_a, rate_a, rate_b)
     return (np.cumsum(x).tolist() for x in (to_a & passed, to_a, ~to_a & passed, ~to_a))
 
 
 def pvalues(*counts) -> list[float]:
-    """Only the p-value of `compare_rates` at every look, by its formula, which is faster."""
+    """Return `compare_rates`' p-value at every look, by its formula: this is faster."""
     from fastlm.stats.sequential import _log_beta, _log_rate
 
     result = []
@@ -43,7 +43,7 @@ def test_equal_arms_seldom_alarm_however_often_one_looks(rate, share):
 
 
 def test_a_test_that_is_not_sequential_alarms_far_too_often():
-    """The yardstick: the same streams with the p-value of a fixed size."""
+    """For comparison: the same streams with a fixed-size p-value."""
     rng = np.random.default_rng(11)
     alarms = 0
     for _ in range(STREAMS):

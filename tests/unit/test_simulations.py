@@ -22,7 +22,7 @@ FEW_DRAWS = pytest.mark.parametrize(
 
 
 def above(rate: float, draws: int) -> float:
-    """What a true rate is exceeded by in 1 of 1,000 simulations."""
+    """Return a bound that a rate exceeds in 1 of 1,000 simulations."""
     return rate + 3.1 * math.sqrt(rate * (1 - rate) / draws)
 
 
@@ -136,7 +136,7 @@ def test_an_effect_on_a_rate_is_found_four_times_in_five(n, right, draws):
 @DRAWS
 @pytest.mark.parametrize("rate", [0.1, 0.4])
 def test_an_effect_on_shares_of_passages_is_found_four_times_in_five(rate, draws):
-    """Questions of 60 passages; the effect is that of the means over draws of error and mean."""
+    """Questions have 60 passages; the effect is computed from the average error and mean."""
     rng = np.random.default_rng(0)
     names = np.repeat(np.arange(60), rng.integers(1, 9, 60))
 
@@ -170,7 +170,8 @@ def burst_paces(rng, n: int, length: float) -> np.ndarray:
 
 
 def decided_after(rng, slower: float, share: float, length: float, max_pairs: int) -> int | None:
-    """Conversations after which a canary that takes ``slower`` times as long is rolled back."""
+    """Return after how many conversations a canary that takes ``slower`` times as long is rolled
+    back."""
     paces, pairs = burst_paces(rng, max_pairs, length), PacePairs()
     for i, (pace, new) in enumerate(zip(paces, rng.random(max_pairs) < share)):
         before = pairs.counts

@@ -33,13 +33,13 @@ ALPHAS = (0.01, 0.05, 0.1, 0.2, 0.5)
 
 
 def distance_from_uniform(pvalues: list[float]) -> float:
-    """Kolmogorov and Smirnov's; 1.63 / sqrt(n) is exceeded in 1 of 100 samples."""
+    """Return Kolmogorov and Smirnov's statistic; 1 of 100 samples exceeds 1.63 / sqrt(n)."""
     p, n = np.sort(pvalues), len(pvalues)
     return float(max((np.arange(1, n + 1) / n - p).max(), (p - np.arange(n) / n).max()))
 
 
 def assert_uniform(pvalues: list[float], steps: float = 0.0) -> None:
-    """``steps``: half the mass of the largest step of a discrete test."""
+    """Assert that p-values are uniform. ``steps``: half the largest step of a discrete test."""
     n = len(pvalues)
     assert distance_from_uniform(pvalues) < 1.63 / math.sqrt(n) + steps
     for alpha in ALPHAS:
@@ -233,7 +233,7 @@ def test_mean_error():
 
 
 def test_the_error_of_clusters_is_unbiased_and_has_satterthwaites_freedom():
-    """By the matrices of Bell and McCaffrey, for the intraclass correlation of the values."""
+    """The expected error comes from Bell and McCaffrey's matrices with the values' correlation."""
     rng = np.random.default_rng(2)
     sizes = np.array([40, 3, 1, 7, 2])
     groups, n = len(sizes), sizes.sum()
