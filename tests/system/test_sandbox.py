@@ -510,7 +510,7 @@ def test_names_replace_those_of_python():
 @pytest.mark.parametrize(
     "tests, reason, detail",
     [
-        ("assert f(1) ==", "tests", "they cannot be used: SyntaxError"),
+        ("assert f(1) ==", "tests", "they are invalid: SyntaxError"),
         ("assert f(lambda: 1) == 1", "error", "expected an argument of plain data, got function"),
         ("assert g(1) == 1", "error", "line 1: NameError: the program does not define g"),
         ("x = 1\nassert f(1) == 3, 'one is not three'", "wrong", "line 2: AssertionError: one is"),
