@@ -63,14 +63,14 @@ def environment(monkeypatch):
     torch.set_num_threads(before)
 
 
-def test_settle_bounds_the_wait_and_counts_cores(environment):
+def test_configuration_bounds_the_wait_and_counts_cores(environment):
     threads.configure_threads()
     assert environment["GOMP_SPINCOUNT"] == threads.SPIN_ROUNDS
     assert environment["OMP_NUM_THREADS"] == str(threads.default_threads())
 
 
 @pytest.mark.parametrize("name, value", [("OMP_WAIT_POLICY", "active"), ("GOMP_SPINCOUNT", "7")])
-def test_settle_leaves_what_the_user_exported(environment, name, value):
+def test_exported_variables_are_kept(environment, name, value):
     environment |= {"OMP_NUM_THREADS": "3", name: value}
     threads.configure_threads()
     assert environment["OMP_NUM_THREADS"] == "3" and environment[name] == value

@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 from families import CASES, SMALL
-from row_cache import RowCache, RowSteps, next_logits
+from row_cache import RowCache, RowDecodeSteps, next_logits
 from tolerance import ULP
 
 import fastlm
@@ -41,7 +41,7 @@ def prefilled(model, rows, length, capacity, dtype=torch.float32, seed=0):
 
 def copy_of(model, cache):
     data = cache.data.clone()
-    return RowSteps(
+    return RowDecodeSteps(
         cpu_decode.CpuDecodeRunner(model, cpu_decode.CpuDecodePlan(model), data), cache.length
     )
 

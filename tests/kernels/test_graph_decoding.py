@@ -7,7 +7,7 @@ import pytest
 import torch
 from fake_graph import GraphRecorder
 from families import CASES, SMALL
-from row_cache import RowCache, RowSteps, next_logits
+from row_cache import RowCache, RowDecodeSteps, next_logits
 from test_decode_step import FLIPPED, NEAR, error_of
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
@@ -49,7 +49,7 @@ def prefilled(model, rows, length, capacity):
 
 
 def steps_of(model, cache):
-    return RowSteps(cuda_decode.CudaDecodeRunner(model, cache.data), cache.length)
+    return RowDecodeSteps(cuda_decode.CudaDecodeRunner(model, cache.data), cache.length)
 
 
 def errors_of(model, rows=3, length=9, count=3):

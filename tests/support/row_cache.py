@@ -46,7 +46,7 @@ def next_logits(model, ids, cache):
     return model.logits(hidden)
 
 
-class RowSteps:
+class RowDecodeSteps:
     """Decode steps of rows with a page each. The first ``length`` columns of a page are filled."""
 
     def __init__(self, steps, length):
