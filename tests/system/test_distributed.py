@@ -39,7 +39,9 @@ TIMES = {"seconds", "tokens_per_second"}
 STEPS = {"step", "loss", "lr", "grad_norm", "tokens", "progress"}
 PRETRAINING = {"val_loss", "bits_per_byte", "sample"}
 PAIRS = {"epoch", "margin", "accuracy", "val_loss", "val_accuracy", "val_margin"}
-ROUNDS = {"round", "beta", "score", "kl", "ended", "approx_kl", "ratio", "entropy", "val_score"}
+ROUNDS = {
+    "round", "beta", "score", "kl", "eos_fraction", "approx_kl", "ratio", "entropy", "val_score",
+}  # fmt: skip
 MEASURED = {
     "float32": PRETRAINING, "best": PRETRAINING, "bfloat16": PRETRAINING, "sft": {"epoch"},
     "lora": {"epoch"}, "reward": PAIRS, "dpo": PAIRS,
@@ -54,7 +56,7 @@ PROCESSES.set_forkserver_preload(["distributed_run"])
 def launch(job: str, size: int, data: Path, out: Path) -> None:
     """Run the processes of a job to their end. The store is here, as it is torchrun's."""
     store = TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
-    store.set("fastlm/asks/1", "of a process before")
+    store.set("fastlm/request/1", "of a dead process")
     started = [
         PROCESSES.Process(target=trainings.work, args=(job, rank, size, store.port, data, out))
         for rank in range(size)
@@ -215,7 +217,7 @@ def test_fewer_micro_batches_than_processes(one_process, four_processes):
 @pytest.mark.parametrize("name", (*trainings.ROLLING, "kto", "on-policy", "stage"))
 def test_rounds_of_two_processes_are_those_of_one(round_of_one, rounds_of_two, name):
     """Metrics and weights, also where a process has no micro-batch in a step."""
-    assert_near(rounds_of_two / name, round_of_one / name, 1e-5, least=2)
+    assert_near(rounds_of_two / name, round_of_one / name, 1e-5, min_steps=2)
     left = [
         load_tensors(list_checkpoints(out / name)[-1])[0] for out in (round_of_one, rounds_of_two)
     ]
