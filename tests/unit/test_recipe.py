@@ -176,9 +176,9 @@ def test_stages_take_from_the_last_that_fits_or_from_where_they_say(tmp_path):
     path.write_text(path.read_text() + MORE)
     recipe = load_recipe(path)
     edges = {step.name: dict(step.inputs) for step in recipe.steps}
-    assert edges["eval"] == {"model": ("pretrain",), "data": ("data",), "against": ()}
+    assert edges["eval"] == {"model": ("pretrain",), "data": ("data",), "training_data": ()}
     assert edges["wide"] == {"shards": ("shards",), "tokenizer": ("tokenizer",)}
-    both = {"model": ("pretrain", "wide", "quantize"), "data": ("data",), "against": ()}
+    both = {"model": ("pretrain", "wide", "quantize"), "data": ("data",), "training_data": ()}
     assert edges["both"] == both
     assert edges["small"]["model"] == ("pretrain",)
     assert stage(recipe, "wide").seed == 9
