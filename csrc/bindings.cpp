@@ -5,7 +5,7 @@
 FASTLM_BIND(prefer_huge_pages, "output")
 FASTLM_MODULE(m) {
   using namespace pybind11::literals;
-  m.def("want_huge_pages", [](bool enabled) { fastlm::use_huge_pages = enabled; }, "wanted"_a);
+  m.def("set_huge_pages", [](bool enabled) { fastlm::use_huge_pages = enabled; }, "enabled"_a);
 }
 
 PYBIND11_MODULE(_cpu, m) {

@@ -36,7 +36,7 @@ def info() -> dict[str, Any]:
     isas: dict[str, str] = {}
     if backend.unavailable_reason("cpu") is None:
         names = ("amx", "avx512", "avx512_fma", "avx2", "scalar")
-        reason_of = backend.cpu_extension.why_not
+        reason_of = backend.cpu_extension.unavailable_reason
         isas = {name: reason for name in names if (reason := reason_of(name))}
     return {
         "fastlm": fastlm.__version__,

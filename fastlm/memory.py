@@ -34,7 +34,7 @@ def keep_freed_memory() -> bool:
         return False
     is_set = bool(mallopt(_M_MMAP_MAX, 0)) and bool(mallopt(_M_TRIM_THRESHOLD, -1))
     if is_set and unavailable_reason("cpu") is None:
-        cpu_extension.want_huge_pages(False)  # csrc/cpu/base/huge_pages.h
+        cpu_extension.set_huge_pages(False)  # csrc/cpu/base/huge_pages.h
     return is_set
 
 

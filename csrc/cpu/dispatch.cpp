@@ -128,7 +128,7 @@ Isa& current() {
 const char* name(Isa i) { return kNames[static_cast<int>(i)]; }
 Isa isa() { return current(); }
 void set_isa(const std::string& isa_name) { current() = parse_supported(isa_name); }
-std::string why_not(const std::string& isa_name) { return reason(parse(isa_name)); }
+std::string unavailable_reason(const std::string& isa_name) { return reason(parse(isa_name)); }
 
 std::pair<std::string, std::string> isa_choice(const Features& f) {
   return {name(best(f)), reason(Isa::amx, f)};
@@ -166,14 +166,14 @@ FASTLM_MODULE(m) {
 }
 FASTLM_BIND(set_isa, "isa")
 FASTLM_BIND(supported_isas, "")
-FASTLM_BIND(why_not, "isa")
+FASTLM_BIND(unavailable_reason, "isa")
 
 // For tests of the choice
 FASTLM_MODULE(m) {
   using namespace fastlm;
   using namespace pybind11::literals;
   m.def(
-      "choice_on",
+      "isa_choice",
       [](bool avx2, bool avx512, bool avx512_bf16, bool amx_cpu, bool amx_permission, bool widen) {
         return isa_choice({avx2, avx512, avx512_bf16, amx_cpu, amx_permission, widen});
       },

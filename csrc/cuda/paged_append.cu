@@ -64,7 +64,7 @@ AppendedHeads<T, C> part_of(const char* name, const TensorView& x, const char* c
   check_size(name, "elements of a head as its cache", cache.size(3), x.size(3));
   if (scale.has_value() != std::is_same_v<C, int8_t>)
     throw std::invalid_argument(std::string(scale_name) + ": expected " +
-                                (scale ? "none beside a float cache, got one"
+                                (scale ? "none for a float cache, got one"
                                        : "one for each key head of an int8 cache, got none"));
   if (scale) {
     check_size(scale_name, "one for each key head", cache.size(2), scale->numel());

@@ -222,7 +222,7 @@ void* Shared::variable(size_t id, size_t bytes, size_t alignment, const Site& si
     if (used % (2 * alignment) == 0) used += alignment;  // no better aligned than requested
     static_bytes += bytes;
     if (static_bytes + dynamic_bytes > (dynamic_bytes > kDefaultDynamic ? kMaxDynamic : kMaxStatic))
-      fail(std::to_string(static_bytes) + " bytes of static shared memory beside " +
+      fail(std::to_string(static_bytes) + " bytes of static shared memory with " +
                std::to_string(dynamic_bytes) + " of dynamic",
            site);
     slots[id] = base + kPage + used;

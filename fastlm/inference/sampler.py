@@ -52,7 +52,7 @@ class SamplerOptions:
                 presence_penalty=s.presence_penalty,
                 frequency_penalty=s.frequency_penalty,
                 ends=self.stop_ids,
-                seen=seen,
+                repetition_mask=seen,
                 counts=counts,
                 bias=bias,
             )

@@ -165,7 +165,7 @@ def test_environment_forces_the_instruction_set():
 
 
 def test_environment_is_checked_against_the_machine():
-    missing = [n for n in ("amx", "avx512", "avx512_fma", "avx2") if _cpu.why_not(n)]
+    missing = [n for n in ("amx", "avx512", "avx512_fma", "avx2") if _cpu.unavailable_reason(n)]
     for name in missing:
         done = _run("from fastlm import _cpu; _cpu.isa()", FASTLM_CPU_ISA=name)
         assert f"'{name}' cannot run here" in done.stderr
@@ -192,7 +192,7 @@ REFUSED_TILES = "the kernel refused the permission to use AMX tiles"
     ],
 )
 def test_best_of_what_there_is(features, expected, why_not_amx):
-    isa, reason = _cpu.choice_on(*features)
+    isa, reason = _cpu.isa_choice(*features)
     assert isa == expected and reason.startswith(why_not_amx) and bool(reason) == bool(why_not_amx)
 
 
@@ -215,8 +215,8 @@ def test_rates_are_measured_in_microseconds():
     by, because, dot, fma = _cpu.products_of_bf16()
     assert time.process_time() - start < 0.1
     assert by and because
-    assert fma > 1 or _cpu.why_not("avx512_fma")
-    assert dot > 1 or _cpu.why_not("avx512")
+    assert fma > 1 or _cpu.unavailable_reason("avx512_fma")
+    assert dot > 1 or _cpu.unavailable_reason("avx512")
 
 
 # Refuses arch_prctl(ARCH_REQ_XCOMP_PERM), as a kernel before 5.16 or a container's filter does.

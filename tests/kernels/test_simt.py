@@ -56,7 +56,7 @@ SAYS = {
     "vector_of_a_shared_array": ("misaligned: read of 16 bytes",),
     "copies_from_shared": ("cp.async from: an address of shared memory",),
     "stores_global_to_shared": ("store_global: an address of shared memory",),
-    "too_much_shared": ("49152 bytes of static shared memory beside 256",),
+    "too_much_shared": ("49152 bytes of static shared memory with 256",),
     "two_warps_write_one_word": ("race: thread",),
     "two_blocks_write_one_word": ("race: thread",),
     "sums_of_blocks": ("race: thread",),

@@ -23,10 +23,10 @@ struct Features {
 };
 
 const char* name(Isa);
-Isa isa();                                    // the instruction set in use
-void set_isa(const std::string& isa);         // forces one; throws if this machine cannot run it
-std::vector<std::string> supported_isas();    // best first, then amx_emulated where it can run
-std::string why_not(const std::string& isa);  // why it cannot run here; "" when it can
+Isa isa();                                  // the instruction set in use
+void set_isa(const std::string& isa);       // forces one; throws if this machine cannot run it
+std::vector<std::string> supported_isas();  // best first, then amx_emulated where it can run
+std::string unavailable_reason(const std::string& isa);  // why it cannot run here; "" when it can
 // The choice for a machine with these features, and the reason why it is not amx: for tests
 std::pair<std::string, std::string> isa_choice(const Features&);
 

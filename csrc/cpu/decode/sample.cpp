@@ -30,7 +30,7 @@ TokenSampler::TokenSampler(int64_t vocab, double temperature, int64_t top_k, dou
       top_p(top_p),
       min_p(min_p),
       ends(std::move(ends)),
-      repetition_mask(of_vocab<bool>("seen", repetition_mask, vocab)),
+      repetition_mask(of_vocab<bool>("repetition_mask", repetition_mask, vocab)),
       counts(of_vocab<float>("counts", counts, vocab)),
       bias(of_vocab<float>("bias", bias, vocab)) {
   if (vocab < 1)
@@ -52,7 +52,8 @@ FASTLM_MODULE(m) {
       .def(pybind11::init<int64_t, double, int64_t, double, double, double, double, double,
                           std::vector<int64_t>, OptionalTensor, OptionalTensor, OptionalTensor>(),
            "vocab"_a, "temperature"_a, "top_k"_a, "top_p"_a, "min_p"_a, "repetition_penalty"_a,
-           "presence_penalty"_a, "frequency_penalty"_a, "ends"_a, "seen"_a, "counts"_a, "bias"_a);
+           "presence_penalty"_a, "frequency_penalty"_a, "ends"_a, "repetition_mask"_a, "counts"_a,
+           "bias"_a);
 }
 FASTLM_BIND(sample_workspace, "vocab")
 FASTLM_OP(sample, "logits rows workspace")
