@@ -55,7 +55,7 @@ class ParagraphDedup:
 
     def strip(self, text: str) -> tuple[str, int]:
         """Return (text without repeated paragraphs, number of paragraphs removed)."""
-        kept, new_keys, removed = [], set(), 0
+        remaining, new_keys, removed = [], set(), 0
         for paragraph in PARAGRAPHS.split(text):
             if len(paragraph) >= self.min_length:
                 key = paragraph_key(paragraph)
@@ -63,6 +63,6 @@ class ParagraphDedup:
                     removed += 1
                     continue
                 new_keys.add(key)
-            kept.append(paragraph)
+            remaining.append(paragraph)
         self._seen |= new_keys
-        return ("\n\n".join(kept) if removed else text), removed
+        return ("\n\n".join(remaining) if removed else text), removed

@@ -88,12 +88,12 @@ class Data(DataOptions, Stage):
 
         del result
         funnel = Funnel.load(ctx.out)
-        kept = funnel.steps[-1]["documents"] + funnel.steps[-2]["documents"]
+        documents = funnel.steps[-1]["documents"] + funnel.steps[-2]["documents"]
         size = sum(source["bytes"] for source in funnel.sources.values())
         return ReportSection(
             "Sources of the text, and how much was kept",
             "Bytes of text after each step, and what the step removed.",
-            cards=[(size_text(size), f"clean text in {count_text(kept)} documents")],
+            cards=[(size_text(size), f"clean text in {count_text(documents)} documents")],
             template="data.html.jinja",
             values=funnel_values(funnel),
         )
@@ -135,8 +135,8 @@ def funnel_tables(funnel: Funnel) -> Any:
     steps = table("What each step kept and removed", "step", funnel.unit, "text")
     steps.add_column("removed")
     for s in funnel.steps:
-        kept = f"{s['documents']:,}", size_text(s["bytes"])
-        steps.add_row(s["step"], *kept, ", ".join(describe_removals(s)))
+        remaining = f"{s['documents']:,}", size_text(s["bytes"])
+        steps.add_row(s["step"], *remaining, ", ".join(describe_removals(s)))
     files = ("files",) * _in_files(funnel)
     sources = table("What was kept of each source", "source", *files, funnel.unit, "text")
     for name, s in funnel.sources.items():

@@ -44,7 +44,16 @@ from fastlm.pipeline.archive import PREVIOUS
 from fastlm.pipeline.funnel import FUNNEL
 from fastlm.pipeline.provenance import artifact_id, digest, ids_of, output_files
 from fastlm.pipeline.record import RECORD, save_stage_record, table_of
-from fastlm.pipeline.registry import CHANGED, GONE, INDEX, INNER, Registry, RunRecord, open_registry
+from fastlm.pipeline.registry import (
+    CHANGED,
+    DELETED,
+    INDEX,
+    INNER,
+    PRESENT,
+    Registry,
+    RunRecord,
+    open_registry,
+)
 from fastlm.pipeline.report import REPORT, SUMMARY
 from fastlm.pipeline.run import locked
 from fastlm.pipeline.run_folder import STAGES
@@ -81,7 +90,7 @@ class ForgetReport:
     @property
     def is_incomplete(self) -> bool:
         """Whether a model that saw it still exists, or a place could not be checked."""
-        return bool(self.unchecked) or any(m["state"] != GONE for m in self.models)
+        return bool(self.unchecked) or any(m["state"] != DELETED for m in self.models)
 
 
 def forget(
@@ -223,7 +232,7 @@ class _Removal:
         records = [
             r
             for r in self.registry.records
-            if r.state != GONE and folder.absolute().is_relative_to(r.path.absolute())
+            if r.state != DELETED and folder.absolute().is_relative_to(r.path.absolute())
         ]
         return max(records, key=lambda r: len(r.path.parts), default=None)
 
@@ -342,7 +351,7 @@ def _quotes(removal: _Removal) -> list[str]:
     reports of their runs.
     """
     data = DATA | {"tokenizer"}
-    records = [r for r in removal.registry.records if r.state != GONE]
+    records = [r for r in removal.registry.records if r.state != DELETED]
     readers = [
         r
         for r in records
@@ -379,7 +388,7 @@ def descendants(registry: Registry, content_ids: Iterable[str]) -> list[RunRecor
         for record in registry.records:
             if record.id not in records and ids & {*record.input_ids()}:
                 records[record.id] = record
-                searched = record.state != GONE and DATA & record.ids.keys()
+                searched = record.state != DELETED and DATA & record.ids.keys()
                 if not searched and "tokenizer" not in record.ids:
                     ids |= {*record.output_ids()}
     return [record for record in registry.records if record.id in records]
@@ -448,8 +457,8 @@ def report_lines(report: ForgetReport, dry_run: bool) -> Iterator[str]:
         yield f"not checked: {message}"
     for model in report.models:
         verb = "learned its words from it" if model["kind"] == "tokenizer" else "saw it"
-        state = f", {model['state']}" if model["state"] != "here" else ""
+        state = f", {model['state']}" if model["state"] != PRESENT else ""
         yield f"{verb}: {model['name']} ({model['kind']}, id {model['id'][:12]}{state})"
-    commands = [m["retrain_command"] for m in report.models if m["state"] != GONE]
+    commands = [m["retrain_command"] for m in report.models if m["state"] != DELETED]
     for command in dict.fromkeys(filter(None, commands)):
         yield f"to train without it: {command}"

@@ -17,7 +17,7 @@ from fastlm.pipeline.funnel import FUNNEL, Funnel
 from fastlm.pipeline.lineage import NOT_RECORDED
 from fastlm.pipeline.recipe import Kinds
 from fastlm.pipeline.record import scores
-from fastlm.pipeline.registry import GONE, HERE, SHORT, Registry, RunRecord
+from fastlm.pipeline.registry import DELETED, PRESENT, SHORT, Registry, RunRecord
 from fastlm.pipeline.stage import Stage
 from fastlm.pipeline.text import figure, seconds_text
 
@@ -81,7 +81,7 @@ def card(
         data=[r for r in oldest_first if r.provenance.sources],
         stages=[r for r in oldest_first if not {"scores", "corpus"} & r.entry.outputs.keys()],
         instructed=external or any(_kind(r, kinds).instructs for r in lineage),
-        gone=", ".join(r.name for r in lineage if r.state != HERE),
+        changed=", ".join(r.name for r in lineage if r.state != PRESENT),
         commands=[*dict.fromkeys(p.command for p in origins if p.command)],
         code=_facts(code) if all(p.code == code for p in origins) else "",
         recipe=_recipe(lineage),
@@ -150,7 +150,7 @@ def _trained(record: RunRecord) -> str:
 
 def _funnel(record: RunRecord) -> list[tuple[str, str, str, str]] | None:
     try:
-        steps = Funnel.load(record.path / FUNNEL).steps if record.state != GONE else None
+        steps = Funnel.load(record.path / FUNNEL).steps if record.state != DELETED else None
     except InputError:
         return None
     rows = []

@@ -58,10 +58,10 @@ def _compare(kind: str, kinds: Kinds, a: RunRecord | None, b: RunRecord | None) 
     recorded = a.entry.options | b.entry.options
     defaults = {key: defaults.get(key) for key in recorded}
     first, second = _facts(a, defaults), _facts(b, defaults)
-    for what in dict.fromkeys((*first, *second)):
-        was, now = first.get(what), second.get(what)
+    for fact in dict.fromkeys((*first, *second)):
+        was, now = first.get(fact), second.get(fact)
         if was != now:
-            row = {"stage": name, "what": what, "a": was, "b": now}
+            row = {"stage": name, "what": fact, "a": was, "b": now}
             if is_figure(was) and is_figure(now):
                 row["difference"] = now - was
             yield row

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from fastlm.pipeline.record import headline
-from fastlm.pipeline.registry import HERE, SHORT, Registry, RunRecord
+from fastlm.pipeline.registry import PRESENT, SHORT, Registry, RunRecord
 from fastlm.pipeline.text import minute_text, seconds_text
 
 NOT_RECORDED = "not recorded"
@@ -63,6 +63,6 @@ def _line(node: Mapping[str, Any]) -> str:
     if node.get("repeated"):
         return ", ".join([*facts, "see above"])
     duration = None if node["seconds"] is None else seconds_text(node["seconds"])
-    state = None if node["state"] == HERE else node["state"]
+    state = None if node["state"] == PRESENT else node["state"]
     facts += filter(None, (minute_text(node["finished_at"]), duration, node["headline"], state))
     return ", ".join(facts)

@@ -25,22 +25,25 @@ from fastlm.sources.input_digest import InputDigest
 INDEX = "index.jsonl"
 SHORT = 12  # characters of an id that are shown
 MIN_PREFIX = 4  # characters of an id in a query
-HERE, CHANGED, GONE = "here", "changed", "gone"
+PRESENT, CHANGED, DELETED = "present", "changed", "deleted"
 SAMPLES = "samples"  # of a training's result: {"prompt", "sample", ...}
 INNER = {"checkpoints", "node_modules", "__pycache__"}  # folders without records
 
 
 @dataclass
 class RunRecord:
-    """One finished stage. ``name``: its folder, from the folder of runs. ``place``: its folder.
-    ``state``: "here", "changed" (a file is missing or has another size) or "gone". ``copies``:
-    names of other folders with the same record. InputError: an entry that does not say how.
+    """The record of one finished stage. InputError: one without provenance.
+
+    name: its folder, relative to the folder of runs.
+    path: its folder.
+    state: "present", "changed" (a file is missing or has another size) or "deleted".
+    copies: names of other folders with the same record.
     """
 
     name: str
     path: Path
     entry: StageRecord
-    state: str = HERE
+    state: str = PRESENT
     copies: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -125,7 +128,7 @@ class Registry:
 
         def rank(record: RunRecord) -> tuple[bool, ...]:
             near = location is not None and location.is_relative_to(record.path.absolute())
-            return not near, id not in record.ids.values(), record.state == GONE
+            return not near, id not in record.ids.values(), record.state == DELETED
 
         return min((r for r in self.records if id and id in r.output_ids()), key=rank, default=None)
 
@@ -186,7 +189,7 @@ class Registry:
         if not Path(name).exists():
             return []
         path = Path(name).absolute()
-        existing = [(r.path.absolute(), r) for r in self.records if r.state != GONE]
+        existing = [(r.path.absolute(), r) for r in self.records if r.state != DELETED]
         inside = [(folder, r) for folder, r in existing if path.is_relative_to(folder)]
         innermost = max((len(folder.parts) for folder, _ in inside), default=0)
         return (
@@ -234,7 +237,7 @@ def open_registry(
             if (existing := records.get(record.id)) is None:
                 records[record.id] = record
             elif existing.name != record.name:
-                if existing.state != HERE and record.state == HERE:
+                if existing.state != PRESENT and record.state == PRESENT:
                     existing, records[record.id] = record, record
                 existing.copies.append(record.name)
         indexed = _read_index(root / INDEX, warnings)
@@ -260,7 +263,7 @@ def _add_elsewhere(
             continue
         scanned.add(folder)
         for record in _scan(folder.parent, folder, warnings):
-            if (existing := records.get(record.id)) is None or existing.state != HERE:
+            if (existing := records.get(record.id)) is None or existing.state != PRESENT:
                 records[record.id] = record
             inputs = record.provenance.inputs.values()
             paths += [Path(input["path"]) for inputs_of_key in inputs for input in inputs_of_key]
@@ -314,11 +317,11 @@ def _present(name: str, path: Path, entry: StageRecord) -> RunRecord:
     """Return the record of a folder that exists."""
     sizes = {path / name: size for name, size in (entry.file_sizes or {}).items()}
     complete = all(file.is_file() and file.stat().st_size == size for file, size in sizes.items())
-    return RunRecord(name, path, entry, HERE if complete else CHANGED)
+    return RunRecord(name, path, entry, PRESENT if complete else CHANGED)
 
 
 def _read_index(path: Path, warnings: list[str]) -> dict[str, RunRecord]:
-    """Return the records of an index as gone. If a record moved, its last line counts."""
+    """Return the records of an index as deleted. If a record moved, its last line counts."""
     records: dict[str, RunRecord] = {}
     try:
         lines = path.read_text("utf-8", "replace").split("\n") if path.is_file() else []
@@ -330,7 +333,7 @@ def _read_index(path: Path, warnings: list[str]) -> dict[str, RunRecord]:
             continue
         try:
             row = parse(line, IndexRow, f"{path}:{number}", extra="forbid")
-            record = RunRecord(row.name, path.parent / row.name, row.entry, GONE)
+            record = RunRecord(row.name, path.parent / row.name, row.entry, DELETED)
         except InputError as error:
             warnings.append(f"{error}; ignored")
             continue

@@ -46,7 +46,7 @@ def list_command(context: typer.Context, roots: Roots = None, as_json: AsJson = 
     table = Table(*columns, "finished", "took", "result", "", box=None)
     for r in records:
         duration = "" if r.entry.seconds is None else seconds_text(r.entry.seconds)
-        state, when = "" if r.state == "here" else r.state, minute_text(r.finished_at)
+        state, when = "" if r.state == "present" else r.state, minute_text(r.finished_at)
         cells = (r.name, r.entry.kind, r.short_id, when, duration, headline(r.entry), state)
         table.add_row(*map(Text, cells))
     print_result(table if records else "no stage has run here")
@@ -106,13 +106,13 @@ def card_command(kinds: Kinds) -> Callable[..., None]:
         from fastlm.errors import InputError
         from fastlm.files import write_text
         from fastlm.pipeline.card import CARD, card, model_folder
-        from fastlm.pipeline.registry import GONE
+        from fastlm.pipeline.registry import DELETED
 
         registry = _opened(roots, model)
         record = registry.find_one(model)
         text = card(registry, record, kinds=kinds, licence=licence, language=language)
-        if out is None and record.state == GONE:
-            raise InputError(f"{record.name}: expected --out, since its folder is gone")
+        if out is None and record.state == DELETED:
+            raise InputError(f"{record.name}: expected --out, since its folder was deleted")
         out = out or model_folder(record) / CARD
         write_text(out, text)
         typer.echo(out)

@@ -107,10 +107,10 @@ def render_report(
     cards = [
         {
             "value": value, "lead": "scores" in step.stage.outputs,
-            "what": what if kinds[step.stage.kind] == 1 else f"{what} ({step.name})",
+            "what": label if kinds[step.stage.kind] == 1 else f"{label} ({step.name})",
         }
         for step, part in parts
-        for value, what in part.cards
+        for value, label in part.cards
     ]  # fmt: skip
     seconds = {name: stage["seconds"] for name, stage in summary["stages"].items()}
     total = sum(seconds.values()) or 1.0

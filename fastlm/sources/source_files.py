@@ -182,7 +182,8 @@ def list_files(
         else:
             files.append(SourceFile(path, relative, spec, FORMATS[ending], package=package))
     if not files:
-        reasons = f" ({', '.join(f'{n} {why}' for why, n in skipped.items())})" if skipped else ""
+        counts = ", ".join(f"{n} {reason}" for reason, n in skipped.items())
+        reasons = f" ({counts})" if counts else ""
         raise InputError(f"source {spec}: expected files {types}; found none{reasons}")
     return files, skipped
 

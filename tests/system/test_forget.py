@@ -22,7 +22,7 @@ from fastlm.data.shards import INDEX, BatchSampler, TokenDataset
 from fastlm.errors import InputError
 from fastlm.feedback.build import FORMS, BuildOptions, build
 from fastlm.feedback.forget import forget
-from fastlm.pipeline.registry import HERE, open_registry
+from fastlm.pipeline.registry import PRESENT, open_registry
 from fastlm.serve.feedback_store import Feedback, FeedbackStore, StoredResponse
 from fastlm.stages import run_recipe
 
@@ -89,7 +89,7 @@ def test_a_document_leaves_text_and_shards(runs, lost, run_folder):
     assert steps["forgotten"]["removed"] == {"document": 1}
     # no record is out of date, no text is in the log
     states = {r.name: r.state for r in open_registry([runs]).records}
-    assert set(states.values()) == {HERE}, states
+    assert set(states.values()) == {PRESENT}, states
     assert (
         text[:40] not in (runs / FORGET_LOG).read_text()
         and id not in (runs / FORGET_LOG).read_text()
@@ -132,7 +132,9 @@ def test_it_does_not_come_back_and_the_training_runs_again(runs, lost, run_folde
     assert [m["name"] for m in models] == ["one/previous/tokenizer", "one/previous/pretrain"]
     shutil.rmtree(runs / "one/previous")  # the index still knows it
     deleted = json.loads(call(runs, "--target", id, "--json", status=0).stdout)["models"]
-    assert {m["state"] for m in deleted} == {"gone"} and "pretrain" in {m["kind"] for m in deleted}
+    assert {m["state"] for m in deleted} == {"deleted"} and "pretrain" in {
+        m["kind"] for m in deleted
+    }
     # and not into another run in the same folder
     run_recipe(recipe, runs / "new", until="data")
     new_texts = [d.text for d in read_documents(runs / "new/data/train.jsonl.zst")]
@@ -173,7 +175,7 @@ def test_killed_at_any_change_of_the_disk(runs, lost, tmp_path, monkeypatch):
             report = forget([folder], [id])
             assert [m["kind"] for m in report.models] == ["tokenizer", "pretrain"]
         assert not shards(folder) and text not in texts(folder)
-        assert {r.state for r in open_registry([folder], update_index=False).records} == {HERE}
+        assert {r.state for r in open_registry([folder], update_index=False).records} == {PRESENT}
         parts = [p.name for p in folder.rglob(".*.fastlm-*")]
         assert not [name for name in parts if "jsonl" in name or ".bin" in name], parts
         shutil.rmtree(folder)

@@ -18,7 +18,7 @@ from fastlm.pipeline.card import card, code_span, escape
 from fastlm.pipeline.diff import diff
 from fastlm.pipeline.lineage import tree
 from fastlm.pipeline.provenance import digest, model_id
-from fastlm.pipeline.registry import CHANGED, GONE, HERE, INDEX, append_lines, open_registry
+from fastlm.pipeline.registry import CHANGED, DELETED, INDEX, PRESENT, append_lines, open_registry
 from fastlm.sources.input_digest import InputDigest
 from fastlm.stages import KINDS, run_recipe
 
@@ -52,7 +52,7 @@ def call(*arguments, status=0):
 def test_lineage_from_the_model_to_the_sources(finished_runs):
     registry = open_registry([finished_runs])
     record = registry.find_one("one")
-    assert record.name == "one/pretrain" and record.state == HERE
+    assert record.name == "one/pretrain" and record.state == PRESENT
     input_digest = InputDigest(finished_runs / "none", cache=finished_runs)
     assert record.model == model_id(finished_runs / "one/pretrain/model", input_digest)
     hashes = record.entry.provenance.hashes
@@ -101,7 +101,7 @@ def test_the_index_quotes_no_prompt(runs):
 
 def test_moved_copied_deleted_and_changed_runs(runs):
     first = open_registry([runs])
-    assert {r.state for r in first.records} == {HERE}
+    assert {r.state for r in first.records} == {PRESENT}
     (runs / "one").rename(runs / "moved")
     shutil.copytree(runs / "moved", runs / "copied")
     registry = open_registry([runs])
@@ -114,8 +114,8 @@ def test_moved_copied_deleted_and_changed_runs(runs):
     (runs / "two/quantize/report.json").write_text("{}")
     registry = open_registry([runs])
     states = {r.name: r.state for r in registry.records}
-    assert states["two/quantize"] == CHANGED and states["two/pretrain"] == HERE
-    assert sorted(s for n, s in states.items() if not n.startswith("two")) == [GONE] * 6
+    assert states["two/quantize"] == CHANGED and states["two/pretrain"] == PRESENT
+    assert sorted(s for n, s in states.items() if not n.startswith("two")) == [DELETED] * 6
     (runs / INDEX).unlink()  # rebuilt, without what is gone
     assert len(open_registry([runs]).records) == 6
 
@@ -178,7 +178,7 @@ def test_a_card_says_what_is_recorded(runs):
     assert "Intended use: not recorded." in text and "Safety: not recorded." in text
     assert "| train | 22 |" in text and "fastlm run tiny.toml" in text
     registry = open_registry([runs])
-    assert registry.find_one("one").state == HERE  # the card changed nothing
+    assert registry.find_one("one").state == PRESENT  # the card changed nothing
     call("card", "one/quantize", "--in", runs, "-o", runs / "cards/q.md", "--license", "mit")
     assert "license: mit" in (runs / "cards/q.md").read_text()
     message = call("card", "one/data", "--in", runs, status=2).stderr
