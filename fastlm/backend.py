@@ -327,10 +327,15 @@ def _select(op: str, device: str, dtype: torch.dtype) -> Callable:
         assert entry.fake is not None
         return entry.fake
     if _forced_name is not None and (reason := unsupported_reason(op, _forced_name, device, dtype)):
-        raise InputError(f"backend: {_forced_name!r} is forced but cannot run {op}: {reason}")
+        raise InputError(
+            f"backend: expected one that can run {op}, got {_forced_name!r}, which is forced: "
+            f"{reason}"
+        )
     rows = _candidates(op, device, dtype)
     if not rows:
-        raise InputError(f"{op}: no implementation for {device} tensors of {dtype}")
+        raise InputError(
+            f"{op}: expected tensors that a backend supports, got {device} tensors of {dtype}"
+        )
     return _dispatcher(entry, rows)
 
 
@@ -356,7 +361,8 @@ def _dispatcher(entry: OpEntry, rows: list[Backend]) -> Callable:
             return implementation(*args)
         if not rest:
             raise InputError(
-                f"backend: {row.name!r} is forced but cannot run {entry.name}: it supports"
+                f"backend: expected one that can run {entry.name} with these arguments, got"
+                f" {row.name!r}, which is forced: it supports"
                 f" {support.text}"
             )
         if fallback is None:

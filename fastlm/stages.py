@@ -20,11 +20,11 @@ from fastlm.pipeline.stage import Stage
 from fastlm.quant.stage import Quantize
 from fastlm.tokenizer.stage import Shards, TrainTokenizer
 from fastlm.train.distill import Distill
-from fastlm.train.dpo import Dpo
-from fastlm.train.online_stage import Grpo, Ppo
+from fastlm.train.dpo import DPO
+from fastlm.train.online_stage import GRPO, PPO
 from fastlm.train.pretrain import Pretrain
 from fastlm.train.reward import Reward
-from fastlm.train.sft import Sft
+from fastlm.train.sft import SFT
 
 if TYPE_CHECKING:
     from fastlm.pipeline.recipe import Recipe
@@ -34,12 +34,12 @@ KINDS: dict[str, type[Stage]] = {
     "tokenizer": TrainTokenizer,
     "shards": Shards,
     "pretrain": Pretrain,
-    "sft": Sft,
+    "sft": SFT,
     "distill": Distill,
     "reward": Reward,
-    "dpo": Dpo,
-    "ppo": Ppo,
-    "grpo": Grpo,
+    "dpo": DPO,
+    "ppo": PPO,
+    "grpo": GRPO,
     "eval": Eval,
     "safety": Safety,
     "simulate": Simulate,

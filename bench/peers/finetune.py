@@ -115,13 +115,13 @@ def fastlm_side(job: dict[str, Any], folder: Path, rows: list[dict]) -> dict[str
     import numpy as np
     import torch
 
-    from fastlm.train.dpo_objective import DpoObjective
+    from fastlm.train.dpo_objective import DPOObjective
     from fastlm.train.loop import train
     from fastlm.train.lora_options import LoraOptions
     from fastlm.train.objective import Example
     from fastlm.train.options import TrainOptions
-    from fastlm.train.preference_stage import DpoOptions, PreferenceExample
-    from fastlm.train.sft import SftObjective
+    from fastlm.train.preference_stage import DPOOptions, PreferenceExample
+    from fastlm.train.sft import SFTObjective
 
     imports = peak()
     method, _, lora = job["task"].partition("-")
@@ -144,12 +144,12 @@ def fastlm_side(job: dict[str, Any], folder: Path, rows: list[dict]) -> dict[str
     }  # fmt: skip
     began = time.process_time()
     if method == "sft":
-        objective = SftObjective(model, [example(r, "chosen") for r in rows], [], options, **common)
+        objective = SFTObjective(model, [example(r, "chosen") for r in rows], [], options, **common)
     else:
         preferences = [
             PreferenceExample((example(r, "chosen"), example(r, "rejected"))) for r in rows
         ]
-        objective = DpoObjective(model, preferences, [], options, DpoOptions(beta=BETA), **common)
+        objective = DPOObjective(model, preferences, [], options, DPOOptions(beta=BETA), **common)
         objective.measure_reference(getattr(torch, job["dtype"]))
     reference = time.process_time() - began
     metrics = TrainingMetrics(imports, reference)

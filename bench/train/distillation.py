@@ -27,7 +27,7 @@ from fastlm.model.causal_lm import CausalLM
 from fastlm.sources.packages import default_cache
 from fastlm.tokenizer.load import load_tokenizer
 from fastlm.train.distill import Distill
-from fastlm.train.sft import Sft, SftObjective
+from fastlm.train.sft import SFT, SFTObjective
 
 TEACHER = "model:smollm2"
 DATA = "sdist:llamafactory#*alpaca_en_demo.json"
@@ -59,12 +59,12 @@ def some_rows(count: int, file: Path) -> str:
     return str(file)
 
 
-def heldout_loss(stage: Sft, model: str | Path) -> float:
+def heldout_loss(stage: SFT, model: str | Path) -> float:
     """Return the mean cross-entropy of the held-out answers' tokens."""
     student = CausalLM.from_pretrained(model, dtype=torch.float32, keep_quantized=False)
     ctx = stage.context("unused", model=model)
     data = stage.read_data(load_tokenizer(model, student.config.to_dict()), 2048, ctx)
-    objective = SftObjective(
+    objective = SFTObjective(
         student, data.training, data.heldout, replace(stage.train_options(1), val_tokens=10**9),
         batch_size=stage.batch_size, seed=0, base="", tokenizer=None, prompt=(),
     )  # fmt: skip
@@ -90,7 +90,7 @@ def main() -> None:
         data=(rows,), batch_size=BATCH, max_length=192, heldout=HELDOUT, max_steps=options.steps,
         lr=options.lr, validations=0, sample_at=(), save_steps=10**6,
     )  # fmt: skip
-    without = Sft(**shared)
+    without = SFT(**shared)
     distill = Distill(**shared, sft_weight=options.sft_weight, teacher_top_k=TOP_K)
     logits = options.out / "with-0" / "teacher-logits"
     results: dict[str, list[dict[str, float]]] = {"without": [], "with": []}

@@ -210,8 +210,8 @@ def roll_out(rank: int, size: int, port: int, kind: str, log) -> None:
     import torch
 
     import fastlm
-    from fastlm.train.online_objectives import GrpoObjective, PpoObjective, build_value_model
-    from fastlm.train.options import GrpoOptions, PpoOptions
+    from fastlm.train.online_objectives import GRPOObjective, PPOObjective, build_value_model
+    from fastlm.train.options import GRPOOptions, PPOOptions
     from fastlm.train.parallel import process_group
 
     torch.set_num_threads(1)
@@ -229,14 +229,14 @@ def roll_out(rank: int, size: int, port: int, kind: str, log) -> None:
     }
     args = (model, model, [[1, 2]] * 16, [], lambda indices, completions: [1.0] * len(completions))
     objective = (
-        PpoObjective(
+        PPOObjective(
             *args,
-            PpoOptions(**settings),
+            PPOOptions(**settings),
             base="",
             value_model=build_value_model(model, shared=True),
         )
         if kind == "ppo"
-        else GrpoObjective(*args, GrpoOptions(**settings), base="")
+        else GRPOObjective(*args, GRPOOptions(**settings), base="")
     )
     with process_group(torch.device("cpu")) as objective.world:
         marks = []

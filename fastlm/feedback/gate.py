@@ -56,14 +56,14 @@ class Gate(Stage):
     gates: Annotated[str, "Read the bounds on scores from this TOML file (docs/improve.md)"] = ""
 
     def check(self) -> None:
-        from fastlm.evals.safety.gates import read_gates
+        from fastlm.evals.gates import read_gates
 
         if not self.gates:
             raise InputError("gates: expected a TOML file of bounds, got none")
         read_gates(self.gates)
 
     def plan(self, inputs: Mapping[str, Any]) -> Facts:
-        from fastlm.evals.safety.gates import read_gates
+        from fastlm.evals.gates import read_gates
 
         names = [facts["name"] for facts in inputs["scores"]]
         for gate in read_gates(self.gates):
@@ -77,7 +77,7 @@ class Gate(Stage):
         return input_digest.hash_tree(self.gates)
 
     def run(self, ctx: StageContext) -> dict[str, Any]:
-        from fastlm.evals.safety.gates import gate_warnings, read_gates
+        from fastlm.evals.gates import gate_warnings, read_gates
         from fastlm.feedback.gate_metrics import models_of, read_scores, scores_of
 
         scores: dict[str, Any] = {}

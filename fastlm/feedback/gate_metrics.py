@@ -31,12 +31,12 @@ class ModelId:
 
 
 class JudgeAgreement(TypedDict):
-    """The agreement of a judge with people: in its own domain, and ``elsewhere``."""
+    """The agreement of a judge with people: in its own domain and in ``other_domains``."""
 
     domain: str
     agreement: tuple[Count, Count]
     kappa: Finite
-    elsewhere: NotRequired[list["JudgeAgreement"]]
+    other_domains: NotRequired[list["JudgeAgreement"]]
 
 
 class MetricValue(TypedDict):

@@ -470,7 +470,7 @@ class Engine:
 
     def _default_budget(self, answers: int) -> int:
         """Return the tokens of a step. Where prompts are rows of it, each row delays the answers.
-        So there are few, for short pauses, unless there are draft tokens, or so many unfinished
+        So there are few, for short pauses, unless there are draft tokens, or many unfinished
         prompts that throughput matters more."""
         if not self._uses_prompt_rows:
             return 256

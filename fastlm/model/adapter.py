@@ -169,7 +169,8 @@ def load_adapter(model: "CausalLM", folder: str | Path) -> "CausalLM":
     for name, pair in pairs.items():
         if (base := linears.get(name)) is None:
             raise InputError(
-                f"{folder}: {name}: is no linear layer of this model; the adapter is of"
+                f"{folder}: {name}: expected a linear layer of this model, got none; the adapter "
+                "is of"
                 " another base"
             )
         shapes = {"lora_A": (lora.r, base.in_features), "lora_B": (base.out_features, lora.r)}
@@ -205,7 +206,10 @@ def _config(path: Path) -> PeftConfig:
         )
     for key, value in config.items():
         if value and key not in PeftConfig.__annotations__ and key not in _IGNORED:
-            raise InputError(f"{path}: {key}: not supported by fastlm's LoRA, got {value!r:.60}")
+            raise InputError(
+                f"{path}: {key}: expected none, fastlm's LoRA does not support it, got "
+                f"{value!r:.60}"
+            )
     return config
 
 

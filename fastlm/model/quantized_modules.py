@@ -144,7 +144,7 @@ def set_quantized_weight(
         new = QuantizedEmbedding(weight, dtype=dtype or old.weight.dtype, act_bits=act_bits)
     else:
         raise InputError(
-            "model: an nn.Embedding with max_norm rescales its rows; it cannot be quantized"
+            "model: expected embeddings without max_norm, got one, which rescales its rows"
         )
     new.train(old.training)
     if not name:
@@ -163,7 +163,7 @@ def _module(model: nn.Module, name: str) -> nn.Linear | nn.Embedding:
     try:
         module = model.get_submodule(name)
     except AttributeError:
-        raise InputError(f"{name} is not a module of the model") from None
+        raise InputError(f"{name}: expected a module of the model, got none") from None
     if type(module) not in REPLACEABLE:
         raise InputError(f"{name}: expected nn.Linear or nn.Embedding, got {type(module).__name__}")
     assert isinstance(module, nn.Linear | nn.Embedding)
@@ -211,7 +211,7 @@ def load_quantized(
             continue
         for part in ("scales", "zeros") if entry["zeros"] else ("scales",):
             if f"{name}.{part}" not in state:
-                raise InputError(f"state: {name}.{part} is missing")
+                raise InputError(f"state: expected {name}.{part}, got none")
         qdata, scales, zeros = (state.get(f"{name}.{part}") for part in PARTS)
         assert qdata is not None and scales is not None
         layout = entry["bits"], entry["group_size"], tuple(entry["shape"])
@@ -222,7 +222,7 @@ def load_quantized(
     for name, entry in config["modules"].items():
         weight = weights.get(name) or shared.get(keys[name])
         if weight is None:
-            raise InputError(f"state: {name}.qdata is missing")
+            raise InputError(f"state: expected {name}.qdata, got none")
         model = set_quantized_weight(model, name, weight, act_bits=entry.get("act_bits", 16))
     missing, unexpected = model.load_state_dict(dict(state), strict=False)
     # names whose storage another name of the state has already filled
@@ -230,7 +230,7 @@ def load_quantized(
     missing = [n for n in missing if model.state_dict()[n].data_ptr() not in filled]
     if missing or unexpected:
         raise InputError(
-            f"state: missing {', '.join(missing) or 'nothing'};"
-            f" not of the model: {', '.join(unexpected) or 'nothing'}"
+            f"state: expected the model's tensors, got {', '.join(unexpected) or 'nothing'} in"
+            f" addition; missing: {', '.join(missing) or 'nothing'}"
         )
     return model

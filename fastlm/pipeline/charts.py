@@ -136,7 +136,7 @@ def _label_values(axes: Any, labels: list[tuple[str, float, str]]) -> None:
 
 
 def _apart(heights: list[float], gap: float) -> list[float]:
-    """Return the ascending ``wanted``, moved as little as keeps neighbours ``gap`` apart."""
+    """Return the ascending ``heights``, moved as little as keeps neighbours ``gap`` apart."""
     import numpy as np
     from scipy.optimize import isotonic_regression
 

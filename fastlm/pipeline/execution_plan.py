@@ -53,7 +53,7 @@ def make_plan(
     record: Mapping[str, StageRecord],
     out: Path,
 ) -> list[PlannedStage]:
-    """Plan the stages ``wanted`` of a recipe, and those after them that have become stale."""
+    """Plan the stages ``names`` of a recipe, and those after them that have become stale."""
     plan: list[PlannedStage] = []
     rerun: set[str] = set()  # the output of these differs from before
     for step in recipe.steps:

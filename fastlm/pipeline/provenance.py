@@ -5,7 +5,7 @@ and outputs are named by the id of their content, so that folders may be moved a
 one file (a .gguf model, one tokenizer.json) is its SHA-256, as ``sha256sum`` prints it. That of
 several is the SHA-256 of the JSON list of [name, SHA-256] of them, sorted. Files that are no part
 of it (README.md, reports, the records of a run) do not count, so that a model keeps its id when a
-card is written beside it.
+card is written next to it.
 """
 
 import hashlib

@@ -111,7 +111,7 @@ def parse_recipe(table: Mapping[str, Any], *, kinds: Kinds) -> Recipe:
             raise InputError(f"{key}: expected {types[KEYS[key]]}, got {value!r:.80}")
     name, seed = table.get("name"), table.get("seed", 0)
     if name is None:
-        raise InputError("name: expected, is missing")
+        raise InputError("name: expected the name of the run, got none")
     if not _NAME.fullmatch(name):
         raise InputError(f"name: expected the name of a folder below runs/, got {name!r}")
     if not 0 <= seed < 2**63:
@@ -135,9 +135,8 @@ def parse_recipe(table: Mapping[str, Any], *, kinds: Kinds) -> Recipe:
     used = {source for step in steps for sources in step.inputs.values() for source in sources}
     if unused := [name for name, path in parser.external.items() if path not in used]:
         raise InputError(
-            f"{INPUTS}.{unused[0]}: expected a stage that has it as an input, got none (options, "
-            "such"
-            " as a list of data files, and --set of a stage's input take paths)"
+            f"{INPUTS}.{unused[0]}: expected a stage that has it as an input, got none"
+            " (options such as a list of data files, and --set of a stage's input, take paths)"
         )
     return Recipe(name, table.get("description", ""), seed, steps, table, kinds)
 

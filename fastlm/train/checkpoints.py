@@ -234,8 +234,8 @@ def load_checkpoint(
         raise InputError(f"{path}: expected a training checkpoint: {error}") from None
     if differs := identity_difference(checkpoint.identity, identity, may_differ):
         raise InputError(
-            f"{path}: is of another run: {differs}; choose another folder, or delete it to start"
-            " again"
+            f"{path}: expected a training with these options, got another: {differs}; choose"
+            " another folder, or delete it to start again"
         )
     parts = {
         prefix: {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}

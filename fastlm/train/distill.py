@@ -21,7 +21,7 @@ from fastlm.torchrun import check_single_process
 from fastlm.train.encoding import chat_tokenizer, check_vocabulary, template_variables
 from fastlm.train.objective import IGNORE, weights_digest
 from fastlm.train.options import check_unsharded, expect
-from fastlm.train.sft import ConversationDataset, Sft, SftObjective
+from fastlm.train.sft import SFT, ConversationDataset, SFTObjective
 
 if TYPE_CHECKING:
     import numpy as np
@@ -63,7 +63,7 @@ class DistillOptions:
     max_new_tokens: Annotated[int, "Maximum tokens of a completion of the student or teacher"] = 128
 
 
-class DistillObjective(SftObjective):
+class DistillObjective(SFTObjective):
     """The objective of `Distill`: the divergence of student and teacher, averaged over the loss
     tokens of the whole step, plus `sft_weight` times the cross-entropy.
     """
@@ -222,7 +222,7 @@ class TeacherLogitsObjective(DistillObjective):
 
 
 @dataclass(frozen=True)
-class Distill(DistillOptions, Sft):
+class Distill(DistillOptions, SFT):
     """Train a student on a larger model's predictions: at every token of the answers it learns the
     teacher's distribution, not only the answer's token.
 
@@ -346,7 +346,7 @@ class Distill(DistillOptions, Sft):
 
     def objective(
         self, ctx: StageContext, model: Any, data: Any, options: "TrainOptions", **common: Any
-    ) -> SftObjective:
+    ) -> SFTObjective:
         if self.teacher_completions:
             return super().objective(ctx, model, data, options, **common)
         args, tokenizer = (model, data.training, data.heldout, options), common["tokenizer"]

@@ -10,7 +10,7 @@ from fastlm.pipeline.stage import InputSpec, ReportSection, StageContext, select
 from fastlm.train.encoding import rows_summary
 from fastlm.train.lora_options import LoraOptions
 from fastlm.train.options import TrainOptions, check_unsharded, expect
-from fastlm.train.preference_stage import DpoOptions, PreferenceDataset, PreferenceStage
+from fastlm.train.preference_stage import DPOOptions, PreferenceDataset, PreferenceStage
 from fastlm.train.training_stage import FEEDBACK
 
 if TYPE_CHECKING:
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Dpo(LoraOptions, DpoOptions, PreferenceStage):
+class DPO(LoraOptions, DPOOptions, PreferenceStage):
     """Train a model on preferences (DPO, IPO, KTO), so that it prefers the better answers.
 
     The loss compares the model with itself before training, which keeps it close. The same command
@@ -81,10 +81,10 @@ kto, labels (prompt, completion, label)."""
         import torch
 
         from fastlm.train.checkpoints import list_checkpoints
-        from fastlm.train.dpo_objective import DpoObjective
+        from fastlm.train.dpo_objective import DPOObjective
 
-        dpo_options = select_options(self, DpoOptions)
-        objective = DpoObjective(model, data.training, data.heldout, options, dpo_options, **common)
+        dpo_options = select_options(self, DPOOptions)
+        objective = DPOObjective(model, data.training, data.heldout, options, dpo_options, **common)
         if not list_checkpoints(ctx.out):  # a checkpoint stores the reference
             objective.measure_reference(getattr(torch, self.dtype), track=ctx.track)
         return objective

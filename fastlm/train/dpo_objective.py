@@ -20,7 +20,7 @@ from fastlm.train.objective import (
     without_dropout,
 )
 from fastlm.train.preference_stage import (
-    DpoOptions,
+    DPOOptions,
     PreferenceExample,
     accuracy_error,
     margin_accuracy,
@@ -52,8 +52,8 @@ class PreferenceBatch:
     kl: Tensor | None = None
 
 
-class DpoObjective(EpochObjective):
-    """The objective of `fastlm.train.dpo.Dpo`. The loss is a mean over the pairs (KTO: the labels)
+class DPOObjective(EpochObjective):
+    """The objective of `fastlm.train.dpo.DPO`. The loss is a mean over the pairs (KTO: the labels)
     of a step, however they are spread over its micro-batches.
 
     The reference is the base model. Its log-probabilities are measured once, before the first step
@@ -71,7 +71,7 @@ class DpoObjective(EpochObjective):
         examples: Sequence[PreferenceExample],
         heldout: Sequence[PreferenceExample],
         options: "TrainOptions",
-        dpo_options: DpoOptions,
+        dpo_options: DPOOptions,
         **common: Any,
     ):
         super().__init__(model, examples, heldout, options, **common)

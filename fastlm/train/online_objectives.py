@@ -25,7 +25,7 @@ from fastlm.train.losses import (
 )
 from fastlm.train.objective import decay_matrices, without_dropout
 from fastlm.train.online import OnlineObjective, RolloutBatch, importance_weights
-from fastlm.train.options import LOSS_TYPES, Aggregation, GrpoOptions, PpoOptions
+from fastlm.train.options import LOSS_TYPES, Aggregation, GRPOOptions, PPOOptions
 from fastlm.train.rollouts import PackedRollouts
 
 if TYPE_CHECKING:
@@ -40,7 +40,7 @@ class ValueModel(nn.Module):
     number.
 
     With ``trunk`` None it shares the policy's trunk, whose hidden states `values` then takes.
-    ``kind``: the option `value_model` of `fastlm.train.online_stage.Ppo`.
+    ``kind``: the option `value_model` of `fastlm.train.online_stage.PPO`.
     """
 
     def __init__(self, trunk: "CausalLM | None", width: int, kind: str):
@@ -60,8 +60,8 @@ class ValueModel(nn.Module):
         return packed.rows(F.linear(hidden.float(), head.weight.float(), head.bias.float())[..., 0])
 
 
-class PpoObjective(OnlineObjective):
-    """The objective of `fastlm.train.online_stage.Ppo`. docs/ppo.md lists its conventions.
+class PPOObjective(OnlineObjective):
+    """The objective of `fastlm.train.online_stage.PPO`. docs/ppo.md lists its conventions.
 
     ``value_model``: see `ValueModel`. ``offset`` is added to its values. It is the mean score of
     the first round, so that a head of zeros starts at the mean return and not at 0, which it would
@@ -71,7 +71,7 @@ class PpoObjective(OnlineObjective):
 
     column_names = ("advantages", "returns", "values")
 
-    options: PpoOptions
+    options: PPOOptions
 
     def __init__(self, *args: Any, value_model: ValueModel, **more: Any):
         super().__init__(*args, **more)
@@ -219,8 +219,8 @@ def _trunk_of(policy: "CausalLM") -> "CausalLM":
     return trunk
 
 
-class GrpoObjective(OnlineObjective):
-    """The objective of `fastlm.train.online_stage.Grpo`.
+class GRPOObjective(OnlineObjective):
+    """The objective of `fastlm.train.online_stage.GRPO`.
 
     The KL to the reference is a term of the loss, except for RLOO. RLOO subtracts it from the
     score, and treats a completion as one action, whose log-probability is the sum over its tokens.
@@ -228,7 +228,7 @@ class GrpoObjective(OnlineObjective):
 
     column_names = ("advantages", "ref_logp", "loss_mask")
 
-    options: GrpoOptions
+    options: GRPOOptions
 
     def __init__(self, *args: Any, **more: Any):
         super().__init__(*args, **more)

@@ -34,8 +34,8 @@ from fastlm.train.lora_options import LoraOptions
 from fastlm.train.metrics import METRICS, read_metrics
 from fastlm.train.objective import weights_digest
 from fastlm.train.options import (
-    GrpoOptions,
-    PpoOptions,
+    GRPOOptions,
+    PPOOptions,
     RolloutOptions,
     TrainOptions,
     check_unsharded,
@@ -441,7 +441,7 @@ class RewardScorer:
 
 
 @dataclass(frozen=True)
-class Ppo(PpoOptions, OnlineStage):
+class PPO(PPOOptions, OnlineStage):
     """Train a policy on scores of its own completions by PPO, with a value model.
 
     Scores come from a function, from a reward model, or from both. The same command run again
@@ -468,21 +468,21 @@ class Ppo(PpoOptions, OnlineStage):
     def build_objective(
         self, policy: "CausalLM", reward_model: "RewardModel | None", *args: Any, **more: Any
     ) -> "OnlineObjective":
-        from fastlm.train.online_objectives import PpoObjective, build_value_model
+        from fastlm.train.online_objectives import PPOObjective, build_value_model
 
         value_model = build_value_model(
             policy, shared=self.value_model == "shared",
             reward=reward_model if self.value_model == "reward" else None,
         )  # fmt: skip
-        settings = select_options(self, PpoOptions)
-        return PpoObjective(policy, *args, settings, value_model=value_model, **more)
+        settings = select_options(self, PPOOptions)
+        return PPOObjective(policy, *args, settings, value_model=value_model, **more)
 
     def title(self) -> str:
         return "PPO"
 
 
 @dataclass(frozen=True)
-class Grpo(GrpoOptions, OnlineStage):
+class GRPO(GRPOOptions, OnlineStage):
     """Train a policy on scores of its completions, relative to its others of the same prompt.
 
     Scores come from a function, from a reward model, or from both. The same command run again
@@ -495,9 +495,9 @@ class Grpo(GrpoOptions, OnlineStage):
     def build_objective(
         self, policy: "CausalLM", reward_model: "RewardModel | None", *args: Any, **more: Any
     ) -> "OnlineObjective":
-        from fastlm.train.online_objectives import GrpoObjective
+        from fastlm.train.online_objectives import GRPOObjective
 
-        return GrpoObjective(policy, *args, select_options(self, GrpoOptions), **more)
+        return GRPOObjective(policy, *args, select_options(self, GRPOOptions), **more)
 
     def title(self) -> str:
         return "Preference training (RLOO)" if self.loss_type == "rloo" else "GRPO"

@@ -307,7 +307,7 @@ class RolloutOptions:
 
 
 @dataclass(frozen=True)
-class PpoOptions(RolloutOptions):
+class PPOOptions(RolloutOptions):
     """The options of PPO. docs/ppo.md lists the conventions."""
 
     prompts_per_round: Annotated[int, "Prompts per round"] = 64
@@ -352,7 +352,7 @@ class PpoOptions(RolloutOptions):
 
 
 @dataclass(frozen=True)
-class GrpoOptions(RolloutOptions):
+class GRPOOptions(RolloutOptions):
     """The options of GRPO and its relatives."""
 
     num_generations: Annotated[int, "Completions per prompt: the group"] = 8

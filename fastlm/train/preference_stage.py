@@ -36,7 +36,7 @@ LOSS_OPTIONS = {
 
 
 @dataclass(frozen=True)
-class DpoOptions:
+class DPOOptions:
     """The options of `dpo`'s loss; see `fastlm.train.losses.dpo_loss` and `kto_loss`."""
 
     loss_type: Annotated[str, "Loss: sigmoid (DPO), ipo, hinge or kto"] = "sigmoid"
@@ -61,7 +61,7 @@ class DpoOptions:
         for name, losses in LOSS_OPTIONS.items():
             value = getattr(self, name)
             expect(
-                self.loss_type in losses or value == getattr(DpoOptions, name), name,
+                self.loss_type in losses or value == getattr(DPOOptions, name), name,
                 f"none with loss_type = {self.loss_type!r}",
                 f"{value} (an option of {', '.join(losses)})",
             )  # fmt: skip

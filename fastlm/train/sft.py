@@ -28,8 +28,8 @@ TRUNCATION_COUNTS = {
 }
 
 
-class SftObjective(EpochObjective):
-    """The objective of `Sft`: cross-entropy of the tokens with a loss.
+class SFTObjective(EpochObjective):
+    """The objective of `SFT`: cross-entropy of the tokens with a loss.
 
     The loss is a mean over those tokens of the whole step, however they are spread over its
     micro-batches. For the arguments see `EpochObjective`.
@@ -57,7 +57,7 @@ class SftObjective(EpochObjective):
 
 
 @dataclass(frozen=True)
-class Sft(LoraOptions, ChatStage):
+class SFT(LoraOptions, ChatStage):
     """Fine-tune a model on the assistant's messages of conversations, with their end tokens.
 
     The model's own chat template renders the conversations; a model without one that has ChatML's
@@ -113,8 +113,8 @@ class Sft(LoraOptions, ChatStage):
 
     def objective(
         self, ctx: StageContext, model: Any, data: Any, options: "TrainOptions", **common: Any
-    ) -> SftObjective:
-        return SftObjective(model, data.training, data.heldout, options, **common)
+    ) -> SFTObjective:
+        return SFTObjective(model, data.training, data.heldout, options, **common)
 
     def summary_parts(self, result: Mapping[str, Any], ctx: StageContext) -> tuple[str, list[str]]:
         speed = f"{result['tokens_per_second']:,.0f} loss tokens/s"
@@ -156,7 +156,7 @@ class Sft(LoraOptions, ChatStage):
 class ConversationDataset(EncodedDataset):
     """The conversations of a stage as tokens. ``conversations``: the number of training ones."""
 
-    def __init__(self, stage: Sft, *args: Any):
+    def __init__(self, stage: SFT, *args: Any):
         self.source = 0  # index of the current row's source
         self.source_conversations = [0] * len(stage.data)
         self.source_examples = [0] * len(stage.data)

@@ -269,7 +269,7 @@ def test_unsupported_arguments(kernel, monkeypatch, shape, change):
     q_dtype = torch.float32 if dtype == torch.float32 else torch.bfloat16
     q = torch.randn(1, queries, heads, width, device=kernel.device).to(q_dtype)
     arguments = (q, k, v, table, lens)
-    with pytest.raises(InputError, match="is forced but cannot run paged_attention: it supports D"):
+    with pytest.raises(InputError, match="which is forced: it supports D"):
         ops.paged_attention(*arguments, causal=True, **scales)
     with backend.use_backend("reference"):
         expected = ops.paged_attention(*arguments, causal=True, **scales)

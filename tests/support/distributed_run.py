@@ -36,18 +36,18 @@ from fastlm.model.lora import add_lora
 from fastlm.model.reward_model import RewardModel
 from fastlm.train import loop
 from fastlm.train.distill import DistillOptions, TeacherModelObjective
-from fastlm.train.dpo_objective import DpoObjective
+from fastlm.train.dpo_objective import DPOObjective
 from fastlm.train.loop import NonFiniteError, TrainingInterrupted, train
 from fastlm.train.objective import DivergedError, Example
 from fastlm.train.online import OnlineObjective
-from fastlm.train.online_objectives import GrpoObjective, PpoObjective, build_value_model
-from fastlm.train.online_stage import Grpo
-from fastlm.train.options import GrpoOptions, PpoOptions, RolloutOptions, TrainOptions
+from fastlm.train.online_objectives import GRPOObjective, PPOObjective, build_value_model
+from fastlm.train.online_stage import GRPO
+from fastlm.train.options import GRPOOptions, PPOOptions, RolloutOptions, TrainOptions
 from fastlm.train.parallel import process_group
-from fastlm.train.preference_stage import DpoOptions, PreferenceExample
+from fastlm.train.preference_stage import DPOOptions, PreferenceExample
 from fastlm.train.pretrain import PretrainObjective
 from fastlm.train.reward import RewardObjective
-from fastlm.train.sft import SftObjective
+from fastlm.train.sft import SFTObjective
 
 CONFIG = {
     "model_type": "llama", "vocab_size": VOCAB, "hidden_size": 32, "intermediate_size": 64,
@@ -99,7 +99,7 @@ def train_sft(run: Path, options: TrainOptions = OPTIONS, rank: int = 0, net=Non
     net = net or model()
     if rank:
         add_lora(net, rank, 2.0 * rank, seed=3)
-    objective = SftObjective(
+    objective = SFTObjective(
         net, examples(14), [], options, batch_size=2, seed=1, base="", tokenizer=None, prompt=(),
     )  # fmt: skip
     train(objective, options, run)
@@ -133,8 +133,8 @@ def train_preferences(run: Path, options: TrainOptions = OPTIONS, loss: str = "s
                 (answer, Example(ids, answer.loss_mask, answer.location)), desirable=i % 3 > 0
             )
         )
-    objective = DpoObjective(
-        net, pairs, pairs[:3], options, DpoOptions(loss), batch_size=2, seed=1, base="",
+    objective = DPOObjective(
+        net, pairs, pairs[:3], options, DPOOptions(loss), batch_size=2, seed=1, base="",
         tokenizer=None, prompt=(),
     )  # fmt: skip
     objective.measure_reference(torch.float32)
@@ -186,18 +186,18 @@ def train_online(
     }  # fmt: skip
     if kind.startswith("ppo"):
         value = build_value_model(policy, shared=kind == "ppo shared")
-        settings = PpoOptions(**settings | {"vf_coef": 0.5})
-        objective = PpoObjective(*args, settings, value_model=value, **more)
+        settings = PPOOptions(**settings | {"vf_coef": 0.5})
+        objective = PPOObjective(*args, settings, value_model=value, **more)
     else:
         settings |= {"loss_type": kind, "entropy_coef": 0.01, "mask_truncated_completions": True}
-        objective = GrpoObjective(*args, GrpoOptions(**settings), **more)
+        objective = GRPOObjective(*args, GRPOOptions(**settings), **more)
     train(objective, options, run)
     return objective
 
 
 def run_grpo_stage(data: Path, out: Path, **changes) -> dict:
     """Run the stage `grpo`, with adapters, on the files of `stage_files`."""
-    stage = Grpo(
+    stage = GRPO(
         data=(str(data / "prompts.jsonl"),), reward_function=f"{data}/rewards.py:length",
         prompts_per_round=4, num_generations=2, batch_size=2, gradient_accumulation_steps=4,
         max_new_tokens=6, max_steps=2, lr=1e-2, heldout=0.2, val_prompts=3, validations=1,
@@ -208,13 +208,13 @@ def run_grpo_stage(data: Path, out: Path, **changes) -> dict:
 
 def run_slow_saving_stage(data: Path, out: Path, **changes) -> None:
     """Run the stage with a model that takes longer to save than another process takes to end."""
-    save = Grpo.save_trained
+    save = GRPO.save_trained
 
     def slow(self, *args):
         time.sleep(1)
         save(self, *args)
 
-    with patch.object(Grpo, "save_trained", slow):
+    with patch.object(GRPO, "save_trained", slow):
         run_grpo_stage(data, out, **changes)
 
 
@@ -305,7 +305,7 @@ def diverging(rank: int, run: Path) -> str:
     """Train with losses of inf and -inf in step 3, one in each process. Rank 1 looks for the last
     checkpoint before it is written.
     """
-    loss, looks, steps = SftObjective.loss, loop.checkpoint_before, 0
+    loss, looks, steps = SFTObjective.loss, loop.checkpoint_before, 0
 
     def spoil_loss(self, batch, num_items):
         nonlocal steps
@@ -313,14 +313,14 @@ def diverging(rank: int, run: Path) -> str:
         result = loss(self, batch, num_items)
         return result if steps <= 4 else result * (math.inf if rank else -math.inf)
 
-    SftObjective.loss = spoil_loss
+    SFTObjective.loss = spoil_loss
     if rank:
         loop.checkpoint_before = lambda run_dir, step: None
     options = replace(SHORT, save_steps=2, validations=0, async_checkpoints=True)
     try:
         return error_message(lambda: train_sft(run, options), NonFiniteError)
     finally:
-        SftObjective.loss, loop.checkpoint_before = loss, looks
+        SFTObjective.loss, loop.checkpoint_before = loss, looks
 
 
 def edges(rank: int, data: Path, out: Path) -> None:

@@ -13,9 +13,9 @@ from fastlm import stages
 from fastlm.data.forget_log import read_forget_log
 from fastlm.errors import InputError
 from fastlm.evals import runner
+from fastlm.evals.gates import gate_failures, read_gates
 from fastlm.evals.harness_tasks import task_files
 from fastlm.evals.results import RecordFile
-from fastlm.evals.safety.gates import gate_failures, read_gates
 from fastlm.evals.task import MultipleChoice, OpenQuestion, Task
 from fastlm.evals.task_metrics import part_metrics, question_metrics, summarize_metrics
 from fastlm.feedback.forget import forget, report_lines

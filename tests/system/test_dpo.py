@@ -18,14 +18,14 @@ from typer.testing import CliRunner
 from fastlm.cli import app
 from fastlm.errors import InputError
 from fastlm.model.causal_lm import CausalLM
-from fastlm.train.dpo import Dpo
-from fastlm.train.dpo_objective import DpoObjective
+from fastlm.train.dpo import DPO
+from fastlm.train.dpo_objective import DPOObjective
 from fastlm.train.loop import TrainingInterrupted
 from fastlm.train.objective import IGNORE, Example, pack_groups
 from fastlm.train.options import TrainOptions
-from fastlm.train.preference_stage import DpoOptions, PreferenceExample, add_mismatched_answers
+from fastlm.train.preference_stage import DPOOptions, PreferenceExample, add_mismatched_answers
 
-TINY = Dpo(
+TINY = DPO(
     data=("x.jsonl",), epochs=2, batch_size=3, gradient_accumulation_steps=2, lr=2e-3, heldout=0.25,
     validations=2, sample_at=(), dtype="float32", save_steps=3,
 )  # fmt: skip
@@ -45,12 +45,12 @@ LABELS = add_mismatched_answers(
     64,
 )
 TERMS = {
-    "sigmoid": DpoOptions(beta=0.3),
-    "cdpo": DpoOptions(beta=0.3, label_smoothing=0.2),
-    "ipo": DpoOptions(loss_type="ipo", beta=0.3, length_normalise=True),
-    "hinge": DpoOptions(loss_type="hinge", beta=2.0),
-    "rpo": DpoOptions(beta=0.3, sft_weight=0.5, length_normalise=True),
-    "kto": DpoOptions(loss_type="kto", beta=0.3, desirable_weight=1.5, undesirable_weight=0.7),
+    "sigmoid": DPOOptions(beta=0.3),
+    "cdpo": DPOOptions(beta=0.3, label_smoothing=0.2),
+    "ipo": DPOOptions(loss_type="ipo", beta=0.3, length_normalise=True),
+    "hinge": DPOOptions(loss_type="hinge", beta=2.0),
+    "rpo": DPOOptions(beta=0.3, sft_weight=0.5, length_normalise=True),
+    "kto": DPOOptions(loss_type="kto", beta=0.3, desirable_weight=1.5, undesirable_weight=0.7),
 }
 
 
@@ -67,15 +67,15 @@ def data(tmp_path) -> str:
     return write(tmp_path / "pairs.jsonl", polite_pairs(40))
 
 
-def options(**changes) -> Dpo:
+def options(**changes) -> DPO:
     return replace(TINY, **changes)
 
 
-def objective(terms: DpoOptions, batch_size: int = 2, examples=None) -> DpoObjective:
+def objective(terms: DPOOptions, batch_size: int = 2, examples=None) -> DPOObjective:
     """On a model that is not its reference any more."""
     model = CausalLM(config(64), seed=3)
     examples = examples or (LABELS if terms.loss_type == "kto" else PAIRS)
-    dpo_objective = DpoObjective(
+    dpo_objective = DPOObjective(
         model, examples, examples, TrainOptions(max_steps=1), terms, batch_size=batch_size, seed=4,
         base="", tokenizer=None, prompt=(),
     )  # fmt: skip
@@ -95,7 +95,7 @@ def logp(model: CausalLM, answer: Example) -> torch.Tensor:
     return logits[positions - 1, ids[positions]].sum()
 
 
-def naive(model, reference, terms: DpoOptions, examples) -> torch.Tensor:
+def naive(model, reference, terms: DPOOptions, examples) -> torch.Tensor:
     """The mean loss, written from the papers' formulas."""
     t, losses = terms, []
     if t.loss_type == "kto":
@@ -126,7 +126,7 @@ def naive(model, reference, terms: DpoOptions, examples) -> torch.Tensor:
     return torch.stack(losses).mean()
 
 
-def step(trained: DpoObjective, micro_batches: int) -> tuple[float, list[torch.Tensor]]:
+def step(trained: DPOObjective, micro_batches: int) -> tuple[float, list[torch.Tensor]]:
     trained.trained.zero_grad()
     batches = trained.next_batches(micro_batches)
     count, total = sum(map(trained.num_items, batches)), 0.0
@@ -181,8 +181,8 @@ def test_a_step_counts_pairs_and_tokens() -> None:
 def test_every_reference_is_measured_once() -> None:
     """Also of held-out rows beyond val_tokens, which a resumed training may validate on."""
     model = CausalLM(config(64), seed=3)
-    trained = DpoObjective(
-        model, PAIRS, PAIRS, TrainOptions(max_steps=1, val_tokens=1), DpoOptions(),
+    trained = DPOObjective(
+        model, PAIRS, PAIRS, TrainOptions(max_steps=1, val_tokens=1), DPOOptions(),
         batch_size=2, seed=4, base="", tokenizer=None, prompt=(),
     )  # fmt: skip
     trained.measure_reference(torch.float32)
@@ -361,7 +361,7 @@ def test_the_same_command_continues_to_the_same_bits(base, data, tmp_path, loss,
 
 def test_another_loss_is_another_training(base, data, tmp_path) -> None:
     options(data=(data,), epochs=1)(tmp_path / "out", model=base)
-    with pytest.raises(InputError, match=r"is of another run: beta was 0.1, now 0.2"):
+    with pytest.raises(InputError, match=r"with these options, got another: beta was 0.1, now 0.2"):
         options(data=(data,), epochs=1, beta=0.2)(tmp_path / "out", model=base)
 
 
@@ -496,7 +496,7 @@ def test_loss_and_gradient_are_those_of_trl(base, tmp_path, name) -> None:
     import transformers
     import trl
 
-    terms = DpoOptions(loss_type=name, beta=0.3, length_normalise=name == "ipo")
+    terms = DPOOptions(loss_type=name, beta=0.3, length_normalise=name == "ipo")
     words = transformers.AutoTokenizer.from_pretrained(base)
     words.pad_token = words.pad_token or words.eos_token
     theirs = transformers.AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
@@ -527,7 +527,7 @@ def test_loss_and_gradient_are_those_of_trl(base, tmp_path, name) -> None:
         for row in features
     ]  # fmt: skip
     model = CausalLM.from_pretrained(base, dtype=torch.float32)
-    trained = DpoObjective(
+    trained = DPOObjective(
         model, examples, [], TrainOptions(max_steps=1), terms, batch_size=4, seed=0, base="",
         tokenizer=None, prompt=(),
     )  # fmt: skip

@@ -20,9 +20,9 @@ from fastlm.model.reward_model import RewardModel
 from fastlm.stages import parse_recipe
 from fastlm.tokenizer.tokenizer import Tokenizer
 from fastlm.train.loop import TrainingInterrupted
-from fastlm.train.online_stage import Ppo, RewardEnsemble, combine_scores
+from fastlm.train.online_stage import PPO, RewardEnsemble, combine_scores
 
-PPO = Ppo(
+PPO_STAGE = PPO(
     data=("x.jsonl",), prompts_per_round=4, num_generations=2, batch_size=4, max_new_tokens=5,
     max_steps=4, lr=1e-3, heldout=0.0, validations=0, sample_at=(), dtype="float32", save_steps=8,
     num_iterations=2, ensemble="uwo", uwo_coefficient=0.5,
@@ -83,7 +83,7 @@ def test_the_models_score_one_by_one(rewards) -> None:
 
 
 def test_ppo_continues_to_the_same_bits(base, rewards, data, tmp_path) -> None:
-    stage = replace(PPO, data=(data,))
+    stage = replace(PPO_STAGE, data=(data,))
     inputs = {"model": base, "reward_model": rewards}
     stage(tmp_path / "whole", **inputs)
     spreads = [line["ensemble_std"] for line in steps(tmp_path / "whole")]
@@ -96,7 +96,7 @@ def test_ppo_continues_to_the_same_bits(base, rewards, data, tmp_path) -> None:
     with pytest.raises(TrainingInterrupted):
         stage(tmp_path / "cut", on_event=press, **inputs)
     more = replace(stage, ensemble="min", max_steps=6)
-    with pytest.raises(InputError, match="is of another run: scorer_identity was"):
+    with pytest.raises(InputError, match="with these options, got another: scorer_identity was"):
         more(tmp_path / "cut", **inputs)
     stage(tmp_path / "cut", **inputs)
     uninterrupted, cut = (
@@ -153,7 +153,7 @@ dtype = "float32"
 )
 def test_refused(base, rewards, data, tmp_path, changes, count, message) -> None:
     with pytest.raises(InputError, match=message):
-        replace(PPO, data=(data,), **changes)(
+        replace(PPO_STAGE, data=(data,), **changes)(
             tmp_path / "out", model=base, reward_model=rewards[:count]
         )
 
@@ -164,7 +164,7 @@ def test_one_model_is_no_ensemble(base, rewards, data, tmp_path) -> None:
     shutil.copytree(rewards[0], copy)
     for twice in ([rewards[0], rewards[0]], [rewards[0], copy]):
         with pytest.raises(InputError, match=r"reward_model: expected each once, got .*, "):
-            replace(PPO, data=(data,))(tmp_path / "out", model=base, reward_model=twice)
+            replace(PPO_STAGE, data=(data,))(tmp_path / "out", model=base, reward_model=twice)
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ from fastlm.data.forget_log import response_key
 from fastlm.data.preferences import Comparison, UnpairedPreference, read_preferences
 from fastlm.data.prompts import read_prompts
 from fastlm.errors import InputError
-from fastlm.evals.safety.gates import read_gates
+from fastlm.evals.gates import read_gates
 from fastlm.evals.safety.sets import TEXTS, SafetySets
 from fastlm.evals.task import OpenQuestion
 from fastlm.feedback.build import BuildOptions, build
@@ -34,9 +34,9 @@ from fastlm.inference.requests import Completion
 from fastlm.pipeline.funnel import Funnel
 from fastlm.serve.feedback_store import Feedback, FeedbackStore, StoredResponse
 from fastlm.serve.ratings import Rating
-from fastlm.train.dpo import Dpo
+from fastlm.train.dpo import DPO
 from fastlm.train.reward import Reward
-from fastlm.train.sft import Sft
+from fastlm.train.sft import SFT
 
 EVERYTHING = BuildOptions(judge=0.0, test=0.0, max_rater_share=1.0)
 
@@ -150,7 +150,7 @@ def test_the_funnel_is_told_in_judgements(store, tmp_path):
 
 
 def test_feedback_without_rows_is_named(tmp_path):
-    stage = Dpo()
+    stage = DPO()
     database = tmp_path / "built"
     ctx = stage.context(tmp_path / "out", cache_dir=tmp_path, model="m", feedback=database)
     for empty in (False, True):  # no build has succeeded; a build without preferences
@@ -161,7 +161,7 @@ def test_feedback_without_rows_is_named(tmp_path):
             stage.with_feedback(ctx)
         assert str(error.value) == f"feedback: expected preferences in {database}/train, got none"
     (database / "train/kto.jsonl").write_text("{}\n")  # thumbs are enough for KTO
-    assert Dpo(loss_type="kto").with_feedback(ctx).data == (f"{database}/train/kto.jsonl",)
+    assert DPO(loss_type="kto").with_feedback(ctx).data == (f"{database}/train/kto.jsonl",)
 
 
 def test_rows_that_trainings_read(store, tmp_path):
@@ -195,13 +195,13 @@ def test_rows_that_trainings_read(store, tmp_path):
     talks = list(read_conversations([str(train / "sft.jsonl")], cache=tmp_path))
     assert len(talks) == sizes["train"]["sft"]
     # the stages read them: alone, or beside other data
-    ctx = Sft(data=("more.jsonl",), data_weights=(2.0,)).context("x", model="m", feedback=out)
-    with_rows = Sft(data=("more.jsonl",), data_weights=(2.0,)).with_feedback(ctx)
+    ctx = SFT(data=("more.jsonl",), data_weights=(2.0,)).context("x", model="m", feedback=out)
+    with_rows = SFT(data=("more.jsonl",), data_weights=(2.0,)).with_feedback(ctx)
     assert with_rows.data == ("more.jsonl", str(train / "sft.jsonl"))
     assert with_rows.data_weights == (2.0, 1.0)
     for stage, rows in (
-        (Sft(), "conversations"),
-        (Dpo(), "preferences"),
+        (SFT(), "conversations"),
+        (DPO(), "preferences"),
         (Reward(), "preferences"),
     ):
         with pytest.raises(InputError, match=f"data: expected at least one source of {rows}"):
@@ -210,7 +210,7 @@ def test_rows_that_trainings_read(store, tmp_path):
             stage.plan({"model": [{"name": "m"}], "feedback": []})
     ctx = Reward(judge=True).context("x", model="m", feedback=out)
     assert Reward(judge=True).with_feedback(ctx).data == (str(out / "judge/preferences.jsonl"),)
-    assert Dpo(loss_type="kto").with_feedback(ctx).data == (str(train / "kto.jsonl"),)
+    assert DPO(loss_type="kto").with_feedback(ctx).data == (str(train / "kto.jsonl"),)
     # the same bytes again, and from its rows
     repeated = build([database], tmp_path / "again", options=BuildOptions(), cache=tmp_path)
     for part in sizes:

@@ -309,11 +309,11 @@ def test_we_load_pefts_adapter(saved, tmp_path, kind) -> None:
 
 
 REFUSED_OF_PEFT = {
-    "use_dora: not supported by fastlm's LoRA": {"use_dora": True},
+    "use_dora: expected none, fastlm's LoRA": {"use_dora": True},
     "bias: expected 'none', got 'lora_only'": {"bias": "lora_only"},
-    "modules_to_save: not supported by fastlm's LoRA": {"modules_to_save": ["norm"]},
-    "rank_pattern: not supported by fastlm's LoRA": {"rank_pattern": {"q_proj": 2}},
-    "alpha_pattern: not supported by fastlm's LoRA": {"alpha_pattern": {"q_proj": 2}},
+    "modules_to_save: expected none, fastlm's LoRA": {"modules_to_save": ["norm"]},
+    "rank_pattern: expected none, fastlm's LoRA": {"rank_pattern": {"q_proj": 2}},
+    "alpha_pattern: expected none, fastlm's LoRA": {"alpha_pattern": {"q_proj": 2}},
     "init_lora_weights: expected one that leaves the base": {"init_lora_weights": "pissa"},
 }
 
@@ -340,7 +340,7 @@ OTHER_BASES = {
     "mlp.down_proj.lora_A: expected (4, 96) by its rank and this model, got (4, 128)": {
         "intermediate_size": 96
     },
-    "model.layers.1.mlp.down_proj: is no linear layer of this model": {"num_hidden_layers": 1},
+    "model.layers.1.mlp.down_proj: expected a linear layer of this model": {"num_hidden_layers": 1},
     "expected an adapter of model.layers.2": {"num_hidden_layers": 3},
     "expected the base model with the digest": {"seed": 4},
 }
@@ -368,7 +368,7 @@ CHANGES = {
     "lora_alpha: expected less than or equal to 3": {"lora_alpha": 10**400},
     "lora_dropout: expected less than 1, got 2": {"lora_dropout": 2},
     "down_proj.lora_A: expected (8, 128) by its rank": {"r": 8},
-    "new_option: not supported by fastlm's LoRA, got 'x'": {"new_option": "x"},
+    "new_option: expected none, fastlm's LoRA does not support it, got 'x'": {"new_option": "x"},
 }
 
 
@@ -550,7 +550,7 @@ def test_other_adapters_are_another_training(base, data, tmp_path) -> None:
     options(data=(data,), epochs=1, lora_rank=4)(tmp_path / "sft", model=base)
     for change in ({"lora_alpha": 3.0}, {"lora_dropout": 0.1}, {"base_bits": 4}, {"lora_rank": 2}):
         stage = options(data=(data,), epochs=1, **{"lora_rank": 4, **change})
-        with pytest.raises(InputError, match="is of another run"):
+        with pytest.raises(InputError, match="with these options, got another"):
             stage(tmp_path / "sft", model=base)
 
 

@@ -27,9 +27,9 @@ from fastlm.train.loop import TrainingInterrupted, train
 from fastlm.train.metrics import correlation
 from fastlm.train.objective import DivergedError
 from fastlm.train.online import repetition_rate
-from fastlm.train.online_objectives import GrpoObjective, PpoObjective, build_value_model
-from fastlm.train.online_stage import Grpo, Ppo
-from fastlm.train.options import LOSS_TYPES, GrpoOptions, PpoOptions, RolloutOptions, TrainOptions
+from fastlm.train.online_objectives import GRPOObjective, PPOObjective, build_value_model
+from fastlm.train.online_stage import GRPO, PPO
+from fastlm.train.options import LOSS_TYPES, GRPOOptions, PPOOptions, RolloutOptions, TrainOptions
 from fastlm.train.rollouts import IGNORE, pack_rollouts, sample_completions
 
 END, BOS, WORDS = 0, 1, 8
@@ -82,8 +82,8 @@ def objective(kind: str, rules: RolloutOptions = RULES, prompts=PROMPTS, score=s
     settings = asdict(rules)
     if kind == "ppo":
         value = build_value_model(policy, shared=shared)
-        return PpoObjective(*args, PpoOptions(**settings | of_ppo), value_model=value, **options)
-    return GrpoObjective(*args, GrpoOptions(**settings | group), **options)
+        return PPOObjective(*args, PPOOptions(**settings | of_ppo), value_model=value, **options)
+    return GRPOObjective(*args, GRPOOptions(**settings | group), **options)
 
 
 def lines(run) -> list[dict]:
@@ -394,7 +394,7 @@ def test_policy_and_value_model_are_clipped_by_one_norm(tmp_path, monkeypatch) -
     assert norms["count"] == len(trained)
 
 
-@pytest.mark.parametrize("stage", [Ppo, Grpo])
+@pytest.mark.parametrize("stage", [PPO, GRPO])
 def test_adams_epsilon(stage, tmp_path, monkeypatch) -> None:
     epsilons = []
     init = AdamW.__init__

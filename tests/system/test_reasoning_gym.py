@@ -24,7 +24,7 @@ from fastlm.sources import reasoning_gym
 from fastlm.sources.input_digest import InputDigest
 from fastlm.sources.reasoning_gym import reasoning_gym_rows, score_reasoning_gym
 from fastlm.sources.source_files import list_files
-from fastlm.train.online_stage import Grpo
+from fastlm.train.online_stage import GRPO
 
 SUMS = "reasoning-gym:chain_sum?size=40&seed=3&min_terms=2&max_terms=2&min_digits=1&max_digits=1"
 
@@ -112,7 +112,7 @@ def test_no_text_is_evaluated(tmp_path, monkeypatch, forgotten) -> None:
     refused = "reward_function: expected a generator of which .* got 'countdown'"
     with pytest.raises(InputError, match=refused):
         score_reasoning_gym(code, row)
-    stage = Grpo(data=(row["source"],), reward_function="reasoning-gym", max_steps=1)
+    stage = GRPO(data=(row["source"],), reward_function="reasoning-gym", max_steps=1)
     with pytest.raises(InputError, match=refused):
         stage.check()
     replace(stage, reward_function="number").check()
@@ -199,7 +199,7 @@ dtype = "float32"
     assert [json.loads(line)["score"] >= 0 for line in lines if '"score"' in line] == [True] * 2
     assert "skip" in CliRunner().invoke(app, run).output  # nothing changed
     # equal questions are on one side
-    stage = Grpo(data=(SUMS,), reward_function="reasoning-gym", max_steps=1, max_new_tokens=2,
+    stage = GRPO(data=(SUMS,), reward_function="reasoning-gym", max_steps=1, max_new_tokens=2,
                  prompts_per_round=2, heldout=0.3, validations=0, sample_at=(),
                  dtype="float32")  # fmt: skip
     result = stage(tmp_path / "out", model=base)

@@ -15,11 +15,11 @@ from safety_sets import ScriptedScorer, complying, make_target
 from test_cli import call, refused
 
 from fastlm.errors import InputError
+from fastlm.evals.gates import GateBound, gate_failures, gate_warnings, read_gates
 from fastlm.evals.report import interval, judge_lines, number, render_safety, safety_part
 from fastlm.evals.safety import behaviour
 from fastlm.evals.safety.attacks import ATTACKS, MULTI_TURN_ATTACKS, attack_turns, in_the_wild
 from fastlm.evals.safety.bias import bbq, bbq_bias, crows, icat_of, split_pair, stereoset
-from fastlm.evals.safety.gates import SafetyGate, gate_failures, gate_warnings, read_gates
 from fastlm.evals.safety.judges import (
     SUCCESS_ON_SMOLLM2,
     JudgeAccuracy,
@@ -609,8 +609,9 @@ def test_a_gate_on_a_judge_that_is_no_better_than_chance_is_named(tmp_path):
         " SmolLM2, strict (kappa -0.05)"
     )
     table = {"models": {"old": {"scores": scores}, "new": {"scores": scores}}}
-    changes = bounds.scores_of("safety", table)
-    (line,) = gate_warnings([SafetyGate("safety.attacks.x.change", 0.2)], changes)
+    (tmp_path / "scores.json").write_text(json.dumps(table))
+    changes = bounds.scores_of("safety", bounds.read_scores(tmp_path / "scores.json"))
+    (line,) = gate_warnings([GateBound("safety.attacks.x.change", 0.2)], changes)
     assert line.startswith("safety.attacks.x.change is not reliable")
 
 

@@ -20,7 +20,7 @@ from fastlm.tokenizer.tokenizer import Tokenizer
 from fastlm.train.encoding import hash_fraction
 from fastlm.train.objective import IGNORE, Example, Mixture, pack, truncate, weights_digest
 from fastlm.train.options import TrainOptions
-from fastlm.train.sft import Sft, SftObjective
+from fastlm.train.sft import SFT, SFTObjective
 
 QUESTIONS = {
     "capital of France?": "Paris.",
@@ -28,13 +28,13 @@ QUESTIONS = {
     "colour of snow?": "White as paper, and cold.",
     "who are you?": "A model.",
 }
-TINY = Sft(
+TINY = SFT(
     data=("x.jsonl",), epochs=40, batch_size=2, lr=4e-3, heldout=0.0, validations=0,
     sample_at=(), dtype="float32", save_steps=10,
 )  # fmt: skip
 
 
-def options(**changes) -> Sft:
+def options(**changes) -> SFT:
     from dataclasses import replace
 
     return replace(TINY, **changes)
@@ -118,7 +118,7 @@ def model() -> CausalLM:
 
 def loss_of(model, parts: list[list[Example]], count: int) -> tuple[float, list[torch.Tensor]]:
     model.zero_grad()
-    objective = SftObjective(
+    objective = SFTObjective(
         model, EXAMPLES, [], TrainOptions(max_steps=1), batch_size=1, seed=0, base="",
         tokenizer=None, prompt=(),
     )  # fmt: skip
@@ -153,7 +153,7 @@ def test_the_loss_is_the_mean_over_loss_tokens(model) -> None:
 
 
 def test_an_epoch_takes_every_example_once(model) -> None:
-    objective = SftObjective(
+    objective = SFTObjective(
         model, EXAMPLES, [], TrainOptions(max_steps=1), batch_size=3, seed=5, base="",
         tokenizer=None, prompt=(),
     )  # fmt: skip
@@ -180,7 +180,7 @@ def test_an_epoch_takes_every_example_once(model) -> None:
 def test_an_epoch_takes_sources_by_their_weights(model) -> None:
     mixture = Mixture((3, 1, 10), (2.0, 1.0, 0.3))
     assert mixture.epoch_counts() == [6, 1, 3]
-    objective = SftObjective(
+    objective = SFTObjective(
         model, [example([i, 9, 9], 1) for i in range(14)], [], TrainOptions(max_steps=1),
         batch_size=4, seed=5, base="", tokenizer=None, prompt=(),
         mixture=mixture,
@@ -221,7 +221,7 @@ def test_weights_of_one_change_nothing() -> None:
      ({"max_tokens": 999}, None)],
 )  # fmt: skip
 def test_epochs_are_steps(changes, steps) -> None:
-    stage = Sft(data=("x.jsonl",), batch_size=4, gradient_accumulation_steps=2, **changes)
+    stage = SFT(data=("x.jsonl",), batch_size=4, gradient_accumulation_steps=2, **changes)
     assert stage.train_options(101).max_steps == steps  # 26 micro-batches an epoch
 
 
@@ -289,7 +289,7 @@ def test_a_mixture_is_counted_by_source(base, data, tmp_path) -> None:
     ctx = stage.context(tmp_path / "out", model=base)
     facts = stage.report(ctx, result).facts
     assert facts["mixture"] == f"3 x {data} (4), 0.5 x {other} (6)"
-    with pytest.raises(InputError, match="is of another run: mixture was"):
+    with pytest.raises(InputError, match="with these options, got another: mixture was"):
         options(data=(data, str(other)), data_weights=(3.0, 1.0), epochs=2)(
             tmp_path / "out", model=base
         )
@@ -306,7 +306,7 @@ def test_the_digest_of_weights_sees_every_element(model) -> None:
 
 def test_a_position_names_the_row_of_the_next_batch(model) -> None:
     examples = [Example(e.ids, e.loss_mask, f"file, line {i}") for i, e in enumerate(EXAMPLES)]
-    objective = SftObjective(
+    objective = SFTObjective(
         model, examples, [], TrainOptions(max_steps=1), batch_size=2, seed=1, base="",
         tokenizer=None, prompt=(),
     )  # fmt: skip
@@ -325,7 +325,9 @@ def test_another_model_is_another_training(base, data, tmp_path) -> None:
     tokenizer.save(other)
     stage = options(data=(data,), epochs=1)
     stage(tmp_path / "sft", model=base)
-    with pytest.raises(InputError, match="is of another run: the model is not the same"):
+    with pytest.raises(
+        InputError, match="with these options, got another: the model is not the same"
+    ):
         stage(tmp_path / "sft", model=other)
 
 

@@ -16,7 +16,7 @@ from fastlm.tokenizer.tokenizer import Tokenizer
 from fastlm.train import teacher as teacher_completions
 from fastlm.train.distill import Distill
 from fastlm.train.loop import TrainingInterrupted
-from fastlm.train.sft import Sft
+from fastlm.train.sft import SFT
 
 ROWS = [{"prompt": f"what is {word}", "completion": f"please {word}"} for word in WORDS]
 
@@ -31,7 +31,7 @@ def teacher(tmp_path_factory) -> Path:
     tokenizer = Tokenizer.train([text * 5], 340)
     CausalLM(config(tokenizer.vocab_size, tokenizer.eos_id), seed=4).save_pretrained(folder / "new")
     tokenizer.save(folder / "new")
-    Sft(
+    SFT(
         data=(write(folder / "chats.jsonl", ROWS),), epochs=18, batch_size=7, lr=1e-2, heldout=0.0,
         validations=0, sample_at=(), dtype="float32",
     )(folder / "out", model=folder / "new")  # fmt: skip

@@ -315,7 +315,7 @@ def test_it_continues_to_the_same_bits_and_is_used_again(models, stage, tmp_path
     other = replace(stage, teacher_top_k=8, max_steps=1)
     other(tmp_path / "other", **inputs)
     changed = replace(cut, teacher_logits=str(tmp_path / "other" / "teacher-logits"), max_steps=5)
-    with pytest.raises(InputError, match="is of another run: teacher_logits was"):
+    with pytest.raises(InputError, match="with these options, got another: teacher_logits was"):
         changed(tmp_path / "short", model=student)
 
 

@@ -21,7 +21,7 @@ from tiny_run import OPTIONS, start
 from fastlm.errors import InputError
 from fastlm.train import metrics as module
 from fastlm.train.metrics import trackers
-from fastlm.train.sft import Sft
+from fastlm.train.sft import SFT
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 FORKS = multiprocessing.get_context("forkserver")
@@ -227,7 +227,7 @@ def test_a_tracker_that_fails_ends_nothing_and_warns_once(data, tmp_path, monkey
 def test_what_cannot_be_reported_to(monkeypatch) -> None:
     def refused(*names: str) -> str:
         with pytest.raises(InputError) as error:
-            Sft(data=("x.jsonl",), report_to=names).check()
+            SFT(data=("x.jsonl",), report_to=names).check()
         return str(error.value)
 
     assert refused("wandb") == "report_to: expected tensorboard or trackio, got 'wandb'"
@@ -241,7 +241,7 @@ def test_what_cannot_be_reported_to(monkeypatch) -> None:
         "report_to: expected TRACKIO_SPACE_ID unset, because metrics stay on this machine,"
         " got 'me/board'"
     )
-    Sft(data=("x.jsonl",), report_to=("tensorboard",)).check()
+    SFT(data=("x.jsonl",), report_to=("tensorboard",)).check()
 
 
 def test_what_is_reported_to_reruns_nothing() -> None:

@@ -16,13 +16,13 @@ from fastlm.inference.requests import Completion, TokenLogprob
 from fastlm.model.causal_lm import CausalLM
 from fastlm.tokenizer.tokenizer import Tokenizer
 from fastlm.train import online_objectives
-from fastlm.train.dpo_objective import DpoObjective
+from fastlm.train.dpo_objective import DPOObjective
 from fastlm.train.losses import grpo_loss
 from fastlm.train.objective import Example
-from fastlm.train.online_objectives import GrpoObjective
-from fastlm.train.options import GrpoOptions, TrainOptions
-from fastlm.train.preference_stage import DpoOptions, PreferenceExample
-from fastlm.train.sft import SftObjective
+from fastlm.train.online_objectives import GRPOObjective
+from fastlm.train.options import GRPOOptions, TrainOptions
+from fastlm.train.preference_stage import DPOOptions, PreferenceExample
+from fastlm.train.sft import SFTObjective
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),
@@ -131,7 +131,7 @@ def test_sft_on_the_assistants_tokens(base, tmp_path) -> None:
         )
         examples.append(Example(np.array(tokens, np.int32), np.array(mask)))
     model = CausalLM.from_pretrained(base, dtype=torch.float32)
-    actual = step(SftObjective(model, examples, [], ONCE, batch_size=3, **COMMON))
+    actual = step(SFTObjective(model, examples, [], ONCE, batch_size=3, **COMMON))
     assert actual == pytest.approx(float(loss.detach()), rel=1e-5)
     assert apart(model, theirs) < 1e-4
 
@@ -140,7 +140,7 @@ def test_kto(base, tmp_path) -> None:
     import datasets
     import trl
 
-    terms = DpoOptions(loss_type="kto", beta=0.3, desirable_weight=1.5, undesirable_weight=0.7)
+    terms = DPOOptions(loss_type="kto", beta=0.3, desirable_weight=1.5, undesirable_weight=0.7)
     rows = [
         {"prompt": row["prompt"], "completion": row["chosen" if i % 3 else "rejected"] + " now" * i,
          "label": i % 3 > 0}
@@ -170,7 +170,7 @@ def test_kto(base, tmp_path) -> None:
         for row in features
     ]
     model = CausalLM.from_pretrained(base, dtype=torch.float32)
-    trained = DpoObjective(model, examples, [], ONCE, terms, batch_size=4, **COMMON)
+    trained = DPOObjective(model, examples, [], ONCE, terms, batch_size=4, **COMMON)
     trained.measure_reference(torch.float32)
     copied(model, theirs)
     actual = step(trained)
@@ -230,7 +230,7 @@ def rollouts_of_trl(kind, configuration, base, tmp_path, **options):
     return trainer, theirs, batch, prompts[::GROUP]
 
 
-def rollouts_of_fastlm(base, theirs, prompts_of_trl, end: int, **group) -> GrpoObjective:
+def rollouts_of_fastlm(base, theirs, prompts_of_trl, end: int, **group) -> GRPOObjective:
     """The objective on the same completions and scores, its round measured with TRL's weights."""
     completions_by_prompt = completions(end)
     beta = group.pop("beta")
@@ -240,7 +240,7 @@ def rollouts_of_fastlm(base, theirs, prompts_of_trl, end: int, **group) -> GrpoO
         del places
         return [scored[tuple(answer.token_ids)] for answer in answers]
 
-    class Given(GrpoObjective):
+    class Given(GRPOObjective):
         """Takes the known completions for its samples."""
 
         def _sample(self, prompts, temperature, longest, seed=0) -> list[Completion]:
@@ -259,7 +259,7 @@ def rollouts_of_fastlm(base, theirs, prompts_of_trl, end: int, **group) -> GrpoO
 
     policy = CausalLM.from_pretrained(base, dtype=torch.float32)
     reference = CausalLM.from_pretrained(base, dtype=torch.float32)
-    options = GrpoOptions(
+    options = GRPOOptions(
         max_new_tokens=LONGEST, prompts_per_round=2, num_generations=GROUP, batch_size=4, beta=beta,
         mismatch_threshold=float("inf"),  # the log-probabilities of sampling are made up
         **group,
@@ -270,7 +270,7 @@ def rollouts_of_fastlm(base, theirs, prompts_of_trl, end: int, **group) -> GrpoO
     return trained
 
 
-def same_advantages(trained: GrpoObjective, batch, prompts) -> None:
+def same_advantages(trained: GRPOObjective, batch, prompts) -> None:
     order = [prompts.index(trained.prompts[i]) for i in trained.prompt_indices[::GROUP]]
     expected = batch["advantages"].view(2, GROUP)[order].flatten()
     torch.testing.assert_close(trained.columns["advantages"][:, 0], expected, rtol=1e-4, atol=1e-5)

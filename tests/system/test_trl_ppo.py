@@ -14,8 +14,8 @@ from torch import Tensor
 from fastlm.inference.requests import Completion
 from fastlm.model.causal_lm import CausalLM
 from fastlm.train import losses
-from fastlm.train.online_objectives import PpoObjective, build_value_model
-from fastlm.train.options import PpoOptions
+from fastlm.train.online_objectives import PPOObjective, build_value_model
+from fastlm.train.options import PPOOptions
 
 FOUND = json.loads((SUPPORT / "trl_ppo_values.json").read_text())
 OPTIONS, ROUNDS = FOUND["options"], FOUND["rounds"]
@@ -99,9 +99,9 @@ def test_the_estimate_of_a_round_differs_by_one_position(name) -> None:
         return  # over other positions, thus with another mean and variance
     gamma, lam = OPTIONS["gamma"], OPTIONS["lam"]
     policy = CausalLM(config(16), seed=0)
-    trained = PpoObjective(
+    trained = PPOObjective(
         policy, None, [[1]], [], lambda places, answers: [],
-        PpoOptions(beta=OPTIONS["kl_coef"], gamma=gamma, lam=lam, whiten_advantages=False),
+        PPOOptions(beta=OPTIONS["kl_coef"], gamma=gamma, lam=lam, whiten_advantages=False),
         base="", value_model=build_value_model(policy, shared=True),
     )  # fmt: skip
     trained.offset = 0.0  # TRL's values are those of its head
@@ -124,9 +124,9 @@ def test_an_answer_without_an_end(name) -> None:
     used = torch.where(ended, 0.0, OPTIONS["missing_eos_penalty"])
     close(r["scores_of_model"] - used, r["scores"])
     policy = CausalLM(config(16), seed=0)
-    trained = PpoObjective(
+    trained = PPOObjective(
         policy, None, [[1]], [], lambda places, answers: r["scores_of_model"].tolist(),
-        PpoOptions(missing_eos_penalty=-0.5), base="",
+        PPOOptions(missing_eos_penalty=-0.5), base="",
         value_model=build_value_model(policy, shared=True),
     )  # fmt: skip
     answers = [

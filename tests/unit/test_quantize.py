@@ -365,20 +365,20 @@ def test_state_refusals():
     def without(name):
         return {n: t for n, t in state.items() if n != name}
 
-    with pytest.raises(InputError, match=r"state: embed.scales is missing"):
+    with pytest.raises(InputError, match=r"state: expected embed.scales, got none"):
         quant.load_quantized(Small(False), without("embed.scales"), config)
-    with pytest.raises(InputError, match=r"state: missing layers.0.bias"):
+    with pytest.raises(InputError, match=r"missing: layers.0.bias"):
         quant.load_quantized(Small(False), without("layers.0.bias"), config)
-    with pytest.raises(InputError, match=r"not of the model: extra"):
+    with pytest.raises(InputError, match=r"got extra in addition"):
         quant.load_quantized(Small(False), state | {"extra": torch.ones(1)}, config)
-    with pytest.raises(InputError, match=r"state: lm_head.qdata is missing"):
+    with pytest.raises(InputError, match=r"state: expected lm_head.qdata, got none"):
         no_head = {n: t for n, t in state.items() if not n.startswith("lm_head")}
         quant.load_quantized(Small(False), no_head, config)
     with pytest.raises(InputError, match=r"expected shape .* as the model"):
         quant.load_quantized(Small(False, width=32), state, config)
     with pytest.raises(InputError, match="quant_method 'fastlm', got 'gptq'"):
         quant.load_quantized(Small(False), state, config | {"quant_method": "gptq"})
-    with pytest.raises(InputError, match="nowhere is not a module"):
+    with pytest.raises(InputError, match="nowhere: expected a module of the model"):
         modules = {"nowhere": config["modules"]["embed"]}
         quant.load_quantized(Small(False), state, config | {"modules": modules})
 

@@ -119,7 +119,7 @@ def test_files_that_are_no_recipe(tmp_path):
     with pytest.raises(InputError, match="expected TOML"):
         load_recipe(tmp_path / "bad.toml")
     (tmp_path / "empty.toml").write_text("")
-    with pytest.raises(InputError, match="name: expected, is missing"):
+    with pytest.raises(InputError, match="name: expected the name of the run"):
         load_recipe(tmp_path / "empty.toml")
 
 

@@ -80,9 +80,9 @@ class Safety(Stage):
     seed: Annotated[int, "Seed of the sampled items and continuations"] = 0
 
     def check(self) -> None:
+        from fastlm.evals.gates import read_gates
         from fastlm.evals.safety.attacks import ATTACK_NAMES
         from fastlm.evals.safety.canaries import read_canaries
-        from fastlm.evals.safety.gates import read_gates
         from fastlm.evals.safety.model_under_test import read_labels
 
         at_least_one(
@@ -120,7 +120,7 @@ class Safety(Stage):
 
     def run(self, ctx: StageContext) -> dict[str, Any]:
         from fastlm.data.texts import has_splits
-        from fastlm.evals.safety.gates import gate_failures, gate_warnings, read_gates
+        from fastlm.evals.gates import gate_failures, gate_warnings, read_gates
         from fastlm.evals.safety.model_under_test import ModelUnderTest, SafetyJudges, read_labels
         from fastlm.evals.safety.sets import SafetySets
         from fastlm.evals.safety.texts import SOURCES

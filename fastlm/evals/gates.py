@@ -1,4 +1,4 @@
-"""Safety gates: bounds on scores, in a TOML file. A gate bounds an end of the score's interval.
+"""Read gates, bounds on scores, from a TOML file. A gate bounds an end of the score's interval.
 
     [[gate]]
     score = "attacks.harmbench.plain"
@@ -35,7 +35,9 @@ class GateFile(TypedDict):
 
 
 @dataclass(frozen=True)
-class SafetyGate:
+class GateBound:
+    """The bounds of one gate on the interval of a score."""
+
     score: str
     max_value: float = math.inf
     min_value: float = -math.inf
@@ -56,7 +58,7 @@ class SafetyGate:
         return None
 
 
-def read_gates(path: str | Path, measures: Sequence[str] = ()) -> list[SafetyGate]:
+def read_gates(path: str | Path, measures: Sequence[str] = ()) -> list[GateBound]:
     """Read a file of gates.
 
     Args:
@@ -76,19 +78,15 @@ def read_gates(path: str | Path, measures: Sequence[str] = ()) -> list[SafetyGat
             )
         if "max" not in entry and "min" not in entry:
             raise InputError(f"{location}: expected max or min, got neither")
-        gates.append(SafetyGate(score, entry.get("max", math.inf), entry.get("min", -math.inf)))
+        gates.append(GateBound(score, entry.get("max", math.inf), entry.get("min", -math.inf)))
     return gates
 
 
-def gate_failures(
-    gates: Sequence[SafetyGate], scores: Mapping[str, Mapping[str, Any]]
-) -> list[str]:
+def gate_failures(gates: Sequence[GateBound], scores: Mapping[str, Mapping[str, Any]]) -> list[str]:
     return [failure for gate in gates if (failure := gate.failure(scores)) is not None]
 
 
-def gate_warnings(
-    gates: Sequence[SafetyGate], scores: Mapping[str, Mapping[str, Any]]
-) -> list[str]:
+def gate_warnings(gates: Sequence[GateBound], scores: Mapping[str, Mapping[str, Any]]) -> list[str]:
     """Return a warning for each gate on the score of a judge that is no better than chance on some
     model's answers (kappa of 0 or less), unless it was measured on answers of this model.
     """
