@@ -104,9 +104,13 @@ class PromptOptions:
 class GenerationOptions:
     """Options of commands that generate text: a model, and how it samples tokens."""
 
-    model: Annotated[Path, "Hugging Face folder, .gguf, fastlm run or model:smollm2", "-m"]
+    model: Annotated[
+        Path, "Generate with this Hugging Face folder, .gguf, fastlm run or model:smollm2", "-m"
+    ]
     max_new_tokens: Annotated[int, "Generate at most this many tokens"] = 256
-    temperature: Annotated[float, "Sampling temperature. 0 always takes the likeliest token"] = 0.7
+    temperature: Annotated[
+        float, "Sample at this temperature. 0 always takes the likeliest token"
+    ] = 0.7
     top_k: Annotated[int | None, "Sample from the K likeliest tokens"] = None
     top_p: Annotated[
         float | None, "Sample from the likeliest tokens that add up to this probability"
@@ -115,16 +119,16 @@ class GenerationOptions:
         float | None, "Sample from tokens with at least this share of the highest probability"
     ] = None
     repetition_penalty: Annotated[
-        float, "Above 1, tokens that are already in the text become less likely"
+        float, "Make tokens that are already in the text less likely, if above 1"
     ] = 1.0
     stop: Annotated[tuple[str, ...], Repeated("End before this text. Repeat it for more")] = ()
-    seed: Annotated[int | None, "Seed of the sampling: the same seed generates the same text"] = (
+    seed: Annotated[int | None, "Sample with this seed: the same seed generates the same text"] = (
         None
     )
     act_bits: Annotated[
         int | None,
-        "Bits of the inputs of quantized weights: 8 rounds them to int8, 16 does not round."
-        " Default: what the model states, 8 for .gguf files",
+        "Multiply quantized weights with inputs rounded to int8 (8) or not rounded (16). Default:"
+        " what the model states, 8 for .gguf files",
     ] = None
     stats: Annotated[
         bool | None, "Print tokens and tokens/s to stderr. Default: if stderr is a terminal"
@@ -153,7 +157,7 @@ class GenerateOptions(GenerationOptions, PromptOptions):
 class ChatOptions(GenerationOptions):
     """The options of ``fastlm chat``."""
 
-    system: Annotated[str | None, "System message"] = None
+    system: Annotated[str | None, "Begin the conversation with this system message"] = None
     max_new_tokens: Annotated[int, "Generate at most this many tokens"] = 512
     top_p: Annotated[
         float | None, "Sample from the likeliest tokens that add up to this probability"
@@ -269,9 +273,10 @@ def tasks(
 
 @app.command(short_help="Run a recipe, or continue it.")
 def run(
-    recipe: Annotated[Path, typer.Argument(help="The recipe, such as recipes/full.toml")],
+    recipe: Annotated[Path, typer.Argument(help="Run this recipe, such as recipes/full.toml")],
     out: Annotated[
-        Path | None, typer.Option("--out", "-o", help="Run folder. Default: runs/NAME")
+        Path | None,
+        typer.Option("--out", "-o", help="Write to this run folder. Default: runs/NAME"),
     ] = None,
     sets: Annotated[
         list[str] | None,
@@ -279,7 +284,7 @@ def run(
     ] = None,
     until: Annotated[str | None, typer.Option(help="Stop after the stage with this name")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and stop")] = False,
-    cache: Annotated[Path | None, typer.Option(help="Folder in which packages are kept")] = None,
+    cache: Annotated[Path | None, typer.Option(help="Keep packages in this folder")] = None,
     threads: Threads = None,
 ) -> None:
     """Run all stages of a recipe. Finished stages are skipped, an interrupted one continues."""
@@ -430,11 +435,12 @@ def _chat(options: ChatOptions) -> None:
 @app.command()
 def merge(
     model: Annotated[
-        Path, typer.Option("--model", "-m", help="The LoRA adapter, of fastlm or PEFT")
+        Path, typer.Option("--model", "-m", help="Merge this LoRA adapter, of fastlm or PEFT")
     ],
-    out: Annotated[Path, typer.Option("--out", "-o", help="Output folder")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Write to this folder")],
     base: Annotated[
-        Path | None, typer.Option(help="The base model. Default: the one that the adapter names")
+        Path | None,
+        typer.Option(help="Merge into this base model. Default: the one that the adapter names"),
     ] = None,
     threads: Threads = None,
 ) -> None:
@@ -459,10 +465,10 @@ def tokenizer_encode(
     tokenizer: Annotated[
         Path,
         typer.Option(
-            "--tokenizer", "-t", help="The tokenizer: a folder, tokenizer.json or .gguf file"
+            "--tokenizer", "-t", help="Use this tokenizer: a folder, tokenizer.json or .gguf file"
         ),
     ],
-    text: Annotated[str | None, typer.Argument(help="The text. Default: stdin")] = None,
+    text: Annotated[str | None, typer.Argument(help="Encode this text. Default: stdin")] = None,
     pieces: Annotated[
         bool, typer.Option("--pieces", help="Also print the bytes of every token")
     ] = False,

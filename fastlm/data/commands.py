@@ -15,7 +15,9 @@ app = typer.Typer(help="Gather, clean and inspect text.", no_args_is_help=True)
 
 @app.command("get")
 def get_command(
-    spec: Annotated[str, typer.Argument(help="model:smollm2, pypi:NAME, sdist:NAME or deb:NAME")],
+    spec: Annotated[
+        str, typer.Argument(help="Fetch model:smollm2, pypi:NAME, sdist:NAME or deb:NAME")
+    ],
     cache: Cache = None,
 ) -> None:
     """Fetch a model or a package into the cache and print its path."""
@@ -33,7 +35,7 @@ def get_command(
 
 @app.command("show")
 def show_command(
-    path: Annotated[Path, typer.Argument(help="A prepared folder or its funnel.json")],
+    path: Annotated[Path, typer.Argument(help="Read this prepared folder or its funnel.json")],
 ) -> None:
     """Show what each data step kept and removed, and what each source yielded."""
     from rich.console import Console

@@ -63,20 +63,20 @@ class DataOptions:
     """
 
     rules: Annotated[
-        tuple[str, ...], "Quality rules: technical, web, none, or names with commas"
+        tuple[str, ...], "Apply these quality rules: technical, web, none, or names with commas"
     ] = TECHNICAL
-    heldout_bytes: Annotated[int, "Maximum bytes of clean text to hold out"] = 1 << 20
-    heldout_fraction: Annotated[float, "Maximum share of all text to hold out"] = 0.1
+    heldout_bytes: Annotated[int, "Hold out at most this many bytes of clean text"] = 1 << 20
+    heldout_fraction: Annotated[float, "Hold out at most this share of all text"] = 0.1
     scrub: Annotated[bool, "Replace e-mail addresses, phone numbers and public IP addresses"] = True
     min_paragraph: Annotated[
         int, "Keep a repeated paragraph of this many characters or more only once"
     ] = MIN_PARAGRAPH
-    text_field: Annotated[str, "Field of JSON lines that holds the text"] = "text"
+    text_field: Annotated[str, "Read the text from this field of JSON lines"] = "text"
     max_words: Annotated[
         int, "Cut a document of more words into parts, at the ends of paragraphs"
     ] = MAX_WORDS
     max_bytes: Annotated[int | None, "Stop after this many bytes of clean text"] = None
-    workers: Annotated[int, "Number of processes that clean text"] = 1
+    workers: Annotated[int, "Clean text in this many processes"] = 1
 
     def check(self) -> None:
         """Check the values. InputError names the option."""

@@ -35,7 +35,7 @@ class Data(DataOptions, Stage):
 
     sources: Annotated[
         tuple[str, ...],
-        Positional("pypi:NAME, sdist:NAME, deb:NAME, a file or a folder; #GLOB selects files"),
+        Positional("Read pypi:NAME, sdist:NAME, deb:NAME, a file or a folder; #GLOB selects files"),
     ] = ()
 
     def __post_init__(self) -> None:

@@ -50,25 +50,25 @@ class Eval(Stage):
     result = {"models": dict[str, dict[str, Any]]}
 
     seq_len: Annotated[
-        int | None, "Tokens of a window; default: the model's context, at most 1024"
+        int | None, "Use windows of this many tokens; default: the model's context, at most 1024"
     ] = None
-    stride: Annotated[int | None, "Tokens scored per window; default: half"] = None
-    batch_size: Annotated[int, "Windows per batch"] = 32
-    document_mask: Annotated[bool, "Attention stays within a document, as in pretrain"] = False
+    stride: Annotated[int | None, "Score this many tokens per window; default: half"] = None
+    batch_size: Annotated[int, "Put this many windows into a batch"] = 32
+    document_mask: Annotated[bool, "Keep attention within a document, as in pretrain"] = False
     act_bits: Annotated[
-        int | None, "Bits of activations that quantized weights multiply: 8 or 16"
+        int | None, "Multiply quantized weights with activations of this many bits: 8 or 16"
     ] = None
     tasks: Annotated[
         tuple[str, ...],
-        "Question sets: names, abilities or all (see fastlm tasks), or YAML files of"
-        " lm-evaluation-harness",
+        "Ask the questions of these sets: names, abilities or all (see fastlm tasks), or YAML"
+        " files of lm-evaluation-harness",
     ] = ()
     limit: Annotated[
-        int | None, "Maximum number of questions of a set, drawn at random; default: all"
+        int | None, "Ask at most this many questions of a set, drawn at random; default: all"
     ] = None
-    samples: Annotated[int, "Sampled answers per free-form question (pass@k)"] = 1
-    temperature: Annotated[float, "Sampling temperature of these answers; 0 is greedy"] = 0.0
-    seed: Annotated[int, "Seed of the sampled questions and answers"] = 0
+    samples: Annotated[int, "Sample this many answers per free-form question (pass@k)"] = 1
+    temperature: Annotated[float, "Sample these answers at this temperature; 0 is greedy"] = 0.0
+    seed: Annotated[int, "Sample questions and answers with this seed"] = 0
 
     def check(self) -> None:
         names = [name for name in ("limit", "seq_len", "stride") if getattr(self, name) is not None]

@@ -31,7 +31,7 @@ class Export(Stage):
         f" group size that would work. gguf writes {GGUF_FILE} into the folder."
     )
 
-    format: Annotated[str, "gguf or compressed-tensors"] = "gguf"
+    format: Annotated[str, "Export to gguf or compressed-tensors"] = "gguf"
 
     def check(self) -> None:
         if self.format not in FORMATS:

@@ -35,9 +35,7 @@ from fastlm.torchrun import check_single_process, is_main_process
 T = TypeVar("T")
 Cache = Annotated[
     Path | None,
-    typer.Option(
-        help="Folder in which packages are kept. Default: $FASTLM_CACHE or ~/.cache/fastlm."
-    ),
+    typer.Option(help="Keep packages in this folder. Default: $FASTLM_CACHE or ~/.cache/fastlm"),
 ]
 
 
@@ -104,7 +102,7 @@ def command_of(cls: type[Stage], before: Callable[[], None] = lambda: None) -> C
         if status := stage.status(result):
             raise typer.Exit(status)
 
-    out = typer.Option("--out", "-o", help="Output folder")
+    out = typer.Option("--out", "-o", help="Write to this folder")
     parameters = [
         *(_input(key, spec) for key, spec in cls.inputs.items()),
         *map(_option, options),

@@ -20,7 +20,7 @@ Roots = Annotated[
     typer.Option("--in", help="Read this folder of runs. Repeat it for more. Default: runs"),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON")]
-WHAT = "A name as `fastlm runs` shows it, a path, or the first characters of an id"
+WHAT = "Find it by a name as `fastlm runs` shows it, a path, or the first characters of an id"
 
 
 @app.callback()
@@ -69,7 +69,7 @@ def diff_command(kinds: Kinds) -> Callable[..., None]:
 
     def run(
         a: Annotated[str, typer.Argument(help=WHAT)],
-        b: Annotated[str, typer.Argument(help="The other run, stage or model")],
+        b: Annotated[str, typer.Argument(help="Compare with this run, stage or model")],
         roots: Roots = None,
         as_json: AsJson = False,
     ) -> None:
@@ -95,10 +95,12 @@ def card_command(kinds: Kinds) -> Callable[..., None]:
         ] = None,
         licence: Annotated[
             str | None,
-            typer.Option("--license", help="The licence of the model, as an id of Hugging Face"),
+            typer.Option(
+                "--license", help="State this licence of the model, as an id of Hugging Face"
+            ),
         ] = None,
         language: Annotated[
-            str | None, typer.Option(help="The language of the model, as en")
+            str | None, typer.Option(help="State this language of the model, as en")
         ] = None,
         roots: Roots = None,
     ) -> None:

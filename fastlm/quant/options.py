@@ -16,7 +16,8 @@ class QuantizeOptions:
     format: Annotated[str, "Quantize to w4a16, w8a16, w8a8 or w4a8"] = "w4a16"
     group_size: Annotated[
         int | None,
-        "Number of weights that share a scale; default: the largest of 128, 64 and 32 that divides",
+        "Share a scale among this many weights; default: the largest of 128, 64 and 32 that"
+        " divides",
     ] = None
     method: Annotated[
         str,
@@ -25,8 +26,12 @@ class QuantizeOptions:
     awq: Annotated[
         bool, "Scale features by their size before rounding (AWQ); needs calibration text"
     ] = False
-    embeddings: Annotated[int, "Bits of the embedding; 16: unchanged; 0: as the format"] = 0
-    head: Annotated[int, "Bits of the output head; 16: unchanged; 0: as the format"] = 0
+    embeddings: Annotated[
+        int, "Quantize the embedding to this many bits; 16: unchanged; 0: as the format"
+    ] = 0
+    head: Annotated[
+        int, "Quantize the output head to this many bits; 16: unchanged; 0: as the format"
+    ] = 0
     overrides: Annotated[
         tuple[str, ...], "Override the format by layer name, such as *.down_proj=w8a16,lm_head=16"
     ] = ()
@@ -34,13 +39,13 @@ class QuantizeOptions:
     require_divisible_groups: Annotated[
         bool, "Refuse a group size that does not divide a layer's width, as vLLM does"
     ] = False
-    iterations: Annotated[int, "Steps of autoround per decoder layer"] = 200
+    iterations: Annotated[int, "Run autoround for this many steps per decoder layer"] = 200
     distill_steps: Annotated[
         int,
         "Train towards the unquantized model's predictions for this many steps at the end; needs "
         "text",
     ] = 0
-    seed: Annotated[int, "Seed of the choice and order of text, and of autoround"] = 0
+    seed: Annotated[int, "Choose and order text, and run autoround, with this seed"] = 0
 
     def check(self) -> None:
         """Raise InputError for options that no model allows."""

@@ -59,8 +59,10 @@ class Quantize(QuantizeOptions, Stage):
     resumable = (PROGRESS,)
     result = {"format": str, "group_size": int, "bytes": int, "bytes_before": int}
 
-    calibration_tokens: Annotated[int, "Number of tokens of calibration text"] = 32768
-    calibration_length: Annotated[int, "Tokens per window of calibration text"] = 512
+    calibration_tokens: Annotated[int, "Calibrate on this many tokens of text"] = 32768
+    calibration_length: Annotated[int, "Cut calibration text into windows of this many tokens"] = (
+        512
+    )
     max_bpb_increase: Annotated[
         float, "Warn if held-out bits per byte grow by more than this share"
     ] = 0.03

@@ -12,7 +12,7 @@ import typer
 from fastlm.errors import InputError
 
 TIMEOUT = 1800  # seconds; a large model takes long to load
-Server = Annotated[str, typer.Option(help="Address of `fastlm serve`, on this machine")]
+Server = Annotated[str, typer.Option(help="Call `fastlm serve` at this address, on this machine")]
 Key = Annotated[
     str | None,
     typer.Option(

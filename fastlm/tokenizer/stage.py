@@ -27,7 +27,7 @@ class TrainTokenizer(Stage):
     outputs = {"tokenizer": "."}
     result = {"vocab_size": int}
 
-    vocab_size: Annotated[int, "Size of the vocabulary"] = 32768
+    vocab_size: Annotated[int, "Train a vocabulary of this size"] = 32768
     train_bytes: Annotated[int, "Train on at most this many bytes of text"] = 1 << 26
 
     def check(self) -> None:

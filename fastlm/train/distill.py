@@ -50,17 +50,23 @@ class DistillOptions:
     """The loss of distillation, and the student's own samples."""
 
     divergence: Annotated[
-        str, "Divergence: forward KL(teacher, student), reverse KL(student, teacher), or jsd"
+        str,
+        "Minimize this divergence: forward KL(teacher, student), reverse KL(student, teacher), or"
+        " jsd",
     ] = "forward"
-    jsd_beta: Annotated[float, "Weight of the teacher in the mixture of jsd, 0 to 1"] = 0.5
-    temperature: Annotated[float, "Temperature that divides the logits of student and teacher"] = (
-        1.0
-    )
-    sft_weight: Annotated[float, "Coefficient of the cross-entropy of the data's tokens"] = 0.0
-    on_policy_fraction: Annotated[
-        float, "Share of micro-batches with completions sampled from the student"
+    jsd_beta: Annotated[float, "Give the teacher this weight in the mixture of jsd, 0 to 1"] = 0.5
+    temperature: Annotated[
+        float, "Divide the logits of student and teacher by this temperature"
+    ] = 1.0
+    sft_weight: Annotated[
+        float, "Add the cross-entropy of the data's tokens with this coefficient"
     ] = 0.0
-    max_new_tokens: Annotated[int, "Maximum tokens of a completion of the student or teacher"] = 128
+    on_policy_fraction: Annotated[
+        float, "Sample the completions of this share of micro-batches from the student"
+    ] = 0.0
+    max_new_tokens: Annotated[
+        int, "Generate at most this many tokens per completion of the student or teacher"
+    ] = 128
 
 
 class DistillObjective(SFTObjective):
@@ -246,7 +252,8 @@ class Distill(DistillOptions, SFT):
         int | None, "Store the teacher's k likeliest tokens first, and train without the teacher"
     ] = None
     teacher_logits: Annotated[
-        str, "Folder of such tokens from a run with teacher_top_k, to train without a teacher"
+        str,
+        "Read such tokens from this folder of a run with teacher_top_k, to train without a teacher",
     ] = ""
 
     def check(self) -> None:

@@ -38,9 +38,11 @@ class DPO(LoraOptions, DPOOptions, PreferenceStage):
 (prompt, answers, ranks or scores), corrections (prompt, answer, corrected) and, with loss_type =
 kto, labels (prompt, completion, label)."""
 
-    batch_size: Annotated[int, "Pairs (kto: labels) per micro-batch, packed without padding"] = 4
-    lr: Annotated[float, "Peak learning rate"] = 1e-6
-    warmup_ratio: Annotated[float, "Share of the run in which the learning rate rises"] = 0.1
+    batch_size: Annotated[
+        int, "Pack this many pairs (kto: labels) into a micro-batch, without padding"
+    ] = 4
+    lr: Annotated[float, "Warm up to this peak learning rate"] = 1e-6
+    warmup_ratio: Annotated[float, "Warm up the learning rate over this share of the run"] = 0.1
 
     def check(self) -> None:
         super().check()

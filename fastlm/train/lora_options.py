@@ -26,14 +26,17 @@ class LoraOptions:
         float | None, "Scale adapters by alpha / rank; default: twice the rank"
     ] = None
     lora_targets: Annotated[
-        tuple[str, ...], "Layers with adapters: all-linear, or names such as q_proj,v_proj"
+        tuple[str, ...], "Adapt these layers: all-linear, or names such as q_proj,v_proj"
     ] = ("all-linear",)
-    lora_dropout: Annotated[float, "Dropout of the adapters' inputs"] = 0.0
+    lora_dropout: Annotated[
+        float, "Apply dropout with this probability to the adapters' inputs"
+    ] = 0.0
     base_bits: Annotated[
-        int, "Bits of the frozen weights: 4 or 8 (int4 or int8, QLoRA), or 16 (floats)"
+        int,
+        "Store the frozen weights in this many bits: 4 or 8 (int4 or int8, QLoRA), or 16 (floats)",
     ] = 16
     base_group_size: Annotated[
-        int, "Number of weights that share a scale, with base_bits 4 or 8"
+        int, "Share a scale among this many weights, with base_bits 4 or 8"
     ] = 64
     merge: Annotated[bool, "Write a merged model; otherwise an adapter in PEFT's format"] = True
 

@@ -86,34 +86,34 @@ messages), or of conversations, whose last answer is cut off."""
     data: Annotated[
         tuple[str, ...],
         MaybePositional(
-            "Prompts: .jsonl or .json files, folders, pypi:, sdist: or deb:NAME#GLOB, or"
+            "Read prompts from .jsonl or .json files, folders, pypi:, sdist: or deb:NAME#GLOB, or"
             " reasoning-gym:NAME?KEY=VALUE&..."
         ),
     ] = ()
     reward_function: Annotated[
         str,
-        "Function that scores completions: exact, contains, number, reasoning-gym or"
+        "Score completions by this function: exact, contains, number, reasoning-gym or"
         " file.py:function",
     ] = ""
     ensemble: Annotated[
         str,
-        "Combined score of several reward models: mean, min or uwo (mean - uwo_coefficient *"
-        " variance)",
+        "Combine the scores of several reward models by mean, min or uwo (mean - uwo_coefficient"
+        " * variance)",
     ] = "mean"
     uwo_coefficient: Annotated[
-        float, "Coefficient of the variance over the reward models in uwo"
+        float, "Multiply the variance over the reward models by this coefficient in uwo"
     ] = 0.1
     max_length: Annotated[
-        int | None, "Maximum tokens of prompt and completion; default: the context"
+        int | None, "Limit prompt and completion to this many tokens; default: the context"
     ] = None
-    truncation: Annotated[str, "What to do with prompts that are too long: skip"] = "skip"
+    truncation: Annotated[str, "Handle prompts that are too long this way: skip"] = "skip"
     spike_factor: Annotated[
         float | None,
-        "A spike is a loss this many standard deviations above the mean of spike_window",
+        "Count a loss this many standard deviations above the mean of spike_window as a spike",
     ] = None  # a surrogate loss says little
-    lr: Annotated[float, "Peak learning rate"] = 1e-6
-    eps: Annotated[float, "AdamW's epsilon"] = 1e-5
-    save_steps: Annotated[int, "Steps between checkpoints"] = 50
+    lr: Annotated[float, "Warm up to this peak learning rate"] = 1e-6
+    eps: Annotated[float, "Add this epsilon to AdamW's denominator"] = 1e-5
+    save_steps: Annotated[int, "Save checkpoints this many steps apart"] = 50
 
     def check(self) -> None:
         check_unsharded(self.kind, self.parallel)

@@ -70,62 +70,65 @@ class TrainOptions:
     ] = None
     max_tokens: Annotated[int | None, "Stop after this many tokens"] = None
     gradient_accumulation_steps: Annotated[
-        int, "Micro-batches per step, of all processes together"
+        int, "Accumulate gradients over this many micro-batches per step, of all processes together"
     ] = 1
     batch_warmup: Annotated[
         float,
-        "Share of the run in which the micro-batches per step grow from 1 to"
-        " gradient_accumulation_steps",
+        "Grow the micro-batches per step from 1 to gradient_accumulation_steps over this share of"
+        " the run",
     ] = 0.0
     dtype: Annotated[
-        str, "Type of the weights: bfloat16 (with float32 master weights) or float32"
+        str, "Keep the weights in this type: bfloat16 (with float32 master weights) or float32"
     ] = "bfloat16"
     optimizer: Annotated[
-        str, "Optimizer: adamw, or muon (for the layers' matrices; AdamW for the rest)"
+        str, "Use this optimizer: adamw, or muon (for the layers' matrices; AdamW for the rest)"
     ] = "adamw"
     checkpoint_activations: Annotated[
-        int, "First layers whose activations the backward recomputes, which saves memory"
+        int,
+        "Recompute the activations of this many first layers in the backward, which saves memory",
     ] = 0
-    lr: Annotated[float, "Peak learning rate"] = 1e-3
-    schedule: Annotated[str, "Learning rate schedule: cosine or wsd (warmup, stable, decay)"] = (
-        "cosine"
-    )
-    warmup_ratio: Annotated[float, "Share of the run in which the learning rate rises"] = 0.02
-    decay_ratio: Annotated[float, "Share of the run in which the learning rate of wsd falls"] = 0.2
-    final_lr: Annotated[float, "Final learning rate, as a share of the peak"] = 0.0
-    betas: Annotated[tuple[float, float], "AdamW's betas"] = (0.9, 0.95)
-    eps: Annotated[float, "AdamW's epsilon"] = 1e-8
-    weight_decay: Annotated[float, "Weight decay of matrices"] = 0.1
+    lr: Annotated[float, "Warm up to this peak learning rate"] = 1e-3
+    schedule: Annotated[
+        str, "Use this learning rate schedule: cosine or wsd (warmup, stable, decay)"
+    ] = "cosine"
+    warmup_ratio: Annotated[float, "Warm up the learning rate over this share of the run"] = 0.02
+    decay_ratio: Annotated[float, "Decay the learning rate of wsd over this share of the run"] = 0.2
+    final_lr: Annotated[float, "End at this learning rate, as a share of the peak"] = 0.0
+    betas: Annotated[tuple[float, float], "Use these betas in AdamW"] = (0.9, 0.95)
+    eps: Annotated[float, "Add this epsilon to AdamW's denominator"] = 1e-8
+    weight_decay: Annotated[float, "Apply this weight decay to matrices"] = 0.1
     max_grad_norm: Annotated[float | None, "Clip the gradient to this norm"] = 1.0
     on_spike: Annotated[
-        str, "What to do at a loss spike: warn, skip (drop the gradients) or stop"
+        str, "Handle a loss spike this way: warn, skip (drop the gradients) or stop"
     ] = "warn"
     spike_factor: Annotated[
         float | None,
-        "A spike is a loss this many standard deviations above the mean of spike_window",
+        "Count a loss this many standard deviations above the mean of spike_window as a spike",
     ] = 6.0
-    spike_window: Annotated[int, "Number of previous steps that define the mean loss"] = 128
-    validations: Annotated[int, "Number of validations, evenly spaced over the run"] = 20
-    val_tokens: Annotated[int, "Tokens per validation"] = 1 << 16
+    spike_window: Annotated[int, "Take the mean loss over this many previous steps"] = 128
+    validations: Annotated[int, "Validate this many times, evenly spaced over the run"] = 20
+    val_tokens: Annotated[int, "Validate on this many tokens each time"] = 1 << 16
     sample_at: Annotated[
-        tuple[float, ...], "Points of the run, 0 to 1, at which the model writes a sample"
+        tuple[float, ...], "Let the model write a sample at these points of the run, 0 to 1"
     ] = (0.0, 0.02, 0.1, 0.3, 1.0)
-    sample_prompt: Annotated[str, "Text that samples continue"] = ""
-    sample_tokens: Annotated[int, "Tokens per sample; 0: no samples"] = 80
-    save_steps: Annotated[int, "Steps between checkpoints"] = 200
-    save_total_limit: Annotated[int, "Maximum number of checkpoints on disk"] = 2
+    sample_prompt: Annotated[str, "Continue this text in samples"] = ""
+    sample_tokens: Annotated[int, "Generate this many tokens per sample; 0: no samples"] = 80
+    save_steps: Annotated[int, "Save checkpoints this many steps apart"] = 200
+    save_total_limit: Annotated[int, "Keep at most this many checkpoints on disk"] = 2
     async_checkpoints: Annotated[
         bool, "Write checkpoints in the background, from copies in memory"
     ] = False
     save_best: Annotated[bool, "Also save the weights of the best validation"] = False
-    keep: Annotated[str, "Final weights: last, or best (of the best validation)"] = "last"
+    keep: Annotated[
+        str, "Keep these weights at the end: last, or best (of the best validation)"
+    ] = "last"
     parallel: Annotated[
         str,
-        "Under torchrun: ddp (a replica per process), fsdp (a shard per process) or hsdp (shards"
-        " within a node, replicas between nodes)",
+        "Parallelize under torchrun by ddp (a replica per process), fsdp (a shard per process) or"
+        " hsdp (shards within a node, replicas between nodes)",
     ] = "ddp"
     report_to: Annotated[
-        tuple[str, ...], "Trackers that also receive the metrics: tensorboard, trackio"
+        tuple[str, ...], "Also send the metrics to these trackers: tensorboard, trackio"
     ] = ()
 
     def loop_options(self) -> "TrainOptions":
@@ -253,33 +256,38 @@ class TrainOptions:
 class RolloutOptions:
     """The options that PPO and GRPO share: sampling, scoring and training on rollouts."""
 
-    seed: Annotated[int, "Seed of the data order"] = 0
-    prompts_per_round: Annotated[int, "Prompts per round"] = 16
-    num_generations: Annotated[int, "Completions per prompt"] = 4
-    num_iterations: Annotated[int, "Epochs over the completions of a round"] = 1
-    batch_size: Annotated[int, "Completions per micro-batch, packed without padding"] = 8
-    decode_batch_size: Annotated[int, "Completions that are sampled in one batch"] = 64
-    max_new_tokens: Annotated[int, "Maximum tokens per completion"] = 128
-    temperature: Annotated[float, "Temperature of sampling, of the policy and of the reference"] = (
-        1.0
+    seed: Annotated[int, "Seed the data order and the sampling with this"] = 0
+    prompts_per_round: Annotated[int, "Sample completions of this many prompts per round"] = 16
+    num_generations: Annotated[int, "Sample this many completions per prompt"] = 4
+    num_iterations: Annotated[int, "Train for this many epochs on the completions of a round"] = 1
+    batch_size: Annotated[int, "Pack this many completions into a micro-batch, without padding"] = 8
+    decode_batch_size: Annotated[int, "Sample this many completions in one batch"] = 64
+    max_new_tokens: Annotated[int, "Generate at most this many tokens per completion"] = 128
+    temperature: Annotated[
+        float, "Use this temperature for sampling, the policy and the reference"
+    ] = 1.0
+    clip_range: Annotated[float, "Clip probability ratios to 1 ± this (PPO's clip range)"] = 0.2
+    beta: Annotated[float, "Penalize the KL divergence to the reference with this coefficient"] = (
+        0.0
     )
-    clip_range: Annotated[float, "PPO clip range: probability ratios are clipped to 1 ± this"] = 0.2
-    beta: Annotated[float, "Coefficient of the KL divergence to the reference"] = 0.0
     kl_target: Annotated[float | None, "Adapt beta to this KL, in nats per completion"] = None
-    kl_horizon: Annotated[float, "Number of completions over which beta adapts"] = 10_000.0
+    kl_horizon: Annotated[float, "Adapt beta over this many completions"] = 10_000.0
     max_kl: Annotated[float, "Stop if the KL exceeds this, in nats per completion"] = 100.0
     max_update_kl: Annotated[
         float | None, "End a round if the KL of its update exceeds this, in nats per token"
     ] = None
-    entropy_coef: Annotated[float, "Coefficient of the entropy bonus"] = 0.0
+    entropy_coef: Annotated[float, "Add the entropy bonus with this coefficient"] = 0.0
     missing_eos_penalty: Annotated[
-        float | None, "Score of a completion without an EOS token; default: scored like any other"
+        float | None,
+        "Give a completion without an EOS token this score; default: scored like any other",
     ] = None
     mismatch_threshold: Annotated[
         float,
         "Use importance weights if sampling and training differ by more, in nats per token",
     ] = 0.05
-    val_prompts: Annotated[int, "Held-out prompts per validation, sampled greedily"] = 64
+    val_prompts: Annotated[
+        int, "Validate on this many held-out prompts each time, sampled greedily"
+    ] = 64
 
     def check_rollouts(self) -> None:
         """Check the values. InputError names the option."""
@@ -310,29 +318,29 @@ class RolloutOptions:
 class PPOOptions(RolloutOptions):
     """The options of PPO. docs/ppo.md lists the conventions."""
 
-    prompts_per_round: Annotated[int, "Prompts per round"] = 64
-    num_generations: Annotated[int, "Completions per prompt"] = 1
-    num_iterations: Annotated[int, "Epochs over the completions of a round"] = 4
-    beta: Annotated[float, "Coefficient of the KL divergence to the reference"] = 0.05
+    prompts_per_round: Annotated[int, "Sample completions of this many prompts per round"] = 64
+    num_generations: Annotated[int, "Sample this many completions per prompt"] = 1
+    num_iterations: Annotated[int, "Train for this many epochs on the completions of a round"] = 4
+    beta: Annotated[float, "Penalize the KL divergence to the reference with this coefficient"] = (
+        0.05
+    )
     value_model: Annotated[
         str,
-        "Value model: copy (of the policy), reward (a copy of the reward model) or shared (a head"
-        " on the policy)",
+        "Use this value model: copy (of the policy), reward (a copy of the reward model) or"
+        " shared (a head on the policy)",
     ] = "copy"
-    vf_coef: Annotated[float, "Coefficient of the value loss"] = 0.1
-    clip_range_value: Annotated[
-        float, "Values are clipped to this distance from those of the round"
-    ] = 0.2
+    vf_coef: Annotated[float, "Add the value loss with this coefficient"] = 0.1
+    clip_range_value: Annotated[float, "Clip values to this distance from those of the round"] = 0.2
     value_lr_factor: Annotated[
-        float, "Learning rate of the value model, as a multiple of the policy's"
+        float, "Train the value model at this learning rate, as a multiple of the policy's"
     ] = 10.0
-    critic_warmup: Annotated[int, "First rounds, in which only the value model learns"] = 0
-    gamma: Annotated[float, "Discount per token"] = 1.0
-    lam: Annotated[float, "GAE's lambda"] = 0.95
+    critic_warmup: Annotated[int, "Train only the value model in this many first rounds"] = 0
+    gamma: Annotated[float, "Discount rewards by this factor per token"] = 1.0
+    lam: Annotated[float, "Estimate advantages with this lambda (GAE)"] = 0.95
     dual_clip: Annotated[
-        float | None, "Dual-clip bound of the loss at negative advantages, above 1"
+        float | None, "Clip the loss at negative advantages to this dual-clip bound, above 1"
     ] = None
-    kl_estimator: Annotated[str, "Estimator of the KL in the reward: k1, k2 or k3"] = "k1"
+    kl_estimator: Annotated[str, "Estimate the KL in the reward by k1, k2 or k3"] = "k1"
     whiten_rewards: Annotated[bool, "Divide the rewards of a round by their standard deviation"] = (
         False
     )
@@ -355,8 +363,8 @@ class PPOOptions(RolloutOptions):
 class GRPOOptions(RolloutOptions):
     """The options of GRPO and its relatives."""
 
-    num_generations: Annotated[int, "Completions per prompt: the group"] = 8
-    loss_type: Annotated[str, "dapo, grpo, dr_grpo or rloo; see docs/ppo.md"] = "dapo"
+    num_generations: Annotated[int, "Sample this many completions per prompt: the group"] = 8
+    loss_type: Annotated[str, "Use the loss dapo, grpo, dr_grpo or rloo; see docs/ppo.md"] = "dapo"
     mask_truncated_completions: Annotated[
         bool, "Do not train on completions without an EOS token"
     ] = False

@@ -39,17 +39,17 @@ LOSS_OPTIONS = {
 class DPOOptions:
     """The options of `dpo`'s loss; see `fastlm.train.losses.dpo_loss` and `kto_loss`."""
 
-    loss_type: Annotated[str, "Loss: sigmoid (DPO), ipo, hinge or kto"] = "sigmoid"
+    loss_type: Annotated[str, "Use the loss sigmoid (DPO), ipo, hinge or kto"] = "sigmoid"
     beta: Annotated[
-        float, "Scale of the log-ratios; a larger one keeps the model closer to its base"
+        float, "Scale the log-ratios by this; a larger one keeps the model closer to its base"
     ] = 0.1
-    label_smoothing: Annotated[float, "Assumed share of wrong pairs (cDPO), below 0.5"] = 0.0
+    label_smoothing: Annotated[float, "Assume this share of wrong pairs (cDPO), below 0.5"] = 0.0
     length_normalise: Annotated[bool, "Divide the log-ratio of an answer by its length"] = False
     sft_weight: Annotated[
-        float, "Weight of an additional cross-entropy loss of the chosen answers"
+        float, "Add the cross-entropy loss of the chosen answers with this weight"
     ] = 0.0
-    desirable_weight: Annotated[float, "Weight of desirable answers (kto)"] = 1.0
-    undesirable_weight: Annotated[float, "Weight of undesirable answers (kto)"] = 1.0
+    desirable_weight: Annotated[float, "Give desirable answers this weight (kto)"] = 1.0
+    undesirable_weight: Annotated[float, "Give undesirable answers this weight (kto)"] = 1.0
 
     def check_loss(self) -> None:
         """Check the values. InputError names the option."""
@@ -74,8 +74,10 @@ class PreferenceStage(ChatStage):
     row_name = "preferences"
     feedback_format = "preferences"
 
-    gradient_accumulation_steps: Annotated[int, "Micro-batches per step"] = 4
-    heldout: Annotated[float, "Share of the data that is held out"] = 0.1
+    gradient_accumulation_steps: Annotated[
+        int, "Accumulate gradients over this many micro-batches per step"
+    ] = 4
+    heldout: Annotated[float, "Hold out this share of the data"] = 0.1
 
     def figures(self, result: Mapping[str, Any]) -> list[str]:
         """Return loss and accuracy, for the summary."""

@@ -146,13 +146,15 @@ class Pretrain(TrainingStage):
     settings_in = ("config",)
     result = {**TrainingStage.result, "epochs": int, "train_tokens": int, "prompt": str}
 
-    batch_size: Annotated[int, "Sequences per micro-batch"] = 16
-    seq_len: Annotated[int, "Tokens per sequence"] = 256
+    batch_size: Annotated[int, "Put this many sequences into a micro-batch"] = 16
+    seq_len: Annotated[int, "Train on sequences of this many tokens"] = 256
     document_mask: Annotated[
         bool, "Keep attention inside documents, and restart positions with each"
     ] = False
-    seed: Annotated[int, "Seed of the initial weights, the data order and the samples"] = 0
-    config: Annotated[str, "config.json of the model, in Hugging Face's format"] = ""
+    seed: Annotated[
+        int, "Draw the initial weights, the data order and the samples with this seed"
+    ] = 0
+    config: Annotated[str, "Build the model of this config.json, in Hugging Face's format"] = ""
     # the same as a table of a recipe, where the vocabulary is the tokenizer's
     model: dict[str, Any] | None = None
 

@@ -177,8 +177,8 @@ class Reward(PreferenceStage):
     use_margins: Annotated[bool, "Subtract the margins of the data from the score differences"] = (
         False
     )
-    batch_size: Annotated[int, "Rows per micro-batch, packed without padding"] = 4
-    lr: Annotated[float, "Peak learning rate"] = 1e-5
+    batch_size: Annotated[int, "Pack this many rows into a micro-batch, without padding"] = 4
+    lr: Annotated[float, "Warm up to this peak learning rate"] = 1e-5
 
     def feedback_file(self) -> str:
         return f"judge/{self.feedback_format}.jsonl" if self.judge else super().feedback_file()

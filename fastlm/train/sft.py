@@ -79,9 +79,10 @@ class SFT(LoraOptions, ChatStage):
 
     truncations = tuple(TRUNCATION_COUNTS)
 
-    truncation: Annotated[str, "What to do with longer examples: skip, truncate or split"] = "skip"
+    truncation: Annotated[str, "Handle longer examples this way: skip, truncate or split"] = "skip"
     data_weights: Annotated[
-        tuple[float, ...], "Weight of each data source: how often an epoch takes it; default: once"
+        tuple[float, ...],
+        "Give each data source this weight: how often an epoch takes it; default: once",
     ] = ()
 
     def check(self) -> None:

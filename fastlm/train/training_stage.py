@@ -77,7 +77,7 @@ class TrainingStage(TrainOptions, Stage):
         "metrics": dict, "parameters": int, "used_seconds": float, "machine_load": str,
     }  # fmt: skip
 
-    seed: Annotated[int, "Seed of the data order"] = 0
+    seed: Annotated[int, "Seed the data order and the sampling with this"] = 0
 
     def check(self) -> None:
         super().check()
@@ -192,32 +192,38 @@ class ChatStage(TrainingStage):
 
     data: Annotated[
         tuple[str, ...],
-        MaybePositional("Rows: .jsonl or .json files, folders, pypi:, sdist: or deb:NAME#GLOB"),
+        MaybePositional(
+            "Read rows from .jsonl or .json files, folders, pypi:, sdist: or deb:NAME#GLOB"
+        ),
     ] = ()
     epochs: Annotated[
-        float | None, "Passes over the data; default: 1, if no other option ends the training"
+        float | None,
+        "Pass over the data this many times; default: 1, if no other option ends the training",
     ] = None
-    batch_size: Annotated[int, "Conversations per micro-batch, joined without padding"] = 8
+    batch_size: Annotated[
+        int, "Join this many conversations into a micro-batch, without padding"
+    ] = 8
     max_length: Annotated[
-        int | None, "Maximum tokens of an example; default: the context, at most 2048"
+        int | None, "Limit an example to this many tokens; default: the context, at most 2048"
     ] = None
-    truncation: Annotated[str, "What to do with longer examples: skip or truncate"] = "skip"
+    truncation: Annotated[str, "Handle longer examples this way: skip or truncate"] = "skip"
     skip_bad: Annotated[bool, "Skip and count invalid rows instead of stopping at the first"] = (
         False
     )
-    date: Annotated[str, "Today's date for chat templates, YYYY-MM-DD"] = "2024-07-26"
-    heldout: Annotated[float, "Share of the data that is held out"] = 0.05
+    date: Annotated[str, "Give chat templates this as today's date, YYYY-MM-DD"] = "2024-07-26"
+    heldout: Annotated[float, "Hold out this share of the data"] = 0.05
     chat_template: Annotated[
-        str, "Jinja file; default: the template of the model, or else ChatML"
+        str,
+        "Use this Jinja file as chat template; default: the template of the model, or else ChatML",
     ] = ""
-    lr: Annotated[float, "Peak learning rate"] = 2e-5
-    warmup_ratio: Annotated[float, "Share of the run in which the learning rate rises"] = 0.03
-    weight_decay: Annotated[float, "Weight decay of matrices"] = 0.0
-    validations: Annotated[int, "Number of validations, evenly spaced over the run"] = 4
+    lr: Annotated[float, "Warm up to this peak learning rate"] = 2e-5
+    warmup_ratio: Annotated[float, "Warm up the learning rate over this share of the run"] = 0.03
+    weight_decay: Annotated[float, "Apply this weight decay to matrices"] = 0.0
+    validations: Annotated[int, "Validate this many times, evenly spaced over the run"] = 4
     sample_at: Annotated[
-        tuple[float, ...], "Points of the run, 0 to 1, at which the model answers a prompt"
+        tuple[float, ...], "Let the model answer a prompt at these points of the run, 0 to 1"
     ] = (0.0, 0.5, 1.0)
-    sample_prompt: Annotated[str, "Message that samples answer; default: a held-out prompt"] = ""
+    sample_prompt: Annotated[str, "Answer this message in samples; default: a held-out prompt"] = ""
 
     def check(self) -> None:
         at_least_one(self, "batch_size", "gradient_accumulation_steps")

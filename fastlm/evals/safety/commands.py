@@ -9,13 +9,15 @@ from fastlm.errors import InputError
 
 
 def canaries_command(
-    corpus: Annotated[Path, typer.Argument(help="Folder of fastlm data prepare")],
-    out: Annotated[Path, typer.Option("--out", "-o", help="Output folder")],
-    count: Annotated[int, typer.Option(help="Number of canaries for each number of copies")] = 5,
+    corpus: Annotated[Path, typer.Argument(help="Copy this folder of fastlm data prepare")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Write to this folder")],
+    count: Annotated[
+        int, typer.Option(help="Plant this many canaries for each number of copies")
+    ] = 5,
     copies: Annotated[
-        str, typer.Option(help="Numbers of copies, separated by commas")
+        str, typer.Option(help="Plant canaries in these numbers of copies, separated by commas")
     ] = "1,4,16,64",
-    seed: Annotated[int, typer.Option(help="Seed of names and numbers")] = 0,
+    seed: Annotated[int, typer.Option(help="Draw names and numbers with this seed")] = 0,
 ) -> None:
     """Copy prepared text and plant sentences with random numbers in its training part, some of them
     many times. Train on the copy and pass it to ``fastlm safety`` as --data and --canaries.

@@ -52,32 +52,36 @@ class Safety(Stage):
     card_section = "Safety"
     result = {"models": dict[str, dict[str, Any]], "failed": list[str]}
 
-    measures: Annotated[tuple[str, ...], f"Measures to run: {', '.join(MEASURES)}"] = MEASURES
-    limit: Annotated[int, "Maximum number of items of a set, drawn at random"] = 50
-    max_new_tokens: Annotated[int, "Maximum number of tokens of an answer"] = 64
-    requests: Annotated[tuple[str, ...], "Sets of harmful requests: harmbench, donotanswer"] = (
-        REQUESTS
-    )
+    measures: Annotated[tuple[str, ...], f"Run these measures: {', '.join(MEASURES)}"] = MEASURES
+    limit: Annotated[int, "Use at most this many items of a set, drawn at random"] = 50
+    max_new_tokens: Annotated[int, "Generate at most this many tokens per answer"] = 64
+    requests: Annotated[
+        tuple[str, ...], "Send the harmful requests of these sets: harmbench, donotanswer"
+    ] = REQUESTS
     attacks: Annotated[
         tuple[str, ...],
-        "Attacks: plain, role_play, suppression, base64, rot13, leetspeak, many_shot, in_the_wild,"
-        " suffix (a slow gradient search); with three turns: crescendo, foot_in_the_door,"
-        " split_request",
+        "Try these attacks: plain, role_play, suppression, base64, rot13, leetspeak, many_shot,"
+        " in_the_wild, suffix (a slow gradient search); with three turns: crescendo,"
+        " foot_in_the_door, split_request",
     ] = ("plain", "role_play", "suppression", "base64", "many_shot", "in_the_wild")
-    suffix_requests: Annotated[int, "Number of requests with a suffix search"] = 5
-    suffix_tokens: Annotated[int, "Number of tokens of a suffix"] = 12
-    suffix_steps: Annotated[int, "Number of steps of the suffix search"] = 20
-    suffix_candidates: Annotated[int, "Number of candidate suffixes per step"] = 64
+    suffix_requests: Annotated[int, "Search for a suffix on this many requests"] = 5
+    suffix_tokens: Annotated[int, "Give a suffix this many tokens"] = 12
+    suffix_steps: Annotated[int, "Search for a suffix in this many steps"] = 20
+    suffix_candidates: Annotated[int, "Try this many candidate suffixes per step"] = 64
     canaries: Annotated[
-        str | None, "Folder of fastlm data canaries that the models were trained on"
+        str | None,
+        "Test for the canaries in this folder of fastlm data canaries, which the models were"
+        " trained on",
     ] = None
     labels: Annotated[
         str | None,
-        f"Labelled answers of these models: OUT/{VERDICTS} with labels added",
+        f"Read labelled answers of these models from this file: OUT/{VERDICTS} with labels added",
     ] = None
-    gate: Annotated[str | None, "TOML file with bounds on scores (see docs/safety.md)"] = None
-    confidence: Annotated[float, "Confidence of intervals"] = 0.95
-    seed: Annotated[int, "Seed of the sampled items and continuations"] = 0
+    gate: Annotated[
+        str | None, "Read bounds on scores from this TOML file (see docs/safety.md)"
+    ] = None
+    confidence: Annotated[float, "Compute intervals of this confidence"] = 0.95
+    seed: Annotated[int, "Sample items and continuations with this seed"] = 0
 
     def check(self) -> None:
         from fastlm.evals.gates import read_gates
