@@ -95,13 +95,13 @@ def gate_warnings(gates: Sequence[GateBound], scores: Mapping[str, Mapping[str, 
         score = scores.get(gate.score, {})
         if "judge" not in score or score.get("corrected"):
             continue
-        errors = [score["judge"], *score["judge"].get("other_domains", ())]
-        error = next((error for error in errors if error.get("kappa", 1.0) <= 0.0), None)
-        if error is not None:
-            agreed, n = error["agreement"]
+        accuracies = [score["judge"], *score["judge"].get("other_domains", ())]
+        chance = next((a for a in accuracies if a.get("kappa", 1.0) <= 0.0), None)
+        if chance is not None:
+            agreed, n = chance["agreement"]
             lines.append(
                 f"{gate.score} is not reliable: its judge agreed with people on {agreed} of {n}"
-                f" answers of {error['domain']} (kappa {error['kappa']:.2f}), which is chance;"
+                f" answers of {chance['domain']} (kappa {chance['kappa']:.2f}), which is chance;"
                 " label answers of this model (docs/safety.md)"
             )
     return lines

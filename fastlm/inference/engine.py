@@ -421,7 +421,7 @@ class Engine:
             self._follow_model()
         start, previous_tokens = time.monotonic(), self._prompt_tokens + self._new_tokens
         self._sample_paused()
-        decoding = self.scheduler.schedule_answers()
+        decoding = self.scheduler.schedule_decodes()
         max_tokens = self.max_num_batched_tokens or self._default_budget(len(decoding))
         min_prompt_tokens = max(max_tokens // 4, len(decoding) // 2, 1)
         budget = max(max_tokens - len(decoding), min_prompt_tokens)
@@ -430,7 +430,7 @@ class Engine:
         answers = [Chunk(s, s.num_computed, s.num_computed + 1 + len(s.draft)) for s in decoding]
         budget -= sum(len(s.draft) for s in decoding)
         prompts: list[Chunk] = []
-        for chunk in self.scheduler.schedule_prompts(budget, admits=not self._updates):
+        for chunk in self.scheduler.schedule_prefills(budget, admits=not self._updates):
             if chunk is not None:
                 prompts.append(chunk)
                 continue

@@ -3,9 +3,9 @@ without phases (continuous batching).
 
 A step computes the next token of every running answer, then as much of running prompts as the
 budget allows, then the prompts of waiting requests. When blocks run short, the request that was
-admitted last is preempted: it releases its blocks and is recomputed later, to the same bits. Where
-prompts are rows of decode steps, all its tokens are recomputed as a prompt. Elsewhere its prompt is
-recomputed as before and then its answer token by token.
+admitted last is preempted: it releases its blocks and is recomputed later, to the same bits. If the
+decode kernel also computes prompts (`recomputes_as_prompt`), its prompt and answer are prefilled
+together. Otherwise its prompt is prefilled, and its answer decoded again token by token.
 """
 
 import time
@@ -29,15 +29,18 @@ class Chunk:
 
 
 class Scheduler:
-    """``waiting``: one queue per client; the queues take turns. ``running``: the sequences that
-    have blocks, in the order in which they were admitted."""
+    """Decides what each step of an engine computes.
+
+    ``waiting``: one queue per client; the queues take turns. ``running``: the sequences that
+    have blocks, in the order in which they were admitted.
+    """
 
     def __init__(
         self, block_manager: BlockManager, *, max_num_seqs: int, enable_prefix_caching: bool
     ):
         self.block_manager, self.max_num_seqs = block_manager, max_num_seqs
         self.enable_prefix_caching = enable_prefix_caching
-        self.aligns_chunks = False  # see `schedule_prompts`
+        self.aligns_chunks = False  # see `schedule_prefills`
         self.recomputes_as_prompt = False  # a preempted answer is recomputed like a prompt
         self.on_free: Callable[[Sequence], None] = lambda sequence: None  # its blocks are released
         self.waiting: OrderedDict[str, deque[Sequence]] = OrderedDict()
@@ -84,7 +87,7 @@ class Scheduler:
         """Return all sequences: those that run, then those that wait."""
         return [*self.running, *self.waiting_sequences()]
 
-    def schedule_answers(self) -> list[Sequence]:
+    def schedule_decodes(self) -> list[Sequence]:
         """Return the running sequences whose next token is computed in this step; each has a block
         for it. Preempts others where blocks run short."""
         for sequence in list(self.running):
@@ -120,7 +123,7 @@ class Scheduler:
         queue.appendleft(sequence)
         self.waiting.move_to_end(sequence.request.client, last=False)
 
-    def schedule_prompts(self, budget: int, admits: bool = True) -> Iterator[Chunk | None]:
+    def schedule_prefills(self, budget: int, admits: bool = True) -> Iterator[Chunk | None]:
         """Yield the chunks of prompts of a step, with at most ``budget`` tokens; without
         ``admits``, of running sequences only. Yields None where the caller must compute the chunks
         so far before the next one, because that begins with blocks that they fill.

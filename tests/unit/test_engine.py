@@ -491,7 +491,7 @@ def test_a_thread_that_fails_continues(monkeypatch):
     engine = Engine(model_of())
     engine.start()
     with monkeypatch.context() as patch:
-        patch.setattr(engine.scheduler, "schedule_answers", lambda: 1 / 0)
+        patch.setattr(engine.scheduler, "schedule_decodes", lambda: 1 / 0)
         (failed,) = engine.generate([Request([1], 3)])
     assert failed.finish_reason == "error" and "ZeroDivisionError" in failed.error
     assert engine.generate([Request([1], 3)])[0].finish_reason == "length"

@@ -121,10 +121,10 @@ def judge_accuracy(
     verdicts: Sequence[bool], examples: Sequence[LabelledAnswer], labels: str, domain: str = ""
 ) -> JudgeAccuracy:
     """Return the accuracy of verdicts. InputError: a label has no example."""
-    error = JudgeAccuracy.from_pairs(zip(verdicts, (e.label for e in examples)), labels, domain)
-    if not error.sensitivity[1] or not error.specificity[1]:
+    accuracy = JudgeAccuracy.from_pairs(zip(verdicts, (e.label for e in examples)), labels, domain)
+    if not accuracy.sensitivity[1] or not accuracy.specificity[1]:
         raise InputError(f"{labels}: expected examples with both labels, got only one label")
-    return error
+    return accuracy
 
 
 # the classifier
@@ -193,11 +193,11 @@ def fit_judge(
             return False
         return bool(classifier.predict(features([(request, answer)]))[0])
 
-    error = judge_accuracy(verdicts[: len(examples)].tolist(), examples, labels, domain)
+    accuracy = judge_accuracy(verdicts[: len(examples)].tolist(), examples, labels, domain)
     names = [kind for kind, _ in constructed]
     passed = Counter(kind for kind, hit in zip(names, verdicts[len(training) :]) if not hit)
     kinds = {kind: (passed[kind], total) for kind, total in Counter(names).items()}
-    return judge, replace(error, constructed=kinds, other_domains=other_domains)
+    return judge, replace(accuracy, constructed=kinds, other_domains=other_domains)
 
 
 def fold_of(group: str) -> int:
