@@ -333,7 +333,7 @@ def step_call(model: fastlm.CausalLM, users: int, keys: int, graph: bool) -> Cal
     with torch.inference_mode():
         model.model.fuse()
     steps = cuda_decode.CudaDecodeRunner(model, pages.data)
-    steps.recordable &= graph
+    steps.can_record &= graph
     tokens = torch.randint(0, model.config.vocab_size, (users,))
     lengths = torch.full((users,), keys)
     table = torch.arange(users * width, dtype=torch.int32).view(users, width)

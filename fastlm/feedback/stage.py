@@ -47,7 +47,7 @@ class FeedbackBuild(BuildOptions, Stage):
     outputs = {"feedback": "."}
     result = {"rows": dict[str, dict[str, int]], "raters": dict[str, Any]}
     notes = """The output is train/, judge/ and test/ with sft.jsonl, preferences.jsonl (for dpo and
-reward), kto.jsonl (for dpo with loss = kto) and prompts.jsonl; funnel.json (fastlm data show); and
+reward), kto.jsonl (for dpo with loss_type = kto) and prompts.jsonl; funnel.json (fastlm data show); and
 raters.json."""
 
     database: Annotated[

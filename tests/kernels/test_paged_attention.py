@@ -301,7 +301,7 @@ def test_no_shared_memory(kernel, monkeypatch):
     for rows in (16, 17):
         q = torch.randn(1, 1, rows, 16, device=kernel.device).bfloat16()
         if rows > 16:
-            with pytest.raises(InputError, match="forced but cannot run"):
+            with pytest.raises(InputError, match="which is forced"):
                 ops.paged_attention(q, *parts)
         else:
             ops.paged_attention(q, *parts)

@@ -302,7 +302,7 @@ def test_triton_rounds_as_the_reference(kernel, dtype):
         expected, wide_scale = reference.round_rows(x, q.group_size)
         assert torch.equal(rounded.float(), expected)
         group, run = torch.arange(k) // q.group_size, torch.arange(k) % q.group_size // 512
-        assert torch.equal(scale[:, group * w.runs_a_group + run], wide_scale)
+        assert torch.equal(scale[:, group * w.runs_per_group + run], wide_scale)
 
 
 @on("cuda")

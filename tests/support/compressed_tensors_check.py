@@ -81,7 +81,7 @@ def compare_packing(name: str) -> bool:
     assert isinstance(loaded, QuantizedWeight)
     off = (loaded.dequantize() - expected).abs().max().item()
     print(f"{name}: largest difference {off:.3g} of weights up to {expected.abs().max():.3g}"
-          f" ({expected.dtype}; {weights.found})")  # fmt: skip
+          f" ({expected.dtype}; {weights.description})")  # fmt: skip
     return off <= 2**-7 * expected.abs().max().item()  # the package unpacks in the dtype of scales
 
 
