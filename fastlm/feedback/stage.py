@@ -47,8 +47,8 @@ class FeedbackBuild(BuildOptions, Stage):
     outputs = {"feedback": "."}
     result = {"rows": dict[str, dict[str, int]], "raters": dict[str, Any]}
     notes = """The output is train/, judge/ and test/ with sft.jsonl, preferences.jsonl (for dpo and
-reward), kto.jsonl (for dpo with loss_type = kto) and prompts.jsonl; funnel.json (fastlm data show); and
-raters.json."""
+reward), kto.jsonl (for dpo with loss_type = kto) and prompts.jsonl; funnel.json (fastlm data
+show); and raters.json."""
 
     database: Annotated[
         tuple[str, ...],

@@ -399,7 +399,7 @@ def test_compiles_in_one_graph():
         (lambda x, h, t: liger_cross_entropy(x, t, size_average=True), "size_average: expected"),
         (
             lambda x, h, t: liger_cross_entropy(x, t, return_z_loss=True),
-            "return_z_loss: expected none",
+            "return_z_loss: expected None",
         ),
         (lambda x, h, t: liger_cross_entropy(x, t, reduction="batchmean"), "reduction: expected"),
         (lambda x, h, t: liger_cross_entropy(x, t, softcap=-1.0), "softcap: expected > 0"),

@@ -57,7 +57,7 @@ def broken(y: torch.Tensor, how: str, order: int) -> torch.Tensor:
     [
         ("value", "y: error"),
         ("unwritten", "error nan"),
-        ("beside", "written beside an allocation"),
+        ("beside", "written outside an allocation"),
         ("threads", "threads: result 0 differs"),
         ("strides", "strides: result 0"),
     ],

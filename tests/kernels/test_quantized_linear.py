@@ -1,5 +1,6 @@
 """Tests of quantized_linear beyond its table of cases (cases/quantized_linear.py)."""
 
+import importlib
 from types import SimpleNamespace
 
 import pytest
@@ -45,9 +46,8 @@ def packed(codes, bits, group_size):
 
 
 def module_of(kernel):
-    from fastlm import cuda, kernels
-
-    return (kernels if kernel.language == "triton" else cuda).quantized_linear
+    package = "kernels" if kernel.language == "triton" else "cuda"
+    return importlib.import_module(f"fastlm.{package}.quantized_linear")
 
 
 @pytest.fixture

@@ -31,7 +31,7 @@ def test_rows_that_do_not_fit_are_refused(kernel):
     x, weight = torch.zeros(1, 12296, device=kernel.device), torch.ones(12296, device=kernel.device)
     assert not backend.has_kernel("rms_norm_round", x)
     assert backend.has_kernel("rms_norm_round", x[:, :12288])
-    with pytest.raises(InputError, match="it has rms_norm_round for rows of up to 48 KiB"):
+    with pytest.raises(InputError, match="it supports rows of up to 48 KiB"):
         rms_norm_round(x, None, weight, *codes(12296, kernel.device), 1e-6, 0.0, 8, 32)
 
 
