@@ -232,7 +232,7 @@ def info(
     ops = Table(
         Column("op", no_wrap=True), "runs on", *(Column(c, justify="center") for c in columns)
     )
-    limits = Table(Column("~ serves a part", no_wrap=True), "", box=None, header_style="")
+    limits = Table(Column("~ partial support", no_wrap=True), "", box=None, header_style="")
     for name, row in values["ops"].items():
         marks = ["" if c in row["unavailable"] else "✓~"[c in row["supports"]] for c in columns]
         ops.add_row(name, row["backend"] or "nothing", *marks)
