@@ -9,7 +9,7 @@ not help. Nothing is timed while the op's tests fail.
 
     python bench/ops/attention.py                 all cases of the file; --list names them
     python bench/ops/attention.py causal          cases with "causal" in their name or shape
-    python bench/ops/rope.py --shape 8,8,512,64   a shape of your own
+    python bench/ops/rope.py --shape 8,8,512,64   a custom shape
     python bench/ops/rope.py --json new.json      then python bench/compare.py old.json new.json
     python bench/run.py --isa avx2 attention  both sides limited to AVX2
 """
@@ -420,7 +420,7 @@ def main(op: str, cases: Callable[[], list[Case]], shape_cases: Callable | None 
     parser.add_argument("--list", action="store_true", help="List the cases and exit.")
     if shape_cases is not None:
         names = ",".join(inspect.signature(shape_cases).parameters)
-        parser.add_argument("--shape", action="append", help=f"Run a shape of your own: {names}.")
+        parser.add_argument("--shape", action="append", help=f"Run a custom shape: {names}.")
     parser.add_argument(
         "--rounds",
         type=positive,

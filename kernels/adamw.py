@@ -338,36 +338,14 @@ def _update(
     for begin in range(start, tl.minimum(start + CHUNK, size), BLOCK):
         if begin + BLOCK <= size:
             _block(
-                row,
-                row_scalars,
-                key,
-                factor,
-                begin,
-                P,
-                G,
-                MASTERS,
-                PACKED,
-                ROUND,
-                ALIGNED,
-                True,
+                row, row_scalars, key, factor, begin, P, G, MASTERS, PACKED, ROUND, ALIGNED, True,
                 BLOCK,
-            )
+            )  # fmt: skip
         else:
             _block(
-                row,
-                row_scalars,
-                key,
-                factor,
-                begin,
-                P,
-                G,
-                MASTERS,
-                PACKED,
-                ROUND,
-                ALIGNED,
-                False,
+                row, row_scalars, key, factor, begin, P, G, MASTERS, PACKED, ROUND, ALIGNED, False,
                 BLOCK,
-            )
+            )  # fmt: skip
 
 
 # ---- host ----------------------------------------------------------------------------------------

@@ -63,7 +63,7 @@ class NgramIndex:
         # the questions that have known[i]: owners[begins[i] : begins[i + 1]]
         self.owners = np.repeat(np.arange(len(question_ngrams)), self.distinct)[order]
         self.begins = np.searchsorted(index[order], np.arange(len(self.ngrams) + 1))
-        self.seen = np.zeros(len(self.ngrams), bool)
+        self.in_data = np.zeros(len(self.ngrams), bool)
         self.table = np.zeros(2**_BITS, bool)
         self.table[_slots(self.ngrams)] = True
 
@@ -75,12 +75,12 @@ class NgramIndex:
         return indices[self.ngrams[indices] == candidates] if len(candidates) else indices
 
     def mark(self, ids: np.ndarray) -> None:
-        """Mark the n-grams of a piece of the data as seen."""
-        self.seen[self.positions(ids)] = True
+        """Mark the n-grams of a piece of the data."""
+        self.in_data[self.positions(ids)] = True
 
     def covered_mask(self, ids: np.ndarray) -> np.ndarray:
-        """Return which ids of a question are in an n-gram that was seen: (length,) bool."""
-        hit = self.seen[np.searchsorted(self.ngrams, hashes(ids, self.n))]
+        """Return which ids of a question are in an n-gram of the data: (length,) bool."""
+        hit = self.in_data[np.searchsorted(self.ngrams, hashes(ids, self.n))]
         steps = np.zeros(len(ids) + 1, np.int64)
         np.add.at(steps, np.flatnonzero(hit), 1)
         np.add.at(steps, np.flatnonzero(hit) + self.n, -1)

@@ -23,9 +23,9 @@ class WinRate(Stage):
     """Measure how often the answers of a new model beat those of the old one to the same prompts,
     by a reward model that has not trained the new one.
 
-    A reward model reads one answer at a time, so that the order of two answers has no effect. If
-    several judges are given, which differ in their seeds, the mean of their scores counts: it errs
-    less than each alone.
+    A reward model reads one answer at a time, so that the order of two answers has no effect. With
+    several judges of different seeds, the mean of their scores decides: it is more accurate than
+    one of them.
     """
 
     kind = "winrate"

@@ -1,7 +1,7 @@
 """The forwards of the modules of a patched Hugging Face model: one function per op.
 
-A patched module keeps its parameters, its children and its place in the model; only its class
-changes, to a subclass made by `make_variant` whose `forward` is one of `FORWARDS`. So
+A patched module keeps its parameters, its children and its place in the model. Only its class
+changes: `make_variant` makes a subclass with one of `FORWARDS` as its `forward`. So
 ``isinstance``, hooks, ``state_dict``, LoRA layers among the children and gradient checkpointing
 stay as they were, and removing the patch means restoring the class. Rejected: a ``forward`` in the
 instance's ``__dict__`` (a deep copy or a pickle would call the old module's), and other modules in

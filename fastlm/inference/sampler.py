@@ -41,7 +41,7 @@ class SamplerOptions:
         """The same options in C++, which point into the tensors of ``logits_processor``."""
         if self._cpp is None:
             s, p = self.sampling, self.logits_processor
-            seen, counts, bias = (None,) * 3 if p is None else (p.seen, p.counts, p.bias)
+            mask, counts, bias = (None,) * 3 if p is None else (p.repetition_mask, p.counts, p.bias)
             self._cpp = backend.cpu_extension.TokenSampler(
                 vocab=self.vocab,
                 temperature=s.temperature,
@@ -52,7 +52,7 @@ class SamplerOptions:
                 presence_penalty=s.presence_penalty,
                 frequency_penalty=s.frequency_penalty,
                 ends=self.stop_ids,
-                repetition_mask=seen,
+                repetition_mask=mask,
                 counts=counts,
                 bias=bias,
             )

@@ -191,20 +191,22 @@ class LogitsProcessor:
             self.bias = torch.zeros(vocab, device=device)
             for token, bias in sampling.logit_bias:
                 self.bias[token] += bias
-        self.seen = self.counts = None
+        self.repetition_mask = self.counts = None
         if sampling.repetition_penalty != 1.0:
-            self.seen = torch.zeros(rows, vocab, dtype=torch.bool, device=device)
+            self.repetition_mask = torch.zeros(rows, vocab, dtype=torch.bool, device=device)
             present = ids < vocab if mask is None else mask.bool() & (ids < vocab)
             row = torch.arange(rows, device=device)[:, None].expand_as(ids)
-            self.seen[row[present], ids.long()[present]] = True
+            self.repetition_mask[row[present], ids.long()[present]] = True
         if sampling.presence_penalty or sampling.frequency_penalty:
             self.counts = torch.zeros(rows, vocab, device=device)
 
     def apply(self, logits: Tensor) -> Tensor:
         """Return new logits (B, V) float32 of logits (B, V)."""
         logits = logits.float()
-        if self.seen is not None:
-            logits = apply_repetition_penalty(logits, self.seen, self.sampling.repetition_penalty)
+        if self.repetition_mask is not None:
+            logits = apply_repetition_penalty(
+                logits, self.repetition_mask, self.sampling.repetition_penalty
+            )
         if self.counts is not None:
             per_token = self.counts * self.sampling.frequency_penalty
             logits = logits - per_token - (self.counts > 0) * self.sampling.presence_penalty
@@ -212,18 +214,18 @@ class LogitsProcessor:
 
     def add(self, tokens: Tensor) -> None:
         """Count the new token of each row, (B,)."""
-        if self.seen is not None:
-            self.seen.scatter_(1, tokens[:, None], True)
+        if self.repetition_mask is not None:
+            self.repetition_mask.scatter_(1, tokens[:, None], True)
         if self.counts is not None:
             self.counts.scatter_add_(1, tokens[:, None], torch.ones_like(self.counts[:, :1]))
 
 
-def apply_repetition_penalty(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
-    """Return (B, V) logits in which the tokens of `seen` (B, V) bool are less likely (CTRL,
+def apply_repetition_penalty(logits: Tensor, mask: Tensor, penalty: float) -> Tensor:
+    """Return (B, V) logits in which the tokens of `mask` (B, V) bool are less likely (CTRL,
     arXiv:1909.05858).
     """
     weakened = torch.where(logits > 0, logits / penalty, logits * penalty)
-    return torch.where(seen, weakened, logits)
+    return torch.where(mask, weakened, logits)
 
 
 def check_seed(seed: int | None) -> None:

@@ -68,8 +68,8 @@ def _stream(replay_stream: torch.cuda.Stream) -> torch.cuda.Stream:
     return torch.cuda.Stream(replay_stream.device)
 
 
-# Tokens that the pages of a row hold at least: shorter rows share their graphs. The kernels skip
-# the tokens that a row lacks.
+# Minimum capacity of the pages of a row, in tokens: shorter rows share their graphs. The kernels
+# skip the tokens that a row lacks.
 _MIN_CAPACITY = 1024
 
 
@@ -156,7 +156,7 @@ class CudaDecodeRunner:
 
     The number of rows and of pages per row are padded to powers of two, so few graphs serve all
     steps. A graph is recorded when it is needed a second time. All graphs share their memory, which
-    is safe because one runs after the other. Graphs read weights in place: create a new object when
+    is safe because graphs run one at a time. Graphs read weights in place: create a new object when
     a weight has moved.
     """
 

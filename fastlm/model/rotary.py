@@ -88,7 +88,7 @@ def _yarn(
 
 def _llama3(rope: Mapping[str, Any], freq: Tensor) -> Tensor:
     """Return Llama 3's frequencies: wavelengths beyond original / low_freq_factor are stretched by
-    factor, those below original / high_freq_factor are kept, and those in between are blended."""
+    factor, those below original / high_freq_factor stay, and those in between are interpolated."""
     factor, original = rope["factor"], rope["original_max_position_embeddings"]
     low, high = rope["low_freq_factor"], rope["high_freq_factor"]
     wavelength = 2 * math.pi / freq

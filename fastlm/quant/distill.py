@@ -255,7 +255,7 @@ class Distillation:
         }  # fmt: skip
         if not after < before:
             line = (
-                "distill: the initial weights are kept: held-out KL"
+                "distill: the initial weights stay: held-out KL"
                 f" {before:.4f} before, {after:.4f} after"
             )
             return StepResult(warnings=[line], distillation=metrics)

@@ -123,8 +123,8 @@ def _new_root(library: str) -> None:
         mount("tmpfs", "/tmp" + path, "tmpfs", NOSUID | NODEV, "mode=755,size=4k")
     os.makedirs("/tmp/tmp", exist_ok=True)
     os.chdir("/tmp")
-    _check_call("a root of its own: pivot_root", _libc.syscall(PIVOT_ROOT, b".", b"."))
-    _check_call("a root of its own: umount", _libc.umount2(b".", DETACH))
+    _check_call("private root: pivot_root", _libc.syscall(PIVOT_ROOT, b".", b"."))
+    _check_call("private root: umount", _libc.umount2(b".", DETACH))
     os.chdir("/")
     read_only = struct.pack("4Q", SET_READ_ONLY, 0, 0, 0)
     done = _libc.syscall(MOUNT_SETATTR, -100, b"/", RECURSIVE, read_only, len(read_only))
@@ -157,7 +157,7 @@ def unshare(feature: str, flags: int) -> None:
 def mount(source: str | None, target: str, kind: str | None, flags: int, data: str = "") -> None:
     texts = [None if text is None else text.encode() for text in (source, target, kind)]
     done = _libc.mount(*texts, ctypes.c_ulong(flags), data.encode())
-    _check_call(f"a root of its own: mount of {target}", done)
+    _check_call(f"private root: mount of {target}", done)
 
 
 def die_with_parent() -> None:

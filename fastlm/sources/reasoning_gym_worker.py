@@ -1,8 +1,8 @@
 """The process that draws the rows of a generator. `fastlm.sources.reasoning_gym` starts it with
 ``PYTHONHASHSEED=0``.
 
-Some generators (ransom_note, word_ladder) iterate over sets of texts. Their order depends on the
-hashes, which Python draws anew for each process by default, so a resumed training would get other
+Some generators (ransom_note, word_ladder) iterate over sets of texts. Their order depends on
+hashes. By default Python salts these in each process, so a resumed training would get other
 prompts. This file is run by its path and imports nothing of fastlm.
 
 A request is a line of JSON. The response is a pickle per row, then None: rows hold tuples, which

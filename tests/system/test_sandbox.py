@@ -575,8 +575,8 @@ UNSHARE, MOUNT, PIVOT_ROOT, MOUNT_SETATTR = 272, 165, 155, 442
     "refused, missing",
     [
         (UNSHARE, "a (user|mount) namespace: unshare: Operation not permitted"),
-        (MOUNT, "a root of its own: mount of /: Operation not permitted"),
-        (PIVOT_ROOT, "a root of its own: pivot_root: Operation not permitted"),
+        (MOUNT, "private root: mount of /: Operation not permitted"),
+        (PIVOT_ROOT, "private root: pivot_root: Operation not permitted"),
         (MOUNT_SETATTR, r"a read-only root: mount_setattr \(Linux 5.12\): Operation not permitted"),
     ],
 )
