@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from harness import ROOT, machine, save
 from torch import Tensor, nn
 
-from fastlm.data.prepare import HELDOUT, TRAIN, read_documents
+from fastlm.data.corpus import SPLITS, read_documents
 from fastlm.progress import bars
 from fastlm.sources.packages import default_cache
 from fastlm.stages import run_recipe
@@ -99,9 +99,7 @@ def train_plain(data: Path, seconds: float) -> list[tuple[float, float]]:
     """Train the plain model. Return [(seconds of training, held-out bits per byte)]; the last entry
     is for the full held-out text.
     """
-    train, heldout = (
-        "".join(d.text for d in read_documents(data / name)) for name in (TRAIN, HELDOUT)
-    )
+    train, heldout = ("".join(d.text for d in read_documents(data, split)) for split in SPLITS)
     code = {c: i for i, c in enumerate(sorted(set(train + heldout)))}
     train_ids, held_ids = (torch.tensor([code[c] for c in text]) for text in (train, heldout))
     bytes_per_character = len(heldout.encode()) / len(heldout)

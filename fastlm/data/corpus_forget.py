@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass, field
 from hashlib import sha256
 from pathlib import Path
 
+from fastlm.data.corpus import read_documents
 from fastlm.data.dedup import MIN_PARAGRAPH, PARAGRAPHS, paragraph_key
 from fastlm.data.forget_log import (
     document_id,
@@ -15,7 +16,7 @@ from fastlm.data.forget_log import (
     row_keys,
     text_key,
 )
-from fastlm.data.prepare import HELDOUT, TRAIN, read_documents
+from fastlm.data.prepare import HELDOUT, TRAIN
 from fastlm.files import atomic_file, write_json
 from fastlm.pipeline.funnel import FUNNEL, Funnel
 from fastlm.sources.source_files import Document

@@ -38,9 +38,8 @@ from fastlm.errors import InputError
 from fastlm.files import atomic_file, clean_up, write_error, write_json
 from fastlm.pipeline.funnel import FUNNEL, Funnel, StepCounts
 from fastlm.progress import silent
-from fastlm.schema import parse
 from fastlm.sources.source_files import Document, SourceFile, list_files, printable, read_files
-from fastlm.sources.streams import ZSTD_MAGIC, compressed, open_stream
+from fastlm.sources.streams import ZSTD_MAGIC, compressed
 
 TRAIN, HELDOUT = "train.jsonl.zst", "heldout.jsonl.zst"
 STEPS = (
@@ -188,7 +187,7 @@ def prepare(
     """Write clean text of ``sources`` to ``out``: train.jsonl.zst, heldout.jsonl.zst and, last,
     funnel.json.
 
-    A line is {"text", "id", "source", "meta"}; ``read_documents`` reads the lines. A bad line among
+    A line is {"text", "id", "source", "meta"}; `fastlm.data.corpus` reads it. A bad line among
     good ones, and a bad file inside a folder or a package, are counted, reported in the funnel and
     skipped. A bad source or file that the user named raises an error. A failure leaves no new
     folder behind. Documents with a key (`fastlm.data.forget_log`) in ``forgotten`` are left out and
@@ -365,20 +364,3 @@ def _write_split(
     for name, part in (("train", set(range(len(index))) - heldout), ("heldout", heldout)):
         step = _StepTally(len(part), sum(index[i][1] for i in part))
         funnel.steps.append(step.to_counts(name))
-
-
-def read_documents(path: Path) -> Iterator[Document]:
-    """Yield the documents of train.jsonl.zst or heldout.jsonl.zst.
-
-    InputError: the file is missing, truncated, corrupt or of another kind.
-    """
-    path = Path(path)
-    with open_stream(path) as stream:
-        for number, line in enumerate(stream, 1):
-            location = f"{path}, line {number}"
-            try:
-                document = parse(line, Document, "it", extra="forbid")
-                document.text.encode()  # no lone surrogate
-            except (InputError, UnicodeError) as e:
-                raise InputError(f"{location}: expected a prepared document: {e}") from None
-            yield document

@@ -6,10 +6,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from fastlm.data.corpus import is_corpus, is_split, read_documents
 from fastlm.data.extract import extract
-from fastlm.data.prepare import HELDOUT, TRAIN, read_documents
 from fastlm.errors import InputError
-from fastlm.pipeline.funnel import FUNNEL
 from fastlm.sources.packages import default_cache
 from fastlm.sources.source_files import ignore_message, read_source
 
@@ -27,7 +26,7 @@ def has_splits(data: str | Path) -> bool:
 
     data = Path(data)
     shards = all((data / split / INDEX).is_file() for split in ("train", "heldout"))
-    return shards or (data / FUNNEL).is_file()
+    return shards or is_corpus(data)
 
 
 def read_texts(
@@ -40,7 +39,8 @@ def read_texts(
     """Yield the texts of a source that ``fastlm data prepare`` accepts, or of what it prepared.
 
     Args:
-        source: a prepared folder, a ``.jsonl.zst`` file of documents, or a source.
+        source: a prepared folder, a split of it (``OUT/train``), a ``.jsonl.zst`` file of
+            documents, or a source.
         cache: the folder of downloaded packages.
         split: "train" or "heldout", of a prepared folder.
         on_skip: receives the reason why a file or a line is skipped.
@@ -52,10 +52,8 @@ def _read_texts_with_sources(
     source: str | Path, split: str, cache: Path | None, on_skip: Callable[[str], None]
 ) -> Iterator[tuple[str, str]]:
     """Yield the texts of `read_texts`, each with its document's source."""
-    if (Path(source) / FUNNEL).is_file():
-        source = Path(source) / {"train": TRAIN, "heldout": HELDOUT}[split]
-    if str(source).endswith(".jsonl.zst"):
-        yield from ((document.text, document.source) for document in read_documents(Path(source)))
+    if is_corpus(source) or is_split(source):
+        yield from ((document.text, document.source) for document in read_documents(source, split))
     else:
         documents = read_source(str(source), cache=cache or default_cache(), on_skip=on_skip)
         yield from ((text, d.source) for d in documents if (text := extract(d)))

@@ -19,6 +19,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fastlm.data.corpus import read_documents
 from fastlm.data.corpus_forget import (
     FileHits,
     ForgetQuery,
@@ -37,7 +38,7 @@ from fastlm.data.forget_log import (
     request_key,
     response_key,
 )
-from fastlm.data.prepare import HELDOUT, TRAIN, read_documents
+from fastlm.data.prepare import HELDOUT, TRAIN
 from fastlm.errors import InputError
 from fastlm.files import append_lines, read_json, write_json
 from fastlm.pipeline.archive import PREVIOUS

@@ -38,7 +38,12 @@ MODELS = ("model", "reward", "quantized", "exported")
 # what the artifacts of each type consist of; of other types all files
 PARTS: dict[str, Sequence[str]] = {
     **dict.fromkeys(MODELS, MODEL),
-    "corpus": ("train.jsonl.zst", "heldout.jsonl.zst"),
+    "corpus": (
+        "train/*.jsonl.zst",
+        "heldout/*.jsonl.zst",
+        "train.jsonl.zst",
+        "heldout.jsonl.zst",  # of older corpora
+    ),
     "tokenizer": ("tokenizer.json", "tokenizer_config.json", "chat_template*"),
     "shards": ("index.json", "*.bin", "*.starts"),
     "scores": ("scores.json",),
@@ -126,8 +131,8 @@ def output_files(outputs: Mapping[str, str], out: Path, since: float = math.inf)
     ``outputs``, and others that were written after ``since``.
     """
     names = {output for output in outputs.values() if output != "."}
-    names |= {"train", "heldout"} if outputs.get("shards") == "." else set()
     kinds = [kind for kind, output in outputs.items() if output == "."]
+    names |= {"train", "heldout"} if {"shards", "corpus"} & {*kinds} else set()
     parts = [pattern for kind in kinds for pattern in PARTS.get(kind, ())]
     files = []
     for path in sorted(out.iterdir()):
@@ -186,8 +191,11 @@ def json_hash(value: Any) -> str:
 
 
 def _matches(name: str, patterns: Sequence[str]) -> bool:
-    """Return whether the last part of a name matches one of the patterns."""
-    return any(fnmatch(name.rpartition("/")[2], pattern) for pattern in patterns)
+    """Return whether a name matches one of the patterns: the complete name if the pattern has a
+    folder, else its last part.
+    """
+    last = name.rpartition("/")[2]
+    return any(fnmatch(name if "/" in pattern else last, pattern) for pattern in patterns)
 
 
 def _source(spec: str, input_digest: InputDigest) -> SourceRecord:

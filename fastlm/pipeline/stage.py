@@ -27,7 +27,7 @@ from fastlm.sources.input_digest import InputDigest
 T = TypeVar("T")
 # What stages pass to each other
 TYPES = {
-    "corpus": "clean documents: train.jsonl.zst, heldout.jsonl.zst, funnel.json",
+    "corpus": "clean documents: parts in train/ and heldout/, funnel.json",
     "tokenizer": "tokenizer.json",
     "shards": "token shards in train/ and heldout/",
     "model": "a model that can be trained further: config.json, safetensors, tokenizer.json",

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from fastlm.data.conversations import FORMATS, read_conversations
+from fastlm.data.corpus import is_split
 from fastlm.data.shards import INDEX
 from fastlm.data.texts import has_splits, token_dataset
 from fastlm.errors import InputError
@@ -86,7 +87,7 @@ def text_windows(
 
 def has_conversations(data: str | Path, cache: Path) -> bool:
     """Return True if the first JSON row of the files at `data` is a conversation."""
-    if str(data).endswith(".jsonl.zst") or has_splits(data) or (Path(data) / INDEX).is_file():
+    if is_split(data) or has_splits(data) or (Path(data) / INDEX).is_file():
         return False  # prepared text or shards
     files = [f for f in list_files(str(data), cache=cache)[0] if f.format in FORMATS]
     first = next((row for _, row in read_rows(files[0])), None) if files else None

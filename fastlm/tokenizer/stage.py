@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Annotated, Any
 
-from fastlm.data.prepare import HELDOUT, TRAIN, read_documents
-from fastlm.pipeline.funnel import FUNNEL, Funnel
+from fastlm.data.corpus import SPLITS, is_corpus, read_documents
+from fastlm.pipeline.funnel import Funnel
 from fastlm.pipeline.stage import Facts, InputSpec, ReportSection, Stage, StageContext, at_least_one
 from fastlm.pipeline.text import count_text, size_text
 
@@ -20,7 +20,7 @@ class TrainTokenizer(Stage):
     command = ("tokenizer", "train")
     inputs = {
         "corpus": InputSpec(
-            ("corpus",), "Text: files, folders, packages, train.jsonl.zst or a prepared folder",
+            ("corpus",), "Text: files, folders, packages, a prepared folder or a split of it",
             several=True, positional=True,
         ),
     }  # fmt: skip
@@ -66,7 +66,7 @@ class TrainTokenizer(Stage):
         """Return the number of documents to read, or None unless all are in prepared folders."""
         count = 0
         for source in ctx.inputs["corpus"]:
-            if not (source.path / FUNNEL).is_file():
+            if not is_corpus(source.path):
                 return None
             (step,) = (s for s in Funnel.load(source.path).steps if s["step"] == "train")
             count += math.ceil(step["documents"] * min(1.0, self.train_bytes / step["bytes"]))
@@ -84,7 +84,7 @@ class Shards(Stage):
     command = ("data", "shards")
     inputs = {
         "corpus": InputSpec(
-            ("corpus",), "A prepared folder, or one .jsonl.zst file of documents", positional=True
+            ("corpus",), "A prepared folder, a split of it, or one .jsonl.zst file", positional=True
         ),
         "tokenizer": InputSpec(
             ("tokenizer",), "Folder, tokenizer.json or .gguf file of a tokenizer", flag="t"
@@ -103,22 +103,21 @@ class Shards(Stage):
 
         tokenizer, corpus = Tokenizer.load(ctx.path("tokenizer")), ctx.path("corpus")
         result = {"vocab_size": tokenizer.vocab_size}
-        parts = [("train", corpus, None)]  # of text: its name, file and number of documents
-        if corpus.is_dir():
+        splits: dict[str, int | None] = {"train": None}  # and their number of documents
+        if has_splits := is_corpus(corpus):
             counts = {s["step"]: s["documents"] for s in Funnel.load(corpus).steps}
-            files = {"train": TRAIN, "heldout": HELDOUT}
-            parts = [(part, corpus / file, counts.get(part, 0)) for part, file in files.items()]
-        for part, file, documents in parts:
-            folder = ctx.out / part if corpus.is_dir() else ctx.out
+            splits = {split: counts.get(split, 0) for split in SPLITS}
+        for split, documents in splits.items():
+            folder = ctx.out / split if has_splits else ctx.out
             if documents == 0:
                 # the index of another text, which may be in the training part now
                 (folder / INDEX).unlink(missing_ok=True)
                 continue
-            texts = (document.text for document in read_documents(file))
+            texts = (document.text for document in read_documents(corpus, split))
             info = write_shards(texts, tokenizer, folder, track=partial(ctx.track, total=documents))
             result |= {
-                f"{part}_tokens": info.tokens, f"{part}_bytes": info.bytes_of_text,
-                f"{part}_documents": info.documents,
+                f"{split}_tokens": info.tokens, f"{split}_bytes": info.bytes_of_text,
+                f"{split}_documents": info.documents,
             }  # fmt: skip
         return result
 

@@ -20,7 +20,8 @@ from disk import full_disk
 from typer.testing import CliRunner
 
 from fastlm.cli import app
-from fastlm.data.prepare import DataOptions, prepare, read_documents
+from fastlm.data.corpus import read_documents
+from fastlm.data.prepare import DataOptions, prepare
 from fastlm.errors import InputError
 from fastlm.pipeline.funnel import Funnel
 from fastlm.pipeline.registry import open_registry

@@ -15,9 +15,10 @@ from typer.testing import CliRunner
 
 from fastlm.cli import app
 from fastlm.data.conversations import read_conversations
+from fastlm.data.corpus import read_documents
 from fastlm.data.forget_log import FORGET_LOG, read_forget_log, response_key, row_keys
 from fastlm.data.preferences import read_preferences
-from fastlm.data.prepare import prepare, read_documents
+from fastlm.data.prepare import prepare
 from fastlm.data.shards import INDEX, BatchSampler, TokenDataset
 from fastlm.errors import InputError
 from fastlm.feedback.build import FORMS, BuildOptions, build

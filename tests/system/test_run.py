@@ -101,7 +101,7 @@ def test_everything_is_there(finished):
 
 
 def test_heldout_text_is_not_trained_on(finished):
-    from fastlm.data.prepare import read_documents
+    from fastlm.data.corpus import read_documents
 
     _, run = finished
     train = {d.text for d in read_documents(run / "data/train.jsonl.zst")}

@@ -16,7 +16,7 @@ import tiny_recipe
 import typer
 from typer.testing import CliRunner
 
-from fastlm.data.prepare import read_documents
+from fastlm.data.corpus import read_documents
 from fastlm.errors import InputError
 from fastlm.pipeline.commands import command_of
 from fastlm.pipeline.stage import TYPES, Positional, Stage, options_of
