@@ -191,6 +191,7 @@ if __name__ == "__main__":  # tests/support/kernel_build.py imports this file
         packages=[*find_packages(include=["fastlm*"]), "fastlm.kernels", *DATA],
         package_dir={"fastlm.kernels": "kernels"},  # ./kernels installs as fastlm.kernels
         package_data={
+            "fastlm.data": ["*.toml"],
             "fastlm.evals.safety": ["*.toml"],
             "fastlm.pipeline": ["*.jinja"],
             "fastlm.pipeline.parts": ["*.jinja"],
