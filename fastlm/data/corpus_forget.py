@@ -2,11 +2,22 @@
 
 import json
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from hashlib import sha256
 from pathlib import Path
 
-from fastlm.data.corpus import read_documents
+from fastlm.data.corpus import (
+    REMOVED,
+    SPLITS,
+    RemovedRecord,
+    corpus_parts,
+    is_part_name,
+    list_parts,
+    read_documents,
+    read_units,
+    split_files,
+    update_units,
+)
 from fastlm.data.dedup import MIN_PARAGRAPH, PARAGRAPHS, paragraph_key
 from fastlm.data.forget_log import (
     document_id,
@@ -16,14 +27,13 @@ from fastlm.data.forget_log import (
     row_keys,
     text_key,
 )
-from fastlm.data.prepare import HELDOUT, TRAIN
-from fastlm.files import atomic_file, write_json
+from fastlm.files import atomic_file, sync, write_json
 from fastlm.pipeline.funnel import FUNNEL, Funnel
+from fastlm.schema import parse
 from fastlm.sources.source_files import Document
 from fastlm.sources.streams import compressed, open_stream
 
 STEP = "forgotten"  # of the funnel
-PARTS = {"train": TRAIN, "heldout": HELDOUT}
 
 
 @dataclass
@@ -63,7 +73,7 @@ class ForgetQuery:
 @dataclass
 class FileHits:
     """The lines to remove from a file: their numbers from 0, keys, texts and documents (source and
-    id). ``remaining_documents``, ``remaining_bytes``: how much text remains.
+    id). ``remaining_lines``, ``remaining_documents``, ``remaining_bytes``: what remains.
     """
 
     path: Path
@@ -71,17 +81,72 @@ class FileHits:
     keys: set[str] = field(default_factory=set)
     texts: list[str] = field(default_factory=list)
     documents: list[tuple[str, str]] = field(default_factory=list)
+    remaining_lines: int = 0
     remaining_documents: int = 0
     remaining_bytes: int = 0
 
 
-def search_corpus(folder: Path, query: ForgetQuery) -> dict[str, FileHits]:
-    """Find the documents of a prepared folder that match, by part. InputError: damaged."""
-    paths = {part: folder / name for part, name in PARTS.items() if (folder / name).is_file()}
+def search_corpus(
+    folder: Path, query: ForgetQuery, *, after_kill: bool = False
+) -> dict[str, list[FileHits]]:
+    """Find the documents of a prepared folder that match, by split and file.
+
+    Args:
+        after_kill: a killed call for the same query may have left parts and units.json that differ.
+
+    InputError: damaged; parts and units.json differ.
+    """
+    files = split_files(folder)
+    if not after_kill:
+        files = {split: corpus_parts(folder, split) for split in files}
     return {
-        part: _search(path, ((document, set()) for document in read_documents(path)), query)
-        for part, path in paths.items()
+        split: [
+            _search(path, ((document, set()) for document in read_documents(path)), query)
+            for path in paths
+        ]
+        for split, paths in files.items()
     }
+
+
+def search_removed(
+    folder: Path, query: ForgetQuery, keys: Iterable[str], texts: Iterable[str]
+) -> list[FileHits]:
+    """Find the records in OUT/removed that match: those of documents that match ``query`` or have
+    one of ``keys``, and those whose text is the beginning of one of ``texts``. InputError: damaged.
+    """
+    query = replace(query, keys=query.keys.union(keys))
+    beginnings = _Beginnings(texts)
+    files = []
+    for path in list_parts(folder / REMOVED):
+        hits = FileHits(path)
+        with open_stream(path) as lines:
+            for number, line in enumerate(lines):
+                record = parse(line, RemovedRecord, f"{path}, line {number + 1}")
+                id, source, meta = record["id"], record["source"], {"url": record["url"]}
+                # the excerpt is no complete text, so it has no key
+                matches = query.match_document(Document("", id, source, meta)) - {text_key("")}
+                if matches or record["text"] in beginnings:
+                    hits.line_numbers.add(number)
+                    hits.keys |= matches
+                    hits.documents.append((source, id))
+                else:
+                    hits.remaining_lines += 1
+        files.append(hits)
+    return files
+
+
+class _Beginnings:
+    """The beginnings of texts: ``excerpt in beginnings``, each in the time of one look-up."""
+
+    def __init__(self, texts: Iterable[str]):
+        self.texts = list(texts)
+        self.by_length: dict[int, set[str]] = {}
+
+    def __contains__(self, excerpt: str) -> bool:
+        length = len(excerpt)
+        if length not in self.by_length:
+            self.by_length[length] = {text[:length] for text in self.texts}
+        return length > 0 and excerpt in self.by_length[length]
 
 
 def search_rows(path: Path, query: ForgetQuery) -> FileHits:
@@ -118,6 +183,8 @@ def _search(
         if matches:
             hits.line_numbers.add(number)
             hits.keys |= matches
+        else:
+            hits.remaining_lines += 1
         if document is not None and matches:
             hits.texts.append(document.text)
             hits.documents.append((document.source, document.id))
@@ -128,7 +195,14 @@ def _search(
 
 
 def remove_lines(hits: FileHits) -> None:
-    """Write a file of JSON lines without the lines of ``hits``, in the same compression."""
+    """Write a file of JSON lines without the lines of ``hits``, in the same compression. A part of
+    a corpus that has no other lines is deleted.
+    """
+    is_part = is_part_name(hits.path.name) and hits.path.parent.name in (*SPLITS, REMOVED)
+    if is_part and not hits.remaining_lines:
+        hits.path.unlink(missing_ok=True)
+        sync(hits.path.parent)
+        return
     with open(hits.path, "rb") as file:
         magic = file.read(4)
     with (
@@ -141,23 +215,38 @@ def remove_lines(hits: FileHits) -> None:
                 out.write(line)
 
 
-def refresh_funnel(folder: Path, parts: Mapping[str, FileHits]) -> None:
+def refresh_units(folder: Path, files: Mapping[str, list[FileHits]]) -> None:
+    """Update units.json of a prepared folder to the parts that remain, if it has others."""
+    counts = {
+        f"{split}/{hits.path.name}": (hits.remaining_documents, hits.remaining_bytes)
+        for split, split_hits in files.items()
+        for hits in split_hits
+    }
+    for record in read_units(folder):
+        if not (folder / record["part"]).is_file():  # deleted by a killed call
+            counts.setdefault(record["part"], (0, 0))
+    update_units(folder, counts)
+
+
+def refresh_funnel(folder: Path, files: Mapping[str, list[FileHits]]) -> None:
     """Update the funnel of a prepared folder to the documents that remain, if it has others."""
     funnel = Funnel.load(folder)
     steps = {step["step"]: step for step in funnel.steps}
-    removed = sum(
-        steps[part]["documents"] - hits.remaining_documents for part, hits in parts.items()
-    )
+    remaining = {
+        split: (sum(h.remaining_documents for h in hits), sum(h.remaining_bytes for h in hits))
+        for split, hits in files.items()
+    }
+    removed = sum(steps[split]["documents"] - count for split, (count, _) in remaining.items())
     if not removed:
         return
-    for part, hits in parts.items():
-        steps[part].update({"documents": hits.remaining_documents, "bytes": hits.remaining_bytes})
+    for split, (documents, size) in remaining.items():
+        steps[split].update({"documents": documents, "bytes": size})
     if STEP not in steps:
-        index = min(funnel.steps.index(steps[part]) for part in parts)
+        index = min(funnel.steps.index(steps[split]) for split in remaining)
         steps[STEP] = {"step": STEP, "documents": 0, "bytes": 0, "removed": {}}
         funnel.steps.insert(index, steps[STEP])
-    steps[STEP]["documents"] = sum(hits.remaining_documents for hits in parts.values())
-    steps[STEP]["bytes"] = sum(hits.remaining_bytes for hits in parts.values())
+    steps[STEP]["documents"] = sum(documents for documents, _ in remaining.values())
+    steps[STEP]["bytes"] = sum(size for _, size in remaining.values())
     steps[STEP]["removed"] = {"document": steps[STEP]["removed"].get("document", 0) + removed}
     write_json(folder / FUNNEL, asdict(funnel))
 

@@ -2,9 +2,9 @@
 feedback database; and list the models that saw them.
 
 The matches are first written to the forget log (`fastlm.data.forget_log`), then removed: from the
-database, then the token shards that were made of them, then rows, and last from the prepared
-folders, because the shards are found by these. So, after a kill, the same command finishes the
-work, and it lists the same models after everything is removed.
+database, then the token shards that were made of them, then rows and the records of removed
+documents, and last from the prepared folders, because the others are found by these. So, after a
+kill, the same command finishes the work, and it lists the same models after everything is removed.
 
 Rejected: to search and rewrite shards. That needs their tokenizer, and a training has to start
 again in any case; `fastlm data shards` makes them from the remaining text.
@@ -19,15 +19,25 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fastlm.data.corpus import read_documents
+from fastlm.data.corpus import (
+    REMOVED,
+    SPLITS,
+    SUFFIX,
+    UNITS,
+    is_part_name,
+    list_parts,
+    read_documents,
+)
 from fastlm.data.corpus_forget import (
     FileHits,
     ForgetQuery,
     is_json_lines,
     paragraph_keys,
     refresh_funnel,
+    refresh_units,
     remove_lines,
     search_corpus,
+    search_removed,
     search_rows,
 )
 from fastlm.data.forget_log import (
@@ -38,7 +48,6 @@ from fastlm.data.forget_log import (
     request_key,
     response_key,
 )
-from fastlm.data.prepare import HELDOUT, TRAIN
 from fastlm.errors import InputError
 from fastlm.files import append_lines, read_json, write_json
 from fastlm.pipeline.archive import PREVIOUS
@@ -156,7 +165,9 @@ class _Removal:
         self.query = ForgetQuery(frozenset([*names, *paths]), sums, frozenset(query_keys))
         self.registry = open_registry(self.folders, update_index=False)
         self.report = ForgetReport()
-        self.corpora: dict[Path, dict[str, FileHits]] = {}
+        self.corpora: dict[Path, dict[str, list[FileHits]]] = {}
+        self.removed_records: list[FileHits] = []
+        self.input_digest = InputDigest(Path(os.devnull), cache=Path(os.devnull))
         self.shards: list[Path] = []
         self.rows: list[FileHits] = []
         self.keys: set[str] = set()
@@ -167,9 +178,17 @@ class _Removal:
     def search(self) -> None:
         corpora, shards, rows = self.places
         for folder in corpora:
-            self.corpora[folder] = parts = search_corpus(folder, self.query)
-            if self._add_hits("document", folder, parts.values()):
+            files = search_corpus(folder, self.query, after_kill=bool(self.earlier))
+            self.corpora[folder] = files
+            if self._add_hits("document", folder, self._files(folder)):
                 self.content_ids |= self._ids("corpus", folder)
+            for split, hits in files.items():
+                if (folder / split).is_dir() and any(h.line_numbers for h in hits):
+                    self.content_ids |= self._ids("corpus", folder / split)
+        for folder in corpora:
+            hits = search_removed(folder, self.query, self.keys, self.texts)
+            self._add_hits("record of a removed document", folder / REMOVED, hits)
+            self.removed_records += [file for file in hits if file.line_numbers]
         for path in rows:
             hits = search_rows(path, self.query)
             if self._add_hits("row", path, [hits]):
@@ -208,25 +227,34 @@ class _Removal:
 
     @property
     def affected(self) -> dict[Path, list[FileHits]]:
-        """The prepared folders from which documents are removed, with their parts."""
-        all_parts = {folder: [*parts.values()] for folder, parts in self.corpora.items()}
+        """The prepared folders from which documents are removed, with their files."""
+        all_files = {folder: self._files(folder) for folder in self.corpora}
         return {
-            folder: parts
-            for folder, parts in all_parts.items()
-            if any(hits.line_numbers for hits in parts)
+            folder: files
+            for folder, files in all_files.items()
+            if any(hits.line_numbers for hits in files)
         }
+
+    @property
+    def changed_corpora(self) -> list[Path]:
+        """The prepared folders from which documents, or records of removed ones, are removed."""
+        records = (hits.path.parent.parent for hits in self.removed_records)
+        return list(dict.fromkeys([*self.affected, *records]))
+
+    def _files(self, folder: Path) -> list[FileHits]:
+        """Return what was found in the files of a prepared folder."""
+        return [hits for files in self.corpora[folder].values() for hits in files]
 
     @property
     def texts(self) -> list[str]:
         """The texts of the documents that are removed."""
-        return [text for parts in self.affected.values() for hits in parts for text in hits.texts]
+        return [text for files in self.affected.values() for hits in files for text in hits.texts]
 
     def _ids(self, kind: str, folder: Path) -> set[str]:
         """Return the content ids of a data folder: now, and by its record."""
         record = self._record(folder)
         ids = {record.ids[kind]} if record is not None and kind in record.ids else set()
-        input_digest = InputDigest(Path(os.devnull), cache=Path(os.devnull))
-        return ids | {artifact_id((kind,), folder, input_digest)}
+        return ids | {artifact_id((kind,), folder, self.input_digest)}
 
     def _record(self, folder: Path) -> RunRecord | None:
         """Return the record of the stage that this folder belongs to."""
@@ -252,7 +280,7 @@ class _Removal:
         still have them.
         """
         paragraphs = paragraph_keys(self.texts)
-        files = [(f, hits) for f, parts in self.corpora.items() for hits in parts.values()]
+        files = [(folder, hits) for folder in self.corpora for hits in self._files(folder)]
         for folder, hits in files if paragraphs else ():
             for number, document in enumerate(read_documents(hits.path)):
                 shared = paragraphs & paragraph_keys([document.text])
@@ -261,8 +289,8 @@ class _Removal:
                         "path": str(folder), "source": document.source, "id": document.id,
                         "paragraphs": len(shared),
                     })  # fmt: skip
-        hits_of_corpora = [hits for parts in self.affected.values() for hits in parts]
-        documents = [document for hits in hits_of_corpora for document in hits.documents]
+        files = [hits for affected in self.affected.values() for hits in affected]
+        documents = [d for hits in (*files, *self.removed_records) for d in hits.documents]
         self.report.sources = list(dict.fromkeys(f"{source}: {id}" for source, id in documents))
 
     def missing_names(self) -> list[str]:
@@ -284,7 +312,7 @@ class _Removal:
     def remove(self) -> None:
         from fastlm.data.shards import remove_shards
 
-        folders = [*self.affected, *self.shards]
+        folders = [*self.changed_corpora, *self.shards]
         records = {r.id: r for folder in folders if (r := self._record(folder))}
         # also the records of data that an earlier, killed call rewrote
         for record in self.registry.records:
@@ -301,12 +329,14 @@ class _Removal:
                     self.store.forget(name)
             for folder in self.shards:
                 remove_shards(folder)
-            corpora = [hits for parts in self.corpora.values() for hits in parts.values()]
-            for hits in (*self.rows, *(hits for hits in corpora if hits.line_numbers)):
+            corpora = [hits for files in self.affected.values() for hits in files]
+            in_corpora = (hits for hits in corpora if hits.line_numbers)
+            for hits in (*self.rows, *self.removed_records, *in_corpora):
                 remove_lines(hits)
-            for folder, parts in self.corpora.items():
+            for folder, files in self.corpora.items():
                 if folder in self.affected or self.earlier:
-                    refresh_funnel(folder, parts)
+                    refresh_units(folder, files)
+                    refresh_funnel(folder, files)
             for record in records.values():
                 refresh_record(record)
 
@@ -317,7 +347,7 @@ class _Removal:
         now = datetime.now(UTC).isoformat(timespec="seconds")
         keys = sorted({*self.keys} | ({*self.query.keys} & self.query.matches))
         line = asdict(ForgetRecord(now, sorted(self.requests), keys, sorted(self.content_ids)))
-        without_run = [f for f in self.affected if not (f.parent / STAGES).is_file()]
+        without_run = [f for f in self.changed_corpora if not (f.parent / STAGES).is_file()]
         for folder in dict.fromkeys([*self.folders, *runs, *without_run]):
             log = [r for r in read_forget_log(folder) if {*r.request_keys} >= self.requests.keys()]
             hashes = {hash for r in log for hash in (*r.keys, *r.content_ids)}
@@ -414,10 +444,14 @@ def _find_data(roots: Iterable[Path]) -> tuple[list[Path], list[Path], list[Path
             continue
         for inner, folders, files in os.walk(root):
             folders[:] = sorted(f for f in folders if f not in INNER and not f.startswith("."))
-            folder, parts = Path(inner), {TRAIN, HELDOUT} & {*files} if FUNNEL in files else set()
-            if parts:
-                corpora[folder] = None
-            elif "index.json" in files and _is_shards(folder / "index.json"):
+            folder, parts = Path(inner), set[str]()
+            if FUNNEL in files:
+                parts = {f"{split}{SUFFIX}" for split in SPLITS} & {*files}
+                if parts or UNITS in files or any(list_parts(folder / split) for split in SPLITS):
+                    corpora[folder] = None
+            if folder.parent in corpora and folder.name in (*SPLITS, REMOVED):
+                parts = set(filter(is_part_name, files))
+            if "index.json" in files and _is_shards(folder / "index.json"):
                 shards[folder] = None
             for name in sorted({*files} - parts - NOT_ROWS):
                 if is_json_lines(folder / name) and not name.startswith("."):

@@ -11,7 +11,7 @@ card is written next to it.
 import hashlib
 import json
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from fnmatch import fnmatch
@@ -155,6 +155,18 @@ def ids_of(outputs: Mapping[str, str], hashes: Mapping[str, str]) -> dict[str, s
         if parts:
             ids[kind] = combined_id((kind,), parts)
     return ids
+
+
+def split_ids(outputs: Mapping[str, str], hashes: Mapping[str, str]) -> Iterator[str]:
+    """Yield the ids of the splits (``train``, ``heldout``) of a corpus or of shards, each of which
+    can be the input of a stage.
+    """
+    for kind in ("corpus", "shards"):
+        for split in ("train/", "heldout/") if outputs.get(kind) == "." else ():
+            if parts := [
+                (n.removeprefix(split), h) for n, h in hashes.items() if n.startswith(split)
+            ]:
+                yield combined_id((kind,), parts)
 
 
 def artifact_id(types: Sequence[str], path: Path, input_digest: InputDigest) -> str:

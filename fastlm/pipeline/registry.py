@@ -11,12 +11,20 @@ import difflib
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from fastlm.errors import InputError
 from fastlm.files import append_lines, reason
-from fastlm.pipeline.provenance import MODELS, Provenance, digest, json_hash, model_id
+from fastlm.pipeline.provenance import (
+    MODELS,
+    Provenance,
+    digest,
+    json_hash,
+    model_id,
+    split_ids,
+)
 from fastlm.pipeline.record import RECORD, StageRecord, StageRecords, table_of
 from fastlm.pipeline.run_folder import STAGES
 from fastlm.schema import RelativePath, parse, read_document
@@ -88,6 +96,12 @@ class RunRecord:
         """Yield the ids and hashes of all its outputs, also those before rows were forgotten."""
         for ids in (self.ids, *self.provenance.earlier_ids, self.provenance.hashes):
             yield from ids.values()
+        yield from self.split_ids
+
+    @cached_property
+    def split_ids(self) -> list[str]:
+        """The ids of the splits of its corpus or shards, as they were recorded."""
+        return list(split_ids(self.entry.outputs, self.provenance.hashes))
 
     def input_ids(self) -> Iterator[str]:
         """Yield the ids and hashes of all its inputs."""

@@ -11,12 +11,20 @@ from pathlib import Path
 
 import pytest
 import tiny_recipe
+from corpus_layouts import LAYOUTS, pack, prepare_in, read_lines, set_layout
 from typer.testing import CliRunner
 
 from fastlm.cli import app
 from fastlm.data.conversations import read_conversations
-from fastlm.data.corpus import read_documents
-from fastlm.data.forget_log import FORGET_LOG, read_forget_log, response_key, row_keys
+from fastlm.data.corpus import REMOVED, corpus_parts, part_name, read_documents, read_units
+from fastlm.data.forget_log import (
+    FORGET_LOG,
+    document_key,
+    forgotten_keys,
+    read_forget_log,
+    response_key,
+    row_keys,
+)  # fmt: skip
 from fastlm.data.preferences import read_preferences
 from fastlm.data.prepare import prepare
 from fastlm.data.shards import INDEX, BatchSampler, TokenDataset
@@ -30,13 +38,17 @@ from fastlm.stages import run_recipe
 SMALL = ["pretrain.max_steps=2", "pretrain.validations=1", "pretrain.sample_at=[]"]
 
 
-@pytest.fixture(scope="module")
-def run_folder(tmp_path_factory):
-    """A folder with a run of a small recipe, from text to a model."""
+@pytest.fixture(scope="module", params=LAYOUTS)
+def run_folder(request, tmp_path_factory):
+    """A folder with a run of a small recipe, from text to a model. The text is in one file per
+    split, or in parts.
+    """
     folder = tmp_path_factory.mktemp("forget")
     recipe = tiny_recipe.write(folder)
-    run_recipe(recipe, folder / "runs/one", overrides=SMALL, until="pretrain")
-    return folder
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("fastlm.data.stage.prepare", prepare_in(request.param, prepare))
+        run_recipe(recipe, folder / "runs/one", overrides=SMALL, until="pretrain")
+        yield folder
 
 
 @pytest.fixture
@@ -48,7 +60,7 @@ def runs(run_folder, tmp_path):
 @pytest.fixture
 def lost(runs):
     """The id of a document that was trained on, and its text."""
-    document = next(read_documents(runs / "one/data/train.jsonl.zst"))
+    document = next(read_documents(runs / "one/data", "train"))
     return document.id, document.text
 
 
@@ -59,7 +71,7 @@ def call(*arguments, status=0):
 
 
 def texts(runs: Path, part: str = "train") -> list[str]:
-    return [d.text for d in read_documents(runs / f"one/data/{part}.jsonl.zst")]
+    return [d.text for d in read_documents(runs / "one/data", part)]
 
 
 def shards(runs: Path) -> list[str]:
@@ -138,7 +150,7 @@ def test_it_does_not_come_back_and_the_training_runs_again(runs, lost, run_folde
     }
     # and not into another run in the same folder
     run_recipe(recipe, runs / "new", until="data")
-    new_texts = [d.text for d in read_documents(runs / "new/data/train.jsonl.zst")]
+    new_texts = [d.text for d in read_documents(runs / "new/data", "train")]
     assert len(new_texts) > 15 and text not in new_texts
 
 
@@ -146,33 +158,46 @@ class Killed(BaseException):
     pass
 
 
-def test_killed_at_any_change_of_the_disk(runs, lost, tmp_path, monkeypatch):
-    """The same command ends the work."""
-    id, text = lost
-    real, kills = {name: getattr(os, name) for name in ("replace", "fsync", "unlink")}, 0
-    for at in range(200):
-        folder = tmp_path / f"kill{at}"
-        shutil.copytree(runs, folder)
-        left = at
+def kill_at_every_change(monkeypatch, call, check) -> int:
+    """Kill ``call(number)`` at its first change of the disk, then at its second, and so on. Call
+    ``check(number, was_killed)`` after each. Return how often it was killed.
+    """
+    real, number = {name: getattr(os, name) for name in ("replace", "fsync", "unlink")}, 0
+    for number in range(400):
+        left = number
 
-        def dying(name, *arguments, folder=folder, **options):
+        def dying(name, *arguments, **options):
             nonlocal left
             left -= 1
             if left < 0:
                 raise Killed(name)
             return real[name](*arguments, **options)
 
-        for name in real:
-            monkeypatch.setattr(os, name, lambda *a, n=name, **o: dying(n, *a, **o))
-        try:
-            forget([folder], [id])
-            ended = True
-        except Killed:
-            ended, kills = False, kills + 1
-        finally:
-            for name, function in real.items():
-                monkeypatch.setattr(os, name, function)
-        if not ended or at == 0:
+        with monkeypatch.context() as patch:
+            for name in real:
+                patch.setattr(os, name, lambda *a, n=name, **o: dying(n, *a, **o))
+            try:
+                call(number)
+                was_killed = False
+            except Killed:
+                was_killed = True
+        check(number, was_killed)
+        if not was_killed:
+            break
+    return number
+
+
+def test_killed_at_any_change_of_the_disk(runs, lost, tmp_path, monkeypatch):
+    """The same command ends the work."""
+    id, text = lost
+
+    def start(number):
+        shutil.copytree(runs, tmp_path / f"kill{number}")
+        forget([tmp_path / f"kill{number}"], [id])
+
+    def check(number, was_killed):
+        folder = tmp_path / f"kill{number}"
+        if was_killed:
             report = forget([folder], [id])
             assert [m["kind"] for m in report.models] == ["tokenizer", "pretrain"]
         assert not shards(folder) and text not in texts(folder)
@@ -180,9 +205,97 @@ def test_killed_at_any_change_of_the_disk(runs, lost, tmp_path, monkeypatch):
         parts = [p.name for p in folder.rglob(".*.fastlm-*")]
         assert not [name for name in parts if "jsonl" in name or ".bin" in name], parts
         shutil.rmtree(folder)
-        if ended:
-            break
-    assert kills > 10
+
+    assert kill_at_every_change(monkeypatch, start, check) > 10
+
+
+def removal(id, text="", source="docs", url=None):
+    return {"id": id, "source": source, "url": url, "step": "near duplicates", "reason": "copy",
+            "detail": "b.txt", "text": text}  # fmt: skip
+
+
+@pytest.fixture
+def corpus_of_parts(tmp_path):
+    """A corpus of parts with the records of removed documents. ``gone`` fills the first part."""
+    out = tmp_path / "corpus"
+    (out / REMOVED).mkdir(parents=True)
+    documents = {
+        "train": [("gone", f"Gone {i}. " * 9) for i in range(3)]
+        + [("b", f"B {i}") for i in range(6)],
+        "heldout": [("gone", "Gone and held out")],
+    }
+    steps = []
+    for split, rows in documents.items():
+        lines = [
+            json.dumps({"text": text, "id": f"{number}.txt", "source": source, "meta": {}}) + "\n"
+            for number, (source, text) in enumerate(rows)
+        ]
+        (out / f"{split}.jsonl.zst").write_bytes(pack([line.encode() for line in lines]))
+        size = sum(len(text) for _, text in rows)
+        steps.append({"step": split, "documents": len(rows), "bytes": size, "removed": {}})
+    (out / "funnel.json").write_text(json.dumps({"steps": steps}))
+    records = [
+        [removal("x.html", source="gone"), removal("y.html", "Gone 1. Gone 1."), removal("z.html")],
+        [removal("0.txt:4", source="gone"), removal("u.html", source="gone")],
+    ]
+    for number, rows in enumerate(records):
+        lines = [json.dumps(row).encode() + b"\n" for row in rows]
+        (out / REMOVED / part_name(number)).write_bytes(pack(lines))
+    return set_layout(out, "parts")
+
+
+def test_killed_while_it_empties_parts(corpus_of_parts, tmp_path, monkeypatch):
+    """Emptied parts are deleted, units.json and the funnel follow, and the records of removed
+    documents go: of the document itself, of its source, and of a copy of its text.
+    """
+    before = read_units(corpus_of_parts)
+
+    def start(number):
+        shutil.copytree(corpus_of_parts, tmp_path / f"kill{number}")
+        forget([tmp_path / f"kill{number}"], ["gone"])
+
+    def check(number, was_killed):
+        target = tmp_path / f"kill{number}"
+        if was_killed:
+            forget([target], ["gone"])
+        assert [d.source for d in read_documents(target, "train")] == ["b"] * 6
+        assert list(read_documents(target, "heldout")) == []
+        assert not (target / "train/00000.jsonl.zst").exists()
+        assert read_units(target) == before[1:3], number
+        steps = {s["step"]: s for s in json.loads((target / "funnel.json").read_text())["steps"]}
+        assert [steps[name]["documents"] for name in ("train", "heldout", "forgotten")] == [6, 0, 6]
+        assert steps["forgotten"]["removed"] == {"document": 4}
+        (part,) = (target / REMOVED).iterdir()
+        assert [json.loads(line)["id"] for line in read_lines([part])] == ["z.html"]
+        assert not list(target.rglob(".*"))
+
+    assert kill_at_every_change(monkeypatch, start, check) > 15
+
+
+def test_another_call_does_not_complete_a_killed_one(corpus_of_parts, monkeypatch):
+    """A part that is missing may be one that a killed call deleted, or damage."""
+    (corpus_of_parts / "train/00000.jsonl.zst").unlink()
+    with pytest.raises(InputError, match=r"train/00000\.jsonl\.zst: .*the folder does not"):
+        forget([corpus_of_parts], ["b"])
+
+
+def test_a_document_that_was_already_removed(corpus_of_parts):
+    """Its record goes, and later builds leave the document out."""
+    path = corpus_of_parts / REMOVED / part_name(0)
+    record = removal("page", "A page", "deb:x", "http://a.example/page")
+    path.write_bytes(pack([json.dumps(record).encode() + b"\n"]))
+    before = [p.read_bytes() for p in sorted(corpus_of_parts.rglob("[th]*/*.zst"))]
+    report = forget([corpus_of_parts], ["http://a.example/page"])
+    assert [(r["kind"], r["count"]) for r in report.removed] == [
+        ("record of a removed document", 1)
+    ]
+    assert report.sources == ["deb:x: page"] and not report.is_incomplete
+    assert not path.exists()
+    assert [p.read_bytes() for p in sorted(corpus_of_parts.rglob("[th]*/*.zst"))] == before
+    assert document_key("deb:x", "page") in forgotten_keys([corpus_of_parts])
+    path.write_bytes(pack([b'{"id": 1}\n']))
+    with pytest.raises(InputError, match=r"removed/00000\.jsonl\.zst, line 1"):
+        forget([corpus_of_parts], ["b"])
 
 
 def test_by_the_hash_of_a_text_and_without_prepared_text(runs, lost):
@@ -234,7 +347,7 @@ def test_paragraphs_that_stand_elsewhere(tmp_path):
     report = forget([tmp_path / "corpus"], [str(docs / "a.txt")])
     assert [(e["id"], e["paragraphs"]) for e in report.elsewhere] == [("b.txt", 1)]
     assert not report.is_incomplete and report.sources == [f"{docs}: a.txt"]
-    left = [d.id for d in read_documents(tmp_path / "corpus/train.jsonl.zst")]
+    left = [d.id for d in read_documents(tmp_path / "corpus", "train")]
     assert left == ["b.txt"]
 
 
@@ -360,7 +473,7 @@ def test_bad_input(runs, tmp_path):
         assert message in call(*arguments, status=2).stderr
     (tmp_path / "list").write_text("00.txt\n\n01.txt\nno such\n")
     before = shards(runs)
-    heldout = runs / "one/data/heldout.jsonl.zst"
+    (heldout,) = corpus_parts(runs / "one/data", "heldout")[:1]
     content = heldout.read_bytes()
     heldout.write_bytes(b"damaged")
     assert "heldout" in call(runs, "--target", "02.txt", status=2).stderr

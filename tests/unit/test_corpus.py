@@ -4,7 +4,7 @@ import json
 import shutil
 
 import pytest
-from corpus_layouts import LAYOUTS, pack, split_into_parts, split_path
+from corpus_layouts import LAYOUTS, pack, set_layout, split_path
 
 from fastlm.data.corpus import (
     PLAN,
@@ -37,7 +37,7 @@ def write(folder, layout, texts=TEXTS):
         )
         steps.append({"step": split, "documents": len(rows), "bytes": 6 * len(rows), "removed": {}})
     (folder / FUNNEL).write_text(json.dumps({"steps": steps}))
-    return split_into_parts(folder) if layout == "parts" else folder
+    return set_layout(folder, layout)
 
 
 def names(path, split=None):
