@@ -8,11 +8,12 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
+from corpus_layouts import LAYOUTS, set_layout
 from preference_models import config
 from safety_sets import make_target
 from test_cli import call, refused
 
-from fastlm.data.prepare import HELDOUT, TRAIN
+from fastlm.data.corpus import SPLITS, corpus_parts, part_record, read_documents, read_units
 from fastlm.data.texts import read_texts
 from fastlm.errors import InputError
 from fastlm.evals.charts import copies_charts
@@ -101,14 +102,14 @@ def write_corpus(folder, train, heldout):
     import zstandard
 
     steps = []
-    for name, part in ((TRAIN, train), (HELDOUT, heldout)):
+    for split, part in zip(SPLITS, (train, heldout), strict=True):
         lines = "".join(
             json.dumps({"id": str(i), "text": text, "source": "s"}) + "\n"
             for i, text in enumerate(part)
         )
-        (folder / name).write_bytes(zstandard.compress(lines.encode()))
+        (folder / f"{split}.jsonl.zst").write_bytes(zstandard.compress(lines.encode()))
         count = {"documents": len(part), "bytes": sum(map(len, part)), "removed": {}}
-        steps.append({"step": name.partition(".")[0], **count})
+        steps.append({"step": split, **count})
     (folder / FUNNEL).write_text(json.dumps({"steps": steps}))
     return folder
 
@@ -144,11 +145,13 @@ def test_exposure_of_what_was_not_memorised_is_small():
     assert exposure(0.0, [0.0] * 254) == pytest.approx(math.log2(255 / 128))  # ties count half
 
 
-def test_canaries_are_planted_in_the_training_part_alone(tmp_path):
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_canaries_are_planted_in_the_training_split_alone(tmp_path, layout):
     (tmp_path / "text").mkdir()
     for i in range(30):
         (tmp_path / "text" / f"{i}.txt").write_text(f"The story of number {i} and {i * i}. " * 3)
     call("data", "prepare", tmp_path / "text", "--rules", "none", "-o", tmp_path / "clean")
+    set_layout(tmp_path / "clean", layout)
     words = ["data", "canaries", tmp_path / "clean", "-o", tmp_path / "c", "--copies", "1,3"]
     assert call(*words, "--count", 2).stdout.strip() == str(tmp_path / "c")
     before, after = (
@@ -160,12 +163,28 @@ def test_canaries_are_planted_in_the_training_part_alone(tmp_path):
     texts = Counter(after["train"])
     assert {c: texts.pop(f"{c.text}.", 0) for c in canaries} == {c: c.copies for c in canaries}
     assert [t for t in after["train"] if t in texts] == before["train"]
-    assert (tmp_path / "c" / HELDOUT).read_bytes() == (tmp_path / "clean" / HELDOUT).read_bytes()
+    contents = {
+        folder: {
+            split: {p.name: p.read_bytes() for p in corpus_parts(tmp_path / folder, split)}
+            for split in SPLITS
+        }
+        for folder in ("clean", "c")
+    }
+    assert contents["c"]["heldout"] == contents["clean"]["heldout"]
+    assert contents["c"]["train"].keys() == contents["clean"]["train"].keys()
+    for unit in read_units(tmp_path / "c"):
+        texts_of_part = [d.text for d in read_documents(tmp_path / "c" / unit["part"])]
+        size = sum(len(text.encode()) for text in texts_of_part)
+        assert unit == part_record(tmp_path / "c", unit["part"], len(texts_of_part), size)
     steps = {step["step"]: step for step in Funnel.load(tmp_path / "c").steps}
     assert steps["train"]["documents"] == len(after["train"]) == len(before["train"]) + 8
     assert steps["canaries"]["documents"] == len(after["train"]) + len(after["heldout"])
     assert call(*words[:3], "-o", tmp_path / "d", *words[5:], "--count", 2).stdout
-    assert (tmp_path / "d" / TRAIN).read_bytes() == (tmp_path / "c" / TRAIN).read_bytes()
+    again = {p.name: p.read_bytes() for p in corpus_parts(tmp_path / "d", "train")}
+    assert again == contents["c"]["train"]
+    other = set_layout(tmp_path / "clean", "files" if layout == "parts" else "parts", 2)
+    assert call(*words[:2], other, "-o", tmp_path / "d", *words[5:], "--count", 2).stdout
+    assert [*read_texts(tmp_path / "d", split="train")] == after["train"]
     refused(*words[:3], "-o", tmp_path / "clean", text="out: expected another folder than")
     refused("data", "canaries", tmp_path, "-o", tmp_path / "e", text="corpus: expected a folder of")
     refused(*words[:5], "--copies", "1,x", text="copies: expected numbers")

@@ -11,28 +11,36 @@ al. 2019, arXiv:1802.08232). It is 1.4 bits on average for a canary that was not
 whatever the model, and all bits for one that was.
 """
 
-import io
 import json
 import math
 import random
 import shutil
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Annotated, cast
+from typing import Annotated, Any
 
-import zstandard
 from annotated_types import Predicate
 
-from fastlm.data.prepare import HELDOUT, TRAIN
+from fastlm.data.corpus import (
+    SPLITS,
+    SUFFIX,
+    UNITS,
+    PartRecord,
+    corpus_parts,
+    is_corpus,
+    list_parts,
+    part_record,
+    read_units,
+)
 from fastlm.errors import InputError
 from fastlm.evals.safety.texts import SENTENCES
 from fastlm.files import atomic_file, make_folder, save_atomic, write_json, write_text
 from fastlm.pipeline.funnel import FUNNEL, Funnel, StepCounts
 from fastlm.schema import Count, read_lines
-from fastlm.sources.streams import ZSTD_MAGIC, compressed
+from fastlm.sources.streams import ZSTD_MAGIC, compressed, open_stream
 
 DIGITS = 9
 CANARIES_FILE = "canaries.jsonl"
@@ -79,14 +87,14 @@ def draw_secret(draw: random.Random, digits: int) -> str:
 
 def plant(corpus: Path, out: Path, canaries: Sequence[Canary], seed: int) -> None:
     """Copy the prepared folder ``corpus`` to ``out`` and plant each canary's copies at random
-    positions of the training part. Also write ``canaries.jsonl`` for ``fastlm safety --canaries``.
-    The held-out part is unchanged.
+    positions of the training split. Also write ``canaries.jsonl`` for ``fastlm safety --canaries``.
+    The held-out split is unchanged. The files in ``out`` have the names of those in ``corpus``.
 
-    InputError: ``corpus`` is not a prepared folder, or is ``out``.
+    InputError: ``corpus`` is not a prepared folder, has no documents to train on, or is ``out``.
     """
     if corpus.resolve() == out.resolve():
         raise InputError(f"out: expected another folder than the corpus, got {out}")
-    funnel = Funnel.load(corpus) if (corpus / FUNNEL).is_file() else Funnel()
+    funnel = Funnel.load(corpus) if is_corpus(corpus) else Funnel()
     steps = {step["step"]: step for step in funnel.steps}
     if not {"train", "heldout"} <= steps.keys():
         raise InputError(f"corpus: expected a folder of fastlm data prepare, got {corpus}")
@@ -98,27 +106,40 @@ def plant(corpus: Path, out: Path, canaries: Sequence[Canary], seed: int) -> Non
         for copy in range(canary.copies)
     ]
     draw.shuffle(documents)
-    positions = deque(sorted(draw.randrange(train["documents"] + 1) for _ in documents))
-    lines = deque(json.dumps(row, ensure_ascii=False).encode() + b"\n" for row in documents)
+    positions = sorted(draw.randrange(train["documents"] + 1) for _ in documents)
+    pending = deque(zip(positions, documents, strict=True))
+    files = {split: corpus_parts(corpus, split) for split in SPLITS}
+    if not files["train"]:
+        raise InputError(f"corpus: expected documents to train on, got none in {corpus}")
     make_folder(out)
-    (out / FUNNEL).unlink(missing_ok=True)  # last, as in fastlm.data.prepare
-    with (
-        (corpus / TRAIN).open("rb") as file,
-        zstandard.ZstdDecompressor().stream_reader(file) as packed,
-        atomic_file(out / TRAIN) as new,
-        compressed(new, ZSTD_MAGIC) as writer,
-    ):
-        for number, line in enumerate(io.BufferedReader(cast(io.RawIOBase, packed))):
-            while positions and positions[0] <= number:
-                positions.popleft()
-                writer.write(lines.popleft())
-            writer.write(line)
-        for line in lines:
-            writer.write(line)
-    save_atomic(out / HELDOUT, partial(shutil.copyfile, corpus / HELDOUT))
+    _remove_corpus(out)
+    planted_in: dict[str, list[dict[str, Any]]] = {}  # by the name of the file
+    number = 0
+    for path in files["train"]:
+        name, start = path.relative_to(corpus).as_posix(), len(documents) - len(pending)
+        with (
+            open_stream(path) as lines,
+            atomic_file(out / name) as new,
+            compressed(new, ZSTD_MAGIC) as writer,
+        ):
+            for line in lines:
+                while pending and pending[0][0] <= number:
+                    writer.write(_line(pending.popleft()[1]))
+                writer.write(line)
+                number += 1
+            while pending and path == files["train"][-1]:
+                writer.write(_line(pending.popleft()[1]))
+        planted_in[name] = documents[start : len(documents) - len(pending)]
+    for path in files["heldout"]:
+        target = out / path.relative_to(corpus)
+        make_folder(target.parent)
+        save_atomic(target, partial(shutil.copyfile, path))
+    if units := [unit for unit in read_units(corpus) if (out / unit["part"]).is_file()]:
+        units = [_unit(out, unit, planted_in.get(unit["part"], [])) for unit in units]
+        write_json(out / UNITS, units)
     rows = [json.dumps(asdict(canary), ensure_ascii=False) + "\n" for canary in canaries]
     write_text(out / CANARIES_FILE, "".join(rows))
-    size = sum(len(document["text"].encode()) for document in documents)
+    size = _text_bytes(documents)
     train["documents"] += len(documents)
     train["bytes"] += size
     funnel.sources[SOURCE] = {"files": 1, "documents": len(documents), "bytes": size}
@@ -128,6 +149,29 @@ def plant(corpus: Path, out: Path, canaries: Sequence[Canary], seed: int) -> Non
     }  # fmt: skip
     funnel.steps.insert(funnel.steps.index(train), planted)
     write_json(out / FUNNEL, asdict(funnel))
+
+
+def _line(row: dict[str, Any]) -> bytes:
+    return json.dumps(row, ensure_ascii=False).encode() + b"\n"
+
+
+def _text_bytes(rows: Iterable[dict[str, Any]]) -> int:
+    return sum(len(row["text"].encode()) for row in rows)
+
+
+def _unit(out: Path, unit: PartRecord, rows: list[dict[str, Any]]) -> PartRecord:
+    """Return the entry of units.json for a part in which ``rows`` were planted."""
+    counts = unit["documents"] + len(rows), unit["bytes"] + _text_bytes(rows)
+    return part_record(out, unit["part"], *counts)
+
+
+def _remove_corpus(out: Path) -> None:
+    """Delete what an earlier corpus left in ``out``, the funnel first."""
+    for name in (FUNNEL, UNITS, *(f"{split}{SUFFIX}" for split in SPLITS)):
+        (out / name).unlink(missing_ok=True)
+    for split in SPLITS:
+        for part in list_parts(out / split):
+            part.unlink()
 
 
 def read_canaries(path: Path) -> list[Canary]:
