@@ -159,7 +159,7 @@ def test_truncated_or_corrupt_compression(tmp_path, cache, pack, suffix):
     p = tmp_path / f"t{suffix}.gz"
     p.write_bytes(data)
     assert len(read(p, cache)) == 1
-    for cut in (len(data) - 1, len(data) // 2, 12):
+    for cut in (len(data) // 2, 12):
         p.write_bytes(data[:cut])
         assert f"{p}: expected complete compressed data" in refusal(p, cache)
     p.write_bytes(data[:100] + bytes(x ^ 255 for x in data[100:140]) + data[140:])
@@ -175,7 +175,12 @@ def test_truncated_warc(tmp_path, cache, packed):
     assert len(read(p, cache)) == 2
     for cut in (1, 3, 5, len(second) // 2, len(second) - 30):
         p.write_bytes((first + second)[:-cut])
-        assert "cut short" in refusal(p, cache)
+        messages: list[str] = []
+        documents = list(read_source(str(p), cache=cache, on_skip=messages.append))
+        # of gzip, the first cuts take only a checksum: the record is whole
+        numbers = (1, 2) if packed and cut < 8 else (1,)
+        assert [d.id for d in documents] == [f"{p.name}:<urn:uuid:{n}>" for n in numbers]
+        assert len(messages) == 1 and "cut short" in messages[0] and str(p) in messages[0]
     p.write_bytes(pack(b"this is no archive\n" * 50))
     assert "expected a WARC archive" in refusal(p, cache)
 
