@@ -196,7 +196,8 @@ def _read_format(
         yield from parse_rows(
             read_rows(file, range, partial=True),
             partial(parse_document, file=file, field=field), str(file.path), unit,
-            counts=skipped, reason=f"{unit}: malformed", on_skip=on_skip, required=range == WHOLE_FILE,
+            counts=skipped, reason=f"{unit}: malformed", on_skip=on_skip,
+            required=range == WHOLE_FILE,
         )  # fmt: skip
     elif file.format == "warc":
         with name_faults(file.path):

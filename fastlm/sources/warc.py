@@ -8,8 +8,7 @@ parsed, or the file ends after it.
 GNU wget 1.25 writes addresses in angle brackets, and its arguments and log as records of their own.
 
 Rejected: fastwarc on the compressed file (it takes a member that is cut short for the end of the
-file, without an error); the record digest (most crawlers write it, but half of the broken records
-here have a right one: it covers the block, not the header).
+file, without an error); its ``verify_digests``, which drops every record that has no digest.
 """
 
 import re
@@ -94,7 +93,7 @@ class _Record(NamedTuple):
 
 
 class RecordItem(NamedTuple):
-    """A whole record: its number in the file, its place and what the caller made of it."""
+    """A whole record: its number in the file, its position and what the caller made of it."""
 
     index: int
     position: Position
@@ -218,16 +217,16 @@ def walk_records(
                 if candidate is not None:
                     yield RecordItem(index, candidate.position, candidate.value)
                     candidate, index = None, index + 1
-                place = stream.locate(record.stream_pos)
+                origin = stream.locate(record.stream_pos)
                 length, value = record.content_length, None
-                candidate = _Record(place, False, None)  # if its block cannot be read
+                candidate = _Record(origin, False, None)  # if its block cannot be read
                 if select(index, record):
                     record.freeze()
                     size = record.content_length
                     value = parse(index, record) if size == length else None
                 else:
                     size = record.reader.consume() if record.reader else 0
-                candidate = _Record(place, size == length, value)
+                candidate = _Record(origin, size == length, value)
         except PARSE_ERRORS as e:
             if isinstance(e, OSError) and e.errno:
                 raise
@@ -243,16 +242,16 @@ def walk_records(
                 raise InputError(
                     f"{file.path}: expected a WARC archive, it does not start with WARC/"
                 )
-        place = candidate.position if candidate is not None else position
-        end = _record_end(raw, place) if candidate is not None and error is not None else None
+        origin = candidate.position if candidate is not None else position
+        end = _record_end(raw, origin) if candidate is not None and error is not None else None
         broken += 1
         is_eof = isinstance(error, EOFError)
-        position = None if is_eof and end else _next_record(raw, place, end or 1)
+        position = None if is_eof and end else _next_record(raw, origin, end or 1)
         if broken > (MAX_REWINDS if position is not None and position[1] else MAX_BROKEN):
             position = None
         is_cut = position is None and (error is None or is_eof)
         what = "its last record is cut short" if is_cut else error or "its length is wrong"
-        message = f"{file.path}, byte {place[0]:,}: expected a whole WARC archive, {what}"
+        message = f"{file.path}, byte {origin[0]:,}: expected a whole WARC archive, {what}"
         if end is None:
             candidate = None
         fault(index - (candidate is None), CUT_SHORT if is_cut else BROKEN_RECORD, message)
@@ -340,15 +339,15 @@ def _record_end(raw: Any, position: Position) -> int | None:
 def _next_record(raw: Any, position: Position, skip: int) -> Position | None:
     """Return where the next record starts, ``skip`` bytes or more after ``position``."""
     stream = _open(raw, (position[0], 0))
-    at, window = position[1] + skip, b""
+    offset, window = position[1] + skip, b""
     try:
-        _skip(stream, at)
+        _skip(stream, offset)
         while data := stream.read(SEARCH_BYTES):
             window += data
             if match := RECORD_START.search(window):
-                return stream.locate(at + match.start())
+                return stream.locate(offset + match.start())
             cut = max(len(window) - RECORD_START_BYTES, 0)
-            at, window = at + cut, window[cut:]
+            offset, window = offset + cut, window[cut:]
     except PARSE_ERRORS as e:
         if isinstance(e, EOFError):
             return None
