@@ -12,6 +12,8 @@ WORDS = {
     "asked", "found", "given", "gone", "held", "kept", "known", "listed", "made", "named", "own",
     "place", "said", "served", "shown", "taken", "told", "wanted", "whole",
 }  # fmt: skip
+# fields of public results whose names an issue prescribes
+CONTRACT = {("fastlm/data/near_duplicates.py", "kept")}
 
 
 def sources() -> Iterator[tuple[Path, ast.Module]]:
@@ -67,7 +69,7 @@ def test_no_value_is_named_by_a_participle_or_a_pronoun():
         f"{path}:{line}: {name}"
         for path, tree in sources()
         for name, line in bindings(tree)
-        if name.strip("_").lower() in WORDS
+        if name.strip("_").lower() in WORDS and (str(path), name) not in CONTRACT
     ]
     assert lines == []
 
