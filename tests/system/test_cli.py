@@ -9,6 +9,7 @@ import sys
 
 import pytest
 import tiny_recipe
+from corpus_layouts import split_path
 from typer.testing import CliRunner
 
 import fastlm.cli
@@ -223,7 +224,7 @@ def test_eval_of_shards_and_of_text(finished, tmp_path):
     options = ["eval", "-m", finished, "--data"]
     shards, text = (
         json.loads(call(*options, finished / data, "--json").stdout)
-        for data in ("shards/heldout", "data/heldout.jsonl.zst")
+        for data in ("shards/heldout", split_path(finished / "data", "heldout"))
     )
     (of_shards,), (of_text,) = shards["models"].values(), text["models"].values()
     assert of_text["bits_per_byte"] == pytest.approx(of_shards["bits_per_byte"], rel=1e-6)
@@ -318,7 +319,7 @@ def test_tokenizer_train_and_encode(finished, tmp_path):
     call(
         "tokenizer",
         "train",
-        finished / "data/train.jsonl.zst",
+        split_path(finished / "data", "train"),
         "-o",
         tmp_path / "t",
         "--vocab-size",
@@ -329,7 +330,7 @@ def test_tokenizer_train_and_encode(finished, tmp_path):
     pieces = call("tokenizer", "encode", "-t", tmp_path / "t", "--pieces", "The tree").stdout
     assert len(pieces.splitlines()) == len(ids) and "b'T" in pieces
     refused(
-        "tokenizer", "train", finished / "data/train.jsonl.zst", "-o", tmp_path / "u",
+        "tokenizer", "train", split_path(finished / "data", "train"), "-o", tmp_path / "u",
         "--vocab-size", 5, text="vocab_size: expected at least",
     )  # fmt: skip
 
@@ -350,7 +351,7 @@ def test_from_text_to_a_model_in_four_commands(tmp_path):
               "num_hidden_layers": 1, "num_attention_heads": 2}  # fmt: skip
     (tmp_path / "config.json").write_text(json.dumps(config))
     call("data", "prepare", tmp_path / "docs", "-o", prepared, "--rules", "none")
-    call("tokenizer", "train", prepared / "train.jsonl.zst", "-o", words, "--vocab-size", 300)
+    call("tokenizer", "train", split_path(prepared, "train"), "-o", words, "--vocab-size", 300)
     train = ["pretrain", "--config", tmp_path / "config.json", "-o", tmp_path / "run"]
     train += ["--max-steps", 2, "--seq-len", 16, "--tokenizer", words]
     refused(*train, "--shards", prepared, text="'fastlm data shards' makes them")
@@ -366,7 +367,7 @@ def test_from_text_to_a_model_in_four_commands(tmp_path):
     heldout = [
         "data",
         "shards",
-        prepared / "heldout.jsonl.zst",
+        split_path(prepared, "heldout"),
         "-t",
         words,
         "-o",

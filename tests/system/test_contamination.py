@@ -12,7 +12,6 @@ import zstandard
 from preference_models import make_base
 from rich.console import Console
 
-from fastlm.data.prepare import HELDOUT
 from fastlm.data.shards import write_shards
 from fastlm.errors import InputError
 from fastlm.evals import contamination
@@ -207,7 +206,7 @@ def test_bits_per_byte_of_each_source(base, tmp_path):
         {"text": sentence(rng, 90), "id": str(i), "source": f"deb:{'ab'[i % 2]}", "meta": {}}
         for i in range(5)
     ]
-    path = tmp_path / HELDOUT
+    path = tmp_path / "heldout.jsonl.zst"
     body = "".join(json.dumps(row) + "\n" for row in rows).encode()
     path.write_bytes(zstandard.ZstdCompressor().compress(body))
     options = {"seq_len": 32, "stride": 16, "batch_size": 3, "compressors": False}

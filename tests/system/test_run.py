@@ -104,8 +104,8 @@ def test_heldout_text_is_not_trained_on(finished):
     from fastlm.data.corpus import read_documents
 
     _, run = finished
-    train = {d.text for d in read_documents(run / "data/train.jsonl.zst")}
-    heldout = [d.text for d in read_documents(run / "data/heldout.jsonl.zst")]
+    train = {d.text for d in read_documents(run / "data", "train")}
+    heldout = [d.text for d in read_documents(run / "data", "heldout")]
     assert heldout and not train.intersection(heldout)
 
 

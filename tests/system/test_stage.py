@@ -55,7 +55,7 @@ def corpus(tmp_path_factory):
 
 
 def words_of(run):
-    return sorted(len(d.text.split()) for d in read_documents(run / "data/train.jsonl.zst"))
+    return sorted(len(d.text.split()) for d in read_documents(run / "data", "train"))
 
 
 def call(command, *arguments, status=0):
