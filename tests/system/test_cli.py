@@ -374,7 +374,8 @@ def test_from_text_to_a_model_in_four_commands(tmp_path):
         tmp_path / "one",
     ]
     assert " tokens of " in call(*heldout).stdout and (tmp_path / "one/index.json").is_file()
-    refused("data", "shards", tmp_path / "docs", "-t", words, "-o", tmp_path / "x", text="funnel")
+    refused("data", "shards", tmp_path / "docs", "-t", words, "-o", tmp_path / "x",
+            text="expected a corpus")  # fmt: skip
     none = ["--heldout-bytes", 0, "--rules", "none"]
     call("data", "prepare", tmp_path / "docs", "-o", prepared, *none)
     call("data", "shards", prepared, "-t", words, "-o", shards)  # now all of the text is trained on
