@@ -1,12 +1,13 @@
-"""``fastlm data get`` and ``show``; `fastlm.stages` adds the commands of other packages."""
+"""``fastlm data get``, ``crawl`` and ``show``. `fastlm.stages` adds those of other packages."""
 
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from fastlm.data.crawl import CrawlOptions
 from fastlm.errors import InputError
-from fastlm.pipeline.commands import Cache
+from fastlm.pipeline.commands import Cache, options_command
 from fastlm.pipeline.funnel import Funnel
 from fastlm.sources.packages import SCHEMES, default_cache, fetch, fetch_model
 
@@ -43,3 +44,19 @@ def show_command(
     from fastlm.data.stage import funnel_tables
 
     Console().print(funnel_tables(Funnel.load(path)), markup=False, highlight=False)
+
+
+def _crawl(options: CrawlOptions) -> None:
+    """Crawl web sites into WARC files, politely, or continue a crawl that was interrupted.
+
+    robots.txt is obeyed. The files that say how a site may be used (robots.txt, tdmrep.json,
+    ai.txt, licences) are stored with its pages. Ctrl-C ends the crawl after the downloads under
+    way, the same command continues it.
+    """
+    from fastlm.data.crawl import crawl, summary_text
+    from fastlm.pipeline.events import View
+
+    typer.echo(f"{options.out}: {summary_text(crawl(options, View().track))}")
+
+
+app.command("crawl")(options_command(CrawlOptions, _crawl))

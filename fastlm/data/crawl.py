@@ -1,0 +1,269 @@
+"""Crawl web sites politely into WARC files: the options, the folder and the end of a crawl.
+
+Scrapy crawls (extra ``fastlm[crawl]``); `fastlm.data.crawl_spider` has the spider and its
+middlewares. The folder of a crawl:
+
+    crawl-00000.warc.gz  pages, and the policy files of their sites, each with date and headers
+    crawl.log            Scrapy's log
+    crawl.json           options, versions and counts, written at the end of every run
+    .job/                what an unfinished crawl continues from
+
+A stopped crawl (Ctrl-C, a bound) continues from Scrapy's job folder. Scrapy writes its queue of
+addresses only when it ends, so a killed crawl starts at the seeds again, but takes the pages it has
+from its WARC files and only downloads what is missing.
+"""
+
+import contextlib
+import fcntl
+import re
+import sys
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from platform import python_version
+from typing import TYPE_CHECKING, Annotated, Any
+from urllib.parse import urlsplit
+
+from fastlm.data.warc_files import warc_date, warc_paths
+from fastlm.errors import InputError
+from fastlm.files import make_folder, read_json, read_text, remove, write_error, write_json
+from fastlm.pipeline.stage import Positional, at_least_one, not_negative, positive
+from fastlm.progress import Track, silent
+from fastlm.sources.source_files import MAX_DOCUMENT_BYTES
+
+if TYPE_CHECKING:
+    from fastlm.data.crawl_archive import Archive
+
+INSTALL = "pip install 'fastlm[crawl]'"
+MAX_SEED_BYTES = 1 << 26  # of a file of seeds: a million addresses
+PACKAGES = ("fastlm", "scrapy", "twisted", "protego", "fastwarc")  # whose versions are stored
+# Reasons of Scrapy for the end of a crawl -> ours
+ENDS = {"shutdown": "interrupted", "closespider_timeout": "max_seconds"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class CrawlOptions:
+    """The options of ``fastlm data crawl``."""
+
+    seeds: Annotated[
+        tuple[str, ...], Positional("Begin at these URLs, or at those in a file, one per line")
+    ]
+    out: Annotated[Path, "Write WARC files to this folder, or continue its crawl", "-o"]
+    contact: Annotated[
+        str, "Tell sites whom to write to: a web page or an e-mail address. Part of the user agent"
+    ]
+    agent: Annotated[str, "Crawl under this name, which robots.txt files address"] = "fastlm"
+    domains: Annotated[
+        tuple[str, ...], "Follow links to these domains and their subdomains. Default: the seeds'"
+    ] = ()
+    depth: Annotated[int, "Follow at most this many links from a seed"] = 10
+    max_pages: Annotated[int, "Stop after this many pages and those under way"] = 10_000
+    max_bytes: Annotated[int, "Stop after this many bytes of decoded pages"] = 10 * 10**9
+    max_page_bytes: Annotated[int, "Skip pages with more bytes, compressed or not"] = 4 * 2**20
+    max_seconds: Annotated[float | None, "Stop after this time"] = None
+    delay: Annotated[float, "Wait at least this many seconds between two requests to a site"] = 1.0
+    concurrency: Annotated[int, "Crawl at most this many sites at once"] = 16
+    timeout: Annotated[float, "Give up a download after this many seconds"] = 60.0
+    previous: Annotated[
+        Path | None, "Ask for changes since this earlier crawl: a folder or a WARC file"
+    ] = None
+
+    def check(self) -> None:
+        """Refuse options that cannot work. InputError names the option."""
+        at_least_one(self, "max_pages", "max_bytes", "max_page_bytes", "concurrency")
+        not_negative(self, "depth", "delay")
+        positive(self, "timeout", "max_seconds")
+        if self.max_page_bytes > MAX_DOCUMENT_BYTES:
+            raise InputError(
+                f"max_page_bytes: expected at most {MAX_DOCUMENT_BYTES:,}, which is what `fastlm "
+                f"data prepare` reads, got {self.max_page_bytes:,}"
+            )
+        if not re.fullmatch(r"[A-Za-z_-]+", self.agent):  # RFC 9309, 2.2.1
+            raise InputError(f"agent: expected letters, - and _, got {self.agent!r:.80}")
+        if not re.fullmatch(
+            r"https?://[\x21-\x7e]+\.[\x21-\x7e]+|[\x21-\x7e]+@[\x21-\x7e]+", self.contact
+        ):
+            raise InputError(
+                f"contact: expected a web page or an e-mail address, got {self.contact!r:.80}"
+            )
+        for domain in self.domains:
+            if not re.fullmatch(r"[^\s/:@]+", domain):
+                raise InputError(f"domains: expected a name like example.org, got {domain!r:.80}")
+
+    @property
+    def user_agent(self) -> str:
+        """The ``User-Agent`` header: product, version and contact."""
+        return f"{self.agent}/{version('fastlm')} (+{self.contact})"
+
+
+def read_seeds(seeds: tuple[str, ...]) -> list[str]:
+    """Return the URLs of seeds, which are URLs or files with one URL a line. Empty lines and lines
+    that start with # are skipped. InputError: no URL, or not a URL of http or https.
+    """
+    urls = []
+    for seed in seeds:
+        if re.match(r"[a-z][a-z0-9+.-]*://", seed, re.IGNORECASE):
+            urls.append(_check_url(seed, "seeds"))
+            continue
+        if not Path(seed).is_file():
+            raise InputError(
+                f"seeds: expected a URL with https:// or a file of URLs, got {seed!r:.200}"
+            )
+        for number, line in enumerate(read_text(seed, MAX_SEED_BYTES).splitlines(), 1):
+            if (url := line.strip()) and not url.startswith("#"):
+                urls.append(_check_url(url, f"{seed}:{number}"))
+    if not urls:
+        raise InputError("seeds: expected at least one URL, got none")
+    return list(dict.fromkeys(urls))
+
+
+def _check_url(url: str, location: str) -> str:
+    try:
+        parts = urlsplit(url)
+        if parts.scheme.lower() in ("http", "https") and parts.hostname and parts.port != 0:
+            return url
+    except ValueError:
+        pass
+    raise InputError(f"{location}: expected a URL of http or https, got {url!r:.200}")
+
+
+def crawl(options: CrawlOptions, track: Track = silent) -> dict[str, Any]:
+    """Crawl, or continue the crawl in the folder, and return what crawl.json then contains.
+
+    Twisted's event loop runs once in a process, and so does this function. SIGINT and SIGTERM end
+    the crawl after the downloads under way. InputError: options, a folder of another or a finished
+    crawl, a missing extra, no space on the disk.
+    """
+    options.check()
+    seeds = read_seeds(options.seeds)
+    _check_scrapy()
+    make_folder(options.out)
+    with _lock(options.out):
+        job = _open_job(options, seeds)
+        previous_run = _previous_run(options.out, job)
+        began = warc_date(datetime.now(UTC))
+        archive = _run(options, seeds, job, track)
+        if archive.failure is not None:
+            raise write_error(options.out, archive.failure)
+        if not archive.end:  # the second Ctrl-C
+            raise KeyboardInterrupt
+        end = ENDS.get(archive.end, archive.end)
+        summary = {
+            "end": end,
+            "began": previous_run.get("began", began),
+            "ended": warc_date(datetime.now(UTC)),
+            **archive.counts(previous_run),
+            "files": {path.name: path.stat().st_size for path in warc_paths(options.out)},
+            "options": {**asdict(options), "seeds": seeds},
+            "user_agent": options.user_agent,
+            "versions": {name: version(name) for name in PACKAGES} | {"python": python_version()},
+        }
+        write_json(options.out / "crawl.json", summary)
+        (job / "running").unlink()
+        if end == "finished":
+            remove(job)
+    return summary
+
+
+def _run(options: CrawlOptions, seeds: list[str], job: Path, track: Track) -> "Archive":
+    """Run Scrapy, and return what it stored and counted."""
+    from scrapy.crawler import CrawlerProcess
+
+    from fastlm.data import crawl_spider
+    from fastlm.data.crawl_archive import Archive
+
+    archive = Archive(options, track)
+    domains = crawl_spider.domains_of(options, seeds)
+    process = CrawlerProcess(crawl_spider.settings(options, len(domains), job))
+    process.crawl(crawl_spider.PageSpider, options=options, seeds=seeds, archive=archive)
+    process.start()
+    archive.close()
+    return archive
+
+
+def _check_scrapy() -> None:
+    """Raise InputError unless Scrapy is installed and its event loop has not run."""
+    try:
+        import scrapy  # noqa: F401
+    except ImportError as error:
+        raise InputError(
+            f"crawl: expected the package {error.name}, which is not installed ({INSTALL})"
+        ) from None
+    if "twisted.internet.reactor" in sys.modules:
+        raise InputError("crawl: expected one crawl in a process, got another one")
+
+
+@contextlib.contextmanager
+def _lock(folder: Path) -> Iterator[None]:
+    """Context: be the only crawl in ``folder``. The lock ends with the process."""
+    make_folder(folder / ".job")
+    with open(folder / ".job" / "lock", "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise InputError(
+                f"out: expected a folder without a running crawl, got {folder}"
+            ) from None
+        yield
+
+
+def _open_job(options: CrawlOptions, seeds: list[str]) -> Path:
+    """Return the job folder of a new crawl, or of the one that continues. InputError: the folder
+    has another crawl, a finished one, or WARC files from elsewhere.
+    """
+    job, scope = options.out / ".job", _scope(options, seeds)
+    if not (job / "scope.json").exists():
+        if warc_paths(options.out):
+            remove(job)
+            raise InputError(
+                f"out: expected an empty folder or an unfinished crawl, got {options.out}"
+            )
+        write_json(job / "scope.json", scope)
+    stored = read_json(job / "scope.json")
+    for key, value in scope.items():
+        if stored.get(key) != value:
+            raise InputError(
+                f"{key}: expected the value of the crawl in {options.out}, "
+                f"{stored.get(key)!r:.80}, got {value!r:.80}"
+            )
+    if (job / "running").exists():  # killed: Scrapy's queue is lost
+        remove(job / "scrapy")
+    (job / "running").touch()
+    return job
+
+
+def _scope(options: CrawlOptions, seeds: list[str]) -> dict[str, Any]:
+    """Return what decides which pages belong to a crawl."""
+    return {
+        "seeds": sorted(seeds),
+        "domains": sorted(options.domains),
+        "depth": options.depth,
+        "previous": options.previous and str(options.previous.absolute()),
+    }
+
+
+def _previous_run(out: Path, job: Path) -> dict[str, Any]:
+    """Return crawl.json of the run that this one continues. A killed run wrote none, and its
+    successor meets the same refusals and errors again.
+    """
+    if not (job / "scrapy").exists():
+        return {}
+    with contextlib.suppress(InputError):
+        return read_json(out / "crawl.json")
+    return {}
+
+
+def summary_text(summary: Mapping[str, Any]) -> str:
+    """Return one line for the user: the result of `crawl`."""
+    from fastlm.pipeline.text import size_text
+
+    kinds = Counter(summary["refused"]) + Counter(summary["errors"])
+    counts = ", ".join(f"{kind} {n:,}" for kind, n in kinds.most_common(8))
+    text = f"{summary['pages']:,} pages ({size_text(summary['bytes'])}), {summary['policies']:,} "
+    text += f"policy files; {counts or 'nothing'} left out"
+    if summary["end"] != "finished":
+        text += f". Stopped ({summary['end']}): the same command continues"
+    return text
