@@ -56,7 +56,10 @@ def _crawl(options: CrawlOptions) -> None:
     from fastlm.data.crawl import crawl, summary_text
     from fastlm.pipeline.events import View
 
-    typer.echo(f"{options.out}: {summary_text(crawl(options, View().track))}")
+    summary = crawl(options, View().track)
+    typer.echo(f"{options.out}: {summary_text(summary)}")
+    if summary["end"] == "interrupted":
+        raise typer.Exit(130)  # as after any Ctrl-C
 
 
 app.command("crawl")(options_command(CrawlOptions, _crawl))

@@ -140,12 +140,17 @@ def crawl(options: CrawlOptions, track: Track = silent) -> dict[str, Any]:
     options.check()
     seeds = read_seeds(options.seeds)
     _check_scrapy()
+    from fastlm.data.crawl_archive import Archive
+
     make_folder(options.out)
     with _lock(options.out):
-        job = _open_job(options, seeds)
+        job = options.out / ".job"
+        _check_job(job, options, seeds)
+        archive = Archive(options, track)
+        _begin_job(job, options, seeds)
         previous_run = _previous_run(options.out, job)
         began = warc_date(datetime.now(UTC))
-        archive = _run(options, seeds, job, track)
+        _run(archive, options, seeds, job)
         if archive.failure is not None:
             raise write_error(options.out, archive.failure)
         if not archive.end:  # the second Ctrl-C
@@ -168,20 +173,17 @@ def crawl(options: CrawlOptions, track: Track = silent) -> dict[str, Any]:
     return summary
 
 
-def _run(options: CrawlOptions, seeds: list[str], job: Path, track: Track) -> "Archive":
-    """Run Scrapy, and return what it stored and counted."""
+def _run(archive: "Archive", options: CrawlOptions, seeds: list[str], job: Path) -> None:
+    """Run Scrapy until the crawl ends."""
     from scrapy.crawler import CrawlerProcess
 
     from fastlm.data import crawl_spider
-    from fastlm.data.crawl_archive import Archive
 
-    archive = Archive(options, track)
     domains = crawl_spider.domains_of(options, seeds)
     process = CrawlerProcess(crawl_spider.settings(options, len(domains), job))
     process.crawl(crawl_spider.PageSpider, options=options, seeds=seeds, archive=archive)
     process.start()
     archive.close()
-    return archive
 
 
 def _check_scrapy() -> None:
@@ -210,29 +212,29 @@ def _lock(folder: Path) -> Iterator[None]:
         yield
 
 
-def _open_job(options: CrawlOptions, seeds: list[str]) -> Path:
-    """Return the job folder of a new crawl, or of the one that continues. InputError: the folder
-    has another crawl, a finished one, or WARC files from elsewhere.
+def _check_job(job: Path, options: CrawlOptions, seeds: list[str]) -> None:
+    """Refuse a folder that has another crawl, a finished one, or WARC files from elsewhere.
+    InputError names the option.
     """
-    job, scope = options.out / ".job", _scope(options, seeds)
-    if not (job / "scope.json").exists():
-        if warc_paths(options.out):
-            remove(job)
-            raise InputError(
-                f"out: expected an empty folder or an unfinished crawl, got {options.out}"
-            )
-        write_json(job / "scope.json", scope)
-    stored = read_json(job / "scope.json")
-    for key, value in scope.items():
-        if stored.get(key) != value:
-            raise InputError(
-                f"{key}: expected the value of the crawl in {options.out}, "
-                f"{stored.get(key)!r:.80}, got {value!r:.80}"
-            )
-    if (job / "running").exists():  # killed: Scrapy's queue is lost
+    if (job / "scope.json").exists():
+        stored = read_json(job / "scope.json")
+        for key, value in _scope(options, seeds).items():
+            if stored.get(key) != value:
+                raise InputError(
+                    f"{key}: expected the value of the crawl in {options.out}, "
+                    f"{stored.get(key)!r:.80}, got {value!r:.80}"
+                )
+    elif warc_paths(options.out):
+        remove(job)
+        raise InputError(f"out: expected an empty folder or an unfinished crawl, got {options.out}")
+
+
+def _begin_job(job: Path, options: CrawlOptions, seeds: list[str]) -> None:
+    """Mark the crawl as running. Remove the queue of a killed one, which is incomplete."""
+    write_json(job / "scope.json", _scope(options, seeds))
+    if (job / "running").exists():
         remove(job / "scrapy")
     (job / "running").touch()
-    return job
 
 
 def _scope(options: CrawlOptions, seeds: list[str]) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from urllib.parse import urljoin, urlsplit
 
 from scrapy import Request, Spider, signals
 from scrapy.crawler import Crawler
+from scrapy.downloadermiddlewares.robotstxt import RobotsTxtMiddleware
 from scrapy.exceptions import CloseSpider, DownloadCancelledError, IgnoreRequest, StopDownload
 from scrapy.http import Headers, HtmlResponse, Response
 from scrapy.linkextractors import LinkExtractor
@@ -42,7 +43,7 @@ LINK_HEADER = re.compile(r"<([^<>]{1,2000})>([^<>]{0,1000})")  # RFC 8288: <URI>
 # Scrapy's messages of ignored requests -> our kinds
 IGNORED = (
     ("Forbidden by robots.txt", "robots.txt"),
-    ("Filtered offsite", "other domain"),
+    ("Filtered offsite", "redirect to another domain"),
     ("max redirections", "too many redirects"),
     ("Ignored response", "too large"),
 )
@@ -82,6 +83,8 @@ def settings(options: CrawlOptions, domains: int, job: Path) -> dict[str, Any]:
         "SCHEDULER_MEMORY_QUEUE": "scrapy.squeues.FifoMemoryQueue",
         "JOBDIR": str(job / "scrapy"),
         "DOWNLOADER_MIDDLEWARES": {
+            RobotsTxtMiddleware: None,
+            RobotsRules: 100,
             # next to the engine: it sees final responses, decoded, after redirects and retries
             PolicyFiles: 40,
             # between redirects (600) and decoding (590): it sees bytes as received
@@ -154,17 +157,22 @@ class PageSpider(Spider):
         self.archive.write_policy(response)
 
     def count_failure(self, failure: Any) -> None:
-        """Count a page that was not downloaded, by kind."""
-        error = failure.value
-        if isinstance(error, HttpError):
+        """Count a page or a policy file that was not downloaded, by kind. A policy file is stored
+        with any status.
+        """
+        error, is_policy_file = failure.value, failure.request.meta.get(POLICY)
+        prefix = "policy file: " * bool(is_policy_file)
+        if isinstance(error, HttpError) and is_policy_file:
+            self.archive.write_policy(error.response)
+        elif isinstance(error, HttpError):
             self.archive.errors[f"status {error.response.status}"] += 1
         elif isinstance(error, DownloadCancelledError):
-            self.archive.refused["too large"] += 1
+            self.archive.refused[f"{prefix}too large"] += 1
         elif isinstance(error, IgnoreRequest):
             kinds = (kind for message, kind in IGNORED if str(error).startswith(message))
-            self.archive.refused[next(kinds, "ignored")] += 1
+            self.archive.refused[prefix + next(kinds, "ignored")] += 1
         else:
-            self.archive.errors[type(error).__name__] += 1
+            self.archive.errors[prefix + type(error).__name__] += 1
 
     def licence_requests(self, urls: Iterable[str], base: str) -> Iterator[Request]:
         """Yield requests for licence files that a site names, at most 8. One on another domain must
@@ -186,6 +194,9 @@ class PageSpider(Spider):
                 yield self._policy_request(url, meta)
 
     def closed(self, reason: str) -> None:
+        # a redirect that Scrapy does not follow has no other trace
+        redirects = self.crawler.stats.get_value("offsite/filtered", 0)  # type: ignore[union-attr]
+        self.archive.refused["redirect to another domain"] = redirects
         self.archive.end = reason
 
     def _requests_of(self, response: Response) -> Iterator[Request]:
@@ -228,19 +239,34 @@ class PageSpider(Spider):
     def _policy_request(self, url: str, meta: dict[str, Any] | None = None) -> Request:
         meta = {POLICY: True, "download_maxsize": MAX_WIRE_BYTES, **(meta or {})}
         return Request(
-            url, self.parse_policy, errback=self.count_policy_failure, meta=meta,
+            url, self.parse_policy, errback=self.count_failure, meta=meta,
             priority=POLICY_PRIORITY,
         )  # fmt: skip
-
-    def count_policy_failure(self, failure: Any) -> None:
-        """Store a policy file of any status. Count one that was not downloaded."""
-        if isinstance(failure.value, HttpError):
-            return self.archive.write_policy(failure.value.response)
-        self.archive.errors[f"policy file: {type(failure.value).__name__}"] += 1
 
     def _is_allowed(self, url: str) -> bool:
         host = urlsplit(url).hostname or ""
         return any(host == d or host.endswith(f".{d}") for d in self.allowed_domains)
+
+
+class RobotsRules(RobotsTxtMiddleware):
+    """Scrapy's middleware, without its gap: where several requests wait for the robots.txt of a new
+    site, Scrapy 2.19 checks only the first two and lets the others pass.
+    """
+
+    def __init__(self, crawler: Crawler) -> None:
+        super().__init__(crawler)
+        self._rules: dict[str, Any] = {}
+        crawler.signals.connect(self.robots_parsed, signals.robots_parsed)
+
+    def robots_parsed(self, robotparser: Any, request: Request) -> None:
+        self._rules[urlsplit(request.url).netloc] = robotparser
+
+    async def robot_parser(self, request: Request) -> Any:
+        await super().robot_parser(request)
+        rules = self._rules.get(urlsplit(request.url).netloc)
+        if rules is None:
+            raise IgnoreRequest("Forbidden by robots.txt, which was not read")
+        return rules
 
 
 class PolicyFiles:

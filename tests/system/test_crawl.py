@@ -2,6 +2,7 @@
 crawl that is killed or stopped continues with what is missing.
 """
 
+import fcntl
 import gzip
 import json
 import os
@@ -11,6 +12,8 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from importlib.metadata import version
+from pathlib import Path
 
 import pytest
 from fastwarc.warc import ArchiveIterator, WarcRecordType
@@ -19,6 +22,7 @@ from web_site import RESET, http, web_site
 
 from fastlm.data.crawl import CrawlOptions, crawl, read_seeds
 from fastlm.errors import InputError
+from fastlm.progress import silent
 
 pytest.importorskip("scrapy")
 
@@ -91,39 +95,404 @@ def tree(count, seconds=0.0):
     return handler
 
 
-def wait_for(condition, seconds=30):
-    until = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < until
-        time.sleep(0.01)
-
-
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT], ids=["kill", "stop"])
-def test_a_crawl_that_ended_early_continues(tmp_path, number):
-    """Every page is stored once, and the pages that were there are not downloaded again."""
-    count, out = 60, tmp_path / "out"
-    names = [f"/{n or ''}" for n in range(count)]
-    with web_site(tree(count, 0.01)) as site:
-        for served in (15, 35):
-            process = subprocess.Popen(
-                command(out, site.url()), env=PLAIN, stdout=subprocess.PIPE, stderr=subprocess.PIPE
-            )
-            wait_for(lambda: len(site.requests) > served)  # noqa: B023
-            process.send_signal(number)
-            output, _ = process.communicate(timeout=30)
-            assert process.returncode == (-9 if number == signal.SIGKILL else 0)
-            if number == signal.SIGINT:
-                assert summary(out)["end"] == "interrupted" and is_whole(out)
-                assert b"Stopped (interrupted): the same command continues" in output
-        part = next(out.glob("*.part"), None)
-        assert (part is not None) == (number == signal.SIGKILL)
-        if part:
-            part.write_bytes(part.read_bytes() + b"\x1f\x8b\x08\0 cut record")
+@pytest.fixture(scope="module")
+def tree_crawl(tmp_path_factory):
+    """Crawl 60 pages by a run that is killed, one that is stopped, and one that finishes."""
+    out = tmp_path_factory.mktemp("crawl") / "out"
+    with web_site(tree(60, 0.01)) as site:
+        process = start(out, site, 15)
+        process.kill()
+        process.communicate(timeout=30)
+        (part,) = out.glob("*.part")
+        part.write_bytes(part.read_bytes() + b"\x1f\x8b\x08\0 a record that is cut")
+        process = start(out, site, 35)
+        process.send_signal(signal.SIGINT)
+        output, _ = process.communicate(timeout=30)
+        assert process.returncode == 130
+        assert b"Stopped (interrupted): the same command continues" in output
+        assert summary(out)["end"] == "interrupted" and is_whole(out)
         run(out, site.url())
-    assert pages(out) == Counter(names) and is_whole(out)
-    assert summary(out)["end"] == "finished" and summary(out)["pages"] == count
-    # one page at a time was under way at each kill
+        yield site, out
+
+
+def start(out, site, requests):
+    """Start a crawl, and return its process after so many requests to the site."""
+    words = command(out, site.url())
+    process = subprocess.Popen(words, env=PLAIN, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    until = time.monotonic() + 60
+    while len(site.requests) <= requests:
+        assert time.monotonic() < until and process.poll() is None
+        time.sleep(0.005)
+    return process
+
+
+def test_a_crawl_that_ended_early_continues(tree_crawl):
+    """Every page is stored once, and the pages that were there are not downloaded again."""
+    site, out = tree_crawl
+    names = Counter(f"/{n or ''}" for n in range(60))
+    assert pages(out) == names and is_whole(out)
+    assert summary(out)["end"] == "finished" and summary(out)["pages"] == 60
     downloads = Counter(path for path in site.paths() if path not in POLICIES)
-    assert set(downloads) == set(names) and sum(downloads.values()) <= count + 2 * 2
+    assert set(downloads) == set(names)
+    assert sum(downloads.values()) <= 61  # one page was under way when the process was killed
     assert not (out / ".job").exists()
-    assert "got" in run(out, site.url(), status=2).stderr
+
+
+def test_the_crawl_says_who_it_is(tree_crawl):
+    site, out = tree_crawl
+    agents = {headers["user-agent"] for _, _, headers, _ in site.requests}
+    assert agents == {f"fastlm/{version('fastlm')} (+test@example.org)"}
+    stored = summary(out)
+    assert stored["user_agent"] in agents and stored["versions"]["scrapy"] == version("scrapy")
+    assert stored["files"] == {path.name: path.stat().st_size for path in out.glob("*.warc.gz")}
+
+
+def test_a_finished_crawl_is_not_continued(tree_crawl, tmp_path):
+    site, out = tree_crawl
+    options = crawl_options(out, (site.url(),))
+    before = {path: path.read_bytes() for path in out.iterdir() if path.is_file()}
+    with pytest.raises(InputError, match="out: expected an empty folder or an unfinished crawl"):
+        crawl(options)
+    assert before == {path: path.read_bytes() for path in out.iterdir()}
+
+
+def test_a_second_crawl_downloads_what_changed(tree_crawl, tmp_path):
+    """Pages that the server confirms are stored again with today's date and headers."""
+    site, out = tree_crawl
+    old = {url: (date, body) for url, _, date, _, body in responses(out)}
+    before = len(site.requests)
+    run(tmp_path, site.url(), "--previous", out, "--depth", 3)
+    asked = {path: headers for _, path, headers, _ in site.requests[before:]}
+    assert asked["/3"]["if-none-match"] == '"v3"' and "if-none-match" not in asked["/ai.txt"]
+    assert pages(tmp_path) == Counter(f"/{n or ''}" for n in range(15))
+    assert summary(tmp_path)["unchanged"] == 15
+    for url, status, date, headers, body in responses(tmp_path):
+        if not url.endswith(POLICIES):
+            assert (status, body) == (200, old[url][1]) and date >= old[url][0]
+            assert headers["X-Day"] == "second" and headers["Content-Type"] == "text/html"
+    with open(tmp_path / "crawl-00000.warc.gz", "rb") as file:
+        fields = [r.headers.get("WARC-Refers-To-Date") for r in ArchiveIterator(file)]
+    assert set(fields) - {None} <= {date for date, _ in old.values()} and len(set(fields)) > 1
+
+
+def test_bounds_of_pages_bytes_and_depth(tmp_path):
+    """A crawl that reached a bound continues with a larger one, never in another scope."""
+    with web_site(tree(10**9)) as site:
+        run(tmp_path, site.url(), "--max-pages", 10, "--depth", 3)
+        stored = summary(tmp_path)
+        assert stored["end"] == "max_pages" and stored["pages"] == pages(tmp_path).total()
+        assert 10 <= stored["pages"] <= 12  # two requests may be under way
+        options = crawl_options(tmp_path, (site.url(),), depth=4)
+        with pytest.raises(InputError, match=r"depth: expected the value of .*, 3, got 4"):
+            crawl(options)
+        run(tmp_path, site.url(), "--max-bytes", 10_000, "--depth", 3)
+    assert pages(tmp_path) == Counter(f"/{n or ''}" for n in range(15))
+    assert summary(tmp_path)["end"] == "finished"
+    assert summary(tmp_path)["policies"] == len(responses(tmp_path)) - 15
+
+
+def test_the_bound_that_is_reached_first_ends_a_crawl(tmp_path):
+    from fastlm.data.crawl_archive import Archive
+
+    archive = Archive(crawl_options(tmp_path, max_pages=3, max_bytes=100), silent)
+    assert archive.full == ""
+    archive.pages, archive.bytes = 2, 99
+    assert archive.full == ""
+    archive.bytes = 100
+    assert archive.full == "max_bytes"
+    archive.pages = 3
+    assert archive.full == "max_pages"
+    archive.failure = OSError(28, "No space left on device")
+    assert archive.full == "failure"
+
+
+def crawl_options(out, seeds=("https://a.example/",), contact="test@example.org", **options):
+    return CrawlOptions(seeds=seeds, out=out, contact=contact, **options)
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"seeds": ("a.example",)}, "seeds: expected a URL with https:// or a file"),
+        ({"seeds": ("ftp://a.example/",)}, "seeds: expected a URL of http or https"),
+        ({"seeds": ("https://[a/",)}, "seeds: expected a URL of http or https"),
+        ({"seeds": ("https://a:99999/",)}, "seeds: expected a URL of http or https"),
+        ({"seeds": ()}, "seeds: expected at least one URL"),
+        ({"contact": "me"}, "contact: expected a web page or an e-mail"),
+        ({"contact": "a@b.c\r\nX-A: b"}, "contact: expected a web page or an e-mail"),
+        ({"agent": "Mozilla/5.0 (X11)"}, "agent: expected letters"),
+        ({"domains": ("https://a.example",)}, "domains: expected a name like"),
+        ({"max_pages": 0}, "max_pages: expected 1 or more"),
+        ({"depth": -1}, "depth: expected 0 or more"),
+        ({"delay": float("inf")}, "delay: expected 0 or more"),
+        ({"timeout": 0.0}, "timeout: expected a positive number"),
+        ({"max_page_bytes": 17 << 20}, "max_page_bytes: expected at most 16,777,216"),
+        ({"previous": Path("missing")}, "previous: expected a folder with WARC files"),
+    ],
+)
+def test_refusals(tmp_path, options, message):
+    with pytest.raises(InputError, match=message):
+        crawl(crawl_options(tmp_path / "out", **options))
+    assert not list(tmp_path.glob("out/.job/scope.json"))  # another try may have other options
+
+
+def test_a_crawl_needs_its_extra_and_its_own_folder(tmp_path, monkeypatch):
+    options = crawl_options(tmp_path)
+    (tmp_path / ".job").mkdir()
+    with open(tmp_path / ".job" / "lock", "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        with pytest.raises(InputError, match="out: expected a folder without a running crawl"):
+            crawl(options)
+    (tmp_path / "crawl-00000.warc.gz").touch()
+    with pytest.raises(InputError, match="out: expected an empty folder or an unfinished crawl"):
+        crawl(options)
+    monkeypatch.setitem(sys.modules, "scrapy", None)
+    with pytest.raises(InputError, match=r"not installed \(pip install 'fastlm\[crawl\]'\)"):
+        crawl(options)
+
+
+def test_seeds_are_urls_and_files_of_urls(tmp_path):
+    path = tmp_path / "seeds.txt"
+    path.write_text("# sites\n\nhttps://a.example/\r\n  HTTP://b.example/x y\nhttps://a.example/\n")
+    urls = ["https://c.example/", "https://a.example/", "HTTP://b.example/x y"]
+    assert read_seeds(("https://c.example/", str(path))) == urls
+    path.write_text("https://a.example/\nb.example\n")
+    with pytest.raises(InputError, match=r"seeds.txt:2: expected a URL of http or https"):
+        read_seeds((str(path),))
+
+
+LICENCE = "application/rsl+xml"
+BOMB = gzip.compress(bytes(100 << 20), 1)
+WRONG_CHARSET = "<p>Gr\u00fc\u00dfe <a href='/f\u00fcr'>weiter</a>".encode("latin-1")
+BAD_LINKS = """<a href="http://[bad"> <a href="mailto:a@b.c"> <a href="javascript:void(0)">
+    <a href="//"> <a href="http://x:99999/"> <a href="\0"> <a href="?"> <a href="http://127.0.0.9:1/refused">"""
+INDEX = """
+    /loop /to/2 /chain/1 /endless /drip /charset /503 /bomb /headers /header /long /short /reset
+    /garbage /typeless /picture /away /q?b=2&a=1 /q?a=1&b=2 /meta /header-nofollow /calendar/1 /deep
+    /private /401 /304 /text /xhtml /encoding /empty /robots.txt /status
+""".split()
+
+
+def stream(kind, piece, seconds=0.0):
+    """Send a body without an end."""
+    yield f"HTTP/1.1 200 OK\r\nContent-Type: {kind}\r\nConnection: close\r\n\r\n".encode()
+    until = time.monotonic() + 15
+    while time.monotonic() < until:
+        yield piece
+        time.sleep(seconds)
+
+
+def hostile(host, path, headers):
+    """Sites whose robots.txt differ at 127.0.0.2 and up, and bad pages at 127.0.0.1."""
+    number = int(host.rpartition(".")[2])
+    if path == "/robots.txt":
+        time.sleep(0.1)  # until several requests wait for it
+        return ROBOTS[number]
+    if path in POLICIES:
+        return http(b"User-Agent: *", "200 OK", "text/plain") if number == 1 else NOT_FOUND
+    if number > 1:
+        return OTHER_PATHS.get(path) or http(b"<a href='/secret'>s</a><a href='/b'>b</a>")
+    name, _, rest = path[1:].partition("/")
+    match name:
+        case "":
+            links = "".join(f"<a href='{link}'>x</a>" for link in INDEX)
+            hosts = "".join(f"<a href='http://127.0.0.{n}:PORT/'>x</a>" for n in ROBOTS)
+            own = headers["host"].rpartition(":")[2]
+            text = (
+                links + hosts.replace("PORT", own) + BAD_LINKS + "<a rel=nofollow href='/hidden'>"
+            )
+            return http(text.encode(), "200 OK", "text/html", "Set-Cookie: a=b")
+        case "loop":
+            return http(b"", "302 Found", None, "Location: /loop")
+        case "to":
+            return http(b"", "301 Moved Permanently", None, f"Location: /to/{3 - int(rest)}")
+        case "chain":
+            return http(b"", "307 Temporary Redirect", None, f"Location: /chain/{int(rest) + 1}")
+        case "endless":
+            return stream("text/html", b"x" * 10_000)
+        case "drip":
+            return stream("text/html", b"x", 0.05)
+        case "picture":
+            return stream("image/png", b"x" * 10_000)
+        case "charset":
+            return http(WRONG_CHARSET, "200 OK", "text/html; charset=utf-8")
+        case "503":
+            return http(b"", "503 Service Unavailable", "text/html", "Retry-After: 0")
+        case "bomb":
+            return http(BOMB, "200 OK", "text/html", "Content-Encoding: gzip")
+        case "headers":
+            return http(b"x", "200 OK", "text/html", *(f"X-{i}: {'x' * 900}" for i in range(100)))
+        case "header":
+            return http(b"x", "200 OK", "text/html", "X-Long: " + "x" * 100_000)
+        case "long":
+            return http(b"").replace(b": 0", b": 1000") + b"short"
+        case "short":
+            return http(b"12345").replace(b"12345", b"12345<p>and more")
+        case "reset":
+            return [http(bytes(500))[:100], RESET]
+        case "garbage":
+            return b"SSH-2.0-OpenSSH_9.2\r\n\r\n"
+        case "typeless":
+            return http(b"text", "200 OK", None)
+        case "away":
+            return http(b"", "302 Found", None, "Location: http://localhost:1/")
+        case "meta":
+            return http(
+                b"<META NAME=Robots CONTENT='noindex,NoFollow'><a href='/hidden-meta'>x</a>"
+            )
+        case "header-nofollow":
+            return http(b"<a href='/hidden2'>x</a>", "200 OK", "text/html", "X-Robots-Tag: none")
+        case "calendar":
+            return http(f"<a href='/calendar/{int(rest) + 1}'>next</a>".encode())
+        case "deep":
+            return http(b"<div>" * 100_000 + b"<a href='/below'>x</a>")
+        case "401" | "304":
+            return http(b"", f"{name} Status", "text/html")
+        case "text":
+            return http(b"text <a href='/no-link'>", "200 OK", "Text/Plain; charset=x")
+        case "xhtml":
+            return http(
+                b"<html xmlns='http://www.w3.org/1999/xhtml'/>", "200 OK", "application/xhtml+xml"
+            )
+        case "encoding":
+            return http(b"text", "200 OK", "text/html", "Content-Encoding: x-unknown")
+        case "status":
+            return http(b"text").replace(b"200 OK", b"299 Other")
+    return http(b"<p>text")
+
+
+def robots(text, status="200 OK", *headers):
+    return http(text, status, "text/plain", *headers)
+
+
+RULES = b"User-agent: *\nDisallow: /private\nDisallow: /secret\n"
+ROBOTS = {
+    1: robots(RULES),
+    2: robots(b"", "500 Internal Server Error"),
+    3: http(b"<!DOCTYPE html><html><body>Not here. Disallow: / </body></html>"),
+    4: [robots(bytes(10))[:-10]],  # and no byte of the body
+    5: robots(RULES + b"# long\n" * 100_000 + b"Disallow: /\n"),
+    6: robots(RULES, "404 Not Found"),
+    7: robots(b"", "301 Moved Permanently", "Location: /rules.txt"),
+    8: robots(RULES + b"License: /l.xml\nlicense: http://127.0.0.9:1/x.xml\nCrawl-delay: 0.4\n"),
+    9: robots(b"", "429 Too Many Requests"),
+}
+OTHER_PATHS = {
+    "/rules.txt": robots(RULES),
+    "/l.xml": http(b"<rsl/>", "200 OK", LICENCE),
+    "/m.xml": http(b"<rsl/>", "404 Not Found", LICENCE),
+    "/b": http(
+        f"<link rel=license type='{LICENCE}' href=/n.xml><link rel=license href=/o.xml>".encode(),
+        "200 OK", "text/html",
+        f'Link: </m.xml>; rel="license"; type="{LICENCE}", </p.xml>; rel=next',
+    ),
+    "/n.xml": http(b"<rsl/>", "200 OK", LICENCE),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def hostile_crawl(tmp_path_factory):
+    out = tmp_path_factory.mktemp("hostile") / "out"
+    with web_site(hostile) as site:
+        domains = ",".join(f"127.0.0.{n}" for n in ROBOTS)
+        run(
+            out, site.url(), "--domains", domains, "--timeout", 1, "--max-page-bytes", 1_000_000,
+            "--depth", 6,
+        )  # fmt: skip
+    return site, out
+
+
+def stored_at(out, number):
+    """Return {path: (status, body)} of what is stored of the site 127.0.0.number."""
+    pattern = rf"http://127\.0\.0\.{number}:\d+(/.*)"
+    rows = (
+        (re.fullmatch(pattern, url), status, body) for url, status, _, _, body in responses(out)
+    )
+    return {match[1]: (status, body) for match, status, body in rows if match}
+
+
+def test_bad_pages_are_left_out_and_counted(hostile_crawl):
+    _, out = hostile_crawl
+    stored = stored_at(out, 1)
+    assert set(stored) - set(POLICIES) == {
+        "/", "/charset", "/f%EF%BF%BDr", "/short", "/q?b=2&a=1", "/meta", "/header-nofollow",
+        *(f"/calendar/{n}" for n in range(1, 7)), "/deep", "/text", "/xhtml", "/empty",
+    }  # fmt: skip
+    assert stored["/charset"] == (200, WRONG_CHARSET) and stored["/short"] == (200, b"12345")
+    counts = summary(out)
+    assert counts["end"] == "finished" and is_whole(out)
+    refused, errors = counts["refused"], counts["errors"]
+    assert {kind: refused[kind] for kind in refused if "robots" not in kind} == {
+        "nofollow": 1, "links of a nofollow page": 2, "too large": 2, "headers too large": 1,
+        "type missing": 1, "type image/png": 1, "unknown encoding": 1, "too many redirects": 1,
+        "redirect to another domain": 1,
+    }  # fmt: skip
+    assert {kind: errors[kind] for kind in errors if "robots" not in kind} == {
+        "status 401": 1, "status 304": 1, "status 299": 1, "status 503": 1,
+        "DownloadTimeoutError": 1, "DownloadFailedError": 2, "ResponseDataLossError": 2,
+    }  # fmt: skip
+
+
+def test_each_url_is_requested_once_and_a_failure_three_times(hostile_crawl):
+    site, _ = hostile_crawl
+    asked = Counter(site.paths())
+    retried = {"/drip", "/503", "/header", "/long", "/reset", "/garbage"}
+    assert {path for path, n in asked.items() if n > 1} == retried
+    assert {asked[path] for path in retried} == {3}
+    assert asked["/chain/6"] == 1 and not asked["/chain/7"]
+    assert asked["/to/1"] == asked["/to/2"] == asked["/loop"] == 1
+    assert not {"/hidden", "/hidden-meta", "/hidden2", "/no-link", "/calendar/7"} & set(asked)
+
+
+def test_no_cookies_and_no_more_bytes_than_needed(hostile_crawl):
+    site, _ = hostile_crawl
+    assert not [path for _, path, headers, _ in site.requests if "cookie" in headers]
+    assert not [path for _, path, headers, _ in site.requests if "referer" in headers]
+    # sockets hold some megabytes
+    assert 10_000 <= site.sent["/picture"] < 8e6 and site.sent["/endless"] < 12e6
+
+
+def test_robots_txt_is_read_as_rfc_9309_says(hostile_crawl):
+    """And stored as it was received. What cannot be read forbids everything."""
+    site, out = hostile_crawl
+    assert "/private" not in site.paths()
+    for number in (2, 4, 9):
+        assert set(site.paths(f"127.0.0.{number}")) == {"/robots.txt"}
+    assert stored_at(out, 2) == {"/robots.txt": (500, b"")}
+    assert stored_at(out, 4) == {} and stored_at(out, 9) == {"/robots.txt": (429, b"")}
+    for number in (3, 6):  # an error page has no rules, and neither has status 404
+        assert "/secret" in site.paths(f"127.0.0.{number}")
+    for number in (5, 7, 8):
+        paths = site.paths(f"127.0.0.{number}")
+        assert "/b" in paths and "/secret" not in paths
+    body = ROBOTS[5].partition(b"\r\n\r\n")[2]
+    _, cut = stored_at(out, 5)["/robots.txt"]
+    assert 512 << 10 <= len(cut) < len(body) and body.startswith(cut)
+    rules = (200, RULES)
+    assert stored_at(out, 7)["/robots.txt"] == stored_at(out, 7)["/rules.txt"] == rules
+    refused, errors = summary(out)["refused"], summary(out)["errors"]
+    assert refused["robots.txt"] == 3 + 1 + 1 + 3 and refused["policy file: robots.txt"] == 9
+    assert errors["robots.txt: status 500"] == errors["robots.txt: status 429"] == 1
+
+
+def test_the_delay_that_a_site_asks_for(hostile_crawl):
+    site, _ = hostile_crawl
+    times = [at for host, path, _, at in site.requests if host == "127.0.0.8"]
+    # the first gap, after robots.txt, is shorter: the delay is not known before. A request may
+    # reach the server late, but not each of them
+    assert len(times) > 5 and times[-1] - times[1] > 0.8 * 0.4 * (len(times) - 2)
+
+
+def test_policy_files_are_stored_with_any_status(hostile_crawl):
+    """Of each site, and the licence files that robots.txt, headers and pages name."""
+    site, out = hostile_crawl
+    assert {path: stored_at(out, 1)[path] for path in POLICIES} == {
+        "/robots.txt": (200, RULES),
+        "/ai.txt": (200, b"User-Agent: *"),
+        "/.well-known/tdmrep.json": (200, b"User-Agent: *"),
+    }
+    stored = stored_at(out, 8)
+    assert stored["/ai.txt"] == stored["/.well-known/tdmrep.json"] == (404, b"no")
+    assert stored["/l.xml"] == stored["/n.xml"] == (200, b"<rsl/>")
+    assert stored["/m.xml"] == (404, b"<rsl/>")
+    assert not {"/o.xml", "/p.xml", "/x.xml"} & {path for _, path, _, _ in site.requests}
