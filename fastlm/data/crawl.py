@@ -32,7 +32,7 @@ from fastlm.errors import InputError
 from fastlm.files import make_folder, read_json, read_text, remove, write_error, write_json
 from fastlm.pipeline.stage import Positional, at_least_one, not_negative, positive
 from fastlm.progress import Track, silent
-from fastlm.sources.source_files import MAX_DOCUMENT_BYTES
+from fastlm.sources.document import MAX_DOCUMENT_BYTES
 
 if TYPE_CHECKING:
     from fastlm.data.crawl_archive import Archive

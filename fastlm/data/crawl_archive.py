@@ -18,6 +18,7 @@ from fastlm.data.crawl import CrawlOptions
 from fastlm.data.warc_files import PageIndex, StoredPage, WarcWriter, warc_paths
 from fastlm.errors import InputError
 from fastlm.progress import Track
+from fastlm.sources.warc import MAX_POLICY_BYTES
 
 ENCODING = "content_encoding"  # key of a request's meta: how its response was compressed
 
@@ -83,7 +84,10 @@ class Archive:
         first address, too (RFC 9309, 2.3.1.2).
         """
         first, *_ = response.meta.get("redirect_urls") or [response.url]
-        fields = {"WARC-Truncated": "length"} if "download_stopped" in response.flags else {}
+        fields = {}
+        if len(response.body) > MAX_POLICY_BYTES:
+            fields = {"WARC-Truncated": "length"}
+            response = response.replace(body=response.body[:MAX_POLICY_BYTES])
         for url in dict.fromkeys((first, response.url)):
             self.policies += self._write(url, response, fields)
 

@@ -26,10 +26,10 @@ from scrapy.spidermiddlewares.httperror import HttpError
 
 from fastlm.data.crawl import CrawlOptions
 from fastlm.data.crawl_archive import ENCODING, Archive, meta_of
-from fastlm.data.warc_files import POLICY_PATHS, StoredPage, is_policy
-from fastlm.sources.source_files import PAGE_FORMATS
+from fastlm.data.warc_files import StoredPage, is_policy
+from fastlm.sources.warc import MAX_POLICY_BYTES, PAGE_FORMATS
 
-MAX_POLICY_BYTES = 512 << 10  # RFC 9309 asks for 500 KiB of a robots.txt
+SITE_POLICIES = ("/.well-known/tdmrep.json", "/ai.txt")  # Scrapy fetches robots.txt
 MAX_WIRE_BYTES = 64 << 20  # of a policy file, which is cut at MAX_POLICY_BYTES; bounds its bombs
 MAX_LICENCES = 8  # licence files of a site
 MAX_LINKS = 10_000  # of a page; the longest sitemap pages have some thousand
@@ -232,7 +232,7 @@ class PageSpider(Spider):
         site = urljoin(url, "/")
         if site not in self._sites:
             self._sites.add(site)
-            for path in POLICY_PATHS:
+            for path in SITE_POLICIES:
                 yield self._policy_request(urljoin(site, path))
         yield Request(url, self.parse, errback=self.count_failure)
 

@@ -19,10 +19,12 @@ from datetime import UTC, datetime
 from hashlib import blake2b
 from pathlib import Path
 from typing import BinaryIO
+from urllib.parse import urlsplit
 
 from fastlm.errors import InputError
 from fastlm.files import reason, sync
-from fastlm.sources.source_files import MAX_DOCUMENT_BYTES, PAGE_FORMATS
+from fastlm.sources.document import MAX_DOCUMENT_BYTES
+from fastlm.sources.warc import PAGE_FORMATS, POLICY_PATHS, target_uri
 
 MAX_FILE_BYTES = 10**9  # the customary size of a WARC file
 MAX_HEADER_BYTES = 16_384  # of one response. fastwarc reads 32 KiB
@@ -218,7 +220,7 @@ def read_pages(path: Path, offset: int = 0) -> Iterator[tuple[int, StoredPage]]:
                 file, WarcRecordType.response, fsspec_args=False, auto_decode="all"
             )
             for record in records:
-                url = (record.headers.get("WARC-Target-URI") or "").strip("<>")  # GNU wget's
+                url = target_uri(record)
                 kind = (record.http_content_type or "").partition(";")[0].strip().lower()
                 response = record.http_headers
                 if not response or response.status_code != 200 or kind not in PAGE_FORMATS:
@@ -240,17 +242,10 @@ def read_pages(path: Path, offset: int = 0) -> Iterator[tuple[int, StoredPage]]:
         raise InputError(f"{path}: expected a WARC file, got: {reason(error)}") from error
 
 
-# The policy files of a site at fixed addresses. Licence files are at addresses that these name.
-ROBOTS = "/robots.txt"
-POLICY_PATHS = ("/.well-known/tdmrep.json", "/ai.txt")
-
-
 def is_policy(url: str) -> bool:
-    """Return whether a URL is that of a policy file of its site."""
-    from urllib.parse import urlsplit
-
+    """Return whether a URL is a fixed address of a policy file. Licence files have any address."""
     try:
-        return urlsplit(url).path in (ROBOTS, *POLICY_PATHS)
+        return urlsplit(url).path in POLICY_PATHS
     except ValueError:
         return False
 
