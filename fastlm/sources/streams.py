@@ -110,7 +110,7 @@ def decompressed(raw: Any, *, partial: bool = False) -> BinaryIO:
     cut = False
     try:
         _check_zstd_is_complete(raw)
-    except EOFError:
+    except (EOFError, zstandard.ZstdError):
         if not partial:
             raise
         cut = True

@@ -11,10 +11,11 @@ Rejected: fastwarc on the compressed file (it takes a member that is cut short f
 file, without an error); its ``verify_digests``, which drops every record that has no digest.
 """
 
+import io
 import re
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, BinaryIO, NamedTuple, cast
 from urllib.parse import urlsplit
@@ -45,6 +46,7 @@ MAX_POLICIES_BYTES = 256 << 20  # of one file; more is an attack
 # HTTP headers and the frames of a chunked body around the largest page
 MAX_BLOCK_BYTES = MAX_DOCUMENT_BYTES + (1 << 20)
 MAX_HEADER_BYTES = 64 << 10  # fastwarc's own limit for a record header
+MAX_ENCODINGS = 2  # of a body, one inside the other
 MAX_BROKEN = 10_000  # of one file; each costs a search for the next record
 MAX_REWINDS = 16  # broken records of a file that is decompressed from its start each time
 RECORD_START = re.compile(rb"WARC/1\.\d\r\n[\w-]+:")
@@ -125,41 +127,49 @@ def read_warc(
     whole file without a single good record.
     """
     stop = float("inf") if range.stop is None else range.stop
-    faults = 0
+    faults: Counter[str] = Counter()
     messages: list[str] = []
+    is_oversize = False
 
     def select(index: int, record: Any) -> bool:
+        nonlocal is_oversize
+        is_oversize = record.content_length > MAX_BLOCK_BYTES
         return range.start <= index < stop and _may_be_page(record)
 
-    def parse(index: int, record: Any) -> Document | str | None:
-        return _page(file, record) if range.start <= index < stop else None
+    def parse(index: int, record: Any, block: bytes) -> Document | str | None:
+        return _page(file, record, block) if range.start <= index < stop else None
 
     def count_fault(before: int, reason: str, message: str) -> None:
-        nonlocal faults
         if range.start <= max(before, 0) < stop:
-            faults += 1
-            skipped[reason] += 1
+            faults[reason] += 1
             if len(messages) < MAX_REPORTED_ROWS:
                 messages.append(message)
-                on_skip(message)
 
     records = 0
-    with open(file.path, "rb") as raw:
-        # the record after the range is read as well: whether the last one is whole depends on it
-        for item in walk_records(file, raw, range, select, parse, count_fault):
-            if item.index >= stop:
-                break
-            if item.index < range.start:
-                continue
-            records += 1
-            if isinstance(item.value, Document):
-                yield item.value
-            else:
-                skipped[item.value or NO_PAGE] += 1
-    if faults and not records and range == WHOLE_FILE:
-        raise InputError(messages[0])
-    if faults > len(messages):
-        on_skip(f"{file.path}: {faults - len(messages):,} more broken records")
+    try:
+        with open(file.path, "rb") as raw:
+            # the record after the range is read too: whether the last one is whole depends on it
+            for item in walk_records(file, raw, range, select, parse, count_fault):
+                if item.index >= stop:
+                    break
+                if item.index < range.start:
+                    continue
+                records += 1
+                if isinstance(item.value, Document):
+                    yield item.value
+                else:
+                    skipped[item.value or (OVERSIZE if is_oversize else NO_PAGE)] += 1
+        if faults and not records and range == WHOLE_FILE:
+            message = messages[0]
+            faults.clear()
+            messages.clear()
+            raise InputError(message)
+    finally:
+        skipped.update(faults)
+        for message in messages:
+            on_skip(message)
+        if faults.total() > len(messages):
+            on_skip(f"{file.path}: {faults.total() - len(messages):,} more broken records")
 
 
 def read_policies(
@@ -175,8 +185,8 @@ def read_policies(
         size = record.content_length
         return _may_be_policy(record)
 
-    def parse(index: int, record: Any) -> PolicyFile | None:
-        return _policy(record, skipped)
+    def parse(index: int, record: Any, block: bytes) -> PolicyFile | None:
+        return _policy(record, block, skipped)
 
     for item in walk_records(file, raw, WHOLE_FILE, select, parse, lambda *_: None):
         if isinstance(item.value, PolicyFile):
@@ -192,14 +202,13 @@ def walk_records(
     raw: Any,
     range: FileRange,
     select: Selection,
-    parse: Callable[[int, Any], Any],
+    parse: Callable[[int, Any, bytes], Any],
     fault: Fault,
 ) -> Iterator[RecordItem]:
     """Yield the whole records of an archive, from ``range.offset``; ``range.stop`` is not obeyed.
 
     ``raw``: the file, with peek and seek. ``parse`` receives the records that ``select`` selects,
-    with their block in memory; the value of the others is None. ``fault`` receives each break.
-    InputError: the file is no WARC archive.
+    and their blocks; the value of the others is None. ``fault`` receives each fault.
     """
     from fastwarc.warc import ArchiveIterator
 
@@ -208,9 +217,8 @@ def walk_records(
     broken = 0
     while position is not None:
         candidate, error = None, None
-        stream = None
+        stream = _open(raw, position)
         try:
-            stream = _open(raw, position)
             for record in ArchiveIterator(
                 cast(BinaryIO, stream), parse_http=False, fsspec_args=False, stream_detect=False
             ):
@@ -218,43 +226,51 @@ def walk_records(
                     yield RecordItem(index, candidate.position, candidate.value)
                     candidate, index = None, index + 1
                 origin = stream.locate(record.stream_pos)
-                length, value = record.content_length, None
+                value = None
                 candidate = _Record(origin, False, None)  # if its block cannot be read
-                if select(index, record):
-                    record.freeze()
-                    size = record.content_length
-                    value = parse(index, record) if size == length else None
+                if record.reader is None:
+                    size = 0
+                elif select(index, record):
+                    block = record.reader.read()
+                    size = len(block)
+                    value = parse(index, record, block)
                 else:
-                    size = record.reader.consume() if record.reader else 0
-                candidate = _Record(origin, size == length, value)
+                    size = record.reader.consume()
+                # fastwarc takes 0 for the length of a header that another one was cut into
+                is_complete = str(size) == (record.headers.get("Content-Length") or "").strip()
+                candidate = _Record(origin, is_complete, value)
         except PARSE_ERRORS as e:
             if isinstance(e, OSError) and e.errno:
                 raise
             error = e
-        if error is None and stream is not None:
+        if error is None:
             if candidate is not None and candidate.is_complete and stream.tail == RECORD_END:
                 yield RecordItem(index, candidate.position, candidate.value)
                 return
-            if candidate is None and (index or position != (0, 0)):
+            if candidate is None and index:  # nothing follows the last record that was found
                 return
-        if candidate is None and position == (0, 0) and stream is not None:
-            if stream.first != b"WARC/" and (stream.first or error is None):
-                raise InputError(
-                    f"{file.path}: expected a WARC archive, it does not start with WARC/"
-                )
-        origin = candidate.position if candidate is not None else position
-        end = _record_end(raw, origin) if candidate is not None and error is not None else None
+        start = position if candidate is None else candidate.position
+        length = None
+        if candidate is not None and candidate.is_complete and error is not None:
+            length = _record_length(raw, start)
         broken += 1
         is_eof = isinstance(error, EOFError)
-        position = None if is_eof and end else _next_record(raw, origin, end or 1)
-        if broken > (MAX_REWINDS if position is not None and position[1] else MAX_BROKEN):
-            position = None
-        is_cut = position is None and (error is None or is_eof)
-        what = "its last record is cut short" if is_cut else error or "its length is wrong"
-        message = f"{file.path}, byte {origin[0]:,}: expected a whole WARC archive, {what}"
-        if end is None:
+        is_last = is_eof and length is not None
+        position = None if is_last else _next_record(raw, start, (length or 0) + 1)
+        limit = MAX_REWINDS if position is not None and position[1] else MAX_BROKEN
+        reason = BROKEN_RECORD
+        if position is None and (error is None or is_eof):
+            reason, what = CUT_SHORT, "its last record is cut short"
+        elif broken > limit:
+            reason, what, position = CUT_SHORT, f"more than {limit:,} records are broken", None
+        else:
+            what = error or "a record does not have the length that it declares"
+        if candidate is None and start == (0, 0) and stream.first != b"WARC/" and not is_eof:
+            what = "it does not start with WARC/"
+        message = f"{file.path}, byte {start[0]:,}: expected a WARC archive: {what}"
+        if length is None:
             candidate = None
-        fault(index - (candidate is None), CUT_SHORT if is_cut else BROKEN_RECORD, message)
+        fault(index - (candidate is None), reason, message)
         if candidate is not None:
             yield RecordItem(index, candidate.position, candidate.value)
             index += 1
@@ -268,25 +284,18 @@ class _Stream:
     def __init__(self, inner: Any, locate: Callable[[int], Position]):
         self._inner, self.locate = inner, locate
         self.tail = self.first = b""
-        self.tell = inner.tell
+        self._position = 0
 
     def read(self, size: int = -1) -> bytes:
         data = self._inner.read(size)
         if len(self.first) < 5:
             self.first = (self.first + data[:5])[:5]
         self.tail = (self.tail + data[-4:])[-4:]
+        self._position += len(data)
         return data
 
-
-class _PlainFile:
-    """A file that is not compressed; positions count from ``offset``."""
-
-    def __init__(self, raw: Any, offset: int):
-        raw.seek(offset)
-        self._raw, self._offset, self.read = raw, offset, raw.read
-
     def tell(self) -> int:
-        return self._raw.tell() - self._offset
+        return self._position
 
 
 def _open(raw: Any, position: Position) -> _Stream:
@@ -299,7 +308,8 @@ def _open(raw: Any, position: Position) -> _Stream:
     elif magic == ZSTD_MAGIC:
         stream = _Stream(decompressed(raw, partial=True), lambda p: (0, p))
     else:
-        stream = _Stream(_PlainFile(raw, offset), lambda p: (offset + p, 0))
+        raw.seek(offset)
+        stream = _Stream(raw, lambda p: (offset + p, 0))
     _skip(stream, skip)
     stream.first = b""
     return stream
@@ -310,7 +320,7 @@ def _skip(stream: _Stream, size: int) -> None:
         size -= len(data)
 
 
-def _record_end(raw: Any, position: Position) -> int | None:
+def _record_length(raw: Any, position: Position) -> int | None:
     """Return the length of a record with its two line breaks, or None if they are not there."""
     try:
         stream = _open(raw, position)
@@ -375,10 +385,65 @@ def _next_member(raw: Any, offset: int) -> Position | None:
     return None
 
 
-def _kind(record: Any) -> str:
-    """Return the media type of a page. The HTTP headers must have been parsed."""
-    kind = record.http_content_type or record.headers.get("Content-Type") or ""
-    return kind.partition(";")[0].strip().lower()
+class _Answer(NamedTuple):
+    """What a server sent: the status, the media type, the HTTP headers and the decoded body."""
+
+    status: int
+    kind: str
+    headers: tuple[tuple[str, str], ...]
+    body: bytes
+
+
+def _answer(record: Any, block: bytes, max_bytes: int) -> _Answer:
+    """Return the answer in a block, with at most ``max_bytes`` of its body. Raises PARSE_ERRORS."""
+    from fastwarc.warc import WarcRecord
+
+    kind = record.headers.get("Content-Type") or ""
+    if not record.is_http:
+        return _Answer(200, _media_type(kind), (), block[:max_bytes])
+    # a record of its own: fastwarc's iterator stops at a body that it cannot decode
+    head = f"WARC/1.0\r\nContent-Type: application/http\r\nContent-Length: {len(block)}\r\n\r\n"
+    copy = WarcRecord.from_bytes(head.encode() + block + RECORD_END)
+    copy.parse_http(auto_decode="transfer")  # "all" would decode a bomb before the first read
+    headers = tuple(copy.http_headers.items())
+    encodings = ",".join(v for k, v in headers if k.lower() == "content-encoding")
+    body = _decoded(copy.reader, encodings.lower().replace(" ", "").split(","), max_bytes)
+    return _Answer(
+        copy.http_headers.status_code or 0, _media_type(copy.http_content_type or ""), headers, body
+    )
+
+
+def _decoded(reader: Any, encodings: list[str], max_bytes: int) -> bytes:
+    """Return at most ``max_bytes`` of a body, decoded in bounded memory. Raises PARSE_ERRORS."""
+    from fastwarc.stream_io import BrotliReader, GzipReader, ZstdReader
+
+    encodings = [encoding for encoding in encodings if encoding not in ("", "identity")]
+    if len(encodings) > MAX_ENCODINGS:
+        raise ValueError("too many encodings")
+    stream = reader
+    for encoding in reversed(encodings):
+        body = stream.read(MAX_BLOCK_BYTES)
+        if encoding in ("gzip", "x-gzip"):
+            # some crawlers keep the header of a body that they have decoded
+            is_gzip = body.startswith(GZIP_MAGIC)
+            stream = GzipReader(io.BytesIO(body)) if is_gzip else io.BytesIO(body)
+        elif encoding == "deflate":
+            stream = GzipReader(io.BytesIO(body), zlib=True)
+        elif encoding == "br":
+            stream = BrotliReader(io.BytesIO(body))
+        elif encoding == "zstd":
+            stream = ZstdReader(io.BytesIO(body))
+        else:
+            raise ValueError(f"unknown encoding {encoding}")
+    blocks = []
+    while max_bytes > 0 and (data := stream.read(max_bytes)):
+        blocks.append(data)
+        max_bytes -= len(data)
+    return b"".join(blocks)
+
+
+def _media_type(value: str) -> str:
+    return value.partition(";")[0].strip().lower()
 
 
 def _may_be_page(record: Any) -> bool:
@@ -407,7 +472,7 @@ def _may_be_policy(record: Any) -> bool:
     return bool(is_candidate) and _may_be_page(record)
 
 
-def _page(file: SourceFile, record: Any) -> Document | str:
+def _page(file: SourceFile, record: Any, block: bytes) -> Document | str:
     """Return the page of a record, or the reason why it is none."""
     url = target_uri(record)
     if _is_policy_url(url):
@@ -415,48 +480,44 @@ def _page(file: SourceFile, record: Any) -> Document | str:
     if url.startswith("metadata:"):  # wget's arguments and log
         return NO_PAGE
     try:
-        record.parse_http(auto_decode="all")
-        kind = PAGE_FORMATS.get(_kind(record))
-        status = record.http_headers.status_code if record.http_headers else 200
-        if kind is None or status != 200:
-            return NO_PAGE
-        data = record.reader.read(MAX_DOCUMENT_BYTES + 1)
+        answer = _answer(record, block, MAX_DOCUMENT_BYTES + 1)
     except PARSE_ERRORS:
         return BROKEN_RECORD
-    if len(data) > MAX_DOCUMENT_BYTES:
+    kind = PAGE_FORMATS.get(answer.kind)
+    if kind is None or answer.status != 200:
+        return NO_PAGE
+    if len(answer.body) > MAX_DOCUMENT_BYTES:
         return OVERSIZE
     meta: dict[str, Any] = {"format": kind, "url": url}
     if date := record.headers.get("WARC-Date"):
         meta["date"] = date
-    if record.http_headers and (headers := page_headers(record.http_headers.items())):
+    if headers := page_headers(answer.headers):
         meta["headers"] = headers
     id = f"{file.name}:{record.record_id or url}"
-    return Document(decode_web(data, html=kind == "html"), id, file.source, meta)
+    return Document(decode_web(answer.body, html=kind == "html"), id, file.source, meta)
 
 
-def _policy(record: Any, skipped: Counter[str]) -> PolicyFile | None:
+def _policy(record: Any, block: bytes, skipped: Counter[str]) -> PolicyFile | None:
     """Return the policy file of a record, None if it is none."""
     url = target_uri(record)
     try:
-        record.parse_http(auto_decode="all")
-        status = record.http_headers.status_code if record.http_headers else 200
-        data = record.reader.read(MAX_POLICY_BYTES + 1)
+        answer = _answer(record, block, MAX_POLICY_BYTES + 1)
     except PARSE_ERRORS:
         skipped[BROKEN_RECORD] += 1
         return None
-    text = decode_web(data[:MAX_POLICY_BYTES], html=False)
+    text = decode_web(answer.body[:MAX_POLICY_BYTES], html=False)
     if not _is_policy_url(url):
-        is_licence = _kind(record) == "application/rsl+xml" or (
-            _kind(record).endswith("xml") and RSL_NAMESPACE in text
+        is_licence = answer.kind == "application/rsl+xml" or (
+            answer.kind.endswith("xml") and RSL_NAMESPACE in text
         )
         if not is_licence:
             return None
-    if len(data) > MAX_POLICY_BYTES:
+    if len(answer.body) > MAX_POLICY_BYTES:
         skipped[LONG_POLICY] += 1
-    return PolicyFile(url, record.headers.get("WARC-Date") or "", status or 0, text)
+    return PolicyFile(url, record.headers.get("WARC-Date") or "", answer.status, text)
 
 
-def page_headers(items: Any) -> dict[str, str]:
+def page_headers(items: Iterable[tuple[str, str]]) -> dict[str, str]:
     """Return the headers of PAGE_HEADERS, in lower case; repeated ones are joined by ", "."""
     headers: dict[str, str] = {}
     for name, value in items:
