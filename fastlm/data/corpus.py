@@ -36,6 +36,7 @@ SUFFIX = ".jsonl.zst"
 REMOVED = "removed"  # folder of the records of removed documents
 UNITS = "units.json"
 PLAN = "plan.json"  # written before the first part
+UNFINISHED_SHARDS = ".encoding"  # in a folder of shards: `fastlm.tokenizer.corpus_encoding`
 MAX_UNITS_BYTES = 1 << 28  # some 150 bytes per part
 
 

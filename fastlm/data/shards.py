@@ -12,6 +12,7 @@ import hashlib
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
 
@@ -20,9 +21,10 @@ import torch
 from annotated_types import Interval, MinLen, Predicate
 from typing_extensions import TypedDict
 
+from fastlm.data.corpus import UNFINISHED_SHARDS
 from fastlm.data.split import batches
 from fastlm.errors import InputError
-from fastlm.files import atomic_file, write_json
+from fastlm.files import atomic_file, remove, write_json
 from fastlm.progress import silent
 from fastlm.schema import Count, read_document, validate
 
@@ -33,6 +35,7 @@ INDEX = "index.json"
 FORMAT = "fastlm-shards-1"
 # A batch for the tokenizer's threads; larger ones gain nothing and need more memory
 ENCODE_BYTES = 1 << 20
+SHARD_TOKENS = 2**24  # 32 MiB of uint16: few files, and a checksum of one takes 20 ms
 Positive = Annotated[int, Interval(ge=1, le=2**63 - 1)]
 
 
@@ -87,16 +90,29 @@ def write_shards(
     tokenizer: "Tokenizer",
     out: Path,
     *,
-    shard_tokens: int = 2**24,
+    shard_tokens: int = SHARD_TOKENS,
     track=silent,
 ) -> ShardIndex:
     """Write the tokens of ``docs`` to ``out``. A shard ends with the document that brings it to
-    ``shard_tokens``.
+    ``shard_tokens``. `fastlm.tokenizer.corpus_encoding` does the same in several processes.
 
     InputError: no end-of-text token, ids outside the vocabulary, no documents, ``out`` not
     writable, disk full.
     """
     out = Path(out)
+    dtype = token_dtype(tokenizer, shard_tokens)
+    encoded = _encode(track(docs, "tokenizing", unit="documents"), tokenizer, dtype)
+    first = next(encoded, None)
+    if first is None:
+        raise InputError("docs: expected at least one document, got none")
+    # without its index the old set is invalid; the new one is valid once its index is written
+    (out / INDEX).unlink(missing_ok=True)
+    shards = _write_files(chain([first], encoded), out, shard_tokens)
+    return write_index(out, tokenizer, dtype, shards)
+
+
+def token_dtype(tokenizer: "Tokenizer", shard_tokens: int = SHARD_TOKENS) -> np.dtype:
+    """Return the type of the tokens in shards. InputError: no end-of-text token, a bad size."""
     vocab_size, eos_id = tokenizer.vocab_size, tokenizer.eos_id
     if eos_id is None or not 0 <= eos_id < vocab_size:
         raise InputError(
@@ -105,14 +121,24 @@ def write_shards(
         )
     if shard_tokens < 1:
         raise InputError(f"shard_tokens: expected 1 or more, got {shard_tokens}")
-    dtype = np.dtype("<u2" if vocab_size <= 1 << 16 else "<u4")
-    encoded = _encode(track(docs, "tokenizing", unit="documents"), tokenizer, dtype)
+    return np.dtype("<u2" if vocab_size <= 1 << 16 else "<u4")
+
+
+def write_shard_files(
+    docs: Iterable[str], tokenizer: "Tokenizer", out: Path, shard_tokens: int = SHARD_TOKENS
+) -> list[Shard]:
+    """Write shards of ``docs`` without an index, from number 0; none if there are no documents.
+    InputError: as `write_shards`.
+    """
+    dtype = token_dtype(tokenizer, shard_tokens)
+    return _write_files(_encode(docs, tokenizer, dtype), out, shard_tokens)
+
+
+def _write_files(
+    encoded: Iterator[tuple[np.ndarray, int]], out: Path, shard_tokens: int
+) -> list[Shard]:
     shards: list[Shard] = []
     document = next(encoded, None)
-    if document is None:
-        raise InputError("docs: expected at least one document, got none")
-    # without its index the old set is invalid; the new one is valid once its index is written
-    (out / INDEX).unlink(missing_ok=True)
     while document is not None:
         name, starts, tokens, size = f"{len(shards):05d}", [], 0, 0
         digest = hashlib.sha256()
@@ -133,11 +159,19 @@ def write_shards(
             "bytes_of_text": size,
             "sha256": digest.hexdigest(), "starts_sha256": hashlib.sha256(offsets).hexdigest(),
         })  # fmt: skip
+    return shards
+
+
+def write_index(
+    out: Path, tokenizer: "Tokenizer", dtype: np.dtype, shards: list[Shard]
+) -> ShardIndex:
+    """Delete the files of an earlier set, and write the index of the shards in ``out``."""
     for stale in set(out.glob("[0-9]*.bin")) - {out / s["file"] for s in shards}:
         stale.unlink()
         stale.with_suffix(".starts").unlink(missing_ok=True)
+    vocab_size = tokenizer.vocab_size
     info = ShardIndex(
-        cast(Any, dtype.name), vocab_size, eos_id, *_totals(shards), shards,
+        cast(Any, dtype.name), vocab_size, cast(int, tokenizer.eos_id), *_totals(shards), shards,
         tokenizer=tokenizer.vocabulary_id(vocab_size),
     )  # fmt: skip
     write_json(out / INDEX, asdict(info))
@@ -145,9 +179,10 @@ def write_shards(
 
 
 def remove_shards(folder: Path) -> None:
-    """Delete the token shards in ``folder``, the index last: the next call completes one that was
-    killed.
+    """Delete the token shards in ``folder``, also unfinished ones, the index last: the next call
+    completes one that was killed.
     """
+    remove(folder / UNFINISHED_SHARDS)
     patterns = ("[0-9]*.bin", "[0-9]*.starts", ".[0-9]*.part", INDEX)
     for path in [path for pattern in patterns for path in folder.glob(pattern)]:
         path.unlink(missing_ok=True)

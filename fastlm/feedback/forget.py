@@ -23,6 +23,7 @@ from fastlm.data.corpus import (
     REMOVED,
     SPLITS,
     SUFFIX,
+    UNFINISHED_SHARDS,
     UNITS,
     is_part_name,
     list_parts,
@@ -451,7 +452,8 @@ def _find_data(roots: Iterable[Path]) -> tuple[list[Path], list[Path], list[Path
                     corpora[folder] = None
             if folder.parent in corpora and folder.name in (*SPLITS, REMOVED):
                 parts = set(filter(is_part_name, files))
-            if "index.json" in files and _is_shards(folder / "index.json"):
+            is_finished = "index.json" in files and _is_shards(folder / "index.json")
+            if is_finished or (folder / UNFINISHED_SHARDS).is_dir():
                 shards[folder] = None
             for name in sorted({*files} - parts - NOT_ROWS):
                 if is_json_lines(folder / name) and not name.startswith("."):

@@ -6,9 +6,17 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Annotated, Any
 
-from fastlm.data.corpus import SPLITS, is_corpus, read_documents
+from fastlm.data.corpus import SPLITS, is_corpus
 from fastlm.pipeline.funnel import Funnel
-from fastlm.pipeline.stage import Facts, InputSpec, ReportSection, Stage, StageContext, at_least_one
+from fastlm.pipeline.stage import (
+    Facts,
+    InputSpec,
+    ReportSection,
+    Stage,
+    StageContext,
+    at_least_one,
+    one_of,
+)  # fmt: skip
 from fastlm.pipeline.text import count_text, size_text
 
 
@@ -93,28 +101,43 @@ class Shards(Stage):
     outputs = {"shards": "."}
     result = {"vocab_size": int, "train_tokens": int, "train_bytes": int}
 
+    workers: Annotated[int, "Encode in this many processes; one uses all threads"] = 1
+    executor: Annotated[str, "Run the processes here (pool) or on a cluster (ray)"] = "pool"
+
+    def check(self) -> None:
+        from fastlm.pipeline.executors import EXECUTORS
+
+        at_least_one(self, "workers")
+        one_of(self, executor=EXECUTORS)
+
+    def identity(self) -> dict[str, Any]:
+        return {}  # the shards are the same for every number of workers
+
     def plan(self, inputs: Mapping[str, Any]) -> Facts:
         (words,) = inputs["tokenizer"]
         return {**words, "tokenizer": words["name"]}
 
     def run(self, ctx: StageContext) -> dict[str, Any]:
-        from fastlm.data.shards import INDEX, write_shards
-        from fastlm.tokenizer.tokenizer import Tokenizer
+        from fastlm.data.shards import INDEX
+        from fastlm.tokenizer.corpus_encoding import encode_corpus
 
-        tokenizer, corpus = Tokenizer.load(ctx.path("tokenizer")), ctx.path("corpus")
-        result = {"vocab_size": tokenizer.vocab_size}
-        splits: dict[str, int | None] = {"train": None}  # and their number of documents
-        if has_splits := is_corpus(corpus):
+        corpus = ctx.path("corpus")
+        result: dict[str, Any] = {}
+        splits = {"train": ctx.out}  # and their folders
+        counts: dict[str, int] = {}
+        if is_corpus(corpus):
             counts = {s["step"]: s["documents"] for s in Funnel.load(corpus).steps}
-            splits = {split: counts.get(split, 0) for split in SPLITS}
-        for split, documents in splits.items():
-            folder = ctx.out / split if has_splits else ctx.out
-            if documents == 0:
+            splits = {split: ctx.out / split for split in SPLITS}
+        for split, folder in splits.items():
+            if counts and not counts.get(split):
                 # the index of another text, which may be in the training part now
                 (folder / INDEX).unlink(missing_ok=True)
                 continue
-            texts = (document.text for document in read_documents(corpus, split))
-            info = write_shards(texts, tokenizer, folder, track=partial(ctx.track, total=documents))
+            info = encode_corpus(
+                corpus, split, ctx.path("tokenizer"), folder,
+                executor=self.executor, workers=self.workers, track=ctx.track,
+            )  # fmt: skip
+            result["vocab_size"] = info.vocab_size
             result |= {
                 f"{split}_tokens": info.tokens, f"{split}_bytes": info.bytes_of_text,
                 f"{split}_documents": info.documents,
