@@ -4,14 +4,14 @@ A word is ``\\w+`` of the casefolded text. In scripts that are written without s
 Japanese, Thai, Lao, Burmese, Khmer) every character is a word, so that a shingle has five
 characters; a sentence would otherwise be one word, and one edit would change all of it.
 
-The hash of a word is a polynomial over fixed random numbers of its characters, modulo 2^64; that of
-a shingle is a polynomial over the mixed hashes of its words. Both are computed for all words of a
-text at once, and depend on nothing but the text and Unicode's tables of this Python. Two different
+The hash of a word is a polynomial in its characters, modulo 2^64; that of a shingle is a polynomial
+in the mixed hashes of its words. Both are computed for all words of a text at once, and depend on
+nothing but the text and Unicode's tables of this Python. Two different
 shingles are equal with a probability of about 2^-64. (Not for an attacker: words of thousands of
 characters can be constructed that collide. The result would be a wrong similarity of that page.)
 
-Rejected: BLAKE2b of each word, looked up in a dictionary: 2 times the time (120 us for 500 words,
-against 62 us; AMD EPYC, Zen 4).
+Rejected: BLAKE2b of each word, looked up in a dictionary: twice the time (120 us for 500 words,
+against 56 us; AMD EPYC, Zen 4).
 """
 
 import re
@@ -20,7 +20,7 @@ from functools import cache
 import numpy as np
 
 NGRAM = 5  # words of a shingle
-# Characters of a text that are hashed at a time: 20 arrays of 8 bytes each stay in the cache
+# Characters of a text that are hashed at a time: arrays of 8 bytes each, which stay in the cache
 PIECE = 1 << 16
 # Han, kana, Thai, Lao, Tibetan, Burmese, Khmer and their extensions. Not Korean: it has spaces
 WITHOUT_SPACES = (
@@ -39,18 +39,17 @@ def shingles(text: str) -> np.ndarray:
 
     A text of one to four words is one shingle, a text without a word has none.
     """
-    words = _word_hashes(text.casefold())
+    words = _word_hashes(text.lower() if text.isascii() else text.casefold())  # lower: 10x faster
     count = len(words) - NGRAM + 1
     if count < 1:
         hashes = words[:1].copy()
         for word in words[1:]:
             hashes = hashes * WORD_BASE + word
-        return _mix(hashes)
+        return hashes
     hashes = words[:count].copy()
     for k in range(1, NGRAM):
         hashes *= WORD_BASE
         hashes += words[k : k + count]
-    hashes = _mix(hashes)
     hashes.sort()
     is_new = np.empty(count, bool)
     is_new[0] = True
@@ -70,26 +69,27 @@ def jaccard(a: np.ndarray, b: np.ndarray) -> float:
 def _word_hashes(text: str) -> np.ndarray:
     """Return a uint64 for each word of a casefolded text, in order."""
     if text.isascii():
-        characters = np.frombuffer(text.encode("ascii"), np.uint8)
-        classes, numbers = _tables(128)
+        data = text.encode("ascii")
+        characters = np.frombuffer(data, np.uint8)
+        classes = np.frombuffer(data.translate(_ascii_classes()), np.uint8)
     else:
         characters = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), "<u4")
-        classes, numbers = _tables(0x110000)
+        classes = _classes(0x110000)[characters]
     pieces, begin = [], 0
     while begin < len(characters):
         piece = characters[begin : begin + PIECE]
-        kinds = classes[piece]
+        kinds = classes[begin : begin + PIECE]
         if len(piece) == PIECE and len(gaps := np.flatnonzero(kinds != LETTER)):
             # a word ends at the end of a piece, unless it has more than PIECE characters
             kinds = kinds[: gaps[-1] + 1]
             piece = piece[: len(kinds)]
-        pieces.append(_piece_hashes(kinds, numbers[piece]))
+        pieces.append(_piece_hashes(kinds, piece))
         begin += len(piece)
     return _mix(np.concatenate(pieces)) if pieces else np.empty(0, np.uint64)
 
 
-def _piece_hashes(kinds: np.ndarray, numbers: np.ndarray) -> np.ndarray:
-    """Return sum(numbers[i] BASE^(i - start)) of each word [start, end) of a piece."""
+def _piece_hashes(kinds: np.ndarray, characters: np.ndarray) -> np.ndarray:
+    """Return sum(characters[i] BASE^(i - start)) of each word [start, end) of a piece."""
     count = len(kinds)
     powers, inverses = _powers()
     changes = np.zeros(count + 1, bool)  # where a word starts or ends
@@ -101,7 +101,7 @@ def _piece_hashes(kinds: np.ndarray, numbers: np.ndarray) -> np.ndarray:
     is_word = kinds[bounds[:-1]] != OTHER
     starts, ends = bounds[:-1][is_word], bounds[1:][is_word]
     sums = np.zeros(count + 1, np.uint64)
-    np.cumsum(numbers * powers[:count], out=sums[1:])
+    np.cumsum(characters * powers[:count], out=sums[1:])
     return (sums[ends] - sums[starts]) * inverses[starts]
 
 
@@ -117,8 +117,14 @@ def _powers() -> tuple[np.ndarray, np.ndarray]:
 
 
 @cache
-def _tables(size: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return the class and the random number of each character below ``size``."""
+def _ascii_classes() -> bytes:
+    """Return the table for `bytes.translate`, which is faster than an index."""
+    return _classes(256).tobytes()
+
+
+@cache
+def _classes(size: int) -> np.ndarray:
+    """Return the class of each character below ``size``."""
     classes = np.zeros(size, np.uint8)
     for word in re.finditer(r"\w+", "".join(map(chr, range(size)))):
         classes[word.start() : word.end()] = LETTER
@@ -127,7 +133,7 @@ def _tables(size: int) -> tuple[np.ndarray, np.ndarray]:
         if first in (0x0E00, 0x0F00, 0x1000, 0x1780):  # vowel signs are marks, not letters
             block[_is_mark(first, first + len(block))] = LETTER
         block[block == LETTER] = SINGLE
-    return classes, _mix(np.arange(1, size + 1, dtype=np.uint64) * WORD_BASE)
+    return classes
 
 
 def _is_mark(first: int, end: int) -> np.ndarray:
