@@ -192,6 +192,7 @@ if __name__ == "__main__":  # tests/support/kernel_build.py imports this file
         package_dir={"fastlm.kernels": "kernels"},  # ./kernels installs as fastlm.kernels
         package_data={
             "fastlm.data": ["*.toml"],
+            "fastlm.data.consent": ["*.toml"],
             "fastlm.evals.safety": ["*.toml"],
             "fastlm.pipeline": ["*.jinja"],
             "fastlm.pipeline.parts": ["*.jinja"],
