@@ -121,7 +121,7 @@ def _creative_commons(folder: str, kind: str, version: str, port: str | None) ->
         return f"CC0-{version}" if kind == "zero" else f"CC-PDM-{version}"
     if kind not in _CC_KINDS:
         parts = set(kind.split("-"))  # by-nd-nc, the order of version 1.0
-        kind = next((known for known in _CC_KINDS if set(known.split("-")) == parts), kind)
+        kind = next((name for name in _CC_KINDS if set(name.split("-")) == parts), kind)
     name = f"CC-{kind.upper()}-{version}"
     ported = f"{name}-{(port or '').upper()}"
     return ported if ported in _PORTED else name

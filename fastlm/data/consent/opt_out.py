@@ -26,6 +26,7 @@ import io
 import json
 import re
 from array import array
+from bisect import insort
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -140,7 +141,7 @@ class OptOut:
             self._lines.append(line)
             self._files.append(len(self._sources) - 1)
             if kind == "url" and len(key) not in self._lengths:
-                self._lengths = sorted({*self._lengths, len(key)})
+                insort(self._lengths, len(key))
 
     def _problem(self, text: str) -> None:
         self.problem_count += 1

@@ -20,16 +20,16 @@ from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any, Protocol
 
-# Characters compared of a path and of a pattern. Google's matcher takes time proportional to the
-# product of both if the pattern has a wildcard.
+# Characters compared of a path and of a pattern; a longer pattern becomes its beginning, which
+# matches more. Google's matcher takes time proportional to the product of both for a wildcard.
 MAX_PATH = 2048
 
 Rules = Sequence[tuple[bool, str]]  # (is it Allow?, pattern)
 
 _UNRESERVED = frozenset(string.ascii_letters + string.digits + "-._~")
-_RESERVED = frozenset(":/?#[]@!$&'()*+,;=%")
-_PLAIN = re.compile(r"[A-Za-z0-9\-._~/?:@!&'()+,;=]*").fullmatch
-_ESCAPE = re.compile(r"%[0-9A-Fa-f]{2}|[^A-Za-z0-9\-._~/?:@!&'()+,;=]")
+_RESERVED = frozenset(":/?#[]@!&'()+,;=%")  # not * and $, which the libraries know escaped
+_PLAIN = re.compile(r"[A-Za-z0-9\-._~/?:@!&'()+,;=$*]*").fullmatch
+_ESCAPE = re.compile(r"%[0-9A-Fa-f]{2}|[^A-Za-z0-9\-._~/?:@!&'()+,;=$*]")
 _HOST = "https://host"  # the libraries take addresses and look at the path only
 
 
@@ -47,23 +47,16 @@ class PathMatcher(Protocol):
 
 def normal_path(path: str) -> str:
     """Return a path with its query in the spelling that is compared."""
-    if not path.startswith("/"):
-        path = f"/{path}"
-    if len(path) > MAX_PATH:
-        path = path[:MAX_PATH]
-    return path if _PLAIN(path) else _ESCAPE.sub(_respell, path)
+    return normal_pattern(path if path.startswith("/") else f"/{path}")
 
 
 def normal_pattern(pattern: str) -> str:
     """Return a pattern in the spelling that is compared; ``*`` and a final ``$`` keep their
     meaning.
     """
-    pattern = pattern[:MAX_PATH]
-    if _PLAIN(pattern):
-        return pattern
-    end = "$" if pattern.endswith("$") else ""
-    parts = pattern.removesuffix("$").split("*")
-    return "*".join(_ESCAPE.sub(_respell, part) for part in parts) + end
+    if len(pattern) > MAX_PATH:
+        pattern = pattern[:MAX_PATH]
+    return pattern if _PLAIN(pattern) else _ESCAPE.sub(_respell, pattern)
 
 
 def _respell(match: re.Match[str]) -> str:
@@ -73,7 +66,7 @@ def _respell(match: re.Match[str]) -> str:
         if character in _UNRESERVED:
             return character
         return f"%25{text[1:].upper()}" if character in _RESERVED else text.upper()
-    escape = "%25" if text in _RESERVED else "%"  # * and $ of a path, which are no wildcards there
+    escape = "%25" if text in _RESERVED else "%"
     return "".join(f"{escape}{byte:02X}" for byte in text.encode("utf-8", "surrogatepass"))
 
 
