@@ -32,7 +32,8 @@ from fastlm.data.extract import extract
 from fastlm.data.filter import MAX_WORDS, TECHNICAL, check_rules, first_failed
 from fastlm.data.forget_log import document_key, line_key, text_key
 from fastlm.data.nesting import costly_markup
-from fastlm.data.scrub import scrub
+from fastlm.data.personal import DEFAULT_KINDS
+from fastlm.data.personal import replace as scrub
 from fastlm.data.split import batches, split_text
 from fastlm.errors import InputError
 from fastlm.files import atomic_file, clean_up, write_error, write_json
@@ -66,7 +67,9 @@ class DataOptions:
     ] = TECHNICAL
     heldout_bytes: Annotated[int, "Hold out at most this many bytes of clean text"] = 1 << 20
     heldout_fraction: Annotated[float, "Hold out at most this share of all text"] = 0.1
-    scrub: Annotated[bool, "Replace e-mail addresses, phone numbers and public IP addresses"] = True
+    scrub: Annotated[bool, "Replace addresses, telephone, card and account numbers, and keys"] = (
+        True
+    )
     min_paragraph: Annotated[
         int, "Keep a repeated paragraph of this many characters or more only once"
     ] = MIN_PARAGRAPH
@@ -233,7 +236,7 @@ def _write_clean(
     ]
     unsupported: Counter[str] = Counter()
     extracted.extra["cut"] = cut = Counter()
-    replacements = Counter({"email": 0, "phone": 0, "ip": 0} if options.scrub else {})
+    replacements = Counter(dict.fromkeys(DEFAULT_KINDS, 0) if options.scrub else {})
     files: list[SourceFile] = []
     for source in track(sources, "fetching", unit="sources"):
         source_files, skipped = list_files(source, cache=cache, unsupported=unsupported)

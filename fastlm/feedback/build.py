@@ -24,6 +24,7 @@ from fastlm.data.conversations import parse_conversation
 from fastlm.data.dedup import DocumentDedup
 from fastlm.data.filter import check_rules, first_failed
 from fastlm.data.forget_log import PROVENANCE
+from fastlm.data.personal import DEFAULT_KINDS, Placeholders
 from fastlm.data.preferences import Comparison, UnpairedPreference, parse_preference
 from fastlm.errors import InputError
 from fastlm.feedback.feedback_items import (
@@ -55,7 +56,9 @@ class BuildOptions:
 
     judge: Annotated[float, "Use this share of the prompts only to train judges"] = 0.2
     test: Annotated[float, "Hold out this share of the prompts, which is never trained on"] = 0.1
-    scrub: Annotated[bool, "Replace e-mail addresses, phone numbers and public IP addresses"] = True
+    scrub: Annotated[bool, "Replace addresses, telephone, card and account numbers, and keys"] = (
+        True
+    )
     rules: Annotated[tuple[str, ...], "Apply these quality rules to good answers"] = RULES
     ngram: Annotated[int, "Find evaluation questions by n-grams of this many words"] = 8
     min_rater_weight: Annotated[
@@ -134,7 +137,7 @@ def build(
     keep("consent", lambda item: _reject_without_consent(item, withdrawn))
     keep("rows to train on", _reject_invalid)
     if options.scrub:
-        replaced: Counter[str] = Counter({"email": 0, "phone": 0, "ip": 0})
+        replaced: Counter[str] = Counter(dict.fromkeys(DEFAULT_KINDS, 0))
         items = [_scrub(item, replaced) for item in items]
         _add_step(result.funnel, "scrub", items)["replaced"] = dict(replaced)
     keep("quality rules", lambda item: _reject_by_rules(item, options.rules))
@@ -200,8 +203,11 @@ def _reject_invalid(item: FeedbackItem) -> str | None:
 def _scrub(item: FeedbackItem, replaced: Counter[str]) -> FeedbackItem:
     with needs_serve():
         from fastlm.serve.feedback_rows import scrubbed
-    texts = {key: getattr(item, key) for key in ("prompt", "better", "worse", "tools")}
-    return replace(item, **{key: scrubbed(text, replaced) for key, text in texts.items()})
+    numbers = Placeholders()  # <EMAIL_1> in an answer is that of its prompt
+    prompt = scrubbed(item.prompt, replaced, numbers)
+    better, worse = (scrubbed(a, replaced, numbers.copy()) for a in (item.better, item.worse))
+    tools = scrubbed(item.tools, replaced)
+    return replace(item, prompt=prompt, better=better, worse=worse, tools=tools)
 
 
 def _reject_by_rules(item: FeedbackItem, rules: Sequence[str]) -> str | None:

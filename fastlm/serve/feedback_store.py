@@ -1,7 +1,7 @@
 """Store feedback about answers, and with consent the answers, in a database.
 
 The database is SQLite (write-ahead log) or PostgreSQL. A write is on disk when the method returns.
-Several servers may share the database. Personal data is removed (`fastlm.data.scrub_chat`) from
+Several servers may share the database. Personal data is removed (`fastlm.data.personal`) from
 every text before it is written. Without consent only the feedback is stored: it has the id of the
 answer, not its text.
 

@@ -31,7 +31,7 @@ from fastlm.serve.ratings import Rating, read_ratings
 from fastlm.serve.tables import MEASUREMENTS
 
 PROMPT = [{"role": "user", "content": "Write to ann@mail.org or +44 20 7946 0958"}]
-CLEAN = [{"role": "user", "content": "Write to <EMAIL> or <PHONE>"}]
+CLEAN = [{"role": "user", "content": "Write to <EMAIL_1> or <PHONE_1>"}]
 
 
 def test_a_reader_that_keeps_the_text_in_the_log_is_told(tmp_path, monkeypatch):
@@ -91,7 +91,7 @@ def test_rows_to_train_on(database_url, tmp_path):
     with filled(FeedbackStore(database_url)) as store:
         responses = store.responses()
         assert responses["r1"].prompt == CLEAN and responses["r1"].conversation_id == "talk"
-        assert store.all_feedback()[4].comment == "Mail <EMAIL>"
+        assert store.all_feedback()[4].comment == "Mail <EMAIL_1>"
         assert store.counts()["responses"] == 2 and store.counts()["thumb"] == 6
 
         done = build_database(database_url, tmp_path)
@@ -105,18 +105,18 @@ def test_rows_to_train_on(database_url, tmp_path):
         assert all(isinstance(pair, Comparison) for pair in pairs)
         assert [[a[0]["content"] for a in pair.answers] for pair in pairs] == [
             ["Better", "Worse"],
-            ["Right, says <EMAIL>", "Wrong"],
+            ["Right, says <EMAIL_1>", "Wrong"],
         ]
         assert pairs[0].prompt == CLEAN
 
         labels = list(read_preferences([str(tmp_path / "train/kto.jsonl")], cache=tmp_path))
         assert all(isinstance(label, UnpairedPreference) for label in labels)
         assert [(x.answer[0]["content"], x.desirable) for x in labels] == [
-            ("Better", True), ("Worse", False), ("Right, says <EMAIL>", True), ("Wrong", False),
+            ("Better", True), ("Worse", False), ("Right, says <EMAIL_1>", True), ("Wrong", False),
         ]  # fmt: skip
 
         talks = list(read_conversations([str(tmp_path / "train/sft.jsonl")], cache=tmp_path))
-        assert [t.messages[-1]["content"] for t in talks] == ["Better", "Right, says <EMAIL>"]
+        assert [t.messages[-1]["content"] for t in talks] == ["Better", "Right, says <EMAIL_1>"]
 
         assert store.forget("talk") == 8 and store.forget("r1") == 0
         assert [o.response_id for o in store.all_feedback()] == ["r2", "r2", "r3"]
@@ -267,7 +267,9 @@ def test_over_http(database_url):
             return response.json()
 
         result = give(response_id=first["id"], thumb="up", comment="I am ann@mail.org", rater="ann")
-        assert result["text_stored"] is False and store.all_feedback()[0].comment == "I am <EMAIL>"
+        assert (
+            result["text_stored"] is False and store.all_feedback()[0].comment == "I am <EMAIL_1>"
+        )
         assert not store.responses()  # still nobody consented
         content = first["choices"][0]["message"]["content"]
         consent = {"consent": True, **talk, "choices": [content]}
@@ -284,7 +286,7 @@ def test_over_http(database_url):
         assert give(conversation_id="other", comment="Fine")["text_stored"] is False
         stored = store.responses()[first["id"]]
         assert (
-            stored.prompt[0]["content"] == "I am <EMAIL>"
+            stored.prompt[0]["content"] == "I am <EMAIL_1>"
             and stored.choices[0][0]["content"] == content
         )
         over = [{"response_id": second["id"]}, {"choice": 1}]
@@ -513,13 +515,13 @@ def test_commands(tmp_path):
     report = json.loads(call("show", base, "--json").stdout)
     assert (report["corrected"], report["comment"]) == (1, 1)
     (comment,) = report["comments"]
-    assert comment["comment"] == "Mail <EMAIL>" and comment["response_id"] == "r1"
+    assert comment["comment"] == "Mail <EMAIL_1>" and comment["response_id"] == "r1"
     with FeedbackStore(base) as store:
         store.add(Feedback(None, "talk2", comment="Two\nlines \x1b[31mand colour\u202e"))
     counts, *lines = call("show", base).stdout.splitlines()
     assert counts.startswith("responses 2, thumb 6, comment 2")
     assert lines[0].endswith("conversation talk2: Two lines \ufffd[31mand colour\ufffd")
-    assert lines[1].endswith("r1, choice 1, ann, thumb down: Mail <EMAIL>") and len(lines) == 2
+    assert lines[1].endswith("r1, choice 1, ann, thumb down: Mail <EMAIL_1>") and len(lines) == 2
     assert len(call("show", base, "--comments", 1).stdout.splitlines()) == 2
     assert b"Better" in b"".join(f.read_bytes() for f in tmp_path.glob("f.sqlite*"))
     assert call("forget", base, "talk").stdout == "talk: 8 rows deleted\n"

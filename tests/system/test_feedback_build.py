@@ -125,7 +125,7 @@ def test_every_step_drops_what_it_must(store, tmp_path):
     assert by_step["train"]["documents"] == 4
     assert Funnel.load(tmp_path / "out").steps == done.funnel.steps  # `fastlm data show` reads it
     pair, fixed = rows(tmp_path / "out", "preferences")
-    assert fixed["prompt"][0]["content"] == "Who may call <PHONE> at night?"
+    assert fixed["prompt"][0]["content"] == "Who may call <PHONE_1> at night?"
     assert pair["chosen"][0]["content"] == "A drink." and pair["provenance"]["responses"] == ["r1"]
     assert pair["licence"] == "LicenseRef-user-consent" and pair["model"] == "tiny"
 

@@ -230,7 +230,7 @@ def test_items_are_judged_once_and_skipped_ones_return_on_request(tmp_path) -> N
         store.correct("ann", first, 0, "better")
         store.correct("ann", first, 0, "best, says bob@mail.org")
         (corrected,) = store.comparisons("ann", corrected=True)
-        assert corrected.answers[0] == [{"role": "assistant", "content": "best, says <EMAIL>"}]
+        assert corrected.answers[0] == [{"role": "assistant", "content": "best, says <EMAIL_1>"}]
 
 
 # ---- faults

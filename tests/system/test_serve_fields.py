@@ -684,7 +684,7 @@ def _(api):
         messages=[{"role": "user", "content": "I am ann@mail.org"}],
     )  # fmt: skip
     stored = api.server.store.responses()[completion["id"]]
-    assert stored.prompt == [{"role": "user", "content": "I am <EMAIL>"}]
+    assert stored.prompt == [{"role": "user", "content": "I am <EMAIL_1>"}]
     contents = [choice["message"]["content"] for choice in completion["choices"]]
     assert [
         c[0]["content"] for c in stored.choices

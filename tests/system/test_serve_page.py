@@ -169,7 +169,7 @@ def test_chat(opened, tiny, tmp_path):
         # wait_for_function polls by eval, which the page's Content-Security-Policy refuses
         says(page.locator(".assistant .text").first, "What it should be")
         thumb, comment, corrected = store.all_feedback()
-        assert (thumb.thumb, comment.comment) == ("up", "Write to <EMAIL>")
+        assert (thumb.thumb, comment.comment) == ("up", "Write to <EMAIL_1>")
         assert corrected.corrected == "What it should be" and not store.responses()
 
         page.get_by_role("button", name="Regenerate").click()

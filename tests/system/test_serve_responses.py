@@ -186,12 +186,12 @@ def _(api):
     )
     assert first["store"] is True
     stored = api.server.store.response(first["id"])
-    assert stored.prompt[1]["content"] == "I am <EMAIL>" and stored.conversation_id == "talk-2"
+    assert stored.prompt[1]["content"] == "I am <EMAIL_1>" and stored.conversation_id == "talk-2"
     answer = first["output"][0]["content"][0]["text"]
     continuation = api.answer(previous_response_id=first["id"], input="And I?")
     assert continuation["previous_response_id"] == first["id"]
     text = api.server.tokenizer.decode(api.server.requests[-1].prompt)
-    assert "Be kind" in text and "I am <EMAIL>" in text and answer in text and "And I?" in text
+    assert "Be kind" in text and "I am <EMAIL_1>" in text and answer in text and "And I?" in text
     api.answer(previous_response_id=first["id"], instructions="Be short")
     text = api.server.tokenizer.decode(api.server.requests[-1].prompt)
     assert "Be kind" not in text and text.startswith("system\nBe short")
