@@ -27,9 +27,9 @@ from scrapy.spidermiddlewares.httperror import HttpError
 from fastlm.data.crawl import CrawlOptions
 from fastlm.data.crawl_archive import ENCODING, Archive, meta_of
 from fastlm.data.warc_files import StoredPage, is_policy
-from fastlm.sources.warc import MAX_POLICY_BYTES, PAGE_FORMATS
+from fastlm.sources.warc import MAX_POLICY_BYTES, PAGE_FORMATS, POLICY_PATHS
 
-SITE_POLICIES = ("/.well-known/tdmrep.json", "/ai.txt")  # Scrapy fetches robots.txt
+SITE_POLICIES = sorted(POLICY_PATHS - {"/robots.txt"})  # which Scrapy fetches itself
 MAX_WIRE_BYTES = 64 << 20  # of a policy file, which is cut at MAX_POLICY_BYTES; bounds its bombs
 MAX_LICENCES = 8  # licence files of a site
 MAX_LINKS = 10_000  # of a page; the longest sitemap pages have some thousand

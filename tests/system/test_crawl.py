@@ -27,7 +27,7 @@ from fastlm.progress import silent
 pytest.importorskip("scrapy")
 
 PLAIN = {**os.environ, "no_proxy": "*", "OMP_NUM_THREADS": "1"}
-POLICIES = ("/robots.txt", "/ai.txt", "/.well-known/tdmrep.json")
+POLICIES = ("/robots.txt", "/ai.txt", "/.well-known/ai.txt", "/.well-known/tdmrep.json")
 NOT_FOUND = http(b"no", "404 Not Found")
 
 
@@ -471,7 +471,7 @@ def test_robots_txt_is_read_as_rfc_9309_says(hostile_crawl):
     rules = (200, RULES)
     assert stored_at(out, 7)["/robots.txt"] == stored_at(out, 7)["/rules.txt"] == rules
     refused, errors = summary(out)["refused"], summary(out)["errors"]
-    assert refused["robots.txt"] == 3 + 1 + 1 + 3 and refused["policy file: robots.txt"] == 9
+    assert refused["robots.txt"] == 3 + 1 + 1 + 3 and refused["policy file: robots.txt"] == 13
     assert errors["robots.txt: status 500"] == errors["robots.txt: status 429"] == 1
 
 
@@ -489,6 +489,7 @@ def test_policy_files_are_stored_with_any_status(hostile_crawl):
     assert {path: stored_at(out, 1)[path] for path in POLICIES} == {
         "/robots.txt": (200, RULES),
         "/ai.txt": (200, b"User-Agent: *"),
+        "/.well-known/ai.txt": (200, b"User-Agent: *"),
         "/.well-known/tdmrep.json": (200, b"User-Agent: *"),
     }
     stored = stored_at(out, 8)
