@@ -7,6 +7,7 @@ import gzip
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -20,7 +21,10 @@ from fastwarc.warc import ArchiveIterator, WarcRecordType
 from warcio.checker import Checker
 from web_site import RESET, http, web_site
 
+from fastlm.data.corpus import read_documents
 from fastlm.data.crawl import CrawlOptions, crawl, read_seeds
+from fastlm.data.prepare import DataOptions, prepare
+from fastlm.data.warc_files import PageIndex
 from fastlm.errors import InputError
 from fastlm.progress import silent
 
@@ -76,6 +80,9 @@ def is_whole(out):
     return not list(out.glob("*.part"))
 
 
+TEXT = "It has a text of its own, so that no step takes it for the copy of another page. " * 3
+
+
 def tree(count, seconds=0.0):
     """Return a site of ``count`` pages; page n links to 2n + 1 and 2n + 2 and has an ETag."""
 
@@ -89,7 +96,7 @@ def tree(count, seconds=0.0):
         if headers.get("if-none-match") == f'"v{n}"':
             return http(b"", "304 Not Modified", None, f'ETag: "v{n}"', "X-Day: second")
         links = "".join(f"<a href='/{k}'>{k}</a>" for k in (2 * n + 1, 2 * n + 2) if k < count)
-        body = f"<title>{n}</title>{links}".encode()
+        body = f"<title>{n}</title><p>Page {n} of the tree. {TEXT}</p>{links}".encode()
         return http(body, "200 OK", "text/html", f'ETag: "v{n}"', "X-Day: first")
 
     return handler
@@ -173,6 +180,41 @@ def test_a_second_crawl_downloads_what_changed(tree_crawl, tmp_path):
     with open(tmp_path / "crawl-00000.warc.gz", "rb") as file:
         fields = [r.headers.get("WARC-Refers-To-Date") for r in ArchiveIterator(file)]
     assert set(fields) - {None} <= {date for date, _ in old.values()} and len(set(fields)) > 1
+
+
+def documents(folder, out):
+    """Return the paths of the documents that `fastlm data prepare` makes of WARC files."""
+    options = DataOptions(rules=(), min_paragraph=10_000)
+    prepare([f"{folder}#*.warc.gz"], out, options=options, cache=out / "cache")
+    splits = (read_documents(out, split) for split in ("train", "heldout"))
+    urls = [document.meta["url"] for rows in splits for document in rows]
+    return sorted(re.sub("https?://[^/]*", "", url) for url in urls)
+
+
+def test_the_pages_of_a_crawl_become_documents(tree_crawl, tmp_path):
+    _, out = tree_crawl
+    assert documents(out, tmp_path / "corpus") == sorted(f"/{n or ''}" for n in range(60))
+
+
+@pytest.mark.skipif(not shutil.which("wget"), reason="expected wget, not found (Debian: wget)")
+def test_the_pages_of_wget_become_documents(tmp_path):
+    """The command of docs/data.md, with less time between requests."""
+    folder = tmp_path / "site"
+    folder.mkdir()
+    with web_site(tree(7)) as site:
+        words = "wget --recursive --level=10 --warc-file=site --warc-max-size=1G --delete-after"
+        words += " --no-verbose --tries=3 --timeout=30"
+        urls = [site.url(path) for path in ("/", "/ai.txt", "/.well-known/tdmrep.json")]
+        result = subprocess.run(
+            [*words.split(), *urls], cwd=folder, env=PLAIN, capture_output=True, timeout=60
+        )
+    assert result.returncode == 8, result.stderr  # the policy files have status 404
+    names = sorted(f"/{n or ''}" for n in range(7))
+    assert documents(folder, tmp_path / "corpus") == names
+    index = PageIndex(str)  # what --previous reads
+    assert sorted(page.url for page in index.read(folder.glob("*.warc.gz"))) == [
+        site.url(name) for name in names
+    ]
 
 
 def test_bounds_of_pages_bytes_and_depth(tmp_path):
