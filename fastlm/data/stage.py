@@ -16,8 +16,8 @@ from fastlm.sources.source_files import DOCUMENTS, UNSUPPORTED_TYPE, VERBATIM
 TYPES_READ = f"""These files are read, compressed (.gz, .zst) or not: documents
 ({" ".join(DOCUMENTS)}), .json (an array of texts or of objects with one), notebooks (.ipynb), and
 code and tables verbatim ({" ".join(VERBATIM)}). Of a package only the documents are read, unless a
-glob names more. PDF, Word and Parquet files are not read. Unsupported files are counted by
-ending."""
+glob names more. Of Parquet files (.parquet), a column of text is read. PDF and Word files are not
+read. Unsupported files are counted by ending."""
 RULES = {"technical": TECHNICAL, "web": WEB, "none": ()}  # names for rules = ["technical"]
 
 

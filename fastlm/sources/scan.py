@@ -13,6 +13,7 @@ from typing import Any, BinaryIO
 
 from fastlm.errors import InputError
 from fastlm.sources.document import WHOLE_FILE, FileRange, SourceFile
+from fastlm.sources.parquet import row_group_starts
 from fastlm.sources.plain_text import UTF16_MARKS, text_pieces
 from fastlm.sources.streams import (
     COMPRESSION_ERRORS,
@@ -62,21 +63,23 @@ def scan_file(file: SourceFile, *, unit_bytes: int) -> FileScan:
         raw: Any = io.BufferedReader(hashed, READ_BYTES)
         size = raw.seek(0, io.SEEK_END)
         raw.seek(0)
-        is_compressed = raw.peek(4)[:4].startswith((GZIP_MAGIC, ZSTD_MAGIC))
+        is_gzip_or_zstd = raw.peek(4)[:4].startswith((GZIP_MAGIC, ZSTD_MAGIC))
+        is_compressed = is_gzip_or_zstd or file.format == "parquet"
         is_small = size * (COMPRESSION if is_compressed else 1) < unit_bytes
         if file.format == "warc":
-            cuts = _record_cuts(file, raw, unit_bytes, policies, skipped)
-        elif is_small or file.format not in CUTS:
-            cuts = iter(())
-        else:
+            ranges = _ranges(_record_cuts(file, raw, unit_bytes, policies, skipped))
+        elif file.format == "parquet" and not is_small:
+            rows = row_group_starts(file, raw, unit_bytes)
+            ranges = _ranges((row, SEEKABLE) for row in rows)
+        elif file.format in CUTS and not is_small:
             stream = decompressed(raw, partial=True)
-            cuts = CUTS[file.format](file, stream, unit_bytes, is_compressed)
-        ranges = _ranges(cuts)
+            ranges = _ranges(CUTS[file.format](file, stream, unit_bytes, is_compressed))
         sha256, size = hashed.digest()
     return FileScan(sha256, size, ranges, tuple(policies), dict(skipped))
 
 
-Cut = tuple[int, int]  # (item, its byte in the file or 0)
+Cut = tuple[int, int]  # (item, its byte in the file, 0 or SEEKABLE)
+SEEKABLE = -1  # the reader finds the item without an offset
 
 
 def _ranges(cuts: Iterator[Cut]) -> tuple[FileRange, ...]:
@@ -92,7 +95,8 @@ def _ranges(cuts: Iterator[Cut]) -> tuple[FileRange, ...]:
         starts = [(item, 0) for item, _ in starts[::step]]
     stops = [item for item, _ in starts[1:]]
     return tuple(
-        FileRange(item, stop, offset) for (item, offset), stop in zip(starts, [*stops, None])
+        FileRange(item, stop, max(offset, 0))
+        for (item, offset), stop in zip(starts, [*stops, None])
     )
 
 

@@ -35,6 +35,7 @@ from fastlm.sources.json_rows import parse_document
 from fastlm.sources.json_rows import parse_rows as parse_rows
 from fastlm.sources.json_rows import read_rows as read_rows
 from fastlm.sources.json_rows import row_unit as row_unit
+from fastlm.sources.parquet import read_parquet
 from fastlm.sources.plain_text import PIECE_BYTES as PIECE_BYTES
 from fastlm.sources.plain_text import read_notebook, read_text, refuse_binary
 from fastlm.sources.streams import StreamError, name_faults, open_stream
@@ -54,7 +55,9 @@ VERBATIM = """
     .js .jsx .mjs .ts .tsx .css .php .rb .pl .pm .lua .r .jl .hs .ml .ex .exs .erl .clj .el .lisp
     .f90 .f .m .sh .bash .ps1 .sql .proto .cmake .vim
 """.split()
-FORMATS = DOCUMENTS | dict.fromkeys(VERBATIM, "text") | {".json": "json", ".ipynb": "notebook"}
+FORMATS = DOCUMENTS | dict.fromkeys(VERBATIM, "text") | {
+    ".json": "json", ".ipynb": "notebook", ".parquet": "parquet",
+}  # fmt: skip
 UNSUPPORTED_TYPE, NO_ENDING = "unsupported type", "no ending"
 # such as .git and .venv in a repository. A glob that names them still selects them.
 HIDDEN = re.compile(r"(^|/)(\.|(node_modules|__pycache__)/)")
@@ -202,6 +205,8 @@ def _read_format(
     elif file.format == "warc":
         with name_faults(file.path):
             yield from read_warc(file, range, skipped=skipped, on_skip=on_skip)
+    elif file.format == "parquet":
+        yield from read_parquet(file, range, field=field, skipped=skipped, on_skip=on_skip)
     elif file.format == "text":
         with open_stream(file.path, offset=range.offset) as stream:
             yield from read_text(file, stream, range)
