@@ -39,7 +39,8 @@ def read_text(path: str | Path, max_bytes: int = MAX_JSON_BYTES) -> str:
     """Return the UTF-8 text in ``path``, at most ``max_bytes`` bytes. InputError: anything else."""
     try:
         with open_regular(path) as file:
-            data = file.read(max_bytes + 1)
+            size = os.fstat(file.fileno()).st_size  # read() allocates what it is asked for
+            data = file.read(min(size, max_bytes) + 1)
         if len(data) > max_bytes:
             raise InputError(f"{path}: expected at most {max_bytes:,} bytes, got more")
         return data.decode()

@@ -1,13 +1,12 @@
-"""Exact streaming de-duplication of whole documents, and of paragraphs that recur in other
-documents.
+"""Keys of documents and paragraphs: texts with equal keys are duplicates.
 
 Both compare normalised text: case and white space are ignored, and in paragraphs punctuation, too.
-Both keep the first occurrence and store a key of 16 bytes per document and 8 bytes per paragraph.
-That takes about 100 bytes of memory per document and 60 per paragraph. Near duplicates (MinHash)
-are not detected.
+`fastlm.data.steps` keeps the first occurrence of each key; `fastlm.data.near_duplicates` finds
+documents that are nearly equal.
 """
 
 import re
+from collections.abc import Container
 from hashlib import blake2b
 
 NOT_WORD = re.compile(r"[\W_]+")
@@ -30,39 +29,19 @@ def paragraph_key(paragraph: str) -> int:
     return int.from_bytes(blake2b(bare, digest_size=8).digest(), "little")
 
 
-class DocumentDedup:
-    """``is_new(key)`` returns True for a content that has not been seen before."""
+def paragraph_keys(text: str, min_length: int = MIN_PARAGRAPH) -> set[int]:
+    """Return the keys of the paragraphs of a text that have ``min_length`` characters or more.
 
-    def __init__(self) -> None:
-        self._seen: set[bytes] = set()
-
-    def is_new(self, key: bytes) -> bool:
-        before = len(self._seen)
-        self._seen.add(key)
-        return len(self._seen) > before
-
-
-class ParagraphDedup:
-    """``strip(text)`` removes paragraphs that occur in an earlier document. Repeats within one
-    document stay.
-
-    A paragraph is text between blank lines, of MIN_PARAGRAPH characters or more.
+    A paragraph is text between blank lines.
     """
+    return {paragraph_key(p) for p in PARAGRAPHS.split(text) if len(p) >= min_length}
 
-    def __init__(self, min_length: int = MIN_PARAGRAPH) -> None:
-        self.min_length = min_length
-        self._seen: set[int] = set()
 
-    def strip(self, text: str) -> tuple[str, int]:
-        """Return (text without repeated paragraphs, number of paragraphs removed)."""
-        remaining, new_keys, removed = [], set(), 0
-        for paragraph in PARAGRAPHS.split(text):
-            if len(paragraph) >= self.min_length:
-                key = paragraph_key(paragraph)
-                if key in self._seen:
-                    removed += 1
-                    continue
-                new_keys.add(key)
-            remaining.append(paragraph)
-        self._seen |= new_keys
-        return ("\n\n".join(remaining) if removed else text), removed
+def strip_paragraphs(
+    text: str, keys: Container[int], min_length: int = MIN_PARAGRAPH
+) -> tuple[str, int]:
+    """Return (text without the paragraphs that have one of ``keys``, number of them)."""
+    paragraphs = PARAGRAPHS.split(text)
+    remaining = [p for p in paragraphs if len(p) < min_length or paragraph_key(p) not in keys]
+    removed = len(paragraphs) - len(remaining)
+    return ("\n\n".join(remaining) if removed else text), removed

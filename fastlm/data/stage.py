@@ -1,12 +1,14 @@
 """The stage that gathers and cleans text."""
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from typing import Annotated, Any
 
 from fastlm.data.filter import TECHNICAL, WEB
 from fastlm.data.forget_log import forgotten_keys
-from fastlm.data.prepare import DataOptions, prepare
+from fastlm.data.options import DataOptions
+from fastlm.data.plan import VERSION
+from fastlm.data.prepare import WORK, prepare
 from fastlm.errors import InputError
 from fastlm.pipeline.funnel import Funnel, StepCounts
 from fastlm.pipeline.stage import Positional, ReportSection, Stage, StageContext
@@ -27,8 +29,9 @@ class Data(DataOptions, Stage):
 
     kind = "data"
     command = ("data", "prepare")
-    version = 4
+    version = VERSION
     outputs = {"corpus": "."}
+    resumable = (WORK,)
     result = {"train_bytes": int, "heldout_bytes": int}
     notes = TYPES_READ
     sources_in = ("sources",)
@@ -46,9 +49,6 @@ class Data(DataOptions, Stage):
         super().check()
         if not self.sources:
             raise InputError("sources: expected at least one source, got none")
-
-    def identity(self) -> dict[str, Any]:
-        return {**asdict(self), "workers": 1}
 
     def digest_inputs(self, input_digest: InputDigest) -> Any:
         entries = input_digest.hash_sources(self.sources)

@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from fastlm.data.conversations import parse_conversation
-from fastlm.data.dedup import DocumentDedup
 from fastlm.data.filter import check_rules, first_failed
 from fastlm.data.forget_log import PROVENANCE
 from fastlm.data.personal import DEFAULT_KINDS, Placeholders
@@ -268,13 +267,16 @@ def _majority_vote(
     votes: dict[tuple[bytes, bool], float] = defaultdict(float)
     for (key, rater), yes in last.items():
         votes[key, yes] += raters[rater].weight
-    dedup = DocumentDedup()
+    seen: set[bytes] = set()
 
     def reject(item: FeedbackItem) -> str | None:
         key, _, yes = item.vote()
         if votes[key, yes] <= votes[key, not yes]:
             return "outvoted, or no majority"
-        return None if dedup.is_new(item.key) else "duplicate"
+        if item.key in seen:
+            return "duplicate"
+        seen.add(item.key)
+        return None
 
     return reject
 
@@ -331,7 +333,7 @@ def _part_rows(
     items: Sequence[FeedbackItem], corrected: set[str], options: BuildOptions
 ) -> dict[str, list[dict[str, Any]]]:
     rows: dict[str, list[dict[str, Any]]] = {form: [] for form in FORMS}
-    dedup = DocumentDedup()
+    prompt_keys: set[bytes] = set()
     for item in items:
         metadata: dict[str, Any] = {
             PROVENANCE: {
@@ -346,7 +348,8 @@ def _part_rows(
             if form == "sft" and item.kind == "up" and corrected.intersection(item.response_ids):
                 continue  # a correction of it is better
             rows[form] += [row | metadata for row in form_rows]
-        if dedup.is_new(item.prompt_key):
+        if item.prompt_key not in prompt_keys:
+            prompt_keys.add(item.prompt_key)
             tools = {"tools": item.tools} if item.tools is not None else {}
             rows["prompts"].append({"prompt": item.prompt, **tools, **metadata})
     return rows

@@ -10,13 +10,11 @@ import signal
 import stat
 import subprocess
 import sys
-import tempfile
 import time
 import tracemalloc
 from pathlib import Path
 
 import pytest
-from disk import full_disk
 from typer.testing import CliRunner
 
 from fastlm.cli import app
@@ -94,9 +92,7 @@ def test_every_step_is_counted(corpus, tmp_path):
     (unreadable,) = [m for m in funnel.unreadable if "bad.txt" in m]
     assert "binary" in unreadable
     assert Funnel.load(tmp_path / "out") == funnel
-    train, heldout = (
-        list(read_documents(tmp_path / "out" / f"{n}.jsonl.zst")) for n in ("train", "heldout")
-    )
+    train, heldout = (list(read_documents(tmp_path / "out" / n)) for n in ("train", "heldout"))
     assert len(train) == steps["train"]["documents"]
     assert sum(len(d.text.encode()) for d in heldout) == steps["heldout"]["bytes"] <= 4000
     assert steps["heldout"]["bytes"] > 2000
@@ -109,8 +105,11 @@ def test_every_step_is_counted(corpus, tmp_path):
     assert (tally["documents"], tally["files"]) == (46, 53)
     assert sorted(os.listdir(tmp_path / "out")) == [
         "funnel.json",
-        "heldout.jsonl.zst",
-        "train.jsonl.zst",
+        "heldout",
+        "plan.json",
+        "removed",
+        "train",
+        "units.json",
     ]
 
 
@@ -123,7 +122,7 @@ def test_names_and_fields_that_are_not_utf8_are_written(tmp_path):
     (folder / os.fsdecode(b"bad\xe9.txt")).write_bytes(b"\0")
     out = tmp_path / "out"
     funnel = prepare([str(folder)], out, options=DataOptions(heldout_bytes=0), cache=tmp_path)
-    docs = list(read_documents(out / "train.jsonl.zst"))
+    docs = list(read_documents(out / "train"))
     assert [d.id for d in docs] == ["a.jsonl:1", r"caf\xe9.txt"]
     assert docs[0].meta == {"url": "?", "?": ["?"]}
     assert docs[0].source == f"{tmp_path}/gr\\xfc\\xdfe"
@@ -142,7 +141,7 @@ def test_a_book_is_cut_and_nothing_of_it_is_lost(tmp_path):
     out = tmp_path / "out"
     rules = DataOptions(heldout_bytes=0, rules=("word_count",))
     funnel = prepare([str(tmp_path / "novel.jsonl")], out, options=rules, cache=tmp_path)
-    docs = list(read_documents(out / "train.jsonl.zst"))
+    docs = list(read_documents(out / "train"))
     assert " ".join(d.text for d in docs) == text
     assert [d.id for d in docs] == [f"novel.jsonl:1:{i}" for i in range(3)]
     assert all(80_000 < len(d.text.split()) <= 100_000 for d in docs)
@@ -154,7 +153,7 @@ def test_no_paragraph_is_in_both_parts(corpus, tmp_path):
     run(corpus, tmp_path / "out", heldout_bytes=8000)
     parts = []
     for name in ("train", "heldout"):
-        docs = read_documents(tmp_path / "out" / f"{name}.jsonl.zst")
+        docs = read_documents(tmp_path / "out" / name)
         parts.append({p for d in docs for p in d.text.split("\n\n") if len(p) >= 80})
     assert parts[0] and parts[1]
     assert not parts[0] & parts[1]
@@ -171,13 +170,13 @@ def test_same_bytes_whatever_the_order_on_disk_and_the_workers(corpus, tmp_path,
         monkeypatch.chdir(folder.parent)
         out = tmp_path / f"out{len(results)}"
         prepare(["corpus"], out, options=DataOptions(workers=workers), cache=tmp_path / "cache")
-        results.append([(out / n).read_bytes() for n in sorted(os.listdir(out))])
+        results.append(contents(out))
     assert results[0] == results[1] == results[2]
 
 
 def test_heldout_hardly_moves_when_text_is_added(corpus, tmp_path):
     def heldout(out):
-        return {d.id for d in read_documents(out / "heldout.jsonl.zst")}
+        return {d.id for d in read_documents(out / "heldout")}
 
     run(corpus, tmp_path / "a", heldout_bytes=6000)
     (corpus / "new.txt").write_text(prose(999))
@@ -188,11 +187,9 @@ def test_heldout_hardly_moves_when_text_is_added(corpus, tmp_path):
 
 def test_options(corpus, tmp_path):
     assert run(corpus, tmp_path / "o", heldout_bytes=0).steps[-1]["documents"] == 0
-    assert list(read_documents(tmp_path / "o" / "heldout.jsonl.zst")) == []
+    assert list(read_documents(tmp_path / "o" / "heldout")) == []
     plain = run(corpus, tmp_path / "p", scrub=False, rules=())
-    assert "me@host.org" in "".join(
-        d.text for d in read_documents(tmp_path / "p" / "train.jsonl.zst")
-    )
+    assert "me@host.org" in "".join(d.text for d in read_documents(tmp_path / "p" / "train"))
     assert next(s for s in plain.steps if s["step"] == "quality rules")["removed"] == {}
     few = run(corpus, tmp_path / "q", max_bytes=3000)
     assert 3000 <= sum(s["bytes"] for s in few.sources.values()) < 6000
@@ -233,49 +230,53 @@ def test_a_bad_explicit_file_is_refused_and_leaves_nothing(corpus, tmp_path):
 def test_an_earlier_result_survives_a_failure(corpus, tmp_path):
     out = tmp_path / "out"
     run(corpus, out)
-    before = {p.name: p.read_bytes() for p in out.iterdir()}
+    before = contents(out)
     with pytest.raises(InputError):
         run(corpus / "bad.txt", out)
-    assert {p.name: p.read_bytes() for p in out.iterdir()} == before
+    assert contents(out) == before
 
 
-def test_leftovers_of_a_killed_process_are_removed(corpus, tmp_path):
-    out = tmp_path / "out"
-    out.mkdir()
-    for name in ("train.jsonl.zst", "heldout.jsonl.zst", "funnel.json"):
-        (out / f".{name}.fastlm-0123456789abcdef.part").write_text("x")
-    run(corpus, out)
-    assert not list(out.glob(".*"))
+@pytest.mark.parametrize("name", ["00000.rows.jsonl.zst", "step.json", "funnel.json"])
+def test_a_full_disk_stops_and_a_restart_finishes(corpus, tmp_path, name, monkeypatch):
+    run(corpus, tmp_path / "expected")
+    out, replace, full = tmp_path / "out", os.replace, [True]
 
+    def refuse(source, target):
+        if full[0] and os.path.basename(target) == name:
+            raise OSError(28, "No space left on device", str(target))
+        replace(source, target)
 
-@pytest.mark.parametrize("name", ["train.jsonl.zst", "heldout.jsonl.zst", "funnel.json", "work"])
-def test_full_disk(corpus, tmp_path, name, monkeypatch):
-    out = tmp_path / "out"
-    out.mkdir()
-    if name == "work":
-        full = lambda dir: open("/dev/full", "w+b", buffering=0)  # noqa: E731
-        monkeypatch.setattr(tempfile, "TemporaryFile", full)
-    else:
-        full_disk(monkeypatch, out / name)
+    monkeypatch.setattr(os, "replace", refuse)
     with pytest.raises(InputError, match=r"out.*: cannot be written: No space left on device"):
         run(corpus, out)
     assert not (out / "funnel.json").exists()
-    assert not list(out.glob(".*"))
+    full[0] = False
+    run(corpus, out)
+    assert contents(out) == contents(tmp_path / "expected")
 
 
-def test_read_only_folder(corpus, tmp_path, monkeypatch):
+def contents(folder: Path) -> dict[str, bytes]:
+    """Return the files of a corpus; its folder holds nothing else, hidden or not."""
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+def test_a_read_only_folder_is_refused(corpus, tmp_path, monkeypatch):
+    out = tmp_path / "out"
     if os.geteuid() == 0:  # root may write anywhere, so simulate the kernel's refusal
 
-        def refuse(dir):
-            raise PermissionError(13, "Permission denied")
+        def refuse(self, *args, **kwargs):
+            raise PermissionError(13, "Permission denied", str(self))
 
-        monkeypatch.setattr(tempfile, "TemporaryFile", refuse)
-    out = tmp_path / "out"
-    out.mkdir()
-    out.chmod(stat.S_IRUSR | stat.S_IXUSR)
-    with pytest.raises(InputError, match="cannot be written: Permission denied"):
-        run(corpus, out)
-    out.chmod(stat.S_IRWXU)
+        monkeypatch.setattr(Path, "mkdir", refuse)
+        with pytest.raises(InputError, match="cannot be written: Permission denied"):
+            run(corpus, out)
+        monkeypatch.undo()
+    else:
+        out.mkdir()
+        out.chmod(stat.S_IRUSR | stat.S_IXUSR)
+        with pytest.raises(InputError, match="cannot be written: Permission denied"):
+            run(corpus, out)
+        out.chmod(stat.S_IRWXU)
     (tmp_path / "file").touch()
     with pytest.raises(InputError, match="cannot be written"):
         run(corpus, tmp_path / "file" / "out")
@@ -283,11 +284,11 @@ def test_read_only_folder(corpus, tmp_path, monkeypatch):
 
 def test_read_documents_refuses_damaged_files(corpus, tmp_path):
     run(corpus, tmp_path / "out")
-    p = tmp_path / "out" / "train.jsonl.zst"
+    p = tmp_path / "out" / "train" / "00000.jsonl.zst"
     data = p.read_bytes()
     for damaged in (data[:-20], data[:300] + bytes([data[300] ^ 1]) + data[301:], b'{"a": 1}\n'):
         p.write_bytes(damaged)
-        with pytest.raises(InputError, match=r"train\.jsonl\.zst"):
+        with pytest.raises(InputError, match=r"00000\.jsonl\.zst"):
             list(read_documents(p))
     good = {"text": "x", "id": "1", "source": "s"}
     odd = [
@@ -395,7 +396,7 @@ def test_ctrl_c_ends_the_workers_too(tmp_path):
     _, stderr = done.communicate(timeout=60)
     assert done.returncode == 130 and "Traceback" not in stderr, stderr
     assert stderr.strip().endswith("fastlm: interrupted")
-    assert not (tmp_path / "out" / "train.jsonl.zst").exists()
+    assert not (tmp_path / "out" / "train").exists()
 
 
 def test_counts_have_the_right_plurals():

@@ -1,0 +1,192 @@
+"""Call a function for each unit of work, in this process, in a pool of processes, or on Ray.
+
+An executor yields ``(number, error)`` as the calls end, in any order; the results are on the disk
+(`fastlm.pipeline.units`). An exception of one call does not end the others. A worker process that
+is killed costs its unit one of `ATTEMPTS`, and nothing else. Workers end with their parent.
+
+Rejected: datatrove's executors. On Ray, ``run()`` returns normally after a task failed, and a
+killed process hangs it; the same work as plain tasks took a third of the time.
+"""
+
+import os
+import signal
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import suppress
+from multiprocessing import get_context, parent_process
+from multiprocessing.process import BaseProcess
+from typing import Any
+
+from fastlm.errors import InputError
+
+
+class WorkerKilledError(RuntimeError):
+    """The processes that did a unit were killed, `ATTEMPTS` times."""
+
+
+Call = Callable[[int], Any]
+Outcome = tuple[int, BaseException | None]
+EXECUTORS = ("pool", "ray")
+ATTEMPTS = 3  # of a unit: workers are killed by the system for want of memory, nodes disappear
+# A unit takes seconds. These limits end one that hangs, with and without use of the processor
+MAX_CPU_SECONDS = 3600
+MAX_SECONDS = 6 * 3600
+
+
+def run_calls(
+    call: Call, numbers: Sequence[int], *, executor: str = "pool", workers: int = 1
+) -> Iterator[Outcome]:
+    """Yield (number, error or None) for ``call(number)`` of each of the numbers, as they end.
+
+    executor: "pool", ``workers`` processes of this machine (one: this process), or "ray", the
+    cluster of the address in ``RAY_ADDRESS`` ("auto" by default), where ``workers`` has no meaning.
+    """
+    if executor == "ray":
+        return _run_on_ray(call, numbers)
+    if executor != "pool":
+        raise InputError(f"executor: expected one of {', '.join(EXECUTORS)}, got {executor!r}")
+    if workers == 1 or len(numbers) == 1:
+        return _run_here(call, numbers)
+    return _run_in_pool(call, numbers, min(workers, len(numbers)))
+
+
+def _run_here(call: Call, numbers: Iterable[int]) -> Iterator[Outcome]:
+    for number in numbers:
+        try:
+            call(number)
+        except Exception as error:
+            yield number, error
+        else:
+            yield number, None
+
+
+def _start_worker() -> None:
+    """Prepare a worker process: it leaves Ctrl-C to its parent and ends when the parent ends."""
+    # a terminal sends SIGINT to all processes, and a worker would print a traceback
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    parent = parent_process()
+    if parent is not None:
+        threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
+
+
+def _end_with(parent: BaseProcess) -> None:
+    parent.join()
+    os._exit(1)
+
+
+def _call_bounded(call: Call, number: int) -> None:
+    """Call under a limit of CPU time; the system kills the worker that exceeds it."""
+    with suppress(ImportError, ValueError, OSError):  # no such limits on this system
+        import resource
+
+        used = sum(os.times()[:2])
+        hard = resource.getrlimit(resource.RLIMIT_CPU)[1]
+        resource.setrlimit(resource.RLIMIT_CPU, (int(used) + MAX_CPU_SECONDS, hard))
+    call(number)
+
+
+def _run_in_pool(call: Call, numbers: Sequence[int], workers: int) -> Iterator[Outcome]:
+    """Run in spawned processes: a fork of a process with OpenMP threads (torch) may hang.
+
+    At most ``workers`` units are under way. When a worker is killed, its pool is broken: all units
+    under way have an attempt less, and a new pool does them again.
+    """
+    attempts: Counter[int] = Counter()
+    queue = list(reversed(numbers))
+    while queue:
+        pool = ProcessPoolExecutor(
+            workers, mp_context=get_context("spawn"), initializer=_start_worker
+        )
+        running: dict[Future, int] = {}
+        try:
+            while queue or running:
+                while queue and len(running) < workers:
+                    number = queue.pop()
+                    running[pool.submit(_call_bounded, call, number)] = number
+                done, _ = wait(running, timeout=MAX_SECONDS, return_when=FIRST_COMPLETED)
+                if not done:
+                    _kill(pool)
+                    raise InputError(
+                        f"units {sorted(running.values())}: expected one to end within "
+                        f"{MAX_SECONDS:,} s, none did"
+                    )
+                for future in done:
+                    error = future.exception()
+                    if isinstance(error, BrokenProcessPool):
+                        raise error
+                    yield running.pop(future), error
+        except BrokenProcessPool:
+            for number in running.values():
+                attempts[number] += 1
+            lost = [n for n in running.values() if attempts[n] >= ATTEMPTS]
+            for number in lost:
+                yield number, WorkerKilledError(f"its worker was killed {ATTEMPTS} times")
+            queue += sorted(set(running.values()) - {*lost}, reverse=True)
+        except BaseException:
+            _kill(pool)
+            raise
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def _kill(pool: ProcessPoolExecutor) -> None:
+    """Kill the workers: what they had begun is done again."""
+    for process in list((getattr(pool, "_processes", None) or {}).values()):
+        process.kill()
+
+
+def _run_on_ray(call: Call, numbers: Sequence[int]) -> Iterator[Outcome]:
+    """Submit each call as a Ray task of one CPU. Ray retries it if its worker or node is lost."""
+    try:
+        import ray  # type: ignore[import-not-found]
+    except ImportError:
+        raise InputError(
+            "executor: expected the package ray for 'ray', it is missing: pip install "
+            "'fastlm[cluster]'"
+        ) from None
+    if not ray.is_initialized():
+        address = os.environ.get("RAY_ADDRESS", "auto")
+        try:
+            ray.init(address=address, log_to_driver=False, logging_level="ERROR")
+        except ConnectionError as error:
+            raise InputError(
+                f"executor: expected a Ray cluster at {address!r} (ray start --head), {error}"
+            ) from None
+    task = ray.remote(num_cpus=1, max_retries=ATTEMPTS - 1)(_call_on_ray)
+    pending = {task.remote(call, number): number for number in numbers}
+    last = time.monotonic()
+    try:
+        while pending:
+            done, _ = ray.wait(list(pending), timeout=60)
+            if done:
+                last = time.monotonic()
+            elif time.monotonic() - last > MAX_SECONDS:
+                raise InputError(
+                    f"units {sorted(pending.values())[:10]}: expected one to end within "
+                    f"{MAX_SECONDS:,} s, none did"
+                )
+            for ref in done:
+                number = pending.pop(ref)
+                try:
+                    ray.get(ref)
+                except ray.exceptions.RayTaskError as error:
+                    yield number, error.cause if isinstance(error.cause, Exception) else error
+                except ray.exceptions.RayError as error:
+                    yield (
+                        number,
+                        WorkerKilledError(f"its worker was lost {ATTEMPTS} times: {error}"),
+                    )
+                else:
+                    yield number, None
+    finally:
+        for ref in pending:
+            with suppress(Exception):
+                ray.cancel(ref, force=True)
+
+
+def _call_on_ray(call: Call, number: int) -> None:
+    call(number)

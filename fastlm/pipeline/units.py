@@ -1,0 +1,290 @@
+"""Builds in units of work: a plan, units that can be done anywhere and in any order, markers.
+
+A build has a folder (`Work`). ``plan.json`` is written first and says everything that decides the
+result: inputs with their hashes, how they are split, options, versions. Each step of the build is a
+function ``step(work, number, out)`` that does unit ``number`` of it: it reads the plan and the
+files of earlier steps, writes files into the empty folder ``out`` and returns counts. `do_unit`
+renames these files into place and then writes the unit's marker, ``STEP/00012.json``, with the
+counts, and the size and SHA-256 of each file. So a unit is done or not done, whatever is killed
+when, and doing it twice gives the same bytes.
+
+`run_step` does the units of a step that have no valid marker, and fails unless all have one
+afterwards. What a step needs beyond the plan (how many partitions) is written to ``STEP/step.json``
+when it begins and is read from there after a restart.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any
+
+from fastlm.errors import InputError
+from fastlm.files import make_folder, parse_json, reason, remove, write_error
+from fastlm.pipeline.executors import run_calls
+from fastlm.progress import silent
+
+PLAN = "plan.json"
+MAX_NAMED = 10  # failed units in a message
+
+
+class BuildError(InputError):
+    """A build that cannot go on now; what is finished stays, and the next run continues."""
+
+
+UnitFunction = Callable[["Work", int, Path], Mapping[str, Any]]
+
+
+class Work:
+    """The folder of a build. Workers make their own from its path: it is pickled as the path."""
+
+    def __init__(self, folder: str | Path):
+        self.folder = Path(folder)
+
+    def __reduce__(self) -> tuple:
+        return _open_work, (str(self.folder),)
+
+    @cached_property
+    def plan(self) -> dict[str, Any]:
+        return read_state(self.folder / PLAN)
+
+    @cached_property
+    def digest(self) -> str:
+        """The SHA-256 of the plan, by which markers of another plan are recognised."""
+        return plan_digest(self.plan)
+
+    def path(self, step: str, number: int, name: str) -> Path:
+        """Return the path of a file that a finished unit wrote as ``name``."""
+        return self.folder / step / f"{number:05d}.{name}"
+
+    def marker_path(self, step: str, number: int) -> Path:
+        return self.folder / step / f"{number:05d}.json"
+
+    def marker(self, step: str, number: int, *, verify: bool = False) -> dict[str, Any] | None:
+        """Return the marker of a unit, None if it is not done: no marker, another plan, or a file
+        whose size (with ``verify`` also SHA-256) is another one.
+        """
+        path = self.marker_path(step, number)
+        if not path.is_file():
+            return None
+        try:
+            marker = read_state(path)
+            if marker["plan"] != self.digest:
+                return None
+            for name, entry in marker["files"].items():
+                file = self.path(step, number, name)
+                if file.stat().st_size != entry["size"]:
+                    return None
+                if verify and file_sha256(file) != entry["sha256"]:
+                    return None
+        except (InputError, OSError, KeyError, TypeError):
+            return None
+        return marker
+
+    def counts(self, step: str, number: int) -> dict[str, Any]:
+        """Return what the function of a finished unit returned."""
+        marker = self.marker(step, number)
+        if marker is None:
+            raise InputError(
+                f"{self.marker_path(step, number)}: expected a finished unit, got none"
+            )
+        return marker["counts"]
+
+    def begin(self, plan: Mapping[str, Any]) -> None:
+        """Write the plan, or check that the plan begun here is the same one.
+
+        InputError names the first difference; the folder is then as it was.
+        """
+        path = self.folder / PLAN
+        self.__dict__.pop("plan", None)
+        self.__dict__.pop("digest", None)
+        if path.is_file():
+            if (
+                difference := first_difference(self.plan, json.loads(json.dumps(plan)))
+            ) is not None:
+                raise BuildError(
+                    f"{self.folder}: expected the plan that was begun there, but {difference}:"
+                    " finish it as it was begun, or delete this folder"
+                )
+            return
+        write_durably(path, plan)
+
+    def begin_step(self, step: str, **parameters: Any) -> dict[str, Any]:
+        """Return the parameters of a step: those it was begun with, else these, which are written.
+
+        Among them is ``units``, the number of its units. Unfinished files of killed workers are
+        removed.
+        """
+        folder = make_folder(self.folder / step)
+        for leftover in folder.glob(".*.part"):
+            remove(leftover)
+        with suppress(InputError, KeyError):
+            begun = read_state(folder / "step.json")
+            if begun.pop("plan") == self.digest:
+                return begun
+        write_durably(folder / "step.json", {"plan": self.digest, **parameters})
+        return parameters
+
+    def parameters(self, step: str) -> dict[str, Any]:
+        return read_state(self.folder / step / "step.json")
+
+
+def _open_work(folder: str) -> Work:
+    """Return one `Work` per folder and process, so that its plan is read once."""
+    path = Path(folder)
+    stat = (path / PLAN).stat()
+    key = folder, stat.st_ino, stat.st_mtime_ns
+    if key not in _WORKS:
+        _WORKS.clear()
+        _WORKS[key] = Work(path)
+    return _WORKS[key]
+
+
+_WORKS: dict[tuple[str, int, int], Work] = {}
+
+
+def plan_digest(plan: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(plan, sort_keys=True).encode()).hexdigest()
+
+
+def file_sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def read_state(path: Path) -> dict[str, Any]:
+    """Return the JSON object in a file of a build. InputError: missing or damaged."""
+    try:
+        value = parse_json(path.read_text("utf-8"), path)
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: expected a readable file, got: {reason(error)}") from None
+    if not isinstance(value, dict):
+        raise InputError(f"{path}: expected a JSON object, got {type(value).__name__}")
+    return value
+
+
+def write_durably(path: Path, value: Any) -> None:
+    """Write JSON under a temporary name, sync, rename."""
+    make_folder(path.parent)
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        with open(part, "w", encoding="utf-8") as file:
+            json.dump(value, file, indent=1)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    except OSError as error:
+        remove(part)
+        raise write_error(path, error) from error
+
+
+def first_difference(before: Any, now: Any, name: str = "") -> str | None:
+    """Say where two JSON values differ first, None if they are equal."""
+    if isinstance(before, dict) and isinstance(now, dict):
+        for key in [*before, *(key for key in now if key not in before)]:
+            inner = f"{name}.{key}" if name else key
+            if (text := first_difference(before.get(key), now.get(key), inner)) is not None:
+                return text
+        return None
+    if isinstance(before, list) and isinstance(now, list) and len(before) == len(now):
+        for number, (a, b) in enumerate(zip(before, now)):
+            if (text := first_difference(a, b, f"{name}[{number}]")) is not None:
+                return text
+        return None
+    if before == now:
+        return None
+    if isinstance(before, list) and isinstance(now, list):
+        return f"{name} had {len(before)} entries, now {len(now)}"
+    return f"{name} was {before!r:.80}, now {now!r:.80}"
+
+
+def do_unit(function: UnitFunction, work: Work, number: int) -> None:
+    """Do one unit of the step ``function``, unless its marker says that it is done."""
+    step = step_name(function)
+    if work.marker(step, number) is not None:
+        return
+    folder = work.folder / step
+    out = folder / f".{number:05d}.{os.getpid()}.part"
+    try:
+        remove(out)
+        out.mkdir(parents=True)
+        try:
+            counts = function(work, number, out)
+            files = {}
+            for path in sorted(out.iterdir()):
+                files[path.name] = {"size": path.stat().st_size, "sha256": file_sha256(path)}
+            for name in files:
+                os.replace(out / name, work.path(step, number, name))
+        finally:
+            shutil.rmtree(out, ignore_errors=True)
+    except OSError as error:
+        if error.filename is None or str(work.folder) in str(error.filename):
+            raise BuildError(f"{folder}: cannot be written: {reason(error)}") from error
+        raise
+    marker = {"plan": work.digest, "counts": counts, "files": files}
+    write_durably(work.marker_path(step, number), marker)
+
+
+def step_name(function: UnitFunction) -> str:
+    return function.__name__
+
+
+def run_step(
+    work: Work,
+    function: UnitFunction,
+    numbers: Sequence[int],
+    *,
+    executor: str = "pool",
+    workers: int = 1,
+    track=silent,
+    description: str = "",
+) -> None:
+    """Do the units of a step that are not done yet.
+
+    InputError: of a unit (bad input, a full disk), which ends the step at once; or a list of the
+    units that failed for other reasons, after all others are done.
+    """
+    step = step_name(function)
+    missing = [n for n in numbers if work.marker(step, n, verify=True) is None]
+    for number in missing:  # of another plan, or damaged
+        work.marker_path(step, number).unlink(missing_ok=True)
+    failures: dict[int, BaseException] = {}
+    outcomes = run_calls(
+        partial(do_unit, function, work), missing, executor=executor, workers=workers
+    )
+    label = description or step
+    for number, error in track(outcomes, label, total=len(missing), unit="units"):
+        if isinstance(error, InputError):
+            raise error
+        if error is not None:
+            failures[number] = error
+    for number in missing:
+        if number not in failures and work.marker(step, number) is None:
+            failures[number] = InputError("it has no marker")
+    if failures:
+        first = min(failures)
+        names = ", ".join(map(str, sorted(failures)[:MAX_NAMED]))
+        raise BuildError(
+            f"{work.folder}: expected all units of the step {step!r} to be done; failed: {names}"
+            f"{' and more' if len(failures) > MAX_NAMED else ''}; unit {first}: "
+            f"{type(failures[first]).__name__}: {reason(failures[first])}"
+        ) from failures[first]
+
+
+def group_by_size(sizes: Iterable[int], unit_size: int) -> list[list[int]]:
+    """Return the indices of items in order, in groups that end with the item that brings their
+    total to ``unit_size``.
+    """
+    groups: list[list[int]] = []
+    total = unit_size
+    for index, size in enumerate(sizes):
+        if total >= unit_size:
+            groups.append([])
+            total = 0
+        groups[-1].append(index)
+        total += size
+    return groups
