@@ -22,6 +22,7 @@ from typing import Any, cast
 from fastlm.data import matching, steps
 from fastlm.data.corpus import PLAN, REMOVED, SPLITS, SUFFIX, UNITS, part_name, read_units
 from fastlm.data.options import DataOptions, parse_size
+from fastlm.data.personal import DEFAULT_KINDS
 from fastlm.data.plan import make_plan
 from fastlm.data.unit_files import REMOVED as REMOVED_ROWS
 from fastlm.data.unit_files import Counts
@@ -187,6 +188,8 @@ def _funnel(work: Work) -> Funnel:
     counts, plan = Counts(), work.plan
     counts.messages += plan["unreadable"]
     counts.removed["gather"] = Counter(plan["skipped"])
+    if plan["options"]["scrub"]:
+        counts.add("replaced", dict.fromkeys(DEFAULT_KINDS, 0))
     for step in ("read", "apply", "write"):
         for unit in _outputs(work):
             if work.marker_path(step, unit).is_file():

@@ -69,7 +69,7 @@ def run(corpus, out, **options) -> Funnel:
 
 
 def test_every_step_is_counted(corpus, tmp_path):
-    funnel = run(corpus, tmp_path / "out", heldout_bytes=4000, max_words=250)
+    funnel = run(corpus, tmp_path / "out", heldout_bytes=4000, max_words=250, near_duplicates=0)
     steps = {s["step"]: s for s in funnel.steps}
     assert {name: s["removed"] for name, s in steps.items() if s["removed"]} == {
         "gather": {"file: unsupported type": 1, "file: unreadable": 2, "line: malformed": 2},
@@ -124,7 +124,7 @@ def test_names_and_fields_that_are_not_utf8_are_written(tmp_path):
     funnel = prepare([str(folder)], out, options=DataOptions(heldout_bytes=0), cache=tmp_path)
     docs = list(read_documents(out / "train"))
     assert [d.id for d in docs] == ["a.jsonl:1", r"caf\xe9.txt"]
-    assert docs[0].meta == {"url": "?", "?": ["?"]}
+    assert docs[0].meta.items() >= {"url": "?", "?": ["?"]}.items()
     assert docs[0].source == f"{tmp_path}/gr\\xfc\\xdfe"
     assert list(funnel.sources) == [docs[0].source]
     assert funnel.unreadable[0].endswith("expected text, it holds binary data")
