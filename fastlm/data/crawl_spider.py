@@ -75,6 +75,8 @@ def settings(options: CrawlOptions, domains: int, job: Path) -> dict[str, Any]:
         "CLOSESPIDER_TIMEOUT": options.max_seconds or 0,
         "COOKIES_ENABLED": False,
         "REFERER_ENABLED": False,
+        # a link to file://example.org/etc/passwd would be read from this machine
+        "DOWNLOAD_HANDLERS": dict.fromkeys(("file", "ftp", "s3", "data")),
         "TELNETCONSOLE_ENABLED": False,
         "REMOTE_CONTROL_ENABLED": False,
         # breadth first: the number of links from a seed is then the smallest possible
@@ -194,9 +196,12 @@ class PageSpider(Spider):
                 yield self._policy_request(url, meta)
 
     def closed(self, reason: str) -> None:
-        # a redirect that Scrapy does not follow has no other trace
-        redirects = self.crawler.stats.get_value("offsite/filtered", 0)  # type: ignore[union-attr]
-        self.archive.refused["redirect to another domain"] = redirects
+        """Take over the counts that only Scrapy has, and note why the crawl ended."""
+        for key, count in self.crawler.stats.get_stats().items():  # type: ignore[union-attr]
+            if key == "offsite/filtered":
+                self.archive.refused["redirect to another domain"] = count
+            elif key.startswith("spider_exceptions/") and not key.endswith("/count"):
+                self.archive.errors[key.rpartition("/")[2]] += count
         self.archive.end = reason
 
     def _requests_of(self, response: Response) -> Iterator[Request]:
@@ -223,7 +228,7 @@ class PageSpider(Spider):
             if link.nofollow:
                 self.archive.refused["nofollow"] += 1
             elif not self._is_allowed(link.url):
-                self.archive.refused["other domain"] += 1
+                self.archive.refused["link to another domain"] += 1
             elif not is_policy(link.url):
                 yield from self._page_requests(link.url)
 
@@ -244,7 +249,10 @@ class PageSpider(Spider):
         )  # fmt: skip
 
     def _is_allowed(self, url: str) -> bool:
-        host = urlsplit(url).hostname or ""
+        parts = urlsplit(url)
+        if parts.scheme not in ("http", "https"):
+            return False
+        host = parts.hostname or ""
         return any(host == d or host.endswith(f".{d}") for d in self.allowed_domains)
 
 

@@ -7,6 +7,7 @@ import gzip
 import json
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -24,7 +25,7 @@ from web_site import RESET, http, web_site
 from fastlm.data.corpus import read_documents
 from fastlm.data.crawl import CrawlOptions, crawl, read_seeds
 from fastlm.data.prepare import DataOptions, prepare
-from fastlm.data.warc_files import PageIndex
+from fastlm.data.warc_files import PageIndex, complete_files
 from fastlm.errors import InputError
 from fastlm.progress import silent
 
@@ -141,7 +142,7 @@ def test_a_crawl_that_ended_early_continues(tree_crawl):
     assert summary(out)["end"] == "finished" and summary(out)["pages"] == 60
     downloads = Counter(path for path in site.paths() if path not in POLICIES)
     assert set(downloads) == set(names)
-    assert sum(downloads.values()) <= 61  # one page was under way when the process was killed
+    assert sum(downloads.values()) <= 62  # two pages were under way when the process was killed
     assert not (out / ".job").exists()
 
 
@@ -233,6 +234,21 @@ def test_bounds_of_pages_bytes_and_depth(tmp_path):
     assert summary(tmp_path)["policies"] == len(responses(tmp_path)) - 15
 
 
+def test_a_full_disk_ends_a_crawl_that_continues_later(tmp_path):
+    with web_site(tree(100)) as site:
+        words = shlex.join(command(tmp_path / "out", site.url()))
+        result = subprocess.run(
+            ["bash", "-c", f"ulimit -f 16; exec {words}"],
+            env=PLAIN, capture_output=True, text=True, timeout=60,
+        )  # fmt: skip
+        assert len(site.requests) < 100
+    assert result.returncode == 2
+    assert result.stderr.strip() == f"fastlm: {tmp_path}/out: cannot be written: File too large"
+    assert not (tmp_path / "out" / "crawl.json").exists()
+    complete_files(tmp_path / "out")  # as the next run does
+    assert pages(tmp_path / "out").total() > 10 and is_whole(tmp_path / "out")
+
+
 def test_the_bound_that_is_reached_first_ends_a_crawl(tmp_path):
     from fastlm.data.crawl_archive import Archive
 
@@ -307,11 +323,12 @@ LICENCE = "application/rsl+xml"
 BOMB = gzip.compress(bytes(100 << 20), 1)
 WRONG_CHARSET = "<p>Gr\u00fc\u00dfe <a href='/f\u00fcr'>weiter</a>".encode("latin-1")
 BAD_LINKS = """<a href="http://[bad"> <a href="mailto:a@b.c"> <a href="javascript:void(0)">
-    <a href="//"> <a href="http://x:99999/"> <a href="\0"> <a href="?"> <a href="http://127.0.0.9:1/refused">"""
+    <a href="//"> <a href="http://x:99999/"> <a href="ftp://127.0.0.1/"> <a href="data:text/html,x">
+    <a href="file://127.0.0.1/etc/hostname"> <a href="/to-file"> <a href="\0"> <a href="?"> <a href="http://127.0.0.9:1/refused">"""
 INDEX = """
     /loop /to/2 /chain/1 /endless /drip /charset /503 /bomb /headers /header /long /short /reset
     /garbage /typeless /picture /away /q?b=2&a=1 /q?a=1&b=2 /meta /header-nofollow /calendar/1 /deep
-    /private /401 /304 /text /xhtml /encoding /empty /robots.txt /status
+    /private /401 /304 /text /xhtml /encoding /empty /nul /robots.txt /status
 """.split()
 
 
@@ -378,6 +395,12 @@ def hostile(host, path, headers):
             return http(b"text", "200 OK", None)
         case "away":
             return http(b"", "302 Found", None, "Location: http://localhost:1/")
+        case "to-file":
+            return http(b"", "302 Found", None, "Location: file:///etc/hostname")
+        case "empty":
+            return http(b"")
+        case "nul":
+            return http(b"\0\0<a href='/n\0'>\0</a>\xff\xfe")
         case "meta":
             return http(
                 b"<META NAME=Robots CONTENT='noindex,NoFollow'><a href='/hidden-meta'>x</a>"
@@ -459,6 +482,7 @@ def test_bad_pages_are_left_out_and_counted(hostile_crawl):
     assert set(stored) - set(POLICIES) == {
         "/", "/charset", "/f%EF%BF%BDr", "/short", "/q?b=2&a=1", "/meta", "/header-nofollow",
         *(f"/calendar/{n}" for n in range(1, 7)), "/deep", "/text", "/xhtml", "/empty",
+        "/nul", "/n",
     }  # fmt: skip
     assert stored["/charset"] == (200, WRONG_CHARSET) and stored["/short"] == (200, b"12345")
     counts = summary(out)
@@ -467,10 +491,10 @@ def test_bad_pages_are_left_out_and_counted(hostile_crawl):
     assert {kind: refused[kind] for kind in refused if "robots" not in kind} == {
         "nofollow": 1, "links of a nofollow page": 2, "too large": 2, "headers too large": 1,
         "type missing": 1, "type image/png": 1, "unknown encoding": 1, "too many redirects": 1,
-        "redirect to another domain": 1,
+        "redirect to another domain": 1, "link to another domain": 2,
     }  # fmt: skip
     assert {kind: errors[kind] for kind in errors if "robots" not in kind} == {
-        "status 401": 1, "status 304": 1, "status 299": 1, "status 503": 1,
+        "status 302": 1, "status 401": 1, "status 304": 1, "status 299": 1, "status 503": 1,
         "DownloadTimeoutError": 1, "DownloadFailedError": 2, "ResponseDataLossError": 2,
     }  # fmt: skip
 
