@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
 
 import numpy as np
-import torch
 from annotated_types import Interval, MinLen, Predicate
 from typing_extensions import TypedDict
 
@@ -28,7 +27,9 @@ from fastlm.files import atomic_file, remove, write_json
 from fastlm.progress import silent
 from fastlm.schema import Count, read_document, validate
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # torch takes seconds, and processes that write shards do not need it
+    import torch
+
     from fastlm.tokenizer.tokenizer import Tokenizer
 
 INDEX = "index.json"
@@ -333,7 +334,7 @@ def load_index(path: Path) -> ShardIndex:
         raise InputError(f"{file}: expected the index of token shards: {e}") from None
 
 
-def document_offsets(input_ids: torch.Tensor, eos_id: int) -> torch.Tensor | None:
+def document_offsets(input_ids: "torch.Tensor", eos_id: int) -> "torch.Tensor | None":
     """Return ``cu_seqlens`` (int32) of the documents in packed windows (B, S); None where each
     window is inside one document.
 
@@ -341,6 +342,8 @@ def document_offsets(input_ids: torch.Tensor, eos_id: int) -> torch.Tensor | Non
     token alone. Every token is thus predicted once, and generation can begin with end-of-text. A
     window begins a document of its own.
     """
+    import torch
+
     is_start = input_ids == eos_id
     is_start[:, 0] = True
     offsets = is_start.flatten().nonzero()[:, 0]
@@ -391,7 +394,7 @@ class BatchSampler:
             self._offset = int(rng.integers(min(self.seq_len, self.dataset.tokens - self.seq_len)))
             self._order = rng.permutation((self.dataset.tokens - 1 - self._offset) // self.seq_len)
 
-    def next_batch(self) -> tuple[torch.Tensor, torch.Tensor]:
+    def next_batch(self) -> "tuple[torch.Tensor, torch.Tensor]":
         return self.read(self.next_windows())
 
     def next_windows(self) -> np.ndarray:
@@ -404,10 +407,12 @@ class BatchSampler:
             self.position += 1
         return starts
 
-    def read(self, starts: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
+    def read(self, starts: np.ndarray) -> "tuple[torch.Tensor, torch.Tensor]":
         """Return the batch of these windows. InputError: the shards have changed."""
         self.dataset.check_unchanged()
         rows = np.stack([self.dataset.read(int(start), self.seq_len + 1) for start in starts])
+        import torch
+
         batch = torch.from_numpy(rows)
         return batch[:, :-1].contiguous(), batch[:, 1:].contiguous()
 
