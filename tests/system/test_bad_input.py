@@ -52,8 +52,9 @@ SOURCES = {  # file name -> its bytes (None: no such file) and the refusal
     "program.txt": (b"\x7fELF\2\1\1" + bytes(500), "it holds binary data"),
     "cut.txt.gz": (gzip.compress(b"text " * 1000)[:-9], "it is cut short"),
     "cut.txt.zst": (zstandard.compress(b"text " * 1000)[:-3], "it is cut short"),
-    "cut.warc": (WARC + WARC[:-20], "its last record is cut short"),
-    "cut.warc.gz": (gzip.compress(WARC)[:-6], "it is cut short"),
+    "cut.warc": (WARC[:-20], "its last record is cut short"),
+    "cut.warc.gz": (gzip.compress(WARC)[:-40], "its last record is cut short"),
+    "no.parquet": (b"PAR1" + bytes(99), "expected a Parquet file"),
     "no.warc": (b"<html>", "expected a WARC archive"),
     "latin1.txt": ("Stra\xdfe\n".encode("latin-1") * 9, "line 1: expected UTF-8, got byte 0xdf"),
     "long.txt.zst": (

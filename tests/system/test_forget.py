@@ -13,6 +13,7 @@ import pytest
 import tiny_recipe
 from corpus_layouts import LAYOUTS, pack, prepare_in, read_lines, set_layout
 from typer.testing import CliRunner
+from warc_records import wget_archive
 
 from fastlm.cli import app
 from fastlm.data.conversations import read_conversations
@@ -76,6 +77,21 @@ def texts(runs: Path, part: str = "train") -> list[str]:
 
 def shards(runs: Path) -> list[str]:
     return sorted(p.name for p in (runs / "one/shards").rglob("*.*"))
+
+
+def test_a_page_of_wget_is_forgotten_by_its_address(tmp_path):
+    """GNU wget writes addresses in angle brackets; people don't."""
+    url = "http://example.org/page"
+    page = b"<p>" + b"A sentence of a page that a crawler has found. " * 20
+    (tmp_path / "a.warc").write_bytes(wget_archive(url, page))
+    (tmp_path / "b.txt").write_text("Another sentence that stays where it is. " * 20)
+    options = ["--rules", "none", "--heldout-bytes", "0", "-o", tmp_path / "runs/one/data"]
+    arguments = ["data", "prepare", tmp_path / "a.warc", tmp_path / "b.txt", *options]
+    assert CliRunner().invoke(app, [str(a) for a in arguments]).exit_code == 0
+    assert len(texts(tmp_path / "runs")) == 2
+    call(tmp_path / "runs", "--target", url)
+    (text,) = texts(tmp_path / "runs")
+    assert text.startswith("Another sentence")
 
 
 def test_a_document_leaves_text_and_shards(runs, lost, run_folder):

@@ -8,7 +8,7 @@ from collections import Counter
 import pytest
 import zstandard
 from peak import growth
-from warc_records import record
+from warc_records import record, wget_archive
 
 from fastlm.errors import InputError
 from fastlm.sources import warc
@@ -183,26 +183,8 @@ def test_a_file_that_was_not_named_is_counted_once(archive, tmp_path):
     assert skipped == {"file: unreadable": 1}
 
 
-def wget_archive(url: str) -> bytes:
-    """Return what GNU wget 1.25 writes for a site of one page: addresses in angle brackets, then
-    its arguments and its log.
-    """
-    wget = "<metadata://gnu.org/software/wget/warc/{}>"
-    return b"".join(
-        [
-            record(0, b"software: Wget/1.25.0", "application/warc-fields", type="warcinfo"),
-            record(1, b"GET / HTTP/1.1", "application/http", type="request", url=f"<{url}>"),
-            record(2, b"<p>the page", url=f"<{url}>"),
-            record(3, b"User-agent: *\nDisallow: /x", "text/plain", url=f"<{url}robots.txt>"),
-            record(4, b"<urn:uuid:0>", "text/plain", type="metadata", url=wget.format("MANIFEST")),
-            record(5, b"-q -r", "text/plain", type="resource", url=wget.format("arguments.txt")),
-            record(6, b"a log", "text/plain", type="resource", url=wget.format("wget.log")),
-        ]
-    )
-
-
 def test_the_habits_of_wget(archive):
-    file = archive(wget_archive("http://example.org/"))
+    file = archive(wget_archive("http://example.org/", b"<p>the page"))
     (page,) = read_file(file)
     assert (page.text, page.meta["url"]) == ("<p>the page", "http://example.org/")
     (policy,) = scan_file(file, unit_bytes=1).policies
