@@ -4,7 +4,9 @@ import json
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from hashlib import sha256
+from itertools import tee
 from pathlib import Path
+from typing import NamedTuple
 
 from fastlm.data.corpus import (
     REMOVED,
@@ -27,6 +29,7 @@ from fastlm.data.forget_log import (
     row_keys,
     text_key,
 )
+from fastlm.data.near_copies import NearCopies
 from fastlm.files import atomic_file, sync, write_json
 from fastlm.pipeline.funnel import FUNNEL, Funnel
 from fastlm.schema import parse
@@ -86,6 +89,15 @@ class FileHits:
     remaining_bytes: int = 0
 
 
+class NearCopy(NamedTuple):
+    """A document that is a near copy of a forgotten text."""
+
+    path: str
+    source: str
+    id: str
+    similarity: float
+
+
 def search_corpus(
     folder: Path, query: ForgetQuery, *, after_kill: bool = False
 ) -> dict[str, list[FileHits]]:
@@ -106,6 +118,26 @@ def search_corpus(
         ]
         for split, paths in files.items()
     }
+
+
+def add_near_copies(hits: FileHits, copies: NearCopies) -> list[NearCopy]:
+    """Add the near copies among the documents of a file to its hits. Return them."""
+    added = []
+    first, second = tee(read_documents(hits.path))
+    similarities = copies.similarities(document.text for document in first)
+    for number, (document, similarity) in enumerate(zip(second, similarities)):
+        if not similarity or number in hits.line_numbers:
+            continue
+        hits.line_numbers.add(number)
+        hits.keys |= {line_key(document.source, document.id), text_key(document.text)}
+        hits.texts.append(document.text)
+        hits.documents.append((document.source, document.id))
+        hits.remaining_lines -= 1
+        hits.remaining_documents -= 1
+        hits.remaining_bytes -= len(document.text.encode("utf-8", "replace"))
+        path = str(hits.path)
+        added.append(NearCopy(path, document.source, document.id, round(similarity, 3)))
+    return added
 
 
 def search_removed(

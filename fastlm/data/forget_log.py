@@ -2,11 +2,12 @@
 conversations.
 
 ``forget_log.jsonl`` in a folder of runs, in a run or in a prepared folder has a line per request:
-``{"time", "request_keys", "keys", "content_ids"}``. request_keys: hashes of the targets as they
-were given. keys: hashes of what was found; data that is prepared later leaves these out.
-content_ids: ids of the files that contained it, by which the models that saw it are found later,
-too. The log has no text and no name. (Somebody who has a short text can still find out whether its
-hash is in the log.)
+``{"time", "request_keys", "keys", "content_ids", "signatures"}``. request_keys: hashes of the
+targets as they were given. keys: hashes of what was found; data that is prepared later leaves these
+out. content_ids: ids of the files that contained it, by which the models that saw it are found
+later, too. signatures: of texts whose near copies are also forgotten
+(`fastlm.data.near_copies.signature_of`). The log has no text and no name. (Somebody who has a short
+text can still find out whether its hash is in the log.)
 """
 
 import hashlib
@@ -35,6 +36,7 @@ class ForgetRecord:
     request_keys: list[str] = field(default_factory=list)
     keys: list[str] = field(default_factory=list)
     content_ids: list[str] = field(default_factory=list)
+    signatures: list[str] = field(default_factory=list)
 
 
 def request_key(target: str) -> str:
@@ -138,6 +140,13 @@ def forgotten_keys(folders: Iterable[Path]) -> frozenset[str]:
     """Return the keys of everything that was forgotten in these folders."""
     records = (record for folder in folders for record in read_forget_log(folder))
     return frozenset(key for record in records for key in record.keys)
+
+
+def forgotten_signatures(folders: Iterable[Path]) -> list[str]:
+    """Return the signatures of texts whose near copies were forgotten in these folders, sorted
+    (`fastlm.data.near_copies.NearCopies` takes them)."""
+    records = (record for folder in folders for record in read_forget_log(folder))
+    return sorted({signature for record in records for signature in record.signatures})
 
 
 def document_names(source: str, id: str, meta: Mapping[str, Any]) -> Iterator[str]:

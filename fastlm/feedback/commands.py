@@ -33,6 +33,10 @@ def forget_command(
     feedback: Annotated[
         str | None, typer.Option(help="Use this feedback database: SQLite file or postgresql://...")
     ] = None,
+    near: Annotated[
+        bool,
+        typer.Option("--near", help="Also remove near copies of the documents, now and later"),
+    ] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what would be removed")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON")] = False,
 ) -> None:  # fmt: skip
@@ -67,7 +71,7 @@ def forget_command(
         keys = store.withdrawn_keys() if store is not None and withdrawn else frozenset()
         report = forget(
             paths or [Path("runs")], list(dict.fromkeys(names)), keys=keys, store=store,
-            dry_run=dry_run,
+            near=near, dry_run=dry_run,
         )  # fmt: skip
     if names and len(report.not_found) == len(set(names)) and not report.removed:
         raise InputError(

@@ -32,6 +32,7 @@ from fastlm.data.corpus import (
 from fastlm.data.corpus_forget import (
     FileHits,
     ForgetQuery,
+    add_near_copies,
     is_json_lines,
     paragraph_keys,
     refresh_funnel,
@@ -85,7 +86,8 @@ class ForgetReport:
     removed: per path, the kind of what was removed and a count. database: how many responses and
     conversations were removed from the database. not_found: targets without a match. unchecked:
     places that could not be checked. elsewhere: documents that share paragraphs with what was
-    removed. sources: files and packages that still have it. quotes: what may quote it (samples of
+    removed. near_copies: the removed documents that are near copies of others. sources: files and
+    packages that still have it. quotes: what may quote it (samples of
     trainings, items of evaluations, reports). models: models that saw it.
     """
 
@@ -94,6 +96,7 @@ class ForgetReport:
     not_found: list[str] = field(default_factory=list)
     unchecked: list[str] = field(default_factory=list)
     elsewhere: list[dict[str, Any]] = field(default_factory=list)
+    near_copies: list[dict[str, Any]] = field(default_factory=list)
     sources: list[str] = field(default_factory=list)
     quotes: list[str] = field(default_factory=list)
     models: list[dict[str, Any]] = field(default_factory=list)
@@ -110,6 +113,7 @@ def forget(
     *,
     keys: Iterable[str] = (),
     store: "FeedbackStore | None" = None,
+    near: bool = False,
     dry_run: bool = False,
 ) -> ForgetReport:
     """Remove the targets from everything below ``paths``.
@@ -119,6 +123,9 @@ def forget(
         names: ids of documents, responses or conversations, URLs, paths, sources, SHA-256 of texts.
         keys: keys of `fastlm.data.forget_log`, such as those of withdrawn consent.
         store: a feedback database, in which ``names`` are responses and conversations.
+        near: also remove the near copies of the documents in prepared folders (word 5-grams, a
+            Jaccard similarity of 0.8 or more), and let later builds leave them out. A name that is
+            a file stands for its text, too.
         dry_run: change nothing.
 
     InputError: no target, a path that is missing, a run that is at work, damaged data.
@@ -130,7 +137,7 @@ def forget(
         if not (root.is_dir() or (root.is_file() and is_json_lines(root))):
             got = "another file" if root.exists() else "nothing"
             raise InputError(f"{root}: expected a folder or a file of JSON lines, got {got}")
-    removal = _Removal(roots, names, keys, store)
+    removal = _Removal(roots, names, keys, store, near)
     removal.search()
     if not dry_run:
         removal.remove()
@@ -145,9 +152,9 @@ class _Removal:
 
     def __init__(
         self, roots: list[Path], names: Sequence[str], keys: Iterable[str],
-        store: "FeedbackStore | None",
+        store: "FeedbackStore | None", near: bool = False,
     ):  # fmt: skip
-        self.names, self.store = names, store
+        self.names, self.store, self.near = names, store, near
         self.folders = list(dict.fromkeys(r if r.is_dir() else r.parent for r in roots))
         self.requests = {request_key(name): name for name in names}
         # what earlier calls found under the same names or keys
@@ -157,6 +164,8 @@ class _Removal:
         same = [line for line in log if self.requests.keys() & {*line.request_keys}]
         self.earlier = [line for line in log if line in same or {*keys} & {*line.keys}]
         query_keys = {*keys, *(key for line in same for key in line.keys)}
+        # of texts that an earlier call for the same targets has removed
+        self.signatures = {s for line in self.earlier for s in line.signatures if near}
         for name in names:
             query_keys |= {response_key(name), conversation_key(name)}
             if store is not None:
@@ -181,6 +190,9 @@ class _Removal:
         for folder in corpora:
             files = search_corpus(folder, self.query, after_kill=bool(self.earlier))
             self.corpora[folder] = files
+        if self.near:
+            self._search_near()
+        for folder, files in self.corpora.items():
             if self._add_hits("document", folder, self._files(folder)):
                 self.content_ids |= self._ids("corpus", folder)
             for split, hits in files.items():
@@ -212,6 +224,22 @@ class _Removal:
         if self.store is not None:
             self.report.database = sum(bool(self.store.keys_of(name)) for name in self.names)
         self._search_elsewhere()
+
+    def _search_near(self) -> None:
+        """Add the near copies of what was found, and of files that are targets."""
+        from fastlm.data.near_copies import NearCopies, signature_of
+        from fastlm.data.texts import read_texts
+
+        files = {name: [*read_texts(name)] for name in self.names if Path(name).is_file()}
+        texts = [*self.texts, *(text for texts in files.values() for text in texts)]
+        # copies that an earlier call logged: copies of copies are not to be forgotten
+        logged = NearCopies(signatures=self.signatures).similarities(texts)
+        texts = [text for text, similarity in zip(texts, logged) if not similarity]
+        copies = NearCopies(texts, self.signatures)
+        self.signatures |= {*filter(None, map(signature_of, texts))}
+        self.query.matches |= files.keys()
+        for hits in (hits for folder in self.corpora for hits in self._files(folder)):
+            self.report.near_copies += [c._asdict() for c in add_near_copies(hits, copies)]
 
     def _add_hits(self, kind: str, path: Path, files: Iterable[FileHits]) -> bool:
         """Note what to remove from a place; return whether there is anything."""
@@ -343,16 +371,18 @@ class _Removal:
 
     def _write_log(self, runs: Iterable[Path]) -> None:
         """Write the matches to the forget log, before any of them is removed."""
-        if not self.keys and not self.content_ids:
+        if not self.keys and not self.content_ids and not self.signatures:
             return
         now = datetime.now(UTC).isoformat(timespec="seconds")
         keys = sorted({*self.keys} | ({*self.query.keys} & self.query.matches))
-        line = asdict(ForgetRecord(now, sorted(self.requests), keys, sorted(self.content_ids)))
+        line = asdict(ForgetRecord(
+            now, sorted(self.requests), keys, sorted(self.content_ids), sorted(self.signatures)
+        ))  # fmt: skip
         without_run = [f for f in self.changed_corpora if not (f.parent / STAGES).is_file()]
         for folder in dict.fromkeys([*self.folders, *runs, *without_run]):
             log = [r for r in read_forget_log(folder) if {*r.request_keys} >= self.requests.keys()]
-            hashes = {hash for r in log for hash in (*r.keys, *r.content_ids)}
-            if not hashes.issuperset([*keys, *self.content_ids]):
+            hashes = {hash for r in log for hash in (*r.keys, *r.content_ids, *r.signatures)}
+            if not hashes.issuperset([*keys, *self.content_ids, *self.signatures]):
                 append_lines(folder / FORGET_LOG, [line])
 
 
@@ -478,6 +508,11 @@ def report_lines(report: ForgetReport, dry_run: bool) -> Iterator[str]:
         yield f"{verb} {report.database:,} responses or conversations from the database"
     if not report.removed and not report.database:
         yield "nothing to remove: the data here has none of it"
+    for row in report.near_copies:
+        yield (
+            f"near copy ({row['similarity']:.2f}), {verb}: {row['source']}: {row['id']}"
+            f" ({row['path']})"
+        )
     for name in report.not_found:
         yield f"not found: {name}"
     for source in report.sources:

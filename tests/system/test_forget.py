@@ -22,12 +22,14 @@ from fastlm.data.forget_log import (
     FORGET_LOG,
     document_key,
     forgotten_keys,
+    forgotten_signatures,
     read_forget_log,
     response_key,
     row_keys,
 )  # fmt: skip
+from fastlm.data.near_copies import NearCopies
 from fastlm.data.preferences import read_preferences
-from fastlm.data.prepare import prepare
+from fastlm.data.prepare import DataOptions, prepare
 from fastlm.data.shards import INDEX, BatchSampler, TokenDataset
 from fastlm.errors import InputError
 from fastlm.feedback.build import FORMS, BuildOptions, build
@@ -356,8 +358,6 @@ def test_paragraphs_that_stand_elsewhere(tmp_path):
     docs.mkdir()
     (docs / "a.txt").write_text(f"{shared}\n\nOnly in a.")
     (docs / "b.txt").write_text(f"{'Before it, quite other words. ' * 20}\n\n{shared}")
-    from fastlm.data.prepare import DataOptions
-
     options = DataOptions(rules=(), min_paragraph=10**6, heldout_bytes=0)
     prepare([str(docs)], tmp_path / "corpus", options=options, cache=tmp_path)
     report = forget([tmp_path / "corpus"], [str(docs / "a.txt")])
@@ -365,6 +365,87 @@ def test_paragraphs_that_stand_elsewhere(tmp_path):
     assert not report.is_incomplete and report.sources == [f"{docs}: a.txt"]
     left = [d.id for d in read_documents(tmp_path / "corpus", "train")]
     assert left == ["b.txt"]
+
+
+def near_corpus(folder: Path) -> tuple[Path, Path]:
+    """Prepare a page, a copy of it with one edit and another page; return (texts, corpus)."""
+    docs = folder / "docs"
+    docs.mkdir()
+    page = " ".join(f"word{i * i % 97}a{i}" for i in range(120))
+    (docs / "a.txt").write_text(page)
+    (docs / "copy.txt").write_text(page.replace("word1a1", "edited"))
+    (docs / "other.txt").write_text(" ".join(f"other{i}" for i in range(120)))
+    options = DataOptions(rules=(), min_paragraph=10**6, heldout_bytes=0)
+    prepare([str(docs)], folder / "corpus", options=options, cache=folder)
+    return docs, folder / "corpus"
+
+
+def ids(corpus: Path) -> list[str]:
+    return sorted(Path(d.id).name for d in read_documents(corpus, "train"))
+
+
+def test_near_copies_go_with_the_document(tmp_path):
+    docs, corpus = near_corpus(tmp_path)
+    before = ids(corpus)
+    result = call(corpus, "--target", docs / "a.txt", "--near", "--dry-run")
+    assert "near copy (0.9" in result.output and "copy.txt" in result.output
+    assert ids(corpus) == before
+    result = call(corpus, "--target", docs / "a.txt", "--near", "--json")
+    report = json.loads(result.output)
+    (copy,) = report["near_copies"]
+    assert copy["id"] == "copy.txt" and 0.9 < copy["similarity"] < 1
+    assert ids(corpus) == ["other.txt"] and report["removed"][0]["count"] == 2
+    # later builds: the copy by its key, other copies by the signature of the page
+    log = read_forget_log(corpus)
+    assert len(log) == 1 and document_key(str(docs), "a.txt") in log[0].keys
+    page = (docs / "a.txt").read_text()
+    copies = NearCopies(signatures=forgotten_signatures([corpus]))
+    assert all(copies.similarities([page, page.replace("word4a2", "edited again")]))
+    assert not any(copies.similarities([(docs / "other.txt").read_text()]))
+    assert page[:20] not in (corpus / FORGET_LOG).read_text()
+    # a corpus that is prepared from elsewhere: by the signature in the log alone
+    (docs / "a.txt").unlink()
+    shutil.copy(corpus / FORGET_LOG, tmp_path / FORGET_LOG)
+    prepare(
+        [str(docs)], tmp_path / "second", cache=tmp_path,
+        options=DataOptions(rules=(), min_paragraph=10**6, heldout_bytes=0),
+    )  # fmt: skip
+    assert ids(tmp_path / "second") == ["copy.txt", "other.txt"]
+    forget([tmp_path], [str(docs / "a.txt")], near=True)
+    assert ids(tmp_path / "second") == ["other.txt"]
+
+
+def test_without_near_a_copy_stays(tmp_path):
+    docs, corpus = near_corpus(tmp_path)
+    report = forget([corpus], [str(docs / "a.txt")])
+    assert ids(corpus) == ["copy.txt", "other.txt"] and not report.near_copies
+    assert forgotten_signatures([corpus]) == []
+
+
+def test_near_copies_of_a_file_that_is_in_no_corpus(tmp_path):
+    docs, corpus = near_corpus(tmp_path)
+    text = (docs / "a.txt").read_text().replace("word9a3", "edited elsewhere")
+    (tmp_path / "mine.txt").write_text(text)
+    report = forget([corpus], [str(tmp_path / "mine.txt")], near=True)
+    assert ids(corpus) == ["other.txt"] and len(report.near_copies) == 2
+    assert not report.not_found
+
+
+def test_killed_while_it_removes_near_copies(tmp_path, monkeypatch):
+    docs, corpus = near_corpus(tmp_path)
+
+    def start(number):
+        shutil.copytree(corpus, tmp_path / f"kill{number}")
+        forget([tmp_path / f"kill{number}"], [str(docs / "a.txt")], near=True)
+
+    def check(number, was_killed):
+        target = tmp_path / f"kill{number}"
+        if was_killed:
+            forget([target], [str(docs / "a.txt")], near=True)
+        assert ids(target) == ["other.txt"]
+        assert len(forgotten_signatures([target])) == 1
+
+    assert kill_at_every_change(monkeypatch, start, check) > 3
 
 
 def talk(text):
