@@ -50,7 +50,7 @@ class Vector:
 
 def robots(section, verdict, text, path, crawler="ExampleBot", line=0, status=200):
     if status != 200:
-        text = PolicyFile(f"{SITE}/robots.txt", None, status, text)
+        text = PolicyFile(f"{SITE}/robots.txt", "", status, text)
     source = f"{SITE}/robots.txt, line {line}" if line else ""
     return Vector(
         "robots.txt", section, verdict, path, {"/robots.txt": text}, crawler=crawler, source=source
@@ -448,7 +448,7 @@ RSL = [
         "4.3 missing document",
         None,
         content(prohibits()),
-        more={LICENCE: PolicyFile(LICENCE, None, 404, "")},
+        more={LICENCE: PolicyFile(LICENCE, "", 404, "")},
     ),
     rsl("4.4.2 group over global", "no", content(prohibits()), more=GROUPS),
     rsl("4.4.2 group of others", "no", content(prohibits()), more=OTHER_GROUP),

@@ -9,6 +9,7 @@ from fastlm.data.consent import (
     MODES,
     Consent,
     PolicyFile,
+    PolicyIndex,
     all_crawlers,
     count_verdicts,
     decide,
@@ -135,6 +136,7 @@ HISTORY = [
 ]
 
 
+@pytest.mark.parametrize("form", [list, PolicyIndex])
 @pytest.mark.parametrize(
     "mode, date, verdict",
     [
@@ -151,14 +153,15 @@ HISTORY = [
         ("strictest", "2025-02-01", "no"),
     ],
 )
-def test_modes(mode, date, verdict):
-    decision = decide(PAGE, date=date, policies=HISTORY, crawler="CCBot", mode=mode)
+def test_modes(mode, date, verdict, form):
+    decision = decide(PAGE, date=date, policies=form(HISTORY), crawler="CCBot", mode=mode)
     assert decision.verdict == verdict
 
 
-def test_strictest_keeps_files_together_that_were_valid_together():
+@pytest.mark.parametrize("form", [list, PolicyIndex])
+def test_strictest_keeps_files_together_that_were_valid_together(form):
     """The licence that robots.txt named in January was replaced in June; both states count."""
-    licence = f"{SITE}/l.xml"
+    licence = "https://licences.example/l.xml"
 
     def text(term):
         start = '<rsl xmlns="https://rslstandard.org/rsl"><content url="/"><license>'
@@ -170,6 +173,7 @@ def test_strictest_keeps_files_together_that_were_valid_together():
         fetched("2026-06-01", text("prohibits"), address=licence),
         fetched("2026-07-01", ""),
     ]
+    files = form(files)
     decision = decide(PAGE, date="2026-02-01", policies=files, mode="strictest")
     assert (decision.verdict, decision.standard) == ("no", "rsl")
     assert decide(PAGE, date="2026-02-01", policies=files, mode="as-crawled").verdict == "yes"
@@ -188,9 +192,33 @@ def test_dates_in_the_future_do_not_count():
     ]
 
 
+@pytest.mark.parametrize("form", [list, PolicyIndex])
+def test_a_file_that_could_not_be_read_leaves_the_one_before(form):
+    files = [fetched("2026-01-01", YES), fetched("2026-02-01", "", 503)]
+    for mode in MODES:
+        decision = decide(PAGE, date="2026-02-02", policies=form(files), mode=mode)
+        assert decision.verdict == "yes"
+    assert decide(PAGE, date="2026-02-02", policies=form(files[1:])).verdict == "no"
+
+
+def test_index_of_many_sites():
+    sites = [f"https://s{i}.example/robots.txt" for i in range(50)]
+    files = [fetched("2026-01-01", NO, address=a) for a in sites[::2]]
+    index = PolicyIndex(files, NOW)
+    assert len(index) == 25
+    for i in range(50):
+        for mode in MODES:
+            url = f"http://user@s{i}.example:80/a"
+            decision = decide(url, date="2026-01-02", policies=index, mode=mode)
+            assert decision.verdict == ("unknown" if i % 2 else "no"), (i, mode)
+    with pytest.raises(InputError, match="consent: expected one of"):
+        decide(PAGE, policies=index, mode="newest")
+
+
 def test_many_changes_are_sampled():
     files = [
-        fetched(NOW - timedelta(days=i), f"User-agent: *\nDisallow: /{i}\n") for i in range(500)
+        fetched(f"{NOW - timedelta(days=i):%Y-%m-%d}", f"User-agent: *\nDisallow: /{i}\n")
+        for i in range(500)
     ]
     snapshots = policies_at(files, None, "strictest", now=NOW)
     assert len(snapshots) <= MAX_SNAPSHOTS + 1
@@ -280,7 +308,7 @@ def test_problems_are_named():
         f"{SITE}/.well-known/tdmrep.json": "[" * 100_000,
         f"{SITE}/ai.txt": "x" * 300_000,
         f"{SITE}/l.xml": "<rsl>",
-        f"{SITE}/m.xml": PolicyFile(f"{SITE}/m.xml", None, 500, ""),
+        f"{SITE}/m.xml": PolicyFile(f"{SITE}/m.xml", "", 500, ""),
     }
     problems = policy_problems(policies)
     assert [problem.partition(": ")[2].split(":")[0] for problem in problems] == [
@@ -295,9 +323,9 @@ def test_problems_are_named():
 
 def test_status_of_robots():
     for status, verdict in [(200, "no"), (301, "unknown"), (404, "unknown"), (503, "no")]:
-        policies = {ROBOTS: fetched(None, NO, status)}
+        policies = {ROBOTS: fetched("", NO, status)}
         assert decide(PAGE, policies=policies).verdict == verdict
-    assert "status 503" in decide(PAGE, policies={ROBOTS: fetched(None, "", 503)}).rule
+    assert "status 503" in decide(PAGE, policies={ROBOTS: fetched("", "", 503)}).rule
 
 
 def test_kinds_of_files():

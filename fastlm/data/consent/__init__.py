@@ -26,7 +26,13 @@ from fastlm.data.consent.crawlers import all_crawlers, default_crawlers
 from fastlm.data.consent.decision import STANDARDS, count_verdicts, decide, statements
 from fastlm.data.consent.licence import allowed, licence_of
 from fastlm.data.consent.opt_out import OptOut
-from fastlm.data.consent.policy_files import MODES, PolicyFile, policies_at, policy_problems
+from fastlm.data.consent.policy_files import (
+    MODES,
+    PolicyFile,
+    PolicyIndex,
+    policies_at,
+    policy_problems,
+)
 from fastlm.data.consent.statement import Consent
 
 __all__ = [
@@ -35,6 +41,7 @@ __all__ = [
     "Consent",
     "OptOut",
     "PolicyFile",
+    "PolicyIndex",
     "all_crawlers",
     "allowed",
     "count_verdicts",

@@ -13,6 +13,7 @@ from fastlm.data.consent.policy_files import (
     CACHES,
     Policies,
     PolicyFile,
+    PolicyIndex,
     policies_at,
     usable_text,
 )
@@ -32,7 +33,7 @@ def decide(
     date: datetime | str | None = None,
     headers: HeaderFields | None = None,
     html: str | bytes | None = None,
-    policies: Policies | Sequence[PolicyFile] = (),
+    policies: Policies | Sequence[PolicyFile] | PolicyIndex = (),
     crawler: str | Sequence[str] | None = None,
     mode: str = "as-crawled",
 ) -> Consent:
@@ -40,9 +41,10 @@ def decide(
 
     date: of the fetch. headers: of the response, names in any case, a value may be a list. html:
     the page or its head; at most 64 KiB are examined. policies: the policy files of the site by
-    address, as text (of a 200 answer) or `PolicyFile`; or a list of `PolicyFile`s of several dates,
-    from which ``mode`` and ``date`` select (`policies_at`). crawler: a product token, or several: a
-    "no" to one of them is a "no"; None is the dated default list (`default_crawlers`).
+    address, as text (of a 200 answer) or `PolicyFile`; or `PolicyFile`s of several dates, or a
+    `PolicyIndex` of many sites, from which ``mode`` and ``date`` select (`policies_at`). crawler: a
+    product token, or several: a "no" to one of them is a "no"; None is the dated default list
+    (`default_crawlers`).
 
     Return the most restrictive statement of all standards, which each have their own precedence;
     ``Consent("unknown")`` if none says anything, or ``url`` is no web address. Content never
@@ -51,7 +53,11 @@ def decide(
     tokens = product_tokens(crawler)
     if isinstance(policies, Mapping):
         return _decide(_Page(url, headers, html, policies, tokens))
-    snapshots = policies_at(policies, date, mode) or [{}]
+    snapshots: Sequence[Mapping[str, Any]]
+    if isinstance(policies, PolicyIndex):
+        snapshots = policies.views(url, date, mode)
+    else:
+        snapshots = policies_at(policies, date, mode) or [{}]
     if len(snapshots) == 1:
         return _decide(_Page(url, headers, html, snapshots[0], tokens))
     decisions = (_decide(_Page(url, headers, html, s, tokens)) for s in snapshots)

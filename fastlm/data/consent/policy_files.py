@@ -6,15 +6,15 @@ all of them, and one "no" is a "no".
 """
 
 import threading
+from bisect import bisect_right
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
-from typing import Any, NamedTuple, TypeVar
+from typing import Any
 
 from fastlm.data.consent import ai_txt, robots, rsl, tdmrep
 from fastlm.errors import InputError, show
-
-T = TypeVar("T")
+from fastlm.sources.warc import PolicyFile
 
 MODES = ("as-crawled", "latest", "strictest")
 TOLERANCE = timedelta(days=1)  # a clock may be wrong by this much before its date is in the future
@@ -24,18 +24,9 @@ CACHED_CHARACTERS = 32_000_000
 CACHED_FILES = 20_000
 
 
-class PolicyFile(NamedTuple):
-    """A fetched policy file. date: of the fetch, ISO 8601 (``WARC-Date``) or a datetime; status:
-    of the response.
-    """
-
-    url: str
-    date: datetime | str | None
-    status: int
-    text: str
-
-
 Policies = Mapping[str, str | PolicyFile]
+Version = tuple[datetime, PolicyFile]
+_OLDEST = datetime.min.replace(tzinfo=UTC)
 
 
 def parse_date(date: datetime | str | None) -> datetime | None:
@@ -62,53 +53,165 @@ def policies_at(
     to file, or several for "strictest", of which the most restrictive verdict counts.
 
     as-crawled: of each address the last file at or before ``date``, else the first one at most
-    ``crawl`` later. A page without a date gets "strictest". latest: the newest of each address.
-    strictest: the state of the site after each change. Dates in the future (by more than a day) do
-    not count if there are others, else they mean now; a file without a date is the oldest.
-    InputError: an unknown mode.
+    ``crawl`` later. A page without a date gets "strictest". latest: the newest of each address. A
+    file that could not be read (5xx) counts only if there is none to fall back to (RFC 9309,
+    section 2.4). strictest: the state of the site after each change. Dates in the future (by more
+    than a day) do not count if there are others, else they mean ``now``; a file without a date is
+    the oldest. InputError: an unknown mode.
     """
+    check_mode(mode)
+    now = now or datetime.now(UTC)
+    by_address = _versions(files, now)
+    fetched = parse_date(date)
+    if mode == "strictest" or (mode == "as-crawled" and fetched is None):
+        return _snapshots(by_address)
+    time = now + TOLERANCE if mode == "latest" or fetched is None else min(fetched, now)
+    chosen = {address: _at(versions, time, crawl) for address, versions in by_address.items()}
+    return [{address: file for address, file in chosen.items() if file}]
+
+
+def check_mode(mode: str) -> None:
+    """Raise InputError if ``mode`` is not one of `MODES`."""
     if mode not in MODES:
         raise InputError(f"consent: expected one of {', '.join(MODES)}, got {show(mode)}")
-    now = now or datetime.now(UTC)
-    by_address: dict[str, list[tuple[datetime, PolicyFile]]] = {}
+
+
+def _versions(files: Iterable[PolicyFile], now: datetime) -> dict[str, list[Version]]:
+    """Return the files of each address in the order of their dates."""
+    by_address: dict[str, list[Version]] = {}
     for file in files:
-        time = parse_date(file.date) or datetime.min.replace(tzinfo=UTC)
-        by_address.setdefault(file.url, []).append((time, file))
+        by_address.setdefault(file.url, []).append((parse_date(file.date) or _OLDEST, file))
     for address, versions in by_address.items():
         past = [version for version in versions if version[0] <= now + TOLERANCE]
         by_address[address] = past or [(now, file) for _, file in versions]
-        by_address[address].sort(key=lambda version: version[0])
-    if mode == "latest":
-        return [{address: versions[-1][1] for address, versions in by_address.items()}]
-    fetched = parse_date(date)
-    if mode == "strictest" or fetched is None:
-        return _snapshots(by_address)
-    fetched = min(fetched, now)
-    snapshot = {}
-    for address, versions in by_address.items():
-        before = [file for time, file in versions if time <= fetched]
-        after = [file for time, file in versions if fetched < time <= fetched + crawl]
-        if before or after:
-            snapshot[address] = before[-1] if before else after[0]
-    return [snapshot]
+        by_address[address].sort(key=lambda version: (version[0], version[1].status))
+    return by_address
 
 
-def _snapshots(
-    by_address: Mapping[str, Sequence[tuple[datetime, PolicyFile]]],
-) -> list[dict[str, PolicyFile]]:
+def _at(versions: Sequence[Version], time: datetime, crawl: timedelta) -> PolicyFile | None:
+    """Return the version that counted at a time: the last before it, else the next."""
+    end = bisect_right(versions, time, key=lambda version: version[0])
+    for _, file in reversed(versions[:end]):
+        if file.status < 500:
+            return file
+    if end:
+        return versions[end - 1][1]
+    return versions[0][1] if versions[0][0] <= time + crawl else None
+
+
+def _snapshots(by_address: Mapping[str, Sequence[Version]]) -> list[dict[str, PolicyFile]]:
     """Return the state of all files after each change of one of them."""
     events = sorted(
-        ((time, file) for versions in by_address.values() for time, file in versions),
-        key=lambda event: event[0],
+        (version for versions in by_address.values() for version in versions),
+        key=lambda version: version[0],
     )
     state = {address: versions[0][1] for address, versions in by_address.items()}
     snapshots = [dict(state)]
     for _, file in events:
+        if file.status >= 500 > state[file.url].status:
+            continue  # the copy before it counts
         if (file.status, file.text) != (state[file.url].status, state[file.url].text):
             state[file.url] = file
             snapshots.append(dict(state))
     step = -(-len(snapshots) // MAX_SNAPSHOTS)
     return [*snapshots[:-1:step], snapshots[-1]]
+
+
+class PolicyIndex:
+    """The policy files of many sites, for the pages of a build: `decide` takes it as ``policies``.
+
+    files: in any order, several dates of one address. now: what dates in the future are compared
+    with; the date of the plan, so that a later run of the build gives the same verdicts.
+    """
+
+    def __init__(self, files: Iterable[PolicyFile], now: datetime | None = None):
+        self._now = now or datetime.now(UTC)
+        self._by_address = _versions(files, self._now)
+        self._sites: dict[str, list[str]] = {}
+        for address in self._by_address:
+            self._sites.setdefault(_site(address), []).append(address)
+        self._changes: dict[str, list[datetime]] = {}
+
+    def __len__(self) -> int:
+        return len(self._by_address)
+
+    def addresses(self) -> Iterator[str]:
+        """Yield all addresses."""
+        yield from self._by_address
+
+    def at(self, address: str, time: datetime) -> PolicyFile | None:
+        """Return the file of an address that counted at ``time``, as `policies_at` says."""
+        versions = self._by_address.get(address)
+        return None if versions is None else _at(versions, time, CRAWL)
+
+    def views(self, url: str, date: datetime | str | None, mode: str) -> "list[PolicyView]":
+        """Return the states of all files that count for a page, as `policies_at` says. "strictest"
+        has the states after each change of a file of the site of ``url`` or of a licence that its
+        robots.txt names.
+        """
+        check_mode(mode)
+        fetched = parse_date(date)
+        if mode == "latest":
+            times = [self._now + TOLERANCE]
+        elif mode == "as-crawled" and fetched is not None:
+            times = [min(fetched, self._now)]
+        else:
+            times = self._times(_site(url))
+        return [PolicyView(self, time) for time in times]
+
+    def _times(self, site: str) -> list[datetime]:
+        if site not in self._changes:
+            addresses = set(self._sites.get(site, ()))
+            for address in list(addresses):
+                if file_kind(address) == "robots":
+                    for _, file in self._by_address[address]:
+                        addresses.update(_licences(file))
+            times: set[datetime] = set()
+            for address in addresses:
+                before = None
+                for time, file in self._by_address.get(address, ()):
+                    if file.text != before:
+                        times.add(time)
+                    before = file.text
+            ordered = sorted(times) or [self._now]
+            step = -(-len(ordered) // MAX_SNAPSHOTS)
+            self._changes[site] = [*ordered[:-1:step], ordered[-1]]
+        return self._changes[site]
+
+
+class PolicyView(Mapping[str, PolicyFile]):
+    """The files of a `PolicyIndex` as they were at a time, by address."""
+
+    def __init__(self, index: PolicyIndex, time: datetime):
+        self._index, self._time = index, time
+
+    def get(self, address: str, default: Any = None) -> Any:
+        file = self._index.at(address, self._time)
+        return default if file is None else file
+
+    def __getitem__(self, address: str) -> PolicyFile:
+        if (file := self.get(address)) is None:
+            raise KeyError(address)
+        return file
+
+    def __len__(self) -> int:
+        return len(self._index)
+
+    def __iter__(self) -> Iterator[str]:
+        return (address for address in self._index.addresses() if self.get(address) is not None)
+
+
+def _licences(file: PolicyFile) -> list[str]:
+    """Return the addresses of the licences that a robots.txt names."""
+    text, _ = usable_text("robots", file)
+    return [] if text is None else CACHES["robots"](text).licence_addresses(file.url)
+
+
+def _site(address: str) -> str:
+    """Return the host of an address, without its scheme and the ports 80 and 443."""
+    rest = address.partition("://")[2]
+    host = rest[: min((i for i in map(rest.find, "/?#") if i >= 0), default=len(rest))]
+    return host.rpartition("@")[2].lower().removesuffix(":443").removesuffix(":80")
 
 
 class ParseCache:

@@ -21,6 +21,7 @@ these standards: Allow and Disallow are grouped as if the lines were not there (
 import re
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
+from urllib.parse import urljoin
 
 from fastlm.data.consent.path_matcher import PathMatcher, normal_pattern, path_matcher
 from fastlm.data.consent.statement import Consent, Standard, for_all, quote
@@ -118,6 +119,11 @@ class RobotsFile:
                     self.licences.append(RobotsLine(number, key, value, line))
                 after_rule = True
 
+    def licence_addresses(self, address: str) -> list[str]:
+        """Return the addresses of all licences that the file names; ``address``: its own."""
+        lines = [line for block in self._extensions for line in block if line.key == "license"]
+        return [join(address, line.value) for line in [*self.licences, *lines]]
+
     def groups(self, crawlers: tuple[str, ...]) -> list[tuple[str, RobotsGroup]]:
         """Return the groups that these product tokens obey, each once, with the first token that
         obeys it. A token without a group of its own obeys ``*``, or nothing.
@@ -140,6 +146,14 @@ class RobotsFile:
                 extensions = [line for i in key[1] for line in self._extensions[i]]
                 self._groups[key] = RobotsGroup(paths, extensions)
             yield crawler, self._groups[key]
+
+
+def join(base: str, address: str) -> str:
+    """Return an address that may be relative to ``base``; an unusable one as it is."""
+    try:
+        return urljoin(base, address)
+    except ValueError:
+        return address
 
 
 def _key_value(line: str) -> tuple[str, str]:

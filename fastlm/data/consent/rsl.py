@@ -27,11 +27,10 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
-from urllib.parse import urljoin
 
 from fastlm.data.consent.page import Response
 from fastlm.data.consent.path_matcher import normal_pattern, path_matcher
-from fastlm.data.consent.robots import RobotsFile, RobotsLine
+from fastlm.data.consent.robots import RobotsFile, RobotsLine, join
 from fastlm.data.consent.statement import Consent, Standard, most_restrictive, quote
 
 STANDARD = Standard("rsl", "RSL 1.0 with errata", "2026-08-07", "https://rslstandard.org/rsl")
@@ -300,7 +299,7 @@ def statement(
             has_licence = True
             statements.append(document.statement("html script rsl", "", origin, path, True))
     for href, where in linked_licences(response)[:MAX_DOCUMENTS]:
-        address = _join(origin + path, href)
+        address = join(origin + path, href)
         if (document := documents.get(address)) and not document.problem:
             has_licence = True
             statements.append(document.statement(address, where, origin, path, True))
@@ -311,7 +310,7 @@ def statement(
     for _, group in file.groups(crawlers):
         lines |= {line.number: line for line in group.extensions["license"] or file.licences}
     for line in list(lines.values())[:MAX_DOCUMENTS]:
-        address = _join(robots_address, line.value)
+        address = join(robots_address, line.value)
         if (document := documents.get(address)) and not document.problem:
             where = f"{robots_address}, line {line.number}"
             statements.append(document.statement(address, where, origin, path, False))
@@ -330,10 +329,3 @@ class Documents:
 
     def inline(self, text: str) -> RslDocument | None:
         return self._parse(text)
-
-
-def _join(base: str, address: str) -> str:
-    try:
-        return urljoin(base, address)
-    except ValueError:
-        return address
