@@ -76,13 +76,16 @@ def test_the_id_of_a_corpus(runs, layout, tmp_path):
     assert record.state == PRESENT
     data = runs / layout / "data"
     parts = [p.relative_to(data).as_posix() for split in SPLITS for p in corpus_parts(data, split)]
-    others = {"funnel.json", "units.json"}
-    assert {*parts} <= record.provenance.hashes.keys() <= {*parts, *others}
-    assert output_files({"corpus": "."}, data).keys() == {*parts}
+    hashes = record.provenance.hashes.keys()
+    assert {*parts} <= hashes
+    assert {*parts} == {name for name in hashes if not name.startswith("removed/")} - {
+        "funnel.json", "units.json", "plan.json",
+    }  # fmt: skip
+    assert {*parts} <= output_files({"corpus": "."}, data).keys() <= hashes
     copy = tmp_path / "copy"
     shutil.copytree(data, copy)
     (copy / "funnel.json").write_text("{}")
-    (copy / "removed").mkdir()
+    (copy / "removed").mkdir(exist_ok=True)
     (copy / "removed/00000.jsonl.zst").write_bytes(b"no content")
 
     def content_id(path):
