@@ -3,6 +3,7 @@
 import gzip
 import json
 import random
+import time
 from collections import Counter
 from dataclasses import asdict
 from hashlib import sha256
@@ -11,8 +12,16 @@ import pytest
 import zstandard
 from warc_records import record
 
+from fastlm.errors import InputError
 from fastlm.sources import plain_text, scan
-from fastlm.sources.document import SourceFile
+from fastlm.sources.document import (
+    CUT_SHORT,
+    FAULTS,
+    MAX_DOCUMENT_BYTES,
+    UNREADABLE,
+    FileRange,
+    SourceFile,
+)
 from fastlm.sources.scan import scan_file
 from fastlm.sources.source_files import read_file, read_files
 
@@ -94,3 +103,88 @@ def test_the_ranges_are_the_whole_file(tmp_path, monkeypatch, format, packer):
         assert [d for documents in reversed(backwards) for d in documents] == whole[0]
     assert numbers[0] > 20 and numbers[1] > numbers[2] and numbers[3] == 1
     assert numbers[0] <= scan.MAX_SKIPPING_RANGES or is_seekable
+
+
+@pytest.mark.parametrize("packer", ["gzip", "members", "zstd", "frames"])
+@pytest.mark.parametrize("is_damaged", [False, True], ids=["cut", "damaged"])
+def test_lines_before_a_fault_of_the_compression_are_kept(tmp_path, packer, is_damaged):
+    rng = random.Random(5)
+    rows = [json.dumps({"text": f"{i} {rng.random()} " * 50}).encode() + b"\n" for i in range(999)]
+    data = bytearray(PACKERS[packer](rows))
+    middle = len(data) * 2 // 3
+    if is_damaged:
+        data[middle : middle + 40] = rng.randbytes(40)
+    else:
+        del data[middle:]
+    path = tmp_path / "a.jsonl.gz"
+    path.write_bytes(data)
+    file = source_file(path, "jsonl")
+    messages: list[str] = []
+    skipped: Counter[str] = Counter()
+    documents = list(read_file(file, skipped=skipped, on_skip=messages.append))
+    assert len(documents) > 300
+    assert [d.text for d in documents] == [
+        json.loads(row)["text"] for row in rows[: len(documents)]
+    ]
+    assert skipped == {CUT_SHORT: 1} and set(skipped) <= FAULTS
+    (message,) = messages
+    assert message.endswith(f"kept the {len(documents)} documents before it")
+    for unit_bytes in (1000, 15_000):
+        ranges = scan_file(file, unit_bytes=unit_bytes).ranges
+        assert len(ranges) > 1 and read_ranges(file, ranges) == (documents, skipped)
+
+
+def test_a_file_of_bad_lines_is_refused_whole_and_counted_in_ranges(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b"{oops\n" * 50)
+    file = source_file(path, "jsonl")
+    with pytest.raises(InputError, match=r"a\.jsonl, line 1: expected"):
+        read_whole(file)
+    ranges = scan_file(file, unit_bytes=100).ranges
+    assert len(ranges) == 3
+    assert read_ranges(file, ranges) == ([], {"line: malformed": 50})
+
+
+HOSTILE = {
+    "nesting": b"[" * 200_000, "NUL bytes": b'{"text": "a\0b"}', "a NUL line": b"\0" * 99,
+    "charset": '{"text": "Grüße"}'.encode("latin-1"), "UTF-16": '{"text": "x"}'.encode("utf-16"),
+    "number": b'{"text": ' + b"9" * 5000 + b"}", "endless": b"x" * (MAX_DOCUMENT_BYTES + 2),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("line", HOSTILE.values(), ids=HOSTILE)
+def test_a_hostile_line_costs_itself_alone(tmp_path, line):
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b"\n".join([b'{"text": "first"}', line, b'{"text": "last"}']))
+    file = source_file(path, "jsonl")
+    documents, skipped = read_whole(file)
+    assert [d.text for d in documents] == ["first", "last"]
+    assert skipped == {"line: malformed": 1}
+    ranges = scan_file(file, unit_bytes=10).ranges
+    assert read_ranges(file, ranges) == (documents, skipped)
+
+
+def test_a_bad_file_is_counted_in_the_range_that_meets_the_fault(tmp_path):
+    path = tmp_path / "a.txt"
+    text = b"a paragraph of text\n\n" * 60_000
+    path.write_bytes(text + b"\xff" + text)
+    file = source_file(path, "text")
+    with pytest.raises(InputError, match=r"a\.txt, line 120001: expected UTF-8, got byte 0xff"):
+        read_whole(file)
+    ranges = scan_file(file, unit_bytes=1).ranges
+    documents, skipped = read_ranges(file, ranges)
+    assert skipped == {UNREADABLE: 1} and len(documents) == len(ranges) - 1 > 2
+    path.write_bytes(b"")
+    assert scan_file(file, unit_bytes=1).ranges == (FileRange(),)
+    with pytest.raises(InputError, match="unit_bytes: expected 1 or more, got 0"):
+        scan_file(file, unit_bytes=0)
+
+
+@pytest.mark.parametrize("content", [b"x" * 5_000_000, b"\n" * 5_000_000, b"{}\n" * 2_000_000])
+def test_a_scan_is_linear_in_bounded_memory(tmp_path, content):
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(content)
+    start = time.process_time()
+    result = scan_file(source_file(path, "jsonl"), unit_bytes=1 << 20)
+    assert time.process_time() - start < 2
+    assert len(result.ranges) == (1 if content[:1] == b"x" else -(-len(content) // (1 << 20)))
