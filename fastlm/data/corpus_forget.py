@@ -1,6 +1,7 @@
 """Find documents in prepared folders and rows in files of JSON lines, and remove them."""
 
 import json
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from hashlib import sha256
@@ -37,6 +38,8 @@ from fastlm.sources.source_files import Document
 from fastlm.sources.streams import compressed, open_stream
 
 STEP = "forgotten"  # of the funnel
+# what fastlm.data.steps writes in the records of copies
+COPY_DETAIL = re.compile(r"(?:(\d\.\d+) like|same text as) (.+)", re.DOTALL)
 
 
 @dataclass
@@ -120,12 +123,34 @@ def search_corpus(
     }
 
 
-def add_near_copies(hits: FileHits, copies: NearCopies) -> list[NearCopy]:
-    """Add the near copies among the documents of a file to its hits. Return them."""
+def remaining_copies(folder: Path, query: ForgetQuery) -> dict[str, float]:
+    """Return {"SOURCE ID": similarity} of the documents that remain in place of documents that
+    match. A build removed these as copies, so that only the records in OUT/removed have them.
+    """
+    copies = {}
+    for path in list_parts(folder / REMOVED):
+        with open_stream(path) as lines:
+            for number, line in enumerate(lines, 1):
+                record = parse(line, RemovedRecord, f"{path}, line {number}")
+                detail = COPY_DETAIL.fullmatch(record["detail"] or "")
+                document = Document("", record["id"], record["source"], {"url": record["url"]})
+                if detail and query.match_document(document) - {text_key("")}:
+                    similarity, name = detail.groups()
+                    copies[name] = max(copies.get(name, 0.0), float(similarity or 1))
+    return copies
+
+
+def add_near_copies(
+    hits: FileHits, copies: NearCopies, others: Mapping[str, float]
+) -> list[NearCopy]:
+    """Add the near copies among the documents of a file to its hits, and ``others``, those of
+    `remaining_copies`. Return them.
+    """
     added = []
     first, second = tee(read_documents(hits.path))
     similarities = copies.similarities(document.text for document in first)
     for number, (document, similarity) in enumerate(zip(second, similarities)):
+        similarity = max(similarity, others.get(f"{document.source} {document.id}", 0.0))
         if not similarity or number in hits.line_numbers:
             continue
         hits.line_numbers.add(number)

@@ -13,7 +13,7 @@ again in any case; `fastlm data shards` makes them from the remaining text.
 import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -37,6 +37,7 @@ from fastlm.data.corpus_forget import (
     paragraph_keys,
     refresh_funnel,
     refresh_units,
+    remaining_copies,
     remove_lines,
     search_corpus,
     search_removed,
@@ -230,7 +231,10 @@ class _Removal:
         from fastlm.data.near_copies import NearCopies, signature_of
         from fastlm.data.texts import read_texts
 
-        files = {name: [*read_texts(name)] for name in self.names if Path(name).is_file()}
+        files = {}
+        for name in filter(os.path.isfile, self.names):
+            with suppress(InputError):  # no text: then it is only a name
+                files[name] = [*read_texts(name)]
         texts = [*self.texts, *(text for texts in files.values() for text in texts)]
         # copies that an earlier call logged: copies of copies are not to be forgotten
         logged = NearCopies(signatures=self.signatures).similarities(texts)
@@ -238,8 +242,11 @@ class _Removal:
         copies = NearCopies(texts, self.signatures)
         self.signatures |= {*filter(None, map(signature_of, texts))}
         self.query.matches |= files.keys()
-        for hits in (hits for folder in self.corpora for hits in self._files(folder)):
-            self.report.near_copies += [c._asdict() for c in add_near_copies(hits, copies)]
+        for folder in self.corpora:
+            others = remaining_copies(folder, self.query)
+            for hits in self._files(folder):
+                near_copies = add_near_copies(hits, copies, others)
+                self.report.near_copies += [copy._asdict() for copy in near_copies]
 
     def _add_hits(self, kind: str, path: Path, files: Iterable[FileHits]) -> bool:
         """Note what to remove from a place; return whether there is anything."""

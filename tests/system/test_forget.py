@@ -367,7 +367,7 @@ def test_paragraphs_that_stand_elsewhere(tmp_path):
     assert left == ["b.txt"]
 
 
-def near_corpus(folder: Path) -> tuple[Path, Path]:
+def near_corpus(folder: Path, near_duplicates: float = 0) -> tuple[Path, Path]:
     """Prepare a page, a copy of it with one edit and another page; return (texts, corpus)."""
     docs = folder / "docs"
     docs.mkdir()
@@ -375,7 +375,9 @@ def near_corpus(folder: Path) -> tuple[Path, Path]:
     (docs / "a.txt").write_text(page)
     (docs / "copy.txt").write_text(page.replace("word1a1", "edited"))
     (docs / "other.txt").write_text(" ".join(f"other{i}" for i in range(120)))
-    options = DataOptions(rules=(), min_paragraph=10**6, heldout_bytes=0)
+    options = DataOptions(
+        rules=(), min_paragraph=10**6, heldout_bytes=0, near_duplicates=near_duplicates
+    )
     prepare([str(docs)], folder / "corpus", options=options, cache=folder)
     return docs, folder / "corpus"
 
@@ -408,7 +410,7 @@ def test_near_copies_go_with_the_document(tmp_path):
     shutil.copy(corpus / FORGET_LOG, tmp_path / FORGET_LOG)
     prepare(
         [str(docs)], tmp_path / "second", cache=tmp_path,
-        options=DataOptions(rules=(), min_paragraph=10**6, heldout_bytes=0),
+        options=DataOptions(rules=(), min_paragraph=10**6, heldout_bytes=0, near_duplicates=0),
     )  # fmt: skip
     assert ids(tmp_path / "second") == ["copy.txt", "other.txt"]
     forget([tmp_path], [str(docs / "a.txt")], near=True)
@@ -429,6 +431,24 @@ def test_near_copies_of_a_file_that_is_in_no_corpus(tmp_path):
     report = forget([corpus], [str(tmp_path / "mine.txt")], near=True)
     assert ids(corpus) == ["other.txt"] and len(report.near_copies) == 2
     assert not report.not_found
+
+
+@pytest.mark.parametrize("near_duplicates", [0, 0.8], ids=["same text", "near duplicate"])
+def test_what_remains_in_place_of_a_removed_copy(tmp_path, near_duplicates):
+    """The text of a document that a build removed is not there; its record names the copy."""
+    docs, corpus = near_corpus(tmp_path, near_duplicates)
+    (docs / "same.txt").write_text((docs / "a.txt").read_text().upper())
+    options = DataOptions(
+        rules=(), min_paragraph=10**6, heldout_bytes=0, near_duplicates=near_duplicates
+    )
+    shutil.rmtree(corpus)
+    prepare([str(docs)], corpus, options=options, cache=tmp_path)
+    target = "copy.txt" if near_duplicates else "same.txt"
+    (docs / target).unlink()
+    assert "a.txt" in ids(corpus) and target not in ids(corpus)
+    report = forget([corpus], [target], near=True)
+    assert [c["id"] for c in report.near_copies] == ["a.txt"]
+    assert "a.txt" not in ids(corpus) and "other.txt" in ids(corpus)
 
 
 def test_killed_while_it_removes_near_copies(tmp_path, monkeypatch):
