@@ -57,7 +57,10 @@ def _crawl(options: CrawlOptions) -> None:
     from fastlm.pipeline.events import View
 
     summary = crawl(options, View().track)
-    typer.echo(f"{options.out}: {summary_text(summary)}")
+    text = summary_text(summary)
+    if summary["end"] == "finished" and not summary["pages"]:
+        raise InputError(f"seeds: expected sites with pages to crawl, got {text}")
+    typer.echo(f"{options.out}: {text}")
     if summary["end"] == "interrupted":
         raise typer.Exit(130)  # as after any Ctrl-C
 

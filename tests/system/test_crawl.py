@@ -19,9 +19,11 @@ from pathlib import Path
 
 import pytest
 from fastwarc.warc import ArchiveIterator, WarcRecordType
+from typer.testing import CliRunner
 from warcio.checker import Checker
 from web_site import RESET, http, web_site
 
+from fastlm.cli import app
 from fastlm.data.corpus import read_documents
 from fastlm.data.crawl import CrawlOptions, crawl, read_seeds
 from fastlm.data.prepare import DataOptions, prepare
@@ -307,6 +309,18 @@ def test_a_crawl_needs_its_extra_and_its_own_folder(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "scrapy", None)
     with pytest.raises(InputError, match=r"not installed \(pip install 'fastlm\[crawl\]'\)"):
         crawl(options)
+
+
+def test_a_crawl_without_a_page_fails(tmp_path, monkeypatch):
+    counts = {"pages": 0, "bytes": 0, "policies": 4, "refused": {"robots.txt": 1}, "errors": {}}
+    monkeypatch.setattr("fastlm.data.crawl.crawl", lambda *_: {"end": "finished", **counts})
+    words = ["data", "crawl", "https://a.example/", "-o", str(tmp_path), "--contact", "a@b.c"]
+    result = CliRunner().invoke(app, words)
+    assert result.exit_code == 2
+    assert result.stderr.startswith(
+        "fastlm: seeds: expected sites with pages to crawl, got 0 pages"
+    )
+    assert "robots.txt 1 left out" in result.stderr
 
 
 def test_seeds_are_urls_and_files_of_urls(tmp_path):
