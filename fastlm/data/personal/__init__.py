@@ -37,6 +37,7 @@ __all__ = ["DEFAULT_KINDS", "KINDS", "Placeholders", "Span", "check_kinds", "fin
 # A kind before another one wins where they overlap.
 KINDS = ("key", "email", "iban", "ip", "card", "national", "phone")
 DEFAULT_KINDS = tuple(kind for kind in KINDS if kind != "national")  # no extra needed
+MAX_ROUNDS = 8  # two are enough for all but made-up texts
 PLACEHOLDER = re.compile(rf"<({'|'.join(kind.upper() for kind in KINDS)})_([0-9]{{1,9}})>")
 
 
@@ -133,11 +134,19 @@ def replace(
     The same value has the same number in a text, and in all texts that share ``placeholders``.
     A second call changes nothing. Other arguments and errors: `find`.
     """
-    spans = find(text, kinds=kinds, regions=regions)
-    counts = Counter(span.kind for span in spans)
-    if not spans:
-        return text, {}
     placeholders = Placeholders() if placeholders is None else placeholders
+    counts: Counter[str] = Counter()
+    # A placeholder can end a run of digits, the rest of which is a number then: search again
+    for _ in range(MAX_ROUNDS):
+        spans = find(text, kinds=kinds, regions=regions)
+        if not spans:
+            break
+        counts.update(span.kind for span in spans)
+        text = _substitute(text, spans, placeholders)
+    return text, dict(counts)
+
+
+def _substitute(text: str, spans: Sequence[Span], placeholders: Placeholders) -> str:
     placeholders.reserve(text)
     parts, end = [], 0
     for span in spans:
@@ -146,4 +155,4 @@ def replace(
             start, after = start - 1, after + 1
         parts += [text[end:start], placeholders.placeholder(span)]
         end = after
-    return "".join([*parts, text[end:]]), dict(counts)
+    return "".join([*parts, text[end:]])

@@ -70,32 +70,32 @@ DIGIT_SHAPES = (
     ("kr.rrn", r"\d{6}-[1-8]\d{6}"), ("se.personnummer", r"(?:19|20)?\d{6}[-+]\d{4}"),
     ("cz.rc", r"\d{6}/\d{4}"), ("fi.hetu", r"\d{6}[-+A-FU-Y]\d{3}[0-9A-FHJ-NPR-Y]"),
     ("fr.nir", r"[12] \d\d (?:0[1-9]|1[0-2]) \d[\dAB] \d{3} \d{3} ?\d\d"),
-    ("cn.ric", r"[1-8]\d{5}(?:19|20)\d{9}[\dX]"), ("th.pin", r"\d-\d{4}-\d{5}-\d\d-\d"),
+    ("cn.ric", r"[1-8]\d{5}(?:19|20)\d{9}[\dXx]"), ("th.pin", r"\d-\d{4}-\d{5}-\d\d-\d"),
     ("ar.cuit", r"2[0347]-\d{8}-\d"), ("do.cedula", r"\d{3}-\d{7}-\d"),
 )  # fmt: skip
-# (?<!...) behind the first character, since the scan skips to that character
-START = r"(?<![\w+/=-].)"
-LETTER_SHAPES = (
-    ("it.codicefiscale", rf"[A-Z]{START}[A-Z]{{5}}\d\d[ABCDEHLMPRST]\d\d[A-Z]\d{{3}}[A-Z]"),
-    ("mx.curp", rf"[A-Z]{START}[A-Z]{{3}}\d{{6}}[HMX][A-Z]{{5}}[A-Z\d]\d"),
-    ("es.nie", rf"[XYZ]{START}-?\d{{7}}-?[A-Z]"),
-)
-# Names before plain digits, and the modules of these numbers
+LETTER_SHAPES = (  # behind a capital
+    ("it.codicefiscale", r"[A-Z]{5}\d\d[ABCDEHLMPRST]\d\d[A-Z]\d{3}[A-Z]"),
+    ("mx.curp", r"[A-Z]{3}\d{6}[HMX][A-Z]{5}[A-Z\d]\d"), ("es.nie", r"(?<=[XYZ])-?\d{7}-?[A-Z]"),
+)  # fmt: skip
+# Names before plain digits (the first one is no pattern), and the modules of these numbers
 WORDS = (
     (r"ssn|social security", ("us.ssn",)), (r"itin", ("us.itin",)), (r"nhs", ("gb.nhs",)),
-    (r"steuer-?id\w*|idnr|tax id", ("de.idnr", "us.ssn")), (r"pesel", ("pl.pesel",)),
-    (r"bsn|burgerservicenummer", ("nl.bsn",)), (r"rijksregister\w*|registre national", ("be.nn",)),
+    (r"idnr|steuer-?id\w*|tax id", ("de.idnr", "us.ssn")), (r"pesel", ("pl.pesel",)),
+    (r"bsn|burgerservicenummer", ("nl.bsn",)),
+    (r"rijksregisternummer|registre national", ("be.nn",)),
     (r"nir|s[ée]curit[ée] sociale|s[ée]cu", ("fr.nir",)), (r"cpr", ("dk.cpr",)),
-    (r"f[øo]dselsnummer|personnummer", ("no.fodselsnummer", "se.personnummer")),
+    (r"personnummer|f[øo]dselsnummer", ("no.fodselsnummer", "se.personnummer")),
     (r"dni|nif|contribuinte", ("es.dni", "pt.nif")), (r"oib", ("hr.oib",)), (r"cnp", ("ro.cnp",)),
     (r"egn|егн", ("bg.egn",)), (r"isikukood|asmens kodas", ("ee.ik", "lt.asmens")),
     (r"amka|αμκα", ("gr.amka",)), (r"kimlik|tckn", ("tr.tckimlik",)), (r"инн", ("ru.inn",)),
     (r"sin|social insurance", ("ca.sin",)), (r"tfn|tax file", ("au.tfn",)), (r"ird", ("nz.ird",)),
-    (r"id(?:entity)? (?:number|no)", ("za.idnr", "il.idnr", "ee.ik")), (r"cpf", ("br.cpf",)),
-    (r"a?adh?aar|uidai", ("in_.aadhaar",)), (r"rut|run", ("cl.rut",)), (r"emšo|emso", ("si.emso",)),
+    (r"id number|identity number|id no", ("za.idnr", "il.idnr", "ee.ik")), (r"cpf", ("br.cpf",)),
+    (r"aadhaar|adhaar|uidai", ("in_.aadhaar",)), (r"rut|run", ("cl.rut",)),
+    (r"emšo|emso", ("si.emso",)),
     (r"kennitala", ("is_.kennitala",)), (r"マイナンバー|個人番号", ("jp.in_",)),
-    (r"rodn[ée] [čc][íi]slo", ("cz.rc",)), (r"cui[tl]", ("ar.cuit",)), (r"hetu", ("fi.hetu",)),
-    (r"c[ée]dula", ("ec.ci", "do.cedula")), (r"nric|mykad", ("my.nric",)), (r"pps", ("ie.pps",)),
+    (r"rodné číslo|rodne cislo", ("cz.rc",)), (r"cuit|cuil", ("ar.cuit",)), (r"hetu", ("fi.hetu",)),
+    (r"cédula|cedula", ("ec.ci", "do.cedula")), (r"nric|mykad", ("my.nric",)),
+    (r"pps", ("ie.pps",)),
 )  # fmt: skip
 MODULES = sorted(
     {module for module, _ in (*DIGIT_SHAPES, *LETTER_SHAPES)}
@@ -110,13 +110,16 @@ def _alternatives(patterns: Sequence[str]) -> str:
 DIGIT_SHAPE = re.compile(
     rf"(?<![\w.,+/=-])(?:{_alternatives([shape for _, shape in DIGIT_SHAPES])})(?![\w+/=-]|[.,]\d)"
 )
+# The scan skips to the first character, if no group begins there
 LETTER_SHAPE = re.compile(
+    r"[A-Z](?<![\w+/=-].)"
     rf"(?:{_alternatives([shape for _, shape in LETTER_SHAPES])})(?![A-Za-z0-9_])"
 )
 WORD = re.compile(
     rf"(?<!\w)(?:{_alternatives([word for word, _ in WORDS])})(?!\w)[^\d\n]{{0,24}}\Z"
 )
-MIN_NATIONAL, MAX_NATIONAL = 7, 18  # digits
+LETTERS_AFTER = re.compile(r"-?[A-Za-z]{1,2}(?![A-Za-z0-9])")  # 12345678Z, 12345678-Z
+MIN_NATIONAL, MAX_NATIONAL = 6, 18  # digits
 
 
 @cache
@@ -231,13 +234,13 @@ def find_national(
         if sum(end - start for start, end in run) < MIN_NATIONAL:
             continue
         start, end = run[0][0], run[-1][1]
-        for m in DIGIT_SHAPE.finditer(text, start, min(len(text), end + 4)):
+        for m in DIGIT_SHAPE.finditer(text, start, min(len(text), end + 6)):
             yield from _national(text, *m.span(), (DIGIT_SHAPES[(m.lastindex or 1) - 1][0],))
         name = WORD.search(text[max(0, start - CONTEXT) : start].lower())
         if name is not None:
             modules = WORDS[(name.lastindex or 1) - 1][1]
-            while end < len(text) and text[end].isalnum() and text[end].isascii():
-                end += 1  # 12345678Z
+            if (letters_after := LETTERS_AFTER.match(text, end)) is not None:
+                end = letters_after.end()
             if end - start <= 2 * MAX_NATIONAL:
                 yield from _national(text, start, end, modules)
 
