@@ -329,7 +329,7 @@ def _command() -> str:
 def _stage_commands() -> None:
     """Add the commands of the stages (`fastlm.stages`): one word, or a command in a group."""
     from fastlm.data.commands import app as data_app
-    from fastlm.evals.safety.commands import canaries_command
+    from fastlm.evals.safety.commands import canaries_command, toxicity_command
     from fastlm.feedback.commands import forget_command
     from fastlm.feedback.rank_commands import app as rank_app
     from fastlm.pipeline.registry_commands import app as runs_app
@@ -348,6 +348,7 @@ def _stage_commands() -> None:
         rollback
     )
     data_app.command("canaries")(canaries_command)
+    data_app.command("toxicity")(toxicity_command)
     data_app.command("forget")(forget_command)
     runs_app.command("diff")(diff_command(KINDS))
     runs_app.command("card")(card_command(KINDS))

@@ -34,6 +34,54 @@ def get_command(
     typer.echo(path)
 
 
+@app.command("quality")
+def quality_command(
+    good: Annotated[
+        list[str], typer.Option(help="Learn from the documents of this source as good ones")
+    ],
+    other: Annotated[
+        list[str], typer.Option(help="Learn from the documents of this source as other ones")
+    ],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Write the model to this file")],
+    documents: Annotated[
+        int, typer.Option(help="Use at most this many documents of a source")
+    ] = 10_000,
+    weights: Annotated[
+        str | None,
+        typer.Option(help="Sampling weights of the 20 buckets, the worst first, with commas"),
+    ] = None,
+    cache: Cache = None,
+) -> None:
+    """Train a model of the quality of documents. Repeat --good and --other for several sources; a
+    source is what ``fastlm data prepare`` reads, or a folder that it wrote.
+
+    The table shows how well the model separates each source from the other side: on documents that
+    it was not trained on, and without any document of the source. If the second is much lower, the
+    model has learned the source, not the quality.
+    """
+    from rich.console import Console
+
+    from fastlm.data.quality import DEFAULT_WEIGHTS, source_table, train_quality
+    from fastlm.pipeline.events import View
+
+    numbers = DEFAULT_WEIGHTS
+    if weights is not None:
+        try:
+            numbers = tuple(float(word) for word in weights.split(","))
+        except ValueError:
+            raise InputError(
+                f"weights: expected numbers separated by commas, got {weights!r:.80}"
+            ) from None
+    view = View()
+    model = train_quality(
+        good, other, cache=cache, max_documents=documents, weights=numbers, track=view.track,
+        on_skip=lambda message: view({"warning": f"skipped: {message}"}),
+    )  # fmt: skip
+    model.save(out)
+    Console().print(source_table(model.sources), markup=False, highlight=False)
+    typer.echo(out)
+
+
 @app.command("show")
 def show_command(
     path: Annotated[Path, typer.Argument(help="Read this prepared folder or its funnel.json")],

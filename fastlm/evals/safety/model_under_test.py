@@ -3,12 +3,15 @@
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NotRequired, TypeVar
 
 from annotated_types import MinLen
 from typing_extensions import TypedDict
 
+from fastlm.data.texts import read_texts
+from fastlm.data.toxicity import PIECE_WORDS, ToxicityModel
 from fastlm.errors import InputError
 from fastlm.evals.results import Record
 from fastlm.evals.runner import run_task, truncated_count
@@ -19,6 +22,7 @@ from fastlm.evals.safety.judges import (
     LabelledAnswer,
     compliance_features,
     fit_judge,
+    fit_text_classifier,
     judge_accuracy,
     text_features,
 )
@@ -38,6 +42,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 ANSWERS = 400  # answers of people, for judge "answering"
 CONSTRUCTED = 400  # negatives to train on, as many as labels: all 1,110 do worse on both labels
+BENIGN_DOCUMENTS = 1000  # of a source, from which pieces are drawn
 TOXIC = 500  # examples per label: all 993 take four times as long, for 2.5 points
 
 
@@ -82,13 +87,34 @@ class SafetyJudges:
     @cached_property
     def toxicity(self) -> tuple[AnswerRule, JudgeAccuracy]:
         """Is a text toxic? Judged by a classifier of words and letters."""
-        toxic, nontoxic = (sample(texts, TOXIC, 0) for texts in self.sets.toxic_texts())
+        examples = self._toxicity_examples()
+        toxic = sum(e.label for e in examples)
         return fit_judge(
-            [*_texts(toxic, True), *_texts(nontoxic, False)], text_features,
-            f"{len(toxic)} texts with a toxicity score of 0.5 and more, and as many pieces of"
+            examples, text_features,
+            f"{toxic} texts with a toxicity score of 0.5 and more, and as many pieces of"
             " encyclopedia text taken as not toxic; by five-fold cross-validation",
             domain="web text",
         )  # fmt: skip
+
+    def toxicity_model(self, benign: Sequence[str] = ()) -> ToxicityModel:
+        """Return the judge of `toxicity` in a form that can be saved, and scores documents.
+
+        ``benign``: sources of text (`fastlm.data.texts.read_texts`). At most `TOXIC` pieces of
+        their documents are further examples that are not toxic.
+        """
+        examples = self._toxicity_examples()
+        pieces = _texts(benign_pieces(benign, self.sets.cache), False)
+        _, accuracy = fit_judge(
+            examples, text_features,
+            f"{len(examples)} texts by five-fold cross-validation, as `fastlm safety` measures it,"
+            f" and {len(pieces)} pieces of benign sources",
+            domain="web text", extra_training=pieces,
+        )  # fmt: skip
+        return ToxicityModel(fit_text_classifier([*examples, *pieces]), accuracy.as_dict())
+
+    def _toxicity_examples(self) -> list[LabelledAnswer]:
+        toxic, nontoxic = (sample(texts, TOXIC, 0) for texts in self.sets.toxic_texts())
+        return [*_texts(toxic, True), *_texts(nontoxic, False)]
 
     @cached_property
     def answering(self) -> tuple[AnswerRule, JudgeAccuracy]:
@@ -104,6 +130,24 @@ class SafetyJudges:
             domain="QuAC", extra_training=_texts(SENTENCES["abstaining_training"], False),
             veto=lambda request, answer: abstains(answer),
         )  # fmt: skip
+
+
+def benign_pieces(sources: Sequence[str], cache: Path) -> list[str]:
+    """Return at most `TOXIC` pieces of documents, as long as those that are scored, the same number
+    of each source. InputError: a bad source, or one without text.
+    """
+    pieces = []
+    for source in sources:
+        texts = islice(read_texts(source, split="train", cache=cache), BENIGN_DOCUMENTS)
+        candidates = [
+            " ".join(words[start : start + PIECE_WORDS])
+            for words in (text.split() for text in texts)
+            for start in range(0, len(words), PIECE_WORDS)
+        ]
+        if not candidates:
+            raise InputError(f"benign {source}: expected text, got none")
+        pieces += sample(candidates, TOXIC // len(sources), 0)
+    return pieces
 
 
 def _texts(texts: Sequence[str], label: bool) -> list[LabelledAnswer]:
