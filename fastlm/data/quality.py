@@ -47,7 +47,7 @@ DEFAULT_WEIGHTS = tuple((2 * bucket + 1) / BUCKETS for bucket in range(BUCKETS))
 Share = Annotated[float, Interval(ge=0, le=1)]
 
 
-class SourceRecord(TypedDict):
+class SourceAuc(TypedDict):
     """What training says about a source.
 
     ``auc``: the probability that the model gives a held-out document of the source, and one of the
@@ -68,7 +68,7 @@ class SourceRecord(TypedDict):
 class _Info(TypedDict):
     """What a file has besides the classifier."""
 
-    sources: list[SourceRecord]
+    sources: list[SourceAuc]
     borders: Annotated[list[Finite], Len(BUCKETS - 1, BUCKETS - 1)]
     weights: Annotated[list[Annotated[Finite, Interval(ge=0)]], Len(BUCKETS, BUCKETS)]
 
@@ -88,7 +88,7 @@ class QualityModel:
     classifier: TextClassifier
     borders: np.ndarray
     weights: tuple[float, ...]
-    sources: tuple[SourceRecord, ...]
+    sources: tuple[SourceAuc, ...]
 
     def score(self, texts: Iterable[str]) -> np.ndarray:
         """Return the score of each text, float64 (texts,). Any text is accepted."""
@@ -129,7 +129,7 @@ def check_weights(weights: Sequence[float], name: str = "weights") -> tuple[floa
     return tuple(map(float, weights))
 
 
-def source_table(sources: Sequence[SourceRecord]) -> Any:
+def source_table(sources: Sequence[SourceAuc]) -> Any:
     """Return a rich table of what training said about each source."""
     from rich.table import Table
 
@@ -235,7 +235,7 @@ def train_quality(
             left_out = _ordered_auc(s.good, left_out_values[source == i], left_out_values[opposite])
         rows = heldout & (source == i)
         records.append(
-            SourceRecord(
+            SourceAuc(
                 source=printable(s.name), good=s.good, documents=len(s.texts),
                 heldout=int(rows.sum()), same_text=s.same_text,
                 auc=_ordered_auc(s.good, values[rows], values[opposite]), left_out_auc=left_out,

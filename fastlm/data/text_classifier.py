@@ -252,10 +252,10 @@ def hash_ngrams(text: str, ngrams: Ngrams) -> tuple[np.ndarray, np.ndarray]:
         return np.zeros(0, np.int64), np.zeros(0, np.int64)
     hashes, positions = [], []
     if ngrams.characters:
-        kept = in_word.copy()
-        kept[1:] |= in_word[:-1]  # one space after each word
-        characters = np.where(in_word, codes, ord(" "))[kept].astype(np.uint64)
-        indices = words[kept]
+        spaced = in_word.copy()
+        spaced[1:] |= in_word[:-1]  # one space after each word
+        characters = np.where(in_word, codes, ord(" "))[spaced].astype(np.uint64)
+        indices = words[spaced]
         rolling = characters
         for n in range(2, max(ngrams.characters) + 1):
             rolling = rolling[:-1] * np.uint64(FACTOR) + characters[n - 1 :]
