@@ -12,6 +12,7 @@ from fastlm.data.dedup import content_key
 from fastlm.data.extract import extract
 from fastlm.data.filter import first_failed
 from fastlm.data.forget_log import document_key, line_key, text_key
+from fastlm.data.near_copies import NearCopies, is_signature
 from fastlm.data.nesting import costly_markup
 from fastlm.data.options import DataOptions
 from fastlm.data.personal import replace as scrub
@@ -57,6 +58,7 @@ class Cleaner:
 
     def __init__(self, options: DataOptions, forgotten: Collection[str] = ()):
         self.options, self.forgotten = options, frozenset(forgotten)
+        self.copies = NearCopies(signatures=filter(is_signature, self.forgotten))
 
     def __call__(self, document: Document) -> list[CleanDocument]:
         text = extract(document)
@@ -82,6 +84,8 @@ class Cleaner:
             clean, replacements = scrub(text) if self.options.scrub else (text, {})
         if self.forgotten and not _forget_keys(result, clean).isdisjoint(self.forgotten):
             result.removal, result.key = Removal("extract", "forgotten"), b""
+        elif self.copies and any(self.copies.similarities([text])):
+            result.removal, result.key = Removal("extract", "near copy of a forgotten text"), b""
         elif rule is not None:
             result.removal, result.rejected_text = Removal("quality rules", rule), text
         else:

@@ -137,16 +137,9 @@ def read_forget_log(folder: Path) -> list[ForgetRecord]:
 
 
 def forgotten_keys(folders: Iterable[Path]) -> frozenset[str]:
-    """Return the keys of everything that was forgotten in these folders."""
-    records = (record for folder in folders for record in read_forget_log(folder))
-    return frozenset(key for record in records for key in record.keys)
-
-
-def forgotten_signatures(folders: Iterable[Path]) -> list[str]:
-    """Return the signatures of texts whose near copies were forgotten in these folders, sorted
-    (`fastlm.data.near_copies.NearCopies` takes them)."""
-    records = (record for folder in folders for record in read_forget_log(folder))
-    return sorted({signature for record in records for signature in record.signatures})
+    """Return the keys and signatures of everything that was forgotten in these folders."""
+    records = [record for folder in folders for record in read_forget_log(folder)]
+    return frozenset(key for record in records for key in (*record.keys, *record.signatures))
 
 
 def document_names(source: str, id: str, meta: Mapping[str, Any]) -> Iterator[str]:

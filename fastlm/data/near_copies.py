@@ -24,6 +24,7 @@ from fastlm.errors import InputError
 from fastlm.files import atomic_file, reason
 
 SIGNATURES = "signatures"  # folder of a corpus: signatures/SPLIT/NNNNN.npz
+PREFIX = "near-"
 FORMAT = 1  # of `shingles` and the hashes of bands
 MIN_SHARED_KEYS = 2  # of a copy that is known by its signature alone
 BATCH_CHARACTERS = 1 << 22  # of texts signed at a time
@@ -42,7 +43,7 @@ def signature_format() -> str:
     """Return what keys depend on; keys of different formats cannot be compared."""
     from rensa import RMinHash  # pyright: ignore[reportAttributeAccessIssue]
 
-    return f"near-{FORMAT}-{RMinHash.ALGORITHM_VERSION}"
+    return f"{PREFIX}{FORMAT}-{RMinHash.ALGORITHM_VERSION}"
 
 
 def save_signatures(
@@ -119,6 +120,11 @@ def signature_of(text: str) -> str:
     array = shingles(text)
     keys = band_keys([array])[0].astype("<u8")
     return f"{signature_format()}:{len(array)}:{keys.tobytes().hex()}" if len(array) else ""
+
+
+def is_signature(key: str) -> bool:
+    """Return whether a key of the forget log is one of `signature_of`."""
+    return key.startswith(PREFIX)
 
 
 class NearCopies:

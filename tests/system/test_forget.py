@@ -22,12 +22,11 @@ from fastlm.data.forget_log import (
     FORGET_LOG,
     document_key,
     forgotten_keys,
-    forgotten_signatures,
     read_forget_log,
     response_key,
     row_keys,
 )  # fmt: skip
-from fastlm.data.near_copies import NearCopies
+from fastlm.data.near_copies import NearCopies, is_signature
 from fastlm.data.preferences import read_preferences
 from fastlm.data.prepare import DataOptions, prepare
 from fastlm.data.shards import INDEX, BatchSampler, TokenDataset
@@ -401,7 +400,7 @@ def test_near_copies_go_with_the_document(tmp_path):
     log = read_forget_log(corpus)
     assert len(log) == 1 and document_key(str(docs), "a.txt") in log[0].keys
     page = (docs / "a.txt").read_text()
-    copies = NearCopies(signatures=forgotten_signatures([corpus]))
+    copies = NearCopies(signatures=filter(is_signature, forgotten_keys([corpus])))
     assert all(copies.similarities([page, page.replace("word4a2", "edited again")]))
     assert not any(copies.similarities([(docs / "other.txt").read_text()]))
     assert page[:20] not in (corpus / FORGET_LOG).read_text()
@@ -415,13 +414,22 @@ def test_near_copies_go_with_the_document(tmp_path):
     assert ids(tmp_path / "second") == ["copy.txt", "other.txt"]
     forget([tmp_path], [str(docs / "a.txt")], near=True)
     assert ids(tmp_path / "second") == ["other.txt"]
+    (docs / "copy.txt").rename(docs / "renamed.txt")
+    (docs / "renamed.txt").write_text(page.replace("word16a4", "another edit"))
+    funnel = prepare(
+        [str(docs)], tmp_path / "third", cache=tmp_path, forgotten=forgotten_keys([tmp_path]),
+        options=DataOptions(rules=(), min_paragraph=10**6, heldout_bytes=0, near_duplicates=0),
+    )  # fmt: skip
+    assert ids(tmp_path / "third") == ["other.txt"]
+    removed = {reason: n for step in funnel.steps for reason, n in step["removed"].items()}
+    assert removed == {"near copy of a forgotten text": 1}
 
 
 def test_without_near_a_copy_stays(tmp_path):
     docs, corpus = near_corpus(tmp_path)
     report = forget([corpus], [str(docs / "a.txt")])
     assert ids(corpus) == ["copy.txt", "other.txt"] and not report.near_copies
-    assert forgotten_signatures([corpus]) == []
+    assert not any(map(is_signature, forgotten_keys([corpus])))
 
 
 def test_near_copies_of_a_file_that_is_in_no_corpus(tmp_path):
@@ -463,7 +471,7 @@ def test_killed_while_it_removes_near_copies(tmp_path, monkeypatch):
         if was_killed:
             forget([target], [str(docs / "a.txt")], near=True)
         assert ids(target) == ["other.txt"]
-        assert len(forgotten_signatures([target])) == 1
+        assert sum(map(is_signature, forgotten_keys([target]))) == 1
 
     assert kill_at_every_change(monkeypatch, start, check) > 3
 
