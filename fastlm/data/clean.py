@@ -1,13 +1,15 @@
-"""What is done to one document alone: extract, cut, apply the quality rules, scrub.
+"""What is done to one document alone: consent, extract, cut, apply the quality rules, scrub.
 
 The result depends on the document and the options only, so documents can be cleaned anywhere and in
 any order. What depends on other documents is in `fastlm.data.steps`.
 """
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field, replace
+from datetime import datetime
 from typing import Any
 
+from fastlm.data.consent.gate import ConsentGate
 from fastlm.data.dedup import content_key
 from fastlm.data.extract import extract
 from fastlm.data.filter import first_failed
@@ -18,6 +20,7 @@ from fastlm.data.options import DataOptions
 from fastlm.data.personal import replace as scrub
 from fastlm.data.split import split_text
 from fastlm.sources.source_files import Document
+from fastlm.sources.warc import PolicyFile
 
 
 @dataclass(slots=True)
@@ -54,15 +57,29 @@ EXCERPT = 600  # characters that show people why a text was removed
 
 
 class Cleaner:
-    """``cleaner(document)`` returns the cleaned document, or its parts if it was cut."""
+    """``cleaner(document)`` returns the cleaned document, or its parts if it was cut.
 
-    def __init__(self, options: DataOptions, forgotten: Collection[str] = ()):
+    policies: the policy files of all sites of the build. now: the date of its plan, with which
+    dates in the future are compared.
+    """
+
+    def __init__(
+        self,
+        options: DataOptions,
+        forgotten: Collection[str] = (),
+        policies: Iterable[PolicyFile] = (),
+        now: datetime | None = None,
+    ):
         self.options, self.forgotten = options, frozenset(forgotten)
         self.copies = NearCopies(signatures=filter(is_signature, self.forgotten))
+        self.gate = ConsentGate(options, policies, now=now)
 
     def __call__(self, document: Document) -> list[CleanDocument]:
+        decision = self.gate(document)
+        bare = replace(document, text="", meta=document.meta | decision.meta)
+        if decision.refusal:
+            return [CleanDocument(bare, removal=Removal("extract", *decision.refusal))]
         text = extract(document)
-        bare = replace(document, text="")
         if not text.strip():
             is_html = document.meta.get("format") == "html"
             reason = (costly_markup(document.text) if is_html else None) or "no text"
@@ -82,7 +99,9 @@ class Cleaner:
         clean, replacements = "", {}
         if rule is None:
             clean, replacements = scrub(text) if self.options.scrub else (text, {})
-        if self.forgotten and not _forget_keys(result, clean).isdisjoint(self.forgotten):
+        if entry := self.gate.refuses_text(text):
+            result.removal, result.key = Removal("extract", "opt-out", entry), b""
+        elif self.forgotten and not _forget_keys(result, clean).isdisjoint(self.forgotten):
             result.removal, result.key = Removal("extract", "forgotten"), b""
         elif self.copies and any(self.copies.similarities([text])):
             result.removal, result.key = Removal("extract", "near copy of a forgotten text"), b""

@@ -2,6 +2,7 @@
 
 import re
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from fastlm.data.dedup import MIN_PARAGRAPH
@@ -9,6 +10,7 @@ from fastlm.data.filter import MAX_WORDS, TECHNICAL, check_rules
 from fastlm.data.near_duplicates import THRESHOLD
 from fastlm.errors import InputError
 from fastlm.pipeline.stage import Repeated
+from fastlm.pipeline.units import file_sha256
 
 SIZE = re.compile(r"(\d+(?:\.\d+)?) ?([KMGT]?)(i?)B?", re.IGNORECASE)
 MIN_MEMORY = 64 << 20  # a worker with its libraries needs more than that already
@@ -53,6 +55,27 @@ class DataOptions:
         tuple[str, ...],
         Repeated("Remove what is a duplicate of a document in this corpus of an earlier build"),
     ] = ()
+    consent: Annotated[
+        Literal["as-crawled", "latest", "strictest", "off"],
+        "Obey what sites say about training: their files of the time of the crawl, the newest, all",
+    ] = "as-crawled"
+    unknown: Annotated[
+        Literal["keep", "drop"], "Keep or drop pages about which nothing is said"
+    ] = "keep"
+    crawlers: Annotated[
+        tuple[str, ...],
+        "Obey the robots.txt groups of these crawlers, names with commas; default: a dated list",
+    ] = ()
+    opt_out: Annotated[
+        tuple[str, ...],
+        Repeated(
+            "Leave out what this list names: domains, addresses, repositories, authors, hashes"
+        ),
+    ] = ()
+    licences: Annotated[
+        tuple[str, ...],
+        "Keep only documents under these licences: SPDX names with commas, * for any characters",
+    ] = ()
     text_field: Annotated[str, "Read the text from this field of JSON lines"] = "text"
     max_words: Annotated[
         int, "Cut a document of more words into parts, at the ends of paragraphs"
@@ -94,6 +117,13 @@ class DataOptions:
                 f"max_words: expected at most {MAX_WORDS:,}, which the rule word_count lets pass, "
                 f"got {self.max_words:,}"
             )
+        if self.crawlers:
+            from fastlm.data.consent.crawlers import product_tokens
+
+            product_tokens(self.crawlers)
+        for path in self.opt_out:
+            if not Path(path).is_file():
+                raise InputError(f"opt_out: expected a file, got {path}")
         if parse_size(self.memory, "memory") < MIN_MEMORY:
             raise InputError(f"memory: expected 64MiB or more, got {self.memory}")
 
@@ -102,4 +132,9 @@ class DataOptions:
         values = asdict(self)
         for name in ("workers", "executor", "memory"):
             del values[name]
+        values["opt_out_sha256"] = [file_sha256(Path(path)) for path in self.opt_out]
+        if self.consent != "off":
+            from fastlm.data.consent.crawlers import product_tokens
+
+            values["crawler_names"] = product_tokens(self.crawlers or None)
         return values

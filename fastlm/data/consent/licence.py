@@ -90,6 +90,8 @@ def _of_elements(page: str) -> Iterable[str]:
 
 
 def _of_phrases(page: str) -> Iterable[str]:
+    if "reativecommons" not in page:
+        return
     for match in _CC.finditer(page):
         before = page[max(0, match.start() - 600) : match.start()]
         start = before.rfind("<")  # of the element that has the link

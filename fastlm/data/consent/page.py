@@ -62,7 +62,7 @@ def read_headers(headers: HeaderFields | None) -> dict[str, list[str]]:
         return fields
     items: Any = headers.items() if isinstance(headers, Mapping) else headers
     for name, value in items:
-        key = name.lower()
+        key = name.lower() if isinstance(name, str) else ""
         if key in HEADERS:
             values = value if isinstance(value, list | tuple) else (value,)
             fields.setdefault(key, []).extend(str(text)[:MAX_VALUE].strip() for text in values)
