@@ -9,6 +9,7 @@ from fastlm.errors import InputError
 from fastlm.progress import silent
 from fastlm.schema import read_document
 from fastlm.sources.reasoning_gym import is_reasoning_gym, package_version
+from fastlm.sources.remote import is_remote, remote_state
 from fastlm.sources.source_files import list_files, parse_source, printable
 
 Stamp = tuple[int, int, int]  # size, mtime and ctime in ns
@@ -50,6 +51,10 @@ class InputDigest:
             if not parse_source(spec)[0]:
                 files, _ = list_files(spec, cache=self.cache)
                 files = [file for file in files if not formats or file.format in formats]
+                if is_remote(spec):
+                    states = ((file.name, *remote_state(file.path)) for file in files)
+                    entries[spec] = [list(state) for state in states]
+                    continue
                 self._hash(file.path for file in files)
                 entries[spec] = [self._entry(file.name, file.path) for file in files]
         return [[spec, entries.get(spec, [])] for spec in specs]

@@ -26,6 +26,7 @@ from fastlm.sources.document import (
     ignore_message,
 )
 from fastlm.sources.json_rows import Row, parse_rows
+from fastlm.sources.remote import StoreError, open_file
 
 META_COLUMNS = ("url", "id", "date", "language")
 MAX_META_CHARACTERS = 8 << 10
@@ -48,7 +49,7 @@ def read_parquet(
     MAX_DOCUMENT_BYTES, and row groups that cannot be decoded are counted in ``skipped``.
     InputError: no Parquet file, no such column, a whole file without a good row.
     """
-    with open(file.path, "rb") as raw:
+    with open_file(file.path) as raw:
         table = _open(file, raw)
         columns = _columns(file, table, field)
         faults: list[str] = []
@@ -73,6 +74,8 @@ def read_parquet(
                             if range.start <= i < stop:
                                 yield i + 1, row
                     number += batch.num_rows
+            except StoreError:
+                raise
             except _errors() as e:
                 if range.start <= number < stop:
                     faults.append(
@@ -133,6 +136,8 @@ def _open(file: SourceFile, raw: Any) -> Any:
         ) from None
     try:
         return parquet.ParquetFile(raw, pre_buffer=False, page_checksum_verification=True)
+    except StoreError:
+        raise
     except _errors() as e:
         reason = " ".join(str(e).split())
         raise InputError(f"{file.path}: expected a Parquet file: {reason}") from None

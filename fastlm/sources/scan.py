@@ -15,6 +15,7 @@ from fastlm.errors import InputError
 from fastlm.sources.document import WHOLE_FILE, FileRange, SourceFile
 from fastlm.sources.parquet import row_group_starts
 from fastlm.sources.plain_text import UTF16_MARKS, text_pieces
+from fastlm.sources.remote import StoreError
 from fastlm.sources.streams import (
     COMPRESSION_ERRORS,
     GZIP_MAGIC,
@@ -88,6 +89,8 @@ def _ranges(cuts: Iterator[Cut]) -> tuple[FileRange, ...]:
     try:
         for cut in cuts:
             starts.append(cut)
+    except StoreError:
+        raise
     except (InputError, EOFError, *COMPRESSION_ERRORS):
         pass  # the reader of the last range names it
     if any(not offset for _, offset in starts[1:]):

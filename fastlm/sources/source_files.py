@@ -38,6 +38,7 @@ from fastlm.sources.json_rows import row_unit as row_unit
 from fastlm.sources.parquet import read_parquet
 from fastlm.sources.plain_text import PIECE_BYTES as PIECE_BYTES
 from fastlm.sources.plain_text import read_notebook, read_text, refuse_binary
+from fastlm.sources.remote import StoreError, is_remote, list_remote
 from fastlm.sources.streams import StreamError, name_faults, open_stream
 from fastlm.sources.warc import read_warc
 
@@ -115,6 +116,8 @@ def list_files(
     package = bool(scheme)
     skipped: Counter[str] = Counter()
     unsupported = Counter() if unsupported is None else unsupported
+    if is_remote(name):
+        return _list_remote(spec, name, glob, unsupported)
     root = packages.fetch(scheme, name, cache=cache) if package else Path(name)
     spec = printable(spec)
     if not root.exists():
@@ -153,6 +156,30 @@ def list_files(
         counts = ", ".join(f"{n} {reason}" for reason, n in skipped.items())
         reasons = f" ({counts})" if counts else ""
         raise InputError(f"source {spec}: expected files {types}; found none{reasons}")
+    return files, skipped
+
+
+def _list_remote(
+    spec: str, address: str, glob: str, unsupported: Counter[str]
+) -> tuple[list[SourceFile], Counter[str]]:
+    skipped: Counter[str] = Counter()
+    files = []
+    objects = list_remote(address)
+    explicit = [str(path) for _, path in objects] == [address.replace("://", ":/", 1)]
+    for name, path in objects:
+        ending = file_ending(name)
+        if glob and not fnmatch.fnmatch(name, glob):
+            skipped["not matched by the glob"] += 1
+        elif ending not in FORMATS:
+            skipped[UNSUPPORTED_TYPE] += 1
+            unsupported[ending or NO_ENDING] += 1
+        else:
+            files.append(SourceFile(path, name, spec, FORMATS[ending], explicit=explicit))
+    if not files:
+        raise InputError(
+            f"source {spec}: expected objects of a type that is read, as {' '.join(DOCUMENTS)};"
+            f" found none among {len(objects)}"
+        )
     return files, skipped
 
 
@@ -249,7 +276,7 @@ def read_files(
                 count += 1
                 yield document
         except InputError as e:
-            if file.explicit and range == WHOLE_FILE:
+            if isinstance(e, StoreError) or (file.explicit and range == WHOLE_FILE):
                 raise
             skipped[UNREADABLE] += 1
             on_skip(f"{e}; kept the {count} documents before it" if count else str(e))

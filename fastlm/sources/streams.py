@@ -22,6 +22,7 @@ from typing import IO, Any, BinaryIO, cast
 import zstandard
 
 from fastlm.errors import InputError
+from fastlm.sources.remote import open_file
 
 GZIP_MAGIC, ZSTD_MAGIC = b"\x1f\x8b", b"\x28\xb5\x2f\xfd"
 ZSTD_LEVEL = 3  # level 6 takes twice the time and saves 5 %
@@ -129,7 +130,7 @@ def open_stream(path: Path, *, offset: int = 0, partial: bool = False) -> Iterat
     is truncated or corrupt (`StreamError`).
     """
     with name_faults(path):
-        with open(path, "rb") as raw:
+        with open_file(path) as raw:
             if offset:
                 raw.seek(offset)
                 yield raw
@@ -141,7 +142,7 @@ class HashedFile(io.RawIOBase):
     """A file that is hashed while it is read, also by readers that jump back."""
 
     def __init__(self, path: Path):
-        self._file = open(path, "rb", buffering=0)
+        self._file = open_file(path, buffering=0)
         self._sha256, self._hashed = hashlib.sha256(), 0
 
     def readable(self) -> bool:

@@ -36,6 +36,7 @@ from fastlm.sources.document import (
     decode_web,
     ignore_message,
 )
+from fastlm.sources.remote import StoreError, open_file
 from fastlm.sources.streams import GZIP_MAGIC, ZSTD_MAGIC, GzipMembers, decompressed
 
 PAGE_FORMATS = {"text/html": "html", "application/xhtml+xml": "html", "text/plain": "text"}
@@ -147,7 +148,7 @@ def read_warc(
 
     records = 0
     try:
-        with open(file.path, "rb") as raw:
+        with open_file(file.path) as raw:
             # the record after the range is read too: whether the last one is whole depends on it
             for item in walk_records(file, raw, range, select, parse, count_fault):
                 if item.index >= stop:
@@ -240,7 +241,7 @@ def walk_records(
                 is_complete = str(size) == (record.headers.get("Content-Length") or "").strip()
                 candidate = _Record(origin, is_complete, value)
         except PARSE_ERRORS as e:
-            if isinstance(e, OSError) and e.errno:
+            if isinstance(e, StoreError) or (isinstance(e, OSError) and e.errno):
                 raise
             error = e
         if error is None:
