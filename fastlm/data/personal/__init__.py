@@ -17,7 +17,7 @@ patterns alone, which take time stamps for cards (docs/data.md has the counts).
 
 import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 from fastlm.data.personal.addresses import find_emails, find_ips
 from fastlm.data.personal.keys import find_keys
@@ -77,17 +77,17 @@ def find(
         "national": lambda: find_national(text, groups, letters),
         "phone": lambda: find_phones(text, groups, regions),
     }
-    return _disjoint(span for kind in KINDS if kind in kinds for span in finders[kind]())
+    spans = [span for kind in KINDS if kind in kinds for span in finders[kind]()]
+    return _disjoint(spans, len(text)) if spans else spans
 
 
-def _disjoint(spans: Iterator[Span]) -> list[Span]:
-    """Return the spans that overlap no earlier one, sorted."""
+def _disjoint(spans: Sequence[Span], size: int) -> list[Span]:
+    """Return the spans of a text of ``size`` characters that overlap no earlier one, sorted."""
     disjoint: list[Span] = []
-    used: set[int] = set()
+    used = bytearray(size)
     for span in spans:
-        positions = range(span.start, span.end)
-        if used.isdisjoint(positions):
-            used.update(positions)
+        if used.find(1, span.start, span.end) < 0:
+            used[span.start : span.end] = b"\1" * (span.end - span.start)
             disjoint.append(span)
     return sorted(disjoint, key=lambda span: span.start)
 

@@ -2,8 +2,8 @@
 
 A key begins with the prefix that its service documents, has the length that the service uses and
 mixes letters with digits, as random text does. Most texts hold no prefix, so a substring test per
-prefix (0.3 us in 6 KB) decides before any pattern runs. One pattern of all prefixes took ten times
-as long, since its first letters are those of ordinary words.
+prefix decides before any pattern runs: 95 MB/s for all of them. One pattern of all keys runs at 21,
+one of all prefixes at 51 MB/s, since their first letters are those of ordinary words.
 
 Rejected: any random-looking string (entropy alone). Hashes, ids and base64 data look the same, and
 documentation is full of them.

@@ -8,9 +8,9 @@ A number counts where one of these holds:
   countries, in the groups of North America, or in the groups of countries that use no 0.
 
 The first two need no hint where a text comes from. The last one is a guess: with all 245 regions
-it finds telephones in half of all part numbers, which is right for chats, where a miss costs more
-than a false placeholder, and wrong for web pages. Lengths and prefixes are Google's numbering plans
-(`phonenumbers`).
+it takes 52 numbers such as 0123456789 and 04.08.37.81412 of 26 MB of documentation for telephones,
+with WEB_REGIONS none. In chats a miss costs more than a false placeholder: use all regions. Lengths
+and prefixes are Google's numbering plans (`phonenumbers`).
 
 A run of digits without "+", word or usual groups is never a number: it may be an order, an id or a
 sum. Numbers in words ("oh one seven oh") are not found.
