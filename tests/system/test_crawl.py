@@ -16,6 +16,7 @@ import time
 from collections import Counter
 from importlib.metadata import version
 from pathlib import Path
+from random import Random
 
 import pytest
 from fastwarc.warc import ArchiveIterator, WarcRecordType
@@ -45,7 +46,7 @@ def command(out, *arguments):
 
 def run(out, *arguments, status=0):
     result = subprocess.run(
-        command(out, *arguments), env=PLAIN, capture_output=True, text=True, timeout=60
+        command(out, *arguments), env=PLAIN, capture_output=True, text=True, timeout=120
     )
     assert result.returncode == status, result.stderr
     return result
@@ -83,9 +84,6 @@ def is_whole(out):
     return not list(out.glob("*.part"))
 
 
-TEXT = "It has a text of its own, so that no step takes it for the copy of another page. " * 3
-
-
 def tree(count, seconds=0.0):
     """Return a site of ``count`` pages; page n links to 2n + 1 and 2n + 2 and has an ETag."""
 
@@ -99,7 +97,8 @@ def tree(count, seconds=0.0):
         if headers.get("if-none-match") == f'"v{n}"':
             return http(b"", "304 Not Modified", None, f'ETag: "v{n}"', "X-Day: second")
         links = "".join(f"<a href='/{k}'>{k}</a>" for k in (2 * n + 1, 2 * n + 2) if k < count)
-        body = f"<title>{n}</title><p>Page {n} of the tree. {TEXT}</p>{links}".encode()
+        text = " ".join(str(number) for number in Random(n).sample(range(10**6), 40))  # no copy
+        body = f"<title>{n}</title><p>{text}</p>{links}".encode()
         return http(body, "200 OK", "text/html", f'ETag: "v{n}"', "X-Day: first")
 
     return handler
@@ -475,7 +474,7 @@ def hostile_crawl(tmp_path_factory):
     with web_site(hostile) as site:
         domains = ",".join(f"127.0.0.{n}" for n in ROBOTS)
         run(
-            out, site.url(), "--domains", domains, "--timeout", 1, "--max-page-bytes", 1_000_000,
+            out, site.url(), "--domains", domains, "--timeout", 2, "--max-page-bytes", 1_000_000,
             "--depth", 6,
         )  # fmt: skip
     return site, out
