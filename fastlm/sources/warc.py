@@ -70,6 +70,8 @@ PAGE_HEADERS = {
     "license", "link", "location", "retry-after", "server", "tdm-policy", "tdm-reservation",
     "x-robots-tag",
 }  # fmt: skip
+# "googlebot: noindex" and "noai" would be a "noai" for googlebot alone if a comma joined them
+LINE_HEADERS = {"x-robots-tag"}
 MAX_HEADER_VALUE = 8 << 10  # characters
 
 Position = tuple[int, int]  # (byte of the file, decompressed bytes to skip from there)
@@ -519,11 +521,14 @@ def _policy(record: Any, block: bytes, skipped: Counter[str]) -> PolicyFile | No
 
 
 def page_headers(items: Iterable[tuple[str, str]]) -> dict[str, str]:
-    """Return the headers of PAGE_HEADERS, in lower case; repeated ones are joined by ", "."""
+    """Return the headers of PAGE_HEADERS, in lower case; repeated ones are joined by ", ", those of
+    LINE_HEADERS by a line break.
+    """
     headers: dict[str, str] = {}
     for name, value in items:
         name = name.lower()
         if name in PAGE_HEADERS:
-            joined = f"{headers[name]}, {value}" if name in headers else value
+            separator = "\n" if name in LINE_HEADERS else ", "
+            joined = f"{headers[name]}{separator}{value}" if name in headers else value
             headers[name] = joined[:MAX_HEADER_VALUE]
     return headers

@@ -76,10 +76,14 @@ def test_headers_of_any_shape():
     shapes = [
         {"X-ROBOTS-TAG": "noindex, noai"},
         {"x-robots-tag": ["noindex", "noai"]},
+        {"x-robots-tag": "otherbot: noindex\nnoai"},
+        {"x-robots-tag": ["otherbot: noindex", "noai"]},
         [("X-Robots-Tag", "noindex"), ("X-Robots-Tag", "noai")],
     ]
     for headers in shapes:
         assert decide(PAGE, headers=headers).source == "header X-Robots-Tag"
+    joined = {"X-Robots-Tag": "otherbot: noindex, noai"}  # all of it for the other crawler
+    assert decide(PAGE, headers=joined).verdict == "unknown"
 
 
 def test_page_as_bytes():

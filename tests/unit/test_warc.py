@@ -241,7 +241,7 @@ def test_a_page_has_its_date_and_the_headers_that_matter(archive):
     )  # fmt: skip
     (page,) = read_file(archive(record(1, b"<p>x", headers=headers, date="2999-01-01T00:00:00Z")))
     assert page.meta.pop("headers") == {
-        "content-type": "text/html; charset=utf-8", "x-robots-tag": "noai, noindex",
+        "content-type": "text/html; charset=utf-8", "x-robots-tag": "noai\nnoindex",
         "content-usage": "train-ai=n", "tdm-reservation": "1", "link": "</a.xml>; rel=license",
         "etag": "x" * warc.MAX_HEADER_VALUE,
     }  # fmt: skip

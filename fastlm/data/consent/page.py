@@ -56,7 +56,9 @@ class Response:
 
 
 def read_headers(headers: HeaderFields | None) -> dict[str, list[str]]:
-    """Return the values of the `HEADERS`, names in small letters, each field as its own value."""
+    """Return the values of the `HEADERS`, names in small letters, each field as its own value. A
+    line break in a value separates fields, too.
+    """
     fields: dict[str, list[str]] = {}
     if not headers:
         return fields
@@ -65,7 +67,8 @@ def read_headers(headers: HeaderFields | None) -> dict[str, list[str]]:
         key = name.lower() if isinstance(name, str) else ""
         if key in HEADERS:
             values = value if isinstance(value, list | tuple) else (value,)
-            fields.setdefault(key, []).extend(str(text)[:MAX_VALUE].strip() for text in values)
+            lines = (line for text in values for line in str(text)[:MAX_VALUE].split("\n"))
+            fields.setdefault(key, []).extend(line.strip() for line in lines)
     return fields
 
 
