@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fastlm.data.corpus import (
+    PLAN,
     REMOVED,
     SPLITS,
     SUFFIX,
@@ -51,6 +52,7 @@ from fastlm.data.forget_log import (
     request_key,
     response_key,
 )
+from fastlm.data.prepare import WORK
 from fastlm.errors import InputError
 from fastlm.files import append_lines, read_json, write_json
 from fastlm.pipeline.archive import PREVIOUS
@@ -187,7 +189,12 @@ class _Removal:
     # ---- search
 
     def search(self) -> None:
-        corpora, shards, rows = self.places
+        corpora, shards, rows, builds = self.places
+        self.report.unchecked += [
+            f"{folder}: an unfinished build may have it: finish it (fastlm data prepare) or delete"
+            " this folder, then repeat this command"
+            for folder in builds
+        ]
         for folder in corpora:
             files = search_corpus(folder, self.query, after_kill=bool(self.earlier))
             self.corpora[folder] = files
@@ -473,9 +480,13 @@ def _retrain_command(record: RunRecord) -> str | None:
     return record.provenance.command
 
 
-def _find_data(roots: Iterable[Path]) -> tuple[list[Path], list[Path], list[Path]]:
-    """Return the prepared folders, folders of shards and files of rows below the paths."""
-    corpora, shards, rows = {}, {}, {}  # sets that keep their order
+def _find_data(
+    roots: Iterable[Path],
+) -> tuple[list[Path], list[Path], list[Path], list[Path]]:
+    """Return the prepared folders, folders of shards, files of rows and unfinished builds of
+    corpora below the paths.
+    """
+    corpora, shards, rows, builds = {}, {}, {}, {}  # sets that keep their order
     for root in roots:
         if root.is_file():
             rows[root] = None
@@ -483,6 +494,9 @@ def _find_data(roots: Iterable[Path]) -> tuple[list[Path], list[Path], list[Path
         for inner, folders, files in os.walk(root):
             folders[:] = sorted(f for f in folders if f not in INNER and not f.startswith("."))
             folder, parts = Path(inner), set[str]()
+            if WORK in folders and (folder / WORK / PLAN).is_file():
+                folders.remove(WORK)
+                builds[folder / WORK] = None
             if FUNNEL in files:
                 parts = {f"{split}{SUFFIX}" for split in SPLITS} & {*files}
                 if parts or UNITS in files or any(list_parts(folder / split) for split in SPLITS):
@@ -495,7 +509,7 @@ def _find_data(roots: Iterable[Path]) -> tuple[list[Path], list[Path], list[Path
             for name in sorted({*files} - parts - NOT_ROWS):
                 if is_json_lines(folder / name) and not name.startswith("."):
                     rows[folder / name] = None
-    return list(corpora), list(shards), list(rows)
+    return list(corpora), list(shards), list(rows), list(builds)
 
 
 def _is_shards(index: Path) -> bool:

@@ -296,6 +296,20 @@ def test_another_call_does_not_complete_a_killed_one(corpus_of_parts, monkeypatc
         forget([corpus_of_parts], ["b"])
 
 
+def test_an_unfinished_build_is_not_searched(corpus_of_parts):
+    """Its units must stay as their markers say."""
+    unit = corpus_of_parts / "work/read/00000.rows.jsonl.zst"
+    unit.parent.mkdir(parents=True)
+    unit.write_bytes(pack([json.dumps(removal("x.txt", "B 1", "b")).encode() + b"\n"]))
+    (corpus_of_parts / "work/plan.json").write_text("{}")
+    before = unit.read_bytes()
+    report = forget([corpus_of_parts], ["b"])
+    assert [r["kind"] for r in report.removed] == ["document"] and report.is_incomplete
+    (message,) = report.unchecked
+    assert message.startswith(f"{corpus_of_parts}/work: an unfinished build may have it")
+    assert unit.read_bytes() == before
+
+
 def test_a_document_that_was_already_removed(corpus_of_parts):
     """Its record goes, and later builds leave the document out."""
     path = corpus_of_parts / REMOVED / part_name(0)
