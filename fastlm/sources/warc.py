@@ -132,12 +132,12 @@ def read_warc(
     stop = float("inf") if range.stop is None else range.stop
     faults: Counter[str] = Counter()
     messages: list[str] = []
-    is_oversize = False
+    reason: str | None = None  # why the last record is left out; "": not a page's record
 
     def select(index: int, record: Any) -> bool:
-        nonlocal is_oversize
-        is_oversize = record.content_length > MAX_BLOCK_BYTES
-        return range.start <= index < stop and _may_be_page(record)
+        nonlocal reason
+        reason = _rejection(record)
+        return range.start <= index < stop and reason is None
 
     def parse(index: int, record: Any, block: bytes) -> Document | str | None:
         return _page(file, record, block) if range.start <= index < stop else None
@@ -160,8 +160,8 @@ def read_warc(
                 records += 1
                 if isinstance(item.value, Document):
                     yield item.value
-                else:
-                    skipped[item.value or (OVERSIZE if is_oversize else NO_PAGE)] += 1
+                elif left_out := item.value or reason:
+                    skipped[left_out] += 1
         if faults and not records and range == WHOLE_FILE:
             message = messages[0]
             faults.clear()
@@ -252,29 +252,26 @@ def walk_records(
                 return
             if candidate is None and index:  # nothing follows the last record that was found
                 return
+        # one record is broken: the last one that was read, or, if that is whole, the one after it
         start = position if candidate is None else candidate.position
         length = None
         if candidate is not None and candidate.is_complete and error is not None:
             length = _record_length(raw, start)
-        broken += 1
         is_eof = isinstance(error, EOFError)
         is_last = is_eof and length is not None
         position = None if is_last else _next_record(raw, start, (length or 0) + 1)
+        broken += 1
         limit = MAX_REWINDS if position is not None and position[1] else MAX_BROKEN
-        reason = BROKEN_RECORD
-        if position is None and (error is None or is_eof):
-            reason, what = CUT_SHORT, "its last record is cut short"
-        elif broken > limit:
+        reason, what = BROKEN_RECORD, error or "a record does not have the length that it declares"
+        if broken > limit:
             reason, what, position = CUT_SHORT, f"more than {limit:,} records are broken", None
-        else:
-            what = error or "a record does not have the length that it declares"
+        elif position is None and (error is None or is_eof):
+            reason, what = CUT_SHORT, "its last record is cut short"
         if candidate is None and start == (0, 0) and stream.first != b"WARC/" and not is_eof:
             what = "it does not start with WARC/"
         message = f"{file.path}, byte {start[0]:,}: expected a WARC archive: {what}"
-        if length is None:
-            candidate = None
-        fault(index - (candidate is None), reason, message)
-        if candidate is not None:
+        fault(index if length is not None else index - 1, reason, message)
+        if candidate is not None and length is not None:
             yield RecordItem(index, candidate.position, candidate.value)
             index += 1
 
@@ -449,12 +446,14 @@ def _media_type(value: str) -> str:
     return value.partition(";")[0].strip().lower()
 
 
-def _may_be_page(record: Any) -> bool:
-    """Return True if the block of a record has to be read to know."""
+def _rejection(record: Any) -> str | None:
+    """Return why a record holds no page, "" if its type never does, None if its block decides."""
     from fastwarc.warc import WarcRecordType
 
     types = WarcRecordType.response | WarcRecordType.resource | WarcRecordType.conversion
-    return bool(record.record_type & types) and record.content_length <= MAX_BLOCK_BYTES
+    if not record.record_type & types:
+        return ""
+    return OVERSIZE if record.content_length > MAX_BLOCK_BYTES else None
 
 
 def _is_policy_url(url: str) -> bool:
@@ -472,7 +471,7 @@ def _path(url: str) -> str:
 def _may_be_policy(record: Any) -> bool:
     url = target_uri(record)
     is_candidate = _is_policy_url(url) or LICENCE_NAME.search(_path(url).rpartition("/")[2])
-    return bool(is_candidate) and _may_be_page(record)
+    return bool(is_candidate) and _rejection(record) is None
 
 
 def _page(file: SourceFile, record: Any, block: bytes) -> Document | str:

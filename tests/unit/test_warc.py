@@ -185,7 +185,9 @@ def test_a_file_that_was_not_named_is_counted_once(archive, tmp_path):
 
 def test_the_habits_of_wget(archive):
     file = archive(wget_archive("http://example.org/", b"<p>the page"))
-    (page,) = read_file(file)
+    skipped: Counter[str] = Counter()
+    (page,) = read_file(file, skipped=skipped)
+    assert skipped == {warc.POLICY_RECORD: 1, warc.NO_PAGE: 2}  # its arguments and its log
     assert (page.text, page.meta["url"]) == ("<p>the page", "http://example.org/")
     (policy,) = scan_file(file, unit_bytes=1).policies
     assert policy == warc.PolicyFile(
