@@ -1,23 +1,23 @@
 """Identify the language of a text, by a model that is inside a package: nothing is downloaded.
 
 ``langid`` (py3langid, naive Bayes on byte n-grams, Lui and Baldwin 2012) is the default. ``cld2``
-(pycld2, Google's Compact Language Detector 2) is eight times as fast and less accurate on little
-text. On pages of libreoffice-help in 27 languages (bench/corpus/language.py):
+(pycld2, Google's Compact Language Detector 2) is four times as fast and less accurate on little
+text. On 1,561 pages of libreoffice-help in 27 languages (bench/corpus/language.py, a core of Zen 4):
 
-=======  ============  ==============
-         whole pages   200 characters
-=======  ============  ==============
-langid   1.000         0.999
-cld2     0.997         0.974
-=======  ============  ==============
+=======  ===========  ==============  ================  =====================  =======
+         whole pages  200 characters  in English frame  around code of equal   pages/s
+                                                        length
+=======  ===========  ==============  ================  =====================  =======
+langid   1.000        0.999           1.000             0.996                  4,100
+cld2     0.996        0.965           0.958             0.693                  16,300
+=======  ===========  ==============  ================  =====================  =======
 
 Both read at most `PIECES` pieces of `PIECE` characters, at equal distances. Rejected: the start of
 the text, which may be the navigation of a site (with 300 English characters before each page, 500
 characters of the start are right for 0.44 of the pages, the pieces for 0.999); its middle, which
 may be code (with code of the page's length in the middle, 0.38 even at 1,000 characters, the pieces
-0.997). Also rejected, with figures of the
-same pages: lid.176 (0.963 and 0.949), eldc (0.923), lingua (0.923 at 220 pages a second), and
-GlotLID and OpenLID, which no package contains.
+0.997). Also rejected, with figures of the same pages: lid.176 (0.963 and 0.949), eldc (0.923),
+lingua (0.923 at 220 pages a second), and GlotLID and OpenLID, which no package contains.
 
 Translated documentation is the easy case. On raw web text most detectors reach about 60 % macro-F1
 (CommonLID, arXiv 2601.18026).

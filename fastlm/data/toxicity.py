@@ -3,7 +3,10 @@
 ``fastlm data toxicity -o MODEL`` fits the judge and writes it to a file; no model ships. The judge
 was fitted to texts of some 11 words. A document is therefore cut into pieces of `PIECE_WORDS`
 words, and its score is the mean probability of the most toxic tenth of them. Which score is too
-high is the user's configuration; ``bench/corpus/quality.py`` measures false alarms and finds.
+high is the user's configuration. At 0.8, 0.03 to 0.11 of harmless pages are false alarms, and 0.00
+to 0.02 if the judge was also fitted to pieces of such pages (``--benign``); pages with toxic
+sentences in half of their words are found, those with a tenth at 0.37 to 0.78
+(bench/corpus/quality.py).
 
 Rejected: the probability of the whole text (99 harmless sentences outweigh one), the mean of the
 pieces (at 0.5 it finds 0.03 to 0.19 of the pages that are half toxic), the highest piece (at 0.8,
