@@ -2,7 +2,7 @@
 
 ``langid`` (py3langid, naive Bayes on byte n-grams, Lui and Baldwin 2012) is the default. ``cld2``
 (pycld2, Google's Compact Language Detector 2) is four times as fast and less accurate on little
-text. On 1,561 pages of libreoffice-help in 27 languages (bench/corpus/language.py, a core of Zen 4):
+text. On 1,561 pages of libreoffice-help in 27 languages (bench/corpus/language.py, Zen 4):
 
 =======  ===========  ==============  ================  =====================  =======
          whole pages  200 characters  in English frame  around code of equal   pages/s
