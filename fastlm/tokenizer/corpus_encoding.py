@@ -69,6 +69,7 @@ def encode_corpus(
     executor: str = "pool",
     workers: int = 1,
     shard_tokens: int = SHARD_TOKENS,
+    keep_work: bool = False,
     track=silent,
 ) -> ShardIndex:
     """Write the token shards of a split of a corpus to ``out``.
@@ -79,6 +80,8 @@ def encode_corpus(
         executor, workers: as in `fastlm.pipeline.executors.run_calls`. One worker uses all threads
             of this process, several share the cores.
         shard_tokens: as in `fastlm.data.shards.write_shards`.
+        keep_work: leave ``OUT/.encoding``, so that another call with the same text only checks it:
+            for a caller that can be killed after this split.
 
     InputError: as `write_shards`; a damaged corpus, or one whose documents are not as many as
     units.json or the funnel say; units that failed.
@@ -116,7 +119,8 @@ def encode_corpus(
         raise InputError("docs: expected at least one document, got none")
     _check_totals(corpus, split, [shard for _, shard in shards])
     info = _publish(work, out, shards, loaded, dtype)
-    remove(work.folder)
+    if not keep_work:
+        remove(work.folder)
     return info
 
 

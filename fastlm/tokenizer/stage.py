@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Annotated, Any
 
-from fastlm.data.corpus import SPLITS, is_corpus
+from fastlm.data.corpus import SPLITS, UNFINISHED_SHARDS, is_corpus
 from fastlm.pipeline.funnel import Funnel
 from fastlm.pipeline.stage import (
     Facts,
@@ -99,6 +99,7 @@ class Shards(Stage):
         ),
     }
     outputs = {"shards": "."}
+    resumable = tuple(f"{name}/{UNFINISHED_SHARDS}" for name in (*SPLITS, "."))
     result = {"vocab_size": int, "train_tokens": int, "train_bytes": int}
 
     workers: Annotated[int, "Encode in this many processes; one uses all threads"] = 1
@@ -119,6 +120,7 @@ class Shards(Stage):
 
     def run(self, ctx: StageContext) -> dict[str, Any]:
         from fastlm.data.shards import INDEX
+        from fastlm.files import remove
         from fastlm.tokenizer.corpus_encoding import encode_corpus
 
         corpus = ctx.path("corpus")
@@ -135,13 +137,15 @@ class Shards(Stage):
                 continue
             info = encode_corpus(
                 corpus, split, ctx.path("tokenizer"), folder,
-                executor=self.executor, workers=self.workers, track=ctx.track,
+                executor=self.executor, workers=self.workers, keep_work=True, track=ctx.track,
             )  # fmt: skip
             result["vocab_size"] = info.vocab_size
             result |= {
                 f"{split}_tokens": info.tokens, f"{split}_bytes": info.bytes_of_text,
                 f"{split}_documents": info.documents,
             }  # fmt: skip
+        for folder in splits.values():
+            remove(folder / UNFINISHED_SHARDS)
         return result
 
     def summary(self, result: Mapping[str, Any], ctx: StageContext) -> str:

@@ -10,7 +10,7 @@ from test_cli import call, refused
 
 from fastlm.data.corpus import SPLITS, corpus_parts
 from fastlm.data.prepare import prepare
-from fastlm.data.shards import INDEX
+from fastlm.data.shards import INDEX, write_shard_files
 from fastlm.data.texts import has_splits, read_texts
 from fastlm.pipeline.card import card
 from fastlm.pipeline.diff import diff
@@ -19,6 +19,7 @@ from fastlm.pipeline.registry import PRESENT, open_registry
 from fastlm.quant.calibration import has_conversations
 from fastlm.sources.input_digest import InputDigest
 from fastlm.stages import KINDS, run_recipe
+from fastlm.tokenizer import corpus_encoding
 
 SMALL = ["pretrain.max_steps=2", "pretrain.validations=1", "pretrain.sample_at=[]"]
 
@@ -67,6 +68,30 @@ def test_nothing_runs_again_until_the_text_differs(runs, layout, tmp_path):
         patch.setattr("fastlm.data.stage.prepare", prepare_in(layout, prepare))
         assert ("data", "started") in states()
     assert contents(tmp_path / "run/data", "*.zst") == contents(runs / layout / "data", "*.zst")
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_killed_encoding_continues_in_a_run(runs, layout, tmp_path, monkeypatch):
+    """Killed while the held-out split is encoded: the training split is not encoded again."""
+    recipe, run = runs.parent / "tiny.toml", tmp_path / "run"
+    for name in ("data", "tokenizer"):
+        shutil.copytree(runs / layout / name, run / name)
+    shutil.copy(runs / layout / "stages.json", run)
+    shutil.copy(runs / layout / "sources.json", run)
+    calls = []
+
+    def write(texts, *arguments):
+        calls.append(list(texts))
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return write_shard_files(calls[-1], *arguments)
+
+    monkeypatch.setattr(corpus_encoding, "write_shard_files", write)
+    with pytest.raises(KeyboardInterrupt):
+        run_recipe(recipe, run, overrides=SMALL, until="shards")
+    run_recipe(recipe, run, overrides=SMALL, until="shards")
+    assert len(calls) == 3 and calls[1] == calls[2] == [*read_texts(run / "data")]
+    assert contents(run / "shards") == contents(runs / layout / "shards")
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
