@@ -132,9 +132,8 @@ class PageSpider(Spider):
     def check_bytes(self, data: bytes, request: Request) -> None:
         """End the download of a policy file that is too long. What was received counts."""
         if request.meta.get(POLICY):
-            size = request.meta["received_bytes"] = request.meta.get("received_bytes", 0) + len(
-                data
-            )
+            size = request.meta.get("received_bytes", 0) + len(data)
+            request.meta["received_bytes"] = size
             if size > MAX_POLICY_BYTES:
                 raise StopDownload(fail=False)
 
@@ -219,7 +218,7 @@ class PageSpider(Spider):
         yield from self.licence_requests(licences, response.url)
         if not isinstance(response, HtmlResponse):
             return
-        if re.search(r"\b(nofollow|none)\b", robots, re.IGNORECASE):
+        if forbids_links(robots, self.options.agent):
             self.archive.refused["links of a nofollow page"] += 1
             return
         if response.meta.get("depth", 0) >= self.options.depth:
@@ -412,6 +411,18 @@ def content_type(headers: Headers) -> str:
     """Return the media type of a response, without parameters, in lower case."""
     value = headers.get("Content-Type") or b""
     return value.decode("latin-1").partition(";")[0].strip().lower()[:100]
+
+
+def forbids_links(rules: str, agent: str) -> bool:
+    """Return whether the rules of a robots meta tag or of ``X-Robots-Tag``, with commas between,
+    say nofollow. A rule for another crawler counts, too: ``otherbot: nofollow``.
+    """
+    for rule in rules.lower().split(","):
+        name, _, word = rule.rpartition(":")
+        is_none = word.strip() == "none" and name.strip() in ("", agent.lower())
+        if word.strip() == "nofollow" or is_none:  # but not max-image-preview:none
+            return True
+    return False
 
 
 def is_licence_link(parameters: str) -> bool:

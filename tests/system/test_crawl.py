@@ -310,6 +310,44 @@ def test_a_crawl_needs_its_extra_and_its_own_folder(tmp_path, monkeypatch):
         crawl(options)
 
 
+@pytest.mark.parametrize(
+    "rules, expected",
+    [
+        ("nofollow", True),
+        ("noindex, NoFollow", True),
+        ("none", True),
+        ("otherbot: nofollow", True),
+        ("fastlm: none", True),
+        ("", False),
+        ("index,follow", False),
+        ("max-image-preview:none, max-snippet:-1", False),
+        ("otherbot: none", False),
+        ("nofollow-up", False),
+    ],
+)
+def test_rules_that_forbid_links(rules, expected):
+    from fastlm.data.crawl_spider import forbids_links
+
+    assert forbids_links(rules, "FastLM") is expected
+
+
+@pytest.mark.parametrize(
+    "parameters, expected",
+    [
+        ('; rel="license"; type="application/rsl+xml"', True),
+        ("; rel=license; type=application/rsl+xml", True),
+        ('; type="application/rsl+xml"; rel="canonical license"', True),
+        ('; rel="license"', False),
+        ('; rel="license"; type="text/html"', False),
+        ('; rel="next"; type="application/rsl+xml"', False),
+    ],
+)
+def test_links_to_licence_files(parameters, expected):
+    from fastlm.data.crawl_spider import is_licence_link
+
+    assert is_licence_link(parameters) is expected
+
+
 def test_a_crawl_without_a_page_fails(tmp_path, monkeypatch):
     counts = {"pages": 0, "bytes": 0, "policies": 4, "refused": {"robots.txt": 1}, "errors": {}}
     monkeypatch.setattr("fastlm.data.crawl.crawl", lambda *_: {"end": "finished", **counts})
