@@ -44,6 +44,7 @@ SMALL = 12
 MAX_COMPARISONS = 64
 MAX_INDEX_ENTRIES = 50_000
 CACHE_BYTES = 64 << 20  # of shingles that are compared again and again
+LEVEL_RATIO = 4
 EPSILON = 1e-9  # of overlaps: a rounding error must not exclude a pair
 
 
@@ -220,8 +221,8 @@ def resolve(
     Args:
         documents: the numbers of the documents, each once, in any order.
         lengths: the number of `shingles` of each. The document with more of them remains.
-        get_shingles: returns the `shingles` of a document by its number. It is called up to three
-            times for each document, and again for those that no longer are in a cache of 64 MB.
+        get_shingles: returns the `shingles` of a document by its number. It is called twice for
+            each document, and again for those that no longer are in a cache of 64 MB.
         threshold: the smallest similarity at which a document is removed.
         earlier: documents with a smaller number belong to earlier builds, and always remain.
 
@@ -234,8 +235,8 @@ def resolve(
     is compared. It loses no pair, within bounds: a document is compared with at most
     MAX_COMPARISONS others, those with the most rare shingles in common, and at most
     MAX_INDEX_ENTRIES entries are read for it. So work is linear in the number of documents.
-    Memory: 16 bytes for each shingle of a prefix that two documents have, at most 20 % of the
-    shingles at threshold 0.8.
+    Memory: 16 MB, the cache, and for documents that remain 16 bytes for each shingle of a prefix
+    that two documents have: at most 20 % of the shingles at threshold 0.8.
     """
     documents, lengths = np.asarray(documents, np.int64), np.asarray(lengths, np.int64)
     order = np.lexsort((documents, -lengths, documents >= earlier))
@@ -325,73 +326,79 @@ class _AllPairs:
         return [other for other in self._ranks if low <= sizes[other] <= high], False
 
 
+class _Level(NamedTuple):
+    """Entries of an index, sorted by (shingle, rank)."""
+
+    shingles: np.ndarray  # uint64
+    ranks: np.ndarray  # int32
+    positions: np.ndarray  # int32: of the shingle in the order of the document's shingles
+
+
 class _PrefixIndex:
     """Proposes documents that were added and share a rare shingle.
 
     Shingles are ordered by (approximate number of documents, hash). Two sets whose similarity is T
     or more share one of the first |X| - ceil(T |X|) + 1 shingles of each, and of the smaller set
     even one of the first |X| - ceil(2T / (1 + T) |X|) + 1. Shingles of a single document are not
-    stored.
+    stored. Entries are in levels of sorted arrays, each at least LEVEL_RATIO times as large as the
+    next, so that an entry is sorted a few times only.
     """
 
     def __init__(self, sizes: np.ndarray, threshold: float, cached: _ShingleCache, any_order: bool):
-        self._sizes, self._threshold = sizes, threshold
-        overlap = threshold if any_order else 2 * threshold / (1 + threshold)
+        self._sizes, self._threshold, self._cached = sizes, threshold, cached
+        self._probe_overlap = threshold if any_order else 2 * threshold / (1 + threshold)
         bits = min(max(int(sizes.sum()).bit_length(), 10), 22)  # at most 16 MB of counts
-        shift = np.uint64(64 - bits)
-        counts = np.zeros(1 << bits, np.uint32)
+        self._shift = np.uint64(64 - bits)
+        self._counts = np.zeros(1 << bits, np.uint32)
         for rank in range(len(sizes)):
-            counts[cached[rank] >> shift] += 1
-        rare, positions, ends = [], [], [0]
-        probes = np.empty(len(sizes), np.int64)
-        for rank in range(len(sizes)):
-            array = cached[rank]
-            frequency = counts[array >> shift]
-            length = _prefix_length(len(array), threshold)
-            first = np.argsort(frequency, kind="stable")[:length]
-            shared = np.flatnonzero(frequency[first] > 1)
-            rare.append(array[first[shared]])
-            positions.append(shared.astype(np.int32))
-            probes[rank] = np.searchsorted(shared, _prefix_length(len(array), overlap))
-            ends.append(ends[-1] + len(shared))
-        distinct, ids = np.unique(np.concatenate(rare), return_inverse=True)
-        self._ids, self._positions = ids.astype(np.int32), np.concatenate(positions)
-        self._ends, self._probes = np.array(ends), probes
-        capacity = np.bincount(ids, minlength=len(distinct))
-        self._starts = np.cumsum(capacity) - capacity
-        self._used = np.zeros(len(distinct), np.int64)
-        self._entries = np.empty((len(ids), 2), np.int32)  # rank, position
+            self._counts[cached[rank] >> self._shift] += 1
+        self._levels: list[_Level] = []
+
+    def _prefix(self, rank: int, overlap: float) -> tuple[np.ndarray, np.ndarray]:
+        """Return the shingles of a prefix that other documents have, and their positions."""
+        array = self._cached[rank]
+        frequency = self._counts[array >> self._shift]
+        length = _prefix_length(len(array), overlap)
+        first = np.argsort(frequency, kind="stable")[:length]
+        positions = np.flatnonzero(frequency[first] > 1)
+        return array[first[positions]], positions.astype(np.int32)
 
     def add(self, rank: int) -> None:
-        part = slice(self._ends[rank], self._ends[rank + 1])
-        ids = self._ids[part]
-        slots = self._starts[ids] + self._used[ids]
-        self._entries[slots, 0] = rank
-        self._entries[slots, 1] = self._positions[part]
-        self._used[ids] += 1
+        hashes, positions = self._prefix(rank, self._threshold)
+        if not len(hashes):
+            return
+        parts = [_Level(hashes, np.full(len(hashes), rank, np.int32), positions)]
+        size = len(hashes)
+        while self._levels and len(self._levels[-1].ranks) < LEVEL_RATIO * size:
+            parts.append(self._levels.pop())
+            size += len(parts[-1].ranks)
+        columns = [np.concatenate(column) for column in zip(*parts)]
+        order = np.lexsort((columns[1], columns[0]))
+        self._levels.append(_Level(*(column[order] for column in columns)))
 
     def candidates(self, rank: int) -> tuple[list[int], bool]:
-        begin = self._ends[rank]
-        ids = self._ids[begin : begin + self._probes[rank]]
-        used = self._used[ids]
-        ids, own_positions = ids[used > 0], self._positions[begin : begin + len(ids)][used > 0]
-        used = used[used > 0]
-        if not len(ids):
-            return [], False
-        # the last entries: those of the most similar size
-        lengths = np.minimum(used, max(1, MAX_INDEX_ENTRIES // len(ids)))
-        is_limited = bool(lengths.sum() < used.sum())
-        shifts = self._starts[ids] + used - lengths - (np.cumsum(lengths) - lengths)
-        entries = self._entries[np.repeat(shifts, lengths) + np.arange(lengths.sum())]
-        others, positions = entries[:, 0], entries[:, 1]
-        size, sizes = self._sizes[rank], self._sizes[others]
-        overlap = self._threshold / (1 + self._threshold) * (size + sizes) - EPSILON
-        most = np.minimum(size - np.repeat(own_positions, lengths), sizes - positions)
-        others, counts = np.unique(others[most >= overlap], return_counts=True)
-        if len(others) > MAX_COMPARISONS:
-            best = np.lexsort((-others, -counts))[:MAX_COMPARISONS]
-            others, is_limited = others[best], True
-        return others.tolist(), is_limited
+        hashes, positions = self._prefix(rank, self._probe_overlap)
+        max_entries = max(1, MAX_INDEX_ENTRIES // max(1, len(hashes)))
+        size, ratio = self._sizes[rank], self._threshold / (1 + self._threshold)
+        others, is_limited = [np.empty(0, np.int32)], False
+        for level in self._levels:
+            first, last = (np.searchsorted(level.shingles, hashes, s) for s in ("left", "right"))
+            lengths = np.minimum(last - first, max_entries)
+            is_limited |= bool((lengths < last - first).any())
+            # the last entries of each shingle: those of the most similar size
+            shifts = last - lengths - (np.cumsum(lengths) - lengths)
+            entries = np.repeat(shifts, lengths) + np.arange(lengths.sum())
+            ranks = level.ranks[entries]
+            sizes = self._sizes[ranks]
+            overlap = np.minimum(
+                size - np.repeat(positions, lengths), sizes - level.positions[entries]
+            )
+            others.append(ranks[overlap >= ratio * (size + sizes) - EPSILON])
+        ranks, counts = np.unique(np.concatenate(others), return_counts=True)
+        if len(ranks) > MAX_COMPARISONS:
+            ranks = ranks[np.lexsort((-ranks, -counts))[:MAX_COMPARISONS]]
+            is_limited = True
+        return ranks.tolist(), is_limited
 
 
 def _prefix_length(size: int, overlap: float) -> int:
