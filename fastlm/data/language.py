@@ -30,8 +30,6 @@ from functools import cache
 from importlib.metadata import version
 from typing import Any, NamedTuple
 
-import numpy as np
-
 from fastlm.errors import InputError
 
 UNDETERMINED = "und"  # ISO 639-2
@@ -162,12 +160,13 @@ def _load_langid() -> Any:
     (float16) are multiples of 2**-9, and the weights are rounded to multiples of 2**-20. Also twice
     as fast, because the table is not converted from float16 for each text.
     """
+    import numpy as np
     from py3langid.langid import MODEL_FILE, LanguageIdentifier
 
     class ExactIdentifier(LanguageIdentifier):
         __slots__ = ()
 
-        def _sparse_score(self, visits: dict[int, int], table: np.ndarray) -> np.ndarray:
+        def _sparse_score(self, visits: dict[int, int], table: Any) -> Any:
             features = np.fromiter(visits.keys(), np.intp, len(visits))
             counts = np.fromiter(visits.values(), np.float64, len(visits))
             weights = np.rint(np.log1p(counts) * 2**20) / 2**20
