@@ -10,6 +10,7 @@ from datetime import datetime
 from typing import Any
 
 from fastlm.data.consent.gate import ConsentGate
+from fastlm.data.consent.policy_index import PolicyIndex
 from fastlm.data.dedup import content_key
 from fastlm.data.extract import extract
 from fastlm.data.filter import first_failed
@@ -59,15 +60,15 @@ EXCERPT = 600  # characters that show people why a text was removed
 class Cleaner:
     """``cleaner(document)`` returns the cleaned document, or its parts if it was cut.
 
-    policies: the policy files of all sites of the build. now: the date of its plan, with which
-    dates in the future are compared.
+    policies: the policy files of all sites of the build, or their index. now: the date of its plan,
+    with which dates in the future are compared.
     """
 
     def __init__(
         self,
         options: DataOptions,
         forgotten: Collection[str] = (),
-        policies: Iterable[PolicyFile] = (),
+        policies: PolicyIndex | Iterable[PolicyFile] = (),
         now: datetime | None = None,
     ):
         self.options, self.forgotten = options, frozenset(forgotten)

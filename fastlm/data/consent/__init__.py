@@ -29,10 +29,10 @@ from fastlm.data.consent.opt_out import OptOut
 from fastlm.data.consent.policy_files import (
     MODES,
     PolicyFile,
-    PolicyIndex,
     policies_at,
     policy_problems,
 )
+from fastlm.data.consent.policy_index import PolicyIndex, write_policies
 from fastlm.data.consent.statement import Consent
 
 __all__ = [
@@ -51,4 +51,5 @@ __all__ = [
     "policies_at",
     "policy_problems",
     "statements",
+    "write_policies",
 ]

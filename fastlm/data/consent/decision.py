@@ -13,10 +13,10 @@ from fastlm.data.consent.policy_files import (
     CACHES,
     Policies,
     PolicyFile,
-    PolicyIndex,
     policies_at,
     usable_text,
 )
+from fastlm.data.consent.policy_index import PolicyIndex
 from fastlm.data.consent.statement import NOTHING, Consent, most_restrictive
 
 STANDARDS = tuple(

@@ -13,7 +13,7 @@ from fastlm.data.consent.crawlers import product_tokens
 from fastlm.data.consent.decision import decide
 from fastlm.data.consent.licence import allowed, licence_of
 from fastlm.data.consent.opt_out import OptOut
-from fastlm.data.consent.policy_files import PolicyIndex
+from fastlm.data.consent.policy_index import PolicyIndex
 from fastlm.data.consent.statement import NOTHING, Consent
 from fastlm.sources.document import Document
 from fastlm.sources.warc import PolicyFile
@@ -39,20 +39,20 @@ class ConsentGate:
     """The rules of one build.
 
     options: its ``consent``, ``unknown``, ``crawlers``, ``opt_out`` and ``licences``. policies: the
-    policy files of all its sites. now: the date of the plan (`PolicyIndex`). source_licences: the
-    licence of a source (a package) for documents that state none themselves.
+    policy files of all its sites, or their index. now: the date of the plan, if it is no index.
+    source_licences: the licence of a source (a package) for documents that state none themselves.
     """
 
     def __init__(
         self,
         options: "DataOptions",
-        policies: Iterable[PolicyFile] = (),
+        policies: PolicyIndex | Iterable[PolicyFile] = (),
         *,
         now: datetime | None = None,
         source_licences: Mapping[str, str | None] | None = None,
     ):
         self._options = options
-        self._index = PolicyIndex(policies, now)
+        self._index = policies if isinstance(policies, PolicyIndex) else PolicyIndex(policies, now)
         self._crawlers = product_tokens(options.crawlers or None)
         self.lists = OptOut.load(*options.opt_out)
         self._source_licences = source_licences or {}

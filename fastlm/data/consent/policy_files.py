@@ -8,7 +8,7 @@ all of them, and one "no" is a "no".
 import threading
 from bisect import bisect_right
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
@@ -61,12 +61,14 @@ def policies_at(
     """
     check_mode(mode)
     now = now or datetime.now(UTC)
-    by_address = _versions(files, now)
+    by_address = versions_by_address(files, now)
     fetched = parse_date(date)
     if mode == "strictest" or (mode == "as-crawled" and fetched is None):
         return _snapshots(by_address)
     time = now + TOLERANCE if mode == "latest" or fetched is None else min(fetched, now)
-    chosen = {address: _at(versions, time, crawl) for address, versions in by_address.items()}
+    chosen = {
+        address: version_at(versions, time, crawl) for address, versions in by_address.items()
+    }
     return [{address: file for address, file in chosen.items() if file}]
 
 
@@ -76,7 +78,7 @@ def check_mode(mode: str) -> None:
         raise InputError(f"consent: expected one of {', '.join(MODES)}, got {show(mode)}")
 
 
-def _versions(files: Iterable[PolicyFile], now: datetime) -> dict[str, list[Version]]:
+def versions_by_address(files: Iterable[PolicyFile], now: datetime) -> dict[str, list[Version]]:
     """Return the files of each address in the order of their dates."""
     by_address: dict[str, list[Version]] = {}
     for file in files:
@@ -84,11 +86,11 @@ def _versions(files: Iterable[PolicyFile], now: datetime) -> dict[str, list[Vers
     for address, versions in by_address.items():
         past = [version for version in versions if version[0] <= now + TOLERANCE]
         by_address[address] = past or [(now, file) for _, file in versions]
-        by_address[address].sort(key=lambda version: (version[0], version[1].status))
+        by_address[address].sort(key=lambda v: (v[0], v[1].status, v[1].text))
     return by_address
 
 
-def _at(versions: Sequence[Version], time: datetime, crawl: timedelta) -> PolicyFile | None:
+def version_at(versions: Sequence[Version], time: datetime, crawl: timedelta) -> PolicyFile | None:
     """Return the version that counted at a time: the last before it, else the next."""
     end = bisect_right(versions, time, key=lambda version: version[0])
     for _, file in reversed(versions[:end]):
@@ -117,97 +119,7 @@ def _snapshots(by_address: Mapping[str, Sequence[Version]]) -> list[dict[str, Po
     return [*snapshots[:-1:step], snapshots[-1]]
 
 
-class PolicyIndex:
-    """The policy files of many sites, for the pages of a build: `decide` takes it as ``policies``.
-
-    files: in any order, several dates of one address. now: what dates in the future are compared
-    with; the date of the plan, so that a later run of the build gives the same verdicts.
-    """
-
-    def __init__(self, files: Iterable[PolicyFile], now: datetime | None = None):
-        self._now = now or datetime.now(UTC)
-        self._by_address = _versions(files, self._now)
-        self._sites: dict[str, list[str]] = {}
-        for address in self._by_address:
-            self._sites.setdefault(_site(address), []).append(address)
-        self._changes: dict[str, list[datetime]] = {}
-
-    def __len__(self) -> int:
-        return len(self._by_address)
-
-    def addresses(self) -> Iterator[str]:
-        """Yield all addresses."""
-        yield from self._by_address
-
-    def at(self, address: str, time: datetime) -> PolicyFile | None:
-        """Return the file of an address that counted at ``time``, as `policies_at` says."""
-        versions = self._by_address.get(address)
-        return None if versions is None else _at(versions, time, CRAWL)
-
-    def views(self, url: str, date: datetime | str | None, mode: str) -> "list[PolicyView]":
-        """Return the states of all files that count for a page, as `policies_at` says. "strictest"
-        has the states after each change of a file of the site of ``url`` or of a licence that its
-        robots.txt names.
-        """
-        check_mode(mode)
-        fetched = parse_date(date)
-        if mode == "latest":
-            times = [self._now + TOLERANCE]
-        elif mode == "as-crawled" and fetched is not None:
-            times = [min(fetched, self._now)]
-        else:
-            times = self._times(_site(url))
-        return [PolicyView(self, time) for time in times]
-
-    def _times(self, site: str) -> list[datetime]:
-        if site not in self._changes:
-            addresses = set(self._sites.get(site, ()))
-            for address in list(addresses):
-                if file_kind(address) == "robots":
-                    for _, file in self._by_address[address]:
-                        addresses.update(_licences(file))
-            times: set[datetime] = set()
-            for address in addresses:
-                before = None
-                for time, file in self._by_address.get(address, ()):
-                    if file.text != before:
-                        times.add(time)
-                    before = file.text
-            ordered = sorted(times) or [self._now]
-            step = -(-len(ordered) // MAX_SNAPSHOTS)
-            self._changes[site] = [*ordered[:-1:step], ordered[-1]]
-        return self._changes[site]
-
-
-class PolicyView(Mapping[str, PolicyFile]):
-    """The files of a `PolicyIndex` as they were at a time, by address."""
-
-    def __init__(self, index: PolicyIndex, time: datetime):
-        self._index, self._time = index, time
-
-    def get(self, address: str, default: Any = None) -> Any:
-        file = self._index.at(address, self._time)
-        return default if file is None else file
-
-    def __getitem__(self, address: str) -> PolicyFile:
-        if (file := self.get(address)) is None:
-            raise KeyError(address)
-        return file
-
-    def __len__(self) -> int:
-        return len(self._index)
-
-    def __iter__(self) -> Iterator[str]:
-        return (address for address in self._index.addresses() if self.get(address) is not None)
-
-
-def _licences(file: PolicyFile) -> list[str]:
-    """Return the addresses of the licences that a robots.txt names."""
-    text, _ = usable_text("robots", file)
-    return [] if text is None else CACHES["robots"](text).licence_addresses(file.url)
-
-
-def _site(address: str) -> str:
+def site_of(address: str) -> str:
     """Return the host of an address, without its scheme and the ports 80 and 443."""
     rest = address.partition("://")[2]
     host = rest[: min((i for i in map(rest.find, "/?#") if i >= 0), default=len(rest))]
