@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 @dataclass
-class GateDecision:
+class DocumentConsent:
     """What the rules say about a document.
 
     refusal: (reason, detail) if it may not be used; the reason is counted, so it is one of few.
@@ -57,23 +57,23 @@ class ConsentGate:
         self.lists = OptOut.load(*options.opt_out)
         self._source_licences = source_licences or {}
 
-    def __call__(self, document: Document) -> GateDecision:
+    def __call__(self, document: Document) -> DocumentConsent:
         """Decide on a document as it was read: with its markup, address, date and headers."""
         meta, options = document.meta, self._options
         if len(self.lists) and (entry := self.lists.match(meta)):
-            return GateDecision(("opt-out", entry))
+            return DocumentConsent(("opt-out", entry))
         url, headers = meta.get("url"), meta.get("headers")
         headers = headers if isinstance(headers, Mapping) else None
         html = document.text if meta.get("format") == "html" else None
-        result = GateDecision()
+        result = DocumentConsent()
         if options.consent != "off":
             consent = self._consent(url, headers, html, meta.get("date"))
             detail = f"{consent.rule} [{consent.source}]" if consent.standard else ""
             if consent.verdict == "no":
-                return GateDecision((f"consent: {consent.standard}", detail))
+                return DocumentConsent((f"consent: {consent.standard}", detail))
             if consent.verdict == "unknown" and options.unknown == "drop":
                 reason = f"{consent.standard}, a condition" if detail else "nothing said"
-                return GateDecision((f"consent unknown: {reason}", detail))
+                return DocumentConsent((f"consent unknown: {reason}", detail))
             if isinstance(url, str) or detail:
                 result.meta["consent"] = consent.verdict
             if detail:
@@ -85,9 +85,9 @@ class ConsentGate:
             stated = meta.get("licence") or meta.get("license")
             licence = licence or stated or self._source_licences.get(document.source)
             if not isinstance(licence, str) or not licence:
-                return GateDecision(("licence: none stated", ""))
+                return DocumentConsent(("licence: none stated", ""))
             if not allowed(licence, options.licences):
-                return GateDecision(("licence: not in the list", licence))
+                return DocumentConsent(("licence: not in the list", licence))
         return result
 
     def _consent(
