@@ -18,9 +18,10 @@ from typing import Any
 
 import numpy as np
 
+from fastlm.data.corpus import read_documents
 from fastlm.data.near_duplicates import DocumentGroups, candidate_groups, resolve
 from fastlm.data.near_duplicates import components as connected_components
-from fastlm.data.plan import options_of_plan
+from fastlm.data.plan import options_of_plan, ranges_of_unit
 from fastlm.data.shingles import shingles as shingles_of
 from fastlm.data.unit_files import ROWS, load, read_lines, rows_of_unit, save_rows
 from fastlm.pipeline.units import Work
@@ -133,12 +134,22 @@ def shingles(work: Work, number: int, out: Path) -> dict[str, Any]:
         table = load(work, "read", number, "documents")
         chosen = set(positions.tolist())
         passed = np.flatnonzero(table["passed"]).tolist()
-        rows = read_lines(work.path("read", number, ROWS))
-        arrays = [shingles_of(row["text"]) for p, row in zip(passed, rows) if p in chosen]
+        texts = zip(passed, _texts(work, number))
+        arrays = [shingles_of(text) for position, text in texts if position in chosen]
     np.save(out / "positions.npy", positions)
     np.save(out / "ends.npy", np.cumsum([len(a) for a in arrays], dtype=np.int64))
     np.save(out / "shingles.npy", np.concatenate([np.empty(0, np.uint64), *arrays]))
     return {}
+
+
+def _texts(work: Work, number: int) -> Iterator[str]:
+    """Yield the texts of a unit of input that passed."""
+    if number < work.plan["earlier_units"]:
+        for file, _ in ranges_of_unit(work, number):
+            yield from (document.text for document in read_documents(file.path))
+    else:
+        for row in read_lines(work.path("read", number, ROWS)):
+            yield row["text"]
 
 
 def near(work: Work, number: int, out: Path) -> dict[str, Any]:

@@ -96,6 +96,8 @@ def _earlier_files(options: DataOptions) -> list[dict[str, Any]]:
     """Return an entry for each file of the corpora of earlier builds."""
     files = []
     for corpus in options.earlier:
+        if not Path(corpus).exists():
+            raise InputError(f"earlier: expected a corpus of an earlier build, {corpus} not found")
         for split in SPLITS:
             for path in corpus_parts(corpus, split):
                 file = SourceFile(path, path.name, printable(corpus), "corpus", explicit=True)

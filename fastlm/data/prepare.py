@@ -81,7 +81,8 @@ def prepare(
         # before the downloads, so that a read-only folder is reported at once
         work.folder.mkdir(parents=True, exist_ok=True)
         plan = make_plan(sources, options, cache=cache, forgotten=forgotten, track=track)
-        if (funnel := _finished(out, plan)) is not None:
+        if not begun and (funnel := _finished(out, plan)) is not None:
+            work.folder.rmdir()
             return funnel
         work.begin(plan)
         if not (work.folder / PUBLISHING).is_file():
