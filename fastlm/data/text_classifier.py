@@ -180,16 +180,16 @@ class TextClassifier:
                 names = [*tensors.keys()]
                 if text is None or names != ["weights"]:
                     raise InputError(f"{expected}, got another file of safetensors")
+                header = tensors.get_slice("weights")
+                form = header.get_dtype(), tuple(header.get_shape())
+                if form != ("I32", (2**BITS,)):  # numpy has no type for some others
+                    raise InputError(f"{path}: weights: expected I32 ({2**BITS},), got {form}")
                 weights = tensors.get_tensor("weights")
         except (OSError, SafetensorError) as error:
             raise InputError(f"{expected}, got: {reason(error)}") from None
         metadata = parse(text, _Metadata, str(path))
         if metadata["kind"] != kind:
             raise InputError(f"{expected}, got a model of {metadata['kind']!r:.80}")
-        if weights.dtype != np.int32 or weights.shape != (2**BITS,):
-            raise InputError(
-                f"{path}: weights: expected int32 ({2**BITS},), got {weights.dtype} {weights.shape}"
-            )
         ngrams = Ngrams(metadata["ngrams"].words, tuple(metadata["ngrams"].characters))
         return cls(weights, metadata["bias"], ngrams, metadata["packages"]), metadata["info"]
 

@@ -215,8 +215,10 @@ def damaged(tmp_path: Path) -> dict[str, tuple[bytes | None, str]]:
         "lengths": (
             rebuild(lambda m: m["ngrams"].update(characters=[10**9])), "characters.0.: expected",
         ),
-        "dtype": (rebuild(nothing, np.zeros(2**BITS, np.float32)), r"expected int32 \(262144,\)"),
-        "shape": (rebuild(nothing, np.zeros(8, np.int32)), r"weights: expected int32.*\(8,\)"),
+        "dtype": (
+            rebuild(nothing, np.zeros(2**BITS, np.float32)), r"expected I32 \(262144,\), got \('F32'",
+        ),
+        "shape": (rebuild(nothing, np.zeros(8, np.int32)), r"weights: expected I32.*\(8,\)"),
         "names": (rebuild(nothing, names=("weights", "w")), "got another file of safetensors"),
     }  # fmt: skip
 
@@ -230,6 +232,30 @@ def test_damaged_files_are_refused(tmp_path):
             TextClassifier.load(path, "quality")
     with pytest.raises(InputError, match="a folder or a device"):
         TextClassifier.load(tmp_path, "quality")
+
+
+def test_no_damage_of_the_header_raises_another_error(tmp_path):
+    path = tmp_path / "model"
+    fit_small().save(path, "quality", {"borders": [0.0] * 19, "weights": [1.0] * 20, "sources": []})
+    content = path.read_bytes()
+    length = 8 + int.from_bytes(content[:8], "little")
+    draw = random.Random(0)
+    refused = 0
+    for i in range(300):
+        changed = bytearray(content)
+        for _ in range(draw.randrange(1, 4)):
+            changed[draw.randrange(length)] = draw.choice(b'0129"{}[]:,IFB\x00\xff')
+        if i % 3 == 0:
+            changed = content.replace(b"I32", draw.choice([b"F16", b"U32", b"F64", b"I16"]), 1)
+        elif i == 1:
+            changed = content.replace(b'"I32"', b'"BF16"', 1)
+        path.write_bytes(changed)
+        try:
+            QualityModel.load(path).score(["a text"])
+        except InputError as error:
+            refused += 1
+            assert str(path) in str(error)
+    assert refused > 250
 
 
 # quality
