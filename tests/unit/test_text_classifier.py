@@ -216,7 +216,7 @@ def damaged(tmp_path: Path) -> dict[str, tuple[bytes | None, str]]:
             rebuild(lambda m: m["ngrams"].update(characters=[10**9])), "characters.0.: expected",
         ),
         "dtype": (
-            rebuild(nothing, np.zeros(2**BITS, np.float32)), r"expected I32 \(262144,\), got \('F32'",
+            rebuild(nothing, np.zeros(2**BITS, np.float32)), r"expected I32.*got \('F32'",
         ),
         "shape": (rebuild(nothing, np.zeros(8, np.int32)), r"weights: expected I32.*\(8,\)"),
         "names": (rebuild(nothing, names=("weights", "w")), "got another file of safetensors"),
