@@ -85,7 +85,7 @@ def test_everything_is_there(finished):
         head = subprocess.run(command, capture_output=True, text=True).stdout
         assert head.startswith(machine["commit"].removesuffix("-dirty"))
     for name in (
-        "data/train.jsonl.zst", "tokenizer/tokenizer.json", "shards/train/index.json",
+        "data/train/00000.jsonl.zst", "tokenizer/tokenizer.json", "shards/train/index.json",
         "report.html", "pretrain/model/config.json", "quantize/model.safetensors", "stages.json",
     ):  # fmt: skip
         assert (run / name).is_file(), name
