@@ -79,7 +79,7 @@ class Cleaner:
         decision = self.gate(document)
         bare = replace(document, text="", meta=document.meta | decision.meta)
         if decision.refusal:
-            return [CleanDocument(bare, removal=Removal("extract", *decision.refusal))]
+            return [CleanDocument(bare, removal=Removal("consent", *decision.refusal))]
         text = extract(document)
         if not text.strip():
             is_html = document.meta.get("format") == "html"
@@ -101,7 +101,7 @@ class Cleaner:
         if rule is None:
             clean, replacements = scrub(text) if self.options.scrub else (text, {})
         if entry := self.gate.refuses_text(text):
-            result.removal, result.key = Removal("extract", "opt-out", entry), b""
+            result.removal, result.key = Removal("consent", "opt-out", entry), b""
         elif self.forgotten and not _forget_keys(result, clean).isdisjoint(self.forgotten):
             result.removal, result.key = Removal("extract", "forgotten"), b""
         elif self.copies and any(self.copies.similarities([text])):

@@ -59,6 +59,9 @@ class DataOptions:
         Literal["as-crawled", "latest", "strictest", "off"],
         "Obey what sites say about training: their files of the time of the crawl, the newest, all",
     ] = "as-crawled"
+    policies: Annotated[
+        tuple[str, ...], Repeated("Read more policy files of sites from this WARC file or folder")
+    ] = ()
     unknown: Annotated[
         Literal["keep", "drop"], "Keep or drop pages about which nothing is said"
     ] = "keep"

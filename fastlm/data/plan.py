@@ -2,22 +2,29 @@
 
 The plan says everything that decides the result, so the same plan gives the same bytes. A large
 file is split into ranges, and small files are grouped, so that each unit has about ``unit_bytes``
-of input. Large files are read once to be hashed and split; that is done by the workers, too.
+of input. All files are read once before, by the workers, to be hashed and split.
 """
 
 import json
+import time
 from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import asdict, fields
+from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from fastlm.data.consent import policy_problems, write_policies
 from fastlm.data.corpus import SPLITS, corpus_parts
 from fastlm.data.options import DataOptions
 from fastlm.errors import InputError
-from fastlm.pipeline.units import Work, file_sha256, group_by_size
+from fastlm.files import remove
+from fastlm.pipeline.units import BuildError, Work, file_sha256, group_by_size, run_step
 from fastlm.progress import silent
+from fastlm.sources.document import UNREADABLE
+from fastlm.sources.remote import StoreError
 from fastlm.sources.scan import scan_file
 from fastlm.sources.source_files import (
     WHOLE_FILE,
@@ -26,13 +33,19 @@ from fastlm.sources.source_files import (
     list_files,
     printable,
 )
+from fastlm.sources.warc import PolicyFile
 
 # Raised when the same options and inputs give another result
 VERSION = 5
-LIBRARIES = ("resiliparse", "fastwarc", "rensa")  # whose versions may change the result
+# whose versions may change the result
+LIBRARIES = ("resiliparse", "fastwarc", "rensa", "phonenumbers", "py3langid")
+POLICIES = "policies.db"  # the policy files of all sites
+SCAN_BYTES = 1 << 27  # hashed in one unit, about a second
+SCAN_OVERHEAD = 1 << 17  # of opening a file
 
 
 def make_plan(
+    work: Work,
     sources: Sequence[str],
     options: DataOptions,
     *,
@@ -41,6 +54,10 @@ def make_plan(
     track=silent,
 ) -> dict[str, Any]:
     """Fetch, list, hash and split the sources. Return the plan, JSON-serialisable.
+
+    Files are hashed in units of work, in the folder ``scan`` of ``work``, so a restart does not
+    read them again if their sizes and times are the same. The policy files of sites are written to
+    `POLICIES` there.
 
     InputError: a source that does not exist, a file that the user named and that is of an
     unsupported type or empty.
@@ -54,22 +71,30 @@ def make_plan(
         files += source_files
         skipped.update({f"file: {reason}": n for reason, n in reasons.items()})
         counts.append([printable(source), len(source_files)])
-    entries, ranges, sizes, unreadable = [], [], [], []
-    for number, file in enumerate(track(files, "hashing", unit="files")):
-        try:
-            scan = scan_file(file, unit_bytes=options.unit_bytes)
-        except (InputError, OSError) as error:
+    policy_files = [
+        file for source in options.policies
+        for file in list_files(source, cache=cache)[0] if file.format == "warc"
+    ]  # fmt: skip
+    scanned = [*files, *policy_files]
+    inner = _scan_all(work, scanned, options, track)
+    policies = write_policies(
+        work.folder / POLICIES,
+        (PolicyFile(**policy) for result in _scans(inner) for policy in result["policies"]),
+    )
+    entries, ranges, sizes, messages = [], [], [], []
+    for number, (file, result) in enumerate(zip(scanned, _scans(inner))):
+        if "error" in result:
             if file.explicit or options.strict:
-                raise
-            skipped["file: unreadable"] += 1
-            unreadable.append(str(error))
-            entries.append({**_entry(file), "size": 0, "sha256": "unreadable"})
-            continue
-        entries.append({**_entry(file), "size": scan.size, "sha256": scan.sha256})
-        share = scan.size // max(1, len(scan.ranges))
-        for part in scan.ranges:
-            ranges.append([number, *asdict(part).values()])
-            sizes.append(share)
+                raise InputError(result["error"])
+            messages.append(result["error"])
+        skipped.update(result["skipped"])
+        messages += policy_problems(PolicyFile(**policy) for policy in result["policies"])
+        if number < len(files):
+            entries.append({**_entry(file), "size": result["size"], "sha256": result["sha256"]})
+            share = result["size"] // max(1, len(result["ranges"]))
+            for part in result["ranges"]:
+                ranges.append([number, *part.values()])
+                sizes.append(share)
     groups = group_by_size(sizes, options.unit_bytes)
     earlier = _earlier_files(options)
     first = len(entries)
@@ -83,13 +108,81 @@ def make_plan(
         "sources": counts,
         "skipped": dict(skipped),
         "unsupported_types": dict(unsupported.most_common()),
-        "unreadable": unreadable,
+        "messages": messages,
         "forgotten": sorted(forgotten),
+        "policies": policies,
         "files": entries,
         "earlier_units": len(units),  # the first ones
         "units": units + [[ranges[index] for index in group] for group in groups],
+        # with which dates of policy files are compared; the day on which the plan was made first
+        "date": _date(work),
     }
     return json.loads(json.dumps(plan))  # as it is read again
+
+
+def _date(work: Work) -> str:
+    """Return the date of the plan that was begun here, or of the corpus, or today."""
+    for folder in (work.folder, work.folder.parent):
+        with suppress(InputError):
+            return str(Work(folder).plan["date"])
+    return datetime.now(UTC).date().isoformat()
+
+
+def _scan_all(work: Work, files: Sequence[SourceFile], options: DataOptions, track) -> Work:
+    """Do the step `scan` of all files, in a folder of its own."""
+    stamps = [_stamp(file) for file in files]
+    groups = group_by_size((stamp[0] + SCAN_OVERHEAD for stamp in stamps), SCAN_BYTES)
+    plan = {
+        "unit_bytes": options.unit_bytes, "stamps": stamps,
+        "files": [_entry(file) for file in files], "units": groups,
+    }  # fmt: skip
+    inner = Work(work.folder / "scan")
+    try:
+        inner.begin(plan)
+    except BuildError:  # files have changed
+        remove(inner.folder)
+        inner.begin(plan)
+    inner.begin_step("scan", units=len(groups))
+    run_step(
+        inner, scan, range(len(groups)), executor=options.executor, workers=options.workers,
+        track=track, description="hashing",
+    )  # fmt: skip
+    return inner
+
+
+def _scans(inner: Work) -> Iterator[dict[str, Any]]:
+    """Yield what `scan` wrote about each file."""
+    for number in range(len(inner.plan["units"])):
+        yield from json.loads(inner.path("scan", number, "scans.json").read_bytes())
+
+
+def _stamp(file: SourceFile) -> list[int]:
+    """Return the size and times of a local file, or the time: a remote one is always read again."""
+    try:
+        stat = file.path.stat()
+    except OSError:
+        return [0, time.time_ns(), 0]
+    return [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns]
+
+
+def scan(work: Work, number: int, out: Path) -> dict[str, Any]:
+    """Hash and split some files. Writes ``scans.json``: of each file its `FileScan`, or why it
+    cannot be read.
+    """
+    results = []
+    for index in work.plan["units"][number]:
+        file = _source_file(work.plan["files"][index])
+        try:
+            results.append(asdict(scan_file(file, unit_bytes=work.plan["unit_bytes"])))
+        except StoreError:
+            raise
+        except (InputError, OSError) as error:
+            results.append({
+                "size": 0, "sha256": "unreadable", "ranges": [], "policies": [],
+                "skipped": {UNREADABLE: 1}, "error": str(error),
+            })  # fmt: skip
+    (out / "scans.json").write_text(json.dumps(results))
+    return {}
 
 
 def _earlier_files(options: DataOptions) -> list[dict[str, Any]]:
@@ -117,8 +210,12 @@ def ranges_of_unit(work: Work, number: int) -> Iterator[tuple[SourceFile, FileRa
     """Yield the files, or parts of files, of one unit of input."""
     for index, *part in work.plan["units"][number]:
         entry = work.plan["files"][index]
-        values = {f.name: entry[f.name] for f in fields(SourceFile)}
-        yield SourceFile(**{**values, "path": Path(entry["path"])}), FileRange(*part)
+        yield _source_file(entry), FileRange(*part)
+
+
+def _source_file(entry: dict[str, Any]) -> SourceFile:
+    values = {f.name: entry[f.name] for f in fields(SourceFile)}
+    return SourceFile(**{**values, "path": Path(entry["path"])})
 
 
 def options_of_plan(plan: dict[str, Any]) -> DataOptions:

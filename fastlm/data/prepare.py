@@ -41,7 +41,7 @@ from fastlm.progress import silent
 
 WORK = "work"
 STEPS = (
-    "gather", "extract", "exact duplicates", "quality rules", "scrub", "near duplicates",
+    "gather", "consent", "extract", "exact duplicates", "quality rules", "scrub", "near duplicates",
     "repeated paragraphs", "train", "heldout",
 )  # fmt: skip
 EXTRA_COUNTS = {"replaced": "scrub", "cut": "extract"}  # name -> the step that shows it
@@ -75,14 +75,14 @@ def prepare(
         raise InputError(f"sources: expected a list of at least one source, got {sources!r}")
     out = Path(out)
     work = Work(out / WORK)
-    begun = work.folder.exists()
+    begun = (work.folder / PLAN).is_file()
     new_folders = [folder for folder in (out, *out.parents) if not folder.exists()]
     try:
         # before the downloads, so that a read-only folder is reported at once
         work.folder.mkdir(parents=True, exist_ok=True)
-        plan = make_plan(sources, options, cache=cache, forgotten=forgotten, track=track)
+        plan = make_plan(work, sources, options, cache=cache, forgotten=forgotten, track=track)
         if not begun and (funnel := _finished(out, plan)) is not None:
-            work.folder.rmdir()
+            remove(work.folder)
             return funnel
         work.begin(plan)
         if not (work.folder / PUBLISHING).is_file():
@@ -187,7 +187,7 @@ def _read(work: Work, options: DataOptions, run) -> tuple[int, int | None]:
 def _funnel(work: Work) -> Funnel:
     """Return the sum of what all units counted."""
     counts, plan = Counts(), work.plan
-    counts.messages += plan["unreadable"]
+    counts.messages += plan["messages"]
     counts.removed["gather"] = Counter(plan["skipped"])
     if plan["options"]["scrub"]:
         counts.add("replaced", dict.fromkeys(DEFAULT_KINDS, 0))

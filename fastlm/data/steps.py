@@ -11,12 +11,14 @@ import os
 import shutil
 from collections import Counter
 from collections.abc import Container, Iterator
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from fastlm.data.clean import EXCERPT, CleanDocument, Cleaner, Removal
+from fastlm.data.consent import PolicyIndex
 from fastlm.data.corpus import read_documents
 from fastlm.data.dedup import content_key, paragraph_keys, strip_paragraphs
 from fastlm.data.filter import first_failed
@@ -24,7 +26,7 @@ from fastlm.data.forget_log import text_key
 from fastlm.data.matching import PARTS_PER_MILLION, gathered, has_near
 from fastlm.data.near_duplicates import band_keys
 from fastlm.data.options import DataOptions
-from fastlm.data.plan import options_of_plan, ranges_of_unit
+from fastlm.data.plan import POLICIES, options_of_plan, ranges_of_unit
 from fastlm.data.shingles import shingles
 from fastlm.data.unit_files import (
     DOCUMENT,
@@ -63,7 +65,9 @@ def read(work: Work, number: int, out: Path) -> dict[str, Any]:
     """
     options = options_of_plan(work.plan)
     is_earlier = number < work.plan["earlier_units"]
-    cleaner = Cleaner(options, work.plan["forgotten"])
+    now = datetime.fromisoformat(work.plan["date"]).replace(tzinfo=UTC)
+    policies = PolicyIndex.open(work.folder / POLICIES, now)
+    cleaner = Cleaner(options, work.plan["forgotten"], policies, now)
     counts, excerpts = Counts(), Counter()
     table: list[tuple[int, int, int, bool]] = []
     names: list[tuple[str, str]] = []

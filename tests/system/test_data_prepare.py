@@ -146,7 +146,7 @@ def test_a_book_is_cut_and_nothing_of_it_is_lost(tmp_path):
     assert [d.id for d in docs] == [f"novel.jsonl:1:{i}" for i in range(3)]
     assert all(80_000 < len(d.text.split()) <= 100_000 for d in docs)
     assert all(d.text.endswith(".") for d in docs[:-1])
-    assert funnel.steps[1]["cut"] == {"document cut": 1, "part produced": 3}
+    assert funnel.steps[2]["cut"] == {"document cut": 1, "part produced": 3}
 
 
 def test_no_paragraph_is_in_both_parts(corpus, tmp_path):
