@@ -3,7 +3,8 @@
 A statement is a Dictionary of RFC 9651: ``train-ai=n, search=y``. Only ``train-ai`` decides here.
 A value other than the tokens ``y`` and ``n`` is no preference; if the Dictionary cannot be parsed,
 all of it says nothing; of equal keys the last counts; unknown keys and parameters are ignored
-(vocabulary, section 6). Labels of earlier drafts (``bots``, ``train-genai``) are unknown keys.
+(vocabulary, section 6). Labels of earlier drafts (``bots``, ``train-genai``) are unknown keys. The
+vocabulary's version 08 (September 2026) adds ``ai-use`` and leaves ``train-ai`` as it is.
 
 In robots.txt: ``Content-Usage: [path] preferences``. The longest path that matches decides; equal
 paths and header and file together: the most restrictive. Paths that may not be fetched have no
