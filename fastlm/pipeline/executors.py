@@ -8,8 +8,12 @@ Rejected: datatrove's executors. On Ray, ``run()`` returns normally after a task
 killed process hangs it; the same work as plain tasks took a third of the time.
 """
 
+import logging
 import os
+import pickle
 import signal
+import socket
+import sys
 import threading
 import time
 from collections import Counter
@@ -22,6 +26,7 @@ from multiprocessing.process import BaseProcess
 from typing import Any
 
 from fastlm.errors import InputError
+from fastlm.files import reason
 
 
 class WorkerKilledError(RuntimeError):
@@ -140,7 +145,64 @@ def _kill(pool: ProcessPoolExecutor) -> None:
 
 
 def _run_on_ray(call: Call, numbers: Sequence[int]) -> Iterator[Outcome]:
-    """Submit each call as a Ray task of one CPU. Ray retries it if its worker or node is lost."""
+    """Submit each call as a Ray task of one CPU, and again if its worker or node was lost.
+
+    Ray's own retries are off: it repeats a task that needs too much memory without end.
+    """
+    ray = _connect()
+    from ray.exceptions import RayError, RayTaskError  # type: ignore[import-not-found]
+
+    task = ray.remote(num_cpus=1, max_retries=0)(_call_in)
+    folder, pickled = os.getcwd(), pickle.dumps(call)
+    attempts: Counter[int] = Counter()
+    queue, running = list(reversed(numbers)), {}
+    last = time.monotonic()
+    try:
+        while queue or running:
+            while queue and len(running) < MAX_SUBMITTED:
+                number = queue.pop()
+                running[task.remote(folder, pickled, number)] = number
+            done, _ = ray.wait(list(running), timeout=MAX_SILENCE)
+            if done:
+                last = time.monotonic()
+            elif not any(node["Alive"] for node in ray.nodes()):
+                raise InputError("executor: expected a Ray cluster, its nodes have disappeared")
+            elif time.monotonic() - last > MAX_SECONDS:
+                raise InputError(
+                    f"units {sorted(running.values())[:10]}: expected one to end within "
+                    f"{MAX_SECONDS:,} s, none did"
+                )
+            for ref in done:
+                number, error = running.pop(ref), None
+                try:
+                    ray.get(ref)
+                except RayTaskError as failure:
+                    error = failure.cause if isinstance(failure.cause, Exception) else failure
+                except RayError as failure:
+                    attempts[number] += 1
+                    if attempts[number] < ATTEMPTS:
+                        queue.append(number)
+                        continue
+                    error = WorkerKilledError(
+                        f"its worker was killed {ATTEMPTS} times: {type(failure).__name__}"
+                    )
+                yield number, error
+    finally:
+        for ref in running:
+            with suppress(Exception):
+                ray.cancel(ref, force=True)
+
+
+MAX_SUBMITTED = 1000  # tasks at once: Ray's cost of waiting grows with their number
+MAX_SILENCE = 60  # seconds without a finished unit until the cluster is looked at
+MAX_CONNECT = 10  # seconds
+
+
+def _connect() -> Any:
+    """Return the module ray, connected to a cluster. InputError: not installed, no cluster."""
+    # of a cluster that this process would start; Ray warns of the second one
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     try:
         import ray  # type: ignore[import-not-found]
     except ImportError:
@@ -148,45 +210,27 @@ def _run_on_ray(call: Call, numbers: Sequence[int]) -> Iterator[Outcome]:
             "executor: expected the package ray for 'ray', it is missing: pip install "
             "'fastlm[cluster]'"
         ) from None
-    if not ray.is_initialized():
-        address = os.environ.get("RAY_ADDRESS", "auto")
-        try:
-            ray.init(address=address, log_to_driver=False, logging_level="ERROR")
-        except ConnectionError as error:
-            raise InputError(
-                f"executor: expected a Ray cluster at {address!r} (ray start --head), {error}"
-            ) from None
-    task = ray.remote(num_cpus=1, max_retries=ATTEMPTS - 1)(_call_on_ray)
-    pending = {task.remote(call, number): number for number in numbers}
-    last = time.monotonic()
+    if ray.is_initialized():
+        return ray
+    address = os.environ.get("RAY_ADDRESS", "auto")
     try:
-        while pending:
-            done, _ = ray.wait(list(pending), timeout=60)
-            if done:
-                last = time.monotonic()
-            elif time.monotonic() - last > MAX_SECONDS:
-                raise InputError(
-                    f"units {sorted(pending.values())[:10]}: expected one to end within "
-                    f"{MAX_SECONDS:,} s, none did"
-                )
-            for ref in done:
-                number = pending.pop(ref)
-                try:
-                    ray.get(ref)
-                except ray.exceptions.RayTaskError as error:
-                    yield number, error.cause if isinstance(error.cause, Exception) else error
-                except ray.exceptions.RayError as error:
-                    yield (
-                        number,
-                        WorkerKilledError(f"its worker was lost {ATTEMPTS} times: {error}"),
-                    )
-                else:
-                    yield number, None
-    finally:
-        for ref in pending:
-            with suppress(Exception):
-                ray.cancel(ref, force=True)
+        host, _, port = address.rpartition("://")[2].rpartition(":")
+        if host and port.isdigit():  # ray.init waits a minute for a host that does not answer
+            socket.create_connection((host, int(port)), MAX_CONNECT).close()
+        ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
+        # lost workers and nodes would be printed to stdout; their units are done again or named
+        sys.modules["ray._private.worker"].__dict__["_worker_logs_enabled"] = False
+    except (OSError, RuntimeError, ValueError) as error:
+        raise InputError(
+            f"executor: expected a Ray cluster at {address!r} (start one with ray start --head),"
+            f" got: {reason(error):.200}"
+        ) from None
+    return ray
 
 
-def _call_on_ray(call: Call, number: int) -> None:
-    call(number)
+def _call_in(folder: str, pickled: bytes, number: int) -> None:
+    """Call as in the folder of the command: paths are as the user wrote them."""
+    # a node without this folder shares no files with the command's: it has all on object storage
+    with suppress(FileNotFoundError):
+        os.chdir(folder)
+    _call_bounded(pickle.loads(pickled), number)
