@@ -8,7 +8,7 @@ process with a time limit for every page; that costs more than parsing an ordina
 """
 
 import re
-from collections import Counter
+from collections import defaultdict
 
 # Splits tags, attributes and comments as the standard does: a ">" or "</div>" in quotes is no tag.
 # Possessive throughout: no input makes it backtrack.
@@ -50,11 +50,11 @@ def costly_markup(html: str) -> str:
     """
     if html.count("<") <= FEW_TAGS:
         return ""
-    open_tags: Counter[str] = Counter()
+    open_tags: defaultdict[str, int] = defaultdict(int)
     depth = formatting = levels = elements = position = 0
     while match := _TAG.search(html, position):
         position = match.end()
-        end, name = match[1], match[2]
+        end, name = match.groups()
         if name is None:
             continue
         name = name.lower()
@@ -64,10 +64,11 @@ def costly_markup(html: str) -> str:
                 depth -= 1
                 formatting -= name in _FORMATTING
             continue
-        levels += max(depth - USUAL_DEPTH, 0)
+        if depth > USUAL_DEPTH:
+            levels += depth - USUAL_DEPTH
+            if levels > MAX_LEVELS:
+                return "nested too deep"
         elements += 1 + formatting
-        if levels > MAX_LEVELS:
-            return "nested too deep"
         if elements > MAX_ELEMENTS:
             return "too many elements"
         if name in _RAW and not (
