@@ -1,13 +1,19 @@
 """Consent in a build: what the cleaner leaves out, and what a document carries."""
 
 import hashlib
+from collections import Counter
+from itertools import count
 
 import pytest
+from warc_records import record
 
 from fastlm.data.clean import Cleaner
+from fastlm.data.consent import PolicyIndex, write_policies
 from fastlm.data.options import DataOptions
 from fastlm.errors import InputError
-from fastlm.sources.document import Document
+from fastlm.sources.document import Document, SourceFile
+from fastlm.sources.scan import scan_file
+from fastlm.sources.source_files import read_files
 from fastlm.sources.warc import PolicyFile
 
 URL = "https://x.example/a"
@@ -36,13 +42,13 @@ def refusal(*args, **kwargs):
 def test_a_refused_page_is_not_extracted_and_names_its_rule():
     result = clean(policies=[NO])
     assert (result.document.text, result.key) == ("", b"")
-    assert (result.removal.step, result.removal.reason) == ("extract", "consent: robots.txt")
+    assert (result.removal.step, result.removal.reason) == ("consent", "robots.txt")
     assert result.removal.detail == "Disallow: /a (AI2Bot) [https://x.example/robots.txt, line 2]"
 
 
 def test_modes():
-    assert refusal(policies=[NO, YES])[1] == "consent: robots.txt"
-    assert refusal(policies=[NO, YES], consent="strictest")[1] == "consent: robots.txt"
+    assert refusal(policies=[NO, YES])[1] == "robots.txt"
+    assert refusal(policies=[NO, YES], consent="strictest")[1] == "robots.txt"
     assert refusal(policies=[NO, YES], consent="latest") is None
     assert refusal(policies=[NO, YES], consent="off") is None
     assert refusal(policies=[NO], crawlers=("CCBot",)) is not None
@@ -52,7 +58,7 @@ def test_modes():
 
 def test_unknown():
     assert refusal() is None
-    assert refusal(unknown="drop") == ("extract", "consent unknown: nothing said", "")
+    assert refusal(unknown="drop") == ("consent", "nothing said", "")
     assert refusal(policies=[YES], consent="latest", unknown="drop") is None
 
 
@@ -72,8 +78,8 @@ def test_a_document_carries_the_verdict():
 
 
 def test_page_and_headers_are_asked():
-    assert refusal('<meta name="robots" content="noai">')[1] == "consent: noai"
-    assert refusal(meta={"headers": {"tdm-reservation": "1"}})[1] == "consent: tdmrep"
+    assert refusal('<meta name="robots" content="noai">')[1] == "noai"
+    assert refusal(meta={"headers": {"tdm-reservation": "1"}})[1] == "tdmrep"
     assert refusal('<meta name="robots" content="noai">', meta={"url": None}) is not None
 
 
@@ -93,13 +99,13 @@ def test_opt_out(tmp_path):
     path = tmp_path / "out.txt"
     path.write_text("# note\ndomain: x.example\n")
     assert refusal(opt_out=(str(path),)) == (
-        "extract",
+        "consent",
         "opt-out",
         f"{path}, line 2: domain x.example",
     )
     extracted = clean().document.text
     path.write_text(hashlib.sha256(extracted.encode()).hexdigest())
-    assert refusal(opt_out=(str(path),))[:2] == ("extract", "opt-out")
+    assert refusal(opt_out=(str(path),))[:2] == ("consent", "opt-out")
     assert refusal(opt_out=(str(path),), text=PAGE.format("").replace("fox", "cat")) is None
 
 
@@ -107,8 +113,8 @@ def test_licences():
     link = '<link rel="license" href="https://creativecommons.org/licenses/by/4.0/">'
     assert clean(link).document.meta["licence"] == "CC-BY-4.0"
     assert refusal(link, licences=("CC-BY-*",)) is None
-    assert refusal(link, licences=("MIT",)) == ("extract", "licence: not in the list", "CC-BY-4.0")
-    assert refusal(licences=("MIT",)) == ("extract", "licence: none stated", "")
+    assert refusal(link, licences=("MIT",)) == ("consent", "licence: not in the list", "CC-BY-4.0")
+    assert refusal(licences=("MIT",)) == ("consent", "licence: none stated", "")
     assert refusal(licences=("MIT",), meta={"license": "MIT"}) is None
 
 
@@ -126,3 +132,50 @@ def test_identity_changes_with_the_list(tmp_path):
     assert "*" in before["crawler_names"]
     path.write_text("b.example\n")
     assert DataOptions(opt_out=(str(path),)).identity() != before
+
+
+def test_an_archive_with_policy_files(tmp_path):
+    """From WARC to cleaned documents: robots.txt, a licence and headers decide about the pages."""
+    body = PAGE.format("").encode()
+    licence = (
+        '<rsl xmlns="https://rslstandard.org/rsl"><content url="/paid/"><license>'
+        '<permits type="usage">all</permits><payment type="crawl"/></license></content></rsl>'
+    )
+    robots = "License: http://x.example/licence.xml\nUser-agent: *\nDisallow: /private/\n"
+
+    def stored(path, data, kind="text/html", headers=()):
+        url, date = f"http://x.example{path}", "2026-02-01T00:00:00Z"
+        return record(next(numbers), data, kind, url=url, date=date, headers=headers)
+
+    numbers = count()
+    path = tmp_path / "a.warc"
+    path.write_bytes(
+        stored("/open", body)
+        + stored("/private/1", body)
+        + stored("/paid/1", body)
+        + stored("/art", body, headers=("X-Robots-Tag: otherbot: noindex", "X-Robots-Tag: noai"))
+        + stored("/robots.txt", robots.encode(), "text/plain")
+        + stored("/licence.xml", licence.encode(), "application/rsl+xml")
+    )
+    file = SourceFile(path, "a.warc", str(tmp_path), "warc", explicit=True)
+    scan = scan_file(file, unit_bytes=1 << 20)
+    write_policies(tmp_path / "policies", scan.policies)
+    index = PolicyIndex.open(tmp_path / "policies")
+    cleaner = Cleaner(DataOptions(rules=()), (), index)
+    results = {}
+    for document in read_files([file], skipped=Counter()):
+        (result,) = cleaner(document)
+        results[result.document.meta["url"].removeprefix("http://x.example")] = result
+    reasons = {url: r.removal.reason if r.removal else "" for url, r in results.items()}
+    assert reasons == {
+        "/open": "",
+        "/private/1": "robots.txt",
+        "/paid/1": "rsl",
+        "/art": "noai",
+    }
+    assert results["/paid/1"].removal.detail == (
+        '<permits type="usage">all</permits>, payment crawl '
+        "[http://x.example/licence.xml, line 1 (http://x.example/robots.txt, line 1)]"
+    )
+    assert results["/open"].document.meta["consent"] == "unknown"
+    assert "headers" not in results["/open"].document.meta

@@ -70,10 +70,10 @@ class ConsentGate:
             consent = self._consent(url, headers, html, meta.get("date"))
             detail = f"{consent.rule} [{consent.source}]" if consent.standard else ""
             if consent.verdict == "no":
-                return DocumentConsent((f"consent: {consent.standard}", detail))
+                return DocumentConsent((consent.standard, detail))
             if consent.verdict == "unknown" and options.unknown == "drop":
-                reason = f"{consent.standard}, a condition" if detail else "nothing said"
-                return DocumentConsent((f"consent unknown: {reason}", detail))
+                reason = f"{consent.standard}: a condition" if detail else "nothing said"
+                return DocumentConsent((reason, detail))
             if isinstance(url, str) or detail:
                 result.meta["consent"] = consent.verdict
             if detail:
