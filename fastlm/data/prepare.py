@@ -213,11 +213,17 @@ def _funnel(work: Work) -> Funnel:
         funnel.sources[source] = {
             "files": files, "documents": tally.get("documents", 0), "bytes": tally.get("bytes", 0)
         }  # fmt: skip
+        if tally.get("near_duplicates", 0) > MAX_NEAR_SHARE * tally.get("compared", 0):
+            funnel.warnings.append(
+                f"{source}: {tally['near_duplicates']:,} of {tally['compared']:,} documents are"
+                " near duplicates of others and were removed"
+            )
     for message in counts.messages:
         funnel.add_skipped(message)
     return funnel
 
 
+MAX_NEAR_SHARE = 0.5  # of a source's documents; more is a template, or the source is a copy
 PUBLISHING = "publishing.json"  # funnel and parts of a complete build, which are being moved
 
 

@@ -64,6 +64,8 @@ class Data(DataOptions, Stage):
             self.sources, ctx.out, options=options, cache=ctx.cache_dir, track=ctx.track,
             forgotten=forgotten_keys([ctx.out, *folders]),
         )  # fmt: skip
+        for message in funnel.warnings:
+            ctx.warning(message)
         steps = {s["step"]: s for s in funnel.steps}
         if ctx.in_recipe and self.heldout_bytes and not steps["heldout"]["documents"]:
             raise InputError(
@@ -142,7 +144,9 @@ def funnel_tables(funnel: Funnel) -> Any:
     for name, s in funnel.sources.items():
         counts = [f"{s[key]:,}" for key in (*files, "documents")]
         sources.add_row(name, *counts, size_text(s["bytes"]))
-    return Group(steps, sources, *(f"skipped: {message}" for message in funnel.unreadable))
+    messages = [f"warning: {message}" for message in funnel.warnings]
+    messages += [f"skipped: {message}" for message in funnel.unreadable]
+    return Group(steps, sources, *messages)
 
 
 def _in_files(funnel: Funnel) -> bool:

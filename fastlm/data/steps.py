@@ -218,6 +218,7 @@ def apply(work: Work, number: int, out: Path) -> dict[str, Any]:
             if position >= len(table) or position in same_text:
                 continue
             before, source = row["text"], row["source"]
+            counts.add_to_source(source, compared=1)
             if position in near:
                 first, similarity = near[position]
                 detail = "{:.3f} like {} {}".format(

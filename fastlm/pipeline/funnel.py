@@ -45,6 +45,7 @@ class Funnel:
     sources: dict[str, SourceCounts] = field(default_factory=dict)
     unreadable: list[str] = field(default_factory=list)  # the first MAX_MESSAGES one-line reasons
     unit: str = "documents"
+    warnings: list[str] = field(default_factory=list)  # about what may be wrong with the result
 
     @classmethod
     def load(cls, path: Path) -> "Funnel":

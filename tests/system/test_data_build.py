@@ -90,6 +90,15 @@ def test_near_copies_go_and_the_record_says_what_they_copy(pages, tmp_path):
     assert kept_all.steps[-2]["documents"] == 72
 
 
+def test_a_source_that_loses_more_than_half_is_named(tmp_path):
+    copies = write_lines(tmp_path / "copies.jsonl", [edited(prose(1), i) for i in range(9)])
+    pages = write_lines(tmp_path / "pages.jsonl", [prose(i) for i in range(20)])
+    funnel = build([pages, copies], tmp_path / "out", heldout_bytes=0)
+    assert funnel.warnings == [
+        f"{copies}: 9 of 9 documents are near duplicates of others and were removed"
+    ]
+
+
 def test_a_corpus_does_not_depend_on_memory_and_workers(pages, tmp_path):
     results = []
     for n, options in enumerate(({"memory": "64MiB"}, {"memory": "2GB", "workers": 2})):
