@@ -28,6 +28,7 @@ from fastlm.data.unit_files import REMOVED as REMOVED_ROWS
 from fastlm.data.unit_files import Counts
 from fastlm.errors import InputError
 from fastlm.files import remove, write_error, write_json
+from fastlm.pipeline.executors import shared_pool
 from fastlm.pipeline.funnel import FUNNEL, Funnel, StepCounts
 from fastlm.pipeline.units import (
     BuildError,
@@ -80,13 +81,14 @@ def prepare(
     try:
         # before the downloads, so that a read-only folder is reported at once
         work.folder.mkdir(parents=True, exist_ok=True)
-        plan = make_plan(work, sources, options, cache=cache, forgotten=forgotten, track=track)
-        if not begun and (funnel := _finished(out, plan)) is not None:
-            remove(work.folder)
-            return funnel
-        work.begin(plan)
-        if not (work.folder / PUBLISHING).is_file():
-            _build(work, options, track)
+        with shared_pool():
+            plan = make_plan(work, sources, options, cache=cache, forgotten=forgotten, track=track)
+            if not begun and (funnel := _finished(out, plan)) is not None:
+                remove(work.folder)
+                return funnel
+            work.begin(plan)
+            if not (work.folder / PUBLISHING).is_file():
+                _build(work, options, track)
         return _publish(work, out)
     except BaseException as error:
         if isinstance(error, InputError) and not isinstance(error, BuildError) and not begun:

@@ -20,7 +20,8 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import suppress
+from contextlib import contextmanager, suppress
+from contextvars import ContextVar
 from multiprocessing import get_context, parent_process
 from multiprocessing.process import BaseProcess
 from typing import Any
@@ -56,7 +57,7 @@ def run_calls(
         raise InputError(f"executor: expected one of {', '.join(EXECUTORS)}, got {executor!r}")
     if workers == 1 or len(numbers) == 1:
         return _run_here(call, numbers)
-    return _run_in_pool(call, numbers, min(workers, len(numbers)))
+    return _run_in_pool(call, numbers, workers)
 
 
 def _run_here(call: Call, numbers: Iterable[int]) -> Iterator[Outcome]:
@@ -94,6 +95,43 @@ def _call_bounded(call: Call, number: int) -> None:
     call(number)
 
 
+class _SharedPool:
+    """The worker processes of a `shared_pool`, started at the first use."""
+
+    def __init__(self) -> None:
+        self.pool: ProcessPoolExecutor | None = None
+        self.workers = 0
+
+    def open(self, workers: int) -> ProcessPoolExecutor:
+        if self.pool is None or self.workers != workers:
+            self.close()
+            self.workers = workers
+            self.pool = ProcessPoolExecutor(
+                workers, mp_context=get_context("spawn"), initializer=_start_worker
+            )
+        return self.pool
+
+    def close(self) -> None:
+        if self.pool is not None:
+            self.pool.shutdown(cancel_futures=True)
+            self.pool = None
+
+
+_shared: ContextVar[_SharedPool | None] = ContextVar("shared_pool", default=None)
+
+
+@contextmanager
+def shared_pool() -> Iterator[None]:
+    """Context: calls in pools use the same workers, which import their modules only once."""
+    pool = _SharedPool()
+    token = _shared.set(pool)
+    try:
+        yield
+    finally:
+        _shared.reset(token)
+        pool.close()
+
+
 def _run_in_pool(call: Call, numbers: Sequence[int], workers: int) -> Iterator[Outcome]:
     """Run in spawned processes: a fork of a process with OpenMP threads (torch) may hang.
 
@@ -102,10 +140,10 @@ def _run_in_pool(call: Call, numbers: Sequence[int], workers: int) -> Iterator[O
     """
     attempts: Counter[int] = Counter()
     queue = list(reversed(numbers))
+    shared = _shared.get()
+    workers_of_call = shared or _SharedPool()
     while queue:
-        pool = ProcessPoolExecutor(
-            workers, mp_context=get_context("spawn"), initializer=_start_worker
-        )
+        pool = workers_of_call.open(workers)
         running: dict[Future, int] = {}
         try:
             while queue or running:
@@ -125,6 +163,7 @@ def _run_in_pool(call: Call, numbers: Sequence[int], workers: int) -> Iterator[O
                         raise error
                     yield running.pop(future), error
         except BrokenProcessPool:
+            workers_of_call.close()
             for number in running.values():
                 attempts[number] += 1
             lost = [n for n in running.values() if attempts[n] >= ATTEMPTS]
@@ -133,9 +172,10 @@ def _run_in_pool(call: Call, numbers: Sequence[int], workers: int) -> Iterator[O
             queue += sorted(set(running.values()) - {*lost}, reverse=True)
         except BaseException:
             _kill(pool)
+            workers_of_call.close()
             raise
-        finally:
-            pool.shutdown(cancel_futures=True)
+    if shared is None:
+        workers_of_call.close()
 
 
 def _kill(pool: ProcessPoolExecutor) -> None:

@@ -252,7 +252,7 @@ def test_random_kills_change_no_byte(pages, tmp_path, victim):
             if (tmp_path / "out/work/read").is_dir():
                 workers = [int(child) for child in children.read_text().split()]
                 if len(workers) >= 2:
-                    time.sleep(rng.random() * 1.5)
+                    time.sleep(rng.random() * (1.5 if victim == "parent" else 0.3))
                     kills += 1
                     target = process.pid if victim == "parent" else rng.choice(workers)
                     try:
