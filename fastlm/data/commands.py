@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from fastlm.data.crawl import CrawlOptions
+from fastlm.data.crawl_options import CrawlOptions
 from fastlm.errors import InputError
 from fastlm.pipeline.commands import Cache, options_command
 from fastlm.pipeline.funnel import Funnel

@@ -14,7 +14,7 @@ from typing import Any
 from scrapy.http import Response
 from w3lib.url import canonicalize_url
 
-from fastlm.data.crawl import CrawlOptions
+from fastlm.data.crawl_options import CrawlOptions
 from fastlm.data.warc_files import PageIndex, StoredPage, WarcWriter, warc_paths
 from fastlm.errors import InputError
 from fastlm.progress import Track

@@ -24,8 +24,8 @@ from scrapy.linkextractors import LinkExtractor
 from scrapy.responsetypes import responsetypes
 from scrapy.spidermiddlewares.httperror import HttpError
 
-from fastlm.data.crawl import CrawlOptions
 from fastlm.data.crawl_archive import ENCODING, Archive, meta_of
+from fastlm.data.crawl_options import CrawlOptions
 from fastlm.data.warc_files import StoredPage, is_policy
 from fastlm.sources.warc import MAX_POLICY_BYTES, PAGE_FORMATS, POLICY_PATHS
 

@@ -14,6 +14,8 @@ PARAGRAPHS = re.compile(r"\n[ \t]*\n")
 # Shorter ones ("Parameters", "Example:", "Returns a string.") are repeated legitimately. C4 uses
 # three sentences, about 200 bytes.
 MIN_PARAGRAPH = 80
+# Jaccard similarity of the word 5-grams of documents; here, because options import nothing heavy
+THRESHOLD = 0.8
 
 
 def content_key(text: str) -> bytes:

@@ -18,7 +18,8 @@ from pathlib import Path
 
 import numpy as np
 
-from fastlm.data.near_duplicates import THRESHOLD, band_keys, bands
+from fastlm.data.dedup import THRESHOLD
+from fastlm.data.near_duplicates import band_keys, bands
 from fastlm.data.shingles import jaccard, shingles
 from fastlm.errors import InputError
 from fastlm.files import atomic_file, reason

@@ -27,10 +27,10 @@ from typing import NamedTuple
 
 import numpy as np
 
+from fastlm.data.dedup import THRESHOLD
 from fastlm.data.shingles import jaccard, shingles
 from fastlm.errors import InputError
 
-THRESHOLD = 0.8
 SEED = 1
 MAX_HASHES = 128  # of a signature: more bands find little, and more rows need many more bands
 RECALL = 0.997  # of pairs whose similarity is the threshold: 20 bands of 6 rows at 0.8

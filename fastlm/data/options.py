@@ -5,14 +5,15 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from fastlm.data.dedup import MIN_PARAGRAPH
+from fastlm.data.dedup import MIN_PARAGRAPH, THRESHOLD
 from fastlm.data.filter import MAX_WORDS, TECHNICAL, check_rules
-from fastlm.data.near_duplicates import THRESHOLD
 from fastlm.errors import InputError
 from fastlm.pipeline.stage import Repeated
 from fastlm.pipeline.units import file_sha256
 
 SIZE = re.compile(r"(\d+(?:\.\d+)?) ?([KMGT]?)(i?)B?", re.IGNORECASE)
+VERSION = 5  # raised when the same options and inputs give another result
+WORK = "work"  # the folder of an unfinished build, in that of its corpus
 MIN_MEMORY = 64 << 20  # a worker with its libraries needs more than that already
 
 

@@ -18,7 +18,7 @@ from typing import Any
 
 from fastlm.data.consent import policy_problems, write_policies
 from fastlm.data.corpus import SPLITS, corpus_parts
-from fastlm.data.options import DataOptions
+from fastlm.data.options import VERSION, DataOptions
 from fastlm.errors import InputError
 from fastlm.files import remove
 from fastlm.pipeline.units import BuildError, Work, file_sha256, group_by_size, run_step
@@ -35,8 +35,6 @@ from fastlm.sources.source_files import (
 )
 from fastlm.sources.warc import PolicyFile
 
-# Raised when the same options and inputs give another result
-VERSION = 5
 # whose versions may change the result
 LIBRARIES = ("resiliparse", "fastwarc", "rensa", "phonenumbers", "py3langid")
 POLICIES = "policies.db"  # the policy files of all sites

@@ -21,7 +21,7 @@ from typing import Any, cast
 
 from fastlm.data import matching, steps
 from fastlm.data.corpus import PLAN, REMOVED, SPLITS, SUFFIX, UNITS, part_name, read_units
-from fastlm.data.options import DataOptions, parse_size
+from fastlm.data.options import WORK, DataOptions, parse_size
 from fastlm.data.personal import DEFAULT_KINDS
 from fastlm.data.plan import make_plan
 from fastlm.data.unit_files import REMOVED as REMOVED_ROWS
@@ -40,7 +40,6 @@ from fastlm.pipeline.units import (
 )
 from fastlm.progress import silent
 
-WORK = "work"
 STEPS = (
     "gather", "consent", "extract", "exact duplicates", "quality rules", "scrub", "near duplicates",
     "repeated paragraphs", "train", "heldout",

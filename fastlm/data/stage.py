@@ -6,9 +6,7 @@ from typing import Annotated, Any
 
 from fastlm.data.filter import TECHNICAL, WEB
 from fastlm.data.forget_log import forgotten_keys
-from fastlm.data.options import DataOptions
-from fastlm.data.plan import VERSION
-from fastlm.data.prepare import WORK, prepare
+from fastlm.data.options import VERSION, WORK, DataOptions
 from fastlm.errors import InputError
 from fastlm.pipeline.funnel import Funnel, StepCounts
 from fastlm.pipeline.stage import Positional, ReportSection, Stage, StageContext
@@ -56,6 +54,8 @@ class Data(DataOptions, Stage):
         return [*entries, ["forgotten", sorted(forgotten)]] if forgotten else entries
 
     def run(self, ctx: StageContext) -> dict[str, Any]:
+        from fastlm.data.prepare import prepare
+
         names = [f.name for f in fields(DataOptions)]
         options = DataOptions(**{name: getattr(self, name) for name in names})
         # of the run and of the folder of runs: nothing comes back from a source that still has it

@@ -52,7 +52,7 @@ from fastlm.data.forget_log import (
     request_key,
     response_key,
 )
-from fastlm.data.prepare import WORK
+from fastlm.data.options import WORK
 from fastlm.errors import InputError
 from fastlm.files import append_lines, read_json, write_json
 from fastlm.pipeline.archive import PREVIOUS

@@ -31,7 +31,7 @@ def runs(tmp_path_factory):
     recipe = tiny_recipe.write(folder)
     for layout in LAYOUTS:
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("fastlm.data.stage.prepare", prepare_in(layout, prepare))
+            patch.setattr("fastlm.data.prepare.prepare", prepare_in(layout, prepare))
             run_recipe(recipe, folder / "runs" / layout, overrides=SMALL, until="eval")
     return folder / "runs"
 
@@ -65,7 +65,7 @@ def test_nothing_runs_again_until_the_text_differs(runs, layout, tmp_path):
     assert states() == [(name, "skipped") for name in ("data", "tokenizer", "shards")]
     corpus_parts(tmp_path / "run/data", "train")[-1].write_bytes(b"")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("fastlm.data.stage.prepare", prepare_in(layout, prepare))
+        patch.setattr("fastlm.data.prepare.prepare", prepare_in(layout, prepare))
         assert ("data", "started") in states()
     assert contents(tmp_path / "run/data", "*.zst") == contents(runs / layout / "data", "*.zst")
 

@@ -48,7 +48,7 @@ def run_folder(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp("forget")
     recipe = tiny_recipe.write(folder)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("fastlm.data.stage.prepare", prepare_in(request.param, prepare))
+        patch.setattr("fastlm.data.prepare.prepare", prepare_in(request.param, prepare))
         run_recipe(recipe, folder / "runs/one", overrides=SMALL, until="pretrain")
         yield folder
 
