@@ -1,10 +1,11 @@
-"""What is done to one document alone: consent, extract, cut, apply the quality rules, scrub.
+"""What is done to one document alone: consent, extract, cut, identify the language, apply the
+quality rules, score quality and toxicity, scrub.
 
 The result depends on the document and the options only, so documents can be cleaned anywhere and in
 any order. What depends on other documents is in `fastlm.data.steps`.
 """
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from datetime import datetime
 from typing import Any
@@ -12,14 +13,17 @@ from typing import Any
 from fastlm.data.consent.gate import ConsentGate
 from fastlm.data.consent.policy_index import PolicyIndex
 from fastlm.data.dedup import content_key
-from fastlm.data.extract import extract
+from fastlm.data.extract import extract_page
 from fastlm.data.filter import first_failed
 from fastlm.data.forget_log import document_key, line_key, text_key
+from fastlm.data.language import identify
 from fastlm.data.near_copies import NearCopies, is_signature
-from fastlm.data.nesting import costly_markup
 from fastlm.data.options import DataOptions
-from fastlm.data.personal import replace as scrub
+from fastlm.data.personal import Placeholders
+from fastlm.data.personal import replace as replace_personal_data
+from fastlm.data.quality import QualityModel
 from fastlm.data.split import split_text
+from fastlm.data.toxicity import ToxicityModel
 from fastlm.sources.source_files import Document
 from fastlm.sources.warc import PolicyFile
 
@@ -44,6 +48,7 @@ class CleanDocument:
         removal: None for a document that passes.
         rejected_text: the text that was removed, of which an excerpt may be stored.
         replacements: personal data that was replaced, by kind.
+        fallback: why its page was not extracted as asked, "" if it was.
     """
 
     document: Document
@@ -52,6 +57,7 @@ class CleanDocument:
     removal: Removal | None = None
     rejected_text: str = ""
     replacements: dict[str, int] = field(default_factory=dict)
+    fallback: str = ""
 
 
 EXCERPT = 600  # characters that show people why a text was removed
@@ -61,7 +67,7 @@ class Cleaner:
     """``cleaner(document)`` returns the cleaned document, or its parts if it was cut.
 
     policies: the policy files of all sites of the build, or their index. now: the date of its plan,
-    with which dates in the future are compared.
+    with which dates in the future are compared. licences: of packages, by source.
     """
 
     def __init__(
@@ -70,52 +76,93 @@ class Cleaner:
         forgotten: Collection[str] = (),
         policies: PolicyIndex | Iterable[PolicyFile] = (),
         now: datetime | None = None,
+        licences: Mapping[str, str] | None = None,
     ):
         self.options, self.forgotten = options, frozenset(forgotten)
         self.copies = NearCopies(signatures=filter(is_signature, self.forgotten))
-        self.gate = ConsentGate(options, policies, now=now)
+        self.gate = ConsentGate(options, policies, now=now, source_licences=licences)
+        self.quality = QualityModel.load(options.quality) if options.quality else None
+        self.toxicity = ToxicityModel.load(options.toxicity) if options.toxicity else None
 
     def __call__(self, document: Document) -> list[CleanDocument]:
         decision = self.gate(document)
         bare = replace(document, text="", meta=document.meta | decision.meta)
         if decision.refusal:
             return [CleanDocument(bare, removal=Removal("consent", *decision.refusal))]
-        text = extract(document)
+        extraction = extract_page(document, self.options.extract)
+        text = extraction.text
         if not text.strip():
-            is_html = document.meta.get("format") == "html"
-            reason = (costly_markup(document.text) if is_html else None) or "no text"
+            reason = extraction.reason or "no text"
             return [CleanDocument(bare, removal=Removal("extract", reason))]
+        placeholders = Placeholders()  # a value has the same number in all parts
         parts = split_text(text, self.options.max_words)
         if len(parts) == 1:
-            return [self._clean_part(bare, text)]
-        return [
-            self._clean_part(replace(bare, id=f"{document.id}:{number}"), part)
-            for number, part in enumerate(parts)
-        ]
+            results = [self._clean_part(bare, text, placeholders)]
+        else:
+            results = [
+                self._clean_part(replace(bare, id=f"{document.id}:{number}"), part, placeholders)
+                for number, part in enumerate(parts)
+            ]
+        results[0].fallback = extraction.reason
+        return results
 
-    def _clean_part(self, document: Document, text: str) -> CleanDocument:
+    def _clean_part(
+        self, document: Document, text: str, placeholders: Placeholders
+    ) -> CleanDocument:
         meta = {k: v for k, v in document.meta.items() if k not in TRANSIENT}
         result = CleanDocument(replace(document, meta=meta), content_key(text), len(text.encode()))
-        rule = first_failed(text, self.options.rules)
+        rejection = self._score(text, meta)
         clean, replacements = "", {}
-        if rule is None:
-            clean, replacements = scrub(text) if self.options.scrub else (text, {})
+        if rejection is None:
+            clean, replacements = self._scrub(text, placeholders)
         if entry := self.gate.refuses_text(text):
             result.removal, result.key = Removal("consent", "opt-out", entry), b""
         elif self.forgotten and not _forget_keys(result, clean).isdisjoint(self.forgotten):
             result.removal, result.key = Removal("extract", "forgotten"), b""
         elif self.copies and any(self.copies.similarities([text])):
             result.removal, result.key = Removal("extract", "near copy of a forgotten text"), b""
-        elif rule is not None:
-            result.removal, result.rejected_text = Removal("quality rules", rule), text
+        elif rejection is not None:
+            result.removal, result.rejected_text = rejection, text
         else:
             result.document.text, result.replacements = clean, replacements
         return result
 
+    def _score(self, text: str, meta: dict[str, Any]) -> Removal | None:
+        """Add language and scores of a text to ``meta``. Return why it is rejected, if it is."""
+        options, language = self.options, "en"
+        if options.language_method != "off":
+            language, probability = identify(text, method=options.language_method)
+            meta |= {"language": language, "language_probability": round(probability, 3)}
+            if options.languages and language not in options.languages:
+                return Removal("language", language, f"probability {probability:.3f}")
+        if rule := first_failed(text, options.rules, language):
+            return Removal("quality rules", rule)
+        if self.quality is not None:
+            (score,) = scores = self.quality.score([text])
+            bucket = int(self.quality.bucket(scores)[0])
+            meta |= {"quality": float(score), "quality_bucket": bucket}
+            if bucket < options.min_quality_bucket:
+                return Removal("quality", f"bucket {bucket}", f"score {score:.3f}")
+        if self.toxicity is not None:
+            toxicity = float(self.toxicity.score([text])[0])
+            meta["toxicity"] = toxicity
+            if toxicity > options.max_toxicity:
+                return Removal("toxicity", "over the limit", f"score {toxicity:.4f}")
+        return None
+
+    def _scrub(
+        self, text: str, placeholders: Placeholders | None = None
+    ) -> tuple[str, dict[str, int]]:
+        options = self.options
+        if not options.scrub:
+            return text, {}
+        return replace_personal_data(
+            text, kinds=options.scrub, regions=options.region_codes(), placeholders=placeholders
+        )
+
     def excerpt(self, text: str) -> str:
         """Return the beginning of a removed text, without personal data."""
-        text = text[:EXCERPT]
-        return scrub(text)[0] if self.options.scrub else text
+        return self._scrub(text[:EXCERPT])[0]
 
 
 TRANSIENT = {"format", "headers"}  # needed for the decisions about a document, not stored

@@ -14,6 +14,7 @@ import re
 import unicodedata
 from dataclasses import dataclass
 from functools import cache
+from importlib.util import find_spec
 from typing import Any
 
 from fastlm.data.boilerplate import (
@@ -161,6 +162,14 @@ def _decode(html: bytes | str) -> str:
     return html if isinstance(html, str) else decode_web(html, html=True)
 
 
+def check_method(how: str) -> None:
+    """Raise InputError on an unknown method, or if its package is not installed."""
+    if how not in METHODS:
+        raise InputError(f"extract: expected {' or '.join(METHODS)}, got {how!r}")
+    if how == "precise" and find_spec("trafilatura") is None:
+        _trafilatura()
+
+
 @cache
 def _trafilatura() -> Any:
     try:
@@ -213,7 +222,7 @@ def extract_page(document: Document, how: str = "fast") -> Extraction:
     installed.
     """
     if how not in METHODS:
-        raise InputError(f"extract: expected {' or '.join(METHODS)}, got {how!r}")
+        check_method(how)
     if document.meta.get("format") != "html":
         return Extraction(normalise(document.text))
     if how == "precise":

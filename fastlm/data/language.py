@@ -28,6 +28,7 @@ import threading
 from collections.abc import Callable
 from functools import cache
 from importlib.metadata import version
+from importlib.util import find_spec
 from typing import Any, NamedTuple
 
 from fastlm.errors import InputError
@@ -106,6 +107,12 @@ def codes(method: str = "langid") -> frozenset[str]:
 
         labels = [_iso_code(code) for _, code in pycld2.LANGUAGES]
     return frozenset({*labels, UNDETERMINED})
+
+
+def check_method(method: str) -> None:
+    """Raise InputError as `identify` would, without loading the model."""
+    if method not in PACKAGES or find_spec(PACKAGES[method]) is None:
+        _detector(method)
 
 
 def detector_version(method: str = "langid") -> str:

@@ -1,18 +1,21 @@
 """The options of preparing text: what decides the result, and how the work is spread."""
 
 import re
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from fastlm.data.dedup import MIN_PARAGRAPH, THRESHOLD
 from fastlm.data.filter import MAX_WORDS, TECHNICAL, check_rules
+from fastlm.data.personal import DEFAULT_KINDS, KINDS, check_kinds
+from fastlm.data.personal.phones import WEB_REGIONS, check_regions
 from fastlm.errors import InputError
 from fastlm.pipeline.stage import Repeated
 from fastlm.pipeline.units import file_sha256
 
 SIZE = re.compile(r"(\d+(?:\.\d+)?) ?([KMGT]?)(i?)B?", re.IGNORECASE)
-VERSION = 5  # raised when the same options and inputs give another result
+VERSION = 6  # raised when the same options and inputs give another result
 WORK = "work"  # the folder of an unfinished build, in that of its corpus
 MIN_MEMORY = 64 << 20  # a worker with its libraries needs more than that already
 
@@ -27,6 +30,28 @@ def parse_size(text: str, name: str) -> int:
     return int(float(number) * (1024 if binary else 1000) ** power)
 
 
+def personal_kinds(kinds: Sequence[str] | bool) -> tuple[str, ...]:
+    """Return the kinds of personal data that an option names. "all", "none", and True and False of
+    earlier versions are names for several.
+    """
+    if isinstance(kinds, bool):
+        return DEFAULT_KINDS if kinds else ()
+    names = {"all": KINDS, "none": ()}
+    return tuple(dict.fromkeys(kind for name in kinds for kind in names.get(name, (name,))))
+
+
+class KindsOrBool:
+    """The schema of `personal_kinds`: an array of texts, or true or false."""
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: Any) -> Any:
+        from pydantic_core.core_schema import no_info_before_validator_function
+
+        def as_names(value: Any) -> Any:
+            return personal_kinds(value) if isinstance(value, bool) else value
+
+        return no_info_before_validator_function(as_names, handler(source))
+
+
 @dataclass(frozen=True)
 class DataOptions:
     """Options of `fastlm.data.prepare.prepare`. At most ``heldout_bytes`` of clean text are held
@@ -38,14 +63,42 @@ class DataOptions:
     is cut into parts of at most ``max_words`` words.
     """
 
+    extract: Annotated[
+        Literal["fast", "precise"],
+        "Find the main content of a page fast, or more exactly (by trafilatura) at 5 to 10 times "
+        "the cost",
+    ] = "fast"
+    language_method: Annotated[
+        Literal["langid", "cld2", "off"],
+        "Identify the language of each document by this method; cld2 is faster, langid more exact",
+    ] = "langid"
+    languages: Annotated[
+        tuple[str, ...], "Keep only documents in these languages: ISO 639 codes with commas"
+    ] = ()
     rules: Annotated[
         tuple[str, ...], "Apply these quality rules: technical, web, none, or names with commas"
     ] = TECHNICAL
+    quality: Annotated[
+        str | None, "Score documents by this model of `fastlm data quality`, in buckets 0 to 19"
+    ] = None
+    min_quality_bucket: Annotated[int, "Remove documents in lower buckets of quality"] = 0
+    toxicity: Annotated[
+        str | None,
+        "Score the toxicity of documents, 0 to 1, by this model of `fastlm data toxicity`",
+    ] = None
+    max_toxicity: Annotated[float, "Remove documents with a higher score of toxicity"] = 1.0
     heldout_bytes: Annotated[int, "Hold out at most this many bytes of clean text"] = 1 << 20
     heldout_fraction: Annotated[float, "Hold out at most this share of all text"] = 0.1
-    scrub: Annotated[bool, "Replace addresses, telephone, card and account numbers, and keys"] = (
-        True
-    )
+    scrub: Annotated[
+        tuple[str, ...],
+        KindsOrBool(),
+        f"Replace personal data of these kinds: {', '.join(KINDS)}; all, or none",
+    ] = DEFAULT_KINDS
+    regions: Annotated[
+        tuple[str, ...],
+        "Also replace telephone numbers without a country code, if they are written as in these "
+        "countries: ISO 3166 codes, or all",
+    ] = WEB_REGIONS
     min_paragraph: Annotated[
         int, "Keep a repeated paragraph of this many characters or more only once"
     ] = MIN_PARAGRAPH
@@ -99,9 +152,27 @@ class DataOptions:
         str, "Use at most about this much memory for the steps that compare all documents"
     ] = "1GB"
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "scrub", personal_kinds(self.scrub))
+
+    def region_codes(self) -> tuple[str, ...] | None:
+        """Return ``regions`` as `fastlm.data.personal.find` takes them."""
+        return None if self.regions == ("all",) else self.regions
+
     def check(self) -> None:
         """Check the values. InputError names the option."""
         check_rules(self.rules)
+        try:
+            check_kinds(self.scrub)
+        except InputError as error:
+            raise InputError(f"scrub: {str(error).removeprefix('kinds: ')}") from None
+        check_regions(self.region_codes())
+        self._check_languages()
+        self._check_models()
+        if self.extract == "precise":
+            from fastlm.data.extract import check_method
+
+            check_method(self.extract)
         for name, value, minimum in (
             ("heldout_bytes", self.heldout_bytes, 0), ("min_paragraph", self.min_paragraph, 1),
             ("workers", self.workers, 1), ("max_words", self.max_words, 1),
@@ -131,12 +202,44 @@ class DataOptions:
         if parse_size(self.memory, "memory") < MIN_MEMORY:
             raise InputError(f"memory: expected 64MiB or more, got {self.memory}")
 
+    def _check_languages(self) -> None:
+        from fastlm.data.language import check_method, codes
+
+        if self.language_method == "off":
+            if self.languages:
+                raise InputError("languages: expected a method to identify them, got 'off'")
+            return
+        check_method(self.language_method)
+        if self.languages and (unknown := {*self.languages} - codes(self.language_method)):
+            raise InputError(
+                f"languages: expected ISO 639 codes such as en, got {min(unknown)!r:.40}, which "
+                f"{self.language_method} does not know"
+            )
+
+    def _check_models(self) -> None:
+        for name, limit, path in (
+            ("min_quality_bucket", self.min_quality_bucket > 0, self.quality),
+            ("max_toxicity", self.max_toxicity < 1, self.toxicity),
+        ):
+            model = name.split("_")[1]
+            if limit and not path:
+                raise InputError(f"{model}: expected a model, which {name} needs, got none")
+            if path and not Path(path).is_file():
+                raise InputError(f"{model}: expected a file, got {path}")
+        if not 0 <= self.min_quality_bucket < 20:
+            raise InputError(f"min_quality_bucket: expected 0 to 19, got {self.min_quality_bucket}")
+        if not 0 <= self.max_toxicity <= 1:
+            raise InputError(f"max_toxicity: expected 0 to 1, got {self.max_toxicity}")
+
     def identity(self) -> dict[str, Any]:
         """Return the options that decide the result."""
         values = asdict(self)
         for name in ("workers", "executor", "memory"):
             del values[name]
         values["opt_out_sha256"] = [file_sha256(Path(path)) for path in self.opt_out]
+        for name, path in (("quality", self.quality), ("toxicity", self.toxicity)):
+            if path:
+                values[f"{name}_sha256"] = file_sha256(Path(path))
         if self.consent != "off":
             from fastlm.data.consent.crawlers import product_tokens
 

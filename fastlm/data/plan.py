@@ -17,13 +17,16 @@ from pathlib import Path
 from typing import Any
 
 from fastlm.data.consent import policy_problems, write_policies
+from fastlm.data.consent.opt_out import OptOut
 from fastlm.data.corpus import SPLITS, corpus_parts
+from fastlm.data.language import PACKAGES
 from fastlm.data.options import VERSION, DataOptions
 from fastlm.errors import InputError
 from fastlm.files import remove
 from fastlm.pipeline.units import BuildError, Work, file_sha256, group_by_size, run_step
 from fastlm.progress import silent
 from fastlm.sources.document import UNREADABLE
+from fastlm.sources.licences import read_licence
 from fastlm.sources.remote import StoreError
 from fastlm.sources.scan import scan_file
 from fastlm.sources.source_files import (
@@ -35,8 +38,6 @@ from fastlm.sources.source_files import (
 )
 from fastlm.sources.warc import PolicyFile
 
-# whose versions may change the result
-LIBRARIES = ("resiliparse", "fastwarc", "rensa", "phonenumbers", "py3langid")
 POLICIES = "policies.db"  # the policy files of all sites
 SCAN_BYTES = 1 << 27  # hashed in one unit, about a second
 SCAN_OVERHEAD = 1 << 17  # of opening a file
@@ -94,6 +95,8 @@ def make_plan(
                 ranges.append([number, *part.values()])
                 sizes.append(share)
     groups = group_by_size(sizes, options.unit_bytes)
+    licences = {source: read_licence(source, cache)[1] for source in sources}
+    messages += OptOut.load(*options.opt_out).problems
     earlier = _earlier_files(options)
     first = len(entries)
     entries += earlier
@@ -101,7 +104,7 @@ def make_plan(
     plan = {
         "format": 1,
         "version": VERSION,
-        "libraries": {name: version(name) for name in LIBRARIES},
+        "libraries": {name: version(name) for name in libraries(options)},
         "options": options.identity(),
         "sources": counts,
         "skipped": dict(skipped),
@@ -109,6 +112,7 @@ def make_plan(
         "messages": messages,
         "forgotten": sorted(forgotten),
         "policies": policies,
+        "licences": {printable(source): name for source, name in licences.items() if name},
         "files": entries,
         "earlier_units": len(units),  # the first ones
         "units": units + [[ranges[index] for index in group] for group in groups],
@@ -116,6 +120,20 @@ def make_plan(
         "date": _date(work),
     }
     return json.loads(json.dumps(plan))  # as it is read again
+
+
+def libraries(options: DataOptions) -> list[str]:
+    """Return the packages whose versions may change the result."""
+    names = ["resiliparse", "fastwarc", "rensa"]
+    if options.extract == "precise":
+        names.append("trafilatura")
+    if options.language_method != "off":
+        names.append(PACKAGES[options.language_method])
+    if "phone" in options.scrub:
+        names.append("phonenumbers")
+    if "national" in options.scrub:
+        names.append("python-stdnum")
+    return names
 
 
 def _date(work: Work) -> str:

@@ -22,8 +22,7 @@ from typing import Any, cast
 from fastlm.data import matching, steps
 from fastlm.data.corpus import PLAN, REMOVED, SPLITS, SUFFIX, UNITS, part_name, read_units
 from fastlm.data.options import WORK, DataOptions, parse_size
-from fastlm.data.personal import DEFAULT_KINDS
-from fastlm.data.plan import make_plan
+from fastlm.data.plan import make_plan, options_of_plan
 from fastlm.data.unit_files import REMOVED as REMOVED_ROWS
 from fastlm.data.unit_files import Counts
 from fastlm.errors import InputError
@@ -41,10 +40,16 @@ from fastlm.pipeline.units import (
 from fastlm.progress import silent
 
 STEPS = (
-    "gather", "consent", "extract", "exact duplicates", "quality rules", "scrub", "near duplicates",
-    "repeated paragraphs", "train", "heldout",
+    "gather", "consent", "extract", "exact duplicates", "language", "quality rules", "quality",
+    "toxicity", "scrub", "near duplicates", "repeated paragraphs", "train", "heldout",
 )  # fmt: skip
-EXTRA_COUNTS = {"replaced": "scrub", "cut": "extract"}  # name -> the step that shows it
+# Steps that are shown if an option makes them remove documents
+LIMITS = {"language": "languages", "quality": "min_quality_bucket", "toxicity": "max_toxicity"}
+EXTRA_COUNTS = {
+    "replaced": "scrub",
+    "cut": "extract",
+    "fallbacks": "extract",
+}  # name -> the step that shows it
 
 
 def prepare(
@@ -191,13 +196,17 @@ def _funnel(work: Work) -> Funnel:
     counts.messages += plan["messages"]
     counts.removed["gather"] = Counter(plan["skipped"])
     if plan["options"]["scrub"]:
-        counts.add("replaced", dict.fromkeys(DEFAULT_KINDS, 0))
+        counts.add("replaced", dict.fromkeys(plan["options"]["scrub"], 0))
     for step in ("read", "apply", "write"):
         for unit in _outputs(work):
             if work.marker_path(step, unit).is_file():
                 counts.update(work.counts(step, unit))
     funnel = Funnel()
+    options = options_of_plan(plan)
     for step in STEPS:
+        limit = LIMITS.get(step)
+        if limit and getattr(options, limit) == getattr(DataOptions, limit):
+            continue
         entry: dict[str, Any] = {"step": step}
         for key in ("documents", "bytes"):
             entry[key] = counts.remaining[f"{step} {key}"]
@@ -206,7 +215,8 @@ def _funnel(work: Work) -> Funnel:
         funnel.steps.append(cast(StepCounts, entry))
     for name, step in EXTRA_COUNTS.items():
         if values := counts.extra.get(name):
-            funnel.steps[STEPS.index(step)][name] = dict(values)
+            entry = cast(dict[str, Any], next(s for s in funnel.steps if s["step"] == step))
+            entry[name] = dict(values)
     if plan["unsupported_types"]:
         funnel.steps[0]["unsupported_types"] = plan["unsupported_types"]
     for source, files in plan["sources"]:

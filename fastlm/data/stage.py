@@ -40,6 +40,7 @@ class Data(DataOptions, Stage):
     ] = ()
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         rules = tuple(r for name in self.rules for r in RULES.get(name, (name,)))
         object.__setattr__(self, "rules", rules)
 
@@ -163,12 +164,23 @@ PLURALS = {
     "part produced": "parts produced",
     "record that is no page": "records that are no pages",
     "page over the size limit": "pages over the size limit",
+    "policy record": "policy records",
+    "policy over the size limit": "policies over the size limit",
+    "near duplicate": "near duplicates",
+    "near copy of a forgotten text": "near copies of forgotten texts",
     "link inside a package": "links inside a package",
     "e-mail address replaced": "e-mail addresses replaced",
     "phone number replaced": "phone numbers replaced",
     "IP address replaced": "IP addresses replaced",
+    "card number replaced": "card numbers replaced",
+    "IBAN replaced": "IBANs replaced",
+    "key replaced": "keys replaced",
+    "national number replaced": "national numbers replaced",
 }
-PERSONAL_DATA = {"email": "e-mail address", "phone": "phone number", "ip": "IP address"}
+PERSONAL_DATA = {
+    "email": "e-mail address", "phone": "phone number", "ip": "IP address", "card": "card number",
+    "iban": "IBAN", "national": "national number",
+}  # fmt: skip
 
 
 def describe_removals(step: StepCounts) -> list[str]:
@@ -181,9 +193,15 @@ def describe_removals(step: StepCounts) -> list[str]:
         f"{PERSONAL_DATA.get(kind, kind)} replaced": n
         for kind, n in step.get("replaced", {}).items()
     }
+    fallbacks = {f"page extracted fast: {k}": n for k, n in step.get("fallbacks", {}).items()}
     return [
         format_count(n, reason) + f" ({endings})" * reason.endswith(UNSUPPORTED_TYPE)
-        for reason, n in [*removed, *replaced.items(), *step.get("cut", {}).items()]
+        for reason, n in [
+            *removed,
+            *replaced.items(),
+            *step.get("cut", {}).items(),
+            *fallbacks.items(),
+        ]
         if n
     ]
 

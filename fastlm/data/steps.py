@@ -53,6 +53,8 @@ from fastlm.sources.streams import ZSTD_MAGIC, compressed
 # A document that loses more than half of its text to repeats is a copy of another one: only
 # headings without text remain.
 MIN_REMAINING = 0.5
+# Steps of the funnel that count each document that the steps before left
+ALONE = ("exact duplicates", "language", "quality rules", "quality", "toxicity", "scrub")
 MAX_EXCERPTS = 5  # of removed texts, per unit and reason
 
 
@@ -67,7 +69,7 @@ def read(work: Work, number: int, out: Path) -> dict[str, Any]:
     is_earlier = number < work.plan["earlier_units"]
     now = datetime.fromisoformat(work.plan["date"]).replace(tzinfo=UTC)
     policies = PolicyIndex.open(work.folder / POLICIES, now)
-    cleaner = Cleaner(options, work.plan["forgotten"], policies, now)
+    cleaner = Cleaner(options, work.plan["forgotten"], policies, now, work.plan["licences"])
     counts, excerpts = Counts(), Counter()
     table: list[tuple[int, int, int, bool]] = []
     names: list[tuple[str, str]] = []
@@ -136,6 +138,8 @@ def _clean(
         results = cleaner(document)
         if len(results) > 1:
             counts.add("cut", {"document cut": 1, "part produced": len(results)})
+        if fallback := results[0].fallback:
+            counts.add("fallbacks", {fallback: 1})
         yield from results
 
 
@@ -208,7 +212,10 @@ def apply(work: Work, number: int, out: Path) -> dict[str, Any]:
             if position is None or (position < len(table) and position not in same_text):
                 removed.write(record)
                 if position is not None:
-                    counts.remove(record["step"], record["reason"])
+                    step = record["step"]
+                    counts.remove(step, record["reason"])
+                    for earlier_step in ALONE[: ALONE.index(step)]:
+                        counts.keep(earlier_step, int(table[position]["extracted"]))
         for position, (first,) in same_text.items():
             source, id = load_name(work, number << 32 | position)
             detail = "same text as {} {}".format(*load_name(work, first))
@@ -234,7 +241,10 @@ def apply(work: Work, number: int, out: Path) -> dict[str, Any]:
                     before, repeats[position], options.min_paragraph
                 )
                 counts.remove("repeated paragraphs", "paragraph", paragraph_count)
-            if paragraph_count and (reason := _rejection(text, before, options, forgotten)):
+            language = row["meta"].get("language", "en")
+            if paragraph_count and (
+                reason := _rejection(text, before, options, forgotten, language)
+            ):
                 remove(row, "repeated paragraphs", reason)
                 continue
             counts.add("replaced", row.pop("replaced"))
@@ -252,23 +262,23 @@ def apply(work: Work, number: int, out: Path) -> dict[str, Any]:
 
 
 def _count_alone(counts: Counts, table: np.ndarray, same_text: Container[int]) -> None:
-    """Count what the steps up to ``scrub`` left of the documents of a unit."""
+    """Count the documents of a unit that passed everything that depends on them alone."""
     for position, document in enumerate(table):
         size = int(document["extracted"])
         counts.keep("extract", size)
-        if position in same_text:
-            continue
-        counts.keep("exact duplicates", size)
-        if document["passed"]:
-            counts.keep("quality rules", size)
-            counts.keep("scrub", int(document["size"]))
+        if position not in same_text and document["passed"]:
+            for step in ALONE[:-1]:
+                counts.keep(step, size)
+            counts.keep(ALONE[-1], int(document["size"]))
 
 
-def _rejection(text: str, before: str, options: DataOptions, forgotten: Container[str]) -> str:
+def _rejection(
+    text: str, before: str, options: DataOptions, forgotten: Container[str], language: str
+) -> str:
     """Return why a text without its repeated paragraphs is rejected, "" if it is not."""
     if len(text) < MIN_REMAINING * len(before):
         return "document mostly repeated"
-    if "word_count" in options.rules and first_failed(text, ["word_count"]):
+    if "word_count" in options.rules and first_failed(text, ["word_count"], language):
         return "document left too short"
     return "forgotten" if text_key(text) in forgotten else ""
 

@@ -16,7 +16,8 @@ MAX_MESSAGES = 100  # about unreadable files and lines; all are counted
 class StepCounts(TypedDict):
     """The documents that a step kept, and those it removed, by reason. Some steps add ``replaced``
     (scrub: personal data by kind), ``unsupported_types`` (gather: endings of files of other types)
-    or ``cut`` (extract: long documents and the parts they became).
+    or ``cut`` (extract: long documents and the parts they became) and ``fallbacks`` (extract: pages
+    that were not extracted as asked, by reason).
     """
 
     step: str
@@ -26,6 +27,7 @@ class StepCounts(TypedDict):
     replaced: NotRequired[dict[str, int]]
     unsupported_types: NotRequired[dict[str, int]]
     cut: NotRequired[dict[str, int]]
+    fallbacks: NotRequired[dict[str, int]]
 
 
 class SourceCounts(TypedDict):

@@ -311,7 +311,8 @@ def options_of(cls: Any) -> list[Option]:
             continue
         hint, text, short = hints[f.name], "", ()
         if get_origin(hint) is Annotated:
-            hint, text, *short = get_args(hint)
+            hint, *notes = get_args(hint)
+            text, *short = (note for note in notes if isinstance(note, str))
         default = f.default_factory() if f.default_factory is not MISSING else f.default
         options.append(Option(f.name, hint, default, text, tuple(short)))
     return options

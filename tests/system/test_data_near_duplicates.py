@@ -12,7 +12,7 @@ from fastlm.data.near_duplicates import find
 from fastlm.data.prepare import DataOptions, prepare
 from fastlm.data.shingles import jaccard, shingles
 
-OPTIONS = {"rules": (), "scrub": False, "min_paragraph": 10**6, "heldout_bytes": 20_000}
+OPTIONS = {"rules": (), "scrub": (), "min_paragraph": 10**6, "heldout_bytes": 20_000}
 
 
 @pytest.fixture(scope="module")

@@ -188,7 +188,7 @@ def test_heldout_hardly_moves_when_text_is_added(corpus, tmp_path):
 def test_options(corpus, tmp_path):
     assert run(corpus, tmp_path / "o", heldout_bytes=0).steps[-1]["documents"] == 0
     assert list(read_documents(tmp_path / "o" / "heldout")) == []
-    plain = run(corpus, tmp_path / "p", scrub=False, rules=())
+    plain = run(corpus, tmp_path / "p", scrub=(), rules=())
     assert "me@host.org" in "".join(d.text for d in read_documents(tmp_path / "p" / "train"))
     assert next(s for s in plain.steps if s["step"] == "quality rules")["removed"] == {}
     few = run(corpus, tmp_path / "q", max_bytes=3000)

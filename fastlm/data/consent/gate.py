@@ -79,12 +79,14 @@ class ConsentGate:
             if detail:
                 result.meta["consent_rule"] = detail
         licence = licence_of(html, headers) if html or headers else None
+        licence = licence or meta.get("licence") or meta.get("license")
+        licence = licence or self._source_licences.get(document.source)
+        if not isinstance(licence, str):
+            licence = None
         if licence:
             result.meta["licence"] = licence
         if options.licences:
-            stated = meta.get("licence") or meta.get("license")
-            licence = licence or stated or self._source_licences.get(document.source)
-            if not isinstance(licence, str) or not licence:
+            if not licence:
                 return DocumentConsent(("licence: none stated", ""))
             if not allowed(licence, options.licences):
                 return DocumentConsent(("licence: not in the list", licence))
