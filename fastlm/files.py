@@ -118,11 +118,14 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write JSON that people can read to ``path``, as `write_text`. A byte of a name that is
-    not UTF-8 becomes \\xNN.
-    """
+    """Write JSON that people can read to ``path``, as `write_text`."""
+    write_text(path, json_text(value))
+
+
+def json_text(value: Any) -> str:
+    """Return JSON that people can read. A byte of a name that is not UTF-8 becomes \\xNN."""
     text = json.dumps(value, indent=1, ensure_ascii=False, default=str)
-    write_text(path, NOT_UTF8.sub(lambda m: rf"\\x{ord(m[0]) - 0xDC00:02x}", text) + "\n")
+    return NOT_UTF8.sub(lambda m: rf"\\x{ord(m[0]) - 0xDC00:02x}", text) + "\n"
 
 
 @contextlib.contextmanager

@@ -11,13 +11,13 @@
 
 A line of a part is {"text", "id", "source", "meta"}. The number of a part is that of the unit of
 work that wrote it. A unit without documents writes no part, so numbers may be missing; units.json
-tells whether a part is missing.
+tells whether a part is missing. ``OUT`` may be on object storage (``s3://BUCKET/PREFIX``).
 
 Rejected: Parquet. A part that is read from start to end needs no columns, `zstdcat` shows a line of
 JSON, and a killed `data forget` needs only one rename per part.
 """
 
-import hashlib
+import os
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -27,7 +27,9 @@ from typing_extensions import TypedDict
 from fastlm.errors import InputError
 from fastlm.files import write_json
 from fastlm.pipeline.funnel import FUNNEL
-from fastlm.schema import Count, RelativePath, parse, read_document
+from fastlm.pipeline.units import file_sha256
+from fastlm.schema import Count, RelativePath, parse
+from fastlm.sources.remote import is_file, is_remote, list_sizes, read_small
 from fastlm.sources.source_files import Document
 from fastlm.sources.streams import open_stream
 
@@ -77,7 +79,7 @@ def is_part_name(name: str) -> bool:
 
 def is_corpus(path: str | Path) -> bool:
     """Return True if ``path`` is the folder of a finished corpus, in either layout."""
-    return (Path(path) / FUNNEL).is_file()
+    return is_file(Path(path) / FUNNEL)
 
 
 def is_split(path: str | Path) -> bool:
@@ -87,24 +89,26 @@ def is_split(path: str | Path) -> bool:
     path = Path(path)
     if path.name.endswith(SUFFIX) and not path.is_dir():
         return True
-    out = path.absolute().parent
-    if path.name not in SPLITS or not path.is_dir():
+    out = _absolute(path).parent
+    if path.name not in SPLITS or not (is_remote(path) or path.is_dir()):
         return False
-    in_corpus = is_corpus(out) or (out / PLAN).is_file()
-    return (is_corpus(out) and (out / UNITS).is_file()) or (in_corpus and bool(list_parts(path)))
+    in_corpus = is_corpus(out) or is_file(out / PLAN)
+    return (is_corpus(out) and is_file(out / UNITS)) or (in_corpus and bool(list_parts(path)))
 
 
 def has_split(path: str | Path, split: str) -> bool:
     """Return True if the corpus ``path`` has documents of ``split``, as far as its files show."""
     path = Path(path)
-    return (path / f"{split}{SUFFIX}").is_file() or bool(list_parts(path / split))
+    return is_file(path / f"{split}{SUFFIX}") or bool(list_parts(path / split))
 
 
 def list_parts(folder: Path) -> list[Path]:
     """Return the parts in a folder, by number. Temporary and other files are ignored."""
-    if not folder.is_dir():
-        return []
-    parts = [path for path in folder.iterdir() if is_part_name(path.name)]
+    if is_remote(folder):
+        names = list(list_sizes(folder))
+    else:
+        names = os.listdir(folder) if folder.is_dir() else []
+    parts = [folder / name for name in names if is_part_name(name)]
     return sorted(parts, key=lambda path: (int(path.name.partition(".")[0]), path.name))
 
 
@@ -115,7 +119,7 @@ def split_files(out: Path) -> dict[str, list[Path]]:
     InputError: both layouts in one folder.
     """
     files = {split: [out / f"{split}{SUFFIX}"] for split in SPLITS}
-    files = {split: paths for split, paths in files.items() if paths[0].is_file()}
+    files = {split: paths for split, paths in files.items() if is_file(paths[0])}
     parts = {split: list_parts(out / split) for split in SPLITS}
     if files and any(parts.values()):
         names = ", ".join(paths[0].name for paths in files.values())
@@ -139,9 +143,9 @@ def corpus_parts(path: str | Path, split: str | None = None) -> list[Path]:
     InputError: no corpus, an unfinished one, parts that units.json does not list, or the reverse.
     """
     path = Path(path)
-    if not path.is_dir():
+    if path.name.endswith(SUFFIX) if is_remote(path) else not path.is_dir():
         stem = path.name.removesuffix(SUFFIX)
-        if stem in SPLITS and not path.exists() and list_parts(path.with_name(stem)):
+        if stem in SPLITS and not is_file(path) and list_parts(path.with_name(stem)):
             raise InputError(
                 f"{path}: expected a file, got a corpus of parts: {path.parent / stem}"
             )
@@ -150,19 +154,19 @@ def corpus_parts(path: str | Path, split: str | None = None) -> list[Path]:
         if split not in SPLITS:
             raise InputError(f"split: expected {' or '.join(SPLITS)} of {path}, got {split!r}")
         files = split_files(path)
-        if not any(files.values()) and not (path / UNITS).is_file():
+        if not any(files.values()) and not is_file(path / UNITS):
             raise InputError(f"{path}: expected a corpus, got no {split}/ and no {split}{SUFFIX}")
         _check_units(path, split, files.get(split, []))
         return files.get(split, [])
-    parts, out = list_parts(path), path.absolute().parent
+    parts, out = list_parts(path), _absolute(path).parent
     in_split = path.name in SPLITS
     for folder in (path, out) if in_split else (path,):
-        if (folder / PLAN).is_file() and not is_corpus(folder):
+        if is_file(folder / PLAN) and not is_corpus(folder):
             raise InputError(
                 f"{path}: expected a finished corpus, {FUNNEL} is missing: run fastlm data prepare"
                 " again"
             )
-    if in_split and is_corpus(out) and (out / UNITS).is_file():
+    if in_split and is_corpus(out) and is_file(out / UNITS):
         _check_units(out, path.name, parts)
     elif not parts:
         raise InputError(
@@ -201,9 +205,10 @@ def read_units(out: Path) -> list[PartRecord]:
     """Return what units.json says about the parts of a corpus; nothing if there is no such file.
     InputError: damaged.
     """
-    if not (out / UNITS).is_file():
+    path = out / UNITS
+    if not is_file(path):
         return []
-    return read_document(out / UNITS, list[PartRecord], max_bytes=MAX_UNITS_BYTES)
+    return parse(read_small(path, MAX_UNITS_BYTES), list[PartRecord], str(path))
 
 
 def update_units(out: Path, counts: Mapping[str, tuple[int, int]]) -> None:
@@ -231,14 +236,17 @@ def update_units(out: Path, counts: Mapping[str, tuple[int, int]]) -> None:
 
 def part_record(out: Path, part: str, documents: int, size: int) -> PartRecord:
     """Return the entry of units.json for a part, whose file is hashed here."""
-    with open(out / part, "rb") as file:
-        sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+    sha256 = file_sha256(out / part)
     return {"part": part, "documents": documents, "bytes": size, "sha256": sha256}
+
+
+def _absolute(path: Path) -> Path:
+    return path if is_remote(path) else path.absolute()
 
 
 def _check_units(out: Path, split: str, parts: list[Path]) -> None:
     """Compare the parts of a split with units.json, if there is one. InputError: others."""
-    if not (out / UNITS).is_file():
+    if not is_file(out / UNITS):
         return
     names = {r["part"] for r in read_units(out) if r["part"].startswith(f"{split}/")}
     differences = names ^ {f"{split}/{path.name}" for path in parts}

@@ -56,7 +56,7 @@ def survivors(work: Work, unit: int, *, near: bool) -> np.ndarray:
 
 
 def has_near(work: Work) -> bool:
-    return (work.folder / "near" / "step.json").is_file()
+    return work.has_begun("near")
 
 
 def _positions(numbers: np.ndarray) -> np.ndarray:

@@ -12,6 +12,7 @@ from collections.abc import Collection, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import asdict, fields
 from datetime import UTC, datetime
+from functools import cache as cached
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -22,12 +23,11 @@ from fastlm.data.corpus import SPLITS, corpus_parts
 from fastlm.data.language import PACKAGES
 from fastlm.data.options import VERSION, DataOptions
 from fastlm.errors import InputError
-from fastlm.files import remove
 from fastlm.pipeline.units import BuildError, Work, file_sha256, group_by_size, run_step
 from fastlm.progress import silent
 from fastlm.sources.document import UNREADABLE
 from fastlm.sources.licences import read_licence
-from fastlm.sources.remote import StoreError
+from fastlm.sources.remote import StoreError, file_size, is_remote, remote_state
 from fastlm.sources.scan import scan_file
 from fastlm.sources.source_files import (
     WHOLE_FILE,
@@ -77,9 +77,10 @@ def make_plan(
     scanned = [*files, *policy_files]
     inner = _scan_all(work, scanned, options, track)
     policies = write_policies(
-        work.folder / POLICIES,
+        work.local / POLICIES,
         (PolicyFile(**policy) for result in _scans(inner) for policy in result["policies"]),
     )
+    work.add_file(POLICIES)
     entries, ranges, sizes, messages = [], [], [], []
     for number, (file, result) in enumerate(zip(scanned, _scans(inner))):
         if "error" in result:
@@ -152,11 +153,11 @@ def _scan_all(work: Work, files: Sequence[SourceFile], options: DataOptions, tra
         "unit_bytes": options.unit_bytes, "stamps": stamps,
         "files": [_entry(file) for file in files], "units": groups,
     }  # fmt: skip
-    inner = Work(work.folder / "scan")
+    inner = work.inner("scan")
     try:
         inner.begin(plan)
     except BuildError:  # files have changed
-        remove(inner.folder)
+        inner.delete()
         inner.begin(plan)
     inner.begin_step("scan", units=len(groups))
     run_step(
@@ -172,8 +173,10 @@ def _scans(inner: Work) -> Iterator[dict[str, Any]]:
         yield from json.loads(inner.path("scan", number, "scans.json").read_bytes())
 
 
-def _stamp(file: SourceFile) -> list[int]:
-    """Return the size and times of a local file, or the time: a remote one is always read again."""
+def _stamp(file: SourceFile) -> list[Any]:
+    """Return the size of a file, and its times or the store's tag of its content."""
+    if is_remote(file.path):
+        return [*remote_state(file.path), 0]
     try:
         stat = file.path.stat()
     except OSError:
@@ -205,12 +208,12 @@ def _earlier_files(options: DataOptions) -> list[dict[str, Any]]:
     """Return an entry for each file of the corpora of earlier builds."""
     files = []
     for corpus in options.earlier:
-        if not Path(corpus).exists():
+        if not is_remote(corpus) and not Path(corpus).exists():
             raise InputError(f"earlier: expected a corpus of an earlier build, {corpus} not found")
         for split in SPLITS:
             for path in corpus_parts(corpus, split):
                 file = SourceFile(path, path.name, printable(corpus), "corpus", explicit=True)
-                size = path.stat().st_size
+                size = file_size(path)
                 files.append({**_entry(file), "size": size, "sha256": file_sha256(path)})
     return files
 
@@ -223,10 +226,28 @@ def _entry(file: SourceFile) -> dict[str, Any]:
 
 
 def ranges_of_unit(work: Work, number: int) -> Iterator[tuple[SourceFile, FileRange]]:
-    """Yield the files, or parts of files, of one unit of input."""
+    """Yield the files, or parts of files, of one unit of input.
+
+    BuildError: this process has other versions of libraries, or another file, than the plan says.
+    """
+    for name, planned in work.plan["libraries"].items():
+        if (actual := _version(name)) != planned:
+            raise BuildError(
+                f"{name}: expected version {planned} of the plan on every node, got {actual}"
+            )
     for index, *part in work.plan["units"][number]:
-        entry = work.plan["files"][index]
-        yield _source_file(entry), FileRange(*part)
+        file = _source_file(entry := work.plan["files"][index])
+        if entry["sha256"] != "unreadable" and not is_remote(file.path):
+            size = file.path.stat().st_size if file.path.is_file() else None
+            if size != entry["size"]:
+                raise BuildError(
+                    f"{file.path}: expected the {entry['size']:,} bytes that were planned, got"
+                    f" {'no file' if size is None else f'{size:,}'}: every node needs the sources"
+                )
+        yield file, FileRange(*part)
+
+
+_version = cached(version)
 
 
 def _source_file(entry: dict[str, Any]) -> SourceFile:

@@ -26,7 +26,7 @@ from fastlm.data.plan import make_plan, options_of_plan
 from fastlm.data.unit_files import REMOVED as REMOVED_ROWS
 from fastlm.data.unit_files import Counts
 from fastlm.errors import InputError
-from fastlm.files import remove, write_error, write_json
+from fastlm.files import json_text, remove, write_error, write_json
 from fastlm.pipeline.executors import shared_pool
 from fastlm.pipeline.funnel import FUNNEL, Funnel, StepCounts
 from fastlm.pipeline.units import (
@@ -36,8 +36,17 @@ from fastlm.pipeline.units import (
     read_state,
     run_step,
     step_name,
+    write_durably,
 )
 from fastlm.progress import silent
+from fastlm.sources.remote import (
+    StoreError,
+    copy_objects,
+    delete_objects,
+    is_file,
+    list_sizes,
+    write_object,
+)
 
 STEPS = (
     "gather", "consent", "extract", "exact duplicates", "language", "quality rules", "quality",
@@ -80,40 +89,55 @@ def prepare(
         raise InputError(f"sources: expected a list of at least one source, got {sources!r}")
     out = Path(out)
     work = Work(out / WORK)
-    begun = (work.folder / PLAN).is_file()
+    begun = is_file(work.folder / PLAN)
     new_folders = [folder for folder in (out, *out.parents) if not folder.exists()]
     try:
         # before the downloads, so that a read-only folder is reported at once
-        work.folder.mkdir(parents=True, exist_ok=True)
+        if work.is_remote:
+            write_object(work.folder / BEGUN, b"")
+        else:
+            work.folder.mkdir(parents=True, exist_ok=True)
         with shared_pool():
             plan = make_plan(work, sources, options, cache=cache, forgotten=forgotten, track=track)
             if not begun and (funnel := _finished(out, plan)) is not None:
-                remove(work.folder)
+                work.delete()
                 return funnel
             work.begin(plan)
-            if not (work.folder / PUBLISHING).is_file():
+            if not is_file(work.folder / PUBLISHING):
                 _build(work, options, track)
         return _publish(work, out)
     except BaseException as error:
-        if isinstance(error, InputError) and not isinstance(error, BuildError) and not begun:
-            remove(work.folder)
+        can_continue = isinstance(error, BuildError | StoreError)
+        if isinstance(error, InputError) and not can_continue and not begun:
+            work.delete()
         for folder in (work.folder, *new_folders):
             with suppress(OSError):  # ignore folders that are not empty
                 folder.rmdir()
         if isinstance(error, OSError):  # a write error: read errors are already InputError
             raise write_error(out, error) from None
         raise
+    finally:
+        work.close(options.executor)
+
+
+BEGUN = "begun"  # an empty object
 
 
 def _finished(out: Path, plan: Mapping[str, Any]) -> Funnel | None:
     """Return the funnel of the corpus in ``out`` if it has this plan and all its parts."""
     try:
-        if Work(out).plan != plan:
+        work = Work(out)
+        if work.plan != plan:
             return None
+        if work.is_remote:  # what is there is complete
+            records = {record["part"] for record in read_units(out)}
+            return Funnel.load(out) if records <= list_sizes(out).keys() else None
         for record in read_units(out):
             if file_sha256(out / record["part"]) != record["sha256"]:
                 return None
         return Funnel.load(out)
+    except StoreError:
+        raise
     except (InputError, OSError):
         return None
 
@@ -199,8 +223,8 @@ def _funnel(work: Work) -> Funnel:
         counts.add("replaced", dict.fromkeys(plan["options"]["scrub"], 0))
     for step in ("read", "apply", "write"):
         for unit in _outputs(work):
-            if work.marker_path(step, unit).is_file():
-                counts.update(work.counts(step, unit))
+            if (marker := work.marker(step, unit)) is not None:
+                counts.update(marker["counts"])
     funnel = Funnel()
     options = options_of_plan(plan)
     for step in STEPS:
@@ -245,8 +269,9 @@ def _publish(work: Work, out: Path) -> Funnel:
     ``out`` is untouched.
     """
     path = work.folder / PUBLISHING
-    if not path.is_file():
-        _arrange(work)
+    if not is_file(path):
+        if not work.is_remote:
+            _arrange(work)
         records = []
         for split in SPLITS:
             for unit in _outputs(work):
@@ -264,8 +289,10 @@ def _publish(work: Work, out: Path) -> Funnel:
                         "bytes": remaining[f"{split} bytes"],
                         "sha256": marker["files"][name]["sha256"],
                     })  # fmt: skip
-        write_json(path, {"funnel": _funnel(work).__dict__, "units": records})
+        write_durably(path, {"funnel": _funnel(work).__dict__, "units": records})
     state = read_state(path)
+    if work.is_remote:
+        return _publish_objects(work, out, state)
     (out / FUNNEL).unlink(missing_ok=True)  # a mix of old and new files does not look finished
     for name in (*SPLITS, REMOVED):
         source = work.folder / "parts" / name
@@ -280,14 +307,37 @@ def _publish(work: Work, out: Path) -> Funnel:
     return Funnel.load(out)
 
 
+PARTS = (
+    ("train", "write", f"train{SUFFIX}"), ("heldout", "write", f"heldout{SUFFIX}"),
+    (REMOVED, "apply", REMOVED_ROWS),
+)  # fmt: skip
+
+
+def _publish_objects(work: Work, out: Path, state: Mapping[str, Any]) -> Funnel:
+    """Copy the parts of a complete build to their names; object storage cannot rename."""
+    delete_objects([out / FUNNEL])
+    parts = []
+    for folder, step, name in PARTS:
+        for unit in _outputs(work):
+            if name in (work.marker(step, unit) or {"files": ()})["files"]:
+                parts.append((work.stored(step, unit, name), out / folder / part_name(unit)))
+    copy_objects(parts)
+    folders = (*SPLITS, REMOVED)
+    earlier = {out / folder / name for folder in folders for name in list_sizes(out / folder)}
+    earlier |= {out / f"{folder}{SUFFIX}" for folder in folders}
+    delete_objects(sorted(earlier - {target for _, target in parts}))
+    copy_objects([(work.folder / PLAN, out / PLAN)])
+    write_object(out / UNITS, json_text(state["units"]).encode())
+    write_object(out / FUNNEL, json_text(state["funnel"]).encode())
+    work.delete()
+    return Funnel.load(out)
+
+
 def _arrange(work: Work) -> None:
     """Link the files of the last steps into ``work/parts``, as they will be in the corpus."""
     parts = work.folder / "parts"
     remove(parts)
-    for split, step, name in (
-        ("train", "write", f"train{SUFFIX}"), ("heldout", "write", f"heldout{SUFFIX}"),
-        (REMOVED, "apply", REMOVED_ROWS),
-    ):  # fmt: skip
+    for split, step, name in PARTS:
         (parts / split).mkdir(parents=True)
         for unit in _outputs(work):
             file = work.path(step, unit, name)

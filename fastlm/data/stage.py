@@ -33,6 +33,7 @@ class Data(DataOptions, Stage):
     result = {"train_bytes": int, "heldout_bytes": int}
     notes = TYPES_READ
     sources_in = ("sources",)
+    writes_objects = True
 
     sources: Annotated[
         tuple[str, ...],

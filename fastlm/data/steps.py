@@ -68,7 +68,7 @@ def read(work: Work, number: int, out: Path) -> dict[str, Any]:
     options = options_of_plan(work.plan)
     is_earlier = number < work.plan["earlier_units"]
     now = datetime.fromisoformat(work.plan["date"]).replace(tzinfo=UTC)
-    policies = PolicyIndex.open(work.folder / POLICIES, now)
+    policies = PolicyIndex.open(work.file(POLICIES), now)
     cleaner = Cleaner(options, work.plan["forgotten"], policies, now, work.plan["licences"])
     counts, excerpts = Counts(), Counter()
     table: list[tuple[int, int, int, bool]] = []

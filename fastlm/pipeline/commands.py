@@ -29,6 +29,7 @@ from fastlm.pipeline.stage import (
     options_of,
 )
 from fastlm.progress import silent
+from fastlm.sources.remote import is_remote
 from fastlm.threads import Threads
 from fastlm.torchrun import check_single_process, is_main_process
 
@@ -141,7 +142,9 @@ def _signed(
 def _record(
     stage: Stage, ctx: StageContext, result: dict[str, Any], seconds: float, command: str
 ) -> None:
-    """Keep a record of the stage in its folder, for `fastlm runs`."""
+    """Keep a record of the stage in its folder, for `fastlm runs`, unless it is elsewhere."""
+    if is_remote(ctx.out):
+        return
     from fastlm.pipeline.provenance import describe, output_files
     from fastlm.pipeline.record import new_record, save_stage_record
     from fastlm.sources.input_digest import InputDigest

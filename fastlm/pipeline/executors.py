@@ -233,6 +233,27 @@ def _run_on_ray(call: Call, numbers: Sequence[int]) -> Iterator[Outcome]:
                 ray.cancel(ref, force=True)
 
 
+def call_on_every_node(call: Callable[[], Any], executor: str = "pool") -> None:
+    """Call once on each node, as far as nodes answer within `MAX_SILENCE`. Errors are ignored."""
+    with suppress(Exception):
+        call()
+    if executor != "ray":
+        return
+    with suppress(Exception):
+        ray = _connect()
+        from ray.util.scheduling_strategies import (  # type: ignore[import-not-found]
+            NodeAffinitySchedulingStrategy,
+        )
+
+        strategies = [
+            NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
+            for node in ray.nodes() if node["Alive"]
+        ]  # fmt: skip
+        task = ray.remote(num_cpus=0, max_retries=0)(call)
+        refs = [task.options(scheduling_strategy=s).remote() for s in strategies]
+        ray.wait(refs, num_returns=len(refs), timeout=MAX_SILENCE)
+
+
 MAX_SUBMITTED = 1000  # tasks at once: Ray's cost of waiting grows with their number
 MAX_SILENCE = 60  # seconds without a finished unit until the cluster is looked at
 MAX_CONNECT = 10  # seconds

@@ -7,7 +7,8 @@ from typing import NotRequired
 from typing_extensions import TypedDict
 
 from fastlm.errors import InputError
-from fastlm.schema import read_document
+from fastlm.schema import parse
+from fastlm.sources.remote import StoreError, is_remote, read_small
 
 FUNNEL = "funnel.json"
 MAX_MESSAGES = 100  # about unreadable files and lines; all are counted
@@ -52,9 +53,12 @@ class Funnel:
     @classmethod
     def load(cls, path: Path) -> "Funnel":
         """Read ``path``: funnel.json or its folder."""
-        path = path / FUNNEL if path.is_dir() else path
+        is_folder = path.suffix != ".json" if is_remote(path) else path.is_dir()
+        path = path / FUNNEL if is_folder else path
         try:
-            return read_document(path, cls, extra="forbid")
+            return parse(read_small(path), cls, str(path), extra="forbid")
+        except StoreError:
+            raise
         except InputError as e:
             raise InputError(
                 f"{path}: expected the funnel of a prepared data folder: {e}"

@@ -23,6 +23,7 @@ from typing import Annotated, Any, ClassVar, TypeVar, get_args, get_origin, get_
 from fastlm.errors import InputError
 from fastlm.progress import silent
 from fastlm.sources.input_digest import InputDigest
+from fastlm.sources.remote import is_remote
 
 T = TypeVar("T")
 # What stages pass to each other
@@ -188,6 +189,7 @@ class Stage:
             folder.
         instructs: its model follows instructions, says a model card.
         card_section: the section of a model card that has its scores.
+        writes_objects: its folder may be on object storage (``s3://``).
     """
 
     kind: ClassVar[str]
@@ -205,6 +207,7 @@ class Stage:
     instructs: ClassVar[bool] = False
     __pydantic_config__: ClassVar[dict[str, Any]] = {"allow_inf_nan": False}  # of options
     card_section: ClassVar[str] = "Evaluation"
+    writes_objects: ClassVar[bool] = False
 
     def check(self) -> None:
         """Refuse options that cannot work. InputError names the option."""
@@ -277,6 +280,8 @@ class Stage:
         from fastlm.sources.packages import default_cache
 
         self.check()
+        if is_remote(out) and not self.writes_objects:
+            raise InputError(f"out: expected a folder of this machine, got {out}")
         defaults = {f.name: f.default for f in fields(self)}
         for name in self.unused:
             if (value := getattr(self, name)) != defaults[name]:

@@ -11,24 +11,40 @@ when, and doing it twice gives the same bytes.
 `run_step` does the units of a step that have no valid marker, and fails unless all have one
 afterwards. What a step needs beyond the plan (how many partitions) is written to ``STEP/step.json``
 when it begins and is read from there after a restart.
+
+On object storage (``s3://``) a build is the same: units write into a folder of their node, and
+their finished files are uploaded before the marker (`fastlm.pipeline.node_cache`).
 """
 
 import hashlib
 import json
 import os
+import secrets
 import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import suppress
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 from fastlm.errors import InputError
 from fastlm.files import make_folder, parse_json, reason, remove, write_error
-from fastlm.pipeline.executors import run_calls
+from fastlm.pipeline.executors import call_on_every_node, run_calls
+from fastlm.pipeline.node_cache import cache_folder, fetch, remove_caches
 from fastlm.progress import silent
+from fastlm.sources.remote import (
+    StoreError,
+    delete_folder,
+    delete_objects,
+    is_file,
+    is_remote,
+    list_sizes,
+    open_file,
+    read_small,
+    upload,
+    write_object,
+)
 
-PLAN = "plan.json"
+PLAN, STEP = "plan.json", "step.json"
 MAX_NAMED = 10  # failed units in a message
 
 
@@ -40,13 +56,25 @@ UnitFunction = Callable[["Work", int, Path], Mapping[str, Any]]
 
 
 class Work:
-    """The folder of a build. Workers make their own from its path: it is pickled as the path."""
+    """The folder of a build. Workers make their own from its path: it is pickled as the path.
 
-    def __init__(self, folder: str | Path):
-        self.folder = Path(folder)
+    Attributes:
+        folder: where its files are.
+        local: where units write them: ``folder``, or on object storage a folder of this node.
+        session: the name of that folder.
+    """
+
+    def __init__(self, folder: str | Path, session: str = ""):
+        self.folder, self._parameters = Path(folder), {}
+        self.is_remote = is_remote(self.folder)
+        self.session = session or (secrets.token_hex(8) if self.is_remote else "")
+
+    @cached_property
+    def local(self) -> Path:
+        return cache_folder(self.session) if self.is_remote else self.folder
 
     def __reduce__(self) -> tuple:
-        return _open_work, (str(self.folder),)
+        return _open_work, (str(self.folder), self.session)
 
     @cached_property
     def plan(self) -> dict[str, Any]:
@@ -58,32 +86,91 @@ class Work:
         return plan_digest(self.plan)
 
     def path(self, step: str, number: int, name: str) -> Path:
-        """Return the path of a file that a finished unit wrote as ``name``."""
-        return self.folder / step / f"{number:05d}.{name}"
+        """Return the local path of a file that a finished unit wrote as ``name``."""
+        path = self.local / step / _file_name(number, name)
+        if self.is_remote:
+            fetch(self.stored(step, number, name), path, self.local)
+        return path
+
+    def stored(self, step: str, number: int, name: str) -> Path:
+        """Return where the build keeps the file of `path`."""
+        return self.folder / step / _file_name(number, name)
+
+    def file(self, name: str) -> Path:
+        """Return the local path of a file that `add_file` added."""
+        if self.is_remote:
+            fetch(self.folder / name, self.local / name, self.local)
+        return self.local / name
+
+    def add_file(self, name: str) -> None:
+        """Keep the file ``name``, written in `local`, with the build."""
+        if self.is_remote:
+            upload([(self.local / name, self.folder / name)])
+
+    def inner(self, name: str) -> "Work":
+        """Return the build in the folder ``name`` of this one."""
+        return Work(self.folder / name, self.session and f"{self.session}-{name}")
+
+    def delete(self) -> None:
+        """Delete the build."""
+        if not self.is_remote:
+            return remove(self.folder)
+        delete_objects([self.folder / PLAN])  # what remains of a killed call is no build
+        delete_folder(self.folder)
+
+    def close(self, executor: str = "pool") -> None:
+        """Delete the copies that nodes keep of the files of a build on object storage."""
+        if self.is_remote:
+            call_on_every_node(partial(remove_caches, self.session), executor)
 
     def marker_path(self, step: str, number: int) -> Path:
         return self.folder / step / f"{number:05d}.json"
 
     def marker(self, step: str, number: int, *, verify: bool = False) -> dict[str, Any] | None:
         """Return the marker of a unit, None if it is not done: no marker, another plan, or a file
-        whose size (with ``verify`` also SHA-256) is another one.
+        whose size (with ``verify`` also SHA-256) is another one. Of files on object storage, which
+        are complete before the marker is written, `finished` compares the sizes.
         """
         path = self.marker_path(step, number)
-        if not path.is_file():
+        if not self.is_remote and not path.is_file():
             return None
         try:
             marker = read_state(path)
             if marker["plan"] != self.digest:
                 return None
+            if self.is_remote:
+                return marker
             for name, entry in marker["files"].items():
                 file = self.path(step, number, name)
                 if file.stat().st_size != entry["size"]:
                     return None
                 if verify and file_sha256(file) != entry["sha256"]:
                     return None
+        except StoreError:
+            raise
         except (InputError, OSError, KeyError, TypeError):
             return None
         return marker
+
+    def finished(self, step: str, numbers: Iterable[int]) -> set[int]:
+        """Return which units are done; their files are compared with the markers."""
+        if not self.is_remote:
+            return {n for n in numbers if self.marker(step, n, verify=True) is not None}
+        sizes, finished = list_sizes(self.folder / step), set()
+        for number in numbers:
+            if self.marker_path(step, number).name not in sizes:
+                continue
+            files = (self.marker(step, number) or {}).get("files", {"missing": {}})
+            if all(sizes.get(_file_name(number, k)) == files[k].get("size", -1) for k in files):
+                finished.add(number)
+        return finished
+
+    def remove_markers(self, step: str, numbers: Iterable[int]) -> None:
+        paths = [self.marker_path(step, number) for number in numbers]
+        if self.is_remote:
+            return delete_objects(paths)
+        for path in paths:
+            path.unlink(missing_ok=True)
 
     def counts(self, step: str, number: int) -> dict[str, Any]:
         """Return what the function of a finished unit returned."""
@@ -102,7 +189,8 @@ class Work:
         path = self.folder / PLAN
         self.__dict__.pop("plan", None)
         self.__dict__.pop("digest", None)
-        if path.is_file():
+        self._parameters = {}
+        if is_file(path):
             if (
                 difference := first_difference(self.plan, json.loads(json.dumps(plan)))
             ) is not None:
@@ -119,32 +207,48 @@ class Work:
         Among them is ``units``, the number of its units. Unfinished files of killed workers are
         removed.
         """
-        folder = make_folder(self.folder / step)
-        for leftover in folder.glob(".*.part"):
+        for leftover in make_folder(self.local / step).glob(".*.part"):
             remove(leftover)
-        with suppress(InputError, KeyError):
-            begun = read_state(folder / "step.json")
-            if begun.pop("plan") == self.digest:
-                return begun
-        write_durably(folder / "step.json", {"plan": self.digest, **parameters})
+        self._parameters.pop(step, None)
+        path, begun = self.folder / step / STEP, {}
+        try:
+            begun = read_state(path) if is_file(path) else {}
+        except StoreError:
+            raise
+        except InputError:  # damaged
+            pass
+        if begun.pop("plan", None) == self.digest:
+            return begun
+        write_durably(path, {"plan": self.digest, **parameters})
         return parameters
 
+    def has_begun(self, step: str) -> bool:
+        return step in self._parameters or is_file(self.folder / step / STEP)
+
     def parameters(self, step: str) -> dict[str, Any]:
-        return read_state(self.folder / step / "step.json")
+        """Return the parameters of a step that has begun. They are read once."""
+        if step not in self._parameters:
+            self._parameters[step] = read_state(self.folder / step / STEP)
+        return self._parameters[step]
 
 
-def _open_work(folder: str) -> Work:
-    """Return one `Work` per folder and process, so that its plan is read once."""
-    path = Path(folder)
-    stat = (path / PLAN).stat()
-    key = folder, stat.st_ino, stat.st_mtime_ns
+def _file_name(number: int, name: str) -> str:
+    return f"{number:05d}.{name}"
+
+
+def _open_work(folder: str, session: str) -> Work:
+    """Return one `Work` per build and process, so that its plan is read once."""
+    key: tuple = (folder, session)
+    if not session:
+        stat = Path(folder, PLAN).stat()
+        key = folder, stat.st_ino, stat.st_mtime_ns
     if key not in _WORKS:
         _WORKS.clear()
-        _WORKS[key] = Work(path)
+        _WORKS[key] = Work(folder, session)
     return _WORKS[key]
 
 
-_WORKS: dict[tuple[str, int, int], Work] = {}
+_WORKS: dict[tuple, Work] = {}
 
 
 def plan_digest(plan: Mapping[str, Any]) -> str:
@@ -152,14 +256,15 @@ def plan_digest(plan: Mapping[str, Any]) -> str:
 
 
 def file_sha256(path: Path) -> str:
-    with open(path, "rb") as file:
+    with open_file(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def read_state(path: Path) -> dict[str, Any]:
     """Return the JSON object in a file of a build. InputError: missing or damaged."""
     try:
-        value = parse_json(path.read_text("utf-8"), path)
+        text = read_small(path, 1 << 40) if is_remote(path) else path.read_text("utf-8")
+        value = parse_json(text, path)
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path}: expected a readable file, got: {reason(error)}") from None
     if not isinstance(value, dict):
@@ -168,7 +273,9 @@ def read_state(path: Path) -> dict[str, Any]:
 
 
 def write_durably(path: Path, value: Any) -> None:
-    """Write JSON under a temporary name, sync, rename."""
+    """Write JSON under a temporary name, sync, rename. An object is written at once."""
+    if is_remote(path):
+        return write_object(path, json.dumps(value, indent=1).encode())
     make_folder(path.parent)
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
@@ -207,7 +314,7 @@ def do_unit(function: UnitFunction, work: Work, number: int) -> None:
     step = step_name(function)
     if work.marker(step, number) is not None:
         return
-    folder = work.folder / step
+    folder = work.local / step
     out = folder / f".{number:05d}.{os.getpid()}.part"
     try:
         remove(out)
@@ -218,13 +325,15 @@ def do_unit(function: UnitFunction, work: Work, number: int) -> None:
             for path in sorted(out.iterdir()):
                 files[path.name] = {"size": path.stat().st_size, "sha256": file_sha256(path)}
             for name in files:
-                os.replace(out / name, work.path(step, number, name))
+                os.replace(out / name, folder / _file_name(number, name))
         finally:
             shutil.rmtree(out, ignore_errors=True)
     except OSError as error:
-        if error.filename is None or str(work.folder) in str(error.filename):
+        if error.filename is None or str(work.local) in str(error.filename):
             raise BuildError(f"{folder}: cannot be written: {reason(error)}") from error
         raise
+    if work.is_remote:
+        upload([(folder / _file_name(number, n), work.stored(step, number, n)) for n in files])
     marker = {"plan": work.digest, "counts": counts, "files": files}
     write_durably(work.marker_path(step, number), marker)
 
@@ -249,9 +358,9 @@ def run_step(
     units that failed for other reasons, after all others are done.
     """
     step = step_name(function)
-    missing = [n for n in numbers if work.marker(step, n, verify=True) is None]
-    for number in missing:  # of another plan, or damaged
-        work.marker_path(step, number).unlink(missing_ok=True)
+    finished = work.finished(step, numbers)
+    missing = [n for n in numbers if n not in finished]
+    work.remove_markers(step, missing)  # of another plan, or damaged
     failures: dict[int, BaseException] = {}
     outcomes = run_calls(
         partial(do_unit, function, work), missing, executor=executor, workers=workers

@@ -9,7 +9,7 @@ from fastlm.errors import InputError
 from fastlm.progress import silent
 from fastlm.schema import read_document
 from fastlm.sources.reasoning_gym import is_reasoning_gym, package_version
-from fastlm.sources.remote import is_remote, remote_state
+from fastlm.sources.remote import is_remote, list_sizes, remote_state
 from fastlm.sources.source_files import list_files, parse_source, printable
 
 Stamp = tuple[int, int, int]  # size, mtime and ctime in ns
@@ -60,8 +60,14 @@ class InputDigest:
         return [[spec, entries.get(spec, [])] for spec in specs]
 
     def hash_tree(self, path: str | Path) -> list[Any]:
-        """Return [name, size, sha256] of the file ``path``, or of each file below the folder."""
+        """Return [name, size, sha256] of the file ``path``, or of each file below the folder. A
+        remote one has the store's tag of the content instead of the hash.
+        """
         path = Path(path)
+        if is_remote(path):
+            names = list(list_sizes(path))
+            remote = [(name, path / name) for name in names] or [(path.name, path)]
+            return [[name, *remote_state(file)] for name, file in remote]
         files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
         try:
             self._hash(files)

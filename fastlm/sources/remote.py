@@ -1,18 +1,22 @@
-"""Sources on object storage: ``s3://BUCKET/KEY``, a prefix, or a pattern with ``*``.
+"""Files on object storage: ``s3://BUCKET/KEY``, a prefix, or a pattern with ``*``.
 
 A remote file has a path such as ``s3:/bucket/key``, which is written and parsed as any other path.
 fsspec reads it in blocks, with s3fs's limits on every wait (5 seconds to connect, 15 to read, 5
 tries). A store that fails is no fault of a file: `StoreError` ends the work, a restart continues.
 
-Rejected: copies in the cache (a crawl is larger than the disk).
+An object is written by one upload of bytes or of a finished local file, so it is complete or not
+there. Rejected: files opened for writing (fsspec uploads what there is when the writer fails), and
+copies of sources in the cache (a crawl is larger than the disk).
 """
 
 import io
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 from fastlm.errors import InputError
+from fastlm.files import MAX_JSON_BYTES, read_text
 
 SCHEME = "s3"
 BLOCK_BYTES = 8 << 20  # one request; a smaller one costs more time to wait than to send
@@ -56,6 +60,105 @@ def list_remote(spec: str) -> list[tuple[str, Path]]:
             keys, root = store.find(address), address
     paths = [(key.removeprefix(root).lstrip("/"), Path(f"{SCHEME}:/{key}")) for key in keys]
     return sorted((name, path) for name, path in paths if str(path) == f"{SCHEME}:/{root}/{name}")
+
+
+def is_file(path: Path) -> bool:
+    """Return True for a local or remote file that exists."""
+    if not is_remote(path):
+        return path.is_file()
+    store = _store(path)
+    with _StoreFaults(path):
+        store.invalidate_cache()
+        return store.isfile(_key(path))
+
+
+def file_size(path: Path) -> int:
+    """Return the bytes of a local or remote file."""
+    return remote_state(path)[0] if is_remote(path) else path.stat().st_size
+
+
+def read_small(path: Path, max_bytes: int = MAX_JSON_BYTES) -> str:
+    """Return the text of a local or remote file. InputError: missing, too large, not UTF-8."""
+    if not is_remote(path):
+        return read_text(path, max_bytes)
+    data = read_object(path, max_bytes + 1)
+    if data is None or len(data) > max_bytes:
+        got = "none" if data is None else "more"
+        raise InputError(f"{path}: expected an object of at most {max_bytes:,} bytes, got {got}")
+    try:
+        return data.decode()
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: expected a readable text file, got: {error}") from None
+
+
+def read_object(path: Path, max_bytes: int | None = None) -> bytes | None:
+    """Return the bytes of a remote file, at most ``max_bytes``; None if it does not exist."""
+    store = _store(path)
+    with _StoreFaults(path):
+        try:
+            return store.cat_file(_key(path), start=None if max_bytes is None else 0, end=max_bytes)
+        except FileNotFoundError:
+            return None
+
+
+def list_sizes(folder: Path) -> dict[str, int]:
+    """Return the names of all remote files below ``folder``, relative to it, and their bytes."""
+    store = _store(folder)
+    with _StoreFaults(folder):
+        store.invalidate_cache()
+        prefix = f"{_key(folder)}/"
+        entries = store.find(prefix, detail=True)
+    return {key.removeprefix(prefix): entry["size"] for key, entry in sorted(entries.items())}
+
+
+def write_object(path: Path, data: bytes) -> None:
+    """Write a remote file at once."""
+    store = _store(path)
+    with _StoreFaults(path):
+        store.pipe_file(_key(path), data)
+
+
+def upload(files: Sequence[tuple[Path, Path]]) -> None:
+    """Upload finished local files: pairs (local, remote)."""
+    _transfer("put", [(str(local), _key(path)) for local, path in files])
+
+
+def download(path: Path, local: Path) -> None:
+    """Write the content of a remote file to ``local``."""
+    store = _store(path)
+    with _StoreFaults(path):
+        store.get_file(_key(path), str(local))
+
+
+def copy_objects(files: Sequence[tuple[Path, Path]]) -> None:
+    """Copy remote files within the store: pairs (from, to)."""
+    _transfer("copy", [(_key(source), _key(target)) for source, target in files])
+
+
+def _transfer(method: str, files: Sequence[tuple[str, str]]) -> None:
+    if files:
+        name = f"{SCHEME}:/{files[0][1]}"
+        store = _store(name)
+        with _StoreFaults(name):
+            sources, targets = map(list, zip(*files))
+            getattr(store, method)(sources, targets, batch_size=TRANSFERS)
+
+
+TRANSFERS = 16  # at once
+
+
+def delete_objects(paths: Sequence[Path]) -> None:
+    """Delete remote files; those that do not exist are no error."""
+    if not paths:
+        return
+    store = _store(paths[0])
+    with _StoreFaults(paths[0]):
+        store.rm([_key(path) for path in paths])
+
+
+def delete_folder(folder: Path) -> None:
+    """Delete all remote files below ``folder``."""
+    delete_objects([folder / name for name in list_sizes(folder)])
 
 
 def remote_state(path: Path) -> tuple[int, str]:

@@ -40,6 +40,7 @@ from fastlm.files import make_folder, read_json, reason, remove, sync, write_err
 from fastlm.pipeline.funnel import Funnel
 from fastlm.pipeline.units import Work, file_sha256, run_step, write_durably
 from fastlm.progress import silent
+from fastlm.sources.remote import file_size, is_remote
 from fastlm.sources.streams import open_stream
 from fastlm.threads import default_threads
 from fastlm.tokenizer.tokenizer import Tokenizer
@@ -103,7 +104,7 @@ def encode_corpus(
         work = Work(make_folder(out / UNFINISHED_SHARDS))
         work.begin(plan)
     settings = {
-        "corpus": str(root.absolute()), "pid": os.getpid(),
+        "corpus": str(root if is_remote(root) else root.absolute()), "pid": os.getpid(),
         "tokenizer": str(Path(tokenizer).absolute() if Path(tokenizer).exists() else tokenizer),
         "threads": max(1, default_threads() // workers) if executor == "pool" else 1,
     }  # fmt: skip
@@ -184,7 +185,7 @@ def _plan_units(corpus: Path, paths: Sequence[Path], track=silent) -> tuple[Path
     remaining = 0  # bytes that the last unit can still take
     for name, path in track(list(zip(names, paths, strict=True)), "checking", unit="files"):
         try:
-            size, sha256 = path.stat().st_size, file_sha256(path)
+            size, sha256 = file_size(path), file_sha256(path)
         except OSError as error:
             raise InputError(f"{path}: cannot be read: {reason(error)}") from None
         if sums.get(path, sha256) != sha256:
