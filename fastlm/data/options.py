@@ -142,7 +142,7 @@ class DataOptions:
     )
     unit_bytes: Annotated[
         int, "Do the work in units of this many bytes of input, each with its own output file"
-    ] = 1 << 24
+    ] = 1 << 23
     strict: Annotated[bool, "Stop at the first file or record that cannot be read"] = False
     workers: Annotated[int, "Clean text in this many processes"] = 1
     executor: Annotated[

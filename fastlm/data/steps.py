@@ -136,6 +136,8 @@ def _clean(
 ) -> Iterator[CleanDocument]:
     for document in documents:
         results = cleaner(document)
+        if all(r.removal is None or r.removal.step != "consent" for r in results):
+            counts.keep("consent", len(document.text.encode("utf-8", "replace")))
         if len(results) > 1:
             counts.add("cut", {"document cut": 1, "part produced": len(results)})
         if fallback := results[0].fallback:

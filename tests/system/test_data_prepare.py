@@ -82,9 +82,10 @@ def test_every_step_is_counted(corpus, tmp_path):
         **dict.fromkeys(DEFAULT_KINDS, 0), "email": 1, "phone": 1,
     }  # fmt: skip
     counts = [
-        steps[s]["documents"] for s in ("gather", "extract", "exact duplicates", "quality rules")
+        steps[s]["documents"]
+        for s in ("gather", "consent", "extract", "exact duplicates", "quality rules")
     ]
-    assert counts == [50, 49, 48, 47]
+    assert counts == [50, 50, 49, 48, 47]
     assert steps["gather"]["unsupported_types"] == {".png": 1}
     assert steps["extract"]["cut"] == {"document cut": 1, "part produced": 2}
     assert steps["repeated paragraphs"]["documents"] == 46
