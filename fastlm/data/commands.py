@@ -1,7 +1,12 @@
 """``fastlm data get``, ``crawl`` and ``show``. `fastlm.stages` adds those of other packages."""
 
+import json
+import shutil
+import sys
+from dataclasses import asdict
+from itertools import chain
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -10,6 +15,9 @@ from fastlm.errors import InputError
 from fastlm.pipeline.commands import Cache, options_command
 from fastlm.pipeline.funnel import Funnel
 from fastlm.sources.packages import SCHEMES, default_cache, fetch, fetch_model
+
+if TYPE_CHECKING:
+    from fastlm.data.removals import RemovalQuery
 
 app = typer.Typer(help="Gather, clean and inspect text.", no_args_is_help=True)
 
@@ -85,13 +93,74 @@ def quality_command(
 @app.command("show")
 def show_command(
     path: Annotated[Path, typer.Argument(help="Read this prepared folder or its funnel.json")],
+    dropped: Annotated[
+        str | None,
+        typer.Option(
+            metavar="RULE",
+            help="Show the documents that this step or reason removed, or one that begins so: "
+            "near duplicate, word_count, consent, ...",
+        ),
+    ] = None,
+    id: Annotated[
+        str | None, typer.Option(help="Show why the document with this id was removed")
+    ] = None,
+    url: Annotated[
+        str | None, typer.Option(help="Show why the page with this address was removed")
+    ] = None,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print JSON: the funnel, or one record a line")
+    ] = False,
 ) -> None:
-    """Show what each data step kept and removed, and what each source yielded."""
+    """Show what each data step kept and removed, and what each source yielded.
+
+    With --dropped, --id or --url: show the records of removed documents, each with the reason and,
+    for a sample, the beginning of its text.
+    """
     from rich.console import Console
 
+    from fastlm.data.removals import RemovalQuery
     from fastlm.data.stage import funnel_tables
 
-    Console().print(funnel_tables(Funnel.load(path)), markup=False, highlight=False)
+    if (dropped, id, url) != (None, None, None):
+        _show_removed(path, RemovalQuery(dropped, id, url), as_json)
+    elif as_json:
+        typer.echo(json.dumps(asdict(Funnel.load(path)), indent=1))
+    else:
+        Console().print(funnel_tables(Funnel.load(path)), markup=False, highlight=False)
+
+
+def _show_removed(path: Path, query: "RemovalQuery", as_json: bool) -> None:
+    """Print the records that match, through a pager on a terminal; complete if there is none."""
+    import click
+
+    from fastlm.data.removals import find_part, find_removed, plain_text, styled_text
+
+    records = find_removed(path, query)
+    out = path if path.is_dir() else path.parent
+    first = next(records, None)
+    if first is None and query.rule is None:
+        part = find_part(out, query)
+        name, value = ("id", query.id) if query.id is not None else ("url", query.url)
+        if part is None:
+            raise InputError(f"{name}: expected a document that {out} has or removed, got {value}")
+        typer.echo(f"{value}: not removed, it is in {out / part}", err=as_json)
+    elif first is None:
+        is_any = (query.id, query.url) == (None, None)
+        typer.echo(
+            "no records: not documents were removed, but files or parts of documents" if is_any
+            else "no record of this document", err=as_json,
+        )  # fmt: skip
+    else:
+        matches = chain([first], records)
+        if as_json:
+            for record in matches:
+                typer.echo(json.dumps(record, ensure_ascii=False))
+        elif sys.stdout.isatty():
+            width = shutil.get_terminal_size().columns
+            click.echo_via_pager((styled_text(r, width) for r in matches), color=True)
+        else:
+            for record in matches:
+                typer.echo(plain_text(record), nl=False)
 
 
 def _crawl(options: CrawlOptions) -> None:

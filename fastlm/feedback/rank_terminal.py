@@ -17,6 +17,7 @@ from rich.text import Text
 
 from fastlm.data.conversations import Message
 from fastlm.errors import InputError
+from fastlm.pipeline.text import visible
 from fastlm.serve.ranking import RankingItem, RankingStore, check_rater
 
 WIDTH = 100  # columns at most: longer lines are hard to read
@@ -27,8 +28,6 @@ s         skip this prompt
 c 2       correct answer 2 in your editor; c 2 TEXT replaces it by TEXT
 b         back to the previous prompt
 q         quit; your rankings are stored already"""
-# Control characters of terminals, and marks that change the direction of writing
-UNSAFE = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069]")
 
 
 def rank_items(store: RankingStore, rater: str, *, skipped: bool = False) -> None:
@@ -184,4 +183,4 @@ def _printable_text(message: Message) -> str:
     """Return the text of a message and its tool calls, without control characters."""
     calls = message.get("tool_calls")
     text = message["content"] + (json.dumps(calls, ensure_ascii=False) if calls else "")
-    return UNSAFE.sub("\ufffd", text)
+    return visible(text)

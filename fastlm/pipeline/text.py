@@ -1,4 +1,14 @@
-"""Format numbers for people."""
+"""Format numbers and texts for people."""
+
+import re
+
+# control characters that move the cursor or change a terminal, and marks of writing direction
+UNSAFE = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069]")
+
+
+def visible(text: str) -> str:
+    """Return a text without characters that control a terminal: each becomes U+FFFD."""
+    return UNSAFE.sub("\ufffd", text)
 
 
 def size_text(value: float) -> str:
