@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+import tracemalloc
 from pathlib import Path
 
 import pytest
@@ -163,6 +164,27 @@ def test_max_bytes_ends_the_gathering_early(tmp_path):
     assert 50_000 <= size < 50_000 + max(map(len, texts))
     assert [d.id for d in documents] == [f"pages.jsonl:{i + 1}" for i in range(len(documents))]
     assert funnel.steps[0]["documents"] < 100
+
+
+def test_memory_does_not_grow_with_paragraphs_and_documents(tmp_path):
+    """Keys of all paragraphs in one set took 82 bytes each, 200 bytes a document."""
+    peaks = []
+    for size in (20, 300, 900):  # the first one imports everything
+        with open(tmp_path / "pages.jsonl", "w") as file:
+            for i in range(size):
+                text = "\n\n".join(f"{i} {k} {i * 50 + k:x}" for k in range(50))
+                file.write(json.dumps({"text": text}) + "\n")
+        tracemalloc.start(1)
+        build(
+            tmp_path / "pages.jsonl", tmp_path / str(size), rules=(), scrub=(), min_paragraph=5,
+            language_method="off", near_duplicates=0, unit_bytes=100_000, heldout_bytes=0,
+        )  # fmt: skip
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+        documents = read_documents(tmp_path / str(size), "train")
+        assert sum(document.text.count("\n\n") + 1 for document in documents) == 50 * size
+    more = peaks[2] - peaks[1]
+    assert more < 600 * 50 * 20, f"{more / 600:.0f} bytes more for each document of 50 paragraphs"
 
 
 @pytest.mark.parametrize("name", ["a", "12XB", "-1GB", "1.5.2MB"])
