@@ -13,7 +13,7 @@ from contextlib import suppress
 from dataclasses import asdict, fields
 from datetime import UTC, datetime
 from functools import cache as cached
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -247,7 +247,12 @@ def ranges_of_unit(work: Work, number: int) -> Iterator[tuple[SourceFile, FileRa
         yield file, FileRange(*part)
 
 
-_version = cached(version)
+@cached
+def _version(name: str) -> str:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return "none"
 
 
 def _source_file(entry: dict[str, Any]) -> SourceFile:

@@ -17,6 +17,7 @@ from test_data_prepare import prose
 from test_units import begin, calls, squares
 from unit_functions import fragile, square
 
+from fastlm.data import plan
 from fastlm.data.options import DataOptions
 from fastlm.data.prepare import prepare
 from fastlm.errors import InputError
@@ -76,6 +77,31 @@ def test_the_bytes_are_those_of_the_pool_and_paths_those_of_the_command(
     assert len(list((tmp_path / "ray" / "train").iterdir())) > 2
 
 
+@pytest.mark.parametrize("fault", ["other library", "no file", "other file"])
+def test_a_node_with_other_libraries_or_sources_fails(tmp_path, monkeypatch, fault):
+    """Its files are not counted as unreadable: the corpus would be another one."""
+    source = tmp_path / "source"
+    source.mkdir()
+    for number in range(3):
+        (source / f"{number}.txt").write_text(prose(number))
+    planned = plan.make_plan
+
+    def change(*arguments, **options):
+        result = planned(*arguments, **options)
+        if fault == "other library":
+            monkeypatch.setattr(plan, "_version", lambda name: "0.1")
+        elif fault == "no file":
+            (source / "1.txt").unlink()
+        else:
+            (source / "1.txt").write_text("another text")
+        return result
+
+    monkeypatch.setattr("fastlm.data.prepare.make_plan", change)
+    message = "got 0.1" if fault == "other library" else r"1.txt: expected the [\d,]+ bytes"
+    with pytest.raises(BuildError, match=message):
+        prepare([str(source)], tmp_path / "out", cache=tmp_path / "cache")
+
+
 def test_a_killed_worker_is_replaced_and_errors_are_named(cluster, tmp_path):
     """One build for each kind of fault would start as many workers."""
     fates = {"0": "bug", "1": "kill once", "3": "kill"}
@@ -97,19 +123,20 @@ def test_bad_input_stops_the_step_with_its_own_message(cluster, tmp_path):
 
 
 def test_a_node_that_is_killed_midway(cluster, tmp_path):
-    work = begin(tmp_path, seconds=0.5)
+    work = begin(tmp_path, seconds=1)
     node = next(iter(cluster.worker_nodes))
-    killer = threading.Thread(target=_kill_when_both_work, args=(cluster, node, tmp_path))
+    done: list[int] = []  # units when the node was gone
+    arguments = cluster, node, tmp_path, done
+    killer = threading.Thread(target=_kill_when_both_work, args=arguments)
     killer.start()
     run_step(work, square, range(5), executor="ray")
     killer.join()
+    assert not node.any_processes_alive() and done[0] < 5
     assert squares(work) == RESULT
-    workers = [line.split()[1] for line in (tmp_path / "calls.log").read_text().splitlines()]
-    assert len(workers) == 5 and len({*workers}) == 2 and len({*workers[-2:]}) == 1
     cluster.add_node(num_cpus=1)
 
 
-def _kill_when_both_work(cluster, node, folder: Path) -> None:
+def _kill_when_both_work(cluster, node, folder: Path, done: list[int]) -> None:
     deadline = time.monotonic() + 60
     log = folder / "calls.log"
     while time.monotonic() < deadline:
@@ -118,6 +145,7 @@ def _kill_when_both_work(cluster, node, folder: Path) -> None:
             break
         time.sleep(0.01)
     cluster.remove_node(node, allow_graceful=False)
+    done.append(len(calls(folder)))
 
 
 BUILD = """
