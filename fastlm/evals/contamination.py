@@ -1,4 +1,4 @@
-"""Contamination: find the questions of a set in a model's training data (`fastlm.evals.ngrams`).
+"""Contamination: find the questions of a set in a model's training data (`fastlm.data.ngrams`).
 
 Letters and digits are compared, in lower case, so that different line breaks, cases, quotes or list
 marks do not hide a copy (as in OpenAI 2023, arXiv:2303.08774, appendix C). Rejected: tokens, as in
@@ -13,13 +13,13 @@ right answer, and again without the answer and the text that all questions of it
 """
 
 import codecs
-import re
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fastlm.evals.ngrams import build_indexes
+from fastlm.data.contamination import DIRTY, SHORT, N, letters
+from fastlm.data.ngrams import build_indexes
 from fastlm.evals.task import MultipleChoice, Question, Task
 from fastlm.evals.task_metrics import QuestionMetrics, mean_metrics
 from fastlm.progress import silent
@@ -28,11 +28,8 @@ if TYPE_CHECKING:
     from fastlm.data.shards import TokenDataset
     from fastlm.tokenizer.tokenizer import Tokenizer
 
-N, SHORT = 40, 25
-DIRTY = 0.8
 BLOCK = 2**15  # tokens hashed at once: the arrays stay in the second-level cache
 BREAK = b"\0"  # between documents
-_NO_LETTER = re.compile(r"[^\w\0]+|_+")
 
 
 def question_texts(questions: Sequence[Question]) -> list[tuple[str, str, str]]:
@@ -74,11 +71,6 @@ def common_prefix_length(first: str, second: str) -> int:
     """Return the length of the common prefix of two texts."""
     size = min(len(first), len(second))
     return next((i for i in range(size) if first[i] != second[i]), size)
-
-
-def letters(text: str) -> np.ndarray:
-    """Return the letters and digits of ``text``, case-folded, as UTF-8 bytes."""
-    return np.frombuffer(_NO_LETTER.sub("", text.casefold()).encode(), np.uint8)
 
 
 class LetterDecoder:

@@ -1,4 +1,4 @@
-"""Find questions of an evaluation in texts, by n-grams of words (`fastlm.evals.ngrams`).
+"""Find questions of an evaluation in texts, by n-grams of words (`fastlm.data.ngrams`).
 
 A text contains a question if it has at least `MIN_SHARE` of its distinct n-grams. A question of
 fewer words than ``n``, but at least `MIN_WORDS`, has to be in the text in full. Case and
@@ -10,7 +10,7 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from fastlm.evals.ngrams import build_indexes
+from fastlm.data.ngrams import build_indexes
 
 WORD = re.compile(r"\w+")
 MIN_SHARE = 0.5  # a question that was reworded in one place keeps about that much

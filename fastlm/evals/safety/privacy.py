@@ -15,9 +15,9 @@ import numpy as np
 import torch
 from typing_extensions import TypedDict
 
+from fastlm.data.ngrams import build_indexes
 from fastlm.data.texts import read_texts
 from fastlm.errors import InputError
-from fastlm.evals.ngrams import build_indexes
 from fastlm.evals.results import Record
 from fastlm.evals.safety.canaries import RIVALS, Canary, draw_secret, exposure, read_canaries
 from fastlm.evals.safety.model_under_test import ModelUnderTest

@@ -1,11 +1,12 @@
-"""An index of the n-grams of evaluation questions, for two searches:
+"""An index of the n-grams of evaluation questions, for three searches:
 
-    which questions are in the data?        `fastlm.evals.contamination`: 40 letters in a row
-    which questions does a text contain?    `fastlm.feedback.overlap`: 8 words in a row
+    which questions are in the data?            `fastlm.evals.contamination`: 40 letters in a row
+    which question does a document contain?     `fastlm.data.contamination`: the same
+    which question does a short row contain?    `fastlm.feedback.overlap`: 8 words in a row
 
-The searches have different rules because they decide different things. The first describes a score,
-by published rules. The second drops a row, also for a reworded question. Letters and words are
-represented by integers.
+The searches have different rules because they decide different things. The first two describe a
+score, and remove what would make it worthless, by published rules. The third drops a row, also for
+a reworded question. Letters and words are represented by integers.
 
 N-grams are compared by 64-bit hashes, computed for a block at once. A bit table passes only
 candidates to the exact search. The probability that a billion tokens contain one of a million
@@ -17,7 +18,8 @@ from functools import cache
 
 import numpy as np
 
-_BITS = 22  # of the table: 4 MB; 70,000 n-grams fill 1 in 60 entries
+_BITS = 22  # of the smallest table: 4 MB; 70,000 n-grams fill 1 in 60 entries
+_FILLED = 16  # at most one entry of so many is filled
 _BASE = 0x9E3779B97F4A7C15
 _INVERSE = pow(_BASE, -1, 2**64)
 _MIX = np.uint64(0xBF58476D1CE4E5B9)
@@ -48,13 +50,14 @@ class NgramIndex:
 
     Args:
         questions: (length,) integers each; those shorter than ``n`` have no n-gram.
+        step: only every so many-th n-gram of a question is stored, and its last one.
 
     ``distinct``: the number of different n-grams of each question, (questions,).
     """
 
-    def __init__(self, questions: Sequence[np.ndarray], n: int) -> None:
+    def __init__(self, questions: Sequence[np.ndarray], n: int, *, step: int = 1) -> None:
         self.n = n
-        question_ngrams = [np.unique(hashes(ids, n)) for ids in questions]
+        question_ngrams = [_distinct(hashes(ids, n), step) for ids in questions]
         self.distinct = np.array([len(grams) for grams in question_ngrams], np.int64)
         self.ngrams, index = np.unique(
             np.concatenate([*question_ngrams, _NONE]), return_inverse=True
@@ -64,13 +67,18 @@ class NgramIndex:
         self.owners = np.repeat(np.arange(len(question_ngrams)), self.distinct)[order]
         self.begins = np.searchsorted(index[order], np.arange(len(self.ngrams) + 1))
         self.in_data = np.zeros(len(self.ngrams), bool)
-        self.table = np.zeros(2**_BITS, bool)
-        self.table[_slots(self.ngrams)] = True
+        bits = max(_BITS, (_FILLED * len(self.ngrams)).bit_length())
+        self.shift = np.uint64(64 - bits)
+        self.table = np.zeros(2**bits, bool)
+        self.table[self._slots(self.ngrams)] = True
 
     def positions(self, ids: np.ndarray) -> np.ndarray:
         """Return the indices in ``ngrams`` of the n-grams of ``ids`` that are there, in order."""
-        values = hashes(ids, self.n)
-        candidates = values[self.table[_slots(values)]]
+        return self.lookup(hashes(ids, self.n))
+
+    def lookup(self, values: np.ndarray) -> np.ndarray:
+        """Return the indices in ``ngrams`` of those hashes that are there, in order."""
+        candidates = values[self.table[self._slots(values)]]
         indices = np.searchsorted(self.ngrams[:-1], candidates)
         return indices[self.ngrams[indices] == candidates] if len(candidates) else indices
 
@@ -80,28 +88,47 @@ class NgramIndex:
 
     def covered_mask(self, ids: np.ndarray) -> np.ndarray:
         """Return which ids of a question are in an n-gram of the data: (length,) bool."""
-        hit = self.in_data[np.searchsorted(self.ngrams, hashes(ids, self.n))]
-        steps = np.zeros(len(ids) + 1, np.int64)
-        np.add.at(steps, np.flatnonzero(hit), 1)
-        np.add.at(steps, np.flatnonzero(hit) + self.n, -1)
-        return np.cumsum(steps[:-1]) > 0
+        return covered_mask(self.in_data[np.searchsorted(self.ngrams, hashes(ids, self.n))], self.n)
 
     def shared_counts(self, ids: np.ndarray) -> np.ndarray:
         """Return how many different n-grams each question shares with ``ids``: (questions,)."""
-        owners = [self.owners[self.begins[i] : self.begins[i + 1]] for i in {*self.positions(ids)}]
-        all_owners = np.concatenate(owners) if owners else np.empty(0, np.int64)
-        return np.bincount(all_owners, minlength=len(self.distinct))
+        return np.bincount(self.owners_of(self.positions(ids)), minlength=len(self.distinct))
+
+    def owners_of(self, positions: np.ndarray) -> np.ndarray:
+        """Return the questions of n-grams, each n-gram counted once: positions -> (owners,)."""
+        owners = [self.owners[self.begins[i] : self.begins[i + 1]] for i in {*positions.tolist()}]
+        return np.concatenate(owners) if owners else np.empty(0, np.int64)
+
+    def _slots(self, values: np.ndarray) -> np.ndarray:
+        return (values >> self.shift).astype(np.intp)
 
 
-def build_indexes(questions: Sequence[np.ndarray], sizes: Sequence[int]) -> dict[int, NgramIndex]:
+def covered_mask(hit: np.ndarray, n: int) -> np.ndarray:
+    """Return which ids are in one of the n-grams that ``hit`` marks: (length - n + 1,) bool ->
+    (length,) bool.
+    """
+    begins = np.flatnonzero(hit)
+    steps = np.zeros(len(hit) + n, np.int64)
+    np.add.at(steps, begins, 1)
+    np.add.at(steps, begins + n, -1)
+    return np.cumsum(steps[:-1]) > 0
+
+
+def build_indexes(
+    questions: Sequence[np.ndarray], sizes: Sequence[int], *, step: int = 1
+) -> dict[int, NgramIndex]:
     """Return n -> the index of the questions of size n (0: of none). Question i has the same
-    number in every index."""
+    number in every index. ``step``: as for `NgramIndex`."""
     none = np.empty(0, np.int64)
     return {
-        n: NgramIndex([ids if size == n else none for ids, size in zip(questions, sizes)], n)
+        n: NgramIndex(
+            [ids if size == n else none for ids, size in zip(questions, sizes)], n, step=step
+        )
         for n in sorted({*sizes} - {0})
     }
 
 
-def _slots(values: np.ndarray) -> np.ndarray:
-    return (values >> np.uint64(64 - _BITS)).astype(np.intp)
+def _distinct(values: np.ndarray, step: int) -> np.ndarray:
+    if step > 1 and len(values):
+        values = np.append(values[::step], values[-1])
+    return np.unique(values)
