@@ -18,8 +18,8 @@ from functools import cache
 
 import numpy as np
 
-_BITS = 22  # of the smallest table: 4 MB; 70,000 n-grams fill 1 in 60 entries
-_FILLED = 16  # at most one entry of so many is filled
+_BITS = 22  # of the smallest table: 0.5 MB; 70,000 n-grams fill 1 in 60 entries
+_FILLED = 64  # at most one entry of so many is filled
 _BASE = 0x9E3779B97F4A7C15
 _INVERSE = pow(_BASE, -1, 2**64)
 _MIX = np.uint64(0xBF58476D1CE4E5B9)
@@ -69,8 +69,10 @@ class NgramIndex:
         self.in_data = np.zeros(len(self.ngrams), bool)
         bits = max(_BITS, (_FILLED * len(self.ngrams)).bit_length())
         self.shift = np.uint64(64 - bits)
-        self.table = np.zeros(2**bits, bool)
-        self.table[self._slots(self.ngrams)] = True
+        table = np.zeros(2**bits, bool)
+        table[self._slots(self.ngrams)] = True
+        # 8 entries a byte: a random read of a larger table takes as long as all else
+        self.table = np.packbits(table, bitorder="little")
 
     def positions(self, ids: np.ndarray) -> np.ndarray:
         """Return the indices in ``ngrams`` of the n-grams of ``ids`` that are there, in order."""
@@ -78,7 +80,9 @@ class NgramIndex:
 
     def lookup(self, values: np.ndarray) -> np.ndarray:
         """Return the indices in ``ngrams`` of those hashes that are there, in order."""
-        candidates = values[self.table[self._slots(values)]]
+        slots = self._slots(values)
+        entries = self.table[slots >> 3] >> (slots & 7).astype(np.uint8)
+        candidates = values[(entries & 1).view(bool)]
         indices = np.searchsorted(self.ngrams[:-1], candidates)
         return indices[self.ngrams[indices] == candidates] if len(candidates) else indices
 
