@@ -12,11 +12,11 @@ import zstandard
 from preference_models import make_base
 from rich.console import Console
 
+from fastlm.data.ngrams import hashes
 from fastlm.data.shards import write_shards
 from fastlm.errors import InputError
 from fastlm.evals import contamination
 from fastlm.evals.contamination import overlap, question_texts
-from fastlm.data.ngrams import hashes
 from fastlm.evals.registry import load_task
 from fastlm.evals.sets.mmlu import subject_questions
 from fastlm.evals.stage import Eval
