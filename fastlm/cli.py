@@ -19,7 +19,7 @@ import typer
 from typer.core import TyperGroup
 
 from fastlm.errors import InputError
-from fastlm.pipeline.commands import command_of, options_command
+from fastlm.pipeline.commands import Cache, command_of, options_command
 from fastlm.pipeline.stage import Repeated, at_least_one
 from fastlm.startup import fast_imports
 from fastlm.threads import Threads
@@ -246,10 +246,28 @@ def info(
 
 @app.command(short_help="List the question sets of `fastlm eval --tasks`.")
 def tasks(
+    names: Annotated[
+        list[str] | None,
+        typer.Argument(help="Sets or abilities whose questions are written, or all; with --out"),
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            "--out",
+            "-o",
+            help="Write questions to this .jsonl file, for data prepare --decontaminate",
+        ),
+    ] = None,
+    cache: Cache = None,
     ability: Annotated[str | None, typer.Option(help="List only sets of this ability")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON")] = False,
 ) -> None:
-    """List the question sets: the ability they measure, their formats, licences and sources."""
+    """List the question sets: the ability they measure, their formats, licences and sources. With
+    NAMES and --out, write the questions of these sets to a file.
+    """
+    if names or out is not None:
+        _write_questions(names or [], out, cache)
+        return
     from fastlm.evals.registry import registered_tasks
     from fastlm.evals.task import ABILITIES
 
@@ -269,6 +287,19 @@ def tasks(
         table.add_row(*row.values())
     console = Console(width=None if sys.stdout.isatty() else 140)
     console.print(table, markup=False, highlight=False)
+
+
+def _write_questions(names: list[str], out: Path | None, cache: Path | None) -> None:
+    if out is None or not names:
+        raise InputError("out: expected NAMES of question sets together with --out FILE, got one")
+    from fastlm.evals.contamination import write_questions
+    from fastlm.sources.packages import default_cache
+
+    if not out.name.endswith(".jsonl"):
+        raise InputError(f"out: expected a name that ends in .jsonl, got {out.name}")
+    counts = write_questions(names, out, cache or default_cache())
+    total = sum(counts.values())
+    typer.echo(f"{out}: {total:,} questions of {', '.join(counts)}")
 
 
 @app.command(short_help="Run a recipe, or continue it.")

@@ -12,6 +12,7 @@ from typing import Any
 
 from fastlm.data.consent.gate import ConsentGate
 from fastlm.data.consent.policy_index import PolicyIndex
+from fastlm.data.contamination import QuestionIndex
 from fastlm.data.dedup import content_key
 from fastlm.data.extract import extract_page
 from fastlm.data.filter import first_failed
@@ -83,6 +84,8 @@ class Cleaner:
         self.gate = ConsentGate(options, policies, now=now, source_licences=licences)
         self.quality = QualityModel.load(options.quality) if options.quality else None
         self.toxicity = ToxicityModel.load(options.toxicity) if options.toxicity else None
+        paths = options.decontaminate
+        self.questions = QuestionIndex.load(paths) if paths else None
 
     def __call__(self, document: Document) -> list[CleanDocument]:
         decision = self.gate(document)
@@ -148,6 +151,9 @@ class Cleaner:
             meta["toxicity"] = toxicity
             if toxicity > options.max_toxicity:
                 return Removal("toxicity", "over the limit", f"score {toxicity:.4f}")
+        if self.questions is not None and (overlap := self.questions.find(text)):
+            detail = f"{overlap.share:.2f} of {overlap.id}: {overlap.first}"
+            return Removal("contamination", f"overlaps {overlap.set}", detail)
         return None
 
     def _scrub(

@@ -28,7 +28,9 @@ from fastlm.sources.streams import open_stream
 
 N, SHORT = 40, 25  # letters of a run: about 13 tokens; of questions with fewer letters than N
 DIRTY = 0.8  # share of a question's letters: the rule of Llama 2 and dolma
-STEP = 8  # one n-gram of so many is in the index: it finds every run of N + STEP - 1 letters
+# Of a longer question, one n-gram of STEP is in the index. It finds every run of N + STEP - 1
+# letters, so it misses only copies that are changed everywhere
+STEP, LONG = 8, 3 * N
 FIRST = 60  # characters of a question that describe it
 ROWS = re.compile(r"\.jsonl(\.gz|\.zst)?$", re.IGNORECASE)
 MAX_SYMBOLS = 32  # that are deleted from a text one after the other
@@ -94,6 +96,7 @@ class QuestionIndex:
         self._letters: list[np.ndarray] = []
         self.short = 0
         sizes: list[int] = []
+        steps: list[int] = []
         seen: set[tuple[bytes, int, int]] = set()
         for question in questions:
             text, body = letters(question.text), letters(question.body or question.text)
@@ -109,7 +112,8 @@ class QuestionIndex:
                 self._entries.append(_Entry(question.set, question.id, first, begin, end))
                 self._letters.append(text)
                 sizes.append(size)
-        self._indexes = build_indexes(self._letters, sizes, step=STEP)
+                steps.append(STEP if len(body) >= LONG else 1)
+        self._indexes = build_indexes(self._letters, sizes, steps=steps)
 
     @classmethod
     def load(cls, paths: Sequence[str]) -> "QuestionIndex":
@@ -157,8 +161,8 @@ def read_questions(path: str | Path) -> Iterator[EvaluationQuestion]:
 
     A line of .jsonl (also .gz, .zst) is an object with a ``text``, a ``question`` or ``prompt``, or
     messages (`fastlm.data.prompts`), of which the last one counts. ``set`` (default: the name of
-    the file) and ``id`` (default: the line) describe it. With a ``text``, the ``question`` is the
-    part of it that is also searched for alone. Any other file is one question: its text.
+    the file) and ``id`` (default: the line) describe it. With a ``text``, the ``question`` is a
+    part of it, or follows it, and is also searched for alone. Any other file is one question.
 
     InputError: not found, not readable, a line without text.
     """
@@ -187,6 +191,8 @@ def _question(line: bytes, name: str, id: str, location: str) -> EvaluationQuest
             raise InputError(f"{location}: {error}") from None
     if not isinstance(text, str):
         text, body = body, ""
+    elif body not in text:
+        text = f"{text}\n\n{body}"
     return EvaluationQuestion(str(row.get("set", name)), str(row.get("id", id)), text, body)
 
 

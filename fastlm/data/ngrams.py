@@ -50,14 +50,20 @@ class NgramIndex:
 
     Args:
         questions: (length,) integers each; those shorter than ``n`` have no n-gram.
-        step: only every so many-th n-gram of a question is stored, and its last one.
+        steps: for each question, only every so many-th n-gram is stored, and the last one. Default:
+            all.
 
     ``distinct``: the number of different n-grams of each question, (questions,).
     """
 
-    def __init__(self, questions: Sequence[np.ndarray], n: int, *, step: int = 1) -> None:
+    def __init__(
+        self, questions: Sequence[np.ndarray], n: int, *, steps: Sequence[int] = ()
+    ) -> None:
         self.n = n
-        question_ngrams = [_distinct(hashes(ids, n), step) for ids in questions]
+        question_ngrams = [
+            _distinct(hashes(ids, n), step)
+            for ids, step in zip(questions, steps or [1] * len(questions), strict=True)
+        ]
         self.distinct = np.array([len(grams) for grams in question_ngrams], np.int64)
         self.ngrams, index = np.unique(
             np.concatenate([*question_ngrams, _NONE]), return_inverse=True
@@ -119,14 +125,14 @@ def covered_mask(hit: np.ndarray, n: int) -> np.ndarray:
 
 
 def build_indexes(
-    questions: Sequence[np.ndarray], sizes: Sequence[int], *, step: int = 1
+    questions: Sequence[np.ndarray], sizes: Sequence[int], *, steps: Sequence[int] = ()
 ) -> dict[int, NgramIndex]:
     """Return n -> the index of the questions of size n (0: of none). Question i has the same
-    number in every index. ``step``: as for `NgramIndex`."""
+    number in every index. ``steps``: as for `NgramIndex`."""
     none = np.empty(0, np.int64)
     return {
         n: NgramIndex(
-            [ids if size == n else none for ids, size in zip(questions, sizes)], n, step=step
+            [ids if size == n else none for ids, size in zip(questions, sizes)], n, steps=steps
         )
         for n in sorted({*sizes} - {0})
     }

@@ -133,6 +133,12 @@ class DataOptions:
         tuple[str, ...],
         "Keep only documents under these licences: SPDX names with commas, * for any characters",
     ] = ()
+    decontaminate: Annotated[
+        tuple[str, ...],
+        Repeated(
+            "Remove documents that contain a question of this file (fastlm tasks -o) or folder"
+        ),
+    ] = ()
     text_field: Annotated[str, "Read the text from this field of JSON lines"] = "text"
     max_words: Annotated[
         int, "Cut a document of more words into parts, at the ends of paragraphs"
@@ -199,6 +205,10 @@ class DataOptions:
         for path in self.opt_out:
             if not Path(path).is_file():
                 raise InputError(f"opt_out: expected a file, got {path}")
+        if self.decontaminate:
+            from fastlm.data.contamination import QuestionIndex
+
+            QuestionIndex.load(self.decontaminate)
         if parse_size(self.memory, "memory") < MIN_MEMORY:
             raise InputError(f"memory: expected 64MiB or more, got {self.memory}")
 
@@ -237,6 +247,10 @@ class DataOptions:
         for name in ("workers", "executor", "memory"):
             del values[name]
         values["opt_out_sha256"] = [file_sha256(Path(path)) for path in self.opt_out]
+        if self.decontaminate:
+            from fastlm.data.contamination import questions_sha256
+
+            values["decontaminate_sha256"] = [questions_sha256(p) for p in self.decontaminate]
         for name, path in (("quality", self.quality), ("toxicity", self.toxicity)):
             if path:
                 values[f"{name}_sha256"] = file_sha256(Path(path))

@@ -50,10 +50,14 @@ from fastlm.sources.remote import (
 
 STEPS = (
     "gather", "consent", "extract", "exact duplicates", "language", "quality rules", "quality",
-    "toxicity", "scrub", "near duplicates", "repeated paragraphs", "train", "heldout",
+    "toxicity", "contamination", "scrub", "near duplicates", "repeated paragraphs", "train",
+    "heldout",
 )  # fmt: skip
 # Steps that are shown if an option makes them remove documents
-LIMITS = {"language": "languages", "quality": "min_quality_bucket", "toxicity": "max_toxicity"}
+LIMITS = {
+    "language": "languages", "quality": "min_quality_bucket", "toxicity": "max_toxicity",
+    "contamination": "decontaminate",
+}  # fmt: skip
 EXTRA_COUNTS = {
     "replaced": "scrub",
     "cut": "extract",

@@ -53,7 +53,10 @@ class Data(DataOptions, Stage):
     def digest_inputs(self, input_digest: InputDigest) -> Any:
         entries = input_digest.hash_sources(self.sources)
         forgotten = forgotten_keys([input_digest.folder])
-        return [*entries, ["forgotten", sorted(forgotten)]] if forgotten else entries
+        if forgotten:
+            entries = [*entries, ["forgotten", sorted(forgotten)]]
+        hashes = {key: v for key, v in self.identity().items() if key.endswith("_sha256") and v}
+        return [*entries, ["options", hashes]] if hashes else entries
 
     def run(self, ctx: StageContext) -> dict[str, Any]:
         from fastlm.data.prepare import prepare

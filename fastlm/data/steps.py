@@ -54,7 +54,10 @@ from fastlm.sources.streams import ZSTD_MAGIC, compressed
 # headings without text remain.
 MIN_REMAINING = 0.5
 # Steps of the funnel that count each document that the steps before left
-ALONE = ("exact duplicates", "language", "quality rules", "quality", "toxicity", "scrub")
+ALONE = (
+    "exact duplicates", "language", "quality rules", "quality", "toxicity", "contamination",
+    "scrub",
+)  # fmt: skip
 MAX_EXCERPTS = 5  # of removed texts, per unit and reason
 
 

@@ -13,7 +13,9 @@ right answer, and again without the answer and the text that all questions of it
 """
 
 import codecs
+import json
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -22,6 +24,7 @@ from fastlm.data.contamination import DIRTY, SHORT, N, letters
 from fastlm.data.ngrams import build_indexes
 from fastlm.evals.task import MultipleChoice, Question, Task
 from fastlm.evals.task_metrics import QuestionMetrics, mean_metrics
+from fastlm.files import atomic_file, write_error
 from fastlm.progress import silent
 
 if TYPE_CHECKING:
@@ -49,6 +52,36 @@ def question_texts(questions: Sequence[Question]) -> list[tuple[str, str, str]]:
         stop = len(prompt) - end
         texts.append((prompt[examples:begin].lstrip(), prompt[begin:stop], prompt[stop:] + answer))
     return texts
+
+
+def write_questions(names: Sequence[str], path: Path, cache: Path) -> dict[str, int]:
+    """Write the questions of sets (`fastlm.evals.registry`) as JSON lines {"set", "id", "text",
+    "question"}, which `fastlm.data.contamination.read_questions` reads. ``text``: the question with
+    its right answer; ``question``: its part without labels and answer.
+
+    Returns:
+        How many questions of each set.
+
+    InputError: an unknown set, one that cannot be read, ``path`` not writable.
+    """
+    from fastlm.evals.registry import load_task, task_names
+
+    counts = {}
+    try:
+        with atomic_file(path) as file:
+            for name in task_names(names):
+                task = load_task(name, cache)
+                texts = question_texts(task.questions)
+                for question, (prefix, body, rest) in zip(task.questions, texts):
+                    row = {
+                        "set": name, "id": question.id, "text": prefix + body + rest,
+                        "question": body.strip(),
+                    }  # fmt: skip
+                    file.write(json.dumps(row, ensure_ascii=False).encode() + b"\n")
+                counts[name] = len(texts)
+    except OSError as error:
+        raise write_error(path, error) from None
+    return counts
 
 
 def _frame(prompts: Sequence[str]) -> tuple[int, int, int]:
