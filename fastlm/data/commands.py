@@ -163,6 +163,29 @@ def _show_removed(path: Path, query: "RemovalQuery", as_json: bool) -> None:
                 typer.echo(plain_text(record), nl=False)
 
 
+@app.command("card")
+def card_command(
+    path: Annotated[Path, typer.Argument(help="Describe this prepared folder")],
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", "-o", help="Write to this folder. Default: the prepared folder"),
+    ] = None,
+    licence: Annotated[
+        str | None,
+        typer.Option("--license", help="State this licence of the whole, as an id of Hugging Face"),
+    ] = None,
+) -> None:
+    """Write a card of prepared text: card.md (for Hugging Face), card.html with plots, card.json.
+
+    It says where the text is from, what each step removed and why, with examples, what the scores
+    are, and how to make it again, from recorded facts alone.
+    """
+    from fastlm.data.data_card import write_card
+
+    for file in write_card(path, out, licence=licence):
+        typer.echo(file)
+
+
 def _crawl(options: CrawlOptions) -> None:
     """Crawl web sites into WARC files, politely, or continue a crawl that was interrupted.
 

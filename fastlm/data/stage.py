@@ -181,6 +181,7 @@ PLURALS = {
     "key replaced": "keys replaced",
     "national number replaced": "national numbers replaced",
 }
+MAX_ENDINGS = 8  # of unsupported types of files that are named; funnel.json has all
 PERSONAL_DATA = {
     "email": "e-mail address", "phone": "phone number", "ip": "IP address", "card": "card number",
     "iban": "IBAN", "national": "national number",
@@ -189,9 +190,11 @@ PERSONAL_DATA = {
 
 def describe_removals(step: StepCounts) -> list[str]:
     """Say what a step removed and why, the largest count first, then what it changed."""
-    endings = ", ".join(
-        f"{ending} {n:,}" for ending, n in step.get("unsupported_types", {}).items()
-    )
+    types = step.get("unsupported_types", {})
+    names = [f"{ending} {n:,}" for ending, n in [*types.items()][:MAX_ENDINGS]]
+    if len(types) > MAX_ENDINGS:
+        names.append(f"{len(types) - MAX_ENDINGS:,} other endings")
+    endings = ", ".join(names)
     removed = sorted(step["removed"].items(), key=lambda item: -item[1])
     replaced = {
         f"{PERSONAL_DATA.get(kind, kind)} replaced": n

@@ -6,7 +6,6 @@ and the template (parts/card.md.jinja) escapes each value.
 """
 
 import json
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,10 +18,10 @@ from fastlm.pipeline.recipe import Kinds
 from fastlm.pipeline.record import scores
 from fastlm.pipeline.registry import DELETED, PRESENT, SHORT, Registry, RunRecord
 from fastlm.pipeline.stage import Stage
+from fastlm.pipeline.templates import Safe, card_environment, code_span, with_front_matter
 from fastlm.pipeline.text import figure, seconds_text
 
 CARD = "README.md"
-MARKUP = re.compile(r"([\\`*_{}\[\]<>()#+!|~$&-])")
 ERRORS = ("error", "stderr", "low", "high", "interval", "ci")  # in names of figures: intervals
 ROWS = ("rows_read", "conversations", "pairs", "comparisons", "prompts", "heldout")
 Figures = Mapping[str, float]
@@ -86,42 +85,13 @@ def card(
         code=_facts(code) if all(p.code == code for p in origins) else "",
         recipe=_recipe(lineage),
     )  # fmt: skip
-    return f"---\n{front.to_yaml()}\n---\n\n{body}".encode("utf-8", "replace").decode()
-
-
-class Safe(str):
-    """Text that is Markdown already and is not escaped."""
-
-
-def escape(value: Any) -> str:
-    """Return text as one line of Markdown that shows it as it is."""
-    return value if isinstance(value, Safe) else MARKUP.sub(r"\\\1", " ".join(str(value).split()))
-
-
-def code_span(value: Any) -> Safe:
-    """Return text as an inline code span, also if it contains backticks."""
-    text = " ".join(str(value).split()) or " "
-    fence = "`" * (max(map(len, re.findall(r"`+", text)), default=0) + 1)
-    pad = " " if "`" in text else ""
-    return Safe(f"{fence}{pad}{text}{pad}{fence}")
-
-
-def _block(lines: Sequence[str], language: str) -> Safe:
-    """Return lines as a code block that no backticks inside can end."""
-    text = "\n".join(" ".join(line.split()) if language == "sh" else line for line in lines)
-    return Safe(f"```{language}\n{text.replace('```', chr(39) * 3)}\n```")
+    return with_front_matter(front, body)
 
 
 def _template(registry: Registry, kinds: Kinds) -> Any:
-    import jinja2
-
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent / "parts"), finalize=escape,
-        undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True,
-        keep_trailing_newline=True,
-    )  # fmt: skip
+    environment = card_environment()
     environment.filters |= {
-        "code": code_span, "block": _block, "facts": _facts, "funnel": _funnel, "rows": _rows,
+        "facts": _facts, "funnel": _funnel, "rows": _rows,
         "parents": registry.parents, "data_of": _data_of, "table": _table, "counts": _counts,
         "short": lambda id: code_span((id or NOT_RECORDED)[:SHORT]),
         "count": lambda count: f"{count:,}" if count else NOT_RECORDED,

@@ -4,9 +4,11 @@ library.
 """
 
 import io
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from itertools import cycle
 from typing import Any
+
+from fastlm.pipeline.text import count_text
 
 INK, SOFT, LINE = "#1c2733", "#5d6b7a", "#dfe4ea"
 BLUE, PALE, ORANGE, GREEN = "#2f6fde", "#b9cdf3", "#d9822b", "#2e8b6a"
@@ -16,6 +18,7 @@ CURVES = (ORANGE, GREEN, BLUE, "#8a4fbf", "#b3452f")  # one per model, then from
 SIZE = (4.9, 3.2)
 FONT = 9.5  # points
 LABEL_HEIGHT = 13.0  # points: a line of FONT plus spacing
+MAX_LABELS = 10  # of bars, in the width of SIZE
 SMOOTHING = 0.05  # share of the run: width of the running mean over the noisy training loss
 
 
@@ -114,6 +117,17 @@ def bits_figure(
     axes.set_ylim(min(values) - 0.15 * top, max(1.6 * top, 1.04 * first))
     _label_values(axes, labels)
     return figure
+
+
+def bar_chart(labels: Sequence[str], values: Sequence[float], x_label: str, y_label: str) -> str:
+    """Draw one bar per label. Of many labels some are left out, so that they do not touch."""
+    figure, axes = new_axes(x_label, y_label)
+    axes.bar(range(len(values)), values, color=BLUE, width=0.86)
+    step = -(-len(labels) // MAX_LABELS)
+    axes.set_xticks(range(0, len(labels), step), labels[::step], parse_math=False)
+    axes.yaxis.set_major_formatter(lambda value, _: count_text(value))
+    axes.locator_params(axis="y", nbins=5, integer=True)
+    return as_svg(figure)
 
 
 def _label_values(axes: Any, labels: list[tuple[str, float, str]]) -> None:

@@ -21,10 +21,9 @@ from fastlm.files import write_json, write_text
 from fastlm.machine import git_commit
 from fastlm.pipeline.recipe import Recipe, RecipeStep
 from fastlm.pipeline.stage import ReportSection, Stage, StageContext
-from fastlm.pipeline.text import seconds_text, size_text
+from fastlm.pipeline.templates import page_environment
 
 REPORT, SUMMARY = "report.html", "summary.json"
-TEMPLATES = Path(__file__).parent
 SHADES = ("#2f6fde", "#5b8ee6", "#86adee", "#2e8b6a", "#d9822b", "#e6a766", "#8a97a6")
 
 
@@ -91,15 +90,6 @@ def render_report(
     until: str | None = None,
 ) -> str:
     """Return the page. ``summary`` as in summary.json, ``until`` as in `write_report`."""
-    import jinja2
-    from markupsafe import Markup
-
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader([TEMPLATES, TEMPLATES / "parts"]), autoescape=True,
-        undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True,
-    )  # fmt: skip
-    # our own SVG is the only text that is not escaped
-    environment.filters |= {"size": size_text, "seconds": seconds_text, "markup": Markup}
     sections: dict[str, list[tuple[RecipeStep, ReportSection]]] = {}
     for step, part in parts:
         sections.setdefault(step.name if part.wide else step.stage.kind, []).append((step, part))
@@ -119,18 +109,22 @@ def render_report(
         for (name, value), color in zip(seconds.items(), cycle(SHADES))
     ]
     command = summary["command"]
-    return environment.get_template("report.html.jinja").render(
-        s=summary,
-        commands={
-            step.name: command_until(command, step.name) if recipe.table else command
-            for step, _ in parts
-        },
-        recipe=recipe,
-        not_run=[step.name for step in recipe.steps if step.name not in seconds],
-        until=until,
-        sections=list(sections.values()),
-        cards=cards,
-        stages=rows,
+    return (
+        page_environment()
+        .get_template("report.html.jinja")
+        .render(
+            s=summary,
+            commands={
+                step.name: command_until(command, step.name) if recipe.table else command
+                for step, _ in parts
+            },
+            recipe=recipe,
+            not_run=[step.name for step in recipe.steps if step.name not in seconds],
+            until=until,
+            sections=list(sections.values()),
+            cards=cards,
+            stages=rows,
+        )
     )
 
 

@@ -14,7 +14,8 @@ from typer.testing import CliRunner
 
 from fastlm.cli import app
 from fastlm.errors import InputError
-from fastlm.pipeline.card import card, code_span, escape
+from fastlm.pipeline.card import card
+from fastlm.pipeline.templates import code_span, escape
 from fastlm.pipeline.diff import diff
 from fastlm.pipeline.lineage import tree
 from fastlm.pipeline.provenance import digest, model_id
