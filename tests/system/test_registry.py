@@ -15,11 +15,11 @@ from typer.testing import CliRunner
 from fastlm.cli import app
 from fastlm.errors import InputError
 from fastlm.pipeline.card import card
-from fastlm.pipeline.templates import code_span, escape
 from fastlm.pipeline.diff import diff
 from fastlm.pipeline.lineage import tree
 from fastlm.pipeline.provenance import digest, model_id
 from fastlm.pipeline.registry import CHANGED, DELETED, INDEX, PRESENT, append_lines, open_registry
+from fastlm.pipeline.templates import code_span, escape
 from fastlm.sources.input_digest import InputDigest
 from fastlm.stages import KINDS, run_recipe
 
