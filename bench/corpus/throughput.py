@@ -1,0 +1,172 @@
+"""The whole chain on pages of packages: pages per CPU second, against datatrove's own blocks.
+
+    python bench/corpus/throughput.py [--datatrove DIR/bin/python] [--megabytes 160]
+
+Input: the WARC files of `bench/corpus/pages.py`. fastlm: `data prepare` with every step on:
+consent, extraction, language, equal texts, quality rules, quality and toxicity models (trained
+before, not timed), personal data, near duplicates, repeated paragraphs. datatrove:
+`bench/peers/datatrove_chain.py` in an environment of its own (see there). CPU seconds of the
+command and its children, start-up included. Each of three rounds runs fastlm on all pages and
+datatrove on every third file, so that datatrove reads each page once. Two workers are compared with
+one by wall time, with the load of the machine beside it, and by CPU time outside units of work,
+which no number of workers divides.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import statistics
+import sys
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent))
+from pages import warc_pages, work_folder
+from processes import FASTLM, ROOT, CommandError, Usage, cpu_model, run_command
+
+ROUNDS = 3
+GOOD, OTHER = ("deb:python3.13-doc",), ("deb:php-doc", "deb:libreoffice-help-en-us")
+
+
+def row(bar: str, value: object, target: object, unit: str, note: str = "") -> dict:
+    return {"bar": f"chain: {bar}", "value": value, "target": target, "unit": unit, "note": note}
+
+
+def models() -> list[str]:
+    """Return the options of a quality and a toxicity model, which are trained once."""
+    quality, toxicity = (work_folder() / f"{name}.model" for name in ("quality", "toxicity"))
+    if not quality.exists():
+        sources = [x for s in GOOD for x in ("--good", s)] + [
+            x for s in OTHER for x in ("--other", s)
+        ]
+        run_command([*FASTLM, "data", "quality", *sources, "-o", quality])
+    if not toxicity.exists():
+        run_command([*FASTLM, "data", "toxicity", "-o", toxicity])
+    return ["--quality", str(quality), "--toxicity", str(toxicity)]
+
+
+def prepare(folder: Path, out: Path, *options: object) -> Usage:
+    """Run `fastlm data prepare` into a new folder."""
+    shutil.rmtree(out, ignore_errors=True)
+    return run_command([*FASTLM, "data", "prepare", folder, "-o", out, *options])
+
+
+def datatrove_usage(python: str, files: list[Path]) -> tuple[Usage, dict]:
+    program = ROOT / "bench" / "peers" / "datatrove_chain.py"
+    usage = run_command([python, program, work_folder() / "datatrove", *files])
+    return usage, json.loads(usage.output.splitlines()[-1])
+
+
+def serial_share(folder: Path, options: list[str]) -> tuple[float, float]:
+    """Return the CPU seconds outside units of work, and those in units, of a build in one process.
+
+    Steps of one unit count as serial, too.
+    """
+    program = (
+        "import sys, time, json\n"
+        "from fastlm.pipeline import units\n"
+        "spent, do_unit = {}, units.do_unit\n"
+        "def timed(function, work, number):\n"
+        "    start = time.process_time()\n"
+        "    do_unit(function, work, number)\n"
+        "    spent.setdefault(function.__name__, []).append(time.process_time() - start)\n"
+        "units.do_unit = timed\n"
+        "from fastlm.cli import main\n"
+        "start = time.process_time()\n"
+        "try:\n    main()\n"
+        "finally:\n"
+        "    print(json.dumps([time.process_time() - start, spent]), file=sys.stderr)\n"
+    )
+    out = work_folder() / "serial"
+    shutil.rmtree(out, ignore_errors=True)
+    command = [sys.executable, "-c", program, "data", "prepare", folder, "-o", out, *options]
+    lines = run_command(command).output.splitlines()
+    total, spent = next(json.loads(line) for line in lines if line.startswith("["))
+    divided = sum(sum(seconds) for seconds in spent.values() if len(seconds) > 1)
+    return total - divided, divided
+
+
+def worker_rows(folder: Path, options: list[str]) -> list[dict]:
+    """Compare two workers with one."""
+    one = prepare(folder, work_folder() / "one", *options, "--workers", 1)
+    two = prepare(folder, work_folder() / "two", *options, "--workers", 2)
+    serial, divided = serial_share(folder, options)
+    loads = f"load average {one.load:.1f} and {two.load:.1f} on {os.cpu_count()} cores"
+    bound = (serial + divided) / (serial + divided / 2)
+    return [
+        row(
+            "two workers, wall time", round(one.wall_seconds / two.wall_seconds, 2), 1.8, "times",
+            f"{one.wall_seconds:.1f} s and {two.wall_seconds:.1f} s; {loads}",
+        ),
+        row(
+            "two workers, bound by CPU time outside units", round(bound, 2), 1.8, "times",
+            f"serial {serial:.2f} s, in units of several {divided:.1f} s, one process; two workers "
+            f"need {two.cpu_seconds:.1f} CPU s, one {one.cpu_seconds:.1f}",
+        ),
+    ]  # fmt: skip
+
+
+def rows(datatrove: str | None = None, size: int = 160_000_000) -> list[dict]:
+    """Measure; return {bar, value, target, unit, note} of each bar. Some 12 minutes of CPU time
+    with datatrove, 2 without. The Python of datatrove is also read from $FASTLM_DATATROVE.
+    """
+    datatrove = datatrove or os.environ.get("FASTLM_DATATROVE")
+    folder, facts = warc_pages(size)
+    options = models()
+    own, peer, peer_facts, failure = [], [], {}, ""
+    files = sorted(folder.glob("*.warc.gz"))
+    for number in range(ROUNDS):
+        own.append(prepare(folder, work_folder() / "chain", *options))
+        if datatrove and not failure:
+            try:
+                usage, peer_facts = datatrove_usage(datatrove, files[number::ROUNDS])
+                peer.append(usage)
+            except (CommandError, OSError, ValueError) as error:
+                failure = str(error)[-200:]
+    seconds = [usage.cpu_seconds for usage in own]
+    speed = facts["pages"] / statistics.median(seconds)
+    result = [
+        row(
+            "pages per CPU second, all steps", round(speed), 500, "pages/s",
+            f"{facts['pages']:,} pages, {facts['bytes'] / 1e6:.0f} MB HTML; rounds "
+            f"{', '.join(f'{s:.1f}' for s in seconds)} s; load {own[-1].load:.1f}",
+        )
+    ]  # fmt: skip
+    if len(peer) == ROUNDS:
+        peer_seconds = sum(usage.cpu_seconds for usage in peer)
+        peer_speed = facts["pages"] / peer_seconds
+        extras = "with" if peer_facts["language"] else "without"
+        note = f"datatrove {peer_facts['datatrove']}, trafilatura {peer_facts['trafilatura']}, "
+        note += f"{extras} language; {peer_seconds:.0f} CPU s for all pages; no toxicity, consent"
+        result += [
+            row("datatrove's own blocks", round(peer_speed, 1), None, "pages/s", note),
+            row("against datatrove's own blocks", round(speed / peer_speed, 1), 8, "times"),
+        ]
+    else:
+        note = failure or "no environment: --datatrove PYTHON"
+        result.append(row("against datatrove's own blocks", None, 8, "times", note))
+    return [*result, *worker_rows(folder, options)]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--datatrove", metavar="PYTHON")
+    parser.add_argument("--megabytes", type=int, default=160)
+    options = parser.parse_args()
+    result = rows(options.datatrove, options.megabytes * 1_000_000)
+    for entry in result:
+        target = "" if entry["target"] is None else f"(bar {entry['target']})"
+        print(f"{entry['bar']}: {entry['value']} {entry['unit']} {target} {entry['note']}")
+    versions = {}
+    for name in ("fastlm", "resiliparse", "fastwarc", "rensa", "py3langid", "phonenumbers"):
+        try:
+            versions[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    print(f"command: {' '.join(sys.argv)}; {versions}; {cpu_model()}")
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()
