@@ -6,7 +6,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -43,7 +43,12 @@ def environment() -> dict[str, str]:
     return {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "NO_COLOR": "1"}
 
 
-def run_command(command: Sequence[object], *, sample_memory: bool = False) -> Usage:
+def run_command(
+    command: Sequence[object],
+    *,
+    variables: Mapping[str, str] | None = None,
+    sample_memory: bool = False,
+) -> Usage:
     """Run a command in a session of its own. CommandError: it failed, with the end of its output.
 
     Standard error is part of the output, before it.
@@ -51,8 +56,8 @@ def run_command(command: Sequence[object], *, sample_memory: bool = False) -> Us
     start = time.monotonic()
     with tempfile.TemporaryFile() as output, tempfile.TemporaryFile() as errors:
         process = subprocess.Popen(
-            [str(word) for word in command], stdout=output, stderr=errors, env=environment(),
-            cwd=ROOT, start_new_session=True,
+            [str(word) for word in command], stdout=output, stderr=errors, cwd=ROOT,
+            env=environment() | dict(variables or {}), start_new_session=True,
         )  # fmt: skip
         sampler = _Sampler(process.pid)
         if sample_memory:

@@ -22,6 +22,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
+from logged_units import LOG, PROGRAM, unit_seconds
 from pages import warc_pages, work_folder
 from processes import FASTLM, ROOT, CommandError, Usage, cpu_model, run_command
 
@@ -63,27 +64,14 @@ def serial_share(folder: Path, options: list[str]) -> tuple[float, float]:
 
     Steps of one unit count as serial, too.
     """
-    program = (
-        "import sys, time, json\n"
-        "from fastlm.pipeline import units\n"
-        "spent, do_unit = {}, units.do_unit\n"
-        "def timed(function, work, number):\n"
-        "    start = time.process_time()\n"
-        "    do_unit(function, work, number)\n"
-        "    spent.setdefault(function.__name__, []).append(time.process_time() - start)\n"
-        "units.do_unit = timed\n"
-        "from fastlm.cli import main\n"
-        "start = time.process_time()\n"
-        "try:\n    main()\n"
-        "finally:\n"
-        "    print(json.dumps([time.process_time() - start, spent]), file=sys.stderr)\n"
-    )
     out = work_folder() / "serial"
+    log = out.with_suffix(".log")
     shutil.rmtree(out, ignore_errors=True)
-    command = [sys.executable, "-c", program, "data", "prepare", folder, "-o", out, *options]
-    lines = run_command(command).output.splitlines()
-    total, spent = next(json.loads(line) for line in lines if line.startswith("["))
-    divided = sum(sum(seconds) for seconds in spent.values() if len(seconds) > 1)
+    log.unlink(missing_ok=True)
+    command = [sys.executable, "-c", PROGRAM, "data", "prepare", folder, "-o", out, *options]
+    variables = {LOG: str(log), "PYTHONPATH": str(Path(__file__).parent)}
+    total = run_command(command, variables=variables).cpu_seconds
+    divided = sum(sum(seconds) for seconds in unit_seconds(log).values() if len(seconds) > 1)
     return total - divided, divided
 
 
