@@ -133,10 +133,10 @@ def _show_removed(path: Path, query: "RemovalQuery", as_json: bool) -> None:
     """Print the records that match, through a pager on a terminal; complete if there is none."""
     import click
 
-    from fastlm.data.removals import find_part, find_removed, plain_text, styled_text
+    from fastlm.data.removals import corpus_folder, find_part, find_removed, plain_text, styled_text
 
     records = find_removed(path, query)
-    out = path if path.is_dir() else path.parent
+    out = corpus_folder(path)
     first = next(records, None)
     if first is None and query.rule is None:
         part = find_part(out, query)
@@ -181,7 +181,10 @@ def card_command(
     are, and how to make it again, from recorded facts alone.
     """
     from fastlm.data.data_card import write_card
+    from fastlm.sources.remote import is_remote
 
+    if out is None and is_remote(path):
+        raise InputError(f"out: expected a local folder for the card of {path}, got none")
     for file in write_card(path, out, licence=licence):
         typer.echo(file)
 

@@ -38,6 +38,7 @@ SUFFIX = ".jsonl.zst"
 REMOVED = "removed"  # folder of the records of removed documents
 UNITS = "units.json"
 PLAN = "plan.json"  # written before the first part
+CARD_FILES = ("card.md", "card.html", "card.json")  # of `fastlm.data.data_card`
 UNFINISHED_SHARDS = ".encoding"  # in a folder of shards: `fastlm.tokenizer.corpus_encoding`
 MAX_UNITS_BYTES = 1 << 28  # some 150 bytes per part
 

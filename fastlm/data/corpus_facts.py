@@ -4,7 +4,6 @@ Memory does not grow with the corpus: each table has at most MAX_KEYS rows, the 
 OTHERS. What was not recorded is left out of the tables, not guessed.
 """
 
-import hashlib
 import heapq
 from collections import Counter
 from dataclasses import dataclass, field
@@ -19,8 +18,9 @@ from fastlm.errors import InputError
 from fastlm.machine import code_version
 from fastlm.pipeline.funnel import Funnel
 from fastlm.pipeline.registry import RunRecord, open_registry
-from fastlm.pipeline.units import read_state
+from fastlm.pipeline.units import file_sha256, read_state
 from fastlm.sources.document import Document
+from fastlm.sources.remote import is_file, is_remote
 
 FORMAT = 1
 MAX_KEYS = 10_000  # rows of a table, some 1 MB
@@ -60,7 +60,7 @@ class DocumentScan:
     def __init__(self) -> None:
         names = ("language", "licence", "consent", "consent_rule", "site", "year")
         self.tables = {name: DocumentTable() for name in names}
-        self.documents = 0
+        self.documents = self.bytes = 0
         self.lengths: Counter[int] = Counter()  # exponent of 2 -> documents
         self.quality = [0] * BUCKETS
         self.toxicity = [0] * TOXICITY_BINS
@@ -71,6 +71,7 @@ class DocumentScan:
         """Count a document. A value of another type than expected counts as not recorded."""
         meta, size = document.meta, len(document.text.encode())
         self.documents += 1
+        self.bytes += size
         self.lengths[max(1, len(document.text)).bit_length() - 1] += 1
         for name in ("language", "licence", "consent", "consent_rule"):
             value = meta.get(name, meta.get("license") if name == "licence" else None)
@@ -115,7 +116,7 @@ def corpus_facts(out: Path) -> dict[str, Any]:
 
     InputError: no finished corpus, damaged records.
     """
-    if not out.is_dir():
+    if not is_remote(out) and not out.is_dir():
         raise InputError(f"{out}: expected the folder of fastlm data prepare, not found")
     funnel = Funnel.load(out)
     scan = DocumentScan()
@@ -158,7 +159,7 @@ def corpus_facts(out: Path) -> dict[str, Any]:
             {"size": size, "source": source, "id": id}
             for size, _, source, id in sorted(scan.largest, reverse=True)
         ],
-        "scanned_documents": scan.documents,
+        "scanned_documents": scan.documents, "scanned_bytes": scan.bytes,
         "mix": getattr(funnel, "mix", None) or {},
         "plan": _plan(out),
         "build": _build(record),
@@ -218,11 +219,10 @@ def _sources(funnel: Funnel, record: RunRecord | None) -> list[dict[str, Any]]:
 
 def _plan(out: Path) -> dict[str, Any]:
     """Return what plan.json says, without its list of files; {} for older corpora."""
-    if not (out / PLAN).is_file():
+    if not is_file(out / PLAN):
         return {}
     plan = read_state(out / PLAN)
-    with open(out / PLAN, "rb") as file:
-        sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+    sha256 = file_sha256(out / PLAN)
     keys = ("date", "version", "libraries", "options")
     files = plan.get("files")
     return {

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from fastlm.data.corpus import (
+    CARD_FILES,
     REMOVED,
     SPLITS,
     RemovedRecord,
@@ -283,6 +284,12 @@ def refresh_units(folder: Path, files: Mapping[str, list[FileHits]]) -> None:
         if not (folder / record["part"]).is_file():  # deleted by a killed call
             counts.setdefault(record["part"], (0, 0))
     update_units(folder, counts)
+
+
+def remove_card(folder: Path) -> None:
+    """Delete the card of a corpus, which quotes documents and counts those that were there."""
+    for name in CARD_FILES:
+        (folder / name).unlink(missing_ok=True)
 
 
 def refresh_funnel(folder: Path, files: Mapping[str, list[FileHits]]) -> None:

@@ -12,7 +12,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from fastlm.data.corpus import CARD_FILES
 from fastlm.data.corpus_facts import BUCKETS, OTHERS, TOXICITY_BINS, corpus_facts
+from fastlm.data.options import DataOptions
 from fastlm.data.stage import PERSONAL_DATA, describe_removals
 from fastlm.files import write_json, write_text
 from fastlm.pipeline.charts import bar_chart
@@ -20,8 +22,9 @@ from fastlm.pipeline.lineage import NOT_RECORDED
 from fastlm.pipeline.templates import card_environment, page_environment, with_front_matter
 from fastlm.pipeline.text import count_text, size_text, visible
 
-FILES = ("card.md", "card.html", "card.json")
 MAX_ROWS = 20  # of a table; card.json has all
+MAX_EXAMPLES = 2  # removed documents per reason; card.json has more
+EXCERPT, MAX_CELL = 100, 160  # characters
 MIN_SHARE = 0.01  # of the text: languages that the front matter names
 SIZES = (10**3, 10**4, 10**5, 10**6, 10**7, 10**8, 10**9, 10**10, 10**11, 10**12)
 UNDECIDED = (
@@ -73,7 +76,7 @@ def write_card(out: Path, target: Path | None = None, *, licence: str | None = N
     facts = corpus_facts(out)
     sections = card_sections(facts)
     target = target or out
-    paths = [target / name for name in FILES]
+    paths = [target / name for name in CARD_FILES]
     write_text(paths[0], render_markdown(facts, sections, licence))
     write_text(paths[1], render_page(facts, sections))
     write_json(paths[2], facts)
@@ -191,20 +194,24 @@ def _funnel(facts: Mapping[str, Any]) -> CardSection:
 
 def _removed(facts: Mapping[str, Any]) -> CardSection:
     rows = [
-        (entry["step"], entry["reason"], f"{entry['count']:,}", [*map(_example, entry["examples"])])
+        (
+            [entry["step"], entry["reason"]], f"{entry['count']:,}",
+            [*map(_example, entry["examples"][:MAX_EXAMPLES])],
+        )
         for entry in facts["removed"] if entry["examples"]
     ]  # fmt: skip
     if not rows:
         return CardSection("Removed documents", f"Records of removed documents: {NOT_RECORDED}.")
-    table = CardTable(("step", "reason", ">documents", "examples"), rows)
+    table = CardTable(("step and reason", ">documents", "examples"), rows)
     note = "fastlm data show --dropped REASON lists all of them, --id and --url one of them."
     return CardSection("Removed documents", note, tables=[table])
 
 
 def _example(row: Mapping[str, Any]) -> str:
     name = row["url"] or row["id"]
-    parts = [name, row["detail"], f"“{' '.join(row['text'].split())} …”" if row["text"] else ""]
-    return visible(": ".join(part for part in parts if part))
+    text = " ".join(row["text"].split())[:EXCERPT]
+    parts = [name, row["detail"], f"“{text} …”" if text else ""]
+    return visible(": ".join(part[:MAX_CELL] for part in parts if part))
 
 
 def _languages(facts: Mapping[str, Any]) -> CardSection:
@@ -228,17 +235,18 @@ def _value_table(
     facts: Mapping[str, Any], name: str, rows: Sequence[Mapping[str, Any]], title: str = ""
 ) -> CardTable:
     """Return documents and text by value: the largest, the others, those without one."""
-    all_documents = max(1, facts["scanned_documents"])
+    all_bytes = max(1, facts["scanned_bytes"])
     cells = [(row["name"], row["documents"], row["bytes"]) for row in rows[:MAX_ROWS]]
     if rest := rows[MAX_ROWS:]:
         total = sum(row["documents"] for row in rest), sum(row["bytes"] for row in rest)
         cells.append((f"{len(rest):,} others", *total))
-    missing = facts["scanned_documents"] - sum(row["documents"] for row in rows)
-    shares = [100 * documents / all_documents for _, documents, _ in cells]
+    missing = [
+        facts[f"scanned_{key}"] - sum(row[key] for row in rows) for key in ("documents", "bytes")
+    ]
+    if missing[0] > 0:
+        cells.append((NOT_RECORDED, *missing))
+    shares = [100 * size / all_bytes for _, _, size in cells]
     texts = [(visible(label), f"{n:,}", size_text(size)) for label, n, size in cells]
-    if missing > 0:
-        texts.append((NOT_RECORDED, f"{missing:,}", ""))
-        shares.append(100 * missing / all_documents)
     return CardTable((name, ">documents", ">text"), texts, shares, title)
 
 
@@ -260,10 +268,10 @@ def _scores(facts: Mapping[str, Any]) -> CardSection:
         tables.append(CardTable((label, ">documents"), rows))
     else:
         missing.append("toxicity")
-    note = f"{' and '.join(missing).capitalize()}: {NOT_RECORDED}." if missing else (
-        "Scores of models that the owner trained. They were not rated by people."
-    )  # fmt: skip
-    return CardSection("Quality and toxicity", note, charts=charts, chart_tables=tables)
+    notes = ["Scores of models that the owner trained, not of people."] if charts else []
+    if missing:
+        notes.append(f"{' and '.join(missing).capitalize()}: {NOT_RECORDED}.")
+    return CardSection("Quality and toxicity", " ".join(notes), charts=charts, chart_tables=tables)
 
 
 def _consent(facts: Mapping[str, Any]) -> CardSection:
@@ -272,7 +280,7 @@ def _consent(facts: Mapping[str, Any]) -> CardSection:
     refused = [e for e in facts["removed"] if e["step"] == "consent"]
     table = {
         "mode": options.get("consent") or NOT_RECORDED,
-        "pages about which nothing is said": options.get("unknown") or NOT_RECORDED,
+        "where nothing is said": options.get("unknown") or NOT_RECORDED,
         "crawlers": ", ".join(options.get("crawler_names") or ()) or NOT_RECORDED,
     }
     tables = []
@@ -302,11 +310,11 @@ def _duplicates(facts: Mapping[str, Any]) -> CardSection:
     rows = [(f"{c['size']:,}", f"{c['documents']:,}") for c in clusters[:MAX_ROWS]]
     if rest := clusters[MAX_ROWS:]:
         rows.append((f"{rest[0]['size']:,} or more", f"{sum(c['documents'] for c in rest):,}"))
-    tables = [CardTable((">documents in the cluster", ">of these remain, in all"), rows)]
-    if largest:
-        rows = [(f"{c['size']:,}", c["source"], visible(c["id"])) for c in largest]
+    tables = [CardTable(("documents in a cluster", ">of these remain, in all"), rows)]
+    if largest and largest[0]["size"] > 2:
+        rows = [(f"{c['size']:,}", visible(c["source"]), visible(c["id"])) for c in largest]
         tables.append(
-            CardTable((">documents", "source", "document that remains"), rows,
+            CardTable(("documents", "source", "document that remains"), rows,
                       title="Largest clusters")
         )  # fmt: skip
     note = (
@@ -398,8 +406,8 @@ def _plan(facts: Mapping[str, Any]) -> CardSection:
     libraries = ", ".join(f"{name} {v}" for name, v in (plan["libraries"] or {}).items())
     table = {
         "date": plan["date"] or NOT_RECORDED,
-        "inputs": f"{plan['input_files']:,} files, {size_text(plan['input_bytes'])}; "
-        "plan.json has their SHA-256",
+        "inputs": f"{size_text(plan['input_bytes'])} in {plan['input_files']:,} files; plan.json "
+        "has their SHA-256",
         "sha256 of plan.json": plan["sha256"],
         "left out because forgotten": f"{plan['forgotten']:,} keys",
         "version of the steps": plan["version"],
@@ -407,8 +415,14 @@ def _plan(facts: Mapping[str, Any]) -> CardSection:
         "code": _facts(build.get("code")),
         "machine": _facts(build.get("machine")),
     }
-    rows = [(key, _cell(value)) for key, value in (plan["options"] or {}).items()]
-    return CardSection("Plan", facts=table, tables=[CardTable(("option", "value"), rows)])
+    defaults = DataOptions().identity()
+    rows = [
+        (key, _cell(value)) for key, value in (plan["options"] or {}).items()
+        if value != json.loads(json.dumps(defaults.get(key)))
+    ]  # fmt: skip
+    note = "The other options have their defaults; plan.json has all."
+    tables = [CardTable(("option", "value"), rows)] if rows else []
+    return CardSection("Plan", note, facts=table, tables=tables)
 
 
 def _facts(table: Mapping[str, Any] | None) -> str:

@@ -20,9 +20,10 @@ from fastlm.data.corpus import (
 )
 from fastlm.data.forget_log import document_id
 from fastlm.errors import InputError
-from fastlm.pipeline.funnel import Funnel
+from fastlm.pipeline.funnel import FUNNEL, Funnel
 from fastlm.pipeline.text import visible
 from fastlm.schema import parse
+from fastlm.sources.remote import is_remote
 from fastlm.sources.streams import open_stream
 
 
@@ -88,6 +89,11 @@ class RemovalQuery:
         return self.id in (None, id, document_id(id)) and self.url in (None, url)
 
 
+def corpus_folder(path: Path) -> Path:
+    """Return the folder of a corpus that is named by itself or by its funnel.json."""
+    return path.parent if path.name == FUNNEL else path
+
+
 def find_removed(out: Path, query: RemovalQuery) -> Iterator[RemovedRecord]:
     """Yield the records that match, in order.
 
@@ -95,8 +101,8 @@ def find_removed(out: Path, query: RemovalQuery) -> Iterator[RemovedRecord]:
     such rule, which names the reasons that there are.
     """
     reasons = reasons_of(Funnel.load(out))
-    out = out if out.is_dir() else out.parent
-    if not (out / REMOVED).is_dir():
+    out = corpus_folder(out)
+    if not is_remote(out) and not (out / REMOVED).is_dir():
         raise InputError(
             f"{out}: expected the records of removed documents ({REMOVED}/), got a corpus without:"
             " prepare it again"

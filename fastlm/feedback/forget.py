@@ -39,6 +39,7 @@ from fastlm.data.corpus_forget import (
     refresh_funnel,
     refresh_units,
     remaining_copies,
+    remove_card,
     remove_lines,
     search_corpus,
     search_removed,
@@ -376,8 +377,11 @@ class _Removal:
             in_corpora = (hits for hits in corpora if hits.line_numbers)
             for hits in (*self.rows, *self.removed_records, *in_corpora):
                 remove_lines(hits)
+            for folder in {hits.path.parent.parent for hits in self.removed_records}:
+                remove_card(folder)
             for folder, files in self.corpora.items():
                 if folder in self.affected or self.earlier:
+                    remove_card(folder)
                     refresh_units(folder, files)
                     refresh_funnel(folder, files)
             for record in records.values():
