@@ -12,6 +12,7 @@ range from the files of all ``read`` units, where they are one slice, and sorts 
 ranges there are follows from the memory, and has no effect on the result.
 """
 
+from collections import OrderedDict
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ from fastlm.pipeline.units import Work
 
 RECORD_BYTES = 16  # of a key and a document
 SORT_FACTOR = 6  # memory of comparing records, as a multiple of their size
+MAX_MAPPED_UNITS = 128  # with three files each
 PARTS_PER_MILLION = 10**6  # similarities are stored as integers
 
 
@@ -193,16 +195,24 @@ def near(work: Work, number: int, out: Path) -> dict[str, Any]:
 
 
 class _ShingleFiles:
-    """The shingles of documents by number, mapped from the files of the step ``shingles``."""
+    """The shingles of documents by number, mapped from the files of the step ``shingles``.
+
+    The files of at most `MAX_MAPPED_UNITS` are mapped: each takes a file descriptor, of which many
+    systems give a process 1,024.
+    """
 
     def __init__(self, work: Work):
-        self._work, self._units = work, {}
+        self._work: Work = work
+        self._units: OrderedDict[int, list[np.ndarray]] = OrderedDict()
 
     def __getitem__(self, document: int) -> np.ndarray:
         unit, position = document >> 32, document & 0xFFFFFFFF
         if unit not in self._units:
             names = "positions", "ends", "shingles"
             self._units[unit] = [load(self._work, "shingles", unit, name) for name in names]
+            if len(self._units) > MAX_MAPPED_UNITS:
+                self._units.popitem(last=False)
+        self._units.move_to_end(unit)
         positions, ends, values = self._units[unit]
         index = int(np.searchsorted(positions, position))
         return np.asarray(values[ends[index - 1] if index else 0 : ends[index]])

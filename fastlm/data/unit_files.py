@@ -6,6 +6,7 @@ lower ones. A smaller number is earlier.
 
 import io
 import json
+from bisect import bisect_left
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -154,7 +155,7 @@ def rows_of_unit(work: Work, step: str, name: str, unit: int) -> np.ndarray:
     slices = []
     for number in range(work.parameters(step)["units"]):
         rows = load(work, step, number, name)
-        numbers = np.ascontiguousarray(rows[:, 0])
-        first, last = np.searchsorted(numbers, np.array([unit << 32, unit + 1 << 32], "<u8"))
+        # bisect reads a few of the numbers, searchsorted would copy all of them for every unit
+        first, last = (bisect_left(rows[:, 0], unit + n << 32) for n in (0, 1))
         slices.append(np.array(rows[first:last]))
     return np.concatenate(slices)

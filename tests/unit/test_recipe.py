@@ -242,3 +242,20 @@ def test_a_stage_whose_input_nobody_makes(tmp_path):
     (tmp_path / "r.toml").write_text('name = "r"\n[[stage]]\nkind = "tokenizer"\n')
     with pytest.raises(InputError, match=r"tokenizer.corpus: expected an earlier stage that makes"):
         load_recipe(tmp_path / "r.toml")
+
+
+def test_the_ablation_compares_equal_models_of_two_builds_of_the_same_pages():
+    recipe = load_recipe(ROOT / "recipes" / "data-ablation.toml")
+    raw, cleaned, other = (stage(recipe, name) for name in ("raw", "cleaned", "other"))
+    assert raw.sources == cleaned.sources and not set(raw.sources) & set(other.sources)
+    assert raw.rules == () and not raw.scrub and not raw.near_duplicates
+    assert cleaned.rules and cleaned.scrub and cleaned.near_duplicates
+    steps = [step for step in recipe.steps if step.stage.kind == "pretrain"]
+    models = {build: [s for s in steps if s.name.startswith(build)] for build in ("raw", "cleaned")}
+    assert len({step.stage.seed for step in models["raw"]}) == 3
+    for one, two in zip(models["raw"], models["cleaned"], strict=True):
+        assert one.stage == two.stage  # with the same seed and as many tokens
+        assert one.inputs["shards"] == ("raw-shards",)
+        assert two.inputs["shards"] == ("cleaned-shards",)
+    assert set(recipe.step("eval").inputs["model"]) == {step.name for step in steps}
+    assert recipe.step("eval").inputs["data"] == ("other",)
