@@ -138,10 +138,9 @@ def libraries(options: DataOptions) -> list[str]:
 
 
 def _date(work: Work) -> str:
-    """Return the date of the plan that was begun here, or of the corpus, or today."""
-    for folder in (work.folder, work.folder.parent):
-        with suppress(InputError):
-            return str(Work(folder).plan["date"])
+    """Return the date of the plan that was begun here, or today."""
+    with suppress(InputError):
+        return str(Work(work.folder).plan["date"])
     return datetime.now(UTC).date().isoformat()
 
 

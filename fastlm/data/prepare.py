@@ -20,13 +20,23 @@ from pathlib import Path
 from typing import Any, cast
 
 from fastlm.data import matching, steps
-from fastlm.data.corpus import PLAN, REMOVED, SPLITS, SUFFIX, UNITS, part_name, read_units
+from fastlm.data.corpus import (
+    PLAN,
+    REMOVED,
+    SPLITS,
+    SUFFIX,
+    UNITS,
+    is_corpus,
+    is_part_name,
+    part_name,
+    read_units,
+)
 from fastlm.data.options import WORK, DataOptions, parse_size
 from fastlm.data.plan import make_plan, options_of_plan
 from fastlm.data.unit_files import REMOVED as REMOVED_ROWS
 from fastlm.data.unit_files import Counts
 from fastlm.errors import InputError
-from fastlm.files import json_text, remove, write_error, write_json
+from fastlm.files import json_text, remove, save_atomic, sync, write_error, write_json
 from fastlm.pipeline.executors import shared_pool
 from fastlm.pipeline.funnel import FUNNEL, Funnel, StepCounts
 from fastlm.pipeline.units import (
@@ -93,45 +103,55 @@ def prepare(
         raise InputError(f"sources: expected a list of at least one source, got {sources!r}")
     out = Path(out)
     work = Work(out / WORK)
-    begun = is_file(work.folder / PLAN)
     new_folders = [folder for folder in (out, *out.parents) if not folder.exists()]
     try:
         # before the downloads, so that a read-only folder is reported at once
-        if work.is_remote:
-            write_object(work.folder / BEGUN, b"")
-        else:
-            work.folder.mkdir(parents=True, exist_ok=True)
-        with shared_pool():
-            plan = make_plan(work, sources, options, cache=cache, forgotten=forgotten, track=track)
-            if not begun and (funnel := _finished(out, plan)) is not None:
-                work.delete()
-                return funnel
-            work.begin(plan)
-            if not is_file(work.folder / PUBLISHING):
-                _build(work, options, track)
-        return _publish(work, out)
-    except BaseException as error:
-        can_continue = isinstance(error, BuildError | StoreError)
-        if isinstance(error, InputError) and not can_continue and not begun:
-            work.delete()
+        with work.locked(), shared_pool():
+            return _prepare(work, sources, options, cache, track, forgotten)
+    except OSError as error:  # a write error: read errors are already InputError
+        raise write_error(out, error) from None
+    finally:
         for folder in (work.folder, *new_folders):
             with suppress(OSError):  # ignore folders that are not empty
                 folder.rmdir()
-        if isinstance(error, OSError):  # a write error: read errors are already InputError
-            raise write_error(out, error) from None
-        raise
-    finally:
         work.close(options.executor)
 
 
-BEGUN = "begun"  # an empty object
+def _prepare(
+    work: Work, sources: Sequence[str], options: DataOptions, cache: Path, track, forgotten
+) -> Funnel:
+    out = work.folder.parent
+    if is_file(work.folder / PLAN):
+        if _finished(out, work.plan) is not None:  # killed while its work was being deleted
+            work.delete()
+        elif is_file(work.folder / PUBLISHING):
+            _publish(work, out)
+    elif not work.is_remote:
+        remove(work.folder / PUBLISHING)
+        _check_folder(out)
+    begun = is_file(work.folder / PLAN)
+    try:
+        plan = make_plan(work, sources, options, cache=cache, forgotten=forgotten, track=track)
+        if not begun and (funnel := _finished(out, plan)) is not None:
+            work.delete()
+            return funnel
+        work.begin(plan)
+        _build(work, options, track)
+    except InputError as error:
+        if not begun and not isinstance(error, BuildError | StoreError):
+            work.delete()
+        raise
+    _arrange(work)
+    return _publish(work, out)
 
 
 def _finished(out: Path, plan: Mapping[str, Any]) -> Funnel | None:
-    """Return the funnel of the corpus in ``out`` if it has this plan and all its parts."""
+    """Return the funnel of the corpus in ``out`` if it has this plan and all its parts. The plan
+    may be of another day.
+    """
     try:
         work = Work(out)
-        if work.plan != plan:
+        if {**work.plan, "date": plan["date"]} != plan:
             return None
         if work.is_remote:  # what is there is complete
             records = {record["part"] for record in read_units(out)}
@@ -144,6 +164,29 @@ def _finished(out: Path, plan: Mapping[str, Any]) -> Funnel | None:
         raise
     except (InputError, OSError):
         return None
+
+
+def _check_folder(out: Path) -> None:
+    """Check that ``out`` has nothing that publishing would replace, except another corpus.
+    InputError: names it.
+    """
+    for name in (*SPLITS, REMOVED):
+        if (folder := out / name).is_dir():
+            for path in folder.iterdir():
+                if not is_part_name(path.name) and not path.name.startswith("."):
+                    raise InputError(
+                        f"{folder}: expected parts of a corpus, got {path.name}: write to another"
+                        " folder"
+                    )
+        elif os.path.lexists(folder):
+            raise InputError(f"{folder}: expected a folder, or none, got something else")
+    for name in (*(f"{split}{SUFFIX}" for split in SPLITS), PLAN, UNITS):
+        is_other = name in (PLAN, UNITS) and (out / REMOVED).is_dir()  # killed while publishing
+        if os.path.lexists(out / name) and not is_corpus(out) and not is_other:
+            raise InputError(
+                f"{out / name}: expected no file of that name beside a new corpus: write to another"
+                " folder, or delete it"
+            )
 
 
 def _build(work: Work, options: DataOptions, track) -> None:
@@ -266,6 +309,47 @@ MAX_NEAR_SHARE = 0.5  # of a source's documents; more is a template, or the sour
 PUBLISHING = "publishing.json"  # funnel and parts of a complete build, which are being moved
 
 
+PARTS = (
+    ("train", "write", f"train{SUFFIX}"), ("heldout", "write", f"heldout{SUFFIX}"),
+    (REMOVED, "apply", REMOVED_ROWS),
+)  # fmt: skip
+
+
+def _arrange(work: Work) -> None:
+    """Write `PUBLISHING`; link the files of the last steps into ``work/parts``, as they will be in
+    the corpus.
+    """
+    parts = work.folder / "parts"
+    if not work.is_remote:
+        remove(parts)
+    records = []
+    for folder, step, name in PARTS:
+        if not work.is_remote:
+            (parts / folder).mkdir(parents=True)
+        for unit in _outputs(work):
+            marker = work.marker(step, unit)
+            if marker is None:
+                raise BuildError(
+                    f"{work.folder}: expected unit {unit} of the step {step!r}, it is missing"
+                )
+            if name not in marker["files"]:
+                continue
+            part = f"{folder}/{part_name(unit)}"
+            if not work.is_remote:
+                steps.link(work.path(step, unit, name), parts / part)
+                sync(parts / part)
+            if folder in SPLITS:
+                remaining = marker["counts"]["remaining"]
+                records.append({
+                    "part": part, "documents": remaining[f"{folder} documents"],
+                    "bytes": remaining[f"{folder} bytes"],
+                    "sha256": marker["files"][name]["sha256"],
+                })  # fmt: skip
+        if not work.is_remote:
+            sync(parts / folder)
+    write_durably(work.folder / PUBLISHING, {"funnel": _funnel(work).__dict__, "units": records})
+
+
 def _publish(work: Work, out: Path) -> Funnel:
     """Move the parts of a complete build to their place; the funnel is written last.
 
@@ -273,48 +357,32 @@ def _publish(work: Work, out: Path) -> Funnel:
     ``out`` is untouched.
     """
     path = work.folder / PUBLISHING
-    if not is_file(path):
-        if not work.is_remote:
-            _arrange(work)
-        records = []
-        for split in SPLITS:
-            for unit in _outputs(work):
-                name = f"{split}{SUFFIX}"
-                marker = work.marker("write", unit)
-                if marker is None:
-                    raise BuildError(
-                        f"{work.folder}: expected unit {unit} to be written, it is not"
-                    )
-                if name in marker["files"]:
-                    remaining = marker["counts"]["remaining"]
-                    records.append({
-                        "part": f"{split}/{part_name(unit)}",
-                        "documents": remaining[f"{split} documents"],
-                        "bytes": remaining[f"{split} bytes"],
-                        "sha256": marker["files"][name]["sha256"],
-                    })  # fmt: skip
-        write_durably(path, {"funnel": _funnel(work).__dict__, "units": records})
     state = read_state(path)
     if work.is_remote:
         return _publish_objects(work, out, state)
     (out / FUNNEL).unlink(missing_ok=True)  # a mix of old and new files does not look finished
+    before = work.folder / "replaced"
+    before.mkdir(exist_ok=True)
     for name in (*SPLITS, REMOVED):
-        source = work.folder / "parts" / name
+        source, target = work.folder / "parts" / name, out / name
         if source.is_dir():
-            shutil.rmtree(out / name, ignore_errors=True)
-            os.rename(source, out / name)
+            if os.path.lexists(target):
+                remove(before / name)
+                os.rename(target, before / name)
+            os.rename(source, target)
         (out / f"{name}{SUFFIX}").unlink(missing_ok=True)  # of an older version
-    shutil.copyfile(work.folder / PLAN, out / PLAN)
-    write_json(out / UNITS, state["units"])
-    write_json(out / FUNNEL, state["funnel"])
-    remove(work.folder)
+    for record in state["units"]:
+        if not (out / record["part"]).is_file():
+            raise BuildError(f"{out / record['part']}: expected a part of the build, it is missing")
+    try:
+        save_atomic(out / PLAN, lambda part: shutil.copyfile(work.folder / PLAN, part))
+        write_json(out / UNITS, state["units"])
+        write_json(out / FUNNEL, state["funnel"])
+    except InputError as error:
+        raise BuildError(str(error)) from error
+    path.unlink()
+    work.delete()
     return Funnel.load(out)
-
-
-PARTS = (
-    ("train", "write", f"train{SUFFIX}"), ("heldout", "write", f"heldout{SUFFIX}"),
-    (REMOVED, "apply", REMOVED_ROWS),
-)  # fmt: skip
 
 
 def _publish_objects(work: Work, out: Path, state: Mapping[str, Any]) -> Funnel:
@@ -335,15 +403,3 @@ def _publish_objects(work: Work, out: Path, state: Mapping[str, Any]) -> Funnel:
     write_object(out / FUNNEL, json_text(state["funnel"]).encode())
     work.delete()
     return Funnel.load(out)
-
-
-def _arrange(work: Work) -> None:
-    """Link the files of the last steps into ``work/parts``, as they will be in the corpus."""
-    parts = work.folder / "parts"
-    remove(parts)
-    for split, step, name in PARTS:
-        (parts / split).mkdir(parents=True)
-        for unit in _outputs(work):
-            file = work.path(step, unit, name)
-            if file.is_file():
-                steps.link(file, parts / split / part_name(unit))

@@ -17,7 +17,7 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager, suppress
@@ -30,12 +30,17 @@ from fastlm.errors import InputError
 from fastlm.files import reason
 
 
+class BuildError(InputError):
+    """A build that cannot go on now; what is finished stays, and the next run continues."""
+
+
 class WorkerKilledError(RuntimeError):
     """The processes that did a unit were killed, `ATTEMPTS` times."""
 
 
 Call = Callable[[int], Any]
 Outcome = tuple[int, BaseException | None]
+Outcomes = Generator[Outcome, None, None]
 EXECUTORS = ("pool", "ray")
 ATTEMPTS = 3  # of a unit: workers are killed by the system for want of memory, nodes disappear
 # A unit takes seconds. These limits end one that hangs, with and without use of the processor
@@ -45,7 +50,7 @@ MAX_SECONDS = 6 * 3600
 
 def run_calls(
     call: Call, numbers: Sequence[int], *, executor: str = "pool", workers: int = 1
-) -> Iterator[Outcome]:
+) -> Outcomes:
     """Yield (number, error or None) for ``call(number)`` of each of the numbers, as they end.
 
     executor: "pool", ``workers`` processes of this machine (one: this process), or "ray", the
@@ -60,7 +65,7 @@ def run_calls(
     return _run_in_pool(call, numbers, workers)
 
 
-def _run_here(call: Call, numbers: Iterable[int]) -> Iterator[Outcome]:
+def _run_here(call: Call, numbers: Iterable[int]) -> Outcomes:
     for number in numbers:
         try:
             call(number)
@@ -132,7 +137,7 @@ def shared_pool() -> Iterator[None]:
         pool.close()
 
 
-def _run_in_pool(call: Call, numbers: Sequence[int], workers: int) -> Iterator[Outcome]:
+def _run_in_pool(call: Call, numbers: Sequence[int], workers: int) -> Outcomes:
     """Run in spawned processes: a fork of a process with OpenMP threads (torch) may hang.
 
     At most ``workers`` units are under way. When a worker is killed, its pool is broken: all units
@@ -148,12 +153,13 @@ def _run_in_pool(call: Call, numbers: Sequence[int], workers: int) -> Iterator[O
         try:
             while queue or running:
                 while queue and len(running) < workers:
-                    number = queue.pop()
-                    running[pool.submit(_call_bounded, call, number)] = number
+                    # a broken pool refuses it: it stays in the queue
+                    running[pool.submit(_call_bounded, call, queue[-1])] = queue[-1]
+                    queue.pop()
                 done, _ = wait(running, timeout=MAX_SECONDS, return_when=FIRST_COMPLETED)
                 if not done:
                     _kill(pool)
-                    raise InputError(
+                    raise BuildError(
                         f"units {sorted(running.values())}: expected one to end within "
                         f"{MAX_SECONDS:,} s, none did"
                     )
@@ -184,7 +190,7 @@ def _kill(pool: ProcessPoolExecutor) -> None:
         process.kill()
 
 
-def _run_on_ray(call: Call, numbers: Sequence[int]) -> Iterator[Outcome]:
+def _run_on_ray(call: Call, numbers: Sequence[int]) -> Outcomes:
     """Submit each call as a Ray task of one CPU, and again if its worker or node was lost.
 
     Ray's own retries are off: it repeats a task that needs too much memory without end.
@@ -206,9 +212,9 @@ def _run_on_ray(call: Call, numbers: Sequence[int]) -> Iterator[Outcome]:
             if done:
                 last = time.monotonic()
             elif not any(node["Alive"] for node in ray.nodes()):
-                raise InputError("executor: expected a Ray cluster, its nodes have disappeared")
+                raise BuildError("executor: expected a Ray cluster, its nodes have disappeared")
             elif time.monotonic() - last > MAX_SECONDS:
-                raise InputError(
+                raise BuildError(
                     f"units {sorted(running.values())[:10]}: expected one to end within "
                     f"{MAX_SECONDS:,} s, none did"
                 )

@@ -16,18 +16,21 @@ On object storage (``s3://``) a build is the same: units write into a folder of 
 their finished files are uploaded before the marker (`fastlm.pipeline.node_cache`).
 """
 
+import fcntl
 import hashlib
 import json
 import os
 import secrets
 import shutil
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager, suppress
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 from fastlm.errors import InputError
 from fastlm.files import make_folder, parse_json, reason, remove, write_error
+from fastlm.pipeline.executors import BuildError as BuildError
 from fastlm.pipeline.executors import call_on_every_node, run_calls
 from fastlm.pipeline.node_cache import cache_folder, fetch, remove_caches
 from fastlm.progress import silent
@@ -45,11 +48,9 @@ from fastlm.sources.remote import (
 )
 
 PLAN, STEP = "plan.json", "step.json"
+LOCK = ".lock"  # shows that a folder is that of a build, and that a process works in it
+BEGUN = "begun"  # the same on object storage, which has no locks: an empty object
 MAX_NAMED = 10  # failed units in a message
-
-
-class BuildError(InputError):
-    """A build that cannot go on now; what is finished stays, and the next run continues."""
 
 
 UnitFunction = Callable[["Work", int, Path], Mapping[str, Any]]
@@ -111,10 +112,48 @@ class Work:
         """Return the build in the folder ``name`` of this one."""
         return Work(self.folder / name, self.session and f"{self.session}-{name}")
 
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Context: work in the folder, alone. It is created, and removed if it is empty at the end.
+
+        InputError: another process works in it, or it has files but is not the folder of a build.
+        The lock ends with the process. On object storage there is none.
+        """
+        if self.is_remote:
+            write_object(self.folder / BEGUN, b"")
+            yield
+            return
+        self.folder.mkdir(parents=True, exist_ok=True)
+        lock, in_use = self.folder / LOCK, f"{self.folder}: another process works in this folder"
+        if not lock.is_file() and any(self.folder.iterdir()):
+            raise InputError(
+                f"{self.folder}: expected no folder of that name, or one of an unfinished build,"
+                " got another one: write to another folder"
+            )
+        with open(lock, "a") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                if not os.path.samestat(os.fstat(file.fileno()), lock.stat()):
+                    raise InputError(in_use)
+            except (BlockingIOError, FileNotFoundError):  # another process has it, or removed it
+                raise InputError(in_use) from None
+            except OSError:
+                pass  # a file system without locks
+            try:
+                yield
+            finally:
+                if os.listdir(self.folder) == [LOCK]:
+                    remove(lock)
+                    with suppress(OSError):
+                        self.folder.rmdir()
+
     def delete(self) -> None:
-        """Delete the build."""
+        """Delete the build, the plan last: until then it is known whose files these are."""
         if not self.is_remote:
-            return remove(self.folder)
+            for path in self.folder.iterdir():
+                if path.name not in (PLAN, LOCK):
+                    remove(path)
+            return remove(self.folder / PLAN)
         delete_objects([self.folder / PLAN])  # what remains of a killed call is no build
         delete_folder(self.folder)
 
@@ -219,6 +258,9 @@ class Work:
             pass
         if begun.pop("plan", None) == self.digest:
             return begun
+        if not self.is_remote:
+            for marker in (self.folder / step).glob("*.json"):  # of other parameters
+                remove(marker)
         write_durably(path, {"plan": self.digest, **parameters})
         return parameters
 
@@ -286,7 +328,7 @@ def write_durably(path: Path, value: Any) -> None:
         os.replace(part, path)
     except OSError as error:
         remove(part)
-        raise write_error(path, error) from error
+        raise BuildError(str(write_error(path, error))) from error
 
 
 def first_difference(before: Any, now: Any, name: str = "") -> str | None:
@@ -366,11 +408,12 @@ def run_step(
         partial(do_unit, function, work), missing, executor=executor, workers=workers
     )
     label = description or step
-    for number, error in track(outcomes, label, total=len(missing), unit="units"):
-        if isinstance(error, InputError):
-            raise error
-        if error is not None:
-            failures[number] = error
+    with closing(outcomes):  # an error here ends the workers at once
+        for number, error in track(outcomes, label, total=len(missing), unit="units"):
+            if isinstance(error, InputError):
+                raise error
+            if error is not None:
+                failures[number] = error
     for number in missing:
         if number not in failures and work.marker(step, number) is None:
             failures[number] = InputError("it has no marker")
