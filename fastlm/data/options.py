@@ -47,7 +47,9 @@ class KindsOrBool:
         from pydantic_core.core_schema import no_info_before_validator_function
 
         def as_names(value: Any) -> Any:
-            return personal_kinds(value) if isinstance(value, bool) else value
+            if isinstance(value, bool):
+                return personal_kinds(value)
+            return tuple(value) if isinstance(value, list) else value
 
         return no_info_before_validator_function(as_names, handler(source))
 

@@ -209,25 +209,31 @@ def apply(work: Work, number: int, out: Path) -> dict[str, Any]:
             text = row.get("text", "")[:EXCERPT] if excerpts[step, reason] <= MAX_EXCERPTS else ""
             removed.write(removal_record(row, Removal(step, reason, detail), text))
 
+        def remove_same_text(row: dict[str, Any], position: int) -> None:
+            (first,) = same_text[position]
+            detail = "same text as {} {}".format(*load_name(work, first))
+            remove(row, "exact duplicates", "same text", detail)
+
         _count_alone(counts, table, same_text)
         if len(table) < len(all_documents):
             counts.remove("extract", "after max_bytes", len(all_documents) - len(table))
         for record in read_lines(work.path("read", number, REMOVED)):
             position = record.pop("position")
-            if position is None or (position < len(table) and position not in same_text):
+            if position in same_text:
+                remove_same_text({**record, "meta": {"url": record["url"]}}, position)
+            elif position is None or position < len(table):
                 removed.write(record)
                 if position is not None:
                     step = record["step"]
                     counts.remove(step, record["reason"])
                     for earlier_step in ALONE[: ALONE.index(step)]:
                         counts.keep(earlier_step, int(table[position]["extracted"]))
-        for position, (first,) in same_text.items():
-            source, id = load_name(work, number << 32 | position)
-            detail = "same text as {} {}".format(*load_name(work, first))
-            remove({"id": id, "source": source}, "exact duplicates", "same text", detail)
         positions = np.flatnonzero(all_documents["passed"]).tolist()
         for position, row in zip(positions, read_lines(work.path("read", number, ROWS))):
-            if position >= len(table) or position in same_text:
+            if position >= len(table):
+                continue
+            if position in same_text:
+                remove_same_text(row, position)
                 continue
             before, source = row["text"], row["source"]
             counts.add_to_source(source, compared=1)

@@ -298,7 +298,7 @@ def test_bad_json_lines(tmp_path, cache):
 def test_file_that_may_not_be_read_is_named(tmp_path, cache, monkeypatch):
     (tmp_path / "a.txt").write_text("x")
 
-    def refuse(*_):
+    def refuse(*_, **__):
         raise PermissionError(13, "Permission denied")
 
     monkeypatch.setattr("builtins.open", refuse)
