@@ -3,8 +3,8 @@
     python bench/corpus/crash.py [--kills 20] [--seed 1] [--megabytes 160]
 
 Input: the WARC files of `bench/corpus/pages.py`, two workers, units of 1 MB. Each kill is SIGKILL,
-of the command or of one of its workers, at a moment drawn from half the time of the undisturbed
-build. A command that ends (all kills were of workers, or a unit lost its worker three times) is
+of the command or of one of its workers, at a moment drawn from a quarter of the time of the
+undisturbed build. A command that ends (all kills were of workers, or a unit lost its worker three times) is
 started again; a build that is finished before the last kill begins anew in a new folder. Every
 finished build must have the bytes of the undisturbed one. Units are counted by their own log.
 """
@@ -30,6 +30,7 @@ from processes import ROOT, cpu_model, environment, session_processes
 WORKERS = 2
 UNIT_BYTES = 1_000_000
 EXIT_SECONDS = 20  # for workers to notice that their parent was killed
+RECORD = "record.json"
 MAX_STARTS = 200
 MAX_SECONDS = 1800  # of one start
 
@@ -63,10 +64,10 @@ def workers_of(pid: int) -> list[int]:
 
 
 def contents(out: Path) -> dict[str, str]:
-    """Return the SHA-256 of each file of a corpus."""
+    """Return the SHA-256 of each file of a corpus, but for the record of the command, with times."""
     return {
         path.relative_to(out).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
-        for path in sorted(out.rglob("*")) if path.is_file()
+        for path in sorted(out.rglob("*")) if path.is_file() and path.name != RECORD
     }  # fmt: skip
 
 
@@ -107,7 +108,7 @@ def rows(kills: int = 20, seed: int = 1, size: int = 160_000_000) -> list[dict]:
             starts += 1
             moments = []
             while process.poll() is None and done + len(moments) < kills:
-                moment = time.monotonic() + rng.uniform(0, seconds / 2)
+                moment = time.monotonic() + rng.uniform(0, seconds / 4)
                 while time.monotonic() < moment and process.poll() is None:
                     time.sleep(0.02)
                 victims = [process.pid] if rng.random() < 0.5 else workers_of(process.pid)

@@ -9,9 +9,11 @@ Between ``read`` and ``apply`` are the steps of `fastlm.data.matching`.
 
 import os
 import shutil
+from array import array
 from collections import Counter
 from collections.abc import Container, Iterator
 from datetime import UTC, datetime
+from itertools import repeat
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +60,7 @@ ALONE = (
     "exact duplicates", "language", "quality rules", "quality", "toxicity", "contamination",
     "scrub",
 )  # fmt: skip
+SIGNING_BATCH = 256  # documents whose shingles are in memory at once
 MAX_EXCERPTS = 5  # of removed texts, per unit and reason
 
 
@@ -77,8 +80,14 @@ def read(work: Work, number: int, out: Path) -> dict[str, Any]:
     table: list[tuple[int, int, int, bool]] = []
     names: list[tuple[str, str]] = []
     text_keys: list[bytes] = []
-    paragraphs: list[tuple[int, int]] = []
+    paragraphs, paragraph_positions = array("Q"), array("I")
     sets: list[np.ndarray] = []
+    bands = [np.empty((0, 1), "<u8")]
+
+    def sign() -> None:
+        bands.append(band_keys(sets, options.near_duplicates))
+        sets.clear()
+
     with json_lines(out / ROWS) as rows, json_lines(out / REMOVED) as removed:
         for result in (
             _read_earlier(work, number) if is_earlier
@@ -103,10 +112,14 @@ def read(work: Work, number: int, out: Path) -> dict[str, Any]:
             if passed:
                 if not is_earlier:
                     rows.write({**document_row(result.document), "replaced": result.replacements})
-                paragraphs += [(k, position) for k in paragraph_keys(text, options.min_paragraph)]
+                paragraphs.extend(paragraph_keys(text, options.min_paragraph))
+                missing = len(paragraphs) - len(paragraph_positions)
+                paragraph_positions.extend(repeat(position, missing))
                 if options.near_duplicates:
                     sets.append(shingles(text))
                     count = len(sets[-1])
+                    if len(sets) == SIGNING_BATCH:
+                        sign()
             table.append((len(text.encode()), result.extracted_bytes, count, passed))
     documents = np.array(table, DOCUMENT)
     np.save(out / "documents.npy", documents)
@@ -116,14 +129,15 @@ def read(work: Work, number: int, out: Path) -> dict[str, Any]:
     np.save(out / "text_key.npy", halves[order, 0])
     np.save(out / "text_low.npy", halves[order, 1])
     np.save(out / "text_position.npy", order.astype("<u4"))
-    keys, positions = zip(*paragraphs) if paragraphs else ((), ())
-    save_sorted(out, "paragraph", np.array(keys, "<u8"), np.array(positions, "<u4"))
-    bands = band_keys(sets, options.near_duplicates) if sets else np.empty((0, 1), "<u8")
-    positions = np.repeat(np.flatnonzero(documents["passed"]), bands.shape[1])[: bands.size]
-    save_sorted(out, "band", bands.ravel(), positions)
+    save_sorted(out, "paragraph", np.array(paragraphs, "<u8"), np.array(paragraph_positions, "<u4"))
+    if sets:
+        sign()
+    band_rows = np.concatenate(bands[1:] or bands)
+    positions = np.repeat(np.flatnonzero(documents["passed"]), band_rows.shape[1])
+    save_sorted(out, "band", band_rows.ravel(), positions[: band_rows.size])
     passed_bytes = int(documents["size"][documents["passed"]].sum())
     return {**counts.to_json(), "documents": len(table), "passed_bytes": passed_bytes,
-            "paragraphs": len(paragraphs), "bands": bands.size}  # fmt: skip
+            "paragraphs": len(paragraphs), "bands": band_rows.size}  # fmt: skip
 
 
 def _read_earlier(work: Work, number: int) -> Iterator[CleanDocument]:
