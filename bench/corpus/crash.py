@@ -4,9 +4,9 @@
 
 Input: the WARC files of `bench/corpus/pages.py`, two workers, units of 1 MB. Each kill is SIGKILL,
 of the command or of one of its workers, at a moment drawn from a quarter of the time of the
-undisturbed build. A command that ends (all kills were of workers, or a unit lost its worker three times) is
-started again; a build that is finished before the last kill begins anew in a new folder. Every
-finished build must have the bytes of the undisturbed one. Units are counted by their own log.
+undisturbed build. A command that ends (all kills were of workers, or a unit lost its worker three
+times) is started again; a build that is finished before the last kill begins anew in a new folder.
+Every finished build must have the bytes of the undisturbed one. Units are counted by their own log.
 """
 
 import argparse
@@ -64,7 +64,7 @@ def workers_of(pid: int) -> list[int]:
 
 
 def contents(out: Path) -> dict[str, str]:
-    """Return the SHA-256 of each file of a corpus, but for the record of the command, with times."""
+    """Return the SHA-256 of each file of a corpus. The record of the command has times."""
     return {
         path.relative_to(out).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
         for path in sorted(out.rglob("*")) if path.is_file() and path.name != RECORD
