@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from fastlm.data.corpus import PLAN, SPLITS, corpus_parts, read_documents
+from fastlm.data.corpus import PLAN, SPLITS, SUFFIX, corpus_parts, read_documents
 from fastlm.data.removals import read_removed
 from fastlm.errors import InputError
 from fastlm.machine import code_version
@@ -120,8 +120,12 @@ def corpus_facts(out: Path) -> dict[str, Any]:
         raise InputError(f"{out}: expected the folder of fastlm data prepare, not found")
     funnel = Funnel.load(out)
     scan = DocumentScan()
+    files = {}
     for split in SPLITS:
-        for path in corpus_parts(out, split):
+        parts = corpus_parts(out, split)
+        is_folder = all(path.parent.name == split for path in parts)
+        files[split] = f"{split}/*{SUFFIX}" if is_folder else f"{split}{SUFFIX}"
+        for path in parts:
             for document in read_documents(path):
                 scan.add(document)
     steps = {step["step"]: step for step in funnel.steps}
@@ -131,7 +135,8 @@ def corpus_facts(out: Path) -> dict[str, Any]:
         "format": FORMAT,
         "name": out.absolute().name,
         "splits": {
-            split: {key: steps[split][key] for key in ("documents", "bytes")}
+            split: {**{key: steps[split][key] for key in ("documents", "bytes")},
+                    "files": files[split]}
             for split in SPLITS if split in steps
         },
         "unit": funnel.unit,

@@ -6,6 +6,7 @@ not. A section says where nothing was recorded.
 """
 
 import json
+import re
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -13,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from fastlm.data.corpus import CARD_FILES
-from fastlm.data.corpus_facts import BUCKETS, OTHERS, TOXICITY_BINS, corpus_facts
+from fastlm.data.corpus_facts import BUCKETS, TOXICITY_BINS, corpus_facts
 from fastlm.data.options import DataOptions
 from fastlm.data.stage import PERSONAL_DATA, describe_removals
 from fastlm.files import write_json, write_text
@@ -25,6 +26,7 @@ from fastlm.pipeline.text import count_text, size_text, visible
 MAX_ROWS = 20  # of a table; card.json has all
 MAX_EXAMPLES = 2  # removed documents per reason; card.json has more
 EXCERPT, MAX_CELL = 100, 160  # characters
+LANGUAGE = re.compile("[a-z]{2,3}", re.ASCII)  # a code of ISO 639
 MIN_SHARE = 0.01  # of the text: languages that the front matter names
 SIZES = (10**3, 10**4, 10**5, 10**6, 10**7, 10**8, 10**9, 10**10, 10**11, 10**12)
 UNDECIDED = (
@@ -93,14 +95,16 @@ def render_markdown(
     size = max(1, sum(split["bytes"] for split in facts["splits"].values()))
     languages = [
         row["name"] for row in facts["languages"]
-        if row["bytes"] / size >= MIN_SHARE and row["name"] not in ("und", OTHERS)
+        if row["bytes"] / size >= MIN_SHARE and LANGUAGE.fullmatch(row["name"])
+        and row["name"] != "und"
     ]  # fmt: skip
     configs = [
-        {"split": split, "path": f"{split}/*.jsonl.zst"}
+        {"split": split, "path": counts["files"]}
         for split, counts in facts["splits"].items() if counts["documents"]
     ]  # fmt: skip
     front = DatasetCardData(
-        license=licence or "unknown", language=languages or None, pretty_name=facts["name"],
+        license=licence or "unknown", language=languages or None,
+        pretty_name=visible(facts["name"]),
         task_categories=["text-generation"], size_categories=[_size_category(total)],
         tags=["fastlm"], configs=[{"config_name": "default", "data_files": configs}],
     )  # fmt: skip
@@ -142,12 +146,24 @@ def render_page(facts: Mapping[str, Any], sections: Sequence[CardSection]) -> st
 
 def card_sections(facts: Mapping[str, Any]) -> list[CardSection]:
     """Return the sections of the card of a corpus, from `corpus_facts`."""
+    facts = _visible(facts)
     return [
         _content(facts), _sources(facts), _funnel(facts), _removed(facts), _languages(facts),
         _scores(facts), _licences(facts), _consent(facts), _duplicates(facts), _personal(facts),
         *_mix(facts), _lengths(facts), *_origins(facts), _plan(facts), _reproduce(facts),
         CardSection("What is not decided", items=UNDECIDED),
     ]  # fmt: skip
+
+
+def _visible(value: Any) -> Any:
+    """Return a JSON value whose texts have no characters that control a terminal or the direction
+    of writing.
+    """
+    if isinstance(value, Mapping):
+        return {visible(str(key)): _visible(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_visible(item) for item in value]
+    return visible(value) if isinstance(value, str) else value
 
 
 def _content(facts: Mapping[str, Any]) -> CardSection:
@@ -187,7 +203,7 @@ def _funnel(facts: Mapping[str, Any]) -> CardSection:
     ]  # fmt: skip
     shares = [100 * step["bytes"] / max_bytes for step in steps]
     table = CardTable(("step", f">{facts['unit']}", ">text", "removed"), rows, shares)
-    skipped = [f"skipped: {visible(message)}" for message in facts["unreadable"][:MAX_ROWS]]
+    skipped = [f"skipped: {message}" for message in facts["unreadable"][:MAX_ROWS]]
     note = "What each step left, and what it removed or changed."
     return CardSection("From sources to text", note, tables=[table], items=skipped)
 
@@ -211,7 +227,7 @@ def _example(row: Mapping[str, Any]) -> str:
     name = row["url"] or row["id"]
     text = " ".join(row["text"].split())[:EXCERPT]
     parts = [name, row["detail"], f"“{text} …”" if text else ""]
-    return visible(": ".join(part[:MAX_CELL] for part in parts if part))
+    return ": ".join(part[:MAX_CELL] for part in parts if part)
 
 
 def _languages(facts: Mapping[str, Any]) -> CardSection:
@@ -246,7 +262,7 @@ def _value_table(
     if missing[0] > 0:
         cells.append((NOT_RECORDED, *missing))
     shares = [100 * size / all_bytes for _, _, size in cells]
-    texts = [(visible(label), f"{n:,}", size_text(size)) for label, n, size in cells]
+    texts = [(label, f"{n:,}", size_text(size)) for label, n, size in cells]
     return CardTable((name, ">documents", ">text"), texts, shares, title)
 
 
@@ -312,7 +328,7 @@ def _duplicates(facts: Mapping[str, Any]) -> CardSection:
         rows.append((f"{rest[0]['size']:,} or more", f"{sum(c['documents'] for c in rest):,}"))
     tables = [CardTable(("documents in a cluster", ">of these remain, in all"), rows)]
     if largest and largest[0]["size"] > 2:
-        rows = [(f"{c['size']:,}", visible(c["source"]), visible(c["id"])) for c in largest]
+        rows = [(f"{c['size']:,}", c["source"], c["id"]) for c in largest]
         tables.append(
             CardTable(("documents", "source", "document that remains"), rows,
                       title="Largest clusters")
@@ -361,11 +377,11 @@ def _mapping_table(title: str, table: Mapping[str, Any]) -> CardTable:
     if len(nested) == len(table):
         headings = list(dict.fromkeys(name for row in nested for name in row))
         rows = [
-            [visible(str(key)), *(_cell(row.get(h)) for h in headings)]
+            [str(key), *(_cell(row.get(h)) for h in headings)]
             for key, row in list(table.items())[:MAX_ROWS]
         ]
         return CardTable([title, *(f">{h.replace('_', ' ')}" for h in headings)], rows, title=title)
-    rows = [[visible(str(key)), _cell(value)] for key, value in list(table.items())[:MAX_ROWS]]
+    rows = [[str(key), _cell(value)] for key, value in list(table.items())[:MAX_ROWS]]
     return CardTable((title, ">value"), rows, title=title)
 
 
@@ -373,7 +389,7 @@ def _cell(value: Any) -> str:
     if value is None:
         return ""
     if isinstance(value, bool) or not isinstance(value, int | float):
-        return visible(value if isinstance(value, str) else json.dumps(value, ensure_ascii=False))
+        return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
     return f"{value:,}" if isinstance(value, int) else f"{value:.4g}"
 
 
@@ -444,7 +460,7 @@ def _reproduce(facts: Mapping[str, Any]) -> CardSection:
 
 def _table(headings: Sequence[str], rows: Sequence[Sequence[Any]]) -> CardTable:
     """Return a table of at most MAX_ROWS rows; the last one says how many are left out."""
-    shown_rows = [[visible(cell) for cell in row] for row in rows[:MAX_ROWS]]
+    shown_rows = [[cell for cell in row] for row in rows[:MAX_ROWS]]
     if len(rows) > MAX_ROWS:
         rest = f"{len(rows) - MAX_ROWS:,} more: card.json"
         shown_rows.append([rest, *[""] * (len(headings) - 1)])
