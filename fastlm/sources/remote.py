@@ -1,8 +1,9 @@
 """Files on object storage: ``s3://BUCKET/KEY``, a prefix, or a pattern with ``*``.
 
 A remote file has a path such as ``s3:/bucket/key``, which is written and parsed as any other path.
-fsspec reads it in blocks, with s3fs's limits on every wait (5 seconds to connect, 15 to read, 5
-tries). A store that fails is no fault of a file: `StoreError` ends the work, a restart continues.
+fsspec reads it in blocks. Every wait is limited: 5 seconds to connect, 15 for an answer, 3 tries of
+botocore in each of 5 of s3fs. (With botocore's own 5, a store that hangs took over 9 minutes.) A
+store that fails is no fault of a file: `StoreError` ends the work, a restart continues.
 
 An object is written by one upload of bytes or of a finished local file, so it is complete or not
 there. Rejected: files opened for writing (fsspec uploads what there is when the writer fails), and
@@ -176,7 +177,11 @@ def _key(path: Path) -> str:
 def _filesystem() -> Any:
     import fsspec
 
-    return fsspec.filesystem(SCHEME, default_block_size=BLOCK_BYTES, default_cache_type="readahead")
+    retries = {"mode": "standard", "total_max_attempts": 3}
+    return fsspec.filesystem(
+        SCHEME, default_block_size=BLOCK_BYTES, default_cache_type="readahead",
+        config_kwargs={"retries": retries},
+    )  # fmt: skip
 
 
 def _store(name: str | Path) -> Any:
