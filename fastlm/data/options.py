@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 
 from fastlm.data.dedup import MIN_PARAGRAPH, THRESHOLD
 from fastlm.data.filter import MAX_WORDS, TECHNICAL, check_rules
+from fastlm.data.mix import Mix, check_mix, check_names, complete
 from fastlm.data.personal import DEFAULT_KINDS, KINDS, check_kinds
 from fastlm.data.personal.phones import WEB_REGIONS, check_regions
 from fastlm.errors import InputError
@@ -141,6 +142,11 @@ class DataOptions:
             "Remove documents that contain a question of this file (fastlm tasks -o) or folder"
         ),
     ] = ()
+    mix: Annotated[
+        Mix | None,
+        "Weigh documents by source, language and quality bucket: a TOML table such as "
+        "'{languages = {de = 2}, max_epochs = 4}'",
+    ] = None
     text_field: Annotated[str, "Read the text from this field of JSON lines"] = "text"
     max_words: Annotated[
         int, "Cut a document of more words into parts, at the ends of paragraphs"
@@ -207,12 +213,25 @@ class DataOptions:
         for path in self.opt_out:
             if not Path(path).is_file():
                 raise InputError(f"opt_out: expected a file, got {path}")
+        if self.mix:
+            check_mix(
+                self.mix, has_languages=self.language_method != "off",
+                has_quality=bool(self.quality),
+            )  # fmt: skip
         if self.decontaminate:
             from fastlm.data.contamination import QuestionIndex
 
             QuestionIndex.load(self.decontaminate)
         if parse_size(self.memory, "memory") < MIN_MEMORY:
             raise InputError(f"memory: expected 64MiB or more, got {self.memory}")
+
+    def check_mix_names(self, sources: Sequence[str]) -> None:
+        """Refuse a mix with names that are not those of ``sources`` or of languages. InputError."""
+        if self.mix:
+            from fastlm.data.language import codes
+
+            languages = codes(self.language_method) if self.mix.get("languages") else ()
+            check_names(self.mix, sources, [*languages])
 
     def _check_languages(self) -> None:
         from fastlm.data.language import check_method, codes
@@ -249,6 +268,7 @@ class DataOptions:
         for name in ("workers", "executor", "memory"):
             del values[name]
         values["opt_out_sha256"] = [file_sha256(Path(path)) for path in self.opt_out]
+        values["mix"] = complete(self.mix, self.quality) if self.mix else None
         if self.decontaminate:
             from fastlm.data.contamination import questions_sha256
 

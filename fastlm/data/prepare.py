@@ -31,6 +31,7 @@ from fastlm.data.corpus import (
     part_name,
     read_units,
 )
+from fastlm.data.mix import Mixture
 from fastlm.data.options import WORK, DataOptions, parse_size
 from fastlm.data.plan import make_plan, options_of_plan
 from fastlm.data.unit_files import REMOVED as REMOVED_ROWS
@@ -38,7 +39,7 @@ from fastlm.data.unit_files import Counts
 from fastlm.errors import InputError
 from fastlm.files import json_text, remove, save_atomic, sync, write_error, write_json
 from fastlm.pipeline.executors import shared_pool
-from fastlm.pipeline.funnel import FUNNEL, Funnel, StepCounts
+from fastlm.pipeline.funnel import FUNNEL, Funnel, MixCounts, StepCounts
 from fastlm.pipeline.units import (
     BuildError,
     Work,
@@ -57,21 +58,23 @@ from fastlm.sources.remote import (
     list_sizes,
     write_object,
 )
+from fastlm.sources.source_files import printable
 
 STEPS = (
     "gather", "consent", "extract", "exact duplicates", "language", "quality rules", "quality",
-    "toxicity", "contamination", "scrub", "near duplicates", "repeated paragraphs", "train",
-    "heldout",
+    "toxicity", "contamination", "scrub", "near duplicates", "repeated paragraphs", "mix",
+    "train", "heldout",
 )  # fmt: skip
 # Steps that are shown if an option makes them remove documents
 LIMITS = {
     "language": "languages", "quality": "min_quality_bucket", "toxicity": "max_toxicity",
-    "contamination": "decontaminate",
+    "contamination": "decontaminate", "mix": "mix",
 }  # fmt: skip
 EXTRA_COUNTS = {
     "replaced": "scrub",
     "cut": "extract",
     "fallbacks": "extract",
+    "repeated": "mix",
 }  # name -> the step that shows it
 
 
@@ -101,6 +104,7 @@ def prepare(
     options.check()
     if isinstance(sources, str) or not sources:
         raise InputError(f"sources: expected a list of at least one source, got {sources!r}")
+    options.check_mix_names([printable(source) for source in sources])
     out = Path(out)
     work = Work(out / WORK)
     new_folders = [folder for folder in (out, *out.parents) if not folder.exists()]
@@ -222,7 +226,7 @@ def _build(work: Work, options: DataOptions, track) -> None:
     outputs = _outputs(work)
     work.begin_step("apply", units=inputs)
     run(steps.apply, outputs, "removing duplicates")
-    if not any(work.counts("apply", unit)["remaining"].get(REMAINING) for unit in outputs):
+    if not any(work.counts("apply", unit)["documents"] for unit in outputs):
         removed = {s["step"]: s["removed"] for s in _funnel(work).steps if s["removed"]}
         names = ", ".join(name for name, _ in work.plan["sources"])
         raise InputError(
@@ -231,9 +235,6 @@ def _build(work: Work, options: DataOptions, track) -> None:
     heldout = steps.choose_heldout(work, outputs, options)
     work.begin_step("write", units=inputs, heldout=heldout)
     run(steps.write, outputs, "writing")
-
-
-REMAINING = "repeated paragraphs documents"  # the count of documents that remain
 
 
 def _outputs(work: Work) -> range:
@@ -300,9 +301,26 @@ def _funnel(work: Work) -> Funnel:
                 f"{source}: {tally['near_duplicates']:,} of {tally['compared']:,} documents are"
                 " near duplicates of others and were removed"
             )
+    if options.mix:
+        funnel.mix = _mix_counts(counts, Mixture(options.mix))
     for message in counts.messages:
         funnel.add_skipped(message)
     return funnel
+
+
+def _mix_counts(counts: Counts, mixture: Mixture) -> dict[str, dict[str, MixCounts]]:
+    """Return the text before the mix and after it, by source, language and bucket."""
+    result: dict[str, dict[str, MixCounts]] = {}
+    for full_name, tally in sorted(counts.mixture.items()):
+        table, _, name = full_name.partition(" ")
+        result.setdefault(table, {})[name] = {
+            "weight": mixture.key_weight(table, name),
+            "documents": tally["before documents"], "bytes": tally["before bytes"],
+            "train_documents": tally["train documents"], "train_bytes": tally["train bytes"],
+        }  # fmt: skip
+    if buckets := result.get("buckets"):
+        result["buckets"] = {name: buckets[name] for name in sorted(buckets, key=int)}
+    return result
 
 
 MAX_NEAR_SHARE = 0.5  # of a source's documents; more is a template, or the source is a copy

@@ -11,7 +11,7 @@ from fastlm.errors import InputError
 from fastlm.pipeline.funnel import Funnel, StepCounts
 from fastlm.pipeline.stage import Positional, ReportSection, Stage, StageContext
 from fastlm.sources.input_digest import InputDigest
-from fastlm.sources.source_files import DOCUMENTS, UNSUPPORTED_TYPE, VERBATIM
+from fastlm.sources.source_files import DOCUMENTS, UNSUPPORTED_TYPE, VERBATIM, printable
 
 TYPES_READ = f"""These files are read, compressed (.gz, .zst) or not: documents
 ({" ".join(DOCUMENTS)}), .json (an array of texts or of objects with one), notebooks (.ipynb), and
@@ -49,6 +49,7 @@ class Data(DataOptions, Stage):
         super().check()
         if not self.sources:
             raise InputError("sources: expected at least one source, got none")
+        self.check_mix_names([printable(source) for source in self.sources])
 
     def digest_inputs(self, input_digest: InputDigest) -> Any:
         entries = input_digest.hash_sources(self.sources)

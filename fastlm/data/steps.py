@@ -7,6 +7,7 @@
 Between ``read`` and ``apply`` are the steps of `fastlm.data.matching`.
 """
 
+import json
 import os
 import shutil
 from array import array
@@ -26,6 +27,7 @@ from fastlm.data.dedup import content_key, paragraph_keys, strip_paragraphs
 from fastlm.data.filter import first_failed
 from fastlm.data.forget_log import text_key
 from fastlm.data.matching import PARTS_PER_MILLION, gathered, has_near
+from fastlm.data.mix import Mixture, copies, mix_keys
 from fastlm.data.near_duplicates import band_keys
 from fastlm.data.options import DataOptions
 from fastlm.data.plan import POLICIES, options_of_plan, ranges_of_unit
@@ -61,6 +63,7 @@ ALONE = (
     "scrub",
 )  # fmt: skip
 SIGNING_BATCH = 256  # documents whose shingles are in memory at once
+MIX = "mix.json"
 MAX_EXCERPTS = 5  # of removed texts, per unit and reason
 
 
@@ -194,7 +197,8 @@ def apply(work: Work, number: int, out: Path) -> dict[str, Any]:
     """Drop the duplicates of one unit of input, and cut repeated paragraphs.
 
     Writes ``rows.jsonl.zst``, ``removed.jsonl.zst`` and ``rows.npy``: uint64 rows (content key,
-    bytes, cluster) of the documents that remain.
+    bytes, cluster) of the documents that remain. With a mix, documents without a copy are dropped,
+    and ``mix.json`` has [copies, `mix_keys`] of each other one.
     """
     options, forgotten = options_of_plan(work.plan), frozenset(work.plan["forgotten"])
     counts, excerpts = Counts(), Counter()
@@ -214,6 +218,8 @@ def apply(work: Work, number: int, out: Path) -> dict[str, Any]:
     keys = np.empty(len(all_documents), "<u8")
     keys[load(work, "read", number, "text_position")] = load(work, "read", number, "text_key")
     entries: list[tuple[int, int, int]] = []
+    mixture = Mixture(options.mix) if options.mix else None
+    mixed: list[tuple[int, dict[str, str]]] = []
 
     with json_lines(out / ROWS) as rows, json_lines(out / REMOVED) as removed:
 
@@ -280,10 +286,21 @@ def apply(work: Work, number: int, out: Path) -> dict[str, Any]:
             size = len(text.encode())
             counts.keep("repeated paragraphs", size)
             counts.add_to_source(source, documents=1, bytes=size)
+            if mixture is not None:
+                mix = mix_keys(source, row["meta"])
+                counts.mix("before", mix, size)
+                weight = mixture.weight(mix)
+                count = copies(weight, int(keys[position]))
+                if not count:
+                    remove(row, "mix", mixture.drop_reason(mix), f"weight {weight:.3f}")
+                    continue
+                mixed.append((count, mix))
             rows.write(row)
             entries.append((int(keys[position]), size, cluster))
     np.save(out / "rows.npy", np.array(entries, "<u8").reshape(-1, 3))
-    return counts.to_json()
+    if mixture is not None:
+        (out / MIX).write_text(json.dumps(mixed))
+    return {**counts.to_json(), "documents": len(entries)}
 
 
 def _count_alone(counts: Counts, table: np.ndarray, same_text: Container[int]) -> None:
@@ -311,25 +328,39 @@ def _rejection(
 def write(work: Work, number: int, out: Path) -> dict[str, Any]:
     """Divide the documents of one unit of input into training and held-out text.
 
-    Writes ``train.jsonl.zst`` and ``heldout.jsonl.zst``, each if it has documents.
+    Writes ``train.jsonl.zst`` and ``heldout.jsonl.zst``, each if it has documents. Documents for
+    training are repeated as the mix says: first each one once, then those with a second copy, ...
     """
     heldout = set(work.parameters("write")["heldout"].get(str(number), ()))
     path = work.path("apply", number, ROWS)
     sizes = load(work, "apply", number, "rows")[:, 1].tolist()
+    mixed = None
+    if work.plan["options"].get("mix"):
+        mixed = json.loads(work.path("apply", number, MIX).read_bytes())
     counts = Counts()
     for split, positions in (
         ("train", set(range(len(sizes))) - heldout), ("heldout", heldout)
     ):  # fmt: skip
-        for position in positions:
-            counts.keep(split, sizes[position])
+        repeats = dict.fromkeys(positions, 1)
+        if mixed is not None and split == "train":
+            repeats = {position: mixed[position][0] for position in positions}
+        for position, count in repeats.items():
+            for copy in range(count):
+                counts.keep(split, sizes[position])
+                if mixed is not None:
+                    counts.keep("mix", sizes[position])
+                    counts.mix(split, mixed[position][1], sizes[position])
+                    counts.add("repeated", {"copy": 1 if copy else 0})
         target = out / f"{split}.jsonl.zst"
-        if len(positions) == len(sizes) and sizes:
+        passes = max(repeats.values(), default=0)
+        if len(positions) == len(sizes) and passes == 1:
             link(path, target)
         elif positions:
             with open(target, "wb") as file, compressed(file, ZSTD_MAGIC) as stream:
-                for position, line in enumerate(raw_lines(path)):
-                    if position in positions:
-                        stream.write(line)
+                for number_of_pass in range(passes):  # copies are far apart
+                    for position, line in enumerate(raw_lines(path)):
+                        if repeats.get(position, 0) > number_of_pass:
+                            stream.write(line)
     return counts.to_json()
 
 

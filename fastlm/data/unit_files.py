@@ -38,6 +38,7 @@ class Counts:
     removed: dict[str, Counter[str]] = field(default_factory=dict)  # by step and reason
     extra: dict[str, Counter[str]] = field(default_factory=dict)  # "replaced", "cut", ...
     sources: dict[str, Counter[str]] = field(default_factory=dict)
+    mixture: dict[str, Counter[str]] = field(default_factory=dict)  # by "sources NAME", ...
     messages: list[str] = field(default_factory=list)  # about input that could not be read
 
     def keep(self, step: str, size: int) -> None:
@@ -53,6 +54,13 @@ class Counts:
     def add_to_source(self, source: str, **counts: int) -> None:
         self.sources.setdefault(source, Counter()).update(counts)
 
+    def mix(self, name: str, keys: Mapping[str, str], size: int) -> None:
+        """Count a document by its source, language and bucket, as ``name``."""
+        for table, key in keys.items():
+            tally = self.mixture.setdefault(f"{table} {key}", Counter())
+            tally[f"{name} documents"] += 1
+            tally[f"{name} bytes"] += size
+
     def to_json(self) -> dict[str, Any]:
         return dict(vars(self))
 
@@ -61,7 +69,7 @@ class Counts:
         self.remaining.update(counts["remaining"])
         for totals, values in (
             (self.removed, counts["removed"]), (self.extra, counts["extra"]),
-            (self.sources, counts["sources"]),
+            (self.sources, counts["sources"]), (self.mixture, counts["mixture"]),
         ):  # fmt: skip
             for name, inner in values.items():
                 totals.setdefault(name, Counter()).update(inner)

@@ -15,6 +15,7 @@ from typing import Annotated, Any, TypeVar, Union, get_args, get_origin
 
 import typer
 from rich.console import Console
+from typing_extensions import is_typeddict
 
 from fastlm.errors import InputError
 from fastlm.pipeline.events import View
@@ -29,6 +30,7 @@ from fastlm.pipeline.stage import (
     options_of,
 )
 from fastlm.progress import silent
+from fastlm.schema import parse_toml, validate
 from fastlm.sources.remote import is_remote
 from fastlm.threads import Threads
 from fastlm.torchrun import check_single_process, is_main_process
@@ -187,6 +189,8 @@ def _option(option: Option) -> inspect.Parameter:
         return _flag(option.name, hint, argument)
     if isinstance(option.help, Repeated):
         default, hint = None, list[get_args(plain)[0]] | None
+    elif is_typeddict(plain):
+        default, hint = None, str | None
     elif _has_commas(option):
         default, hint = ",".join(map(str, default)), str
     flags = [f"--{option.name.replace('_', '-')}", *option.short] if option.short else []
@@ -203,6 +207,9 @@ def _value(option: Option, value: Any) -> Any:
     plain = _plain(option.hint)
     if value is None:
         return option.default
+    if is_typeddict(plain):
+        table = parse_toml(f"value = {value}", option.name)["value"]
+        return validate(table, plain, f"{option.name}.", extra="forbid")
     if _has_commas(option):
         item, words = get_args(plain)[0], [word.strip() for word in value.split(",")]
         try:

@@ -18,7 +18,7 @@ class StepCounts(TypedDict):
     """The documents that a step kept, and those it removed, by reason. Some steps add ``replaced``
     (scrub: personal data by kind), ``unsupported_types`` (gather: endings of files of other types)
     or ``cut`` (extract: long documents and the parts they became) and ``fallbacks`` (extract: pages
-    that were not extracted as asked, by reason).
+    that were not extracted as asked, by reason) and ``repeated`` (mix: further copies).
     """
 
     step: str
@@ -29,12 +29,26 @@ class StepCounts(TypedDict):
     unsupported_types: NotRequired[dict[str, int]]
     cut: NotRequired[dict[str, int]]
     fallbacks: NotRequired[dict[str, int]]
+    repeated: NotRequired[dict[str, int]]
 
 
 class SourceCounts(TypedDict):
     files: int
     documents: int
     bytes: int
+
+
+class MixCounts(TypedDict):
+    """The documents of one source, language or quality bucket before the mix, and in the training
+    part, where copies count: ``train_documents / documents`` is its number of epochs, less what is
+    held out. ``weight``: as it was asked for.
+    """
+
+    weight: float
+    documents: int
+    bytes: int
+    train_documents: int
+    train_bytes: int
 
 
 @dataclass
@@ -48,6 +62,8 @@ class Funnel:
     sources: dict[str, SourceCounts] = field(default_factory=dict)
     unreadable: list[str] = field(default_factory=list)  # the first MAX_MESSAGES one-line reasons
     unit: str = "documents"
+    # "sources", "languages" and "buckets", if documents were weighed -> name -> counts
+    mix: dict[str, dict[str, MixCounts]] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)  # about what may be wrong with the result
 
     @classmethod
