@@ -69,7 +69,7 @@ class EvaluationQuestion(NamedTuple):
     body: str = ""
 
 
-class Overlap(NamedTuple):
+class QuestionMatch(NamedTuple):
     """A question that a document contains. ``share``: of its letters, `DIRTY` or more. ``first``:
     its first words.
     """
@@ -127,10 +127,10 @@ class QuestionIndex:
     def __len__(self) -> int:
         return len(self._entries)
 
-    def find(self, text: str) -> Overlap | None:
+    def find(self, text: str) -> QuestionMatch | None:
         """Return the question of which the text contains most, or None."""
         ids = letters(text)
-        best: Overlap | None = None
+        best: QuestionMatch | None = None
         for n, index in self._indexes.items():
             values = hashes(ids, n)
             for owner in np.unique(index.owners_of(index.lookup(values))).tolist():
@@ -140,7 +140,7 @@ class QuestionIndex:
                 if entry.end > entry.begin:
                     share = max(share, float(covered[entry.begin : entry.end].mean()))
                 if share >= DIRTY and (best is None or share > best.share):
-                    best = Overlap(entry.set, entry.id, entry.first, share)
+                    best = QuestionMatch(entry.set, entry.id, entry.first, share)
         return best
 
 

@@ -78,10 +78,10 @@ def check_mix(mix: Mapping[str, Any], *, has_languages: bool, has_quality: bool)
 
 def check_names(mix: Mapping[str, Any], sources: Sequence[str], languages: Sequence[str]) -> None:
     """Refuse weights of unknown sources and languages. InputError names those that exist."""
-    for name, known in (("sources", sources), ("languages", languages)):
+    for name, valid in (("sources", sources), ("languages", languages)):
         for key in mix.get(name, {}):
-            if key != OTHERS and known and key not in known:
-                choices = ", ".join(known) if name == "sources" else "ISO 639 codes such as en"
+            if key != OTHERS and valid and key not in valid:
+                choices = ", ".join(valid) if name == "sources" else "ISO 639 codes such as en"
                 raise InputError(f"mix.{name}: expected {choices} or *, got {key!r:.80}")
 
 
@@ -108,7 +108,7 @@ def complete(mix: Mapping[str, Any], quality: str | None) -> dict[str, Any]:
     return {**mix, "buckets": buckets}
 
 
-class Mixture:
+class MixWeights:
     """Weighs documents by a `complete` mix."""
 
     def __init__(self, mix: Mapping[str, Any]):
@@ -152,7 +152,7 @@ def copies(weight: float, key: int) -> int:
     key: the hash of its text, 64 bits. It is mixed first: held-out documents are those with small
     keys.
     """
-    whole = math.floor(weight)
-    mixed = (key ^ key >> 31) * _GOLDEN & _MASK
-    mixed = (mixed ^ mixed >> 29) * _GOLDEN & _MASK
-    return whole + (mixed < (weight - whole) * 2**64)
+    value = (key ^ key >> 31) * _GOLDEN & _MASK
+    value = (value ^ value >> 29) * _GOLDEN & _MASK
+    count = math.floor(weight)
+    return count + (value < (weight - count) * 2**64)

@@ -31,7 +31,7 @@ from fastlm.data.corpus import (
     part_name,
     read_units,
 )
-from fastlm.data.mix import Mixture
+from fastlm.data.mix import MixWeights
 from fastlm.data.options import WORK, DataOptions, parse_size
 from fastlm.data.plan import make_plan, options_of_plan
 from fastlm.data.unit_files import REMOVED as REMOVED_ROWS
@@ -302,13 +302,13 @@ def _funnel(work: Work) -> Funnel:
                 " near duplicates of others and were removed"
             )
     if options.mix:
-        funnel.mix = _mix_counts(counts, Mixture(options.mix))
+        funnel.mix = _mix_counts(counts, MixWeights(options.mix))
     for message in counts.messages:
         funnel.add_skipped(message)
     return funnel
 
 
-def _mix_counts(counts: Counts, mixture: Mixture) -> dict[str, dict[str, MixCounts]]:
+def _mix_counts(counts: Counts, mixture: MixWeights) -> dict[str, dict[str, MixCounts]]:
     """Return the text before the mix and after it, by source, language and bucket."""
     result: dict[str, dict[str, MixCounts]] = {}
     for full_name, tally in sorted(counts.mixture.items()):

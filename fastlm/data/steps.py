@@ -27,7 +27,7 @@ from fastlm.data.dedup import content_key, paragraph_keys, strip_paragraphs
 from fastlm.data.filter import first_failed
 from fastlm.data.forget_log import text_key
 from fastlm.data.matching import PARTS_PER_MILLION, gathered, has_near
-from fastlm.data.mix import Mixture, copies, mix_keys
+from fastlm.data.mix import MixWeights, copies, mix_keys
 from fastlm.data.near_duplicates import band_keys
 from fastlm.data.options import DataOptions
 from fastlm.data.plan import POLICIES, options_of_plan, ranges_of_unit
@@ -218,8 +218,8 @@ def apply(work: Work, number: int, out: Path) -> dict[str, Any]:
     keys = np.empty(len(all_documents), "<u8")
     keys[load(work, "read", number, "text_position")] = load(work, "read", number, "text_key")
     entries: list[tuple[int, int, int]] = []
-    mixture = Mixture(options.mix) if options.mix else None
-    mixed: list[tuple[int, dict[str, str]]] = []
+    weights = MixWeights(options.mix) if options.mix else None
+    mix_rows: list[tuple[int, dict[str, str]]] = []
 
     with json_lines(out / ROWS) as rows, json_lines(out / REMOVED) as removed:
 
@@ -286,20 +286,20 @@ def apply(work: Work, number: int, out: Path) -> dict[str, Any]:
             size = len(text.encode())
             counts.keep("repeated paragraphs", size)
             counts.add_to_source(source, documents=1, bytes=size)
-            if mixture is not None:
+            if weights is not None:
                 mix = mix_keys(source, row["meta"])
                 counts.mix("before", mix, size)
-                weight = mixture.weight(mix)
+                weight = weights.weight(mix)
                 count = copies(weight, int(keys[position]))
                 if not count:
-                    remove(row, "mix", mixture.drop_reason(mix), f"weight {weight:.3f}")
+                    remove(row, "mix", weights.drop_reason(mix), f"weight {weight:.3f}")
                     continue
-                mixed.append((count, mix))
+                mix_rows.append((count, mix))
             rows.write(row)
             entries.append((int(keys[position]), size, cluster))
     np.save(out / "rows.npy", np.array(entries, "<u8").reshape(-1, 3))
-    if mixture is not None:
-        (out / MIX).write_text(json.dumps(mixed))
+    if weights is not None:
+        (out / MIX).write_text(json.dumps(mix_rows))
     return {**counts.to_json(), "documents": len(entries)}
 
 
@@ -334,22 +334,22 @@ def write(work: Work, number: int, out: Path) -> dict[str, Any]:
     heldout = set(work.parameters("write")["heldout"].get(str(number), ()))
     path = work.path("apply", number, ROWS)
     sizes = load(work, "apply", number, "rows")[:, 1].tolist()
-    mixed = None
+    mix_rows = None
     if work.plan["options"].get("mix"):
-        mixed = json.loads(work.path("apply", number, MIX).read_bytes())
+        mix_rows = json.loads(work.path("apply", number, MIX).read_bytes())
     counts = Counts()
     for split, positions in (
         ("train", set(range(len(sizes))) - heldout), ("heldout", heldout)
     ):  # fmt: skip
         repeats = dict.fromkeys(positions, 1)
-        if mixed is not None and split == "train":
-            repeats = {position: mixed[position][0] for position in positions}
+        if mix_rows is not None and split == "train":
+            repeats = {position: mix_rows[position][0] for position in positions}
         for position, count in repeats.items():
             for copy in range(count):
                 counts.keep(split, sizes[position])
-                if mixed is not None:
+                if mix_rows is not None:
                     counts.keep("mix", sizes[position])
-                    counts.mix(split, mixed[position][1], sizes[position])
+                    counts.mix(split, mix_rows[position][1], sizes[position])
                     counts.add("repeated", {"copy": 1 if copy else 0})
         target = out / f"{split}.jsonl.zst"
         passes = max(repeats.values(), default=0)

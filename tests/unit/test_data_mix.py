@@ -8,7 +8,7 @@ import pytest
 from fastlm.data.mix import (
     BUCKETS,
     Mix,
-    Mixture,
+    MixWeights,
     check_mix,
     check_names,
     complete,
@@ -45,16 +45,16 @@ def test_a_larger_weight_keeps_what_a_smaller_one_kept():
 
 def test_weights_multiply_up_to_the_cap():
     mix = {"sources": {"a": 2, "*": 0.5}, "languages": {"de": 3}, "max_epochs": 4}
-    mixture = Mixture(complete(mix, None))
-    assert mixture.weight({"sources": "a", "languages": "de", "buckets": "19"}) == 4
-    assert mixture.weight({"sources": "a", "languages": "en"}) == 2
-    assert mixture.weight({"sources": "b", "languages": "de"}) == 1.5
-    assert mixture.weight({"sources": "b"}) == 0.5
+    weights = MixWeights(complete(mix, None))
+    assert weights.weight({"sources": "a", "languages": "de", "buckets": "19"}) == 4
+    assert weights.weight({"sources": "a", "languages": "en"}) == 2
+    assert weights.weight({"sources": "b", "languages": "de"}) == 1.5
+    assert weights.weight({"sources": "b"}) == 0.5
     buckets = [float(bucket == 7) for bucket in range(BUCKETS)]
-    mixture = Mixture(complete({"buckets": buckets}, None))
-    assert [mixture.weight({"buckets": str(b)}) for b in (6, 7)] == [0, 1]
-    assert mixture.drop_reason({"sources": "a", "buckets": "6"}) == "bucket 6 has weight 0"
-    assert mixture.drop_reason({"sources": "a", "buckets": "7"}) == "not drawn by its weight"
+    weights = MixWeights(complete({"buckets": buckets}, None))
+    assert [weights.weight({"buckets": str(b)}) for b in (6, 7)] == [0, 1]
+    assert weights.drop_reason({"sources": "a", "buckets": "6"}) == "bucket 6 has weight 0"
+    assert weights.drop_reason({"sources": "a", "buckets": "7"}) == "not drawn by its weight"
 
 
 def test_keys_are_those_that_a_document_has():
