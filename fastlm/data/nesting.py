@@ -40,20 +40,20 @@ USUAL_DEPTH = 64
 MAX_LEVELS = 20_000_000
 # Elements plus the formatting around each, which may have to be rebuilt: 3 s and 0.4 GB
 MAX_ELEMENTS = 1_000_000
-# This many tags or fewer can reach neither limit
-FEW_TAGS = 2_000
+# This many start tags can reach neither limit: n formatting ones count n (n + 1) / 2 elements
+FEW_TAGS = 1_400
 
 
 def costly_markup(html: str) -> str:
     """Return why ``html`` should not be parsed, "" for all but hostile or broken pages; linear
     time.
     """
-    if html.count("<") <= FEW_TAGS:
+    if html.count("<") - html.count("</") <= FEW_TAGS:
         return ""
     open_tags: defaultdict[str, int] = defaultdict(int)
-    depth = formatting = levels = elements = position = 0
-    while match := _TAG.search(html, position):
-        position = match.end()
+    depth = formatting = levels = elements = 0
+    tags = _TAG.finditer(html)
+    while (match := next(tags, None)) is not None:
         end, name = match.groups()
         if name is None:
             continue
@@ -71,13 +71,14 @@ def costly_markup(html: str) -> str:
         elements += 1 + formatting
         if elements > MAX_ELEMENTS:
             return "too many elements"
-        if name in _RAW and not (
-            open_tags["svg"] or open_tags["math"]
-        ):  # ordinary tags inside those
-            raw_end = _RAW[name].search(html, position)
-            position = raw_end.start() if raw_end else len(html)
-        elif name not in _FLAT:
-            open_tags[name] += 1
-            depth += 1
-            formatting += name in _FORMATTING
+        if name in _RAW:
+            if not (open_tags["svg"] or open_tags["math"]):  # ordinary tags inside those
+                raw_end = _RAW[name].search(html, match.end())
+                tags = _TAG.finditer(html, raw_end.start() if raw_end else len(html))
+                continue
+        elif name in _FLAT:
+            continue
+        open_tags[name] += 1
+        depth += 1
+        formatting += name in _FORMATTING
     return ""
