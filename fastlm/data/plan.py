@@ -39,7 +39,7 @@ from fastlm.sources.source_files import (
 from fastlm.sources.warc import PolicyFile
 
 POLICIES = "policies.db"  # the policy files of all sites
-SCAN_BYTES = 1 << 27  # hashed in one unit, about a second
+SCAN_BYTES = 1 << 24  # in one unit: half a second for a compressed archive, which is read
 SCAN_OVERHEAD = 1 << 17  # of opening a file
 
 
