@@ -147,8 +147,8 @@ def _show_removed(path: Path, query: "RemovalQuery", as_json: bool) -> None:
     elif first is None:
         is_any = (query.id, query.url) == (None, None)
         typer.echo(
-            "no records: not documents were removed, but files or parts of documents" if is_any
-            else "no record of this document", err=as_json,
+            f"{query.rule}: no documents were removed" if is_any else "no record of this document",
+            err=as_json,
         )  # fmt: skip
     else:
         matches = chain([first], records)

@@ -97,10 +97,11 @@ def corpus_folder(path: Path) -> Path:
 def find_removed(out: Path, query: RemovalQuery) -> Iterator[RemovedRecord]:
     """Yield the records that match, in order.
 
-    InputError, before the first one: no corpus; no records, as in corpora of older versions; no
-    such rule, which names the reasons that there are.
+    None match a step that removed no documents. InputError, before the first one: no corpus; no
+    records, as in corpora of older versions; no such step or reason, with those that there are.
     """
-    reasons = reasons_of(Funnel.load(out))
+    funnel = Funnel.load(out)
+    reasons = reasons_of(funnel)
     out = corpus_folder(out)
     if not is_remote(out) and not (out / REMOVED).is_dir():
         raise InputError(
@@ -110,9 +111,10 @@ def find_removed(out: Path, query: RemovalQuery) -> Iterator[RemovedRecord]:
     pairs = None
     if query.rule is not None:
         selected = select_reasons(reasons, query.rule)
-        if not selected:
+        all_steps = [Reason(step["step"], step["step"], 0) for step in funnel.steps]
+        if not selected and not select_reasons(all_steps, query.rule):
             raise InputError(
-                f"dropped: expected a step or reason that removed something, got"
+                f"dropped: expected a step or the reason of a removal, got"
                 f" {query.rule!r:.80}; {out} has {describe_reasons(reasons) or 'none'}"
             )
         pairs = {(r.step, r.reason) for r in selected}

@@ -148,9 +148,15 @@ def test_a_document_that_was_not_removed_is_named_with_its_part(built):
 def test_an_unknown_rule_names_the_reasons_that_there_are(built):
     for rule in ("sentiment", "duplicate near", ""):
         error = " ".join(call("data", "show", built, "--dropped", rule, status=2).stderr.split())
-        assert "dropped: expected a step or reason that removed something" in error
+        assert "dropped: expected a step or the reason of a removal" in error
         for text in ("consent: opt-out 1", "exact duplicates: same text 1", "word_count 2"):
             assert text in error
+
+
+def test_a_step_that_removed_no_documents_says_so(built):
+    for rule in ("repeated paragraphs", "heldout"):
+        output = call("data", "show", built, "--dropped", rule).stdout
+        assert output == f"{rule}: no documents were removed\n"
 
 
 def test_piped_records_are_plain_and_complete(built):
