@@ -66,52 +66,7 @@ class DataOptions:
     is cut into parts of at most ``max_words`` words.
     """
 
-    extract: Annotated[
-        Literal["fast", "precise"],
-        "Find the main content of a page fast, or more exactly (by trafilatura) at 5 to 10 times "
-        "the cost",
-    ] = "fast"
-    language_method: Annotated[
-        Literal["langid", "cld2", "off"],
-        "Identify the language of each document by this method; cld2 is faster, langid more exact",
-    ] = "langid"
-    languages: Annotated[
-        tuple[str, ...], "Keep only documents in these languages: ISO 639 codes with commas"
-    ] = ()
-    rules: Annotated[
-        tuple[str, ...], "Apply these quality rules: technical, web, none, or names with commas"
-    ] = TECHNICAL
-    quality: Annotated[
-        str | None, "Score documents by this model of `fastlm data quality`, in buckets 0 to 19"
-    ] = None
-    min_quality_bucket: Annotated[int, "Remove documents in lower buckets of quality"] = 0
-    toxicity: Annotated[
-        str | None,
-        "Score the toxicity of documents, 0 to 1, by this model of `fastlm data toxicity`",
-    ] = None
-    max_toxicity: Annotated[float, "Remove documents with a higher score of toxicity"] = 1.0
-    heldout_bytes: Annotated[int, "Hold out at most this many bytes of clean text"] = 1 << 20
-    heldout_fraction: Annotated[float, "Hold out at most this share of all text"] = 0.1
-    scrub: Annotated[
-        tuple[str, ...],
-        KindsOrBool(),
-        f"Replace personal data of these kinds: {', '.join(KINDS)}; all, or none",
-    ] = DEFAULT_KINDS
-    regions: Annotated[
-        tuple[str, ...],
-        "Also replace telephone numbers without a country code, if they are written as in these "
-        "countries: ISO 3166 codes, or all",
-    ] = WEB_REGIONS
-    min_paragraph: Annotated[
-        int, "Keep a repeated paragraph of this many characters or more only once"
-    ] = MIN_PARAGRAPH
-    near_duplicates: Annotated[
-        float, "Remove a document whose word 5-grams are this similar (Jaccard); 0: compare none"
-    ] = THRESHOLD
-    earlier: Annotated[
-        tuple[str, ...],
-        Repeated("Remove what is a duplicate of a document in this corpus of an earlier build"),
-    ] = ()
+    text_field: Annotated[str, "Read the text from this field of JSON lines"] = "text"
     consent: Annotated[
         Literal["as-crawled", "latest", "strictest", "off"],
         "Obey what sites say about training: their files of the time of the crawl, the newest, all",
@@ -136,6 +91,53 @@ class DataOptions:
         tuple[str, ...],
         "Keep only documents under these licences: SPDX names with commas, * for any characters",
     ] = ()
+    extract: Annotated[
+        Literal["fast", "precise"],
+        "Find the main content of a page fast, or more exactly (by trafilatura) at 5 to 10 times "
+        "the cost",
+    ] = "fast"
+    max_words: Annotated[
+        int, "Cut a document of more words into parts, at the ends of paragraphs"
+    ] = MAX_WORDS
+    language_method: Annotated[
+        Literal["langid", "cld2", "off"],
+        "Identify the language of each document by this method; cld2 is faster, langid more exact",
+    ] = "langid"
+    languages: Annotated[
+        tuple[str, ...], "Keep only documents in these languages: ISO 639 codes with commas"
+    ] = ()
+    rules: Annotated[
+        tuple[str, ...], "Apply these quality rules: technical, web, none, or names with commas"
+    ] = TECHNICAL
+    quality: Annotated[
+        str | None, "Score documents by this model of `fastlm data quality`, in buckets 0 to 19"
+    ] = None
+    min_quality_bucket: Annotated[int, "Remove documents in lower buckets of quality"] = 0
+    toxicity: Annotated[
+        str | None,
+        "Score the toxicity of documents, 0 to 1, by this model of `fastlm data toxicity`",
+    ] = None
+    max_toxicity: Annotated[float, "Remove documents with a higher score of toxicity"] = 1.0
+    scrub: Annotated[
+        tuple[str, ...],
+        KindsOrBool(),
+        f"Replace personal data of these kinds: {', '.join(KINDS)}; all, or none",
+    ] = DEFAULT_KINDS
+    regions: Annotated[
+        tuple[str, ...],
+        "Also replace telephone numbers without a country code, if they are written as in these "
+        "countries: ISO 3166 codes, or all",
+    ] = WEB_REGIONS
+    earlier: Annotated[
+        tuple[str, ...],
+        Repeated("Remove what is a duplicate of a document in this corpus of an earlier build"),
+    ] = ()
+    near_duplicates: Annotated[
+        float, "Remove a document whose word 5-grams are this similar (Jaccard); 0: compare none"
+    ] = THRESHOLD
+    min_paragraph: Annotated[
+        int, "Keep a repeated paragraph of this many characters or more only once"
+    ] = MIN_PARAGRAPH
     decontaminate: Annotated[
         tuple[str, ...],
         Repeated(
@@ -147,10 +149,8 @@ class DataOptions:
         "Weigh documents by source, language and quality bucket: a TOML table such as "
         "'{languages = {de = 2}, max_epochs = 4}'",
     ] = None
-    text_field: Annotated[str, "Read the text from this field of JSON lines"] = "text"
-    max_words: Annotated[
-        int, "Cut a document of more words into parts, at the ends of paragraphs"
-    ] = MAX_WORDS
+    heldout_bytes: Annotated[int, "Hold out at most this many bytes of clean text"] = 1 << 20
+    heldout_fraction: Annotated[float, "Hold out at most this share of all text"] = 0.1
     max_bytes: Annotated[int | None, "Stop after this many bytes of text that passed the rules"] = (
         None
     )

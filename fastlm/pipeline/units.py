@@ -317,18 +317,28 @@ def read_state(path: Path) -> dict[str, Any]:
 def write_durably(path: Path, value: Any) -> None:
     """Write JSON under a temporary name, sync, rename. An object is written at once."""
     if is_remote(path):
-        return write_object(path, json.dumps(value, indent=1).encode())
+        return write_object(path, _text(value).encode())
     make_folder(path.parent)
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         with open(part, "w", encoding="utf-8") as file:
-            json.dump(value, file, indent=1)
+            file.write(_text(value))
             file.flush()
             os.fsync(file.fileno())
         os.replace(part, path)
     except OSError as error:
         remove(part)
         raise BuildError(str(write_error(path, error))) from error
+
+
+def _text(value: Any) -> str:
+    """Return JSON with a line for each field. ``indent`` would take json's slow encoder: 2 % of the
+    time of a build of 15,000 small files.
+    """
+    if not isinstance(value, dict):
+        return json.dumps(value)
+    fields = (f"{json.dumps(name)}: {json.dumps(item)}" for name, item in value.items())
+    return "{\n" + ",\n".join(fields) + "\n}\n"
 
 
 def first_difference(before: Any, now: Any, name: str = "") -> str | None:
