@@ -19,10 +19,20 @@ from typing import Any
 
 from fastlm.data.consent import policy_problems, write_policies
 from fastlm.data.consent.opt_out import OptOut
-from fastlm.data.corpus import SPLITS, corpus_parts
+from fastlm.data.corpus import (
+    CARD_FILES,
+    PLAN,
+    REMOVED,
+    SPLITS,
+    SUFFIX,
+    UNITS,
+    corpus_parts,
+)
+from fastlm.data.forget_log import FORGET_LOG
 from fastlm.data.language import PACKAGES
-from fastlm.data.options import VERSION, DataOptions
+from fastlm.data.options import VERSION, WORK, DataOptions
 from fastlm.errors import InputError
+from fastlm.pipeline.funnel import FUNNEL
 from fastlm.pipeline.units import BuildError, Work, file_sha256, group_by_size, run_step
 from fastlm.progress import silent
 from fastlm.sources.document import UNREADABLE
@@ -38,6 +48,7 @@ from fastlm.sources.source_files import (
 )
 from fastlm.sources.warc import PolicyFile
 
+RECORD = "record.json"  # of the command (`fastlm.pipeline.record`)
 POLICIES = "policies.db"  # the policy files of all sites
 SCAN_BYTES = 1 << 24  # in one unit: half a second for a compressed archive, which is read
 SCAN_OVERHEAD = 1 << 17  # of opening a file
@@ -65,8 +76,11 @@ def make_plan(
     unsupported: Counter[str] = Counter()
     files: list[SourceFile] = []
     counts = []
+    own = own_paths(work.folder.parent)
     for source in track(sources, "fetching", unit="sources"):
-        source_files, reasons = list_files(source, cache=cache, unsupported=unsupported)
+        source_files, reasons = list_files(
+            source, cache=cache, unsupported=unsupported, leave_out=own
+        )
         files += source_files
         skipped.update({f"file: {reason}": n for reason, n in reasons.items()})
         counts.append([printable(source), len(source_files)])
@@ -98,7 +112,7 @@ def make_plan(
     groups = group_by_size(sizes, options.unit_bytes)
     licences = {source: read_licence(source, cache)[1] for source in sources}
     messages += OptOut.load(*options.opt_out).problems
-    earlier = _earlier_files(options)
+    earlier = _earlier_files(options, work.folder.parent)
     first = len(entries)
     entries += earlier
     units = [[[first + index, *asdict(WHOLE_FILE).values()]] for index in range(len(earlier))]
@@ -135,6 +149,13 @@ def libraries(options: DataOptions) -> list[str]:
     if "national" in options.scrub:
         names.append("python-stdnum")
     return names
+
+
+def own_paths(out: Path) -> frozenset[Path]:
+    """Return what a build in ``out`` writes, which is no input of it, as resolved paths."""
+    names = {*SPLITS, REMOVED, WORK, PLAN, UNITS, FUNNEL, *CARD_FILES, FORGET_LOG, RECORD}
+    names |= {f"{split}{SUFFIX}" for split in SPLITS}
+    return frozenset() if is_remote(out) else frozenset(out.resolve() / name for name in names)
 
 
 def _date(work: Work) -> str:
@@ -203,12 +224,15 @@ def scan(work: Work, number: int, out: Path) -> dict[str, Any]:
     return {}
 
 
-def _earlier_files(options: DataOptions) -> list[dict[str, Any]]:
+def _earlier_files(options: DataOptions, out: Path) -> list[dict[str, Any]]:
     """Return an entry for each file of the corpora of earlier builds."""
     files = []
     for corpus in options.earlier:
         if not is_remote(corpus) and not Path(corpus).exists():
             raise InputError(f"earlier: expected a corpus of an earlier build, {corpus} not found")
+        resolved = Path(corpus) if is_remote(corpus) else Path(corpus).resolve()
+        if (out if is_remote(out) else out.resolve()) in (resolved, *resolved.parents):
+            raise InputError(f"earlier: expected another corpus than {out}, which is replaced")
         for split in SPLITS:
             for path in corpus_parts(corpus, split):
                 file = SourceFile(path, path.name, printable(corpus), "corpus", explicit=True)
@@ -244,6 +268,58 @@ def ranges_of_unit(work: Work, number: int) -> Iterator[tuple[SourceFile, FileRa
                     f" {'no file' if size is None else f'{size:,}'}: every node needs the sources"
                 )
         yield file, FileRange(*part)
+
+
+class UnchangedFiles:
+    """Compares the files of a unit of input with the plan, before and after they are read. A file
+    with other times and the same content is the same one.
+    """
+
+    def __init__(self, work: Work, number: int):
+        self._work = work
+        self._numbers = list(dict.fromkeys(index for index, *_ in work.plan["units"][number]))
+        self._stamps = [self._stamp(index) for index in self._numbers]
+        planned = _planned_stamps(work)
+        for index, stamp in zip(self._numbers, self._stamps):
+            entry = work.plan["files"][index]
+            key = entry["path"], entry["sha256"], *stamp
+            if stamp == planned[index] or entry["sha256"] == "unreadable" or key in _EQUAL:
+                continue
+            path = Path(entry["path"])
+            if is_remote(path) or file_sha256(path) != entry["sha256"]:
+                raise self._error(index)
+            _EQUAL.add(key)
+
+    def _stamp(self, index: int) -> list[Any]:
+        return _stamp(_source_file(self._work.plan["files"][index]))
+
+    def check(self) -> None:
+        """BuildError: a file has changed since this object was made."""
+        for index, stamp in zip(self._numbers, self._stamps):
+            is_readable = self._work.plan["files"][index]["sha256"] != "unreadable"
+            if is_readable and self._stamp(index) != stamp:
+                raise self._error(index)
+
+    def _error(self, index: int) -> BuildError:
+        return BuildError(
+            f"{self._work.plan['files'][index]['path']}: expected the file that was planned, it"
+            f" has changed since: restore it and start again, or delete {self._work.folder}"
+        )
+
+
+_EQUAL: set[tuple] = set()  # files with other times that have the planned content
+_STAMPS: dict[tuple, list[Any]] = {}  # of the last build
+
+
+def _planned_stamps(work: Work) -> list[Any]:
+    inner = work.inner("scan")
+    key: tuple = (inner.folder, inner.session)
+    if not inner.is_remote:
+        key = inner.folder, (inner.folder / PLAN).stat().st_mtime_ns
+    if key not in _STAMPS:
+        _STAMPS.clear()
+        _STAMPS[key] = inner.plan["stamps"]
+    return _STAMPS[key]
 
 
 @cached

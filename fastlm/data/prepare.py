@@ -289,6 +289,12 @@ def _funnel(work: Work) -> Funnel:
         if values := counts.extra.get(name):
             entry = cast(dict[str, Any], next(s for s in funnel.steps if s["step"] == step))
             entry[name] = dict(values)
+    if work.has_begun("near"):
+        units = range(work.parameters("near")["units"])
+        markers = [work.marker("near", unit) for unit in units]
+        if limited := sum(marker["counts"]["limited"] for marker in markers if marker):
+            entry = cast(dict[str, Any], next(s for s in funnel.steps if s["step"] == NEAR))
+            entry["limited"] = limited
     if plan["unsupported_types"]:
         funnel.steps[0]["unsupported_types"] = plan["unsupported_types"]
     for source, files in plan["sources"]:
@@ -323,6 +329,7 @@ def _mix_counts(counts: Counts, mixture: MixWeights) -> dict[str, dict[str, MixC
     return result
 
 
+NEAR = "near duplicates"
 MAX_NEAR_SHARE = 0.5  # of a source's documents; more is a template, or the source is a copy
 PUBLISHING = "publishing.json"  # funnel and parts of a complete build, which are being moved
 

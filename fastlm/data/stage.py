@@ -53,6 +53,10 @@ class Data(DataOptions, Stage):
 
     def digest_inputs(self, input_digest: InputDigest) -> Any:
         entries = input_digest.hash_sources(self.sources)
+        if self.policies:
+            entries = [*entries, ["policies", input_digest.hash_sources(self.policies)]]
+        for corpus in self.earlier:
+            entries = [*entries, ["earlier", corpus, input_digest.hash_corpus(corpus)]]
         forgotten = forgotten_keys([input_digest.folder])
         if forgotten:
             entries = [*entries, ["forgotten", sorted(forgotten)]]

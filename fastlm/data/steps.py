@@ -30,7 +30,7 @@ from fastlm.data.matching import PARTS_PER_MILLION, gathered, has_near
 from fastlm.data.mix import MixWeights, copies, mix_keys
 from fastlm.data.near_duplicates import band_keys
 from fastlm.data.options import DataOptions
-from fastlm.data.plan import POLICIES, options_of_plan, ranges_of_unit
+from fastlm.data.plan import POLICIES, UnchangedFiles, options_of_plan, ranges_of_unit
 from fastlm.data.shingles import shingles
 from fastlm.data.unit_files import (
     DOCUMENT,
@@ -171,12 +171,14 @@ def _gather(work: Work, number: int, options: DataOptions, counts: Counts) -> It
     """
     skipped: Counter[str] = Counter()
     files, ranges = zip(*ranges_of_unit(work, number))
+    unchanged = UnchangedFiles(work, number)
     for document in read_files(
         files, ranges=ranges, field=options.text_field, skipped=skipped,
         on_skip=counts.messages.append,
     ):  # fmt: skip
         counts.keep("gather", len(document.text.encode("utf-8", "replace")))
         yield document
+    unchanged.check()
     for reason, count in skipped.items():
         counts.remove("gather", reason, count)
     faults = sorted(FAULTS & skipped.keys())

@@ -123,7 +123,7 @@ def removal_record(row: Mapping[str, Any], removal: Removal, text: str = "") -> 
 
 def save_names(out: Path, documents: list[tuple[str, str]]) -> None:
     """Write the (source, id) of each document, for `load_name`."""
-    names = ["\t".join(document).encode("utf-8", "replace") for document in documents]
+    names = [json.dumps(document).encode() for document in documents]
     (out / "names.bin").write_bytes(b"".join(names))
     np.save(out / "name_ends.npy", np.cumsum([len(name) for name in names], dtype="<u8"))
 
@@ -136,7 +136,7 @@ def load_name(work: Work, document: int) -> tuple[str, str]:
     with open(work.path("read", unit, "names.bin"), "rb") as file:
         file.seek(start)
         name = file.read(int(ends[position]) - start)
-    source, _, id = name.decode("utf-8", "replace").partition("\t")
+    source, id = json.loads(name)
     return source, id
 
 

@@ -22,7 +22,7 @@ from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wai
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
-from multiprocessing import get_context, parent_process
+from multiprocessing import get_context, parent_process, resource_tracker
 from multiprocessing.process import BaseProcess
 from typing import Any
 
@@ -79,6 +79,7 @@ def _start_worker() -> None:
     """Prepare a worker process: it leaves Ctrl-C to its parent and ends when the parent ends."""
     # a terminal sends SIGINT to all processes, and a worker would print a traceback
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})  # see _interrupt_later
     parent = parent_process()
     if parent is not None:
         threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
@@ -154,7 +155,8 @@ def _run_in_pool(call: Call, numbers: Sequence[int], workers: int) -> Outcomes:
             while queue or running:
                 while queue and len(running) < workers:
                     # a broken pool refuses it: it stays in the queue
-                    running[pool.submit(_call_bounded, call, queue[-1])] = queue[-1]
+                    with _interrupt_later():
+                        running[pool.submit(_call_bounded, call, queue[-1])] = queue[-1]
                     queue.pop()
                 done, _ = wait(running, timeout=MAX_SECONDS, return_when=FIRST_COMPLETED)
                 if not done:
@@ -182,6 +184,27 @@ def _run_in_pool(call: Call, numbers: Sequence[int], workers: int) -> Outcomes:
             raise
     if shared is None:
         workers_of_call.close()
+
+
+@contextmanager
+def _interrupt_later() -> Iterator[None]:
+    """Context: Ctrl-C takes effect at its end, and processes that start in it do not see it: they
+    would print tracebacks while they import, and a pool that is half started cannot be closed.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    resource_tracker.ensure_running()  # starting it would end the mask
+    interrupts: list[int] = []
+    handler = signal.signal(signal.SIGINT, lambda number, _: interrupts.append(number))
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # workers inherit it
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        signal.signal(signal.SIGINT, handler or signal.SIG_DFL)
+    if interrupts:
+        raise KeyboardInterrupt
 
 
 def _kill(pool: ProcessPoolExecutor) -> None:

@@ -16,9 +16,10 @@ MAX_MESSAGES = 100  # about unreadable files and lines; all are counted
 
 class StepCounts(TypedDict):
     """The documents that a step kept, and those it removed, by reason. Some steps add ``replaced``
-    (scrub: personal data by kind), ``unsupported_types`` (gather: endings of files of other types)
-    or ``cut`` (extract: long documents and the parts they became) and ``fallbacks`` (extract: pages
-    that were not extracted as asked, by reason) and ``repeated`` (mix: further copies).
+    (scrub: personal data by kind), ``unsupported_types`` (gather: endings of files of other types),
+    ``cut`` (extract: long documents and the parts they became), ``fallbacks`` (extract: pages that
+    were not extracted as asked, by reason), ``limited`` (near duplicates: documents that were
+    compared with the most similar candidates only) or ``repeated`` (mix: further copies).
     """
 
     step: str

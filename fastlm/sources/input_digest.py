@@ -75,6 +75,15 @@ class InputDigest:
             raise InputError(f"{path}: cannot be read: {error.strerror}") from error
         return [self._entry(str(p.relative_to(path)), p) for p in files]
 
+    def hash_corpus(self, path: str | Path) -> list[Any]:
+        """Return what identifies a corpus: its units.json, which has the hash of each part, or the
+        files of an older one.
+        """
+        units = Path(path) / "units.json"
+        if is_remote(path):
+            return [*remote_state(units)]
+        return self.hash_tree(units if units.is_file() else path)
+
     def _entry(self, name: str, path: Path) -> list[Any]:
         size, _, _, digest = self.current_records[printable(path.absolute())]
         return [name, size, digest]

@@ -14,7 +14,7 @@ Rejected: fetching web pages. Crawlers deliver them as WARC.
 import fnmatch
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from functools import partial
 from itertools import repeat
 from pathlib import Path
@@ -98,12 +98,18 @@ def parse_source(spec: str) -> tuple[str, str, str]:
 
 
 def list_files(
-    spec: str, *, cache: Path, unsupported: Counter[str] | None = None
+    spec: str,
+    *,
+    cache: Path,
+    unsupported: Counter[str] | None = None,
+    leave_out: Collection[Path] = (),
 ) -> tuple[list[SourceFile], Counter[str]]:
     """Return the files of one source in sorted order, and how many were skipped, by reason.
 
-    ``unsupported`` counts the endings of files of unsupported types. InputError: an unknown or
-    missing source, a source without readable files, a file of an unsupported type.
+    ``unsupported`` counts the endings of files of unsupported types. ``leave_out``: resolved paths
+    of files and folders that are no part of a source, and not counted. InputError: an unknown or
+    missing source, one that is to be left out, a source without readable files, a file of an
+    unsupported type.
     """
     from fastlm.sources import packages, reasoning_gym
 
@@ -122,6 +128,13 @@ def list_files(
     spec = printable(spec)
     if not root.exists():
         raise InputError(f"source {spec}: expected a path, {kinds}; not found")
+    resolved = root.resolve() if leave_out else root
+    if not {resolved, *resolved.parents}.isdisjoint(leave_out):
+        raise InputError(f"source {spec}: expected a source outside the output, got a part of it")
+    left_out = tuple(
+        f"{path.relative_to(resolved).as_posix()}/"
+        for path in leave_out if path.is_relative_to(resolved)
+    )  # fmt: skip
     types = f"of a type that is read, as {' '.join(DOCUMENTS)}"
     if root.is_file():
         name = printable(root.name)
@@ -135,7 +148,10 @@ def list_files(
     for path in sorted(root.rglob("*"), key=lambda p: p.relative_to(root).as_posix()):
         if not path.is_file():
             continue
-        relative = printable(path.relative_to(root).as_posix())
+        name = path.relative_to(root).as_posix()
+        if left_out and f"{name}/".startswith(left_out):
+            continue
+        relative = printable(name)
         ending = file_ending(relative)
         if package and path.is_symlink():  # in a cache of an older version
             skipped["link inside a package"] += 1

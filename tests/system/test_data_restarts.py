@@ -6,17 +6,23 @@ import json
 import os
 import random
 import shutil
+import signal
+import subprocess
+import sys
+import time
 import warnings
 from pathlib import Path
 
 import pytest
 
 from fastlm.data import prepare as prepare_module
+from fastlm.data import steps
 from fastlm.data.corpus import is_corpus, read_documents, read_units
 from fastlm.data.prepare import DataOptions, prepare
 from fastlm.errors import InputError
 from fastlm.files import remove
-from fastlm.pipeline.units import file_sha256
+from fastlm.pipeline import executors, units
+from fastlm.pipeline.units import BuildError, file_sha256
 
 WORDS = [f"word{n}" for n in range(5000)]
 COMMON = "the of and to be that have with".split()
@@ -138,7 +144,7 @@ def test_a_kill_at_any_change_of_publishing(pages, tmp_path, monkeypatch):
         assert contents(out) == expected | users, change
         if not is_killed:
             break
-        change += 1 if state != new_texts else 12  # then only the work is removed
+        change += 2 if state != new_texts else 12  # then only the work is removed
     assert states[0] == old_texts and states[-1] == new_texts and None in states
     assert len(states) > 40
 
@@ -172,3 +178,193 @@ def test_a_kill_in_publishing_and_then_another_plan(pages, tmp_path, monkeypatch
         assert texts(out) == {prose(200), prose(201)}
         assert not (out / "work").exists()
     assert moments > 2
+
+
+@pytest.mark.parametrize("moment", ["before", "during"])
+def test_a_file_that_changes_after_it_was_hashed_is_named(pages, tmp_path, monkeypatch, moment):
+    """A change of the same size; when the file is as before, a restart finishes, although its times
+    are others.
+    """
+    build(pages, tmp_path / "expected")
+    before = pages.read_bytes()
+    read_files, out = steps.read_files, tmp_path / "out"
+
+    def change() -> None:
+        pages.write_bytes(before.replace(b"word", b"WORD"))
+
+    def changed(*args, **kwargs):
+        if moment == "before":
+            pages.write_bytes(before)  # other times, the same content: no change
+        for document in read_files(*args, **kwargs):
+            if moment == "during":
+                change()
+            yield document
+
+    begin = units.Work.begin_step
+
+    def begin_step(work, step, **parameters):
+        if moment == "before" and step == "read":
+            change()
+        return begin(work, step, **parameters)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(steps, "read_files", changed)
+        patch.setattr(units.Work, "begin_step", begin_step)
+        with pytest.raises(BuildError, match=r"pages\.jsonl: expected the file that was planned"):
+            build(pages, out)
+    assert not is_corpus(out)
+    pages.write_bytes(before)
+    build(pages, out)
+    assert contents(out) == contents(tmp_path / "expected")
+
+
+def test_a_touched_file_has_not_changed(pages, tmp_path, monkeypatch):
+    stopped_before_publishing(pages, tmp_path / "out", monkeypatch)
+    begin = units.Work.begin_step
+
+    def begin_step(work, step, **parameters):
+        os.utime(pages, (step == "read", 5))
+        return begin(work, step, **parameters)
+
+    monkeypatch.setattr(units.Work, "begin_step", begin_step)
+    build(pages, tmp_path / "out")
+    build(pages, tmp_path / "other")
+    assert contents(tmp_path / "out") == contents(tmp_path / "other")
+
+
+def test_what_a_user_has_is_not_replaced(pages, tmp_path):
+    for name in ("work/thesis.tex", "train/image.png", "train.jsonl.zst", "removed", "plan.json"):
+        out = tmp_path / name.replace("/", "-") / "out"
+        (out / name).parent.mkdir(parents=True)
+        (out / name).write_text("mine")
+        with pytest.raises(InputError, match=rf"out/{name.split('/')[0]}.*: expected"):
+            build(pages, out)
+        assert contents(out) == {name: b"mine"}
+
+
+def test_the_output_is_no_input(pages, tmp_path, monkeypatch):
+    """A corpus in the folder of its source: a restart and a second build do not read it."""
+    out = tmp_path / "out"
+    expected = build(tmp_path, tmp_path / "elsewhere").steps[0]
+    shutil.rmtree(tmp_path / "elsewhere")
+    stopped_before_publishing(tmp_path, out, monkeypatch)
+    assert build(tmp_path, out).steps[0] == expected
+    before = contents(out)
+    build(tmp_path, out)
+    assert contents(out) == before
+    for source in (out / "train", next((out / "train").iterdir())):
+        with pytest.raises(InputError, match=r"expected a source outside the output"):
+            build(source, out)
+    for earlier in (out, out / "train"):
+        with pytest.raises(InputError, match=r"earlier: expected another corpus"):
+            build(pages, out, earlier=(str(earlier),), heldout_bytes=5)
+    assert contents(out) == before
+
+
+def test_two_commands_in_one_folder(pages, tmp_path, monkeypatch):
+    make_plan = prepare_module.make_plan
+
+    def second(*args, **kwargs):
+        with monkeypatch.context() as patch:
+            patch.setattr(prepare_module, "make_plan", make_plan)
+            with pytest.raises(InputError, match=r"out/work: another process works in this folder"):
+                build(pages, tmp_path / "out")
+        return make_plan(*args, **kwargs)
+
+    monkeypatch.setattr(prepare_module, "make_plan", second)
+    build(pages, tmp_path / "out")
+    assert not (tmp_path / "out" / "work").exists()
+
+
+def test_a_full_disk_in_the_parent_keeps_the_work(pages, tmp_path, monkeypatch):
+    out, done = tmp_path / "out", []
+    replace, read = os.replace, steps.read
+
+    def refuse(source, target):
+        if Path(target).name == "step.json" and Path(target).parent.name == "apply":
+            raise OSError(28, "No space left on device", str(target))
+        replace(source, target)
+
+    def counted(work, number, folder):
+        done.append(number)
+        return read(work, number, folder)
+
+    counted.__name__ = "read"
+    monkeypatch.setattr(steps, "read", counted)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", refuse)
+        with pytest.raises(InputError, match="No space left on device"):
+            build(pages, out)
+    first = len(done)
+    build(pages, out)
+    assert first == len(done) >= 2
+
+
+def test_a_full_disk_while_publishing(pages, tmp_path, monkeypatch):
+    build(pages, tmp_path / "expected")
+    replace, out = os.replace, tmp_path / "out"
+
+    def refuse(source, target):
+        if Path(target) == out / "units.json":
+            raise OSError(28, "No space left on device", str(target))
+        replace(source, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", refuse)
+        with pytest.raises(InputError, match="No space left on device"):
+            build(pages, out)
+    build(pages, out)
+    assert contents(out) == contents(tmp_path / "expected")
+
+
+def test_a_pool_that_breaks_while_units_are_submitted_loses_none(monkeypatch):
+    """A worker can be killed between two units: then the pool refuses the next one."""
+    submit, broken = executors.ProcessPoolExecutor.submit, [True]
+
+    def refuse(pool, *args, **kwargs):
+        if broken.pop() if broken else False:
+            raise executors.BrokenProcessPool("a worker was killed")
+        return submit(pool, *args, **kwargs)
+
+    monkeypatch.setattr(executors.ProcessPoolExecutor, "submit", refuse)
+    outcomes = list(executors.run_calls(abs, range(3), workers=2))
+    assert sorted(outcomes) == [(0, None), (1, None), (2, None)]
+
+
+def test_names_with_tabs(tmp_path):
+    folder = tmp_path / "so\turce"
+    folder.mkdir()
+    (folder / "a\tb.txt").write_text(prose(1))
+    (folder / "new\nline.txt").write_text(prose(1).upper())
+    build(folder, tmp_path / "out")
+    records = [
+        row for part in (tmp_path / "out" / "removed").iterdir() for row in steps.read_lines(part)
+    ]
+    assert [(r["id"], r["detail"]) for r in records] == [
+        ("new\nline.txt", f"same text as {folder} a\tb.txt")
+    ]
+
+
+@pytest.mark.parametrize("seconds", [0.0, 0.7])
+def test_ctrl_c_with_two_workers(tmp_path, seconds):
+    """One line, status 130; the work stays."""
+    pages = write_lines(tmp_path / "pages.jsonl", [prose(n) for n in range(150)])
+    command = [
+        sys.executable, "-P", "-m", "fastlm", "data", "prepare", str(pages), "-o",
+        str(tmp_path / "out"), "--workers", "2", "--unit-bytes", "10000",
+    ]  # fmt: skip
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    deadline = time.monotonic() + 60
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+    while len(children.read_text().split()) < 2:  # the first worker starts
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.002)
+    time.sleep(seconds)
+    os.killpg(process.pid, signal.SIGINT)
+    _, stderr = process.communicate(timeout=30)
+    assert process.returncode == 130, stderr
+    assert "Traceback" not in stderr and stderr.endswith("\nfastlm: interrupted\n"), stderr
+    subprocess.run(command, check=True, capture_output=True, timeout=120)
+    assert is_corpus(tmp_path / "out")
