@@ -165,7 +165,7 @@ def corpus_facts(out: Path) -> dict[str, Any]:
             for size, _, source, id in sorted(scan.largest, reverse=True)
         ],
         "scanned_documents": scan.documents, "scanned_bytes": scan.bytes,
-        "mix": getattr(funnel, "mix", None) or {},
+        "mix": funnel.mix,
         "plan": _plan(out),
         "build": _build(record),
     }  # fmt: skip

@@ -50,6 +50,11 @@ class CardTable:
     shares: Sequence[float] = ()
     title: str = ""
 
+    @property
+    def bar_column(self) -> int:
+        """The number of columns before the bar, which is after the last number."""
+        return max((n for n, h in enumerate(self.headings, 1) if h.startswith(">")), default=0)
+
 
 @dataclass(frozen=True)
 class CardSection:
@@ -352,37 +357,34 @@ def _personal(facts: Mapping[str, Any]) -> CardSection:
 
 
 def _mix(facts: Mapping[str, Any]) -> list[CardSection]:
-    """Return the section of the mix: its options, and a table for each of its lists or tables."""
+    """Return the section of the mix; none if documents were not weighed."""
     mix = facts["mix"]
     if not mix:
         return []
-    single, tables = {}, []
-    for key, value in mix.items():
-        title = key.replace("_", " ")
-        if isinstance(value, Mapping) and value:
-            tables.append(_mapping_table(title, value))
-        elif isinstance(value, list) and value and all(isinstance(v, Mapping) for v in value):
-            headings = list(dict.fromkeys(name for row in value for name in row))
-            rows = [[_cell(row.get(name)) for name in headings] for row in value[:MAX_ROWS]]
-            names = [name.replace("_", " ") for name in headings]
-            tables.append(CardTable(names, rows, title=title))
-        else:
-            single[title] = _cell(value)
-    note = "Documents are sampled by these weights; an epoch takes each of them at most once."
-    return [CardSection("Mix", note, facts=single, tables=tables)]
-
-
-def _mapping_table(title: str, table: Mapping[str, Any]) -> CardTable:
-    nested = [v for v in table.values() if isinstance(v, Mapping)]
-    if len(nested) == len(table):
-        headings = list(dict.fromkeys(name for row in nested for name in row))
+    options = (facts["plan"].get("options") or {}).get("mix") or {}
+    limit = {"at most": f"{options['max_epochs']:g} epochs"} if "max_epochs" in options else {}
+    tables = []
+    for name, title in (("sources", "source"), ("languages", "language"), ("buckets", "bucket")):
+        table = list(mix.get(name, {}).items())
+        total = sum(counts["train_bytes"] for _, counts in table) or 1
         rows = [
-            [str(key), *(_cell(row.get(h)) for h in headings)]
-            for key, row in list(table.items())[:MAX_ROWS]
-        ]
-        return CardTable([title, *(f">{h.replace('_', ' ')}" for h in headings)], rows, title=title)
-    rows = [[str(key), _cell(value)] for key, value in list(table.items())[:MAX_ROWS]]
-    return CardTable((title, ">value"), rows, title=title)
+            (
+                key, f"{counts['weight']:g}", size_text(counts["bytes"]),
+                f"{counts['train_bytes'] / (counts['bytes'] or 1):.2f}",
+                size_text(counts["train_bytes"]),
+            )
+            for key, counts in table[:MAX_ROWS]
+        ]  # fmt: skip
+        shares = [100 * counts["train_bytes"] / total for _, counts in table[:MAX_ROWS]]
+        if rows:
+            headings = (title, ">weight", ">text", ">epochs", ">text to train on")
+            tables.append(CardTable(headings, rows, shares))
+    note = (
+        "A document's weight is the product of its weights: its expected number of copies in the"
+        " training part. Epochs are copies on average, less what is held out. The other sections"
+        " count copies."
+    )
+    return [CardSection("Mix", note, facts=limit, tables=tables)]
 
 
 def _cell(value: Any) -> str:

@@ -126,6 +126,7 @@ def funnel_values(funnel: Funnel) -> dict[str, Any]:
     sources = sorted(funnel.sources.items(), key=lambda kv: -kv[1]["bytes"])
     return {
         "funnel": rows, "sources": sources, "unit": funnel.unit, "files": _in_files(funnel),
+        "warnings": funnel.warnings,
     }  # fmt: skip
 
 
@@ -171,6 +172,7 @@ PLURALS = {
     "document left too short": "documents left too short",
     "document cut": "documents cut",
     "part produced": "parts produced",
+    "copy added": "copies added",
     "record that is no page": "records that are no pages",
     "page over the size limit": "pages over the size limit",
     "policy record": "policy records",
@@ -213,6 +215,7 @@ def describe_removals(step: StepCounts) -> list[str]:
             *replaced.items(),
             *step.get("cut", {}).items(),
             *fallbacks.items(),
+            *(("copy added", n) for n in step.get("repeated", {}).values()),
         ]
         if n
     ]

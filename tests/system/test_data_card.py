@@ -275,16 +275,14 @@ def test_scores_and_the_mix_are_shown_where_they_are_recorded(corpus):
     assert [(row["name"], row["documents"]) for row in facts["years"]] == [("2024", train)]
     assert [(row["name"], row["documents"]) for row in facts["licences"]] == [("MIT", train)]
     assert facts["consent"]["rules"][0]["name"] == "train-ai=y"
-    facts["mix"] = {
-        "max_epochs": 4.0,
-        "sources": {"a|b": {"weight": 0.5, "epochs": 1.25}, "c": {"weight": 0.5, "epochs": 2}},
-        "language": {"en": 1.0},
-        "rows": [{"bucket": 3, "weight": 0.1}],
-    }
+    counts = {"documents": 2, "bytes": 100, "train_documents": 3, "train_bytes": 150}
+    facts["mix"] = {"languages": {"en": {"weight": 1.5, **counts}},
+                    "sources": {"a|b": {"weight": 0.5, **counts}}}  # fmt: skip
+    facts["plan"]["options"]["mix"] = {"max_epochs": 4.0}
     sections = card_sections(facts)
     text = render_markdown(facts, sections)
-    for line in ("- max epochs: 4", "| a\\|b | 0.5 | 1.25 |", "| en | 1 |", "| 3 | 0.1 |",
-                 "| 19 |", "train\\-ai=y"):  # fmt: skip
+    for line in ("- at most: 4 epochs", "| a\\|b | 0.5 | 100 bytes | 1.50 | 150 bytes |",
+                 "| en | 1.5 | 100 bytes | 1.50 |", "| 19 |", "train\\-ai=y"):  # fmt: skip
         assert line in text, line
     assert render_page(facts, sections).count("<svg") == 3
 
