@@ -278,9 +278,14 @@ def call_on_every_node(call: Callable[[], Any], executor: str = "pool") -> None:
             NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
             for node in ray.nodes() if node["Alive"]
         ]  # fmt: skip
-        task = ray.remote(num_cpus=0, max_retries=0)(call)
-        refs = [task.options(scheduling_strategy=s).remote() for s in strategies]
+        task = ray.remote(num_cpus=0, max_retries=0)(_call_pickled)
+        pickled = pickle.dumps(call)
+        refs = [task.options(scheduling_strategy=s).remote(pickled) for s in strategies]
         ray.wait(refs, num_returns=len(refs), timeout=MAX_SILENCE)
+
+
+def _call_pickled(pickled: bytes) -> None:
+    pickle.loads(pickled)()
 
 
 MAX_SUBMITTED = 1000  # tasks at once: Ray's cost of waiting grows with their number

@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 
 import pytest
+from object_store import object_store
 from test_data_prepare import prose
 from test_units import begin, calls, squares
 from unit_functions import fragile, square
@@ -23,9 +24,12 @@ from fastlm.data.prepare import prepare
 from fastlm.errors import InputError
 from fastlm.pipeline.executors import run_calls
 from fastlm.pipeline.units import BuildError, Work, run_step
+from fastlm.sources import remote
 
 ray = pytest.importorskip("ray")  # has no wheel for some versions of Python
+pytest.importorskip("moto.server")
 SUPPORT = Path(__file__).parents[1] / "support"
+NODES = ("first", "second")  # the folders of temporary files of the nodes
 RESULT = ["9\n", "1\n", "16\n", "1\n", "25\n"]
 
 
@@ -34,14 +38,18 @@ def cluster():
     from ray.cluster_utils import Cluster
 
     folder = tempfile.mkdtemp(prefix="ray", dir="/tmp")  # names of sockets have 107 bytes
-    with pytest.MonkeyPatch.context() as patch:
+    with object_store(), pytest.MonkeyPatch.context() as patch:
         patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
         patch.setenv("RAY_TMPDIR", folder)
         patch.setenv("PYTHONPATH", str(SUPPORT), prepend=os.pathsep)
+        for name in NODES:
+            Path(folder, name).mkdir()
+        patch.setenv("TMPDIR", f"{folder}/{NODES[0]}")
         nodes = Cluster(
             initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False}
         )
         try:
+            patch.setenv("TMPDIR", f"{folder}/{NODES[1]}")
             nodes.add_node(num_cpus=1)
             patch.setenv("RAY_ADDRESS", nodes.address)
             yield nodes
@@ -75,6 +83,25 @@ def test_the_bytes_are_those_of_the_pool_and_paths_those_of_the_command(
         assert funnel.steps[0]["removed"] == {"file: unreadable": 1}
     assert contents(tmp_path / "ray") == contents(tmp_path / "pool")
     assert len(list((tmp_path / "ray" / "train").iterdir())) > 2
+
+
+def test_nodes_that_share_only_object_storage(cluster, tmp_path):
+    for number in range(12):
+        remote.write_object(Path(f"s3:/bucket/in/{number:02d}.txt"), prose(number).encode())
+    options = {"unit_bytes": 4000, "heldout_bytes": 2000, "memory": "64MiB"}
+    funnels = [
+        prepare(["s3://bucket/in"], out, options=DataOptions(executor=executor, **options),
+                cache=tmp_path / "cache")
+        for executor, out in (("pool", tmp_path / "pool"), ("ray", Path("s3://bucket/ray")))
+    ]  # fmt: skip
+    assert funnels[0] == funnels[1]
+    sizes = remote.list_sizes(Path("s3://bucket/ray"))
+    data = {name: remote.read_object(Path(f"s3://bucket/ray/{name}")) for name in sizes}
+    sums = {name: hashlib.sha256(content or b"").hexdigest() for name, content in data.items()}
+    assert sums == contents(tmp_path / "pool")
+    copies = [Path(os.environ["RAY_TMPDIR"], name) for name in NODES]
+    assert all(list(folder.iterdir()) for folder in copies), "each node has worked"
+    assert not [path for folder in copies for path in folder.rglob("*.npy")]
 
 
 @pytest.mark.parametrize("fault", ["other library", "no file", "other file"])
