@@ -52,6 +52,7 @@ RECORD = "record.json"  # of the command (`fastlm.pipeline.record`)
 POLICIES = "policies.db"  # the policy files of all sites
 SCAN_BYTES = 1 << 24  # in one unit: half a second for a compressed archive, which is read
 SCAN_OVERHEAD = 1 << 17  # of opening a file
+MAX_FILES = 2048  # in a unit: a file costs about as much as 4 KB of text
 
 
 def make_plan(
@@ -108,7 +109,7 @@ def make_plan(
             share = result["size"] // max(1, len(result["ranges"]))
             for part in result["ranges"]:
                 ranges.append([number, *part.values()])
-                sizes.append(share)
+                sizes.append(share + options.unit_bytes // MAX_FILES)
     groups = group_by_size(sizes, options.unit_bytes)
     licences = {source: read_licence(source, cache)[1] for source in sources}
     messages += OptOut.load(*options.opt_out).problems

@@ -31,6 +31,7 @@ class StepCounts(TypedDict):
     cut: NotRequired[dict[str, int]]
     fallbacks: NotRequired[dict[str, int]]
     repeated: NotRequired[dict[str, int]]
+    limited: NotRequired[int]
 
 
 class SourceCounts(TypedDict):

@@ -2,6 +2,7 @@
 touch.
 """
 
+import dataclasses
 import json
 import os
 import random
@@ -15,9 +16,10 @@ from pathlib import Path
 
 import pytest
 
+from fastlm.data import matching, steps
 from fastlm.data import prepare as prepare_module
-from fastlm.data import steps
 from fastlm.data.corpus import is_corpus, read_documents, read_units
+from fastlm.data.plan import make_plan
 from fastlm.data.prepare import DataOptions, prepare
 from fastlm.errors import InputError
 from fastlm.files import remove
@@ -368,3 +370,54 @@ def test_ctrl_c_with_two_workers(tmp_path, seconds):
     assert "Traceback" not in stderr and stderr.endswith("\nfastlm: interrupted\n"), stderr
     subprocess.run(command, check=True, capture_output=True, timeout=120)
     assert is_corpus(tmp_path / "out")
+
+
+def test_limited_searches_for_near_copies_are_counted(tmp_path, monkeypatch):
+    resolve = matching.resolve
+
+    def limited(*args, **kwargs):
+        return dataclasses.replace(resolve(*args, **kwargs), limited=2)
+
+    monkeypatch.setattr(matching, "resolve", limited)
+    texts = [f"{prose(n)} {end}" for n in range(3) for end in ("a", "b")]
+    source = write_lines(tmp_path / "a.jsonl", texts)
+    funnel = build(source, tmp_path / "out", heldout_bytes=0)
+    step = next(step for step in funnel.steps if step["step"] == "near duplicates")
+    assert step["removed"] == {"near duplicate": 3} and step.get("limited") == 3 * 2
+
+
+def test_a_recipe_sees_changed_policies_and_earlier_corpora(pages, tmp_path):
+    from fastlm.data.stage import Data
+    from fastlm.sources.input_digest import InputDigest
+
+    policies, earlier = tmp_path / "policies", tmp_path / "earlier"
+    policies.mkdir()
+    (policies / "a.warc").write_bytes(b"1")
+    build(pages, earlier)
+    stage = Data(sources=(str(pages),), policies=(str(policies),), earlier=(str(earlier),))
+
+    def digest() -> str:
+        state = stage.digest_inputs(InputDigest(tmp_path / "sources.json", cache=tmp_path))
+        return json.dumps(state)
+
+    digests = [digest(), digest()]
+    (policies / "a.warc").write_bytes(b"2")
+    digests.append(digest())
+    write_lines(pages, [prose(50)])
+    pages_digest = digest()
+    build(pages, earlier)
+    digests += [pages_digest, digest()]
+    assert digests[0] == digests[1] and len({*digests}) == 4
+
+
+def test_many_small_files_are_several_units(tmp_path):
+    """A file costs time, whatever its size: a unit has at most 2,048 of them."""
+    folder = tmp_path / "source"
+    folder.mkdir()
+    for n in range(3000):
+        (folder / f"{n:04}.txt").write_text("a few words")
+    work = units.Work(tmp_path / "work")
+    with work.locked():
+        options = DataOptions(unit_bytes=1 << 16)
+        plan = make_plan(work, [str(folder)], options, cache=tmp_path)
+    assert len(plan["units"]) == 2
