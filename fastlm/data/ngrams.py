@@ -70,7 +70,8 @@ class NgramIndex:
         )
         order = np.argsort(index, kind="stable")
         # the questions that have known[i]: owners[begins[i] : begins[i + 1]]
-        self.owners = np.repeat(np.arange(len(question_ngrams)), self.distinct)[order]
+        numbers = np.arange(len(question_ngrams), dtype=np.int32)
+        self.owners = np.repeat(numbers, self.distinct)[order]
         self.begins = np.searchsorted(index[order], np.arange(len(self.ngrams) + 1))
         self.in_data = np.zeros(len(self.ngrams), bool)
         bits = max(_BITS, (_FILLED * len(self.ngrams)).bit_length())
@@ -107,7 +108,7 @@ class NgramIndex:
     def owners_of(self, positions: np.ndarray) -> np.ndarray:
         """Return the questions of n-grams, each n-gram counted once: positions -> (owners,)."""
         owners = [self.owners[self.begins[i] : self.begins[i + 1]] for i in {*positions.tolist()}]
-        return np.concatenate(owners) if owners else np.empty(0, np.int64)
+        return np.concatenate(owners) if owners else np.empty(0, np.int32)
 
     def _slots(self, values: np.ndarray) -> np.ndarray:
         return (values >> self.shift).astype(np.intp)

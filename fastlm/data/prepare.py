@@ -317,12 +317,17 @@ def _funnel(work: Work) -> Funnel:
 def _mix_counts(counts: Counts, mixture: MixWeights) -> dict[str, dict[str, MixCounts]]:
     """Return the text before the mix and after it, by source, language and bucket."""
     result: dict[str, dict[str, MixCounts]] = {}
+    total = max(1, counts.remaining["repeated paragraphs bytes"])
+    train_total = max(1, counts.remaining["train bytes"])
     for full_name, tally in sorted(counts.mixture.items()):
         table, _, name = full_name.partition(" ")
+        documents, size = tally["before documents"], tally["before bytes"]
         result.setdefault(table, {})[name] = {
             "weight": mixture.key_weight(table, name),
-            "documents": tally["before documents"], "bytes": tally["before bytes"],
+            "documents": documents, "bytes": size, "share": round(size / total, 4),
             "train_documents": tally["train documents"], "train_bytes": tally["train bytes"],
+            "train_share": round(tally["train bytes"] / train_total, 4),
+            "epochs": round(tally["train documents"] / documents, 3),
         }  # fmt: skip
     if buckets := result.get("buckets"):
         result["buckets"] = {name: buckets[name] for name in sorted(buckets, key=int)}

@@ -131,8 +131,8 @@ def funnel_values(funnel: Funnel) -> dict[str, Any]:
 
 
 def funnel_tables(funnel: Funnel) -> Any:
-    """Return two rich tables (what each step kept and removed, and what each source yielded), and
-    one line for each file that could not be read.
+    """Return rich tables (what each step kept and removed, what each source yielded, and the mix),
+    and one line for each file that could not be read.
     """
     from rich.console import Group
     from rich.table import Table
@@ -155,9 +155,20 @@ def funnel_tables(funnel: Funnel) -> Any:
     for name, s in funnel.sources.items():
         counts = [f"{s[key]:,}" for key in (*files, "documents")]
         sources.add_row(name, *counts, size_text(s["bytes"]))
+    mixes = []
+    for kind, entries in funnel.mix.items():
+        headings = "weight", "documents", "text", "of all", "in training", "of all", "epochs"
+        mix = table(f"Mix of {kind}", kind.removesuffix("s"), *headings)
+        for name, m in entries.items():
+            mix.add_row(
+                name, f"{m['weight']:g}", f"{m['documents']:,}", size_text(m["bytes"]),
+                f"{m['share']:.1%}", size_text(m["train_bytes"]), f"{m['train_share']:.1%}",
+                f"{m['epochs']:.2f}",
+            )  # fmt: skip
+        mixes.append(mix)
     messages = [f"warning: {message}" for message in funnel.warnings]
     messages += [f"skipped: {message}" for message in funnel.unreadable]
-    return Group(steps, sources, *messages)
+    return Group(steps, sources, *mixes, *messages)
 
 
 def _in_files(funnel: Funnel) -> bool:

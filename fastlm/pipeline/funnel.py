@@ -42,15 +42,21 @@ class SourceCounts(TypedDict):
 
 class MixCounts(TypedDict):
     """The documents of one source, language or quality bucket before the mix, and in the training
-    part, where copies count: ``train_documents / documents`` is its number of epochs, less what is
-    held out. ``weight``: as it was asked for.
+    part, where copies count.
+
+    weight: as it was asked for. share, train_share: of all bytes, before the mix and in the
+    training part. epochs: ``train_documents / documents``, so documents that are held out count as
+    0.
     """
 
     weight: float
     documents: int
     bytes: int
+    share: float
     train_documents: int
     train_bytes: int
+    train_share: float
+    epochs: float
 
 
 @dataclass

@@ -101,6 +101,11 @@ def test_shares_are_the_weights(folder, built):
     counts = funnel.mix["sources"][str(folder / "long")]
     assert counts["weight"] == 2.25 and counts["documents"] == 200
     assert counts["train_documents"] == sum(by_source["long"])
+    assert counts["epochs"] == counts["train_documents"] / 200 and counts["epochs"] > 2
+    assert sum(c["train_share"] for c in funnel.mix["sources"].values()) == pytest.approx(1)
+    assert sum(c["share"] for c in funnel.mix["languages"].values()) == pytest.approx(1)
+    shown = CliRunner().invoke(app, ["data", "show", str(out)]).stdout
+    assert "Mix of sources" in shown and "copies" in shown
     german = funnel.mix["languages"]["de"]
     assert (german["weight"], german["documents"], german["train_documents"]) == (0, 100, 0)
     assert "buckets" not in funnel.mix

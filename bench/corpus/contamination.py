@@ -1,0 +1,141 @@
+"""Questions of evaluation sets in documents: what is found, false alarms, speed, memory.
+
+    python bench/corpus/contamination.py [--pages 2000]
+
+Questions: MMLU, GSM8K and TriviaQA (`fastlm tasks`), each written by `write_questions` and read
+again. Pages: at most 2,000 of php-doc, libreoffice-help-en-us and python3.13-doc each. Planted: 600
+questions, drawn with a seed, each into a page of its own, exact, wrapped at 30 characters in lower
+case, or with other quotes and dashes; halves: the first half of the words of a question of 80
+letters or more, which must stay. A false alarm is a page of documentation in which a question is
+found. CPU seconds of one core, the best of three rounds.
+"""
+
+import argparse
+import json
+import random
+import sys
+import tempfile
+import textwrap
+import time
+from functools import cache
+from importlib.metadata import version
+from itertools import islice
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+SETS = ("mmlu", "gsm8k", "triviaqa")
+PACKAGES = ("deb:php-doc", "deb:libreoffice-help-en-us", "deb:python3.13-doc")
+PLANTED, ROUNDS = 600, 3
+
+
+def row(bar: str, value: object, target: object, unit: str, note: str = "") -> dict:
+    return {"bar": bar, "value": value, "target": target, "unit": unit, "note": note}
+
+
+@cache
+def pages(count: int) -> list[str]:
+    from fastlm.data.extract import extract
+    from fastlm.sources.packages import default_cache
+    from fastlm.sources.source_files import read_source
+
+    texts = []
+    for package in PACKAGES:
+        documents = read_source(package, cache=default_cache())
+        texts += [text for d in islice(documents, count) if (text := extract(d))]
+    return texts
+
+
+@cache
+def questions(names: tuple[str, ...]) -> list:
+    from fastlm.data.contamination import read_questions
+    from fastlm.evals.contamination import write_questions
+    from fastlm.sources.packages import default_cache
+
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "questions.jsonl"
+        write_questions(names, path, default_cache())
+        return [*read_questions(path)]
+
+
+def resident() -> int:
+    """Return the resident memory of this process in bytes."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
+
+
+def pages_per_second(index, texts: list[str]) -> float:
+    seconds = []
+    for _ in range(ROUNDS):
+        start = time.process_time()
+        for text in texts:
+            index.find(text)
+        seconds.append(time.process_time() - start)
+    return len(texts) / min(seconds)
+
+
+VARIANTS = (
+    str,
+    lambda text: textwrap.fill(text.lower(), 30),
+    lambda text: text.replace('"', "\u201d").replace("-", "\u2013").replace(" ", "\u00a0 "),
+)
+
+
+def rows(count: int = 2000) -> list[dict]:
+    from fastlm.data.contamination import SHORT, QuestionIndex, letters
+
+    texts = pages(count)
+    result = []
+    everything = questions(SETS)
+    before = resident()
+    index = QuestionIndex(everything)
+    megabytes = (resident() - before) / 1e6
+    draw = random.Random(0)
+    sample = [q for q in everything if len(letters(q.body)) >= SHORT]
+    sample = draw.sample(sample, PLANTED)
+    found = halves = long = 0
+    for number, (question, page) in enumerate(zip(sample, draw.choices(texts, k=PLANTED))):
+        cut = len(page) // 2
+        planted = VARIANTS[number % 3](question.body)
+        match = index.find(f"{page[:cut]}\n\n{planted}\n\n{page[cut:]}")
+        found += match is not None
+        if len(letters(question.body)) >= 80:
+            long += 1
+            words = question.body.split()
+            half = " ".join(words[: len(words) // 2])
+            halves += index.find(f"{page[:cut]}\n\n{half}\n\n{page[cut:]}") is not None
+    alarms = [match for text in texts if (match := index.find(text))]
+    names = "; ".join(sorted({f"{m.set} {m.id}: {m.first}" for m in alarms}))
+    size = f"{len(index):,} questions, {len(texts):,} pages"
+    result.append(row("planted questions: found", found / PLANTED, 1.0, "share", size))
+    result.append(row("halves of questions: removed", halves / long, 0.05, "share", f"{long}"))
+    result.append(
+        row("pages of documentation: false alarms", len(alarms) / len(texts), 0.001, "share", names)
+    )
+    mean = sum(map(len, texts)) / len(texts)
+    for names in (("gsm8k",), ("mmlu",), SETS):
+        index = QuestionIndex(questions(names))
+        speed = pages_per_second(index, texts)
+        note = f"{len(index):,} questions, {mean:,.0f} characters a page"
+        result.append(row(f"search for {', '.join(names)}", round(speed), 3000, "pages/s", note))
+    result.append(row("memory of the index, all three", round(megabytes), 200, "MB", size))
+    return result
+
+
+def main() -> None:
+    sys.path.insert(0, str(ROOT))
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--pages", type=int, default=2000)
+    arguments = parser.parse_args()
+    result = rows(arguments.pages)
+    cpu = next(
+        (line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines()
+         if line.startswith("model name")), "unknown",
+    )  # fmt: skip
+    versions = {name: version(name) for name in ("numpy", "resiliparse")}
+    print(f"python bench/corpus/contamination.py --pages {arguments.pages}; {cpu}; {versions}")
+    for r in result:
+        print(f"{r['bar']}: {r['value']} {r['unit']} (target {r['target']}); {r['note']}")
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()
