@@ -229,3 +229,25 @@ def test_copies_on_a_node_are_bounded_and_those_of_killed_builds_deleted(
             os.utime(root / name, (time.time() - ages[name],) * 2)
     # 0.6 of 250 bytes and of those of the copies: two fit
     assert {path.name for path in root.iterdir()} == {"a", "c"}
+
+
+def test_removed_documents_and_the_card_of_a_remote_corpus(store, source, tmp_path):
+    """A remote corpus has the facts of a local one; its card goes to a local folder."""
+    from fastlm.data.corpus_facts import corpus_facts
+    from fastlm.data.removals import RemovalQuery, find_part, find_removed
+
+    remote_out, local_out = Path("s3://bucket/card/out"), tmp_path / "out"
+    for out in (remote_out, local_out):
+        build(source, out, tmp_path)
+    queries = [RemovalQuery(rule) for rule in ("exact", "near dup")] + [RemovalQuery(id="twin.txt")]
+    for query in queries:
+        (record,) = find_removed(remote_out, query)
+        assert [record] == [*find_removed(local_out, query)]
+    remaining = RemovalQuery(id="05.txt")
+    assert find_part(remote_out, remaining) == find_part(local_out, remaining)
+    facts = corpus_facts(remote_out)
+    assert facts == corpus_facts(local_out) and facts["plan"]
+    run = CliRunner().invoke(app, ["data", "card", "s3://bucket/card/out"])
+    assert run.exit_code == 2 and "out: expected a local folder" in run.stderr
+    run = CliRunner().invoke(app, ["data", "card", "s3://bucket/card/out", "-o", f"{tmp_path}/c"])
+    assert run.exit_code == 0 and (tmp_path / "c/card.html").is_file()
