@@ -110,6 +110,8 @@ def make_plan(
             for part in result["ranges"]:
                 ranges.append([number, *part.values()])
                 sizes.append(share + options.unit_bytes // MAX_FILES)
+    if not ranges:
+        raise InputError(f"sources: expected files that can be read, got none: {messages[0]}")
     groups = group_by_size(sizes, options.unit_bytes)
     licences = {source: read_licence(source, cache)[1] for source in sources}
     messages += OptOut.load(*options.opt_out).problems

@@ -49,7 +49,7 @@ from fastlm.data.unit_files import (
     save_sorted,
 )
 from fastlm.errors import InputError
-from fastlm.pipeline.units import Work
+from fastlm.pipeline.units import BuildError, Work, first_difference
 from fastlm.sources.document import FAULTS, Document
 from fastlm.sources.source_files import read_files
 from fastlm.sources.streams import ZSTD_MAGIC, compressed
@@ -74,11 +74,8 @@ def read(work: Work, number: int, out: Path) -> dict[str, Any]:
     ``documents.npy`` (a `DOCUMENT` for each text that was extracted), the documents' names, and
     sorted keys: of texts (``text_key``, ``text_low``: `content_key`), paragraphs and MinHash bands.
     """
-    options = options_of_plan(work.plan)
-    is_earlier = number < work.plan["earlier_units"]
-    now = datetime.fromisoformat(work.plan["date"]).replace(tzinfo=UTC)
-    policies = PolicyIndex.open(work.file(POLICIES), now)
-    cleaner = Cleaner(options, work.plan["forgotten"], policies, now, work.plan["licences"])
+    cleaner = _cleaner(work)
+    options, is_earlier = cleaner.options, number < work.plan["earlier_units"]
     counts, excerpts = Counts(), Counter()
     table: list[tuple[int, int, int, bool]] = []
     names: list[tuple[str, str]] = []
@@ -141,6 +138,25 @@ def read(work: Work, number: int, out: Path) -> dict[str, Any]:
     passed_bytes = int(documents["size"][documents["passed"]].sum())
     return {**counts.to_json(), "documents": len(table), "passed_bytes": passed_bytes,
             "paragraphs": len(paragraphs), "bands": band_rows.size}  # fmt: skip
+
+
+_CLEANERS: dict[tuple, Cleaner] = {}  # the last one of this process: lists and models are large
+
+
+def _cleaner(work: Work) -> Cleaner:
+    """Return the cleaner of a build. BuildError: lists or models have changed since the plan."""
+    key = work.folder, work.session, work.digest
+    if key not in _CLEANERS:
+        plan, options = work.plan, options_of_plan(work.plan)
+        now = datetime.fromisoformat(plan["date"]).replace(tzinfo=UTC)
+        policies = PolicyIndex.open(work.file(POLICIES), now)
+        cleaner = Cleaner(options, plan["forgotten"], policies, now, plan["licences"])
+        identity = json.loads(json.dumps(options.identity()))  # after they were loaded
+        if (difference := first_difference(plan["options"], identity, "options")) is not None:
+            raise BuildError(f"{work.folder}: expected the files of the plan, but {difference}")
+        _CLEANERS.clear()
+        _CLEANERS[key] = cleaner
+    return _CLEANERS[key]
 
 
 def _read_earlier(work: Work, number: int) -> Iterator[CleanDocument]:

@@ -98,7 +98,14 @@ def _call_bounded(call: Call, number: int) -> None:
         used = sum(os.times()[:2])
         hard = resource.getrlimit(resource.RLIMIT_CPU)[1]
         resource.setrlimit(resource.RLIMIT_CPU, (int(used) + MAX_CPU_SECONDS, hard))
-    call(number)
+    try:
+        call(number)
+    except Exception as error:
+        try:
+            pickle.loads(pickle.dumps(error))
+        except Exception:  # it would break the pool, and nobody would see it
+            raise RuntimeError(f"{type(error).__name__}: {reason(error)}") from None
+        raise
 
 
 class _SharedPool:

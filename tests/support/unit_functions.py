@@ -8,6 +8,13 @@ from pathlib import Path
 from fastlm.errors import InputError
 
 
+class PairError(Exception):
+    """An exception that cannot be unpickled."""
+
+    def __init__(self, first: str, second: str):
+        super().__init__(f"{first} and {second}")
+
+
 def square(work, number: int, out: Path) -> dict:
     """Write the square of the unit's entry in the plan, after the time that the plan says."""
     time.sleep(work.plan.get("seconds", 0))
@@ -28,6 +35,8 @@ def fragile(work, number: int, out: Path) -> dict:
         os.kill(os.getpid(), signal.SIGKILL)
     if fate == "bad input":
         raise InputError("page: expected text, got none")
+    if fate == "odd bug":
+        raise PairError("one", "two")
     if fate == "bug":
         raise KeyError("oops")
     return square(work, number, out)

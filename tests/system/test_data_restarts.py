@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 
 from fastlm.data import matching, steps
+from fastlm.data import plan as plan_module
 from fastlm.data import prepare as prepare_module
 from fastlm.data.corpus import is_corpus, read_documents, read_units
 from fastlm.data.plan import make_plan
@@ -421,3 +422,39 @@ def test_many_small_files_are_several_units(tmp_path):
         options = DataOptions(unit_bytes=1 << 16)
         plan = make_plan(work, [str(folder)], options, cache=tmp_path)
     assert len(plan["units"]) == 2
+
+
+def test_no_file_can_be_read(tmp_path, monkeypatch):
+    def refuse(file, **options):
+        raise OSError(5, "Input/output error", str(file.path))
+
+    source = tmp_path / "source"
+    source.mkdir()
+    (source / "a.txt").write_text(prose(1))
+    monkeypatch.setattr(plan_module, "scan_file", refuse)
+    with pytest.raises(InputError, match=r"files that can be read, got none: .*output error"):
+        build(source, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_lists_are_read_once_and_a_changed_one_is_named(pages, tmp_path, monkeypatch):
+    from fastlm.data.consent.opt_out import OptOut
+
+    listed = tmp_path / "out.txt"
+    listed.write_text("domain: example.org\n")
+    load, loads = OptOut.load, []
+    monkeypatch.setattr(OptOut, "load", lambda *paths: loads.append(paths) or load(*paths))
+    build(pages, tmp_path / "out", opt_out=(str(listed),), unit_bytes=1000)
+    assert len(loads) == 2  # for the plan, and by the worker
+    begin = units.Work.begin_step
+
+    def begin_step(work, step, **parameters):
+        if step == "read":
+            listed.write_text("domain: example.com\n")
+        return begin(work, step, **parameters)
+
+    monkeypatch.setattr(units.Work, "begin_step", begin_step)
+    with pytest.raises(
+        BuildError, match=r"files of the plan, but options\.opt_out_sha256\[0\] was"
+    ):
+        build(pages, tmp_path / "changed", opt_out=(str(listed),))

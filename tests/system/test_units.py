@@ -111,6 +111,13 @@ def test_a_bug_in_one_unit_does_not_stop_the_others(tmp_path, workers):
                                                                         True]  # fmt: skip
 
 
+def test_an_exception_that_cannot_be_pickled_is_named(tmp_path):
+    work = begin(tmp_path, fates={"1": "odd bug"})
+    with pytest.raises(BuildError, match=r"failed: 1; unit 1: .*PairError: one and two"):
+        run_step(work, fragile, range(5), workers=2)
+    assert work.marker("fragile", 4) is not None
+
+
 @pytest.mark.parametrize("workers", [1, 2])
 def test_bad_input_stops_the_step(tmp_path, workers):
     work = begin(tmp_path, fates={"0": "bad input"})
