@@ -101,7 +101,7 @@ class Data(DataOptions, Stage):
         del result
         funnel = Funnel.load(ctx.out)
         documents = funnel.steps[-1]["documents"] + funnel.steps[-2]["documents"]
-        size = sum(source["bytes"] for source in funnel.sources.values())
+        size = sum(step["bytes"] for step in funnel.steps[-2:])  # with copies, as the documents
         return ReportSection(
             "Sources of the text, and how much was kept",
             "Bytes of text after each step, and what the step removed.",
