@@ -128,7 +128,7 @@ def _prepare(
     if is_file(work.folder / PLAN):
         if _finished(out, work.plan) is not None:  # killed while its work was being deleted
             work.delete()
-        elif is_file(work.folder / PUBLISHING):
+        elif _has_arranged(work):
             _publish(work, out)
     elif not work.is_remote:
         remove(work.folder / PUBLISHING)
@@ -147,6 +147,12 @@ def _prepare(
         raise
     _arrange(work)
     return _publish(work, out)
+
+
+def _has_arranged(work: Work) -> bool:
+    """Return True if the build of this plan is complete, and its parts are being moved."""
+    path = work.folder / PUBLISHING
+    return is_file(path) and read_state(path).get("plan") == work.digest
 
 
 def _finished(out: Path, plan: Mapping[str, Any]) -> Funnel | None:
@@ -377,7 +383,8 @@ def _arrange(work: Work) -> None:
                 })  # fmt: skip
         if not work.is_remote:
             sync(parts / folder)
-    write_durably(work.folder / PUBLISHING, {"funnel": _funnel(work).__dict__, "units": records})
+    state = {"plan": work.digest, "funnel": _funnel(work).__dict__, "units": records}
+    write_durably(work.folder / PUBLISHING, state)
 
 
 def _publish(work: Work, out: Path) -> Funnel:
