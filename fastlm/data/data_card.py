@@ -365,19 +365,19 @@ def _mix(facts: Mapping[str, Any]) -> list[CardSection]:
     limit = {"at most": f"{options['max_epochs']:g} epochs"} if "max_epochs" in options else {}
     tables = []
     for name, title in (("sources", "source"), ("languages", "language"), ("buckets", "bucket")):
-        table = list(mix.get(name, {}).items())
-        total = sum(counts["train_bytes"] for _, counts in table) or 1
+        table = list(mix.get(name, {}).items())[:MAX_ROWS]
         rows = [
             (
                 key, f"{counts['weight']:g}", size_text(counts["bytes"]),
-                f"{counts['train_bytes'] / (counts['bytes'] or 1):.2f}",
-                size_text(counts["train_bytes"]),
+                f"{counts['share']:.1%}", f"{counts['epochs']:.2f}",
+                size_text(counts["train_bytes"]), f"{counts['train_share']:.1%}",
             )
-            for key, counts in table[:MAX_ROWS]
+            for key, counts in table
         ]  # fmt: skip
-        shares = [100 * counts["train_bytes"] / total for _, counts in table[:MAX_ROWS]]
+        shares = [100 * counts["train_share"] for _, counts in table]
         if rows:
-            headings = (title, ">weight", ">text", ">epochs", ">text to train on")
+            before, after = (">text before", ">share"), (">in training", ">share")
+            headings = (title, ">weight", *before, ">epochs", *after)
             tables.append(CardTable(headings, rows, shares))
     note = (
         "A document's weight is the product of its weights: its expected number of copies in the"

@@ -275,14 +275,16 @@ def test_scores_and_the_mix_are_shown_where_they_are_recorded(corpus):
     assert [(row["name"], row["documents"]) for row in facts["years"]] == [("2024", train)]
     assert [(row["name"], row["documents"]) for row in facts["licences"]] == [("MIT", train)]
     assert facts["consent"]["rules"][0]["name"] == "train-ai=y"
-    counts = {"documents": 2, "bytes": 100, "train_documents": 3, "train_bytes": 150}
+    counts = {"documents": 2, "bytes": 100, "share": 0.25, "train_documents": 3,
+              "train_bytes": 150, "train_share": 1.0, "epochs": 1.5}  # fmt: skip
     facts["mix"] = {"languages": {"en": {"weight": 1.5, **counts}},
                     "sources": {"a|b": {"weight": 0.5, **counts}}}  # fmt: skip
     facts["plan"]["options"]["mix"] = {"max_epochs": 4.0}
     sections = card_sections(facts)
     text = render_markdown(facts, sections)
-    for line in ("- at most: 4 epochs", "| a\\|b | 0.5 | 100 bytes | 1.50 | 150 bytes |",
-                 "| en | 1.5 | 100 bytes | 1.50 |", "| 19 |", "train\\-ai=y"):  # fmt: skip
+    for line in ("- at most: 4 epochs", "| en | 1.5 |", "| 19 |",
+                 "| a\\|b | 0.5 | 100 bytes | 25.0% | 1.50 | 150 bytes | 100.0% |",
+                 "train\\-ai=y"):  # fmt: skip
         assert line in text, line
     assert render_page(facts, sections).count("<svg") == 3
 
