@@ -106,7 +106,7 @@ def make_plan(
         messages += policy_problems(PolicyFile(**policy) for policy in result["policies"])
         if number < len(files):
             entries.append({**_entry(file), "size": result["size"], "sha256": result["sha256"]})
-            share = result["size"] // max(1, len(result["ranges"]))
+            share = result["text_size"] // max(1, len(result["ranges"]))
             for part in result["ranges"]:
                 ranges.append([number, *part.values()])
                 sizes.append(share + options.unit_bytes // MAX_FILES)
@@ -220,7 +220,7 @@ def scan(work: Work, number: int, out: Path) -> dict[str, Any]:
             raise
         except (InputError, OSError) as error:
             results.append({
-                "size": 0, "sha256": "unreadable", "ranges": [], "policies": [],
+                "size": 0, "text_size": 0, "sha256": "unreadable", "ranges": [], "policies": [],
                 "skipped": {UNREADABLE: 1}, "error": str(error),
             })  # fmt: skip
     (out / "scans.json").write_text(json.dumps(results))

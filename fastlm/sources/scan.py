@@ -37,12 +37,14 @@ COMPRESSION = 4  # text is about four times its compressed size
 class FileScan:
     """What is known of a file before its documents are read. ``size``: bytes of the file as stored.
 
+    ``text_size``: of its content, estimated as `COMPRESSION` times that of a compressed file.
     ``skipped`` counts policy files that were cut or left out. Other faults are counted by the
     reader of the range that has them.
     """
 
     sha256: str
     size: int
+    text_size: int
     ranges: tuple[FileRange, ...]
     policies: tuple[PolicyFile, ...] = ()
     skipped: dict[str, int] = field(default_factory=dict)
@@ -66,7 +68,8 @@ def scan_file(file: SourceFile, *, unit_bytes: int) -> FileScan:
         raw.seek(0)
         is_gzip_or_zstd = raw.peek(4)[:4].startswith((GZIP_MAGIC, ZSTD_MAGIC))
         is_compressed = is_gzip_or_zstd or file.format == "parquet"
-        is_small = size * (COMPRESSION if is_compressed else 1) < unit_bytes
+        text_size = size * (COMPRESSION if is_compressed else 1)
+        is_small = text_size < unit_bytes
         if file.format == "warc":
             ranges = _ranges(_record_cuts(file, raw, unit_bytes, policies, skipped))
         elif file.format == "parquet" and not is_small:
@@ -76,7 +79,7 @@ def scan_file(file: SourceFile, *, unit_bytes: int) -> FileScan:
             stream = decompressed(raw, partial=True)
             ranges = _ranges(CUTS[file.format](file, stream, unit_bytes, is_compressed))
         sha256, size = hashed.digest()
-    return FileScan(sha256, size, ranges, tuple(policies), dict(skipped))
+    return FileScan(sha256, size, text_size, ranges, tuple(policies), dict(skipped))
 
 
 Cut = tuple[int, int]  # (item, its byte in the file, 0 or SEEKABLE)
