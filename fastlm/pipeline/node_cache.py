@@ -64,7 +64,8 @@ def _make_room(root: Path, size: int) -> None:
     files = []
     for path in root.rglob("*"):
         with suppress(OSError):
-            if path.is_file():
+            # what units are writing (`.NNNNN.PID.part/`) is not uploaded yet
+            if path.is_file() and ".part" not in (path.suffix, path.parent.suffix):
                 stat = path.stat()
                 files.append((stat.st_mtime, stat.st_size, path))
     used = sum(entry[1] for entry in files)

@@ -29,6 +29,7 @@ from fastlm.pipeline.run_folder import STAGES
 from fastlm.pipeline.stage import Input, StageContext
 from fastlm.progress import silent
 from fastlm.sources.input_digest import InputDigest
+from fastlm.sources.remote import is_remote
 from fastlm.torchrun import check_single_process
 
 RECIPE = "recipe.json"
@@ -119,6 +120,8 @@ def run_recipe(
         raise InputError(f"until: expected one of {', '.join(names)}, got {until!r}")
     selected = names[: names.index(until) + 1] if until else names
     out = Path("runs") / recipe.name if out is None else Path(out)
+    if is_remote(out):
+        raise InputError(f"out: expected a folder of this machine, got {out}")
     cache = cache or default_cache()
     report_plan = on_plan or (lambda plan: None)
     input_digest = InputDigest(out / SOURCES, cache=cache, track=track)

@@ -66,7 +66,7 @@ class Work:
     """
 
     def __init__(self, folder: str | Path, session: str = ""):
-        self.folder, self._parameters = Path(folder), {}
+        self.folder, self._parameters, self._markers = Path(folder), {}, {}
         self.is_remote = is_remote(self.folder)
         self.session = session or (secrets.token_hex(8) if self.is_remote else "")
 
@@ -171,6 +171,8 @@ class Work:
         are complete before the marker is written, `finished` compares the sizes.
         """
         path = self.marker_path(step, number)
+        if (step, number) in self._markers:  # each is read once
+            return self._markers[step, number]
         if not self.is_remote and not path.is_file():
             return None
         try:
@@ -178,7 +180,7 @@ class Work:
             if marker["plan"] != self.digest:
                 return None
             if self.is_remote:
-                return marker
+                return self._markers.setdefault((step, number), marker)
             for name, entry in marker["files"].items():
                 file = self.path(step, number, name)
                 if file.stat().st_size != entry["size"]:
@@ -204,8 +206,10 @@ class Work:
                 finished.add(number)
         return finished
 
-    def remove_markers(self, step: str, numbers: Iterable[int]) -> None:
+    def remove_markers(self, step: str, numbers: Sequence[int]) -> None:
         paths = [self.marker_path(step, number) for number in numbers]
+        for number in numbers:
+            self._markers.pop((step, number), None)
         if self.is_remote:
             return delete_objects(paths)
         for path in paths:
@@ -228,7 +232,7 @@ class Work:
         path = self.folder / PLAN
         self.__dict__.pop("plan", None)
         self.__dict__.pop("digest", None)
-        self._parameters = {}
+        self._parameters, self._markers = {}, {}
         if is_file(path):
             if (
                 difference := first_difference(self.plan, json.loads(json.dumps(plan)))
@@ -376,6 +380,8 @@ def do_unit(function: UnitFunction, work: Work, number: int) -> None:
             files = {}
             for path in sorted(out.iterdir()):
                 files[path.name] = {"size": path.stat().st_size, "sha256": file_sha256(path)}
+            if work.is_remote:
+                upload([(out / name, work.stored(step, number, name)) for name in files])
             for name in files:
                 os.replace(out / name, folder / _file_name(number, name))
         finally:
@@ -384,8 +390,6 @@ def do_unit(function: UnitFunction, work: Work, number: int) -> None:
         if error.filename is None or str(work.local) in str(error.filename):
             raise BuildError(f"{folder}: cannot be written: {reason(error)}") from error
         raise
-    if work.is_remote:
-        upload([(folder / _file_name(number, n), work.stored(step, number, n)) for n in files])
     marker = {"plan": work.digest, "counts": counts, "files": files}
     write_durably(work.marker_path(step, number), marker)
 

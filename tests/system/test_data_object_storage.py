@@ -126,6 +126,12 @@ def test_commands(store, source, temporary, tmp_path):
     assert record["provenance"]["inputs"]["corpus"][0]["id"]
     digest = InputDigest(tmp_path / "record.json", cache=tmp_path)
     assert {name for name, *_ in digest.hash_tree(out)} == digests(out).keys()
+    (tmp_path / "recipe.toml").write_text(
+        f'name = "r"\n[[stage]]\nkind = "data"\nsources = ["{source}"]\n'
+    )
+    for words in (["run", str(tmp_path / "recipe.toml")], ["data", "forget", "-t", "x", out]):
+        result = run(app, [*words, *(["--out", "s3://bucket/run"] if words[0] == "run" else [])])
+        assert result.exit_code == 2 and "expected a folder" in result.output, result.output
     result = run(app, ["data", "shards", out, "--tokenizer", str(tmp_path / "tokenizer"),
                        "--out", "s3://bucket/shards"])  # fmt: skip
     assert result.exit_code == 2 and "out: expected a folder of this machine" in result.output
@@ -219,6 +225,10 @@ def test_copies_on_a_node_are_bounded_and_those_of_killed_builds_deleted(
     assert not old.exists() and root.parent.stat().st_mode & 0o777 == 0o700
     for name in "abc":
         remote.write_object(Path(f"s3:/bucket/copies/{name}"), b"x" * 100)
+    unfinished = root / ".00001.5.part" / "rows.npy"
+    unfinished.parent.mkdir()
+    unfinished.write_bytes(b"x" * 1000)
+    os.utime(unfinished, (0, 0))
     usage = type("Usage", (), {"free": 250})
     monkeypatch.setattr(node_cache.shutil, "disk_usage", lambda _: usage)
     ages = {"a": 1000, "b": 2000}
@@ -228,7 +238,8 @@ def test_copies_on_a_node_are_bounded_and_those_of_killed_builds_deleted(
         if name in ages:
             os.utime(root / name, (time.time() - ages[name],) * 2)
     # 0.6 of 250 bytes and of those of the copies: two fit
-    assert {path.name for path in root.iterdir()} == {"a", "c"}
+    assert {path.name for path in root.glob("?")} == {"a", "c"}
+    assert unfinished.exists()
 
 
 def test_removed_documents_and_the_card_of_a_remote_corpus(store, source, tmp_path):
