@@ -113,7 +113,7 @@ def save(path: Path, results: dict[str, dict]) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("topics", nargs="*", metavar="TOPIC", help="of --list; default: all")
     parser.add_argument("--list", action="store_true", help="name the topics and stop")
     parser.add_argument(
