@@ -35,7 +35,7 @@ from fastlm.errors import InputError
 from fastlm.pipeline.funnel import FUNNEL
 from fastlm.pipeline.units import BuildError, Work, file_sha256, group_by_size, run_step
 from fastlm.progress import silent
-from fastlm.sources.document import UNREADABLE
+from fastlm.sources.document import FAULTS, UNREADABLE
 from fastlm.sources.licences import read_licence
 from fastlm.sources.remote import StoreError, file_size, is_remote, remote_state
 from fastlm.sources.scan import scan_file
@@ -102,6 +102,8 @@ def make_plan(
             if file.explicit or options.strict:
                 raise InputError(result["error"])
             messages.append(result["error"])
+        if options.strict and (faults := sorted(FAULTS & result["skipped"].keys())):
+            raise InputError(f"strict: expected no fault, got {faults[0]}: {file.path}")
         skipped.update(result["skipped"])
         messages += policy_problems(PolicyFile(**policy) for policy in result["policies"])
         if number < len(files):

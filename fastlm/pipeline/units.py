@@ -142,9 +142,9 @@ class Work:
             try:
                 yield
             finally:
-                if os.listdir(self.folder) == [LOCK]:
-                    remove(lock)
-                    with suppress(OSError):
+                with suppress(OSError):
+                    if os.listdir(self.folder) == [LOCK]:
+                        remove(lock)
                         self.folder.rmdir()
 
     def delete(self) -> None:

@@ -15,6 +15,7 @@ import warnings
 from pathlib import Path
 
 import pytest
+from warc_records import record
 
 from fastlm.data import matching, steps
 from fastlm.data import plan as plan_module
@@ -468,3 +469,17 @@ def test_the_parts_of_another_plan_are_not_published(pages, tmp_path, monkeypatc
     (tmp_path / "out" / "work" / "publishing.json").write_text(json.dumps(state))
     build(pages, tmp_path / "out")
     assert contents(tmp_path / "out") == contents(tmp_path / "expected")
+
+
+def test_strict_stops_at_a_policy_file_over_the_limit(tmp_path):
+    page = f"<html><body><p>{prose(1)}</p></body></html>".encode()
+    robots = b"User-agent: *\nAllow: /\n" + b"# filler\n" * 70_000
+    archive = tmp_path / "a.warc"
+    archive.write_bytes(
+        record(0, page) + record(1, robots, "text/plain", url="http://example.org/robots.txt")
+    )
+    funnel = build(archive, tmp_path / "out", heldout_bytes=0)
+    assert funnel.steps[0]["removed"].get("policy over the size limit") == 1
+    with pytest.raises(InputError, match=r"strict: .*policy over the size limit: .*a\.warc"):
+        build(archive, tmp_path / "strict", strict=True)
+    assert not (tmp_path / "strict").exists()
