@@ -5,7 +5,7 @@ The result depends on the document and the options only, so documents can be cle
 any order. What depends on other documents is in `fastlm.data.steps`.
 """
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime
 from typing import Any
@@ -17,7 +17,7 @@ from fastlm.data.dedup import content_key
 from fastlm.data.extract import extract_page
 from fastlm.data.filter import first_failed
 from fastlm.data.forget_log import document_key, line_key, text_key
-from fastlm.data.language import identify
+from fastlm.data.language import Language, identify
 from fastlm.data.near_copies import NearCopies, is_signature
 from fastlm.data.options import DataOptions
 from fastlm.data.personal import Placeholders
@@ -64,6 +64,18 @@ class CleanDocument:
 EXCERPT = 600  # characters that show people why a text was removed
 
 
+@dataclass(slots=True)
+class _Draft:
+    """A document between two steps: the results if it is removed, else its parts with their texts
+    and languages.
+    """
+
+    results: list[CleanDocument]
+    parts: list[tuple[Document, str]] = field(default_factory=list)
+    languages: list[Language] = field(default_factory=list)
+    fallback: str = ""
+
+
 class Cleaner:
     """``cleaner(document)`` returns the cleaned document, or its parts if it was cut.
 
@@ -88,33 +100,53 @@ class Cleaner:
         self.questions = QuestionIndex.load(paths) if paths else None
 
     def __call__(self, document: Document) -> list[CleanDocument]:
+        return self.clean([document])[0]
+
+    def clean(self, documents: Sequence[Document]) -> list[list[CleanDocument]]:
+        """Return what a call returns for each of several documents. Each step is done for all of
+        them before the next one, so that its tables stay in the processor's caches.
+        """
+        texts = [self._extract(document) for document in documents]
+        method = self.options.language_method
+        if method != "off":
+            for draft in texts:
+                draft.languages = [identify(text, method=method) for _, text in draft.parts]
+        return [draft.results or self._clean_parts(draft) for draft in texts]
+
+    def _clean_parts(self, draft: "_Draft") -> list[CleanDocument]:
+        placeholders = Placeholders()  # a value has the same number in all parts
+        results = [
+            self._clean_part(document, text, language, placeholders)
+            for (document, text), language in zip(
+                draft.parts, draft.languages or [None] * len(draft.parts)
+            )
+        ]
+        results[0].fallback = draft.fallback
+        return results
+
+    def _extract(self, document: Document) -> "_Draft":
         decision = self.gate(document)
         bare = replace(document, text="", meta=document.meta | decision.meta)
         if decision.refusal:
-            return [CleanDocument(bare, removal=Removal("consent", *decision.refusal))]
+            return _Draft([CleanDocument(bare, removal=Removal("consent", *decision.refusal))])
         extraction = extract_page(document, self.options.extract)
         text = extraction.text
         if not text.strip():
             reason = extraction.reason or "no text"
-            return [CleanDocument(bare, removal=Removal("extract", reason))]
-        placeholders = Placeholders()  # a value has the same number in all parts
-        parts = split_text(text, self.options.max_words)
-        if len(parts) == 1:
-            results = [self._clean_part(bare, text, placeholders)]
+            return _Draft([CleanDocument(bare, removal=Removal("extract", reason))])
+        texts = split_text(text, self.options.max_words)
+        if len(texts) == 1:
+            parts = [(bare, text)]
         else:
-            results = [
-                self._clean_part(replace(bare, id=f"{document.id}:{number}"), part, placeholders)
-                for number, part in enumerate(parts)
-            ]
-        results[0].fallback = extraction.reason
-        return results
+            parts = [(replace(bare, id=f"{document.id}:{i}"), part) for i, part in enumerate(texts)]
+        return _Draft([], parts, fallback=extraction.reason)
 
     def _clean_part(
-        self, document: Document, text: str, placeholders: Placeholders
+        self, document: Document, text: str, language: Language | None, placeholders: Placeholders
     ) -> CleanDocument:
         meta = {k: v for k, v in document.meta.items() if k not in TRANSIENT}
         result = CleanDocument(replace(document, meta=meta), content_key(text), len(text.encode()))
-        rejection = self._score(text, meta)
+        rejection = self._score(text, meta, language)
         clean, replacements = "", {}
         if rejection is None:
             clean, replacements = self._scrub(text, placeholders)
@@ -130,11 +162,13 @@ class Cleaner:
             result.document.text, result.replacements = clean, replacements
         return result
 
-    def _score(self, text: str, meta: dict[str, Any]) -> Removal | None:
+    def _score(
+        self, text: str, meta: dict[str, Any], identified: Language | None
+    ) -> Removal | None:
         """Add language and scores of a text to ``meta``. Return why it is rejected, if it is."""
         options, language = self.options, "en"
-        if options.language_method != "off":
-            language, probability = identify(text, method=options.language_method)
+        if identified is not None:
+            language, probability = identified
             meta |= {"language": language, "language_probability": round(probability, 3)}
             if options.languages and language not in options.languages:
                 return Removal("language", language, f"probability {probability:.3f}")

@@ -167,11 +167,28 @@ def _read_earlier(work: Work, number: int) -> Iterator[CleanDocument]:
             yield CleanDocument(document, content_key(document.text), size)
 
 
+BATCH, BATCH_CHARACTERS = 64, 1 << 22  # documents that are cleaned together
+
+
+def _batches(documents: Iterator[Document]) -> Iterator[list[Document]]:
+    """Yield the documents in groups of up to BATCH, which end after BATCH_CHARACTERS."""
+    batch: list[Document] = []
+    size = 0
+    for document in documents:
+        batch.append(document)
+        size += len(document.text)
+        if len(batch) == BATCH or size >= BATCH_CHARACTERS:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
 def _clean(
     cleaner: Cleaner, documents: Iterator[Document], counts: Counts
 ) -> Iterator[CleanDocument]:
-    for document in documents:
-        results = cleaner(document)
+    cleaned = (pair for batch in _batches(documents) for pair in zip(batch, cleaner.clean(batch)))
+    for document, results in cleaned:
         if all(r.removal is None or r.removal.step != "consent" for r in results):
             counts.keep("consent", len(document.text.encode("utf-8", "replace")))
         if len(results) > 1:

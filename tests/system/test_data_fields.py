@@ -272,3 +272,12 @@ def test_another_model_is_another_build(models, tmp_path):
     with open(path, "ab") as file:
         file.write(b" ")
     assert DataOptions(quality=str(path)).identity() != before
+
+
+def test_documents_cleaned_together_and_alone_are_equal():
+    texts = [prose("de", 1), "", prose("en", 2, ["me@mail.org"]), "too short", prose("fr", 3)]
+    documents = [Document(text, str(i), "s", {"format": "text"}) for i, text in enumerate(texts)]
+    cleaner = Cleaner(DataOptions(max_words=100))
+    together = cleaner.clean(documents)
+    assert together == [cleaner(document) for document in documents]
+    assert [len(results) for results in together] == [3, 1, 3, 1, 3]
