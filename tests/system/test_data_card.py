@@ -18,8 +18,11 @@ from fastlm.data import corpus_facts
 from fastlm.data.corpus import CARD_FILES, read_documents
 from fastlm.data.data_card import card_sections, render_markdown, render_page
 from fastlm.data.prepare import DataOptions, prepare
+from fastlm.data.stage import funnel_values
 from fastlm.pipeline.funnel import Funnel
 from fastlm.pipeline.provenance import artifact_id
+from fastlm.pipeline.stage import ReportSection
+from fastlm.pipeline.templates import page_environment
 from fastlm.sources.input_digest import InputDigest
 
 WORDS = "harbour lantern meadow winter copper violin orchard sentence engine market".split()
@@ -131,9 +134,7 @@ def test_every_removal_has_a_reason_that_can_be_looked_up(built):
     for i in removed:
         (row,) = records(built, "--id", f"pages.jsonl:{i}")
         assert row["detail"] or row["text"]
-        if row["reason"] != "same text":
-            url = f"https://s{(i - 1) % 3}.example/{i - 1}"
-            assert records(built, "--url", url) == [row]
+        assert records(built, "--url", f"https://s{(i - 1) % 3}.example/{i - 1}") == [row]
 
 
 def test_a_document_that_was_not_removed_is_named_with_its_part(built):
@@ -260,6 +261,20 @@ def test_values_from_outside_are_escaped(corpus):
     page = (corpus / "card.html").read_text()
     assert not {"script", "img", "a"} & set(Elements(page).tags)
     assert "\x1b" not in page and "\u202e" not in page
+
+
+def test_the_report_of_a_run_names_warnings_and_a_few_endings():
+    types = {f".e{i}": 30 - i for i in range(20)}
+    step = {"step": "gather", "documents": 1, "bytes": 9, "unsupported_types": types,
+            "removed": {"file: unsupported type": sum(types.values())}}  # fmt: skip
+    funnel = Funnel([step], {HOSTILE: {"files": 2, "documents": 1, "bytes": 9}}, warnings=[HOSTILE])
+    part = ReportSection("t", "n", template="data.html.jinja", values=funnel_values(funnel))
+    page = page_environment().get_template("data.html.jinja").render(part=part)
+    elements = Elements(page)
+    assert "script" not in elements.tags
+    assert f"Warning: {HOSTILE}" in elements.texts
+    (why,) = (text for text in elements.texts if "unsupported type" in text)
+    assert ".e7 23, 12 other endings" in why and ".e8" not in why
 
 
 def test_scores_and_the_mix_are_shown_where_they_are_recorded(corpus):
