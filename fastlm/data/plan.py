@@ -77,10 +77,10 @@ def make_plan(
     unsupported: Counter[str] = Counter()
     files: list[SourceFile] = []
     counts = []
-    own = own_paths(work.folder.parent)
+    outputs = own_paths(work.folder.parent)
     for source in track(sources, "fetching", unit="sources"):
         source_files, reasons = list_files(
-            source, cache=cache, unsupported=unsupported, leave_out=own
+            source, cache=cache, unsupported=unsupported, leave_out=outputs
         )
         files += source_files
         skipped.update({f"file: {reason}": n for reason, n in reasons.items()})
