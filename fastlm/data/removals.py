@@ -105,8 +105,8 @@ def find_removed(out: Path, query: RemovalQuery) -> Iterator[RemovedRecord]:
     out = corpus_folder(out)
     if not is_remote(out) and not (out / REMOVED).is_dir():
         raise InputError(
-            f"{out}: expected the records of removed documents ({REMOVED}/), got a corpus without:"
-            " prepare it again"
+            f"{out}: expected the records of removed documents ({REMOVED}/), got none: only fastlm"
+            " data prepare writes them, since corpora are folders of parts"
         )
     pairs = None
     if query.rule is not None:
