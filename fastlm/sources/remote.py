@@ -2,8 +2,9 @@
 
 A remote file has a path such as ``s3:/bucket/key``, which is written and parsed as any other path.
 fsspec reads it in blocks. Every wait is limited: 5 seconds to connect, 15 for an answer, 3 tries of
-botocore in each of 5 of s3fs. (With botocore's own 5, a store that hangs took over 9 minutes.) A
-store that fails is no fault of a file: `StoreError` ends the work, a restart continues.
+botocore in each of 5 of s3fs. A write has a limit of its own: aiobotocore waits without one for the
+store's "100 Continue". A store that fails is no fault of a file: `StoreError` ends the work, a
+restart continues.
 
 An object is written by one upload of bytes or of a finished local file, so it is complete or not
 there. Rejected: files opened for writing (fsspec uploads what there is when the writer fails), and
@@ -116,12 +117,13 @@ def write_object(path: Path, data: bytes) -> None:
     """Write a remote file at once."""
     store = _store(path)
     with _StoreFaults(path):
-        store.pipe_file(_key(path), data)
+        store.pipe_file(_key(path), data, timeout=MAX_WAIT)
 
 
 def upload(files: Sequence[tuple[Path, Path]]) -> None:
     """Upload finished local files: pairs (local, remote)."""
-    _transfer("put", [(str(local), _key(path)) for local, path in files])
+    size = sum(local.stat().st_size for local, _ in files)
+    _transfer("put", [(str(local), _key(path)) for local, path in files], size)
 
 
 def download(path: Path, local: Path) -> None:
@@ -136,16 +138,19 @@ def copy_objects(files: Sequence[tuple[Path, Path]]) -> None:
     _transfer("copy", [(_key(source), _key(target)) for source, target in files])
 
 
-def _transfer(method: str, files: Sequence[tuple[str, str]]) -> None:
+def _transfer(method: str, files: Sequence[tuple[str, str]], size: int = 0) -> None:
     if files:
         name = f"{SCHEME}:/{files[0][1]}"
         store = _store(name)
         with _StoreFaults(name):
             sources, targets = map(list, zip(*files))
-            getattr(store, method)(sources, targets, batch_size=TRANSFERS)
+            timeout = MAX_WAIT * -(-len(files) // TRANSFERS) + size / MIN_SPEED
+            getattr(store, method)(sources, targets, batch_size=TRANSFERS, timeout=timeout)
 
 
 TRANSFERS = 16  # at once
+MAX_WAIT = 120  # seconds, for a small write
+MIN_SPEED = 1 << 20  # bytes a second
 
 
 def delete_objects(paths: Sequence[Path]) -> None:

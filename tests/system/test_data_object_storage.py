@@ -3,6 +3,9 @@
 import hashlib
 import json
 import os
+import socket
+import subprocess
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -196,6 +199,42 @@ def test_a_store_that_stops_answering(source, temporary, tmp_path, monkeypatch):
         with pytest.raises(StoreError, match=r"expected an answer of the store") as caught:
             build(source, "s3://bucket/stops", tmp_path)
         assert "\n" not in str(caught.value)
+
+
+SILENT = """
+import socket, sys, time
+from pathlib import Path
+from fastlm.sources import remote
+remote.MAX_WAIT = 1
+start = time.monotonic()
+for call in (
+    lambda: remote.write_object(Path("s3:/bucket/x"), b"x"),
+    lambda: remote.upload([(Path(sys.argv[1]), Path("s3:/bucket/x"))]),
+):
+    try:
+        call()
+    except remote.StoreError as error:
+        print(error)
+print(time.monotonic() - start)
+"""
+
+
+def test_a_store_that_accepts_connections_and_never_answers(tmp_path):
+    """aiobotocore would wait for its "100 Continue" without a limit. In a process of its own: the
+    client goes on in a thread."""
+    (tmp_path / "file").write_bytes(b"x")
+    with socket.socket() as silent:
+        silent.bind(("127.0.0.1", 0))
+        silent.listen(64)
+        address = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        result = subprocess.run(
+            [sys.executable, "-c", SILENT, tmp_path / "file"], capture_output=True, text=True,
+            timeout=100, env={**os.environ, "AWS_ENDPOINT_URL": address, "AWS_ACCESS_KEY_ID": "x",
+                              "AWS_SECRET_ACCESS_KEY": "x"},
+        )  # fmt: skip
+    *messages, seconds = result.stdout.splitlines()
+    assert len(messages) == 2 and all("expected an answer of the store" in m for m in messages)
+    assert float(seconds) < 20
 
 
 def test_a_damaged_or_lost_object_is_made_again(store, source, temporary, tmp_path, monkeypatch):
