@@ -105,7 +105,9 @@ def make_plan(
         if options.strict and (faults := sorted(FAULTS & result["skipped"].keys())):
             raise InputError(f"strict: expected no fault, got {faults[0]}: {file.path}")
         skipped.update(result["skipped"])
-        messages += policy_problems(PolicyFile(**policy) for policy in result["policies"])
+        policy_files_read = [PolicyFile(**policy) for policy in result["policies"]]
+        # a site without the file answers with a status of 400 to 499: that is no fault
+        messages += policy_problems(p for p in policy_files_read if not 400 <= p.status < 500)
         if number < len(files):
             entries.append({**_entry(file), "size": result["size"], "sha256": result["sha256"]})
             share = result["text_size"] // max(1, len(result["ranges"]))

@@ -21,6 +21,7 @@ from typing import Any, cast
 
 from fastlm.data import matching, steps
 from fastlm.data.corpus import (
+    CARD_FILES,
     PLAN,
     REMOVED,
     SPLITS,
@@ -398,6 +399,8 @@ def _publish(work: Work, out: Path) -> Funnel:
     if work.is_remote:
         return _publish_objects(work, out, state)
     (out / FUNNEL).unlink(missing_ok=True)  # a mix of old and new files does not look finished
+    for name in CARD_FILES:  # of an earlier corpus
+        (out / name).unlink(missing_ok=True)
     before = work.folder / "replaced"
     before.mkdir(exist_ok=True)
     for name in (*SPLITS, REMOVED):
@@ -424,7 +427,7 @@ def _publish(work: Work, out: Path) -> Funnel:
 
 def _publish_objects(work: Work, out: Path, state: Mapping[str, Any]) -> Funnel:
     """Copy the parts of a complete build to their names; object storage cannot rename."""
-    delete_objects([out / FUNNEL])
+    delete_objects([out / name for name in (FUNNEL, *CARD_FILES)])
     parts = []
     for folder, step, name in PARTS:
         for unit in _outputs(work):
