@@ -77,7 +77,7 @@ def make_plan(
     unsupported: Counter[str] = Counter()
     files: list[SourceFile] = []
     counts = []
-    outputs = own_paths(work.folder.parent)
+    outputs = output_paths(work.folder.parent)
     for source in track(sources, "fetching", unit="sources"):
         source_files, reasons = list_files(
             source, cache=cache, unsupported=unsupported, leave_out=outputs
@@ -158,7 +158,7 @@ def libraries(options: DataOptions) -> list[str]:
     return names
 
 
-def own_paths(out: Path) -> frozenset[Path]:
+def output_paths(out: Path) -> frozenset[Path]:
     """Return what a build in ``out`` writes, which is no input of it, as resolved paths."""
     names = {*SPLITS, REMOVED, WORK, PLAN, UNITS, FUNNEL, *CARD_FILES, FORGET_LOG, RECORD}
     names |= {f"{split}{SUFFIX}" for split in SPLITS}
