@@ -8,8 +8,6 @@ Between ``read`` and ``apply`` are the steps of `fastlm.data.matching`.
 """
 
 import json
-import os
-import shutil
 from array import array
 from collections import Counter
 from collections.abc import Container, Iterator
@@ -39,6 +37,7 @@ from fastlm.data.unit_files import (
     Counts,
     document_row,
     json_lines,
+    link,
     load,
     load_name,
     raw_lines,
@@ -397,14 +396,6 @@ def write(work: Work, number: int, out: Path) -> dict[str, Any]:
                         if repeats.get(position, 0) > number_of_pass:
                             stream.write(line)
     return counts.to_json()
-
-
-def link(source: Path, target: Path) -> None:
-    """Give a file a second name, or copy it where the file system has no links."""
-    try:
-        os.link(source, target)
-    except OSError:
-        shutil.copyfile(source, target)
 
 
 def choose_heldout(work: Work, units: range, options: DataOptions) -> dict[str, list[int]]:

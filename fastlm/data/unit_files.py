@@ -6,6 +6,8 @@ lower ones. A smaller number is earlier.
 
 import io
 import json
+import os
+import shutil
 from bisect import bisect_left
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -167,3 +169,16 @@ def rows_of_unit(work: Work, step: str, name: str, unit: int) -> np.ndarray:
         first, last = (bisect_left(rows[:, 0], unit + n << 32) for n in (0, 1))
         slices.append(np.array(rows[first:last]))
     return np.concatenate(slices)
+
+
+def outputs_of(work: Work) -> range:
+    """Return the units of input whose documents are written: not those of earlier builds."""
+    return range(work.plan["earlier_units"], work.parameters("exact")["inputs"])
+
+
+def link(source: Path, target: Path) -> None:
+    """Give a file a second name, or copy it where the file system has no links."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copyfile(source, target)
