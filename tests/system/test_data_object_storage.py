@@ -246,7 +246,7 @@ def test_a_damaged_or_lost_object_is_made_again(store, source, temporary, tmp_pa
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(module, "_publish", refuse)
+        patch.setattr(module, "publish", refuse)
         with pytest.raises(KeyboardInterrupt):
             build(source, out, tmp_path)
     remote.delete_objects([out / "work/read/00001.rows.jsonl.zst", out / "work/exact/00000.json"])
