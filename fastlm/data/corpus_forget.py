@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from hashlib import sha256
 from itertools import tee
@@ -22,7 +22,7 @@ from fastlm.data.corpus import (
     split_files,
     update_units,
 )
-from fastlm.data.dedup import MIN_PARAGRAPH, PARAGRAPHS, paragraph_key
+from fastlm.data.dedup import MIN_PARAGRAPH, PARAGRAPHS, THRESHOLD, paragraph_key
 from fastlm.data.forget_log import (
     document_id,
     document_key,
@@ -32,6 +32,7 @@ from fastlm.data.forget_log import (
     text_key,
 )
 from fastlm.data.near_copies import NearCopies
+from fastlm.data.removals import read_removed
 from fastlm.files import atomic_file, sync, write_json
 from fastlm.pipeline.funnel import FUNNEL, Funnel
 from fastlm.schema import parse
@@ -166,11 +167,35 @@ def add_near_copies(
     return added
 
 
+def removed_copies(folder: Path, names: Iterable[str], *, near: bool) -> set[str]:
+    """Return the "SOURCE ID" of the documents that a build removed as copies of the documents with
+    ``names``, and of copies with the same text as these. near: also near copies, from 0.8.
+    """
+    found = {*names}
+    copies: set[str] = set()
+    while found:
+        records = read_removed(folder)
+        details = ((r, COPY_DETAIL.fullmatch(r["detail"] or "")) for r in records)
+        found = {
+            f"{record['source']} {record['id']}"
+            for record, detail in details
+            if detail and detail[2] in found
+            and (detail[1] is None or (near and float(detail[1]) >= THRESHOLD))
+        } - copies  # fmt: skip
+        copies |= found
+    return copies
+
+
 def search_removed(
-    folder: Path, query: ForgetQuery, keys: Iterable[str], texts: Iterable[str]
+    folder: Path,
+    query: ForgetQuery,
+    keys: Iterable[str],
+    texts: Iterable[str],
+    copies: Collection[str] = (),
 ) -> list[FileHits]:
     """Find the records in OUT/removed that match: those of documents that match ``query`` or have
-    one of ``keys``, and those whose text is the beginning of one of ``texts``. InputError: damaged.
+    one of ``keys``, those whose text is the beginning of one of ``texts``, and those of ``copies``,
+    with names "SOURCE ID". InputError: damaged.
     """
     query = replace(query, keys=query.keys.union(keys))
     beginnings = _Beginnings(texts)
@@ -183,9 +208,10 @@ def search_removed(
                 id, source, meta = record["id"], record["source"], {"url": record["url"]}
                 # the excerpt is no complete text, so it has no key
                 matches = query.match_document(Document("", id, source, meta)) - {text_key("")}
-                if matches or record["text"] in beginnings:
+                is_copy = f"{source} {id}" in copies
+                if matches or is_copy or record["text"] in beginnings:
                     hits.line_numbers.add(number)
-                    hits.keys |= matches
+                    hits.keys |= matches | ({line_key(source, id)} if is_copy else set())
                     hits.documents.append((source, id))
                 else:
                     hits.remaining_lines += 1

@@ -41,6 +41,7 @@ from fastlm.data.corpus_forget import (
     remaining_copies,
     remove_card,
     remove_lines,
+    removed_copies,
     search_corpus,
     search_removed,
     search_rows,
@@ -208,7 +209,9 @@ class _Removal:
                 if (folder / split).is_dir() and any(h.line_numbers for h in hits):
                     self.content_ids |= self._ids("corpus", folder / split)
         for folder in corpora:
-            hits = search_removed(folder, self.query, self.keys, self.texts)
+            names = [f"{s} {id}" for file in self._files(folder) for s, id in file.documents]
+            copies = removed_copies(folder, names, near=self.near)
+            hits = search_removed(folder, self.query, self.keys, self.texts, copies)
             self._add_hits("record of a removed document", folder / REMOVED, hits)
             self.removed_records += [file for file in hits if file.line_numbers]
         for path in rows:

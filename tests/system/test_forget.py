@@ -29,6 +29,7 @@ from fastlm.data.forget_log import (
 from fastlm.data.near_copies import NearCopies, is_signature
 from fastlm.data.preferences import read_preferences
 from fastlm.data.prepare import DataOptions, prepare
+from fastlm.data.removals import read_removed
 from fastlm.data.shards import INDEX, BatchSampler, TokenDataset
 from fastlm.errors import InputError
 from fastlm.feedback.build import FORMS, BuildOptions, build
@@ -471,6 +472,31 @@ def test_what_remains_in_place_of_a_removed_copy(tmp_path, near_duplicates):
     report = forget([corpus], [target], near=True)
     assert [c["id"] for c in report.near_copies] == ["a.txt"]
     assert "a.txt" not in ids(corpus) and "other.txt" in ids(corpus)
+
+
+@pytest.mark.parametrize("near", [False, True])
+def test_records_of_copies_of_the_target(tmp_path, near):
+    """A build removed near.txt as a copy of a.txt, and same.txt as one of near.txt; the records
+    quote both.
+    """
+    docs, corpus = near_corpus(tmp_path)
+    shutil.rmtree(corpus)
+    page = (docs / "a.txt").read_text()
+    (docs / "copy.txt").rename(docs / "near.txt")
+    (docs / "near.txt").write_text(page.rsplit(" ", 1)[0])  # shorter, so that a.txt remains
+    (docs / "same.txt").write_text((docs / "near.txt").read_text().upper())
+    options = DataOptions(rules=(), min_paragraph=10**6, heldout_bytes=0)
+    prepare([str(docs)], corpus, options=options, cache=tmp_path)
+    assert sorted(r["id"] for r in read_removed(corpus)) == ["near.txt", "same.txt"]
+    forget([corpus], [str(docs / "a.txt")], near=near)
+    assert ids(corpus) == ["other.txt"]
+    left = [r["id"] for r in read_removed(corpus)]
+    # without --near: near.txt only, whose excerpt is the beginning of the page, too
+    assert left == ([] if near else ["same.txt"])
+    prepare(
+        [str(docs)], corpus, options=options, cache=tmp_path, forgotten=forgotten_keys([corpus])
+    )
+    assert ("near.txt" in ids(corpus)) is not near
 
 
 def test_killed_while_it_removes_near_copies(tmp_path, monkeypatch):
