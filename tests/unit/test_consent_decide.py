@@ -38,7 +38,7 @@ def test_the_answer_names_rule_and_line():
     text = "# rules\nUser-agent: CCBot\nDisallow: /a  # private\n"
     assert decide(
         PAGE, date=None, headers={}, html="", policies={ROBOTS: text}, crawler="CCBot"
-    ) == Consent("no", "robots.txt", "Disallow: /a (CCBot)", f"{ROBOTS}, line 3")
+    ) == Consent("no", "robots.txt", "Disallow: /a (User-agent: CCBot)", f"{ROBOTS}, line 3")
 
 
 def test_nothing_said():

@@ -44,7 +44,9 @@ def test_a_refused_page_is_not_extracted_and_names_its_rule():
     result = clean(policies=[NO])
     assert (result.document.text, result.key) == ("", b"")
     assert (result.removal.step, result.removal.reason) == ("consent", "robots.txt")
-    assert result.removal.detail == "Disallow: /a (AI2Bot) [https://x.example/robots.txt, line 2]"
+    assert result.removal.detail == (
+        "Disallow: /a (User-agent: *) [https://x.example/robots.txt, line 2]"
+    )
 
 
 def test_modes():
@@ -69,7 +71,7 @@ def test_a_document_carries_the_verdict():
         "url": URL,
         "date": "2026-02-01T00:00:00Z",
         "consent": "yes",
-        "consent_rule": f"Content-Signal: ai-train=yes (AI2Bot) [{YES.url}, line 2]",
+        "consent_rule": f"Content-Signal: ai-train=yes (User-agent: *) [{YES.url}, line 2]",
     }
     assert clean().document.meta["consent"] == "unknown"
     assert "consent" not in clean(consent="off").document.meta

@@ -107,7 +107,7 @@ def test_protego_takes_over_where_the_other_library_is_missing(monkeypatch):
 def test_several_crawlers_get_each_group_once():
     text = "User-agent: a\nUser-agent: b\nDisallow: /x\n\nUser-agent: *\nDisallow: /y\n"
     groups = RobotsFile(text).groups(("b", "A", "c", "*", "d"))
-    assert [crawler for crawler, _ in groups] == ["b", "c"]
+    assert [crawler for crawler, _ in groups] == ["b", "*"]
     assert [[line.value for line in group.paths] for _, group in groups] == [["/x"], ["/y"]]
 
 

@@ -125,8 +125,8 @@ class RobotsFile:
         return [join(address, line.value) for line in [*self.licences, *lines]]
 
     def groups(self, crawlers: tuple[str, ...]) -> list[tuple[str, RobotsGroup]]:
-        """Return the groups that these product tokens obey, each once, with the first token that
-        obeys it. A token without a group of its own obeys ``*``, or nothing.
+        """Return the groups that these product tokens obey, each once, with the first token whose
+        own group it is, or "*". A token without a group of its own obeys ``*``, or nothing.
         """
         views = self._views.get(crawlers)
         if views is None:
@@ -136,7 +136,8 @@ class RobotsFile:
     def _distinct(self, crawlers: Sequence[str]) -> Iterator[tuple[str, RobotsGroup]]:
         done = set()
         for crawler in crawlers:
-            indices = self._agents.get(crawler.lower()) or self._agents.get("*") or ([], [])
+            own = self._agents.get(crawler.lower())
+            indices = own or self._agents.get("*") or ([], [])
             key = (tuple(indices[0]), tuple(indices[1]))
             if key in done:
                 continue
@@ -145,7 +146,7 @@ class RobotsFile:
                 paths = [line for i in key[0] for line in self._paths[i]]
                 extensions = [line for i in key[1] for line in self._extensions[i]]
                 self._groups[key] = RobotsGroup(paths, extensions)
-            yield crawler, self._groups[key]
+            yield (crawler if own else "*"), self._groups[key]
 
 
 def join(base: str, address: str) -> str:
@@ -203,7 +204,7 @@ def path_statement(
             return Consent(
                 "no",
                 STANDARD.name,
-                f"{quote(line.text)} ({crawler})",
+                f"{quote(line.text)} (User-agent: {crawler})",
                 f"{address}, line {line.number}",
             )
     return None
@@ -255,7 +256,7 @@ def usage_statement(
         if rule is None:
             statements.append(None)
             continue
-        text = f"{quote(rule.line.text)} ({crawler})"
+        text = f"{quote(rule.line.text)} (User-agent: {crawler})"
         source = f"{address}, line {rule.line.number}"
         statements.append(Consent(rule.verdict, standard.name, text, source))
     return for_all(statements) if statements else None
