@@ -173,6 +173,9 @@ CACHES = {
 }
 
 
+ABSENT = ("status 404", "status 410")  # reasons of `usable_text`
+
+
 def is_html(text: str) -> bool:
     """Return whether a file begins like a page. A site without the file often answers 200 with
     one.
@@ -208,7 +211,8 @@ def policy_problems(
     policies: Policies | Iterable[PolicyFile], *, now: datetime | None = None
 ) -> list[str]:
     """Return what is wrong with policy files, a line each: files that count as no policy or are
-    read in part, dates in the future. For the counts of a build; no error.
+    read in part, dates in the future. A file that the site does not have is no problem. For the
+    counts of a build; no error.
     """
     now = now or datetime.now(UTC)
     if isinstance(policies, Mapping):
@@ -220,6 +224,8 @@ def policy_problems(
         kind = file_kind(address)
         text, reason = usable_text(kind, policy)
         problem = reason if text is None else CACHES[kind](text).problem
+        if reason in ABSENT:  # most sites have no ai.txt
+            continue
         if problem:
             problems.append(f"{address}: {problem}")
         time = None if isinstance(policy, str) else parse_date(policy.date)
