@@ -61,7 +61,11 @@ def _bad_value(error: typer.BadParameter) -> InputError | None:
     param: Any = error.param
     if not errors or param is None:
         return None
-    expected = errors[0]["msg"].partition(",")[0].removeprefix("Input should be ")
+    message = errors[0]["msg"].removeprefix("Value error, ")
+    if " is not one of " in message:  # typer's own, of a Literal
+        expected = f"one of {message.partition(' is not one of ')[2].rstrip('.')}"
+    else:
+        expected = message.partition(",")[0].removeprefix("Input should be ")
     return InputError(
         f"{max(param.opts, key=len)}: expected {expected}, got {errors[0]['input']!r:.80}"
     )

@@ -170,7 +170,10 @@ def _check_job(job: Path, options: CrawlOptions, seeds: list[str]) -> None:
                 )
     elif warc_paths(options.out):
         remove(job)
-        raise InputError(f"out: expected an empty folder or an unfinished crawl, got {options.out}")
+        raise InputError(
+            f"out: expected an empty folder or an unfinished crawl, got {options.out} "
+            f"(for changes since a finished crawl: --previous {options.out} -o ANOTHER)"
+        )
 
 
 def _begin_job(job: Path, options: CrawlOptions, seeds: list[str]) -> None:

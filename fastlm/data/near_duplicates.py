@@ -263,7 +263,7 @@ def resolve(
             index.add(rank)
             continue
         similarity, other = max(similar)
-        duplicates.append(Duplicate(int(numbers[rank]), int(numbers[-other]), similarity))
+        duplicates.append(Duplicate(int(numbers[rank]), int(numbers[-other]), float(similarity)))
         for _, other in similar:
             _join(parents, rank, -other)
     roots = np.array([_root(parents, rank) for rank in range(len(documents))], np.int64)
@@ -418,8 +418,10 @@ def find(
 
     Of two texts the one with fewer distinct 5-grams is removed, else the later one. The result is a
     function of the texts alone. Memory: 8 bytes a word, and 250 a text. InputError: a threshold
-    outside 0.1 to 1, ``earlier`` outside the texts.
+    outside 0.1 to 1, ``earlier`` outside the texts, one text instead of several.
     """
+    if isinstance(texts, str):
+        raise InputError(f"texts: expected a list of texts, got the text {texts!r:.40}")
     if not 0 <= earlier <= len(texts):
         raise InputError(f"earlier: expected 0 to {len(texts)}, the number of texts, got {earlier}")
     sets = [shingles(text) for text in texts]

@@ -84,6 +84,11 @@ class Funnel:
         except StoreError:
             raise
         except InputError as e:
+            if not is_remote(path) and not path.is_file():
+                raise InputError(
+                    f"{path}: expected the funnel of a prepared data folder, not found: is the "
+                    "build finished (fastlm data prepare)?"
+                ) from None
             raise InputError(
                 f"{path}: expected the funnel of a prepared data folder: {e}"
             ) from None

@@ -33,7 +33,7 @@ def decide(
     date: datetime | str | None = None,
     headers: HeaderFields | None = None,
     html: str | bytes | None = None,
-    policies: Policies | Sequence[PolicyFile] | PolicyIndex = (),
+    policies: Policies | Sequence[PolicyFile] | PolicyIndex | None = None,
     crawler: str | Sequence[str] | None = None,
     mode: str = "as-crawled",
 ) -> Consent:
@@ -57,7 +57,7 @@ def decide(
     if isinstance(policies, PolicyIndex):
         snapshots = policies.views(url, date, mode)
     else:
-        snapshots = policies_at(policies, date, mode) or [{}]
+        snapshots = policies_at(policies or (), date, mode) or [{}]
     if len(snapshots) == 1:
         return _decide(_Page(url, headers, html, snapshots[0], tokens))
     decisions = (_decide(_Page(url, headers, html, s, tokens)) for s in snapshots)
