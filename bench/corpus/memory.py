@@ -129,16 +129,16 @@ def rows(
             f"{size} GB: {usage.memory / 2**20:.0f} MiB, {usage.cpu_seconds:.0f} CPU s, "
             f"{usage.wall_seconds:.0f} s at load {usage.load:.1f}"
         )
-    a, b = np.polyfit(sizes, peaks, 1) if len(sizes) > 1 else (0.0, peaks[0])
-    expected = max(a, 0) * TARGET_BYTES / 1e9 + b
+    a = np.polyfit(sizes, peaks, 1)[0] if len(sizes) > 1 else 0.0
     measured = max(sizes) * 1e9 >= TARGET_BYTES * 0.99
     rates = [s / size for s, size in zip(seconds, sizes)]
     note = f"{workers} workers, --memory {memory}; " + "; ".join(texts)
     return [
         row(f"largest, {max(sizes)} GB", round(max(peaks) / 2**20), LIMIT >> 20, "MiB", note),
         row(
-            "at 10 GB", round((max(peaks) if measured else expected) / 2**20), LIMIT >> 20, "MiB",
-            "measured" if measured else f"a line through the peaks: {a / 2**20:.0f} MiB a GB",
+            "at 10 GB", round(max(peaks) / 2**20) if measured else None, LIMIT >> 20, "MiB",
+            "measured" if measured else f"not measured. {a / 2**20:.0f} MiB a GB between these sizes,"
+            f" until one range of hashes takes --memory; then more ranges follow",
         ),
         row(
             "CPU seconds a GB, largest against smallest", round(rates[-1] / rates[0], 2),
