@@ -137,8 +137,8 @@ def rows(
         row(f"largest, {max(sizes)} GB", round(max(peaks) / 2**20), LIMIT >> 20, "MiB", note),
         row(
             "at 10 GB", round(max(peaks) / 2**20) if measured else None, LIMIT >> 20, "MiB",
-            "measured" if measured else f"no. {a / 2**20:.0f} MiB a GB between these,"
-            f" until one range of hashes takes --memory; then more ranges follow",
+            "measured" if measured else f"unmeasured: {a / 2**20:.0f} MiB a GB between these,"
+            " until one range of hashes takes --memory; then more ranges follow",
         ),
         row(
             "CPU seconds a GB, largest against smallest", round(rates[-1] / rates[0], 2),
