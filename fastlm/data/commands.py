@@ -102,10 +102,12 @@ def show_command(
         ),
     ] = None,
     id: Annotated[
-        str | None, typer.Option(help="Show why the document with this id was removed")
+        str | None,
+        typer.Option(help="Show why the document with this id was removed, or its metadata"),
     ] = None,
     url: Annotated[
-        str | None, typer.Option(help="Show why the page with this address was removed")
+        str | None,
+        typer.Option(help="Show why the page with this address was removed, or its metadata"),
     ] = None,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print JSON: the funnel, or one record a line")
@@ -114,7 +116,8 @@ def show_command(
     """Show what each data step kept and removed, and what each source yielded.
 
     With --dropped, --id or --url: show the records of removed documents, each with the reason and,
-    for a sample, the beginning of its text.
+    for a sample, the beginning of its text. Of a document that remains, --id and --url show the
+    metadata: consent, licence, scores, cluster.
     """
     from rich.console import Console
 
@@ -133,17 +136,26 @@ def _show_removed(path: Path, query: "RemovalQuery", as_json: bool) -> None:
     """Print the records that match, through a pager on a terminal; complete if there is none."""
     import click
 
-    from fastlm.data.removals import corpus_folder, find_part, find_removed, plain_text, styled_text
+    from fastlm.data.removals import (
+        corpus_folder,
+        facts_text,
+        find_document,
+        find_removed,
+        plain_text,
+        styled_text,
+    )
 
     records = find_removed(path, query)
     out = corpus_folder(path)
     first = next(records, None)
     if first is None and query.rule is None:
-        part = find_part(out, query)
+        found = find_document(out, query)
         name, value = ("id", query.id) if query.id is not None else ("url", query.url)
-        if part is None:
+        if found is None:
             raise InputError(f"{name}: expected a document that {out} has or removed, got {value}")
+        part, document = found
         typer.echo(f"{value}: not removed, it is in {out / part}", err=as_json)
+        typer.echo(facts_text(document), nl=False, err=as_json)
     elif first is None:
         is_any = (query.id, query.url) == (None, None)
         typer.echo(

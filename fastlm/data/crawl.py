@@ -211,8 +211,9 @@ def summary_text(summary: Mapping[str, Any]) -> str:
 
     kinds = Counter(summary["refused"]) + Counter(summary["errors"])
     counts = ", ".join(f"{kind} {n:,}" for kind, n in kinds.most_common(8))
-    text = f"{summary['pages']:,} pages ({size_text(summary['bytes'])}), {summary['policies']:,} "
-    text += f"policy files; {counts or 'nothing'} left out"
+    unchanged = f", {n:,} unchanged" if (n := summary.get("unchanged", 0)) else ""
+    text = f"{summary['pages']:,} pages ({size_text(summary['bytes'])}{unchanged}), "
+    text += f"{summary['policies']:,} policy files; {counts or 'nothing'} left out"
     if summary["end"] != "finished":
         text += f". Stopped ({summary['end']}): the same command continues"
     return text

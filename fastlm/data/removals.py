@@ -24,6 +24,7 @@ from fastlm.pipeline.funnel import FUNNEL, Funnel
 from fastlm.pipeline.text import visible
 from fastlm.schema import parse
 from fastlm.sources.remote import is_remote
+from fastlm.sources.source_files import Document
 from fastlm.sources.streams import open_stream
 
 
@@ -133,16 +134,26 @@ def describe_reasons(reasons: list[Reason]) -> str:
     return "; ".join(f"{step}: {', '.join(texts)}" for step, texts in steps.items())
 
 
-def find_part(out: Path, query: RemovalQuery) -> str | None:
-    """Return the part of a corpus in which a document is, "train/00003.jsonl.zst"; None if it is
-    in none. Reads documents until it is found.
+def find_document(out: Path, query: RemovalQuery) -> tuple[str, Document] | None:
+    """Return a document of a corpus and its part, "train/00003.jsonl.zst"; None if it is in none.
+    Reads documents until it is found.
     """
     for split in SPLITS:
         for path in corpus_parts(out, split):
             for document in read_documents(path):
                 if query.match(document.id, document.meta.get("url")):
-                    return str(path.relative_to(out))
+                    return str(path.relative_to(out)), document
     return None
+
+
+def facts_text(document: Document) -> str:
+    """Return source and metadata of a document, a line each: consent, licence, scores, cluster."""
+    facts = {"source": document.source} | document.meta
+    width = max(map(len, facts))
+    return "".join(
+        f"  {visible(name):<{width}}  {' '.join(visible(str(value)).split())}\n"
+        for name, value in facts.items()
+    )
 
 
 def record_fields(record: RemovedRecord) -> list[tuple[str, str]]:

@@ -140,7 +140,11 @@ def test_every_removal_has_a_reason_that_can_be_looked_up(built):
 def test_a_document_that_was_not_removed_is_named_with_its_part(built):
     document = next(read_documents(built, "train"))
     result = call("data", "show", built, "--id", document.id)
-    assert result.stdout == f"{document.id}: not removed, it is in {built}/train/00000.jsonl.zst\n"
+    first, *facts = result.stdout.splitlines()
+    assert first == f"{document.id}: not removed, it is in {built}/train/00000.jsonl.zst"
+    assert dict(line.split(None, 1) for line in facts) == {
+        name: str(value) for name, value in {"source": document.source, **document.meta}.items()
+    }
     error = call("data", "show", built, "--url", "https://no.example/", status=2).stderr
     assert "url: expected a document that" in error and "got https://no.example/" in error
     assert records(built, "--dropped", "word", "--id", document.id) == []

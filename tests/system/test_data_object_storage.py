@@ -284,7 +284,7 @@ def test_copies_on_a_node_are_bounded_and_those_of_killed_builds_deleted(
 def test_removed_documents_and_the_card_of_a_remote_corpus(store, source, tmp_path):
     """A remote corpus has the facts of a local one; its card goes to a local folder."""
     from fastlm.data.corpus_facts import corpus_facts
-    from fastlm.data.removals import RemovalQuery, find_part, find_removed
+    from fastlm.data.removals import RemovalQuery, find_document, find_removed
 
     remote_out, local_out = Path("s3://bucket/card/out"), tmp_path / "out"
     for out in (remote_out, local_out):
@@ -294,7 +294,7 @@ def test_removed_documents_and_the_card_of_a_remote_corpus(store, source, tmp_pa
         (record,) = find_removed(remote_out, query)
         assert [record] == [*find_removed(local_out, query)]
     remaining = RemovalQuery(id="05.txt")
-    assert find_part(remote_out, remaining) == find_part(local_out, remaining)
+    assert find_document(remote_out, remaining) == find_document(local_out, remaining)
     facts = corpus_facts(remote_out)
     assert facts == corpus_facts(local_out) and facts["plan"]
     run = CliRunner().invoke(app, ["data", "card", "s3://bucket/card/out"])
