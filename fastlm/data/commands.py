@@ -169,7 +169,8 @@ def _show_removed(path: Path, query: "RemovalQuery", as_json: bool) -> None:
                 typer.echo(json.dumps(record, ensure_ascii=False))
         elif sys.stdout.isatty():
             width = shutil.get_terminal_size().columns
-            click.echo_via_pager((styled_text(r, width) for r in matches), color=True)
+            # color=None: click tells less to show colours, and removes them for other pagers
+            click.echo_via_pager(styled_text(r, width) for r in matches)
         else:
             for record in matches:
                 typer.echo(plain_text(record), nl=False)
