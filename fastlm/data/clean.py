@@ -15,7 +15,7 @@ from fastlm.data.consent.policy_index import PolicyIndex
 from fastlm.data.contamination import QuestionIndex
 from fastlm.data.dedup import content_key
 from fastlm.data.extract import extract_page
-from fastlm.data.filter import first_failed
+from fastlm.data.filter import first_failed, is_too_short
 from fastlm.data.forget_log import document_key, line_key, text_key
 from fastlm.data.language import Language, identify
 from fastlm.data.near_copies import NearCopies, is_signature
@@ -72,7 +72,7 @@ class _Draft:
 
     results: list[CleanDocument]
     parts: list[tuple[Document, str]] = field(default_factory=list)
-    languages: list[Language] = field(default_factory=list)
+    languages: list[Language | None] = field(default_factory=list)
     fallback: str = ""
 
 
@@ -110,8 +110,13 @@ class Cleaner:
         method = self.options.language_method
         if method != "off":
             for draft in texts:
-                draft.languages = [identify(text, method=method) for _, text in draft.parts]
+                draft.languages = [self._identify(text, method) for _, text in draft.parts]
         return [draft.results or self._clean_parts(draft) for draft in texts]
+
+    def _identify(self, text: str, method: str) -> Language | None:
+        if not self.options.languages and is_too_short(text, self.options.rules):
+            return None  # it is removed
+        return identify(text, method=method)
 
     def _clean_parts(self, draft: "_Draft") -> list[CleanDocument]:
         placeholders = Placeholders()  # a value has the same number in all parts

@@ -39,8 +39,10 @@ ENDINGS = (
     ".", "!", "?", '"', "'", "\u201d", "\u2019", ":", ";", "\u3002", "\uff01", "\uff1f", "\u0964",
     "\u061f", "\u06d4", "\u104b", "\u17d4", "\u0589",
 )  # fmt: skip
-MAX_WORDS = 100_000
+MIN_WORDS, MAX_WORDS = 50, 100_000
 HAS_LETTER = re.compile(r"[^\W\d_]")
+# Thai to Tibetan, Burmese, Khmer, Chinese and Japanese
+WITHOUT_SPACES = re.compile("[\u0e00-\u0fff\u1000-\u109f\u1780-\u17ff\u2e80-\ua4cf\uf900-\ufaff]")
 IN_WORDS = re.compile(r"\w|[\u0e00-\u0fff\u1000-\u109f\u1780-\u17ff]")  # vowel signs are no \w
 
 
@@ -61,7 +63,7 @@ class TextStatistics:
     def word_count(self) -> int:
         """The number of words; estimated in a language without spaces between them."""
         per_word = CHARACTERS_PER_WORD.get(self.language)
-        if per_word is None:
+        if per_word is None or not WITHOUT_SPACES.search(self.text):
             return len(self.words)
         return max(len(self.words), int(len(IN_WORDS.findall(self.text)) / per_word))
 
@@ -77,7 +79,7 @@ def load_stop_words() -> dict[str, frozenset[str]]:
     return {language: frozenset(words.split()) for language, words in table["words"].items()}
 
 
-def word_count(s: TextStatistics, min_words: int = 50, max_words: int = MAX_WORDS) -> bool:
+def word_count(s: TextStatistics, min_words: int = MIN_WORDS, max_words: int = MAX_WORDS) -> bool:
     """Gopher: between 50 and 100,000 words."""
     return min_words <= s.word_count <= max_words
 
@@ -197,3 +199,12 @@ def first_failed(text: str, rules: Sequence[str] = TECHNICAL, language: str = "e
     """
     statistics = TextStatistics(text, language)
     return next((name for name in rules if not RULES[name](statistics)), None)
+
+
+def is_too_short(text: str, rules: Sequence[str]) -> bool:
+    """Return whether `first_failed` rejects a text as too short, whatever its language is. Half of
+    the pages of a manual are, and their language need not be identified.
+    """
+    if not rules or rules[0] != word_count.__name__:
+        return False
+    return not WITHOUT_SPACES.search(text) and len(text.split()) < MIN_WORDS

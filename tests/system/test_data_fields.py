@@ -159,7 +159,7 @@ def test_every_removal_has_its_reason(build):
         "closed": (
             "consent",
             "robots.txt",
-            rf"Disallow: /closed \(\w+\) \[{SITE}/robots.txt, line 2\]",
+            rf"Disallow: /closed \(User-agent: [\w*]+\) \[{SITE}/robots.txt, line 2\]",
         ),
         "reserved": ("consent", "tdmrep", rf".*\[{SITE}/.well-known/tdmrep.json.*\]"),
         "listed": ("consent", "opt-out", ".*out.txt, line 1: url x.example/listed"),
