@@ -149,11 +149,11 @@ def _show_removed(path: Path, query: "RemovalQuery", as_json: bool) -> None:
     out = corpus_folder(path)
     first = next(records, None)
     if first is None and query.rule is None:
-        found = find_document(out, query)
+        location = find_document(out, query)
         name, value = ("id", query.id) if query.id is not None else ("url", query.url)
-        if found is None:
+        if location is None:
             raise InputError(f"{name}: expected a document that {out} has or removed, got {value}")
-        part, document = found
+        part, document = location
         typer.echo(f"{value}: not removed, it is in {out / part}", err=as_json)
         typer.echo(facts_text(document), nl=False, err=as_json)
     elif first is None:

@@ -171,18 +171,18 @@ def removed_copies(folder: Path, names: Iterable[str], *, near: bool) -> set[str
     """Return the "SOURCE ID" of the documents that a build removed as copies of the documents with
     ``names``, and of copies with the same text as these. near: also near copies, from 0.8.
     """
-    found = {*names}
+    recent = {*names}
     copies: set[str] = set()
-    while found:
+    while recent:
         records = read_removed(folder)
         details = ((r, COPY_DETAIL.fullmatch(r["detail"] or "")) for r in records)
-        found = {
+        recent = {
             f"{record['source']} {record['id']}"
             for record, detail in details
-            if detail and detail[2] in found
+            if detail and detail[2] in recent
             and (detail[1] is None or (near and float(detail[1]) >= THRESHOLD))
         } - copies  # fmt: skip
-        copies |= found
+        copies |= recent
     return copies
 
 

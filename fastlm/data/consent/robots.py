@@ -136,8 +136,8 @@ class RobotsFile:
     def _distinct(self, crawlers: Sequence[str]) -> Iterator[tuple[str, RobotsGroup]]:
         done = set()
         for crawler in crawlers:
-            own = self._agents.get(crawler.lower())
-            indices = own or self._agents.get("*") or ([], [])
+            named_group = self._agents.get(crawler.lower())
+            indices = named_group or self._agents.get("*") or ([], [])
             key = (tuple(indices[0]), tuple(indices[1]))
             if key in done:
                 continue
@@ -146,7 +146,7 @@ class RobotsFile:
                 paths = [line for i in key[0] for line in self._paths[i]]
                 extensions = [line for i in key[1] for line in self._extensions[i]]
                 self._groups[key] = RobotsGroup(paths, extensions)
-            yield (crawler if own else "*"), self._groups[key]
+            yield (crawler if named_group else "*"), self._groups[key]
 
 
 def join(base: str, address: str) -> str:
