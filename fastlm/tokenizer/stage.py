@@ -7,6 +7,7 @@ from functools import partial
 from typing import Annotated, Any
 
 from fastlm.data.corpus import SPLITS, UNFINISHED_SHARDS, is_corpus
+from fastlm.errors import InputError
 from fastlm.pipeline.funnel import Funnel
 from fastlm.pipeline.stage import (
     Facts,
@@ -124,6 +125,8 @@ class Shards(Stage):
         from fastlm.tokenizer.corpus_encoding import encode_corpus
 
         corpus = ctx.path("corpus")
+        if is_corpus(ctx.out):  # whose record.json would be replaced
+            raise InputError(f"out: expected a folder without prepared text, got {ctx.out}")
         result: dict[str, Any] = {}
         splits = {"train": ctx.out}  # and their folders
         counts: dict[str, int] = {}

@@ -376,3 +376,11 @@ def test_a_folder_without_funnel_fields(tmp_path):
     for text in ('{"steps": 3}', '{"steps": [{"a": 1}]}', "[]", '{"sources": {"x": 1}}'):
         (tmp_path / "funnel.json").write_text(text)
         refused("data", "show", tmp_path, text="expected the funnel of a prepared data folder")
+
+
+def test_shards_into_a_corpus(finished):
+    """They would replace the record of how the text was made."""
+    data, tokenizer = finished / "run/data", finished / "run/tokenizer"
+    text = "out: expected a folder without prepared text"
+    refused("data", "shards", data, "-t", tokenizer, "-o", data, text=text)
+    assert not list(data.glob("train/*.bin"))
