@@ -41,6 +41,12 @@ def test_the_answer_names_rule_and_line():
     ) == Consent("no", "robots.txt", "Disallow: /a (User-agent: CCBot)", f"{ROBOTS}, line 3")
 
 
+@pytest.mark.parametrize("policies", [{"robots.txt": NO}, {"/robots.txt": NO}, {ROBOTS: b"x"}])
+def test_policies_that_would_not_count(policies):
+    with pytest.raises(InputError, match="policies: expected"):
+        decide(PAGE, policies=policies)
+
+
 def test_nothing_said():
     expected = Consent("unknown", "", "", "")
     assert decide(PAGE, date=None, headers={}, html="", policies={}, crawler="CCBot") == expected

@@ -18,6 +18,7 @@ from fastlm.data.consent.policy_files import (
 )
 from fastlm.data.consent.policy_index import PolicyIndex
 from fastlm.data.consent.statement import NOTHING, Consent, most_restrictive
+from fastlm.errors import InputError
 
 STANDARDS = tuple(
     module.STANDARD for module in (robots, aipref, content_signal, tdmrep, rsl, noai, ai_txt)
@@ -48,10 +49,12 @@ def decide(
 
     Return the most restrictive statement of all standards, which each have their own precedence;
     ``Consent("unknown")`` if none says anything, or ``url`` is no web address. Content never
-    raises. InputError: an unknown mode, a crawler without a product token.
+    raises. InputError: an unknown mode, a crawler without a product token, a policy file under a
+    name that is no web address, or as bytes.
     """
     tokens = product_tokens(crawler)
     if isinstance(policies, Mapping):
+        _check(policies)
         return _decide(_Page(url, headers, html, policies, tokens))
     snapshots: Sequence[Mapping[str, Any]]
     if isinstance(policies, PolicyIndex):
@@ -63,6 +66,18 @@ def decide(
     decisions = (_decide(_Page(url, headers, html, s, tokens)) for s in snapshots)
     spoken = [decision for decision in decisions if decision.standard]
     return most_restrictive(spoken) or NOTHING
+
+
+def _check(policies: Mapping[Any, Any]) -> None:
+    """Refuse what would count as no policy by mistake."""
+    for address, policy in policies.items():
+        if not (isinstance(address, str) and _ADDRESS.match(address)):
+            expected = "addresses such as https://x.org/robots.txt"
+            raise InputError(f"policies: expected {expected}, got {address!r:.80}")
+        if not isinstance(policy, str | PolicyFile):
+            raise InputError(
+                f"policies: expected text of {address:.80}, got {type(policy).__name__}"
+            )
 
 
 def statements(
