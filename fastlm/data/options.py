@@ -210,6 +210,8 @@ class DataOptions:
             from fastlm.data.consent.crawlers import product_tokens
 
             product_tokens(self.crawlers)
+        if self.consent == "off" and self.unknown == "drop":
+            raise InputError("unknown: expected keep, since consent is off, got drop")
         for path in self.opt_out:
             if not Path(path).is_file():
                 raise InputError(f"opt_out: expected a file, got {path}")

@@ -182,3 +182,8 @@ def test_an_archive_with_policy_files(tmp_path):
     )
     assert results["/open"].document.meta["consent"] == "unknown"
     assert "headers" not in results["/open"].document.meta
+
+
+def test_nobody_is_asked_and_silence_is_a_no():
+    with pytest.raises(InputError, match="unknown: expected keep, since consent is off"):
+        DataOptions(consent="off", unknown="drop").check()
