@@ -89,6 +89,11 @@ def make_plan(
         file for source in options.policies
         for file in list_files(source, cache=cache)[0] if file.format == "warc"
     ]  # fmt: skip
+    if options.policies and not policy_files:
+        raise InputError(
+            f"policies: expected WARC files, which say where and when a policy file was fetched;"
+            f" got none in {', '.join(options.policies)}"
+        )
     scanned = [*files, *policy_files]
     inner = _scan_all(work, scanned, options, track)
     policies = write_policies(

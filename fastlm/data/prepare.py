@@ -155,7 +155,11 @@ def _build(work: Work, options: DataOptions, track) -> None:
     work.begin_step("apply", units=inputs)
     run(steps.apply, outputs, "removing duplicates")
     if not any(work.counts("apply", unit)["documents"] for unit in outputs):
-        removed = {s["step"]: s["removed"] for s in build_funnel(work).steps if s["removed"]}
+        removed = "; ".join(
+            f"{s['step']}: " + ", ".join(f"{n:,} {reason}" for reason, n in s["removed"].items())
+            for s in build_funnel(work).steps
+            if s["removed"]
+        )
         names = ", ".join(name for name, _ in work.plan["sources"])
         raise InputError(
             f"sources {names}: expected text, nothing is left after cleaning: {removed}"

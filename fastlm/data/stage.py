@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Annotated, Any
 
 from fastlm.data.filter import TECHNICAL, WEB
@@ -57,7 +58,7 @@ class Data(DataOptions, Stage):
             entries = [*entries, ["policies", input_digest.hash_sources(self.policies)]]
         for corpus in self.earlier:
             entries = [*entries, ["earlier", corpus, input_digest.hash_corpus(corpus)]]
-        forgotten = forgotten_keys([input_digest.folder])
+        forgotten = forgotten_keys([input_digest.folder, *map(Path, self.earlier)])
         if forgotten:
             entries = [*entries, ["forgotten", sorted(forgotten)]]
         hashes = {key: v for key, v in self.identity().items() if key.endswith("_sha256") and v}
@@ -68,8 +69,11 @@ class Data(DataOptions, Stage):
 
         names = [f.name for f in fields(DataOptions)]
         options = DataOptions(**{name: getattr(self, name) for name in names})
-        # of the run and of the folder of runs: nothing comes back from a source that still has it
-        folders = (ctx.out.parent, ctx.out.absolute().parent.parent) if ctx.in_recipe else ()
+        # of the run, the folder of runs and earlier builds: nothing comes back from a source that
+        # still has it
+        folders = [Path(corpus) for corpus in self.earlier]
+        if ctx.in_recipe:
+            folders += [ctx.out.parent, ctx.out.absolute().parent.parent]
         funnel = prepare(
             self.sources, ctx.out, options=options, cache=ctx.cache_dir, track=ctx.track,
             forgotten=forgotten_keys([ctx.out, *folders]),

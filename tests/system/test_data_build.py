@@ -12,7 +12,9 @@ import tracemalloc
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
+from fastlm.cli import app
 from fastlm.data import matching
 from fastlm.data.corpus import read_documents, read_units
 from fastlm.data.options import parse_size
@@ -153,6 +155,29 @@ def test_documents_of_an_earlier_build_win(pages, tmp_path):
     assert sum(f"{tmp_path}/earlier.jsonl" in detail for detail in details) == 2
     with pytest.raises(InputError, match=r"earlier: expected a corpus .*none not found"):
         build(pages, tmp_path / "bad", earlier=(str(tmp_path / "none"),))
+
+
+def test_what_an_earlier_corpus_forgot_stays_away(tmp_path):
+    old = write_lines(tmp_path / "old.jsonl", [prose(i) for i in range(4)])
+    new = write_lines(tmp_path / "new.jsonl", [prose(2), prose(9)])
+    build(old, tmp_path / "first", heldout_bytes=0)
+    for command in (
+        ["forget", tmp_path / "first", "--target", "old.jsonl:3"],
+        ["prepare", new, "-o", tmp_path / "next", "--earlier", tmp_path / "first",
+         "--heldout-bytes", "0"],
+    ):  # fmt: skip
+        result = CliRunner().invoke(app, ["data", *map(str, command)])
+        assert result.exit_code == 0, result.output
+    assert [d.text for d in read_documents(tmp_path / "next", "train")] == [prose(9)]
+    assert [r["reason"] for r in removed(tmp_path / "next")] == ["forgotten"]
+
+
+def test_policies_without_an_archive_are_refused(pages, tmp_path):
+    (tmp_path / "site").mkdir()
+    (tmp_path / "site" / "robots.txt").write_text("User-agent: *\nDisallow: /\n")
+    with pytest.raises(InputError, match="policies: expected WARC files"):
+        build(pages, tmp_path / "out", policies=(str(tmp_path / "site"),))
+    assert not (tmp_path / "out").exists()
 
 
 def test_max_bytes_ends_the_gathering_early(tmp_path):
