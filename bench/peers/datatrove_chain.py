@@ -14,6 +14,7 @@ import json
 import os
 import shutil
 import sys
+import time
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
@@ -65,7 +66,10 @@ def main() -> None:
     ]  # fmt: skip
 
     def run(*pipeline, tasks=1):
-        return LocalPipelineExecutor(pipeline=list(pipeline), tasks=tasks, workers=1).run()
+        logs = str(out / "logs" / str(time.monotonic_ns()))  # an old folder would skip the tasks
+        return LocalPipelineExecutor(
+            pipeline=list(pipeline), tasks=tasks, workers=1, logging_dir=logs
+        ).run()
 
     statistics = run(*blocks)
     folders = {name: str(out / name) for name in ("signatures", "buckets", "clusters")}
