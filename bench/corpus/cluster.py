@@ -125,8 +125,8 @@ def of_cluster(folder: str) -> list[tuple[int, str, float]]:
 
 
 def cpu_seconds(folder: str = "") -> float:
-    own = sum(os.times()[:4])
-    return own + sum(entry[2] for entry in of_cluster(folder)) if folder else own
+    seconds = sum(os.times()[:4])  # of this process and the children it waited for
+    return seconds + sum(entry[2] for entry in of_cluster(folder)) if folder else seconds
 
 
 def digests(out: Path) -> dict[str, str]:

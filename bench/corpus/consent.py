@@ -137,7 +137,7 @@ def agreement_rows(files: int = 4000, seed: int = 5) -> list[dict]:
     total = with_google = with_protego = protego = 0
     for _ in range(files):
         text = generate(rng)
-        file, whole = RobotsFile(text), Protego.parse(text)
+        file, parser = RobotsFile(text), Protego.parse(text)
         for _ in range(5):
             path, crawler = rng.choice(PATHS), rng.choice(names)
             expected = matcher.is_allowed(text, crawler, SITE + path)
@@ -147,7 +147,7 @@ def agreement_rows(files: int = 4000, seed: int = 5) -> list[dict]:
             total += 1
             with_google += (group.disallows(spelled) is None) != expected
             with_protego += (ProtegoMatcher(rules).match(spelled) is None) != expected
-            protego += whole.can_fetch(SITE + path, crawler) != expected
+            protego += parser.can_fetch(SITE + path, crawler) != expected
     note = f"of {total:,} generated decisions, against Google's parser on the complete file"
     return [
         row(

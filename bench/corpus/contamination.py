@@ -4,7 +4,7 @@
 
 Questions: MMLU, GSM8K and TriviaQA (`fastlm tasks`), each written by `write_questions` and read
 again. Pages: at most 2,000 of php-doc, libreoffice-help-en-us and python3.13-doc each. Planted: 600
-questions, drawn with a seed, each into a page of its own: exact, wrapped at 30 characters in lower
+questions, drawn with a seed, each into another page: exact, wrapped at 30 characters in lower
 case, or with other quotes and dashes; and once more with one word replaced. Halves: the first half
 of the words of a question of 80 letters or more, which must stay. A false alarm is a page of
 documentation in which a question is found. CPU seconds of one core, the best of three rounds.

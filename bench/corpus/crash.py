@@ -5,7 +5,7 @@
 Input: the WARC files of `bench/corpus/pages.py`, two workers, units of 1 MB. Each kill is SIGKILL,
 of the command or of one of its workers, at a moment drawn from a quarter of the time of the
 undisturbed build. A command that ends (all kills were of workers, or a unit lost its worker three
-times) is started again; a build that is finished before the last kill begins anew in a new folder.
+times) is started again; a build that finishes before the last kill is repeated in a new folder.
 Every finished build must have the bytes of the undisturbed one. Units are counted by their own log.
 """
 

@@ -89,8 +89,8 @@ def toxic_documents(page: str, toxic: Sequence[str], share: float, draw: random.
     added = 0
     while added < goal:
         sentence = draw.choice(toxic).split()
-        place = draw.randrange(len(words) + 1)
-        words[place:place] = sentence
+        position = draw.randrange(len(words) + 1)
+        words[position:position] = sentence
         added += len(sentence)
     return " ".join(words)
 

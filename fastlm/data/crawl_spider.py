@@ -196,6 +196,7 @@ class PageSpider(Spider):
 
     def closed(self, reason: str) -> None:
         """Take over the counts that only Scrapy has, and note why the crawl ended."""
+        # Scrapy types attributes of a crawler as optional: they are None before it starts
         for key, count in self.crawler.stats.get_stats().items():  # type: ignore[union-attr]
             if key == "offsite/filtered":
                 self.archive.refused["redirect to another domain"] = count

@@ -189,8 +189,8 @@ class NearCopies:
             & (sizes >= THRESHOLD * len(array))
             & (len(array) >= THRESHOLD * sizes)
         )
-        most = int(shared[is_similar].max(initial=0))
-        estimate = (most / len(keys)) ** (1 / bands(THRESHOLD).rows)
+        max_shared = int(shared[is_similar].max(initial=0))
+        estimate = (max_shared / len(keys)) ** (1 / bands(THRESHOLD).rows)
         return exact if exact >= THRESHOLD else estimate
 
 

@@ -1,4 +1,4 @@
-"""Publish a complete build: move its parts to their place, in a way that any crash can interrupt.
+"""Publish a complete build: move its parts into the corpus. A crash at any moment is repaired.
 
 `arrange` links the parts into ``work/parts`` and writes `PUBLISHING`, from then on the build is
 complete. `publish` takes the funnel of an earlier corpus away first and writes the new one last, so

@@ -407,9 +407,9 @@ def hostile(host, path, headers):
         case "":
             links = "".join(f"<a href='{link}'>x</a>" for link in INDEX)
             hosts = "".join(f"<a href='http://127.0.0.{n}:PORT/'>x</a>" for n in ROBOTS)
-            own = headers["host"].rpartition(":")[2]
+            port = headers["host"].rpartition(":")[2]
             text = (
-                links + hosts.replace("PORT", own) + BAD_LINKS + "<a rel=nofollow href='/hidden'>"
+                links + hosts.replace("PORT", port) + BAD_LINKS + "<a rel=nofollow href='/hidden'>"
             )
             return http(text.encode(), "200 OK", "text/html", "Set-Cookie: a=b")
         case "loop":
@@ -601,7 +601,7 @@ def test_the_delay_that_a_site_asks_for(hostile_crawl):
 
 
 def test_policy_files_are_stored_with_any_status(hostile_crawl):
-    """Of each site, and the licence files that robots.txt, headers and pages name."""
+    """Every site has its policy files, and licences that robots.txt, headers and pages name."""
     site, out = hostile_crawl
     assert {path: stored_at(out, 1)[path] for path in POLICIES} == {
         "/robots.txt": (200, RULES),

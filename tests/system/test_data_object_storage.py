@@ -221,7 +221,7 @@ print(time.monotonic() - start)
 
 def test_a_store_that_accepts_connections_and_never_answers(tmp_path):
     """aiobotocore would wait for its "100 Continue" without a limit. In a process of its own: the
-    client goes on in a thread."""
+    client still runs in a thread."""
     (tmp_path / "file").write_bytes(b"x")
     with socket.socket() as silent:
         silent.bind(("127.0.0.1", 0))

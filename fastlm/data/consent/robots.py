@@ -181,8 +181,12 @@ def _tokens(value: str) -> set[str]:
     """Return the names by which a User-agent line is found: "*", or the product token."""
     if value.startswith("*") and (len(value) == 1 or value[1].isspace()):
         return {"*"}
-    tokens = {pattern.match(value)[0].lower() for pattern in (_RFC_TOKEN, _TOKEN)}  # type: ignore
-    return tokens - {""}
+    return {_prefix(pattern, value).lower() for pattern in (_RFC_TOKEN, _TOKEN)} - {""}
+
+
+def _prefix(pattern: re.Pattern[str], text: str) -> str:
+    match = pattern.match(text)
+    return match[0] if match else ""
 
 
 def _add(indices: list[int], index: int) -> None:
@@ -192,7 +196,7 @@ def _add(indices: list[int], index: int) -> None:
 
 def product_token(crawler: str) -> str:
     """Return the product token of a crawler's name: ``CCBot`` of ``CCBot/2.0``; "*" stays."""
-    return "*" if crawler == "*" else _TOKEN.match(crawler.strip())[0]  # type: ignore
+    return "*" if crawler == "*" else _prefix(_TOKEN, crawler.strip())
 
 
 def path_statement(
