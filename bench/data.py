@@ -18,8 +18,9 @@ import re
 import subprocess
 import sys
 import time
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+
+from corpus.printing import cpu_model, installed_versions
 
 ROOT = Path(__file__).resolve().parents[1]
 CORPUS = ROOT / "bench" / "corpus"
@@ -68,18 +69,7 @@ def run_topic(topic: str, variables: dict[str, str]) -> dict:
 
 
 def versions() -> dict[str, str]:
-    found = {"python": platform.python_version()}
-    for name in LIBRARIES:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    return found
-
-
-def cpu() -> str:
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    return next((s.partition(": ")[2] for s in lines if s.startswith("model name")), "unknown CPU")
+    return {"python": platform.python_version(), **installed_versions(LIBRARIES)}
 
 
 def table(results: dict[str, dict]) -> str:
@@ -93,7 +83,7 @@ def table(results: dict[str, dict]) -> str:
 
 
 def result_path() -> Path:
-    slug = re.sub(r"[^a-z0-9]+", "-", cpu().lower()).strip("-")
+    slug = re.sub(r"[^a-z0-9]+", "-", cpu_model().lower()).strip("-")
     return ROOT / "bench" / "results" / f"data-{slug}.json"
 
 
@@ -107,7 +97,9 @@ def save(path: Path, results: dict[str, dict]) -> None:
         rows = ",\n   ".join(json.dumps(row) for row in stored[topic]["rows"])
         head = json.dumps(facts)[:-1]
         parts.append(f'  {json.dumps(topic)}: {head},\n  "rows": [\n   {rows}\n  ]}}')
-    text = f'{{\n "cpu": {json.dumps(cpu())},\n "topics": {{\n' + ",\n".join(parts) + "\n }\n}\n"
+    text = (
+        f'{{\n "cpu": {json.dumps(cpu_model())},\n "topics": {{\n' + ",\n".join(parts) + "\n }\n}\n"
+    )
     json.loads(text)
     path.write_text(text)
 
@@ -134,8 +126,8 @@ def main() -> None:
         save(options.json or result_path(), {topic: results[topic]})
         print(f"{topic}: {results[topic]['seconds']} s", file=sys.stderr)
     print(table(results))
-    print(f"command: {' '.join(sys.argv)}; {versions()}; {cpu()}")
-    print(json.dumps({"cpu": cpu(), "topics": results}))
+    print(f"command: {' '.join(sys.argv)}; {versions()}; {cpu_model()}")
+    print(json.dumps({"cpu": cpu_model(), "topics": results}))
     if any(result["failed"] for result in results.values()):
         sys.exit(1)
 

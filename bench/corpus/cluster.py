@@ -10,7 +10,6 @@ system's account of child processes, of Ray from /proc, its services included, t
 
 import argparse
 import hashlib
-import json
 import os
 import shutil
 import signal
@@ -22,8 +21,9 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from importlib.metadata import version
 from pathlib import Path
+
+from printing import print_rows
 
 UNIT_BYTES = 4 << 20  # some 20 units
 TICKS = os.sysconf("SC_CLK_TCK")
@@ -257,21 +257,10 @@ def on_object_storage(package: str, out: Path) -> list[dict]:
     ]  # fmt: skip
 
 
-def cpu_name() -> str:
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    return next((line.partition(": ")[2] for line in lines if "model name" in line), "?")
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--package", default="php-doc")
-    result = rows(parser.parse_args().package)
-    for entry in result:
-        target = "" if entry["target"] is None else f"(bar {entry['target']})"
-        print(f"{entry['bar']}: {entry['value']} {entry['unit']} {target} {entry['note']}")
-    versions = {name: version(name) for name in ("fastlm", "ray", "s3fs", "moto")}
-    print(f"command: {' '.join(sys.argv)}; {versions}; {cpu_name()}")
-    print(json.dumps(result))
+    print_rows(rows(parser.parse_args().package), ("ray", "s3fs", "moto"))
 
 
 if __name__ == "__main__":

@@ -11,13 +11,13 @@ paths to either. CPU seconds of one core.
 """
 
 import argparse
-import json
 import random
 import sys
 import time
 from collections.abc import Callable
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+
+from printing import print_rows
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT / "tests/support"), str(ROOT / "tests/unit")]
@@ -179,26 +179,12 @@ def rows(decisions: int = 20_000) -> list[dict]:
     return [*vector_rows(), *speed_rows(decisions), *agreement_rows(), *opt_out_rows()]
 
 
-def cpu() -> str:
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    return next((line.partition(": ")[2] for line in lines if "model name" in line), "?")
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--decisions", type=int, default=20_000)
-    result = rows(parser.parse_args().decisions)
-    for entry in result:
-        target = "" if entry["target"] is None else f"(bar {entry['target']})"
-        print(f"{entry['bar']}: {entry['value']} {entry['unit']} {target} {entry['note']}")
-    versions = {}
-    for name in ("fastlm", "fast-robotstxt", "protego", "http-sf", "resiliparse"):
-        try:
-            versions[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    print(f"command: {' '.join(sys.argv)}; {versions}; {cpu()}")
-    print(json.dumps(result))
+    print_rows(
+        rows(parser.parse_args().decisions), ("fast-robotstxt", "protego", "http-sf", "resiliparse")
+    )
 
 
 if __name__ == "__main__":

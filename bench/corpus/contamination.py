@@ -11,7 +11,6 @@ documentation in which a question is found. CPU seconds of one core, the best of
 """
 
 import argparse
-import json
 import pickle
 import random
 import sys
@@ -19,9 +18,10 @@ import tempfile
 import textwrap
 import time
 from functools import cache
-from importlib.metadata import version
 from itertools import islice
 from pathlib import Path
+
+from printing import print_rows
 
 ROOT = Path(__file__).resolve().parents[2]
 SETS = ("mmlu", "gsm8k", "triviaqa")
@@ -124,16 +124,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--pages", type=int, default=2000)
     arguments = parser.parse_args()
-    result = rows(arguments.pages)
-    cpu = next(
-        (line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines()
-         if line.startswith("model name")), "unknown",
-    )  # fmt: skip
-    versions = {name: version(name) for name in ("numpy", "resiliparse")}
-    print(f"python bench/corpus/contamination.py --pages {arguments.pages}; {cpu}; {versions}")
-    for r in result:
-        print(f"{r['bar']}: {r['value']} {r['unit']} (target {r['target']}); {r['note']}")
-    print(json.dumps(result))
+    print_rows(rows(arguments.pages), ("numpy", "resiliparse"))
 
 
 if __name__ == "__main__":

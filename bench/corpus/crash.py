@@ -11,7 +11,6 @@ Every finished build must have the bytes of the undisturbed one. Units are count
 
 import argparse
 import hashlib
-import json
 import os
 import random
 import shutil
@@ -19,13 +18,13 @@ import signal
 import subprocess
 import sys
 import time
-from importlib.metadata import version
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
 from logged_units import LOG, PROGRAM, repeated_units
 from pages import warc_pages, work_folder
-from processes import ROOT, cpu_model, environment, session_processes
+from printing import print_rows
+from processes import ROOT, environment, session_processes
 
 WORKERS = 2
 UNIT_BYTES = 1_000_000
@@ -150,12 +149,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--megabytes", type=int, default=160)
     options = parser.parse_args()
-    result = rows(options.kills, options.seed, options.megabytes * 1_000_000)
-    for entry in result:
-        print(f"{entry['bar']}: {entry['value']} {entry['unit']} (bar {entry['target']}) "
-              f"{entry['note']}")  # fmt: skip
-    print(f"command: {' '.join(sys.argv)}; fastlm {version('fastlm')}; {cpu_model()}")
-    print(json.dumps(result))
+    print_rows(rows(options.kills, options.seed, options.megabytes * 1_000_000))
 
 
 if __name__ == "__main__":

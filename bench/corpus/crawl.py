@@ -19,8 +19,9 @@ import time
 import tracemalloc
 from datetime import UTC, datetime
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
+
+from printing import print_rows
 
 SERVER = """
 import sys
@@ -152,17 +153,7 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--pages", type=int, default=2000)
     arguments = parser.parse_args()
-    result = rows(arguments.pages)
-    for item in result:
-        print(f"{item['bar']}: {item['value']:,} {item['unit']}  {item['note']}")
-    names = ("scrapy", "twisted", "fastwarc")
-    cpu = next(
-        (x.partition(":")[2].strip() for x in open("/proc/cpuinfo") if x.startswith("model name")),
-        "unknown",
-    )
-    print(f"python bench/corpus/crawl.py --pages {arguments.pages}")
-    print(", ".join(f"{name} {version(name)}" for name in names), "on", cpu)
-    print(json.dumps(result))
+    print_rows(rows(arguments.pages), ("scrapy", "twisted", "fastwarc"))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Measure `fastlm.data.extract` on labelled articles and on documentation.
 
-    python -m bench.corpus.extraction
+    python bench/corpus/extraction.py
 
 Articles: the 91 pages of ``article-extraction`` (``$FASTLM_DATA`` or ``../shared/data``; the rows
 are left out without it) with precision, recall and F1 of 4-grams of words, means over pages. The
@@ -10,18 +10,16 @@ Peers (trafilatura, justext, readability-lxml) run where they are installed. CPU
 """
 
 import hashlib
-import json
-import platform
 import sys
 import time
 from collections.abc import Callable
 from importlib import import_module
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tests" / "support"))
 import labelled_articles
+from printing import print_rows
 
 from fastlm.data.extract import main_text, precise_text
 from fastlm.sources.packages import default_cache, fetch
@@ -134,22 +132,8 @@ def rows() -> list[dict[str, Any]]:
     return result + documentation_rows()
 
 
-def installed(name: str) -> str:
-    try:
-        return f"{name} {version(name)}"
-    except PackageNotFoundError:
-        return f"{name} not installed"
-
-
 def main() -> None:
-    print("python -m bench.corpus.extraction;", platform.processor() or platform.machine())
-    packages = ("resiliparse", "trafilatura", "justext", "readability-lxml")
-    print(", ".join(map(installed, packages)))
-    table = rows()
-    for row in table:
-        print(f"{row['value']:>8} {row['unit']:8} {row['bar']} (target {row['target']}): "
-              f"{row['note']}")  # fmt: skip
-    print(json.dumps(table))
+    print_rows(rows(), ("resiliparse", "trafilatura", "justext", "readability-lxml"))
 
 
 if __name__ == "__main__":

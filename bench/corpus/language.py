@@ -13,15 +13,14 @@ of three rounds.
 
 import argparse
 import gzip
-import json
 import random
 import re
-import sys
 import time
 from collections import Counter
 from functools import cache
-from importlib.metadata import version
 from pathlib import Path
+
+from printing import print_rows
 
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGES = {
@@ -167,21 +166,10 @@ def rows(pages: int = 60) -> list[dict]:
     return [*accuracy_rows(texts), *stop_word_rows(texts)]
 
 
-def cpu() -> str:
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    return next((s.partition(": ")[2] for s in lines if s.startswith("model name")), "unknown CPU")
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--pages", type=int, default=60, help="of a language")
-    result = rows(parser.parse_args().pages)
-    for entry in result:
-        target = "" if entry["target"] is None else f"(bar {entry['target']})"
-        print(f"{entry['bar']}: {entry['value']} {entry['unit']} {target} {entry['note']}")
-    versions = {name: version(name) for name in ("fastlm", "py3langid", "pycld2", "numpy")}
-    print(f"command: {' '.join(sys.argv)}; {versions}; {cpu()}")
-    print(json.dumps(result))
+    print_rows(rows(parser.parse_args().pages), ("py3langid", "pycld2", "numpy"))
 
 
 if __name__ == "__main__":

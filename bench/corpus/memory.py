@@ -14,14 +14,14 @@ import argparse
 import json
 import shutil
 import sys
-from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parent))
 from pages import work_folder
-from processes import FASTLM, cpu_model, run_command
+from printing import print_rows
+from processes import FASTLM, run_command
 
 FILE_BYTES = 64_000_000  # of text
 WORDS = 200_000
@@ -153,12 +153,7 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--memory", default="1GB")
     options = parser.parse_args()
-    result = rows(tuple(options.gigabytes), options.workers, options.memory)
-    for entry in result:
-        print(f"{entry['bar']}: {entry['value']} {entry['unit']} (bar {entry['target']}) "
-              f"{entry['note']}")  # fmt: skip
-    print(f"command: {' '.join(sys.argv)}; fastlm {version('fastlm')}; {cpu_model()}")
-    print(json.dumps(result))
+    print_rows(rows(tuple(options.gigabytes), options.workers, options.memory))
 
 
 if __name__ == "__main__":

@@ -10,17 +10,14 @@ edited copies of them (words replaced, inserted and deleted, paragraphs moved or
 """
 
 import argparse
-import json
 import math
 import random
 import re
-import sys
 import time
 from collections import Counter, defaultdict
-from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 
 import numpy as np
+from printing import print_rows
 
 SOURCES = ("deb:php-doc", "deb:libreoffice-help-en-us", "deb:python3.13-doc")
 THRESHOLD = 0.8
@@ -266,26 +263,10 @@ def rows(count: int = 20_000) -> list[dict]:
     ]  # fmt: skip
 
 
-def cpu() -> str:
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    return next((line.partition(": ")[2] for line in lines if "model name" in line), "?")
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--documents", type=int, default=20_000)
-    result = rows(parser.parse_args().documents)
-    for entry in result:
-        target = "" if entry["target"] is None else f"(bar {entry['target']})"
-        print(f"{entry['bar']}: {entry['value']} {entry['unit']} {target} {entry['note']}")
-    versions = {}
-    for name in ("fastlm", "rensa", "numpy", "datasketch", "datatrove"):
-        try:
-            versions[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    print(f"command: {' '.join(sys.argv)}; {versions}; {cpu()}")
-    print(json.dumps(result))
+    print_rows(rows(parser.parse_args().documents), ("rensa", "numpy", "datasketch", "datatrove"))
 
 
 if __name__ == "__main__":

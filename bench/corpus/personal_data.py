@@ -1,6 +1,6 @@
 """Measure `fastlm.data.personal`: recall on labelled sentences, false alarms, speed.
 
-    python -m bench.corpus.personal_data [--presidio PYTHON]
+    python bench/corpus/personal_data.py [--presidio PYTHON]
 
 Sentences: the templates and the fake identities of `presidio-evaluator` (fetched as a package), 40
 sentences of each template that has a kind of fastlm's, with a fixed seed. As in its generator, the
@@ -20,7 +20,6 @@ import ast
 import csv
 import ipaddress
 import json
-import platform
 import random
 import re
 import subprocess
@@ -29,8 +28,9 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 from importlib import import_module
-from importlib.metadata import version
 from pathlib import Path
+
+from printing import print_rows
 
 from fastlm.data.extract import extract
 from fastlm.data.personal import DEFAULT_KINDS, KINDS, find, replace
@@ -262,13 +262,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--presidio", metavar="PYTHON", help="interpreter with presidio-analyzer")
     arguments = parser.parse_args()
-    packages = ("phonenumbers", "python-stdnum", "faker", "resiliparse")
-    print("python -m bench.corpus.personal_data;", platform.processor() or platform.machine())
-    print(", ".join(f"{name} {version(name)}" for name in packages))
-    table = rows(arguments.presidio)
-    for r in table:
-        print(f"{r['value']:>8} {r['unit']:6} {r['bar']} (target {r['target']}): {r['note']}")
-    print(json.dumps(table, ensure_ascii=False))
+    print_rows(rows(arguments.presidio), ("phonenumbers", "python-stdnum", "faker", "resiliparse"))
 
 
 if __name__ == "__main__":

@@ -117,8 +117,3 @@ def proportional_size(pid: int) -> int:
         return 0
     sizes = [int(line.split()[1]) for line in lines if line.startswith("Pss:")]
     return sum(sizes) * 1024
-
-
-def cpu_model() -> str:
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    return next((line.partition(": ")[2] for line in lines if "model name" in line), "unknown")

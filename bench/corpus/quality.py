@@ -12,17 +12,16 @@ Packages are fetched into the cache. CPU seconds of one core, the best of three 
 """
 
 import argparse
-import json
 import random
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
 from functools import cache
-from importlib.metadata import version
 from itertools import islice
 from pathlib import Path
 from typing import Any
+
+from printing import print_rows
 
 GOOD = ("deb:python3.13-doc", "sdist:django==5.2.19")
 OTHER = ("deb:php-doc", "deb:libreoffice-help-en-us")
@@ -142,21 +141,10 @@ def rows(documents: int = 1500) -> list[dict]:
     return [*quality_rows(documents), *toxicity_rows()]
 
 
-def cpu() -> str:
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    return next((s.partition(": ")[2] for s in lines if s.startswith("model name")), "unknown CPU")
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--documents", type=int, default=1500, help="of a source")
-    result = rows(parser.parse_args().documents)
-    for entry in result:
-        target = "" if entry["target"] is None else f"(bar {entry['target']})"
-        print(f"{entry['bar']}: {entry['value']} {entry['unit']} {target} {entry['note']}")
-    versions = {name: version(name) for name in ("fastlm", "scikit-learn", "numpy", "scipy")}
-    print(f"command: {' '.join(sys.argv)}; {versions}; {cpu()}")
-    print(json.dumps(result))
+    print_rows(rows(parser.parse_args().documents), ("scikit-learn", "numpy", "scipy"))
 
 
 if __name__ == "__main__":

@@ -18,13 +18,13 @@ import os
 import shutil
 import statistics
 import sys
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
 from logged_units import LOG, PROGRAM, unit_seconds
 from pages import warc_pages, work_folder
-from processes import FASTLM, ROOT, CommandError, Usage, cpu_model, run_command
+from printing import print_rows
+from processes import FASTLM, ROOT, CommandError, Usage, run_command
 
 ROUNDS = 3
 GOOD, OTHER = ("deb:python3.13-doc",), ("deb:php-doc", "deb:libreoffice-help-en-us")
@@ -142,18 +142,10 @@ def main() -> None:
     parser.add_argument("--datatrove", metavar="PYTHON")
     parser.add_argument("--megabytes", type=int, default=160)
     options = parser.parse_args()
-    result = rows(options.datatrove, options.megabytes * 1_000_000)
-    for entry in result:
-        target = "" if entry["target"] is None else f"(bar {entry['target']})"
-        print(f"{entry['bar']}: {entry['value']} {entry['unit']} {target} {entry['note']}")
-    versions = {}
-    for name in ("fastlm", "resiliparse", "fastwarc", "rensa", "py3langid", "phonenumbers"):
-        try:
-            versions[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    print(f"command: {' '.join(sys.argv)}; {versions}; {cpu_model()}")
-    print(json.dumps(result))
+    print_rows(
+        rows(options.datatrove, options.megabytes * 1_000_000),
+        ("resiliparse", "fastwarc", "rensa", "py3langid", "phonenumbers"),
+    )
 
 
 if __name__ == "__main__":
