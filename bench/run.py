@@ -86,6 +86,13 @@ ISA_SETTINGS = {
         "ONEDNN_MAX_CPU_ISA": "AVX512_CORE_FP16",
         "MKL_ENABLE_INSTRUCTIONS": "AVX512",
     },
+    "avx512f": {  # Skylake: no dot products of int8 and bf16
+        "FASTLM_CPU_ISA": "avx512f",
+        "ATEN_CPU_CAPABILITY": "avx512",
+        "ONEDNN_MAX_CPU_ISA": "AVX512_CORE",
+        "MKL_ENABLE_INSTRUCTIONS": "AVX512",
+        "TORCHINDUCTOR_CPP_MARCH": "skylake-avx512",
+    },
     "avx2": {
         "FASTLM_CPU_ISA": "avx2",
         "ATEN_CPU_CAPABILITY": "avx2",

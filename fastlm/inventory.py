@@ -35,7 +35,7 @@ def info() -> dict[str, Any]:
         }
     isas: dict[str, str] = {}
     if backend.unavailable_reason("cpu") is None:
-        names = ("amx", "avx512", "avx512_fma", "avx2", "scalar")
+        names = ("amx", "avx512", "avx512_fma", "avx512f", "avx2", "scalar")
         reason_of = backend.cpu_extension.unavailable_reason
         isas = {name: reason for name in names if (reason := reason_of(name))}
     return {

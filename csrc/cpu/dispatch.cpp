@@ -15,7 +15,7 @@
 namespace fastlm {
 namespace {
 
-constexpr const char* kNames[kIsaCount] = {"amx",  "avx512", "avx512_fma",
+constexpr const char* kNames[kIsaCount] = {"amx",  "avx512", "avx512_fma",  "avx512f",
                                            "avx2", "scalar", "amx_emulated"};
 
 // Linux saves the 8 KiB of tile state per thread only after the process has requested it
@@ -44,12 +44,12 @@ Features detect() {
   Features f;
   __builtin_cpu_init();  // also checks that the operating system saves the wide registers
   f.avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-  // The features that Ice Lake, Sapphire Rapids and Zen 4 share; older AVX-512 machines run the
-  // avx2 kernels.
   f.avx512 = f.avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-             __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
-             __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512vbmi");
-  f.avx512_bf16 = f.avx512 && __builtin_cpu_supports("avx512bf16");
+             __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+  f.avx512_vnni = f.avx512 && __builtin_cpu_supports("avx512vnni");
+  // Cooper Lake has bf16 without VBMI
+  f.avx512_bf16 =
+      f.avx512_vnni && __builtin_cpu_supports("avx512vbmi") && __builtin_cpu_supports("avx512bf16");
   unsigned a, b, c, d;
   if (__get_cpuid_count(7, 0, &a, &b, &c, &d)) {
     const bool tile = d & (1u << 24), int8 = d & (1u << 25), bf16 = d & (1u << 22);
@@ -70,12 +70,15 @@ std::string reason(Isa isa, const Features& f = features()) {
     case Isa::amx:
       if (!f.amx_cpu) return "this CPU has no AMX tiles (amx-tile, amx-int8, amx-bf16)";
       return f.amx_permission ? "" : "the kernel refused the permission to use AMX tiles";
+    case Isa::avx512f:
+      return f.avx512 ? "" : "this CPU has not all of AVX-512 F, BW, DQ and VL";
     case Isa::avx512_fma:
-      return f.avx512 ? "" : "this CPU has not all of AVX-512 F, BW, DQ, VL, VNNI and VBMI";
+      if (f.avx512 && !f.avx512_vnni) return "this CPU has no AVX-512 VNNI";
+      return reason(Isa::avx512f, f);
     case Isa::avx512:
     case Isa::amx_emulated:
-      if (f.avx512 && !f.avx512_bf16) return "this CPU has no AVX-512 BF16";
-      return f.avx512 ? "" : reason(Isa::avx512_fma, f);
+      if (f.avx512_vnni && !f.avx512_bf16) return "this CPU has not both AVX-512 BF16 and VBMI";
+      return reason(Isa::avx512_fma, f);
     case Isa::avx2:
       return f.avx2 ? "" : "this CPU has no AVX2 with FMA";
     case Isa::scalar:
@@ -103,8 +106,10 @@ Isa parse_supported(const std::string& isa_name) {
 
 // The levels to choose from, best first.
 std::vector<Isa> in_order(const Features& f) {
-  if (f.widen) return {Isa::amx, Isa::avx512_fma, Isa::avx512, Isa::avx2, Isa::scalar};
-  return {Isa::amx, Isa::avx512, Isa::avx512_fma, Isa::avx2, Isa::scalar};
+  std::vector<Isa> levels = {Isa::amx,     Isa::avx512, Isa::avx512_fma,
+                             Isa::avx512f, Isa::avx2,   Isa::scalar};
+  if (f.widen) std::swap(levels[1], levels[2]);
+  return levels;
 }
 
 Isa best(const Features& f) {
@@ -174,10 +179,12 @@ FASTLM_MODULE(m) {
   using namespace pybind11::literals;
   m.def(
       "isa_choice",
-      [](bool avx2, bool avx512, bool avx512_bf16, bool amx_cpu, bool amx_permission, bool widen) {
-        return isa_choice({avx2, avx512, avx512_bf16, amx_cpu, amx_permission, widen});
+      [](bool avx2, bool avx512, bool avx512_vnni, bool avx512_bf16, bool amx_cpu,
+         bool amx_permission, bool widen) {
+        return isa_choice({avx2, avx512, avx512_vnni, avx512_bf16, amx_cpu, amx_permission, widen});
       },
-      "avx2"_a, "avx512"_a, "avx512_bf16"_a, "amx_cpu"_a, "amx_permission"_a, "widen"_a);
+      "avx2"_a, "avx512"_a, "avx512_vnni"_a, "avx512_bf16"_a, "amx_cpu"_a, "amx_permission"_a,
+      "widen"_a);
   m.def(
       "choose_product",
       [](const std::string& vendor, int family, int model, double dot, double fma) {

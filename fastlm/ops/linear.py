@@ -32,6 +32,7 @@ from fastlm.transforms import is_eager
 _MIN_ROWS: dict[str, tuple[float, float]] = {
     "avx512": (1024, math.inf),
     "avx512_fma": (64, 64),
+    "avx512f": (64, 64),
     "avx2": (1, 32),
 }
 # Minimum of rows with which `split_float32` splits: with fewer, splitting the weight costs too much

@@ -159,13 +159,15 @@ def test_environment_forces_the_instruction_set():
         assert done.stdout.strip() == name, done.stderr
     done = _run("from fastlm import _cpu; _cpu.isa()", FASTLM_CPU_ISA="sse9")
     assert (
-        "FASTLM_CPU_ISA: expected one of amx, avx512, avx512_fma, avx2, scalar, amx_emulated,"
-        " got 'sse9'" in done.stderr
+        "FASTLM_CPU_ISA: expected one of amx, avx512, avx512_fma, avx512f, avx2, scalar,"
+        " amx_emulated, got 'sse9'" in done.stderr
     )
 
 
 def test_environment_is_checked_against_the_machine():
-    missing = [n for n in ("amx", "avx512", "avx512_fma", "avx2") if _cpu.unavailable_reason(n)]
+    missing = [
+        n for n in ("amx", "avx512", "avx512_fma", "avx512f", "avx2") if _cpu.unavailable_reason(n)
+    ]
     for name in missing:
         done = _run("from fastlm import _cpu; _cpu.isa()", FASTLM_CPU_ISA=name)
         assert f"'{name}' cannot run here" in done.stderr
@@ -180,15 +182,16 @@ REFUSED_TILES = "the kernel refused the permission to use AMX tiles"
 
 @pytest.mark.parametrize(
     ("features", "expected", "why_not_amx"),
-    [  # avx2, avx512, avx512_bf16, amx_cpu, amx_permission, widen
-        ((True, True, True, True, True, True), "amx", ""),
-        ((True, True, True, True, False, False), "avx512", REFUSED_TILES),
-        ((True, True, True, True, False, True), "avx512_fma", REFUSED_TILES),
-        ((True, True, True, False, False, False), "avx512", NO_TILES),
-        ((True, True, True, False, False, True), "avx512_fma", NO_TILES),
-        ((True, True, False, False, False, False), "avx512_fma", NO_TILES),
-        ((True, False, False, False, False, False), "avx2", NO_TILES),
-        ((False, False, False, False, False, False), "scalar", NO_TILES),
+    [  # avx2, avx512, avx512_vnni, avx512_bf16, amx_cpu, amx_permission, widen
+        ((True, True, True, True, True, True, True), "amx", ""),
+        ((True, True, True, True, True, False, False), "avx512", REFUSED_TILES),
+        ((True, True, True, True, True, False, True), "avx512_fma", REFUSED_TILES),
+        ((True, True, True, True, False, False, False), "avx512", NO_TILES),
+        ((True, True, True, True, False, False, True), "avx512_fma", NO_TILES),
+        ((True, True, True, False, False, False, False), "avx512_fma", NO_TILES),
+        ((True, True, False, False, False, False, False), "avx512f", NO_TILES),
+        ((True, False, False, False, False, False, False), "avx2", NO_TILES),
+        ((False, False, False, False, False, False, False), "scalar", NO_TILES),
     ],
 )
 def test_best_of_what_there_is(features, expected, why_not_amx):

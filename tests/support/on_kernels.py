@@ -96,7 +96,10 @@ def use_kernel(kernel: Kernel) -> Iterator[Kernel]:
 
 
 def kernels_of(op: Op, languages: Sequence[str] | None = None) -> list[Kernel]:
-    kernels = [k for k in KERNELS if k.language in op.kernels]
+    kernels = [
+        k for k in KERNELS
+        if k.language in op.kernels and (k.variant != "avx512f" or op.multiplies_int8)
+    ]  # fmt: skip
     kernels = [k for k in kernels if languages is None or k.language in languages]
     return [
         kernel._replace(setting=name, set=change)

@@ -1,6 +1,7 @@
 // Compiles one kernel body for every instruction set. In <op>.cpp:
 //
 //     #define FASTLM_BODY "cpu/<op>.h"
+//     #define FASTLM_INT8_BODY           only if it multiplies int8
 //     #include "cpu/base/each_isa.h"
 //     FASTLM_OP(<op>_forward, "x weight y")
 //
@@ -69,16 +70,34 @@ namespace fastlm::avx2 {
 #undef FASTLM_VL
 #pragma GCC pop_options
 
-// Products of bf16 in float32: for machines whose bf16 dot product is missing or slower than FMA.
 #define FASTLM_VL 16
 #pragma GCC push_options
-#pragma GCC target("avx2,fma,f16c,bmi2,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx512vbmi")
+#pragma GCC target("avx2,fma,f16c,bmi2,avx512f,avx512bw,avx512dq,avx512vl")
+namespace fastlm::avx512f {
+#include "cpu/base/simd.h"
+#include FASTLM_BODY
+}  // namespace fastlm::avx512f
+#pragma GCC pop_options
+
+// Products of bf16 in float32: for machines whose bf16 dot product is missing or slower than FMA.
+// Only bodies that multiply int8 (FASTLM_INT8_BODY) differ from avx512f.
+#ifdef FASTLM_INT8_BODY
+#define FASTLM_VNNI
+#pragma GCC push_options
+#pragma GCC target("avx2,fma,f16c,bmi2,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")
 namespace fastlm::avx512_fma {
 #include "cpu/base/simd.h"
 #include FASTLM_BODY
 }  // namespace fastlm::avx512_fma
 #pragma GCC pop_options
+#else
+#define FASTLM_VNNI
+namespace fastlm {
+namespace avx512_fma = avx512f;
+}
+#endif
 
+#define FASTLM_VBMI
 #define FASTLM_BF16_DOT
 #pragma GCC push_options
 #pragma GCC target( \
@@ -107,6 +126,8 @@ namespace fastlm::amx {
 #undef FASTLM_AMX
 #pragma GCC pop_options
 #undef FASTLM_BF16_DOT
+#undef FASTLM_VBMI
+#undef FASTLM_VNNI
 #undef FASTLM_VL
 
 // Runs a function of the body from C++ that is compiled once.
@@ -118,6 +139,8 @@ namespace fastlm::amx {
       return ::fastlm::avx512::function(__VA_ARGS__);       \
     case ::fastlm::Isa::avx512_fma:                         \
       return ::fastlm::avx512_fma::function(__VA_ARGS__);   \
+    case ::fastlm::Isa::avx512f:                            \
+      return ::fastlm::avx512f::function(__VA_ARGS__);      \
     case ::fastlm::Isa::avx2:                               \
       return ::fastlm::avx2::function(__VA_ARGS__);         \
     case ::fastlm::Isa::scalar:                             \

@@ -8,19 +8,19 @@
 //
 //   A  rows of int8, run after run, each run padded with zeros to K_STEP8: `Rounded`
 //   B  panels of VL columns; in a panel, run after run, [K_r/4][VL][4]. VNNI multiplies unsigned by
-//      signed, so there B holds the weight's nibbles, or its bytes with the sign bit flipped;
-//      elsewhere B is signed. int4 keeps the order of its nibbles, the even k of 8 and then the odd
-//      ones; A has the same order.
+//      signed, so there B holds the weight's nibbles, or its bytes with the sign bit flipped.
+//      vpmaddubsw does so with nibbles; elsewhere B is signed. int4 keeps the order of its nibbles,
+//      the even k of 8 and then the odd ones; A has the same order.
 //
 // Register block: MR rows x NP8 panels of integer sums and as many of float32. With the sums of a
 // run in memory instead (NP panels, C read and written once per run), groups of 32 were a third
 // slower.
 
 // Added to q where it is stored unsigned.
-#if FASTLM_VL == 16
+#ifdef FASTLM_VNNI
 template <int BITS>
 constexpr int OFFSET = BITS == 4 ? 8 : 128;
-#elif FASTLM_VL == 8
+#elif FASTLM_VL >= 8
 template <int BITS>
 constexpr int OFFSET = BITS == 4 ? 8 : 0;  // int8: 255 * 127 * 2 would saturate vpmaddubsw
 #else
@@ -47,9 +47,16 @@ FASTLM_INLINE vint signed_nibbles(vint v) { return (vint)((lane_bytes)v - int8_t
 // sum + w . x over the four bytes of each lane; w is unsigned, or signed where SIGNED.
 template <bool SIGNED>
 FASTLM_INLINE vint dot4(vint sum, vint w, vint x) {
-#if FASTLM_VL == 16
+#ifdef FASTLM_VNNI
   static_assert(!SIGNED);
   return (vint)_mm512_dpbusd_epi32((__m512i)sum, (__m512i)w, (__m512i)x);
+#elif FASTLM_VL == 16
+  __m512i a = (__m512i)w, b = (__m512i)x;
+  if constexpr (SIGNED) {
+    b = _mm512_mask_sub_epi8(b, _mm512_movepi8_mask(a), _mm512_setzero_si512(), b);
+    a = _mm512_abs_epi8(a);
+  }
+  return sum + (vint)_mm512_madd_epi16(_mm512_maddubs_epi16(a, b), _mm512_set1_epi16(1));
 #elif FASTLM_VL == 8
   const __m256i a = (__m256i)w, b = (__m256i)x;
   const __m256i pairs = SIGNED ? _mm256_maddubs_epi16(_mm256_abs_epi8(a), _mm256_sign_epi8(b, a))
@@ -125,14 +132,23 @@ FASTLM_INLINE vint round_to_int(vfloat v) {
 // The low byte of each lane; EVEN_FIRST: of each 8, the even lanes before the odd ones.
 template <bool EVEN_FIRST = false>
 FASTLM_INLINE narrow to_bytes(vint v) {
-#if FASTLM_VL == 16  // not vpmovdb, which is slow with a memory operand
+#ifdef FASTLM_VBMI  // not vpmovdb, which is slow with a memory operand
   const __m512i order = EVEN_FIRST
                             ? _mm512_castsi128_si512(_mm_setr_epi8(0, 8, 16, 24, 4, 12, 20, 28, 32,
                                                                    40, 48, 56, 36, 44, 52, 60))
                             : _mm512_castsi128_si512(_mm_setr_epi8(0, 4, 8, 12, 16, 20, 24, 28, 32,
                                                                    36, 40, 44, 48, 52, 56, 60));
   return (narrow)_mm512_castsi512_si128(_mm512_permutexvar_epi8(order, (__m512i)v));
-#elif FASTLM_VL == 8  // each half puts its bytes where they belong, and zeros (-1) elsewhere
+#elif FASTLM_VL == 16  // the bytes of each quarter, then its two words
+  const __m128i bytes =
+      EVEN_FIRST ? _mm_setr_epi8(0, 8, 4, 12, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1)
+                 : _mm_setr_epi8(0, 4, 8, 12, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1);
+  const __m128i words = EVEN_FIRST ? _mm_setr_epi16(0, 8, 1, 9, 16, 24, 17, 25)
+                                   : _mm_setr_epi16(0, 1, 8, 9, 16, 17, 24, 25);
+  const __m512i quarters = _mm512_shuffle_epi8((__m512i)v, _mm512_broadcast_i32x4(bytes));
+  return (narrow)_mm512_castsi512_si128(
+      _mm512_permutexvar_epi16(_mm512_castsi128_si512(words), quarters));
+#elif FASTLM_VL == 8   // each half puts its bytes where they belong, and zeros (-1) elsewhere
   const __m256i order =
       EVEN_FIRST ? _mm256_setr_epi8(0, 8, -1, -1, 4, 12, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1,
                                     -1, 0, 8, -1, -1, 4, 12, -1, -1, -1, -1, -1, -1, -1, -1)

@@ -8,18 +8,19 @@
 
 namespace fastlm {
 
-// Best first, except that the faster of avx512 and avx512_fma is chosen (product_rate.h). Both have
-// the same vectors. avx512 multiplies bf16 by its dot product, avx512_fma widens it to float32.
+// Best first, except that the faster of avx512 and avx512_fma is chosen (product_rate.h). The three
+// have the same vectors. avx512 multiplies bf16 by its dot product, avx512_fma widens it to float32
+// (Cascade Lake, Ice Lake), avx512f also has no dot product of int8 (Skylake).
 // amx_emulated is the amx code with software tiles (amx.h): it is never chosen, only forced, for
 // tests on machines without AMX.
-enum class Isa { amx, avx512, avx512_fma, avx2, scalar, amx_emulated };
-constexpr int kIsaCount = 6;
+enum class Isa { amx, avx512, avx512_fma, avx512f, avx2, scalar, amx_emulated };
+constexpr int kIsaCount = 7;
 
 // Features that the choice depends on; each implies the one before it. `widen`: FMA is faster than
 // the bf16 dot product.
 struct Features {
-  bool avx2 = false, avx512 = false, avx512_bf16 = false, amx_cpu = false, amx_permission = false,
-       widen = false;
+  bool avx2 = false, avx512 = false, avx512_vnni = false, avx512_bf16 = false, amx_cpu = false,
+       amx_permission = false, widen = false;
 };
 
 const char* name(Isa);

@@ -6,6 +6,7 @@
 #include "cpu/base/phases.h"
 
 #define FASTLM_BODY "cpu/decode/decode_step.h"
+#define FASTLM_INT8_BODY
 #include "cpu/base/each_isa.h"
 
 namespace fastlm {

@@ -38,6 +38,8 @@ FASTLM_PEAK(fp32_sse, "sse2", __m128, _mm_set1_ps(1e-3f), _mm_add_ps(sum, _mm_mu
 FASTLM_PEAK(fp32_avx2, "avx2,fma", __m256, _mm256_set1_ps(1e-3f), _mm256_fmadd_ps(a, b, sum))
 FASTLM_PEAK(int8_avx2, "avx2", __m256i, _mm256_set1_epi8(3),
             _mm256_add_epi32(sum, _mm256_madd_epi16(_mm256_maddubs_epi16(a, b), a)))
+FASTLM_PEAK(int8_avx512f, "avx512f,avx512bw", __m512i, _mm512_set1_epi8(3),
+            _mm512_add_epi32(sum, _mm512_madd_epi16(_mm512_maddubs_epi16(a, b), a)))
 FASTLM_PEAK(int8_avx512, "avx512f,avx512vnni", __m512i, _mm512_set1_epi32(0x03050709),
             _mm512_dpbusd_epi32(sum, a, b))
 FASTLM_PEAK(fp16_avx512, "avx512f,avx512bw,avx512vl,avx512fp16", __m512h,
@@ -85,6 +87,7 @@ std::vector<Instruction> instructions() {
   const std::string level = name(isa());
   if (level == "scalar") return {{"fp32 FMA", fp32_sse, 8}};
   if (level == "avx2") return {{"fp32 FMA", fp32_avx2, 16}, {"int8 dot", int8_avx2, 64}};
+  if (level == "avx512f") return {{"fp32 FMA", fp32_avx512, 32}, {"int8 dot", int8_avx512f, 128}};
   std::vector<Instruction> all = {{"fp32 FMA", fp32_avx512, 32}, {"int8 dot", int8_avx512, 128}};
   if (__builtin_cpu_supports("avx512bf16")) all.push_back({"bf16 dot", bf16_avx512, 64});
   if (__builtin_cpu_supports("avx512fp16")) all.push_back({"fp16 FMA", fp16_avx512, 64});

@@ -1,6 +1,7 @@
 #include <type_traits>
 
 #define FASTLM_BODY "cpu/quantized/quantized_linear.h"
+#define FASTLM_INT8_BODY
 #include "cpu/base/each_isa.h"
 
 namespace fastlm {

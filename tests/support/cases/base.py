@@ -74,6 +74,8 @@ class Op(NamedTuple):
     any_strides: tuple[str, ...] = ALL  # kernels for which all strides yield the same bits
     # kernels -> name -> a function that makes the host divide the work of small cases
     settings: dict[str, dict[str, Callable[[Any], None]]] = {}
+    # other ops have the same code on avx512f as on avx512_fma (csrc/cpu/base/each_isa.h)
+    multiplies_int8: bool = False
 
     def build_for(
         self, case: Case, dtype: torch.dtype, kernels: str, device: str = "cpu"

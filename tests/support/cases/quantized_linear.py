@@ -147,6 +147,7 @@ ONE, BOTH = ("cpu",), ("triton", "cuda")
 OP = Op(
     build,
     draw,
+    multiplies_int8=True,
     rows={
         **each_format("one row", 1, 20, 64, group_size=16),
         **each_format("three rows", 3, 37, 507, group_size=40, which=FORMATS[:2], bits=True),
