@@ -28,6 +28,12 @@ def show(value: object) -> str:
         return f"{type(value).__name__} too long to print"
 
 
+def check_type(value: object, name: str, expected: type | tuple[type, ...], words: str) -> None:
+    """Raise InputError, with ``words`` for the expected types, if a value has another type."""
+    if not isinstance(value, expected):
+        raise InputError(f"{name}: expected {words}, got {type(value).__name__}")
+
+
 def unknown_key(full: str, key: str, valid: Iterable[str]) -> str:
     """Return the message about a ``key`` that is not among the ``known`` ones."""
     near = difflib.get_close_matches(key[:80], valid, n=1, cutoff=0.0)  # quadratic in its length

@@ -228,7 +228,7 @@ def _plan(out: Path) -> dict[str, Any]:
         return {}
     plan = read_state(out / PLAN)
     sha256 = file_sha256(out / PLAN)
-    keys = ("date", "version", "libraries", "options")
+    keys = ("date", "version", "libraries", "options", "policies")
     files = plan.get("files")
     return {
         **{key: plan.get(key) for key in keys}, "sha256": sha256,

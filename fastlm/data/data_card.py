@@ -304,6 +304,15 @@ def _consent(facts: Mapping[str, Any]) -> CardSection:
         "where nothing is said": options.get("unknown") or NOT_RECORDED,
         "crawlers": ", ".join(options.get("crawler_names") or ()) or NOT_RECORDED,
     }
+    policies = facts["plan"].get("policies")
+    if isinstance(policies, Mapping):  # earlier plans have the hash alone
+        dates = " to ".join(dict.fromkeys(policies[k][:10] for k in ("first", "last")
+                                          if policies[k]))  # fmt: skip
+        table["policy files"] = (
+            f"{policies['files']:,} of {policies['sites']:,} sites, "
+            f"fetched {dates or 'at times that are not recorded'}"
+        )
+        table["sha256 of the policy files"] = policies["sha256"]
     tables = []
     if consent["verdicts"]:
         title = "Verdicts on documents that remain"

@@ -25,7 +25,7 @@ from fastlm.data.boilerplate import (
 )
 from fastlm.data.cpu_limit import CpuLimitReached, call_with_cpu_limit
 from fastlm.data.nesting import costly_markup
-from fastlm.errors import InputError
+from fastlm.errors import InputError, check_type
 from fastlm.sources.source_files import Document, decode_web
 
 METHODS = ("fast", "precise")
@@ -75,8 +75,9 @@ def main_text(html: bytes | str) -> str:
     are preserved, titles too.
 
     The encoding of bytes is detected. Return "" if the page has no text or would take minutes to
-    parse (`fastlm.data.nesting`). Never raises on content.
+    parse (`fastlm.data.nesting`). Never raises on content. InputError: neither text nor bytes.
     """
+    check_type(html, "html", (str, bytes), "a page as text or bytes")
     return normalise(html_to_text(_decode(html)))
 
 
@@ -88,6 +89,7 @@ def precise_text(html: bytes | str, *, seconds: float = PRECISE_SECONDS) -> Extr
     (`TOO_LARGE`). InputError: trafilatura is not installed.
     """
     trafilatura = _trafilatura()
+    check_type(html, "html", (str, bytes), "a page as text or bytes")
     html = _decode(html)
     if reason := costly_markup(html):
         return Extraction("", reason)

@@ -31,7 +31,7 @@ from importlib.metadata import version
 from importlib.util import find_spec
 from typing import Any, NamedTuple
 
-from fastlm.errors import InputError
+from fastlm.errors import InputError, check_type
 
 UNDETERMINED = "und"  # ISO 639-2
 # 120 characters a piece cost a quarter more; 40 are fooled more often by text in another language
@@ -77,8 +77,9 @@ def identify(text: str, *, method: str = "langid") -> Language:
     which has none, the share of the text in that language. Text without a letter has ("und", 0.0).
     Any text is accepted. The model is loaded once per process (0.6 s); threads may share it.
 
-    InputError: an unknown method, or its package is not installed.
+    InputError: not a text, an unknown method, or its package is not installed.
     """
+    check_type(text, "text", str, "a text")
     detector = _detector(method)
     pieces = sample(text)
     if LETTER.search(pieces) is None:

@@ -29,7 +29,7 @@ import numpy as np
 
 from fastlm.data.dedup import THRESHOLD
 from fastlm.data.shingles import jaccard, shingles
-from fastlm.errors import InputError
+from fastlm.errors import InputError, check_type
 
 SEED = 1
 MAX_HASHES = 128  # of a signature: more bands find little, and more rows need many more bands
@@ -418,10 +418,13 @@ def find(
 
     Of two texts the one with fewer distinct 5-grams is removed, else the later one. The result is a
     function of the texts alone. Memory: 8 bytes a word, and 250 a text. InputError: a threshold
-    outside 0.1 to 1, ``earlier`` outside the texts, one text instead of several.
+    outside 0.1 to 1, ``earlier`` outside the texts, not a list of texts.
     """
     if isinstance(texts, str):
         raise InputError(f"texts: expected a list of texts, got the text {texts!r:.40}")
+    check_type(texts, "texts", Sequence, "a list of texts")
+    for number, text in enumerate(texts):
+        check_type(text, f"texts[{number}]", str, "a text")
     if not 0 <= earlier <= len(texts):
         raise InputError(f"earlier: expected 0 to {len(texts)}, the number of texts, got {earlier}")
     sets = [shingles(text) for text in texts]

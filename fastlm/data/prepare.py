@@ -84,6 +84,12 @@ def prepare(
         # before the downloads, so that a read-only folder is reported at once
         with work.locked(), shared_pool():
             return _prepare(work, sources, options, cache, track, forgotten)
+    except KeyboardInterrupt:
+        if is_file(work.folder / PLAN):
+            raise KeyboardInterrupt(
+                f"interrupted; the same command continues the build in {out}"
+            ) from None
+        raise
     except OSError as error:  # a write error: read errors are already InputError
         raise write_error(out, error) from None
     finally:

@@ -233,9 +233,32 @@ class _Removal:
                 if corpora:
                     reason = "no record tells whether it was made before documents were removed"
                 self.report.unchecked.append(f"{folder}: {reason}")
+        self.report.unchecked += [
+            f"{folder}: token shards beside the text, which may have it: repeat this command with"
+            " this folder, too"
+            for folder in self._shards_beside()
+        ]
         if self.store is not None:
             self.report.database = sum(bool(self.store.keys_of(name)) for name in self.names)
         self._search_elsewhere()
+
+    def _shards_beside(self) -> Iterator[Path]:
+        """Yield the folders of token shards that stand beside a prepared folder, were not searched,
+        and are made of it or do not record of what.
+        """
+        searched = {folder.absolute() for folder in self.folders}
+        for parent in sorted({corpus.absolute().parent for corpus in self.affected}):
+            for folder in sorted(path for path in parent.iterdir() if path.is_dir()):
+                indices = (folder / name / "index.json" for name in ("", *SPLITS))
+                if not searched.isdisjoint([folder, *folder.parents]) or not any(
+                    _is_shards(index) for index in indices
+                ):
+                    continue
+                records = open_registry([folder], update_index=False).records
+                if not records or any(
+                    not self.content_ids.isdisjoint(record.input_ids()) for record in records
+                ):
+                    yield folder
 
     def _search_near(self) -> None:
         """Add the near copies of what was found, and of files that are targets."""

@@ -62,6 +62,12 @@ FORMATS = DOCUMENTS | dict.fromkeys(VERBATIM, "text") | {
 UNSUPPORTED_TYPE, NO_ENDING = "unsupported type", "no ending"
 # such as .git and .venv in a repository. A glob that names them still selects them.
 HIDDEN = re.compile(r"(^|/)(\.|(node_modules|__pycache__)/)")
+# What a folder has that `fastlm data prepare` wrote (it has this file), except the training part
+FUNNEL = "funnel.json"
+NOT_TRAINED_ON = re.compile(
+    r"(heldout|removed|work)/|heldout\.jsonl\.zst$|(plan|units|funnel|record|card)\.json$"
+    r"|card\.(md|html)$"
+)
 CRAWL = "crawl.json"  # what `fastlm data crawl` writes beside its WARC files
 COMPRESSED = {".gz", ".zst"}
 # Files about the package itself, and duplicates of its pages (Sphinx's sources and listings): no
@@ -145,6 +151,7 @@ def list_files(
             raise InputError(f"source {spec}: expected text, the file is empty")
         return [SourceFile(root, name, spec, FORMATS[ending], explicit=True)], skipped
 
+    is_corpus = not package and (root / FUNNEL).is_file()
     files = []
     for path in sorted(root.rglob("*"), key=lambda p: p.relative_to(root).as_posix()):
         if not path.is_file():
@@ -160,6 +167,8 @@ def list_files(
             skipped["not matched by the glob"] += 1
         elif not glob and HIDDEN.search(relative):
             skipped["hidden"] += 1
+        elif not glob and is_corpus and NOT_TRAINED_ON.match(relative):
+            skipped["not the training part of a corpus"] += 1
         elif not glob and path.name == CRAWL and path.with_name("crawl-00000.warc.gz").is_file():
             skipped["record of a crawl"] += 1
         elif ending not in FORMATS:
@@ -171,6 +180,11 @@ def list_files(
             skipped["code or data of a package"] += 1
         else:
             files.append(SourceFile(path, relative, spec, FORMATS[ending], package=package))
+    if not files and glob and {*skipped} == {"not matched by the glob"}:
+        raise InputError(
+            f"source {spec}: expected a file that matches {glob}, got none of"
+            f" {skipped.total():,} files"
+        )
     if not files:
         counts = ", ".join(f"{n} {reason}" for reason, n in skipped.items())
         reasons = f" ({counts})" if counts else ""

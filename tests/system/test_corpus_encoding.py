@@ -126,6 +126,16 @@ def test_a_killed_call_is_continued(corpus, tokenizer, tmp_path, monkeypatch):
     assert contents(out) == contents(tmp_path / "whole")
 
 
+def test_two_calls_do_not_write_to_one_folder(corpus, tokenizer, tmp_path):
+    out = tmp_path / "out"
+    with (
+        Work(out / UNFINISHED_SHARDS).locked(),
+        pytest.raises(InputError, match="another process works in this folder"),
+    ):
+        encode_corpus(corpus, "train", tokenizer, out)
+    encode_corpus(corpus, "train", tokenizer, out)
+
+
 def test_unfinished_work_of_other_text_is_not_used(corpus, tokenizer, tmp_path, monkeypatch):
     out = tmp_path / "out"
     with monkeypatch.context() as patch:

@@ -229,7 +229,7 @@ def test_sizes():
 def test_a_changed_plan_is_refused(pages, tmp_path, monkeypatch):
     out = tmp_path / "out"
     interrupt_after(monkeypatch, 3)
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(KeyboardInterrupt, match=f"the same command continues the build in {out}"):
         build(pages, out)
     monkeypatch.undo()
     with pytest.raises(InputError, match=r"plan that was begun.* options.max_words was 100000"):

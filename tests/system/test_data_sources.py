@@ -99,6 +99,21 @@ def test_glob_and_sorted_order(tmp_path, cache):
         (tmp_path / "in" / name).write_text(name)
     assert [d.text for d in read(tmp_path / "in", cache)] == ["a/c.txt", "z/a.txt", "z/b.txt"]
     assert [d.text for d in read(f"{tmp_path / 'in'}#z/*", cache)] == ["z/a.txt", "z/b.txt"]
+    message = refusal(f"{tmp_path / 'in'}#y/*", cache)
+    assert message.endswith("expected a file that matches y/*, got none of 3 files")
+
+
+def test_of_a_corpus_only_the_training_part_is_read(tmp_path, cache):
+    for name in ("train/0.jsonl", "heldout/0.jsonl", "removed/0.jsonl", "notes/0.jsonl"):
+        (tmp_path / name).parent.mkdir()
+        (tmp_path / name).write_text(json.dumps({"text": name}))
+    assert len(read(tmp_path, cache)) == 4
+    for name in ("funnel.json", "units.json", "card.json"):
+        (tmp_path / name).write_text(json.dumps([name]))
+    assert [d.text for d in read(tmp_path, cache)] == ["notes/0.jsonl", "train/0.jsonl"]
+    reason = {"not the training part of a corpus": 5}
+    assert list_files(str(tmp_path), cache=cache)[1] == reason
+    assert [d.text for d in read(tmp_path / "heldout", cache)] == ["heldout/0.jsonl"]
 
 
 def test_long_text_is_cut_at_blank_lines_and_nothing_is_lost(tmp_path, cache):

@@ -136,13 +136,15 @@ def test_shards_of_text_that_an_earlier_call_cleaned(runs, lost, tmp_path):
     moved = tmp_path / "moved"
     for name in ("data", "shards"):
         shutil.copytree(runs / "one" / name, moved / name)
-    call(moved / "data", "--target", id)
+    beside = call(moved / "data", "--target", id, status=5).stdout
+    assert f"not checked: {moved / 'shards'}: token shards beside the text" in beside
     report = json.loads(call(moved, "--target", id, "--json", status=5).stdout)
     assert {line.rpartition(": ")[2] for line in report["unchecked"]} == {
         "no record tells whether it was made before documents were removed"
     }
     data = runs / "one/data"
-    first = json.loads(call(data, "--target", id, "--json").stdout)
+    first = json.loads(call(data, "--target", id, "--json", status=5).stdout)
+    assert [line.partition(":")[0] for line in first["unchecked"]] == [str(runs / "one/shards")]
     assert [r["kind"] for r in first["removed"]] == ["document"] and shards(runs)
     second = json.loads(call(runs, "--target", id, "--json", status=5).stdout)
     assert {r["kind"] for r in second["removed"]} == {"set of token shards"} and not shards(runs)

@@ -68,6 +68,12 @@ def test_the_hash_depends_on_the_files_alone(tmp_path):
     assert write_policies(tmp_path / "b", changed) != before
     assert write_policies(tmp_path / "c", []) != before
     assert not PolicyIndex.open(tmp_path / "c")
+    fetches = (("a", "2026-03-01T00:00:00Z"), ("b", ""), ("b", "2026-02-01T00:00:00Z"))
+    robots = [PolicyFile(f"https://{s}.example/robots.txt", date, 200, "") for s, date in fetches]
+    summary = write_policies(tmp_path / "d", [*robots, *robots])
+    assert {k: v for k, v in summary.items() if k != "sha256"} == {
+        "files": 3, "sites": 2, "first": "2026-02-01T00:00:00Z", "last": "2026-03-01T00:00:00Z",
+    }  # fmt: skip
     assert (
         decide("https://x.example/", policies=PolicyIndex.open(tmp_path / "c")).verdict == "unknown"
     )

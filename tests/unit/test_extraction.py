@@ -2,6 +2,7 @@
 
 import sys
 import time
+from typing import Any, cast
 
 import labelled_articles
 import pytest
@@ -211,3 +212,11 @@ def test_precise_is_not_below_trafilatura_on_labelled_articles():
         (trafilatura.extract(html, favor_precision=True) or "", truth) for html, truth in articles
     )
     assert ours[2] >= theirs[2]
+
+
+def test_a_page_is_text_or_bytes():
+    for function in (main_text, precise_text):
+        with pytest.raises(
+            InputError, match="html: expected a page as text or bytes, got NoneType"
+        ):
+            function(cast(Any, None))

@@ -4,6 +4,7 @@
 import random
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any, cast
 
 import pytest
 from hypothesis import given, settings
@@ -228,3 +229,8 @@ def test_japanese_prose_passes_the_web_rules():
 @settings(deadline=None, max_examples=100)
 def test_rules_decide_on_any_text_in_any_language(text, code):
     assert first_failed(text, TECHNICAL, language=code) in {None, *TECHNICAL}
+
+
+def test_only_text_has_a_language():
+    with pytest.raises(InputError, match="text: expected a text, got NoneType"):
+        identify(cast(Any, None))

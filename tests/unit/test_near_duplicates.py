@@ -1,6 +1,7 @@
 """Near duplicates against a brute-force join, on sections of the docs with planted edits."""
 
 import re
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -317,3 +318,10 @@ def test_keys_depend_on_the_set_alone(pages):
     assert (keys[-1] == near_duplicates.NO_KEY).all()
     assert len(np.unique(keys[:-1])) > 19 * 15
     assert band_keys([]).shape == (0, 20)
+
+
+def test_texts_are_a_list_of_texts():
+    cases = ((iter("ab"), "texts: .* got str_"), (["a", None], r"texts\[1\]: .* got NoneType"))
+    for texts, got in cases:
+        with pytest.raises(InputError, match=got):
+            find(cast(Any, texts))

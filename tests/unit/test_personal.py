@@ -4,6 +4,7 @@ import re
 import sys
 import time
 from importlib import import_module
+from typing import Any, cast
 
 import phonenumbers
 import pytest
@@ -325,3 +326,8 @@ def test_recall_over_the_numbers_of_all_countries():
     # of places with numbers of five to seven digits, and others that have no 0
     assert recall[""] > 0.53 and recall[" word"] > 0.88
     assert {len(each) for each in hits.values()} == {489, 215, 274}
+
+
+def test_only_text_has_personal_data():
+    with pytest.raises(InputError, match="text: expected a text, got bytes"):
+        find(cast(Any, b"a@example.org"))

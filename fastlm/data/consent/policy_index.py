@@ -14,7 +14,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 from fastlm.data.consent.policy_files import (
     CACHES,
@@ -166,12 +166,25 @@ class PolicyView(Mapping[str, PolicyFile]):
         return (address for address in self._versions if self.get(address) is not None)
 
 
-def write_policies(path: str | Path, files: Iterable[PolicyFile]) -> str:
+class PolicySummary(TypedDict):
+    """What was written: the number of versions of files and of sites, the first and the last date
+    of a fetch (None: without dates), and the SHA-256 of all of it.
+    """
+
+    files: int
+    sites: int
+    first: str | None
+    last: str | None
+    sha256: str
+
+
+def write_policies(path: str | Path, files: Iterable[PolicyFile]) -> PolicySummary:
     """Write the policy files of a build for `PolicyIndex.open`; the same file twice counts once.
-    Return the hash of what was written, which belongs into the plan: it decides the result.
+    Return what was written, which belongs into the plan: it decides the result.
     InputError: not writable.
     """
     digest = hashlib.sha256()
+    counts = []
 
     def write(part: Path) -> None:
         database = sqlite3.connect(part)
@@ -192,6 +205,10 @@ def write_policies(path: str | Path, files: Iterable[PolicyFile]) -> str:
                 for value in row:
                     data = value if isinstance(value, bytes) else str(value).encode()
                     digest.update(len(data).to_bytes(8, "little") + data)
+            counts[:] = database.execute(
+                "SELECT COUNT(*), COUNT(DISTINCT site), MIN(NULLIF(date, '')),"
+                " MAX(NULLIF(date, '')) FROM policy"
+            ).fetchone()
         finally:
             database.close()
 
@@ -199,7 +216,9 @@ def write_policies(path: str | Path, files: Iterable[PolicyFile]) -> str:
         save_atomic(path, write)
     except sqlite3.Error as error:
         raise InputError(f"{path}: expected a writable file, got: {error}") from error
-    return digest.hexdigest()
+    count, sites, first, last = counts
+    return {"files": count, "sites": sites, "first": first, "last": last,
+            "sha256": digest.hexdigest()}  # fmt: skip
 
 
 def _row(file: PolicyFile) -> tuple[bytes, bytes, str, int, bytes]:

@@ -30,7 +30,7 @@ from fastlm.data.personal.numbers import (
 )
 from fastlm.data.personal.phones import WEB_REGIONS, check_regions, find_phones
 from fastlm.data.personal.spans import Span, digit_groups, digit_runs
-from fastlm.errors import InputError
+from fastlm.errors import InputError, check_type
 
 __all__ = ["DEFAULT_KINDS", "KINDS", "Placeholders", "Span", "check_kinds", "find", "replace"]
 
@@ -61,8 +61,9 @@ def find(
     ``regions``: countries (ISO 3166-1) whose telephone numbers are found without a country code or
     a word such as "phone" before them; None: all (`fastlm.data.personal.phones`).
 
-    InputError: unknown kinds or regions, a missing extra.
+    InputError: not a text, unknown kinds or regions, a missing extra.
     """
+    check_type(text, "text", str, "a text")
     check_kinds(kinds)
     check_regions(regions)
     runs = digit_runs(text)

@@ -51,10 +51,11 @@ def toxicity_command(
     """
     from fastlm.evals.safety.model_under_test import SafetyJudges
     from fastlm.evals.safety.sets import SafetySets
+    from fastlm.pipeline.events import View
     from fastlm.sources.packages import default_cache
 
     judges = SafetyJudges(SafetySets(cache or default_cache()))
-    model = judges.toxicity_model(benign or ())
+    model = judges.toxicity_model(benign or (), track=View().track)
     model.save(out)
     (finds, toxic), (passes, benign_texts) = (
         model.accuracy[name] for name in ("sensitivity", "specificity")

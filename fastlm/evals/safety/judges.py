@@ -31,6 +31,7 @@ from fastlm.data.text_classifier import (
 from fastlm.errors import InputError
 from fastlm.evals.safety.refusals import OPENING, content_words, normalize, refuses, topic_share
 from fastlm.evals.safety.texts import SENTENCES
+from fastlm.progress import Track, silent
 
 # of a text. Pairs of words and 3 or 5 characters, too, take 3 times as long and are no better
 TEXT_NGRAMS = Ngrams(words=1, characters=(4,))
@@ -166,6 +167,7 @@ def fit_judge(
     extra_training: Sequence[LabelledAnswer] = (),
     constructed: Sequence[tuple[str, LabelledAnswer]] = (),
     veto: Callable[[str, str], bool] = lambda request, answer: False,
+    track: Track = silent,
 ) -> tuple[AnswerRule, JudgeAccuracy]:
     """Return a judge fitted to all examples, and the accuracy of judges fitted to four fifths of
     the examples on the remaining fifth.
@@ -185,7 +187,7 @@ def fit_judge(
     fold = np.array([fold_of(e.group or e.request) for e in all_answers])
     verdicts = np.zeros(len(all_answers), bool)
     x_training = x[: len(training)]
-    for k in {*fold.tolist()}:
+    for k in track({*fold.tolist()}, "cross-validating the judge", unit="folds"):
         in_training = fold[: len(training)] != k
         coefficients = fit_classifier(x_training[in_training], y[in_training])
         verdicts[fold == k] = x[fold == k] @ coefficients > 0

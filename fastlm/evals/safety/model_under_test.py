@@ -33,7 +33,7 @@ from fastlm.evals.safety.sets import SafetySets, sample
 from fastlm.evals.safety.texts import SENTENCES
 from fastlm.evals.scorer import Pair, Scorer
 from fastlm.evals.task import MultipleChoice, OpenQuestion, Question, Task
-from fastlm.progress import silent
+from fastlm.progress import Track, silent
 from fastlm.schema import read_lines
 
 if TYPE_CHECKING:
@@ -96,7 +96,7 @@ class SafetyJudges:
             domain="web text",
         )  # fmt: skip
 
-    def toxicity_model(self, benign: Sequence[str] = ()) -> ToxicityModel:
+    def toxicity_model(self, benign: Sequence[str] = (), *, track: Track = silent) -> ToxicityModel:
         """Return the judge of `toxicity` in a form that can be saved, and scores documents.
 
         ``benign``: sources of text (`fastlm.data.texts.read_texts`). At most `TOXIC` pieces of
@@ -108,7 +108,7 @@ class SafetyJudges:
             examples, text_features,
             f"{len(examples)} texts by five-fold cross-validation, as `fastlm safety` measures it,"
             f" and {len(pieces)} pieces of benign sources",
-            domain="web text", extra_training=pieces,
+            domain="web text", extra_training=pieces, track=track,
         )  # fmt: skip
         return ToxicityModel(fit_text_classifier([*examples, *pieces]), accuracy.as_dict())
 
