@@ -1,4 +1,4 @@
-"""Memory of a training step: recompute values instead of keeping them, and keep freed memory.
+"""Memory of a step: recompute values instead of keeping them, and keep freed memory.
 
 Both exist because a step uses large tensors that live for milliseconds. On the machine of
 docs/log.md (42 M parameters, 4096 tokens), a step spent 12 % of its time on 150,000 fresh pages
@@ -14,28 +14,40 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from fastlm.backend import cpu_extension, unavailable_reason
 
-_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # glibc's <malloc.h>
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_MMAP_MAX = -1, -3, -4  # glibc's <malloc.h>
+_MAX_MMAP_THRESHOLD = 32 << 20  # glibc refuses more
+_keeps_all = False
 
 
-def keep_freed_memory() -> bool:
+def keep_freed_memory(limit: int | None = None) -> bool:
     """Let the process keep the memory that it frees, for the tensors of the next step.
 
     By default, glibc returns large blocks to the kernel at once and gets them back page by page,
-    each zeroed. This call turns both off (``mallopt``: no mmap for blocks, no trimming), for the
-    whole process until it ends: its size stays at its peak. `fastlm.train` calls it; call it once
-    in a training script of your own. It does not suit a process that needs much memory once and
-    then little for a long time.
+    each zeroed. This call changes that (``mallopt``), for the whole process until it ends.
+
+    Args:
+        limit: None: keep everything, so that the size of the process stays at its peak.
+            `fastlm.train` calls it so; call it once in a training script of your own. It does not
+            suit a process that needs much memory once and then little for a long time. Else: keep
+            at most so many bytes at the end of each heap, of blocks up to 32 MiB, as
+            `fastlm.Engine` does on a CPU. A call without a limit stays in effect.
 
     Return whether it worked: False without glibc (macOS, musl), where nothing changes.
     """
+    global _keeps_all
     try:
         mallopt = ctypes.CDLL(None).mallopt
     except (OSError, AttributeError):
         return False
-    is_set = bool(mallopt(_M_MMAP_MAX, 0)) and bool(mallopt(_M_TRIM_THRESHOLD, -1))
-    if is_set and unavailable_reason("cpu") is None:
+    if limit is not None:
+        if _keeps_all:
+            return True
+        settings = {_M_MMAP_THRESHOLD: _MAX_MMAP_THRESHOLD, _M_TRIM_THRESHOLD: limit}
+        return all([bool(mallopt(name, value)) for name, value in settings.items()])
+    _keeps_all = bool(mallopt(_M_MMAP_MAX, 0)) and bool(mallopt(_M_TRIM_THRESHOLD, -1))
+    if _keeps_all and unavailable_reason("cpu") is None:
         cpu_extension.set_huge_pages(False)  # csrc/cpu/base/huge_pages.h
-    return is_set
+    return _keeps_all
 
 
 class recompute(saved_tensors_hooks):

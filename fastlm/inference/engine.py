@@ -51,6 +51,7 @@ from fastlm.inference.scheduler import Chunk, Scheduler
 from fastlm.inference.sequence import CompletionCollector
 from fastlm.inference.speculative import DraftProposer, PromptLookup
 from fastlm.inference.work_queue import WorkItem, WorkQueue
+from fastlm.memory import keep_freed_memory
 
 if TYPE_CHECKING:
     from fastlm.model.causal_lm import CausalLM
@@ -60,6 +61,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 # (L, V) logits, and the rows of each answer: those after its last token and after each draft token
 AnswerLogits = tuple[Tensor, dict[sequences.Sequence, list[int]]]
+KEPT_BYTES = 256 << 20  # of freed memory, for the tensors of the next step
 MASK_THREADS = 2  # that compute token masks: a slow grammar leaves one thread to the others
 # Seconds of a step that wait for masks: most are ready when the logits are, or soon after
 MASK_PATIENCE = 0.005
@@ -162,6 +164,8 @@ class Engine:
             raise InputError(
                 f"kv_cache_dtype: expected float32, bfloat16, float16 or int8, got {kv_cache_dtype}"
             )
+        if model.device.type == "cpu":  # fresh pages were 10 % of the prompts of eight users
+            keep_freed_memory(KEPT_BYTES)
         self.model, self.tokenizer, self.kv_cache_dtype = model, tokenizer, kv_cache_dtype
         vocab = model.config.vocab_size
         self.vocab = vocab if tokenizer is None else min(vocab, tokenizer.vocab_size)

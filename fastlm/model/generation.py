@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 _DEFAULT = Sampling()
 _STEP_TOKENS = 4096  # many, because nobody waits for a running answer
+_CPU_STEP_TOKENS = 1024  # more leave the caches
 
 
 def make_engine(
@@ -53,7 +54,7 @@ def make_engine(
         tokenizer,
         num_blocks=max(blocks[-1], min(sum(blocks), max_blocks)),
         max_num_seqs=max_num_seqs or count,
-        max_num_batched_tokens=_STEP_TOKENS,
+        max_num_batched_tokens=_CPU_STEP_TOKENS if model.device.type == "cpu" else _STEP_TOKENS,
         max_model_len=lengths[-1] if model.model.depends_on_length else None,
         batch_invariant=batch_invariant,
     )

@@ -150,10 +150,30 @@ print(faults())
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="glibc's allocator")
-@pytest.mark.parametrize("call", ["assert keep_freed_memory()", ""])
+@pytest.mark.parametrize(
+    "call",
+    [
+        "assert keep_freed_memory()",
+        "assert keep_freed_memory() and keep_freed_memory(1 << 20)",
+        "",
+        "assert keep_freed_memory(256 << 20)",  # which keeps smaller blocks
+    ],
+)
 def test_freed_memory_is_reused(call):
     """32 MiB four times: 8192 pages each time with glibc's defaults, none if it is kept."""
     command = [sys.executable, "-P", "-c", PROGRAM.replace("CALL", call)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    faults = int(done.stdout)
+    assert faults < 500 if "keep_freed_memory()" in call else faults > 4000
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="glibc's allocator")
+@pytest.mark.parametrize("call", ["assert keep_freed_memory(256 << 20)", ""])
+def test_freed_memory_is_kept_up_to_a_limit(call):
+    """Six blocks of 8 MiB at once: glibc trims a heap with more than 16 MiB at its end."""
+    program = PROGRAM.replace("CALL", call)
+    program = program.replace("torch.ones(8 << 20)", "[torch.ones(2 << 20) for _ in range(6)]")
+    command = [sys.executable, "-P", "-c", program]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     faults = int(done.stdout)
     assert faults < 500 if call else faults > 4000
