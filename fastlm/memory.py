@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
 from fastlm.backend import cpu_extension, unavailable_reason
+from fastlm.errors import InputError
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_MMAP_MAX = -1, -3, -4  # glibc's <malloc.h>
 _MAX_MMAP_THRESHOLD = 32 << 20  # glibc refuses more
@@ -32,8 +33,11 @@ def keep_freed_memory(limit: int | None = None) -> bool:
             at most so many bytes at the end of each heap, of blocks up to 32 MiB, as
             `fastlm.Engine` does on a CPU. A call without a limit stays in effect.
 
-    Return whether it worked: False without glibc (macOS, musl), where nothing changes.
+    Return whether it worked: False without glibc (macOS, musl), where nothing changes. InputError:
+    a limit that is no C int.
     """
+    if limit is not None and not 0 <= limit < 1 << 31:
+        raise InputError(f"limit: expected 0 to {(1 << 31) - 1:,} bytes, got {limit:,}")
     global _keeps_all
     try:
         mallopt = ctypes.CDLL(None).mallopt

@@ -71,13 +71,13 @@ std::string reason(Isa isa, const Features& f = features()) {
       if (!f.amx_cpu) return "this CPU has no AMX tiles (amx-tile, amx-int8, amx-bf16)";
       return f.amx_permission ? "" : "the kernel refused the permission to use AMX tiles";
     case Isa::avx512f:
-      return f.avx512 ? "" : "this CPU has not all of AVX-512 F, BW, DQ and VL";
+      return f.avx512 ? "" : "this CPU lacks one of AVX-512 F, BW, DQ and VL";
     case Isa::avx512_fma:
       if (f.avx512 && !f.avx512_vnni) return "this CPU has no AVX-512 VNNI";
       return reason(Isa::avx512f, f);
     case Isa::avx512:
     case Isa::amx_emulated:
-      if (f.avx512_vnni && !f.avx512_bf16) return "this CPU has not both AVX-512 BF16 and VBMI";
+      if (f.avx512 && !f.avx512_bf16) return "this CPU lacks AVX-512 BF16 or VBMI";
       return reason(Isa::avx512_fma, f);
     case Isa::avx2:
       return f.avx2 ? "" : "this CPU has no AVX2 with FMA";

@@ -305,7 +305,7 @@ def _consent(facts: Mapping[str, Any]) -> CardSection:
         "crawlers": ", ".join(options.get("crawler_names") or ()) or NOT_RECORDED,
     }
     policies = facts["plan"].get("policies")
-    if isinstance(policies, Mapping):  # earlier plans have the hash alone
+    if isinstance(policies, Mapping) and policies["files"]:  # earlier plans have the hash alone
         dates = " to ".join(dict.fromkeys(policies[k][:10] for k in ("first", "last")
                                           if policies[k]))  # fmt: skip
         table["policy files"] = (

@@ -88,8 +88,8 @@ def precise_text(html: bytes | str, *, seconds: float = PRECISE_SECONDS) -> Extr
     than ``seconds`` of CPU time (`CPU_LIMIT`) or the page is longer than MAX_PRECISE_LENGTH
     (`TOO_LARGE`). InputError: trafilatura is not installed.
     """
-    trafilatura = _trafilatura()
     check_type(html, "html", (str, bytes), "a page as text or bytes")
+    trafilatura = _trafilatura()
     html = _decode(html)
     if reason := costly_markup(html):
         return Extraction("", reason)

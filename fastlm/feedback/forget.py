@@ -159,7 +159,7 @@ class _Removal:
         self, roots: list[Path], names: Sequence[str], keys: Iterable[str],
         store: "FeedbackStore | None", near: bool = False,
     ):  # fmt: skip
-        self.names, self.store, self.near = names, store, near
+        self.roots, self.names, self.store, self.near = roots, names, store, near
         self.folders = list(dict.fromkeys(r if r.is_dir() else r.parent for r in roots))
         self.requests = {request_key(name): name for name in names}
         # what earlier calls found under the same names or keys
@@ -246,18 +246,21 @@ class _Removal:
         """Yield the folders of token shards that stand beside a prepared folder, were not searched,
         and are made of it or do not record of what.
         """
-        searched = {folder.absolute() for folder in self.folders}
-        for parent in sorted({corpus.absolute().parent for corpus in self.affected}):
+        searched = {root.absolute() for root in self.roots if root.is_dir()}
+        corpora = [c.absolute() for c in (self.corpora if self.earlier else self.affected)]
+        for parent in sorted({corpus.parent for corpus in corpora}):
             for folder in sorted(path for path in parent.iterdir() if path.is_dir()):
-                indices = (folder / name / "index.json" for name in ("", *SPLITS))
+                places = [folder / name for name in ("", *SPLITS)]
                 if not searched.isdisjoint([folder, *folder.parents]) or not any(
-                    _is_shards(index) for index in indices
+                    _is_shards(p / "index.json") or (p / UNFINISHED_SHARDS).is_dir() for p in places
                 ):
                     continue
                 records = open_registry([folder], update_index=False).records
-                if not records or any(
-                    not self.content_ids.isdisjoint(record.input_ids()) for record in records
-                ):
+                inputs = [i for r in records for rows in r.provenance.inputs.values() for i in rows]
+                # of this text, or of what was in this folder before
+                made_of = {i["id"] for i in inputs} & self.content_ids
+                made_of |= {i["path"] for i in inputs} & {*map(str, corpora)}
+                if made_of or not records:
                     yield folder
 
     def _search_near(self) -> None:

@@ -61,7 +61,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 # (L, V) logits, and the rows of each answer: those after its last token and after each draft token
 AnswerLogits = tuple[Tensor, dict[sequences.Sequence, list[int]]]
-KEPT_BYTES = 256 << 20  # of freed memory, for the tensors of the next step
+FREE_BYTES_LIMIT = 256 << 20  # of freed memory, for the tensors of the next step
 MASK_THREADS = 2  # that compute token masks: a slow grammar leaves one thread to the others
 # Seconds of a step that wait for masks: most are ready when the logits are, or soon after
 MASK_PATIENCE = 0.005
@@ -165,7 +165,7 @@ class Engine:
                 f"kv_cache_dtype: expected float32, bfloat16, float16 or int8, got {kv_cache_dtype}"
             )
         if model.device.type == "cpu":  # fresh pages were 10 % of the prompts of eight users
-            keep_freed_memory(KEPT_BYTES)
+            keep_freed_memory(FREE_BYTES_LIMIT)
         self.model, self.tokenizer, self.kv_cache_dtype = model, tokenizer, kv_cache_dtype
         vocab = model.config.vocab_size
         self.vocab = vocab if tokenizer is None else min(vocab, tokenizer.vocab_size)

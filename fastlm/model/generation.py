@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 _DEFAULT = Sampling()
 _STEP_TOKENS = 4096  # many, because nobody waits for a running answer
-_CPU_STEP_TOKENS = 1024  # more leave the caches
+_CPU_STEP_TOKENS = 1024  # as fast as 4096 on Zen 4, with less memory and earlier first tokens
 
 
 def make_engine(

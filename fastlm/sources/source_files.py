@@ -60,13 +60,14 @@ FORMATS = DOCUMENTS | dict.fromkeys(VERBATIM, "text") | {
     ".json": "json", ".ipynb": "notebook", ".parquet": "parquet",
 }  # fmt: skip
 UNSUPPORTED_TYPE, NO_ENDING = "unsupported type", "no ending"
+NO_TRAINING_PART = "not the training part of a corpus"
 # such as .git and .venv in a repository. A glob that names them still selects them.
 HIDDEN = re.compile(r"(^|/)(\.|(node_modules|__pycache__)/)")
-# What a folder has that `fastlm data prepare` wrote (it has this file), except the training part
-FUNNEL = "funnel.json"
+# Files of folders that `fastlm data prepare` wrote, and what is not their training part
+FUNNEL, PLAN, UNITS = "funnel.json", "plan.json", "units.json"
 NOT_TRAINED_ON = re.compile(
-    r"(heldout|removed|work)/|heldout\.jsonl\.zst$|(plan|units|funnel|record|card)\.json$"
-    r"|card\.(md|html)$"
+    r"(heldout|removed|work)/|heldout\.jsonl\.zst$|forget_log\.jsonl$|card\.(md|html)$"
+    r"|(plan|units|funnel|record|card|publishing)\.json$"
 )
 CRAWL = "crawl.json"  # what `fastlm data crawl` writes beside its WARC files
 COMPRESSED = {".gz", ".zst"}
@@ -151,9 +152,10 @@ def list_files(
             raise InputError(f"source {spec}: expected text, the file is empty")
         return [SourceFile(root, name, spec, FORMATS[ending], explicit=True)], skipped
 
-    is_corpus = not package and (root / FUNNEL).is_file()
     files = []
-    for path in sorted(root.rglob("*"), key=lambda p: p.relative_to(root).as_posix()):
+    names = [path.relative_to(root).as_posix() for path in root.rglob("*")]
+    corpora = [] if package or glob else corpus_folders(names)
+    for path in map(root.joinpath, sorted(names)):
         if not path.is_file():
             continue
         name = path.relative_to(root).as_posix()
@@ -167,8 +169,8 @@ def list_files(
             skipped["not matched by the glob"] += 1
         elif not glob and HIDDEN.search(relative):
             skipped["hidden"] += 1
-        elif not glob and is_corpus and NOT_TRAINED_ON.match(relative):
-            skipped["not the training part of a corpus"] += 1
+        elif is_left_out(name, corpora):
+            skipped[NO_TRAINING_PART] += 1
         elif not glob and path.name == CRAWL and path.with_name("crawl-00000.warc.gz").is_file():
             skipped["record of a crawl"] += 1
         elif ending not in FORMATS:
@@ -192,17 +194,42 @@ def list_files(
     return files, skipped
 
 
+def corpus_folders(names: Collection[str]) -> list[str]:
+    """Return the folders among these paths that ``fastlm data prepare`` wrote, finished or not, as
+    prefixes of paths: "" or "a/b/".
+    """
+    present = {*names}
+    folders = []
+    for name in names:
+        if name.endswith((FUNNEL, PLAN)):
+            folder = name.removesuffix(FUNNEL).removesuffix(PLAN)
+            has_parts = {f"{folder}{other}" for other in (UNITS, "train.jsonl.zst")} & present
+            if has_parts and (not folder or folder.endswith("/")):
+                folders.append(folder)
+    return folders
+
+
+def is_left_out(name: str, corpora: Collection[str]) -> bool:
+    """Return whether a path is in one of these folders, and is not its training part."""
+    return any(
+        name.startswith(folder) and NOT_TRAINED_ON.match(name, len(folder)) for folder in corpora
+    )
+
+
 def _list_remote(
     spec: str, address: str, glob: str, unsupported: Counter[str]
 ) -> tuple[list[SourceFile], Counter[str]]:
     skipped: Counter[str] = Counter()
     files = []
     objects = list_remote(address)
+    corpora = [] if glob else corpus_folders([name for name, _ in objects])
     explicit = [str(path) for _, path in objects] == [address.replace("://", ":/", 1)]
     for name, path in objects:
         ending = file_ending(name)
         if glob and not fnmatch.fnmatch(name, glob):
             skipped["not matched by the glob"] += 1
+        elif is_left_out(name, corpora):
+            skipped[NO_TRAINING_PART] += 1
         elif ending not in FORMATS:
             skipped[UNSUPPORTED_TYPE] += 1
             unsupported[ending or NO_ENDING] += 1

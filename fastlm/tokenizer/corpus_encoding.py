@@ -38,7 +38,7 @@ from fastlm.data.shards import (
 from fastlm.errors import InputError
 from fastlm.files import make_folder, read_json, reason, remove, sync, write_error
 from fastlm.pipeline.funnel import Funnel
-from fastlm.pipeline.units import LOCK, Work, file_sha256, run_step, write_durably
+from fastlm.pipeline.units import Work, file_sha256, run_step, write_durably
 from fastlm.progress import silent
 from fastlm.sources.remote import file_size, is_remote
 from fastlm.sources.streams import open_stream
@@ -84,48 +84,44 @@ def encode_corpus(
         keep_work: leave ``OUT/.encoding``, so that another call with the same text only checks it:
             for a caller that can be killed after this split.
 
-    InputError: as `write_shards`; another process writes to ``out``; a damaged corpus, or one whose
-    documents are not as many as units.json or the funnel say; units that failed.
+    InputError: as `write_shards`; a damaged corpus, or one whose documents are not as many as
+    units.json or the funnel say; units that failed.
     """
     loaded = Tokenizer.load(tokenizer)
     dtype = token_dtype(loaded, shard_tokens)
     _TOKENIZERS.clear()
     _TOKENIZERS[tokenizer_id := _tokenizer_id(loaded)] = loaded  # for units in this process
     root, units = _plan_units(corpus, corpus_parts(corpus, split), track)
+    work = Work(make_folder(out / UNFINISHED_SHARDS))
     plan = {
         "version": VERSION, "tokenizer": tokenizer_id, "shard_tokens": shard_tokens,
         **units,
     }  # fmt: skip
+    try:
+        work.begin(plan)
+    except InputError:  # of an earlier text or tokenizer, and never finished
+        remove(work.folder)
+        work = Work(make_folder(out / UNFINISHED_SHARDS))
+        work.begin(plan)
     settings = {
         "corpus": str(root if is_remote(root) else root.absolute()), "pid": os.getpid(),
         "tokenizer": str(Path(tokenizer).absolute() if Path(tokenizer).exists() else tokenizer),
         "threads": max(1, default_threads() // workers) if executor == "pool" else 1,
     }  # fmt: skip
-    work = Work(make_folder(out) / UNFINISHED_SHARDS)
-    if not (work.folder / LOCK).is_file():  # of an earlier version
+    write_durably(work.folder / SETTINGS, settings)
+    numbers = range(len(plan["units"]))
+    work.begin_step(encode.__name__, units=len(numbers))
+    run_step(
+        work, encode, numbers, executor=executor, workers=workers, track=track,
+        description="tokenizing",
+    )  # fmt: skip
+    shards = [(n, shard) for n in numbers for shard in work.counts(encode.__name__, n)["shards"]]
+    if not shards:
+        raise InputError("docs: expected at least one document, got none")
+    _check_totals(corpus, split, [shard for _, shard in shards])
+    info = _publish(work, out, shards, loaded, dtype)
+    if not keep_work:
         remove(work.folder)
-    with work.locked():
-        try:
-            work.begin(plan)
-        except InputError:  # of an earlier text or tokenizer, and never finished
-            work.delete()
-            work.begin(plan)
-        write_durably(work.folder / SETTINGS, settings)
-        numbers = range(len(plan["units"]))
-        work.begin_step(encode.__name__, units=len(numbers))
-        run_step(
-            work, encode, numbers, executor=executor, workers=workers, track=track,
-            description="tokenizing",
-        )  # fmt: skip
-        shards = [
-            (n, shard) for n in numbers for shard in work.counts(encode.__name__, n)["shards"]
-        ]
-        if not shards:
-            raise InputError("docs: expected at least one document, got none")
-        _check_totals(corpus, split, [shard for _, shard in shards])
-        info = _publish(work, out, shards, loaded, dtype)
-        if not keep_work:
-            remove(work.folder)
     return info
 
 

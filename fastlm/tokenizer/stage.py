@@ -4,6 +4,7 @@ import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Annotated, Any
 
 from fastlm.data.corpus import SPLITS, UNFINISHED_SHARDS, is_corpus
@@ -19,6 +20,8 @@ from fastlm.pipeline.stage import (
     one_of,
 )  # fmt: skip
 from fastlm.pipeline.text import count_text, size_text
+
+LOCK_FOLDER = ".writing"  # in the folder of shards, while a process writes them
 
 
 @dataclass(frozen=True)
@@ -120,13 +123,20 @@ class Shards(Stage):
         return {**words, "tokenizer": words["name"]}
 
     def run(self, ctx: StageContext) -> dict[str, Any]:
-        from fastlm.data.shards import INDEX
-        from fastlm.files import remove
-        from fastlm.tokenizer.corpus_encoding import encode_corpus
+        from fastlm.files import make_folder
+        from fastlm.pipeline.units import Work
 
         corpus = ctx.path("corpus")
         if is_corpus(ctx.out):  # whose record.json would be replaced
             raise InputError(f"out: expected a folder without prepared text, got {ctx.out}")
+        with Work(make_folder(ctx.out) / LOCK_FOLDER).locked():
+            return self._write(corpus, ctx)
+
+    def _write(self, corpus: Path, ctx: StageContext) -> dict[str, Any]:
+        from fastlm.data.shards import INDEX
+        from fastlm.files import remove
+        from fastlm.tokenizer.corpus_encoding import encode_corpus
+
         result: dict[str, Any] = {}
         splits = {"train": ctx.out}  # and their folders
         counts: dict[str, int] = {}

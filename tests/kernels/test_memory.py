@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 import fastlm
+from fastlm.errors import InputError
 from fastlm.memory import keep_freed_memory, recompute
 from fastlm.model import layers
 
@@ -168,7 +169,9 @@ def test_freed_memory_is_reused(call):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="glibc's allocator")
-@pytest.mark.parametrize("call", ["assert keep_freed_memory(256 << 20)", ""])
+@pytest.mark.parametrize(
+    "call", ["assert keep_freed_memory(256 << 20)", "assert keep_freed_memory(20 << 20)", ""]
+)
 def test_freed_memory_is_kept_up_to_a_limit(call):
     """Six blocks of 8 MiB at once: glibc trims a heap with more than 16 MiB at its end."""
     program = PROGRAM.replace("CALL", call)
@@ -176,7 +179,13 @@ def test_freed_memory_is_kept_up_to_a_limit(call):
     command = [sys.executable, "-P", "-c", program]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     faults = int(done.stdout)
-    assert faults < 500 if call else faults > 4000
+    assert faults < 500 if "256" in call else faults > 4000
+
+
+def test_a_limit_is_a_c_int():
+    for limit in (-1, 1 << 31):
+        with pytest.raises(InputError, match="limit: expected 0 to 2,147,483,647 bytes"):
+            keep_freed_memory(limit)
 
 
 def test_says_where_it_cannot(monkeypatch):

@@ -96,10 +96,9 @@ def use_kernel(kernel: Kernel) -> Iterator[Kernel]:
 
 
 def kernels_of(op: Op, languages: Sequence[str] | None = None) -> list[Kernel]:
-    kernels = [
-        k for k in KERNELS
-        if k.language in op.kernels and (k.variant != "avx512f" or op.multiplies_int8)
-    ]  # fmt: skip
+    kernels = [k for k in KERNELS if k.language in op.kernels]
+    if not op.multiplies_int8 and "avx512_fma" in backend.cpu_isas():  # which is the same code
+        kernels = [k for k in kernels if k.variant != "avx512f"]
     kernels = [k for k in kernels if languages is None or k.language in languages]
     return [
         kernel._replace(setting=name, set=change)

@@ -16,6 +16,7 @@ from fastlm.feedback.forget import forget
 from fastlm.pipeline.units import Work
 from fastlm.tokenizer import corpus_encoding
 from fastlm.tokenizer.corpus_encoding import encode, encode_corpus
+from fastlm.tokenizer.stage import LOCK_FOLDER
 from fastlm.tokenizer.tokenizer import Tokenizer
 
 DOCUMENTS = {"train": 60, "heldout": 4}
@@ -126,14 +127,15 @@ def test_a_killed_call_is_continued(corpus, tokenizer, tmp_path, monkeypatch):
     assert contents(out) == contents(tmp_path / "whole")
 
 
-def test_two_calls_do_not_write_to_one_folder(corpus, tokenizer, tmp_path):
+def test_two_commands_do_not_write_to_one_folder(corpus, tokenizer, tmp_path):
     out = tmp_path / "out"
-    with (
-        Work(out / UNFINISHED_SHARDS).locked(),
-        pytest.raises(InputError, match="another process works in this folder"),
-    ):
-        encode_corpus(corpus, "train", tokenizer, out)
-    encode_corpus(corpus, "train", tokenizer, out)
+    command = ["data", "shards", str(corpus), "-t", str(tokenizer), "-o", str(out)]
+    with Work(out / LOCK_FOLDER).locked():
+        refused = CliRunner().invoke(app, command)
+    assert refused.exit_code == 2 and "another process works in this folder" in refused.stderr
+    assert not list(out.rglob(INDEX))
+    assert CliRunner().invoke(app, command).exit_code == 0
+    assert (out / "train" / INDEX).is_file() and not (out / LOCK_FOLDER).exists()
 
 
 def test_unfinished_work_of_other_text_is_not_used(corpus, tokenizer, tmp_path, monkeypatch):

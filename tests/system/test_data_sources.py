@@ -114,6 +114,12 @@ def test_of_a_corpus_only_the_training_part_is_read(tmp_path, cache):
     reason = {"not the training part of a corpus": 5}
     assert list_files(str(tmp_path), cache=cache)[1] == reason
     assert [d.text for d in read(tmp_path / "heldout", cache)] == ["heldout/0.jsonl"]
+    (tmp_path / "units.json").unlink()  # so that it is a folder of anybody
+    assert len(read(tmp_path, cache)) == 6
+    (tmp_path.parent / "b" / "data" / "heldout").mkdir(parents=True)
+    for name in ("plan.json", "units.json", "heldout/0.jsonl", "1.jsonl"):  # not finished
+        (tmp_path.parent / "b" / "data" / name).write_text(json.dumps({"text": name}))
+    assert [d.text for d in read(tmp_path.parent / "b", cache)] == ["1.jsonl"]
 
 
 def test_long_text_is_cut_at_blank_lines_and_nothing_is_lost(tmp_path, cache):

@@ -145,6 +145,8 @@ def test_shards_of_text_that_an_earlier_call_cleaned(runs, lost, tmp_path):
     data = runs / "one/data"
     first = json.loads(call(data, "--target", id, "--json", status=5).stdout)
     assert [line.partition(":")[0] for line in first["unchecked"]] == [str(runs / "one/shards")]
+    again = json.loads(call(data, "--target", id, "--json", status=5).stdout)
+    assert again["unchecked"] == first["unchecked"] and not again["removed"]
     assert [r["kind"] for r in first["removed"]] == ["document"] and shards(runs)
     second = json.loads(call(runs, "--target", id, "--json", status=5).stdout)
     assert {r["kind"] for r in second["removed"]} == {"set of token shards"} and not shards(runs)
