@@ -179,7 +179,7 @@ def test_freed_memory_is_kept_up_to_a_limit(call):
     command = [sys.executable, "-P", "-c", program]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     faults = int(done.stdout)
-    assert faults < 500 if "256" in call else faults > 4000
+    assert faults < 2000 if "256" in call else faults > 4000  # of 49,152 pages
 
 
 def test_a_limit_is_a_c_int():
