@@ -7,8 +7,8 @@ runs: in one process their threads compete for the cores (llama.cpp decoded 49 t
 alone). The engines take turns, one generation per round. Each round has a new prompt, because an
 engine that caches the prefix of an old one would skip the prefill.
 
-fastlm's activations are float32 here, as the file says, and bf16 in a row of their own: OpenVINO
-multiplies attention in bf16 by default where the CPU can.
+fastlm's activations are float32 here, as the file says. A second row has bf16, because OpenVINO
+computes in bf16 by default where the CPU can.
 
     python bench/peers/decode.py [--model FILE.gguf] [--users 1 8 16] [--rounds 5] [--prompt 512]
 

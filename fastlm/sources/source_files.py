@@ -155,10 +155,10 @@ def list_files(
     files = []
     names = [path.relative_to(root).as_posix() for path in root.rglob("*")]
     corpora = [] if package or glob else corpus_folders(names)
-    for path in map(root.joinpath, sorted(names)):
+    for name in sorted(names):
+        path = root / name
         if not path.is_file():
             continue
-        name = path.relative_to(root).as_posix()
         if left_out and f"{name}/".startswith(left_out):
             continue
         relative = printable(name)

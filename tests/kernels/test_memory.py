@@ -168,7 +168,6 @@ def test_freed_memory_is_reused(call):
     assert faults < 500 if "keep_freed_memory()" in call else faults > 4000
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="glibc's allocator")
 @pytest.mark.parametrize(
     "call", ["assert keep_freed_memory(256 << 20)", "assert keep_freed_memory(20 << 20)", ""]
 )

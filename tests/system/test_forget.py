@@ -136,8 +136,8 @@ def test_shards_of_text_that_an_earlier_call_cleaned(runs, lost, tmp_path):
     moved = tmp_path / "moved"
     for name in ("data", "shards"):
         shutil.copytree(runs / "one" / name, moved / name)
-    beside = call(moved / "data", "--target", id, status=5).stdout
-    assert f"not checked: {moved / 'shards'}: token shards beside the text" in beside
+    output = call(moved / "data", "--target", id, status=5).stdout
+    assert f"not checked: {moved / 'shards'}: token shards beside the text" in output
     report = json.loads(call(moved, "--target", id, "--json", status=5).stdout)
     assert {line.rpartition(": ")[2] for line in report["unchecked"]} == {
         "no record tells whether it was made before documents were removed"

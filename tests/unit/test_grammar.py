@@ -249,7 +249,7 @@ def test_a_long_chain_of_references_is_the_clients_fault(compiler):
     defs = {f"a{i}": {"properties": {}, "$ref": f"#/$defs/a{i + 1}"} for i in range(1200)}
     schema = {"$ref": "#/$defs/a0", "$defs": {**defs, "a1200": {}}, "properties": {"z": True}}
     limit = sys.getrecursionlimit()
-    sys.setrecursionlimit(1000)  # Python's own: a library may have raised it
+    sys.setrecursionlimit(1000)  # the default; a library may have set a higher one
     try:
         with pytest.raises(OutputFormatError, match="a shorter chain of references"):
             compiler.constraint(schema_format(schema))
