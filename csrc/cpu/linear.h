@@ -17,9 +17,16 @@
 using E = Elem<bf16>;
 constexpr int64_t IN_L2 =
     (512 << 10) / int64_t(sizeof(E));  // elements of A per block: half of an L2 of 1 MiB
-constexpr int64_t MAX_ROWS = 512;      // per block: 64 columns of float32 sums are 128 KiB
+constexpr int64_t MAX_ROWS = 512;      // per block
 constexpr int64_t CHUNK = 1024;        // rows of x and dy at a time: KC of bf16
 constexpr int64_t GROUP = 4 * VL;      // columns that pack_b takes at a time
+// Rows of y multiplied before they are stored. Their lines are fetched before, because rows of y
+// lie far apart; the sums stay in the L1.
+#ifdef FASTLM_AMX
+constexpr int64_t STEP = MAX_ROWS;  // fewer rows were not measured
+#else
+constexpr int64_t STEP = 4 * MR;
+#endif
 
 // Rows per block, in whole register tiles: A fills half of the L2, and every thread has about the
 // same number of blocks.
@@ -37,7 +44,7 @@ struct LinearWorkspace {
 inline LinearWorkspace workspace_for_rows(int64_t m, int64_t n, int64_t k) {
   const int64_t kp = padded_k<E>(k), rows = block_rows(m, kp);
   return {rows, round_up(packed_b_elements<E>(k, n) * int64_t(sizeof(E)), 64),
-          Buffer::size_of<float>(rows * NR) + Buffer::size_of<E>(rows * kp)};
+          Buffer::size_of<float>(STEP * NR) + Buffer::size_of<E>(rows * kp)};
 }
 inline LinearWorkspace workspace_for_columns(int64_t m, int64_t n, int64_t k) {
   const int64_t chunk = padded_k<E>(std::min(CHUNK, m)), rows = block_rows(n, chunk);
@@ -105,7 +112,7 @@ inline void multiply_rows(int64_t m, int64_t n, int64_t k, const bf16* a, int64_
 #pragma omp parallel num_threads(arena.threads) firstprivate(rows)
   {
     Buffer memory(arena.thread_part());
-    float* c = memory.take<float>(rows * NR);
+    float* c = memory.take<float>(STEP * NR);
     E* packed_a = memory.take<E>(rows * kp);
     TileScope tiles;
 #pragma omp for schedule(static)
@@ -120,15 +127,22 @@ inline void multiply_rows(int64_t m, int64_t n, int64_t k, const bf16* a, int64_
       if (!block) pack_a<E>(a + m0 * a_stride, a_stride, 1, count, k, packed_a), block = packed_a;
       for (int64_t n0 = 0; n0 < n; n0 += NR) {
         const int64_t width = std::min<int64_t>(NR, n - n0);
-        gemm<E>(count, width, k, block, lda, packed + n0 * kp, c, NR, false);
-        for (int64_t i = 0; i < count; ++i) {
-          if (bias)
-            for (int64_t j = 0; j < width; ++j) c[i * NR + j] += to_float(bias[n0 + j]);
-          bf16* to = out + (m0 + i) * out_stride + n0;
-          if (streams && width == NR)
-            stream_lines(to, c + i * NR);
-          else
-            store_row(to, c + i * NR, width);
+        for (int64_t i0 = 0; i0 < count; i0 += STEP) {
+          const int64_t height = std::min(STEP, count - i0);
+          bf16* to = out + (m0 + i0) * out_stride + n0;
+          if (!streams)
+            for (int64_t i = 0; i < height; ++i)
+              for (int64_t j = 0; j < width; j += 32)
+                __builtin_prefetch(to + i * out_stride + j, 1);
+          gemm<E>(height, width, k, block + i0 * lda, lda, packed + n0 * kp, c, NR, false);
+          for (int64_t i = 0; i < height; ++i, to += out_stride) {
+            if (bias)
+              for (int64_t j = 0; j < width; ++j) c[i * NR + j] += to_float(bias[n0 + j]);
+            if (streams && width == NR)
+              stream_lines(to, c + i * NR);
+            else
+              store_row(to, c + i * NR, width);
+          }
         }
       }
     }

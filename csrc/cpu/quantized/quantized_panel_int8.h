@@ -100,10 +100,15 @@ struct PanelForm8 {
             integer_panel<BITS>(w, n, rows(p), runs.begin(r), list[r].length, ahead,
                                 to + (r - first) * width);
       }
+      // Stores rows of y, and fetches the lines of the next ones, which lie a row of y apart.
       const auto finish = [&](int64_t i, int64_t count) {
-        if (last == runs.count)
-          store_rows(arrays.c + i * NR8, NR8, count, nb, bias ? bias + n0 : nullptr,
-                     y + (m0 + i) * w.n + n0, w.n);
+        if (last < runs.count) return;
+        T* out = y + (m0 + i) * w.n + n0;
+        const int64_t next = std::min(count, mb - i - count);
+        for (int64_t r = count; r < count + next; ++r)
+          for (int64_t j = 0; j < nb; j += 64 / int64_t(sizeof(T)))
+            __builtin_prefetch(out + r * w.n + j, 1);
+        store_rows(arrays.c + i * NR8, NR8, count, nb, bias ? bias + n0 : nullptr, out, w.n);
       };
       gemm_int8<BITS>(
           mb, nb,
