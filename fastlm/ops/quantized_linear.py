@@ -27,7 +27,9 @@ def quantized_linear(
             with one absmax per row and run. A run is a group of the weight's columns, split every
             512 columns. Products and sums within a run are exact integers. (llama.cpp and OpenVINO
             do the same. One scale per row loses 7 to 12 dB on SmolLM2's activations, which have
-            outliers: perplexity +3.0 % against +0.2 % for groups of 32.)
+            outliers: perplexity +3.0 % against +0.2 % for groups of 32.) On a CPU with AMX, 64 rows
+            or more and groups below 128 are rounded to bfloat16 instead, which is more accurate and
+            faster there.
 
     Returns (..., N) in x's dtype; sums are float32. Gradients reach x (``dy @ W``; with act_bits 8
     as if x had not been rounded) and bias; the weight is frozen. With few rows, the memory traffic

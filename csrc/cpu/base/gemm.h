@@ -204,7 +204,7 @@ FASTLM_INLINE vint row_words(const S* p, int64_t n) {
     return as_int(n >= full ? load(p) : load(p, int(n)));
   else {
     alignas(64) E t[full] = {};
-    if constexpr (sizeof(S) == sizeof(E) && KP<S> == KP<E>) {
+    if constexpr (std::is_same_v<S, E>) {
       if (n >= full) return load_words(p);
       memcpy(t, p, size_t(n) * sizeof(E));
     } else {

@@ -1,4 +1,12 @@
+#include <cstdint>
 #include <type_traits>
+
+// A tile takes 64 int8 of k, and its sums are stored after every group: with groups below this size
+// the int8 dot product is as fast or faster (groups of 32: 1.7 to 2.2 times) ...
+constexpr int64_t TILE_GROUP = 128;
+// ... and from this many rows on, which pay for dequantizing the weight, bf16 tiles are (groups of
+// 32, 512 rows: 2.2 times; the limit is estimated from the two rates).
+constexpr int64_t BF16_TILE_ROWS = 64;
 
 #define FASTLM_BODY "cpu/quantized/quantized_linear.h"
 #define FASTLM_INT8_BODY
@@ -7,10 +15,9 @@
 namespace fastlm {
 namespace {
 
-// A tile takes 64 int8 of k, and its sums are stored after every group: with groups below 128 the
-// int8 dot product is as fast or faster (groups of 32: 1.7 to 2.2 times).
-bool tiles_lose(int64_t group_size, int act_bits) {
-  return isa() == Isa::amx && act_bits == 8 && group_size < 128;
+bool tiles_lose(const TensorView& x, int64_t group_size, int act_bits, int form) {
+  const bool many_rows = x.numel() >= BF16_TILE_ROWS * x.size(-1);
+  return isa() == Isa::amx && act_bits == 8 && group_size < TILE_GROUP && (form || !many_rows);
 }
 
 }  // namespace
@@ -23,7 +30,7 @@ void quantized_linear(const TensorView& x, const TensorView& qdata, const Tensor
                       const TensorView* zeros, const TensorView* bias, int bits, int64_t group_size,
                       int act_bits, int form, const TensorView& y, const TensorView* workspace) {
   prefer_huge_pages(y);
-  if (tiles_lose(group_size, act_bits))
+  if (tiles_lose(x, group_size, act_bits, form))
     return avx512::quantized_linear(x, qdata, scales, zeros, bias, bits, group_size, act_bits, form,
                                     y, workspace);
   FASTLM_RUN(quantized_linear, x, qdata, scales, zeros, bias, bits, group_size, act_bits, form, y,
@@ -32,7 +39,7 @@ void quantized_linear(const TensorView& x, const TensorView& qdata, const Tensor
 
 int64_t quantized_linear_workspace(const TensorView& x, int64_t n, int bits, int64_t group_size,
                                    int act_bits, int form) {
-  if (tiles_lose(group_size, act_bits))
+  if (tiles_lose(x, group_size, act_bits, form))
     return avx512::quantized_linear_workspace(x, n, bits, group_size, act_bits, form);
   FASTLM_RUN(quantized_linear_workspace, x, n, bits, group_size, act_bits, form);
   return 0;

@@ -7,6 +7,9 @@
 //   quantized_scaled.h      bf16 and int4 up to 128 rows: panels of q, and the sums are scaled
 //   quantized_panel_int8.h  8-bit activations: panels of integers (gemm_int8.h)
 //
+// On AMX, 8-bit activations of many rows and small groups are rounded to bf16 instead, and take the
+// second form: the tiles' int8 products need groups of 128 (quantized_linear.cpp).
+//
 // One thread computes an output, in one order: results are bit-equal on any number of threads.
 #include "cpu/base/gemm.h"
 #include "cpu/quantized/quantized_weight.h"
@@ -41,6 +44,10 @@ void with_form(int64_t m, const Weight& w, int act_bits, int form, F f) {
   if (act_bits == 8) {
     if (dot(dot_max_rows<BITS, int8_t>(w)))
       f(DotForm<BITS, int8_t, T>{m, w});
+#ifdef FASTLM_AMX
+    else if (!form && w.size < TILE_GROUP && m >= BF16_TILE_ROWS)
+      f(PanelForm<BITS, T, bf16>{m, w});
+#endif
     else
       f(PanelForm8<BITS, T>{m, w});
   } else {

@@ -128,13 +128,13 @@ void store_rows(const float* c, int64_t ldc, int64_t m, int64_t n, const float* 
   }
 }
 
-template <int BITS, class T>
+// E: the type of gemm.h's operands; x is rounded to it.
+template <int BITS, class T, class E = Elem<T>>
 struct PanelForm {
-  using E = Elem<T>;
   int64_t m;
   const Weight& w;
   int64_t kp = padded_k<E>(w.k);
-  bool in_place = sizeof(E) == sizeof(T) && kp == w.k;
+  bool in_place = std::is_same_v<E, T> && kp == w.k;
   // equal blocks, no remainder of a few columns
   int64_t blocks_k = (w.k + PANEL_K<E> - 1) / PANEL_K<E>;
   int64_t block_k = round_up((w.k + blocks_k - 1) / blocks_k, 128);

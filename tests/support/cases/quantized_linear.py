@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cases.base import DTYPES, SLOW, Case, Op, OpCall, Row, Terms, name_parameters, size
-from fastlm import QuantizedWeight, ops, reference
+from fastlm import QuantizedWeight, backend, ops, reference
 
 
 def expanded(t: Tensor, group_size: int, k: int) -> Tensor:
@@ -47,18 +47,27 @@ def build(case: Case, dtype: torch.dtype) -> OpCall:
         y = ops.quantized_linear(x, weight, bias, act_bits=act_bits)
         return y, weight.dequantize(x.dtype)
 
-    def int8(x):
-        """The rounding of x to 8 bits is part of the definition."""
-        rounded, scale = reference.round_rows(x.detach().float(), group_size)
-        return rounded.double() * scale.double()
+    def takes_bf16_tiles():
+        """On AMX many rows of small groups are rounded to bf16 instead of 8 bits."""
+        on_amx = backend.cpu_isa() in ("amx", "amx_emulated") and backend.forced_backend() == "cpu"
+        return on_amx and act_bits == 8 and m >= 64 and group_size < 128
+
+    def rounded(x):
+        """The rounding of x is part of the definition."""
+        if takes_bf16_tiles():
+            return x.detach().bfloat16().double()
+        q, scale = reference.round_rows(x.detach().float(), group_size)
+        return q.double() * scale.double()
 
     def plain(*tensors):
         x, qdata, scales, zeros, bias, _ = split_leaves(tensors)
         kind = torch.promote_types(x.dtype, torch.float32) if act_bits == 8 else x.dtype
+        if takes_bf16_tiles() and x.dtype != torch.float64:
+            kind = torch.bfloat16
         w = reference.dequantize(qdata, scales, zeros, bits, group_size, k, kind)
         wide = x.to(kind)
         if act_bits == 8:
-            wide = int8(x).to(kind) + (wide - wide.detach())
+            wide = rounded(x).to(kind) + (wide - wide.detach())
         y = F.linear(wide, w, None if bias is None else bias.to(kind))
         return y.to(x.dtype), w.detach().to(x.dtype)
 
@@ -77,7 +86,7 @@ def build(case: Case, dtype: torch.dtype) -> OpCall:
             rounded = None if dtype == torch.float32 else (a.square() @ w.square()).sqrt()
             return Terms(a.abs() @ size, rounded=rounded)
 
-        y = product(int8(x) if act_bits == 8 else x, w.T, size.T)
+        y = product(rounded(x) if act_bits == 8 else x, w.T, size.T)
         y = Terms(
             y.scale + (0.0 if bias is None else bias.abs()),
             rounded=None if act_bits == 8 else y.rounded,
