@@ -187,10 +187,11 @@ class PrefillKVCache:
             new.append(blocks[torch.arange(start, end) // BLOCK_SIZE])
             filled.append(torch.arange(end) + BLOCK_SIZE * sum(map(len, used)))
             used.append(blocks)
-        # index of the new tokens in a layer's keys (blocks, Hkv, BLOCK_SIZE, D)
-        self.new_tokens = (
-            torch.cat(new).to(device), slice(None), (self.positions % BLOCK_SIZE).to(device)
-        )  # fmt: skip
+        # where the heads of the new tokens are in a layer's keys (blocks, Hkv, BLOCK_SIZE, D)
+        heads = block_manager.data.shape[3]
+        head = torch.cat(new)[:, None] * heads + torch.arange(heads)
+        rows = head * BLOCK_SIZE + (self.positions % BLOCK_SIZE)[:, None]
+        self.new_rows = rows.flatten().to(device)
         self.positions = self.positions.to(device)
         self.blocks = torch.cat(used).to(device)  # of all sequences, one after the other
         # the tokens in these blocks; None: they are full
@@ -204,19 +205,24 @@ class PrefillKVCache:
         for part, (cache, new) in enumerate(zip(layers[layer], (k, v), strict=True)):
             tokens = new[0].transpose(0, 1)
             if scales is None:
-                cache[self.new_tokens] = tokens.to(cache.dtype)
+                self._write(cache, tokens)
                 tokens = self._gather(cache)
             else:
                 codes, code_scales = round_rows(tokens, tokens.shape[-1])
-                cache[self.new_tokens] = codes.to(cache.dtype)
-                scales[layer, part][self.new_tokens] = code_scales[..., 0]
+                self._write(cache, codes)
+                self._write(scales[layer, part], code_scales[..., 0])
                 tokens = self._gather(cache) * self._gather(scales[layer, part])[..., None]
             results.append(tokens.to(new.dtype))
         return results[0], results[1]
 
+    def _write(self, cache: Tensor, tokens: Tensor) -> None:
+        """Write the new tokens (S, Hkv, ..) to (blocks, Hkv, BLOCK_SIZE, ..)."""
+        rows = cache.view(-1, *cache.shape[3:])  # an index of three dimensions takes twice the time
+        rows.index_copy_(0, self.new_rows, tokens.flatten(0, 1).to(cache.dtype))
+
     def _gather(self, cache: Tensor) -> Tensor:
         """Return the tokens of all sequences: (blocks, Hkv, BLOCK_SIZE, ..) -> (T, Hkv, ..)."""
-        tokens = cache[self.blocks].transpose(1, 2).flatten(0, 1)
+        tokens = cache.index_select(0, self.blocks).transpose(1, 2).flatten(0, 1)
         return tokens if self.filled is None else tokens.index_select(0, self.filled)
 
 
