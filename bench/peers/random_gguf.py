@@ -1,7 +1,9 @@
-"""Write a GGUF file with TinyLlama's shape, 1.1 billion weights, all random: to measure speed.
+"""Write a GGUF file with random weights in the shape of a known model: to measure speed.
 
-    python bench/peers/random_gguf.py FILE.gguf [--layers 22]
+    python bench/peers/random_gguf.py FILE.gguf [--shape llama-2-7b] [--layers 22]
     python bench/peers/decode.py --model FILE.gguf --users 1 8 --rounds 2
+
+Shapes are TinyLlama's (1.1 billion weights, 0.8 GB) and Llama 2's (7 billion, 4.4 GB).
 
 Matrices are Q4_1 and the head is Q8_0, as in SmolLM2's file, whose tokenizer is copied: all engines
 read the same file. Codes are uniform and scales constant, which gives weights of standard deviation
@@ -10,6 +12,7 @@ read the same file. Codes are uniform and scales constant, which gives weights o
 
 import argparse
 from pathlib import Path
+from typing import NamedTuple
 
 import bench_path  # noqa: F401
 import gguf
@@ -20,7 +23,21 @@ from harness import positive
 from fastlm.checkpoint.gguf_file import GGUFFile
 from fastlm.sources.packages import default_cache, fetch_model
 
-HIDDEN, INNER, LAYERS, HEADS, KV_HEADS, CONTEXT = 2048, 5632, 22, 32, 4, 2048
+CONTEXT = 2048
+
+
+class Shape(NamedTuple):
+    hidden: int
+    inner: int
+    layers: int
+    heads: int
+    kv_heads: int
+
+
+SHAPES = {
+    "tinyllama": Shape(2048, 5632, 22, 32, 4),
+    "llama-2-7b": Shape(4096, 11008, 32, 32, 32),
+}
 BLOCK = {Kind.Q4_1: 20, Kind.Q8_0: 34}  # bytes of a block of 32 weights
 STD = 0.02
 SPREAD = {Kind.Q4_1: 4.61, Kind.Q8_0: 73.9}  # standard deviation of codes 0..15, and of -128..127
@@ -35,40 +52,41 @@ def blocks(draw: np.random.Generator, kind: Kind, rows: int, columns: int) -> np
     return data.reshape(rows, -1)
 
 
-def tensors(vocab: int, layers: int) -> dict[str, tuple[int, int, Kind] | int]:
+def tensors(vocab: int, shape: Shape) -> dict[str, tuple[int, int, Kind] | int]:
     """Return (rows, columns, format) of each matrix, or the length of a norm, by name."""
-    kv = HIDDEN // HEADS * KV_HEADS
-    shapes_by_name: dict[str, tuple[int, int, Kind] | int] = {}
-    shapes_by_name["token_embd.weight"] = (vocab, HIDDEN, Kind.Q4_1)
-    shapes_by_name["output.weight"] = (vocab, HIDDEN, Kind.Q8_0)
-    shapes_by_name["output_norm.weight"] = HIDDEN
-    shapes = {
-        "attn_q": (HIDDEN, HIDDEN), "attn_k": (kv, HIDDEN), "attn_v": (kv, HIDDEN),
-        "attn_output": (HIDDEN, HIDDEN), "ffn_gate": (INNER, HIDDEN), "ffn_up": (INNER, HIDDEN),
-        "ffn_down": (HIDDEN, INNER),
+    hidden, inner = shape.hidden, shape.inner
+    kv = hidden // shape.heads * shape.kv_heads
+    sizes: dict[str, tuple[int, int, Kind] | int] = {}
+    sizes["token_embd.weight"] = (vocab, hidden, Kind.Q4_1)
+    sizes["output.weight"] = (vocab, hidden, Kind.Q8_0)
+    sizes["output_norm.weight"] = hidden
+    matrices = {
+        "attn_q": (hidden, hidden), "attn_k": (kv, hidden), "attn_v": (kv, hidden),
+        "attn_output": (hidden, hidden), "ffn_gate": (inner, hidden), "ffn_up": (inner, hidden),
+        "ffn_down": (hidden, inner),
     }  # fmt: skip
-    for layer in range(layers):
-        for name, (rows, columns) in shapes.items():
-            shapes_by_name[f"blk.{layer}.{name}.weight"] = (rows, columns, Kind.Q4_1)
+    for layer in range(shape.layers):
+        for name, (rows, columns) in matrices.items():
+            sizes[f"blk.{layer}.{name}.weight"] = (rows, columns, Kind.Q4_1)
         for name in ("attn_norm", "ffn_norm"):
-            shapes_by_name[f"blk.{layer}.{name}.weight"] = HIDDEN
-    return shapes_by_name
+            sizes[f"blk.{layer}.{name}.weight"] = hidden
+    return sizes
 
 
-def write(path: Path, layers: int) -> None:
+def write(path: Path, shape: Shape) -> None:
     donor = GGUFFile(fetch_model("model:smollm2", default_cache()))
     vocabulary = {k: v for k, v in donor.metadata.items() if k.startswith("tokenizer.")}
     vocab = len(vocabulary["tokenizer.ggml.tokens"])
     out = gguf.GGUFWriter(path, "llama")
     out.add_context_length(CONTEXT)
-    out.add_embedding_length(HIDDEN)
-    out.add_feed_forward_length(INNER)
-    out.add_block_count(layers)
-    out.add_head_count(HEADS)
-    out.add_head_count_kv(KV_HEADS)
+    out.add_embedding_length(shape.hidden)
+    out.add_feed_forward_length(shape.inner)
+    out.add_block_count(shape.layers)
+    out.add_head_count(shape.heads)
+    out.add_head_count_kv(shape.kv_heads)
     out.add_layer_norm_rms_eps(1e-5)
     out.add_rope_freq_base(10000.0)
-    out.add_rope_dimension_count(HIDDEN // HEADS)
+    out.add_rope_dimension_count(shape.hidden // shape.heads)
     out.add_vocab_size(vocab)
     out.add_file_type(gguf.LlamaFileType.MOSTLY_Q4_1)
     for key, value in vocabulary.items():
@@ -80,34 +98,39 @@ def write(path: Path, layers: int) -> None:
             out.add_uint32(key, field)
         else:
             out.add_key_value(key, field, kind)
-    expected = tensors(vocab, layers)
-    for name, shape in expected.items():
-        if isinstance(shape, int):
-            out.add_tensor_info(name, (shape,), np.dtype(np.float32), 4 * shape)
+    expected = tensors(vocab, shape)
+    for name, size in expected.items():
+        if isinstance(size, int):
+            out.add_tensor_info(name, (size,), np.dtype(np.float32), 4 * size)
         else:
-            rows, columns, kind = shape
+            rows, columns, kind = size
             row = columns // 32 * BLOCK[kind]
             out.add_tensor_info(name, (rows, row), np.dtype(np.uint8), rows * row, raw_dtype=kind)
     out.write_header_to_file()
     out.write_kv_data_to_file()
     out.write_ti_data_to_file()
     draw = np.random.default_rng(0)
-    for shape in expected.values():
-        if isinstance(shape, int):
-            out.write_tensor_data(np.ones(shape, np.float32))
+    for size in expected.values():
+        if isinstance(size, int):
+            out.write_tensor_data(np.ones(size, np.float32))
         else:
-            out.write_tensor_data(blocks(draw, shape[2], shape[0], shape[1]))
+            rows, columns, kind = size
+            out.write_tensor_data(blocks(draw, kind, rows, columns))
     out.close()
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("path", type=Path, metavar="FILE.gguf")
-    parser.add_argument("--layers", type=positive, default=LAYERS)
+    parser.add_argument("--shape", choices=SHAPES, default="tinyllama")
+    parser.add_argument("--layers", type=positive, help="default: the shape's")
     options = parser.parse_args()
-    write(options.path, options.layers)
-    shapes = tensors(49152, options.layers).values()
-    weights = sum(s if isinstance(s, int) else s[0] * s[1] for s in shapes)
+    shape = SHAPES[options.shape]
+    if options.layers:
+        shape = shape._replace(layers=options.layers)
+    write(options.path, shape)
+    sizes = tensors(49152, shape).values()
+    weights = sum(s if isinstance(s, int) else s[0] * s[1] for s in sizes)
     size = options.path.stat().st_size / 2**20
     print(f"{options.path}: {weights / 1e9:.2f} billion weights, {size:.0f} MiB")
 
