@@ -45,29 +45,41 @@ Engine = Callable[[torch.Tensor, int], tuple[float, float]]
 """Prompts (users, tokens), tokens of each answer -> seconds to the first token, and of the rest."""
 
 
+class Moments:
+    """When the users of a generation had their tokens. The first users answer while the last
+    prompts are computed, so prefill ends, and decode begins, when every user has a token."""
+
+    def __init__(self):
+        self.moments: list[float] = []
+        self.begun: dict[int, float] = {}  # when each user had its first token
+        self.start = time.perf_counter()
+
+    def take(self, user: int, _) -> None:  # None: the answer continues
+        self.moments.append(time.perf_counter())
+        self.begun.setdefault(user, self.moments[-1])
+
+    def first(self) -> float:
+        return max(self.begun.values())
+
+    def rest(self, end: float, tokens: int) -> float:
+        """Return the seconds that so many tokens take, at the rate after `first`."""
+        first = self.first()
+        return (end - first) * tokens / sum(moment > first for moment in self.moments)
+
+
 def fastlm_engine(path: Path, dtype: torch.dtype | None = None) -> Engine:
     import fastlm
 
     model = fastlm.CausalLM.from_pretrained(path, dtype=dtype)
 
     def generate(ids, new):
-        begun: dict[int, float] = {}  # when each user had its first token
-        moments = []
-
-        def on_token(row, token):
-            moments.append(time.perf_counter())  # and return None: the row continues
-            begun.setdefault(row, moments[-1])
-
-        start = time.perf_counter()
+        tokens = Moments()
         out = model.generate(
-            ids, max_new_tokens=new, temperature=0, ignore_eos=True, on_token=on_token
+            ids, max_new_tokens=new, temperature=0, ignore_eos=True, on_token=tokens.take
         )
         end = time.perf_counter()
         assert out.shape == (len(ids), ids.shape[1] + new)
-        first = max(begun.values())
-        # the first users answer while the last prompts are computed
-        later = sum(moment > first for moment in moments)
-        return first - start, (end - first) * len(ids) * (new - 1) / later
+        return tokens.first() - tokens.start, tokens.rest(end, len(ids) * (new - 1))
 
     return generate
 
@@ -76,30 +88,29 @@ def serving_engine(path: Path, kv_dtype: torch.dtype | None = None) -> Engine:
     """Return the engine of `fastlm serve`.
 
     It begins to answer a request while it computes the next prompt, so the prefill is a run of one
-    token each. A second run finds the prompts in the cache. Its decode time begins when every user
-    has a token, so that it has the same steps of all users as the other engines.
+    token each. A second run finds the prompts in the cache, which is large enough for that.
     """
     import fastlm
+    from fastlm.inference.block_manager import BLOCK_SIZE
     from fastlm.inference.requests import Request
     from fastlm.inference.sampling import Sampling
 
     engine = fastlm.Engine(
-        fastlm.CausalLM.from_pretrained(path), max_num_seqs=16, kv_cache_dtype=kv_dtype
+        fastlm.CausalLM.from_pretrained(path),
+        max_num_seqs=16,
+        num_blocks=16 * 2 * (PROMPT_TOKENS + NEW_TOKENS) // BLOCK_SIZE,
+        kv_cache_dtype=kv_dtype,
     )
 
     def run(prompts, new):
         requests = [Request(row, new, Sampling(temperature=0), ignore_eos=True) for row in prompts]
-        begun: dict[int, float] = {}  # when each user had its first token
-
-        def take(user, piece):
-            begun.setdefault(user, time.perf_counter())  # and return None: the answer continues
-
-        start = time.perf_counter()
-        results = engine.generate(requests, on_piece=take)
+        pieces = Moments()
+        results = engine.generate(requests, on_piece=pieces.take)
         end = time.perf_counter()
         assert all(len(r.token_ids) == new for r in results)
         prompts = [row + r.token_ids for row, r in zip(prompts, results)]
-        return end - start, end - max(begun.values()), prompts
+        rest = pieces.rest(end, len(prompts) * (new - 1)) if new > 1 else 0.0
+        return end - pieces.start, rest, prompts
 
     def generate(ids, new):
         first, _, prompts = run(ids.tolist(), 1)
