@@ -80,9 +80,9 @@ class Engine:
         max_num_batched_tokens: a step computes up to this many tokens of answers, drafts and
             prompts. Prompts get at least a quarter of it, or half as many tokens as there are
             answers; where modules compute them, up to the end of a block. A large number is faster
-            for prompts; a small one keeps the pauses in running answers short. Default: 256. Where
-            prompts are rows of the step: 12; 32 with draft tokens or while more than eight prompts
-            are not done; 64 while no answer runs.
+            for prompts; a small one keeps the pauses in running answers short. Default: 256; 512
+            while no answer runs. Where prompts are rows of the step: 12; 32 with draft tokens or
+            while more than eight prompts are not done; 64 while no answer runs.
         max_num_seqs: the number of requests that run at the same time.
         max_queue_size: the number of requests that may wait; beyond it, `submit` raises
             `QueueFull`.
@@ -477,7 +477,7 @@ class Engine:
         So there are few, for short pauses, unless there are draft tokens, or many unfinished
         prompts that throughput matters more."""
         if not self._uses_prompt_rows:
-            return 256
+            return 256 if answers else 512  # a prompt alone: 1.1 times as fast
         if not answers:
             return 64
         num_prompts = self.scheduler.waiting_count + len(self.scheduler.running) - answers
