@@ -249,6 +249,18 @@ class GGUFFile:
 
     def load(self, name: str) -> Tensor | QuantizedWeight:
         """Copy the tensor into memory, in its dtype or (2-D block formats) as a QuantizedWeight."""
+        try:
+            return self._copy(name)
+        finally:
+            self._release(self.tensors[name])
+
+    def _release(self, info: TensorInfo) -> None:
+        """Give the tensor's pages back: the process would hold the whole file beside its copy."""
+        if info.size and hasattr(mmap, "MADV_DONTNEED"):
+            start = info.start // mmap.PAGESIZE * mmap.PAGESIZE
+            self._data.madvise(mmap.MADV_DONTNEED, start, info.start + info.size - start)
+
+    def _copy(self, name: str) -> Tensor | QuantizedWeight:
         info = self.tensors[name]
         if info.ggml_type in UNQUANTIZED:
             data = torch.from_numpy(self.raw(name).copy())
