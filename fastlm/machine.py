@@ -1,5 +1,6 @@
 """The hardware and the code version of a process, without importing torch."""
 
+import contextlib
 import hashlib
 import importlib.metadata
 import os
@@ -80,3 +81,21 @@ def _hash_files() -> str:
             digest.update(str(path.relative_to(PACKAGE)).encode() + b"\0")
             digest.update(hashlib.sha256(path.read_bytes()).digest())
     return digest.hexdigest()
+
+
+def available_memory() -> int | None:
+    """Return the bytes that this process may still allocate on the machine or in its container.
+    None: unknown."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        meminfo = {line.split(":")[0]: line.split()[1] for line in lines}
+        free = int(meminfo["MemAvailable"]) * 1024
+    except (OSError, KeyError, ValueError):
+        return None
+    group = Path("/sys/fs/cgroup")
+    with contextlib.suppress(OSError, ValueError):
+        limit = int((group / "memory.max").read_text())
+        used = int((group / "memory.current").read_text())
+        stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+        free = min(free, limit - used + int(stat.get("inactive_file", 0)))
+    return free

@@ -1,6 +1,5 @@
 """Load models for a server: at its start, and while another model answers."""
 
-import contextlib
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +12,7 @@ from fastlm.files import reason
 from fastlm.inference.engine import Engine
 from fastlm.inference.requests import Request
 from fastlm.inference.sampling import Sampling
+from fastlm.machine import available_memory
 from fastlm.model.causal_lm import CausalLM
 from fastlm.model.load import load_model
 from fastlm.pipeline.run_folder import is_adapter, locate_model
@@ -135,24 +135,6 @@ def model_files(path: Path) -> list[Path]:
 def model_size(path: Path) -> int:
     """Return the number of bytes of a model's files."""
     return sum(file.stat().st_size for file in model_files(path))
-
-
-def available_memory() -> int | None:
-    """Return the bytes that this process may still allocate on the machine or in its container.
-    None: unknown."""
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        meminfo = {line.split(":")[0]: line.split()[1] for line in lines}
-        free = int(meminfo["MemAvailable"]) * 1024
-    except (OSError, KeyError, ValueError):
-        return None
-    group = Path("/sys/fs/cgroup")
-    with contextlib.suppress(OSError, ValueError):
-        limit = int((group / "memory.max").read_text())
-        used = int((group / "memory.current").read_text())
-        stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
-        free = min(free, limit - used + int(stat.get("inactive_file", 0)))
-    return free
 
 
 def _check_memory(size: int, purpose: str) -> None:

@@ -357,6 +357,20 @@ def test_int8_keys_that_are_not_finite_are_seen(name, value, isa):
     assert scales[1, part, 0, 0, 9].isfinite() and scales[0, ..., 9].isfinite().all()
 
 
+@pytest.mark.parametrize("name", ["w4a8", "w8a16"])
+def test_weights_are_packed_where_memory_allows(monkeypatch, name):
+    model = fastlm.quantize(model_of(), name, group_size=24)
+    assert model.config.tie_word_embeddings  # else the embedding is only looked up
+    size = sum(m.qdata.nbytes for m in model.modules() if hasattr(m, "qdata"))
+    ids, cache = prefilled(model, 2, 9, 10)
+    logits = []
+    for memory in (4 * size - 1, 4 * size, None):
+        monkeypatch.setattr(cpu_decode, "available_memory", lambda memory=memory: memory)
+        assert cpu_decode.CpuDecodePlan(model).packs_weights == (memory != 4 * size - 1)
+        logits.append(copy_of(model, cache).logits(ids[:, 9].contiguous()))
+    assert torch.equal(logits[0], logits[1]) and torch.equal(logits[0], logits[2])
+
+
 def test_prompts_as_rows_of_steps(monkeypatch):
     """`generate` then returns for each row its result alone, and nearly that of the modules."""
     model = fastlm.quantize(model_of(), "w8a8", group_size=24)
