@@ -19,6 +19,7 @@ import tempfile
 from pathlib import Path
 
 from harness import ROOT, Row, machine, save, table
+from losing import losing_rows
 
 OPS = (
     "attention",
@@ -232,6 +233,8 @@ def section(results: dict, isa: str | None = None, flag: str = "") -> str:
     compared = [r.ratio for r in rows if r.ratio is not None]
     lost = sum(ratio < 1 for ratio in compared)
     parts.insert(-1, f"{len(compared)} rows with a peer, {lost} of them under 1.00x.")
+    if lost:
+        parts.append(f"Rows under 1.00x, and why:\n\n{losing_rows(rows)}")
     for name in END_TO_END:
         if lines := results.get(name, {}).get("table"):
             script, title = END_TO_END[name]

@@ -14,6 +14,7 @@ import ceilings
 import compare
 import decode
 import harness
+import losing
 import profile_step
 import pytest
 import random_gguf
@@ -421,6 +422,32 @@ def test_profile_of_a_model_from_a_file(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(sys, "argv", ["profile_step.py", "--model", f"{file}:other"])
     with pytest.raises(SystemExit, match="has no 'other'"):
         profile_step.main()
+
+
+def test_losing_rows_have_their_reason():
+    def row(name, shape, ours, peer, theirs, spread=0.01):
+        times = {"fastlm": ours, peer: theirs}
+        return harness.Row(
+            name, shape, times, {"fastlm": spread}, theirs / ours, peer, None, "", {}
+        )
+
+    rows = [
+        row("w4a16", "8 x 64 -> 32", 0.13, "torch int4pack", 0.09),
+        row("rope", "4 x 8", 9.0, "torch", 10.0),
+        row("glu", "3 x 80", 0.0031, "torch", 0.0028),
+        row("glu", "512 x 80", 3.0, "torch", 2.0),
+        row("linear", "8 x 8 -> 8", 3.1, "torch", 3.0, spread=0.2),
+    ]
+    lines = losing.losing_rows(rows).splitlines()
+    reasons = [line for line in lines if line[0:1].isdigit()]
+    assert [line.partition(".")[0] for line in reasons] == ["1", "2", "3", "4"]
+    assert "spread" in reasons[0] and "No reason" in reasons[3]
+    assert lines[-4:] == [
+        "| linear | 8 x 8 -> 8 | 0.97x | 1 |",
+        "| w4a16 | 8 x 64 -> 32 | 0.69x | 2 |",
+        "| glu | 3 x 80 | 0.90x | 3 |",
+        "| glu | 512 x 80 | 0.67x | 4 |",
+    ]
 
 
 def test_profile_finds_own_linears(monkeypatch):

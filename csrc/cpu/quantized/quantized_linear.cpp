@@ -5,7 +5,8 @@
 // the int8 dot product is as fast or faster (groups of 32: 1.7 to 2.2 times) ...
 constexpr int64_t TILE_GROUP = 128;
 // ... and from this many rows on, which pay for dequantizing the weight, bf16 tiles are (groups of
-// 32, 512 rows: 2.2 times; the limit is estimated from the two rates).
+// 32, 512 rows: 2.2 times; the limit is estimated from the two rates). A block of the engine's cache
+// has as many rows, so the products of whole blocks have the same bits in every batch.
 constexpr int64_t BF16_TILE_ROWS = 64;
 
 #define FASTLM_BODY "cpu/quantized/quantized_linear.h"

@@ -1,0 +1,65 @@
+"""Why a peer is faster in some rows of `make bench`: a table for the end of a page."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+from harness import Row
+
+SHORT_MS, CALL_MS = 0.2, 0.04  # a short call; its cost apart from the work differs by less
+
+
+class Reason(NamedTuple):
+    words: str
+    applies: Callable[[Row], bool]
+
+
+def _lead(row: Row) -> float:
+    """Return the milliseconds by which the best peer is faster."""
+    return row.milliseconds["fastlm"] - row.milliseconds[row.best_peer or "fastlm"]
+
+
+# The first that applies to a row counts.
+REASONS = (
+    Reason(
+        "The difference is within the spread of the row's rounds",
+        lambda r: bool(r.ratio and 1 - r.ratio <= max(r.spread.values(), default=0) / 2),
+    ),
+    Reason(
+        "`torch._int_mm` multiplies integers only; the same work, with the rounding of x and the"
+        " scales, is the peer beside it",
+        lambda r: r.best_peer == "torch._int_mm",
+    ),
+    Reason(
+        "Few rows of a small quantized matrix: codes and scales of groups are unpacked for each"
+        " product, where torch's int4 is packed for its kernel in advance and its int8 has one"
+        " scale a row. Models decode with packed weights in one call instead"
+        " (`fastlm/model/cpu_decode.py`)",
+        lambda r: "int4pack" in (r.best_peer or "") or "int8pack" in (r.best_peer or ""),
+    ),
+    Reason(
+        "Short calls: checks of the arguments and autograd take some microseconds more than in"
+        " torch's own op, which is C++ from end to end",
+        lambda r: r.milliseconds["fastlm"] < SHORT_MS and _lead(r) < CALL_MS,
+    ),
+    Reason(
+        "oneDNN reads some operands of a gradient in place. That is faster where rows lie"
+        " favourably in memory, and slower elsewhere; fastlm packs them always"
+        " (`fastlm/ops/linear.py`)",
+        lambda r: r.name.startswith("linear"),
+    ),
+)
+
+
+def losing_rows(rows: list[Row]) -> str:
+    """Return Markdown: the reasons that apply, and a table of the rows under 1.00x."""
+    lost = [r for r in rows if r.ratio is not None and r.ratio < 1]
+    reasons, table = [], ["| op | shape | ratio | why |", "|---|---|---|---|"]
+    for words, applies in (*REASONS, Reason("No reason is known", lambda r: True)):
+        of_reason = [r for r in lost if applies(r)]
+        lost = [r for r in lost if not applies(r)]
+        if of_reason:
+            reasons.append(f"{len(reasons) + 1}. {words}.")
+            table += [
+                f"| {r.name} | {r.shape} | {r.ratio:.2f}x | {len(reasons)} |" for r in of_reason
+            ]
+    return "\n".join([*reasons, "", *table])
