@@ -13,16 +13,25 @@ class Reason(NamedTuple):
     applies: Callable[[Row], bool]
 
 
+def is_lost(row: Row) -> bool:
+    return row.ratio is not None and round(row.ratio, 2) < 1
+
+
 def _lead(row: Row) -> float:
     """Return the milliseconds by which the best peer is faster."""
     return row.milliseconds["fastlm"] - row.milliseconds[row.best_peer or "fastlm"]
 
 
+def _spread(row: Row) -> float:
+    return max(row.spread.get(n, 0.0) for n in ("fastlm", row.best_peer or "fastlm"))
+
+
 # The first that applies to a row counts.
 REASONS = (
+    Reason("Other processes disturbed the row", lambda r: bool(r.unsteady)),
     Reason(
-        "The difference is within the spread of the row's rounds",
-        lambda r: bool(r.ratio and 1 - r.ratio <= max(r.spread.values(), default=0) / 2),
+        "The difference is within the spread of the two variants' rounds",
+        lambda r: bool(r.ratio and 1 - r.ratio <= _spread(r) / 2),
     ),
     Reason(
         "`torch._int_mm` multiplies integers only; the same work, with the rounding of x and the"
@@ -45,14 +54,14 @@ REASONS = (
         "oneDNN reads some operands of a gradient in place. That is faster where rows lie"
         " favourably in memory, and slower elsewhere; fastlm packs them always"
         " (`fastlm/ops/linear.py`)",
-        lambda r: r.name.startswith("linear"),
+        lambda r: r.name == "linear: fwd+bwd bf16",
     ),
 )
 
 
 def losing_rows(rows: list[Row]) -> str:
     """Return Markdown: the reasons that apply, and a table of the rows under 1.00x."""
-    lost = [r for r in rows if r.ratio is not None and r.ratio < 1]
+    lost = [r for r in rows if is_lost(r)]
     reasons, table = [], ["| op | shape | ratio | why |", "|---|---|---|---|"]
     for words, applies in (*REASONS, Reason("No reason is known", lambda r: True)):
         of_reason = [r for r in lost if applies(r)]

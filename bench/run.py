@@ -19,7 +19,7 @@ import tempfile
 from pathlib import Path
 
 from harness import ROOT, Row, machine, save, table
-from losing import losing_rows
+from losing import is_lost, losing_rows
 
 OPS = (
     "attention",
@@ -230,9 +230,9 @@ def section(results: dict, isa: str | None = None, flag: str = "") -> str:
     if isa:
         limits = " ".join(f"{k}={v}" for k, v in ISA_SETTINGS[isa].items())
         parts.insert(1, f"Both sides are limited to {isa}: `{limits}`.")
-    compared = [r.ratio for r in rows if r.ratio is not None]
-    lost = sum(ratio < 1 for ratio in compared)
-    parts.insert(-1, f"{len(compared)} rows with a peer, {lost} of them under 1.00x.")
+    compared = sum(r.ratio is not None for r in rows)
+    lost = sum(map(is_lost, rows))
+    parts.insert(-1, f"{compared} rows with a peer, {lost} of them under 1.00x.")
     if lost:
         parts.append(f"Rows under 1.00x, and why:\n\n{losing_rows(rows)}")
     for name in END_TO_END:

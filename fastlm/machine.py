@@ -83,6 +83,16 @@ def _hash_files() -> str:
     return digest.hexdigest()
 
 
+def total_memory() -> int:
+    """Return the bytes of memory of this machine, or the limit of its container."""
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    try:
+        limit = Path("/sys/fs/cgroup/memory.max").read_text().strip()
+    except OSError:
+        return memory
+    return min(memory, int(limit)) if limit.isdigit() else memory
+
+
 def available_memory() -> int | None:
     """Return the bytes that this process may still allocate on the machine or in its container.
     None: unknown."""
@@ -97,5 +107,6 @@ def available_memory() -> int | None:
         limit = int((group / "memory.max").read_text())
         used = int((group / "memory.current").read_text())
         stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
-        free = min(free, limit - used + int(stat.get("inactive_file", 0)))
+        files = int(stat.get("inactive_file", 0)) + int(stat.get("active_file", 0))
+        free = min(free, limit - used + files)
     return free

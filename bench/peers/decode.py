@@ -45,7 +45,7 @@ Engine = Callable[[torch.Tensor, int], tuple[float, float]]
 """Prompts (users, tokens), tokens of each answer -> seconds to the first token, and of the rest."""
 
 
-class Moments:
+class TokenTimes:
     """When the users of a generation had their tokens. The first users answer while the last
     prompts are computed, so prefill ends, and decode begins, when every user has a token."""
 
@@ -73,7 +73,7 @@ def fastlm_engine(path: Path, dtype: torch.dtype | None = None) -> Engine:
     model = fastlm.CausalLM.from_pretrained(path, dtype=dtype)
 
     def generate(ids, new):
-        tokens = Moments()
+        tokens = TokenTimes()
         out = model.generate(
             ids, max_new_tokens=new, temperature=0, ignore_eos=True, on_token=tokens.take
         )
@@ -104,7 +104,7 @@ def serving_engine(path: Path, kv_dtype: torch.dtype | None = None) -> Engine:
 
     def run(prompts, new):
         requests = [Request(row, new, Sampling(temperature=0), ignore_eos=True) for row in prompts]
-        pieces = Moments()
+        pieces = TokenTimes()
         results = engine.generate(requests, on_piece=pieces.take)
         end = time.perf_counter()
         assert all(len(r.token_ids) == new for r in results)
@@ -366,7 +366,11 @@ def main() -> None:
     print(f"a token reads {size:.0f} MB of weights; plain reads {read / 1e9:.1f} GB/s")
     if "share" in bandwidths:
         print(f"fastlm's decode for one user reads weights at {bandwidths['share']:.0%} of that")
-    save(options.json, {"decode": rows, "bandwidth": bandwidths, "machine": machine()})
+    how = {"model": path.name, "prompt": options.prompt, "rounds": options.rounds}
+    save(
+        options.json,
+        {"decode": rows, "bandwidth": bandwidths, "machine": machine(), "options": how},
+    )
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ constexpr int64_t GROUP = 4 * VL;      // columns that pack_b takes at a time
 // Rows of y multiplied before they are stored. Their lines are fetched before, because rows of y
 // lie far apart; the sums stay in the L1.
 #ifdef FASTLM_AMX
-constexpr int64_t STEP = MAX_ROWS;  // fewer rows were not measured
+constexpr int64_t STEP = MAX_ROWS;  // neither fewer rows nor the fetch were measured
 #else
 constexpr int64_t STEP = 4 * MR;
 #endif
@@ -44,7 +44,7 @@ struct LinearWorkspace {
 inline LinearWorkspace workspace_for_rows(int64_t m, int64_t n, int64_t k) {
   const int64_t kp = padded_k<E>(k), rows = block_rows(m, kp);
   return {rows, round_up(packed_b_elements<E>(k, n) * int64_t(sizeof(E)), 64),
-          Buffer::size_of<float>(STEP * NR) + Buffer::size_of<E>(rows * kp)};
+          Buffer::size_of<float>(std::min(STEP, rows) * NR) + Buffer::size_of<E>(rows * kp)};
 }
 inline LinearWorkspace workspace_for_columns(int64_t m, int64_t n, int64_t k) {
   const int64_t chunk = padded_k<E>(std::min(CHUNK, m)), rows = block_rows(n, chunk);
@@ -112,7 +112,7 @@ inline void multiply_rows(int64_t m, int64_t n, int64_t k, const bf16* a, int64_
 #pragma omp parallel num_threads(arena.threads) firstprivate(rows)
   {
     Buffer memory(arena.thread_part());
-    float* c = memory.take<float>(STEP * NR);
+    float* c = memory.take<float>(std::min(STEP, rows) * NR);
     E* packed_a = memory.take<E>(rows * kp);
     TileScope tiles;
 #pragma omp for schedule(static)
@@ -130,7 +130,7 @@ inline void multiply_rows(int64_t m, int64_t n, int64_t k, const bf16* a, int64_
         for (int64_t i0 = 0; i0 < count; i0 += STEP) {
           const int64_t height = std::min(STEP, count - i0);
           bf16* to = out + (m0 + i0) * out_stride + n0;
-          if (!streams)
+          if (STEP < MAX_ROWS && !streams)
             for (int64_t i = 0; i < height; ++i)
               for (int64_t j = 0; j < width; j += 32)
                 __builtin_prefetch(to + i * out_stride + j, 1);

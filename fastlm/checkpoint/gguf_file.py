@@ -6,6 +6,7 @@ and creates one numpy array per array element (1.4 s for the 135M model, against
 tables of types and block sizes are used, and tests compare this module with it.
 """
 
+import contextlib
 import math
 import mmap
 import struct
@@ -258,7 +259,8 @@ class GGUFFile:
         """Give the tensor's pages back: the process would hold the whole file beside its copy."""
         if info.size and hasattr(mmap, "MADV_DONTNEED"):
             start = info.start // mmap.PAGESIZE * mmap.PAGESIZE
-            self._data.madvise(mmap.MADV_DONTNEED, start, info.start + info.size - start)
+            with contextlib.suppress(OSError):  # a hint: locked pages stay
+                self._data.madvise(mmap.MADV_DONTNEED, start, info.start + info.size - start)
 
     def _copy(self, name: str) -> Tensor | QuantizedWeight:
         info = self.tensors[name]

@@ -8,16 +8,15 @@ the least recently used one is evicted first.
 
 import hashlib
 import itertools
-import os
 from array import array
 from collections import OrderedDict
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from fastlm.checkpoint.config import ModelConfig
+from fastlm.machine import total_memory
 from fastlm.reference.quantized_linear import round_rows
 
 # Tokens of a block: a multiple of 16 (csrc/cpu/decode), and half of an attention task of the decode
@@ -265,18 +264,8 @@ def default_num_blocks(
         memory = (torch.cuda.mem_get_info(device)[0] + cached) // 2
         num_blocks = max_num_seqs * blocks_of_context
     else:
-        memory = _memory() // _MEMORY_DIVISOR
+        memory = total_memory() // _MEMORY_DIVISOR
         blocks_of_answer = min(blocks_of_context, -(-expected_tokens // BLOCK_SIZE) + 1)
         num_blocks = max(blocks_of_context, max_num_seqs * blocks_of_answer)
     bytes_per_block = block_bytes(config, dtype) + extra_block_bytes
     return max(1, min(num_blocks, memory // num_caches // bytes_per_block))
-
-
-def _memory() -> int:
-    """Return the bytes of memory of this machine, or the limit of its container."""
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    try:
-        limit = Path("/sys/fs/cgroup/memory.max").read_text().strip()
-    except OSError:
-        return memory
-    return min(memory, int(limit)) if limit.isdigit() else memory

@@ -426,7 +426,9 @@ class Engine:
         start, previous_tokens = time.monotonic(), self._prompt_tokens + self._new_tokens
         self._sample_paused()
         decoding = self.scheduler.schedule_decodes()
-        max_tokens = self.max_num_batched_tokens or self._default_budget(len(decoding))
+        max_tokens = self.max_num_batched_tokens or self._default_budget(
+            len(decoding) + len(self._paused())
+        )
         min_prompt_tokens = max(max_tokens // 4, len(decoding) // 2, 1)
         budget = max(max_tokens - len(decoding), min_prompt_tokens)
         draft_budget = budget - min_prompt_tokens if self._has_row_kernel else 0

@@ -10,7 +10,6 @@ result of a row depends neither on the other rows nor on the number of threads.
 as a CUDA graph does, which keeps the parallel regions.
 """
 
-import os
 import weakref
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -19,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from fastlm import backend
-from fastlm.machine import available_memory
+from fastlm.machine import available_memory, total_memory
 from fastlm.model.lora import LoraLinear
 from fastlm.model.quantized_modules import QuantizedEmbedding, QuantizedLinear
 from fastlm.ops.quantized_weight import QuantizedWeight
@@ -221,17 +220,15 @@ def can_pack_weights(model: "CausalLM") -> bool:
     """Return whether quantized weights are copied into the order in which the kernel multiplies.
 
     A step of one row is then 1.25 times as fast for SmolLM2 and 1.8 times for a model of 7 billion
-    weights. They are if the copy takes at most a quarter of the memory that is available, so that
-    every model that fits still fits."""
+    weights. They are if the copy takes at most a sixth of the memory and half of what is available,
+    so that every model that fits still fits."""
     weights = [m.qdata for m in model.modules() if isinstance(m, QuantizedLinear)]
     embedding = model.model.embed_tokens
     if model.config.tie_word_embeddings and isinstance(embedding, QuantizedEmbedding):
         weights.append(embedding.qdata)
     size = sum(w.numel() for w in weights)  # bytes
-    memory = available_memory()
-    if memory is None:
-        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 4
-    return 4 * size <= memory
+    available = available_memory()
+    return 6 * size <= total_memory() and (available is None or 2 * size <= available)
 
 
 def scale_table(scales: Tensor, zeros: Tensor | None, bits: int) -> Tensor:

@@ -364,11 +364,17 @@ def test_weights_are_packed_where_memory_allows(monkeypatch, name):
     size = sum(m.qdata.nbytes for m in model.modules() if hasattr(m, "qdata"))
     ids, cache = prefilled(model, 2, 9, 10)
     logits = []
-    for memory in (4 * size - 1, 4 * size, None):
-        monkeypatch.setattr(cpu_decode, "available_memory", lambda memory=memory: memory)
-        assert cpu_decode.CpuDecodePlan(model).packs_weights == (memory != 4 * size - 1)
+    for total, available, packs in (
+        (6 * size, 2 * size, True),
+        (6 * size, 2 * size - 1, False),
+        (6 * size - 1, 6 * size - 1, False),
+        (6 * size, None, True),
+    ):
+        monkeypatch.setattr(cpu_decode, "total_memory", lambda total=total: total)
+        monkeypatch.setattr(cpu_decode, "available_memory", lambda free=available: free)
+        assert cpu_decode.CpuDecodePlan(model).packs_weights == packs
         logits.append(copy_of(model, cache).logits(ids[:, 9].contiguous()))
-    assert torch.equal(logits[0], logits[1]) and torch.equal(logits[0], logits[2])
+    assert all(torch.equal(other, logits[0]) for other in logits[1:])
 
 
 def test_prompts_as_rows_of_steps(monkeypatch):

@@ -14,6 +14,7 @@ from on_kernels import on
 from tolerance import assert_near
 
 from fastlm import InputError, backend, ops, reference
+from fastlm.inference.block_manager import BLOCK_SIZE
 from fastlm.quant import QuantizedWeight
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
@@ -201,6 +202,22 @@ def test_leading_dimensions(kernel, dtype):
     flat = ops.quantized_linear(x.view(6, 48), q)
     assert torch.equal(ops.quantized_linear(x, q).view(6, 24), flat)
     assert ops.quantized_linear(x, weight(0, 48, 4)).shape == (2, 3, 0)
+
+
+@on("cpu")
+@both_act_bits
+def test_blocks_have_the_same_bits_in_every_product(kernel, dtype, act_bits):
+    """So the engine is batch-invariant, which multiplies whole blocks of its cache together."""
+    assert backend.cpu_extension.BF16_TILE_ROWS <= BLOCK_SIZE
+    x = torch.randn(8 * BLOCK_SIZE, 256).to(dtype)
+    for bits, group_size, symmetric in (
+        (4, 32, False), (4, 64, True), (4, 128, True), (8, 32, True), (8, 128, False),
+    ):  # fmt: skip
+        q = weight(70, 256, bits, group_size, symmetric)
+        alone = ops.quantized_linear(x[:BLOCK_SIZE], q, act_bits=act_bits)
+        for blocks in (2, 3, 8):
+            y = ops.quantized_linear(x[: blocks * BLOCK_SIZE], q, act_bits=act_bits)
+            assert torch.equal(y[:BLOCK_SIZE], alone), (bits, group_size, blocks)
 
 
 @on("cuda")

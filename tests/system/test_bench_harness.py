@@ -436,14 +436,14 @@ def test_losing_rows_have_their_reason():
         row("rope", "4 x 8", 9.0, "torch", 10.0),
         row("glu", "3 x 80", 0.0031, "torch", 0.0028),
         row("glu", "512 x 80", 3.0, "torch", 2.0),
-        row("linear", "8 x 8 -> 8", 3.1, "torch", 3.0, spread=0.2),
+        row("linear: fwd+bwd bf16", "8 x 8 -> 8", 3.1, "torch", 3.0, spread=0.2),
     ]
     lines = losing.losing_rows(rows).splitlines()
     reasons = [line for line in lines if line[0:1].isdigit()]
     assert [line.partition(".")[0] for line in reasons] == ["1", "2", "3", "4"]
     assert "spread" in reasons[0] and "No reason" in reasons[3]
     assert lines[-4:] == [
-        "| linear | 8 x 8 -> 8 | 0.97x | 1 |",
+        "| linear: fwd+bwd bf16 | 8 x 8 -> 8 | 0.97x | 1 |",
         "| w4a16 | 8 x 64 -> 32 | 0.69x | 2 |",
         "| glu | 3 x 80 | 0.90x | 3 |",
         "| glu | 512 x 80 | 0.67x | 4 |",

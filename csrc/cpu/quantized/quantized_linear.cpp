@@ -1,6 +1,7 @@
 #include <cstdint>
 #include <type_traits>
 
+namespace fastlm {
 // A tile takes 64 int8 of k, and its sums are stored after every group: with groups below this size
 // the int8 dot product is as fast or faster (groups of 32: 1.7 to 2.2 times) ...
 constexpr int64_t TILE_GROUP = 128;
@@ -8,6 +9,7 @@ constexpr int64_t TILE_GROUP = 128;
 // 32, 512 rows: 2.2 times; the limit is estimated from the two rates). A block of the engine's cache
 // has as many rows, so the products of whole blocks have the same bits in every batch.
 constexpr int64_t BF16_TILE_ROWS = 64;
+}  // namespace fastlm
 
 #define FASTLM_BODY "cpu/quantized/quantized_linear.h"
 #define FASTLM_INT8_BODY
@@ -49,6 +51,7 @@ int64_t quantized_linear_workspace(const TensorView& x, int64_t n, int bits, int
 }  // namespace fastlm
 
 FASTLM_CONSTANT(QUANTIZED_ROW_ON_STACK)
+FASTLM_CONSTANT(BF16_TILE_ROWS)
 FASTLM_BIND(quantized_linear, "x qdata scales zeros bias bits group_size act_bits form y workspace")
 FASTLM_BIND(quantized_linear_workspace, "x n bits group_size act_bits form")
 FASTLM_OP(quantized_linear_backward, "dy qdata scales zeros bits group_size dx workspace")

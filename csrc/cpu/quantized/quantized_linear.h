@@ -4,7 +4,7 @@
 //   quantized_dot.h         few rows of x: a row of W is multiplied in place
 //   quantized_panel.h       more rows: VL rows of W are transposed and dequantized, and become
 //                           panels of the matrix core (gemm.h)
-//   quantized_scaled.h      bf16 and int4 up to 128 rows: panels of q, and the sums are scaled
+//   quantized_scaled.h      bf16 and int4 up to 63 rows: panels of q, and the sums are scaled
 //   quantized_panel_int8.h  8-bit activations: panels of integers (gemm_int8.h)
 //
 // On AMX, 8-bit activations of many rows and small groups are rounded to bf16 instead, and take the

@@ -175,6 +175,7 @@ OP = Op(
         **each_format("two blocks", 40, 130, 1160, group_size=128, symmetric=True, on=ONE),
         **each_format("runs", 14, 37, 1630, group_size=-1, on=ONE),
         **each_format("rows of each thread", 300, 40, 1100, group_size=64, on=ONE),
+        **each_format("wide groups", 300, 40, 1100, group_size=128, which=FORMATS[1::2], on=ONE),
         # without a workspace, and with one for most formats
         **each_format("long row", 1, 3, 8192, group_size=8, on=ONE),
         **each_format("longer row", 1, 3, 13500, group_size=8, on=ONE),
