@@ -272,7 +272,7 @@ def test_the_cache_is_as_large_as_typical_answers(monkeypatch):
     )
 
     def count(rows, gib=1000, **options):
-        monkeypatch.setattr(fastlm.inference.block_manager, "_memory", lambda: gib * 2**30)
+        monkeypatch.setattr(fastlm.inference.block_manager, "total_memory", lambda: gib * 2**30)
         device = torch.device("cpu")
         return default_num_blocks(config, rows, dtype=torch.float32, device=device, **options)
 
