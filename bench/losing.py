@@ -46,6 +46,11 @@ REASONS = (
         lambda r: "int4pack" in (r.best_peer or "") or "int8pack" in (r.best_peer or ""),
     ),
     Reason(
+        "Hundreds of rows share a weight, so that its size hardly counts, and torch's bf16 weight"
+        " needs no unpacking",
+        lambda r: r.name.startswith("quantized") and r.best_peer == "torch bf16 linear",
+    ),
+    Reason(
         "Short calls: checks of the arguments and autograd take some microseconds more than in"
         " torch's own op, which is C++ from end to end",
         lambda r: r.milliseconds["fastlm"] < SHORT_MS and _lead(r) < CALL_MS,

@@ -1,5 +1,5 @@
-// The panel form of quantized_linear.h for 16-bit activations, and the gradient of x: blocks of W
-// are dequantized into B of the matrix core (gemm.h).
+// The panel form of quantized_linear.h for 16-bit activations (and, with tiles, for 8-bit ones of
+// many rows), and the gradient of x: blocks of W are dequantized into B of the matrix core (gemm.h).
 //
 //   task: PANEL_N rows of W for PANEL_M rows of x. For each block of k: W -> B, which stays in the
 //   L2, while the next block of W is fetched; then, ROW_STEP rows of x at a time, C (+)= A . B.
