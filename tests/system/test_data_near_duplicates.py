@@ -37,7 +37,7 @@ def build(texts: list[str], folder, **options) -> dict[str, list[str]]:
 
 def test_a_build_removes_what_find_removes(texts, tmp_path):
     duplicates = find(texts)
-    assert len(duplicates) > 40
+    assert len(duplicates) > 25  # of texts of this repository, which change
     result = build(texts, tmp_path / "one")
     removed = {d.removed for d in duplicates}
     remaining = [text for i, text in enumerate(texts) if i not in removed]

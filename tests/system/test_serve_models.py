@@ -141,7 +141,7 @@ def test_adapters_by_name(server):
 
 
 def test_adapters_share_the_memory_of_the_cache(server, folder, monkeypatch):
-    monkeypatch.setattr("fastlm.inference.block_manager._memory", lambda: 2**22)
+    monkeypatch.setattr("fastlm.inference.block_manager.total_memory", lambda: 2**22)
     single = serve(monkeypatch, folder)
     both = serve(monkeypatch, folder, "--adapter", f"poet={folder / 'poet'}")
     blocks = [model.engine.stats().num_blocks for model in both.models.live]
