@@ -49,8 +49,9 @@ def build(case: Case, dtype: torch.dtype) -> OpCall:
 
     def takes_bf16_tiles():
         """On AMX many rows of small groups are rounded to bf16 instead of 8 bits."""
-        on_amx = backend.cpu_isa() in ("amx", "amx_emulated") and backend.forced_backend() == "cpu"
-        return on_amx and act_bits == 8 and m >= 64 and group_size < 128
+        on_amx = backend.cpu_isa() in ("amx", "amx_emulated")
+        forced = backend.forced_backend() not in (None, "cpu")
+        return on_amx and not forced and act_bits == 8 and m >= 64 and group_size < 128
 
     def rounded(x):
         """The rounding of x is part of the definition."""
