@@ -8,7 +8,6 @@ Shapes: B batch, S tokens of this call, E hidden_size, V vocabulary.
 """
 
 import math
-import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +21,7 @@ from fastlm.checkpoint.architectures import expected_shapes
 from fastlm.checkpoint.config import ModelConfig
 from fastlm.checkpoint.folder import find_base_model, load_state, save_hf
 from fastlm.errors import InputError
+from fastlm.machine import total_memory
 from fastlm.model.adapter import load_adapter
 from fastlm.model.layers import Decoder, ForwardContext, RMSNorm
 from fastlm.model.lora import LoraConfig, check_no_adapters, merge_lora
@@ -506,7 +506,7 @@ def _check_memory(config: ModelConfig) -> None:
     the process half-way instead of refusing the allocation.
     """
     parameters = sum(map(math.prod, expected_shapes(config).values()))
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    memory = total_memory()
     if 4 * parameters > memory:  # float32
         raise InputError(
             f"config: expected a model that fits into {memory:,} bytes of memory,"

@@ -18,6 +18,7 @@ constexpr int64_t BF16_TILE_ROWS = 64;
 namespace fastlm {
 namespace {
 
+// Whether the int8 dot product of avx512 runs on a machine with tiles.
 bool tiles_lose(const TensorView& x, int64_t group_size, int act_bits, int form) {
   const bool many_rows = x.numel() >= BF16_TILE_ROWS * x.size(-1);
   return isa() == Isa::amx && act_bits == 8 && group_size < TILE_GROUP && (form || !many_rows);

@@ -51,7 +51,8 @@ def build(case: Case, dtype: torch.dtype) -> OpCall:
         """On AMX many rows of small groups are rounded to bf16 instead of 8 bits."""
         on_amx = backend.cpu_isa() in ("amx", "amx_emulated")
         forced = backend.forced_backend() not in (None, "cpu")
-        return on_amx and not forced and act_bits == 8 and m >= 64 and group_size < 128
+        many_rows = on_amx and m >= backend.cpu_extension.BF16_TILE_ROWS
+        return many_rows and not forced and act_bits == 8 and group_size < 128
 
     def rounded(x):
         """The rounding of x is part of the definition."""
