@@ -152,8 +152,7 @@ def _read_int8(name: str, tensors: TensorFolder) -> PackedWeight:
         if zeros is not None and not bool(zeros.any()):
             zeros = None
         if zeros is not None:
-            scales = scales.float()
-            zeros = scales * -zeros.float()
+            zeros = scales.float() * -zeros.float()
         return QuantizedWeight(stored["weight"], scales, zeros, 8, group_size, (n, k))
 
     return PackedWeight((n, k), parts, build)

@@ -38,6 +38,16 @@ UNQUANTIZED = {
     GGMLQuantizationType.BF16: torch.bfloat16,
 }
 
+# whose scales are stored as float16: they stay in it
+_FLOAT16_SCALES = (
+    GGMLQuantizationType.Q4_0,
+    GGMLQuantizationType.Q4_1,
+    GGMLQuantizationType.Q5_0,
+    GGMLQuantizationType.Q5_1,
+    GGMLQuantizationType.Q8_0,
+    GGMLQuantizationType.IQ4_NL,
+)
+
 # Each unpacker: blocks (B, bytes) uint8 -> q (B, values), scale and offset (B, groups) float32; the
 # offset is None where the format has none. For 4 bits q is the stored nibble 0..15 and the weight
 # is scale * (q - 8) + offset; for 8 bits it is scale * q + offset.
@@ -212,8 +222,8 @@ def _unpack_by_extension(rows: np.ndarray, kind: GGMLQuantizationType) -> Quanti
     block, block_bytes = GGML_QUANT_SIZES[kind]
     n, k = rows.shape[0], rows.shape[1] // block_bytes * block
     qdata = torch.empty(n, k * bits // 8, dtype=torch.int8 if bits == 8 else torch.uint8)
-    scales = torch.empty(n, k // group_size)
-    zeros = torch.empty_like(scales) if kind is GGMLQuantizationType.Q4_1 else None
+    scales = torch.empty(n, k // group_size, dtype=torch.float16)
+    zeros = torch.empty(scales.shape) if kind is GGMLQuantizationType.Q4_1 else None
     cpu_extension.unpack_blocks(rows, kind.name, qdata, scales, zeros)
     return QuantizedWeight(qdata, scales, zeros, bits, group_size, (n, k))
 
@@ -224,6 +234,8 @@ def unpack_by_numpy(rows: np.ndarray, kind: GGMLQuantizationType) -> QuantizedWe
     block, block_bytes = GGML_QUANT_SIZES[kind]
     n, k = rows.shape[0], rows.shape[1] // block_bytes * block
     q, scales, zeros = function(rows.reshape(-1, block_bytes))
+    if kind in _FLOAT16_SCALES:
+        scales = scales.astype(np.float16)
     q = q.reshape(n, k)
     if bits == 4:
         q = q[:, 0::2] | q[:, 1::2] << 4

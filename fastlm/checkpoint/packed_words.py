@@ -31,9 +31,8 @@ def from_words(
     """Build a weight from ``words`` (N, ceil(K * bits / 32)) int32, ``scales`` (N, G) and ``zeros``
     (N, G), unsigned integers of any dtype, or None for 2^(bits - 1).
 
-    2 and 4 bits become 4, 8 stay 8. Nothing is rounded. Scales keep their dtype if all zeros are
-    the middle of the container's range. Otherwise scales and offsets are float32, in which their
-    products are exact.
+    2 and 4 bits become 4, 8 stay 8. Nothing is rounded: scales keep their dtype, and offsets are
+    float32, in which their products are exact.
     """
     n, k = shape
     width = 8 if bits == 8 else 4
@@ -47,8 +46,7 @@ def from_words(
         zeros = torch.full(scales.shape, 2 ** (bits - 1))
     half, offset = 2 ** (width - 1), None
     if not bool((zeros == half).all()):
-        scales = scales.float()
-        offset = (scales * (half - zeros.float())).contiguous()
+        offset = (scales.float() * (half - zeros.float())).contiguous()
     return QuantizedWeight(qdata, scales.contiguous(), offset, width, group_size, (n, k))
 
 

@@ -48,7 +48,7 @@ class QuantizedWeight:
         qdata: bits 8: int8 (N, K). bits 4: uint8 (N, ceil(K / 2)), column 2i in the low nibble,
             2i + 1 in the high one, q = nibble - 8 (the spare nibble of an odd K is not read).
         scales: (N, ceil(K / group_size)), float32, bfloat16 or float16; any sign.
-        zeros: offsets like `scales`, or None: symmetric.
+        zeros: offsets like `scales`, in any of these dtypes, or None: symmetric.
         bits: 4 or 8.
         group_size: columns per scale, a multiple of 8 or at least K.
         shape: (N, K).
@@ -92,10 +92,6 @@ class QuantizedWeight:
                 raise InputError(
                     f"{name}: expected device {self.qdata.device} as qdata, got {t.device}"
                 )
-        if self.zeros is not None and self.zeros.dtype != self.scales.dtype:
-            raise InputError(
-                f"zeros: expected {self.scales.dtype} as scales, got {self.zeros.dtype}"
-            )
 
     def __repr__(self) -> str:
         zeros = "" if self.zeros is None else ", zeros"

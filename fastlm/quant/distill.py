@@ -78,6 +78,11 @@ def _in_groups(x: Tensor, size: int) -> Tensor:
     return (nn.functional.pad(x, (0, short)) if short else x).view(len(x), -1, size)
 
 
+def _rounded(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return x rounded to a dtype, with the gradient of x."""
+    return x + (x.detach().to(dtype).float() - x.detach())
+
+
 class _TrainableScales(nn.Module):
     """The parametrization of a weight: codes q -> the stored weight."""
 
@@ -89,27 +94,25 @@ class _TrainableScales(nn.Module):
         self.b = None if start.zeros is None else nn.Parameter(torch.zeros_like(self.s0))
 
     def forward(self, q: Tensor) -> Tensor:
-        w = _ScaleCodes.apply(q, self._round_to_stored(self.a * self.s0), self.size)
+        s = _rounded(self.a * self.s0, self.start.scales.dtype)
+        w = _ScaleCodes.apply(q, s, self.size)
         assert isinstance(w, Tensor)
         if (z := self.zeros()) is not None:
             w = w + z.repeat_interleave(self.size, 1)[:, : w.shape[1]]
         return w
 
-    def _round_to_stored(self, x: Tensor) -> Tensor:
-        return x + (x.detach().to(self.start.scales.dtype).float() - x.detach())
-
     def zeros(self) -> Tensor | None:
         if self.start.zeros is None or self.b is None:
             return None
-        return self._round_to_stored(self.start.zeros.float() + self.b * self.s0)
+        return _rounded(self.start.zeros.float() + self.b * self.s0, self.start.zeros.dtype)
 
     @torch.no_grad()
     def to_quantized(self) -> QuantizedWeight:
-        start, dtype, z = self.start, self.start.scales.dtype, self.zeros()
-        return QuantizedWeight(
-            start.qdata, (self.a * self.s0).to(dtype),
-            None if z is None else z.to(dtype), start.bits, start.group_size, start.shape,
-        )  # fmt: skip
+        start, z = self.start, self.zeros()
+        if z is not None and start.zeros is not None:
+            z = z.to(start.zeros.dtype)
+        scales = (self.a * self.s0).to(start.scales.dtype)
+        return QuantizedWeight(start.qdata, scales, z, start.bits, start.group_size, start.shape)
 
 
 class _Student:

@@ -37,7 +37,7 @@ void pairs(const uint8_t* nibbles, uint8_t* out) {
 }  // namespace
 
 // raw (N, bytes a row) uint8 in blocks of `kind` (Q4_0, Q4_1 or Q8_0) as qdata and (N, groups)
-// float32 scales, and zeros for Q4_1 (fastlm/checkpoint/gguf_blocks.py has the formulas).
+// float16 scales, and float32 zeros for Q4_1 (fastlm/checkpoint/gguf_blocks.py has the formulas).
 void unpack_blocks(TensorView raw, const std::string& kind, TensorView qdata, TensorView scales,
                    OptionalTensor zeros) {
   const bool offsets = kind == "Q4_1", bytes = kind == "Q8_0";
@@ -55,7 +55,8 @@ void unpack_blocks(TensorView raw, const std::string& kind, TensorView qdata, Te
   const uint8_t* from = raw.data<uint8_t>("raw");
   uint8_t* q = bytes ? reinterpret_cast<uint8_t*>(qdata.data<int8_t>("qdata"))
                      : qdata.data<uint8_t>("qdata");
-  float *scale = scales.data<float>("scales"), *zero = nullptr;
+  f16* scale = scales.data<f16>("scales");
+  float* zero = nullptr;
   if (zeros) {
     check_contiguous("zeros", *zeros);
     check_size("zeros", "elements:", rows * blocks, zeros->numel());
@@ -65,9 +66,8 @@ void unpack_blocks(TensorView raw, const std::string& kind, TensorView qdata, Te
   for (int64_t n = 0; n < rows; ++n) {
     const uint8_t* block = from + n * blocks * size;
     for (int64_t b = n * blocks; b < (n + 1) * blocks; ++b, block += size) {
-      const float d = half(block);
-      scale[b] = d;
-      if (offsets) zero[b] = half(block + 2) + 8 * d;
+      memcpy(&scale[b].bits, block, 2);
+      if (offsets) zero[b] = half(block + 2) + 8 * half(block);
       if (bytes)
         memcpy(q + b * codes, block + head, size_t(codes));
       else

@@ -28,7 +28,12 @@ struct Scales {
   FASTLM_INLINE float operator[](int64_t i) const {
     if (dtype == DType::bf16) return to_float(static_cast<const bf16*>(p)[i]);
     if (dtype == DType::f32) return static_cast<const float*>(p)[i];
-    return to_float(static_cast<const f16*>(p)[i]);
+    const f16 x = static_cast<const f16*>(p)[i];
+#if FASTLM_VL > 4
+    return _cvtsh_ss(x.bits);
+#else
+    return to_float(x);
+#endif
   }
   FASTLM_INLINE vfloat everywhere(int64_t i) const {  // element i in all lanes
 #if FASTLM_VL == 16
@@ -60,6 +65,14 @@ inline Weight weight_of_size(int64_t n, int64_t k, int bits, int64_t size) {  //
   return w;
 }
 
+inline Scales scales_of(const TensorView& t, const char* argument) {
+  Scales scales;
+  with_float(t.dtype(), argument, [&](auto tag) {
+    scales = {t.data<decltype(tag)>(argument), t.dtype()};
+  });
+  return scales;
+}
+
 inline Weight weight_of(const TensorView& qdata, const TensorView& scales, const TensorView* zeros,
                         int64_t k, int bits, int64_t size) {
   check_contiguous("qdata", qdata), check_contiguous("scales", scales);
@@ -68,13 +81,12 @@ inline Weight weight_of(const TensorView& qdata, const TensorView& scales, const
   check_size("scales", "groups a row:", w.groups, scales.size(1));
   w.q = bits == 8 ? reinterpret_cast<const uint8_t*>(qdata.data<int8_t>("qdata"))
                   : qdata.data<uint8_t>("qdata");
-  with_float(scales.dtype(), "scales", [&](auto tag) {
-    w.scales = {scales.data<decltype(tag)>("scales"), scales.dtype()};
-    if (zeros) {
-      check_contiguous("zeros", *zeros);
-      w.zeros = {zeros->data<decltype(tag)>("zeros"), scales.dtype()};
-    }
-  });
+  w.scales = scales_of(scales, "scales");
+  if (zeros) {
+    check_contiguous("zeros", *zeros);
+    check_size("zeros", "elements, as scales:", scales.numel(), zeros->numel());
+    w.zeros = scales_of(*zeros, "zeros");
+  }
   return w;
 }
 

@@ -1,0 +1,51 @@
+"""The memory and the time that loading a GGUF file takes.
+
+The peak is VmHWM of a process after `fastlm.CausalLM.from_pretrained`, less that of its imports.
+It counts the pages of the file that the process has mapped, and the weights that it keeps.
+
+    python bench/peers/load.py FILE.gguf [FILE.gguf ..]
+"""
+
+import argparse
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import bench_path  # noqa: F401
+
+
+def peak() -> int:
+    """Return the most bytes that this process has had in memory."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
+
+
+def measure(path: str) -> str:
+    """Load a file, and return a row of the table."""
+    import fastlm
+
+    fastlm.CausalLM  # noqa: B018  # imports torch and the extension
+    imports, size, start = peak(), Path(path).stat().st_size, time.perf_counter()
+    model = fastlm.CausalLM.from_pretrained(path)
+    seconds, used = time.perf_counter() - start, peak() - imports
+    assert model.training is False
+    sizes = f"{size >> 20:,} | {used >> 20:,} | {used / size:.2f}x"
+    return f"| {Path(path).name} | {sizes} | {seconds:.1f} |"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
+    parser.add_argument("files", nargs="+", type=Path)
+    parser.add_argument("--row", action="store_true", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.row:
+        print(measure(options.files[0]), flush=True)
+        return
+    print("| file | MiB | peak MiB | of the file | seconds |\n|---|---|---|---|---|", flush=True)
+    for path in options.files:  # a process each: VmHWM never falls
+        subprocess.run([sys.executable, __file__, str(path), "--row"], check=True)
+
+
+if __name__ == "__main__":
+    main()
