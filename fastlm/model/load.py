@@ -1,16 +1,15 @@
 """Load a model together with its tokenizer."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+import torch
+
+from fastlm import backend
 from fastlm.checkpoint.gguf_file import open_gguf
 from fastlm.model.causal_lm import CausalLM
 from fastlm.sources.packages import model_path
 from fastlm.tokenizer.load import load_tokenizer
 from fastlm.tokenizer.tokenizer import Tokenizer
-
-if TYPE_CHECKING:
-    import torch
 
 
 def load_model(
@@ -18,7 +17,7 @@ def load_model(
     act_bits: int | None = None,
     *,
     keep_quantized: bool = True,
-    dtype: "torch.dtype | None" = None,
+    dtype: torch.dtype | None = None,
 ) -> tuple[CausalLM, Tokenizer]:
     """Load the model and its tokenizer at ``path``, or from a package (``model:smollm2``). The
     options are those of `CausalLM.from_pretrained`.
@@ -30,4 +29,19 @@ def load_model(
     )
     tokenizer = load_tokenizer(path, model.config.to_dict())
     del gguf_file
+    return model, tokenizer
+
+
+def load_for_inference(path: str | Path, act_bits: int | None = None) -> tuple[CausalLM, Tokenizer]:
+    """Load as `load_model` does, to generate text: a GGUF file whose matrices are all quantized
+    has activations in bfloat16 where the CPU multiplies it.
+
+    Prompts are then computed 1.05 to 1.2 times as fast, with the same perplexity (docs/log). Such a
+    file states no dtype. What is saved, exported or evaluated has `load_model`'s float32, so it
+    does not depend on the machine.
+    """
+    model, tokenizer = load_model(path, act_bits)
+    is_gguf = model_path(path).suffix == ".gguf"
+    if is_gguf and backend.multiplies_bf16() and all(p.dim() < 2 for p in model.parameters()):
+        model.bfloat16()
     return model, tokenizer

@@ -14,7 +14,7 @@ from fastlm.inference.requests import Request
 from fastlm.inference.sampling import Sampling
 from fastlm.machine import available_memory
 from fastlm.model.causal_lm import CausalLM
-from fastlm.model.load import load_model
+from fastlm.model.load import load_for_inference
 from fastlm.pipeline.run_folder import is_adapter, locate_model
 from fastlm.serve.models import ServedModel, release_memory
 from fastlm.tokenizer.tokenizer import Tokenizer
@@ -47,7 +47,7 @@ class ModelLoader:
 
         InputError: the model or draft model cannot be used, or the cache exceeds the memory.
         """
-        model, tokenizer = load_model(path, self.act_bits)
+        model, tokenizer = load_for_inference(path, self.act_bits)
         if self.template is not None:
             tokenizer.chat_template = self.template
             tokenizer.render_chat([{"role": "user", "content": "Hi"}])
@@ -148,7 +148,7 @@ def _check_memory(size: int, purpose: str) -> None:
 
 def _load_draft(path: Path, tokenizer: Tokenizer) -> CausalLM:
     """Load the draft model. InputError: its vocabulary is not that of ``tokenizer``."""
-    draft, draft_tokenizer = load_model(path)
+    draft, draft_tokenizer = load_for_inference(path)
     if not same_vocabulary(draft_tokenizer, tokenizer):
         raise InputError(f"draft_model: expected one with the model's tokenizer, got {path}")
     return draft

@@ -12,7 +12,7 @@ from fastlm.inference.block_manager import BLOCK_SIZE, default_num_blocks
 from fastlm.inference.engine import Engine
 from fastlm.inference.requests import Completion, Piece, Request, batch_requests
 from fastlm.inference.sampling import Sampling
-from fastlm.model.load import load_model
+from fastlm.model.load import load_for_inference
 
 
 class GenerationTiming:
@@ -63,7 +63,7 @@ class TextGenerator:
     """
 
     def __init__(self, path: str | Path, act_bits: int | None = None):
-        self.model, self.tokenizer = load_model(path, act_bits)
+        self.model, self.tokenizer = load_for_inference(path, act_bits)
         self._engine: Engine | None = None
 
     def prompt_ids(self, prompt: str, *, raw: bool = False) -> list[int]:

@@ -12,12 +12,16 @@ from hypothesis import strategies as st
 from model_files import write_gguf
 
 import fastlm
+from fastlm import backend
 from fastlm.checkpoint.folder import load_state, save_hf
 from fastlm.checkpoint.gguf_blocks import UNPACK, unpack
 from fastlm.checkpoint.gguf_file import GGUFFile
 from fastlm.checkpoint.gguf_models import gguf_config
 from fastlm.errors import InputError
+from fastlm.export.gguf_write import save_gguf
+from fastlm.model.load import load_for_inference, load_model
 from fastlm.ops.quantized_weight import QuantizedWeight
+from fastlm.quant import quantize
 
 HALVES = {  # byte offsets of the float16 fields in a block
     Kind.Q4_0: [0],
@@ -353,6 +357,28 @@ def test_activations_are_rounded_by_default(tmp_path):
     refused = pytest.raises(fastlm.InputError, match="act_bits: expected 8 or 16, got 4")
     with refused:
         bits(path, act_bits=4)
+
+
+def test_generation_multiplies_what_the_cpu_multiplies(tmp_path, monkeypatch):
+    monkeypatch.setattr(fastlm.model.load, "load_tokenizer", lambda *_: None)
+    config = fastlm.ModelConfig(
+        vocab_size=64, hidden_size=64, num_hidden_layers=1, num_attention_heads=2,
+        intermediate_size=64, tie_word_embeddings=True,
+    )  # fmt: skip
+    model = quantize(fastlm.CausalLM(config), "w4a16", group_size=32)
+    quantized, floats = tmp_path / "q.gguf", tmp_path / "f.gguf"
+    save_gguf(quantized, config, model.weights(), None, "m")
+    save_gguf(floats, config, fastlm.CausalLM(config).weights(), None, "m")
+    dtypes = {}
+    for isa in backend.cpu_isas():
+        with backend.use_cpu_isa(isa):
+            dtypes[isa] = load_for_inference(quantized)[0].dtype
+            assert load_for_inference(floats)[0].dtype == load_model(floats)[0].dtype
+            assert load_model(quantized)[0].dtype == torch.float32
+    assert dtypes["scalar"] == torch.float32
+    for isa, dtype in dtypes.items():
+        multiplies = isa in ("avx512", "amx", "amx_emulated")
+        assert dtype == (torch.bfloat16 if multiplies else torch.float32), isa
 
 
 # files with false claims

@@ -19,7 +19,9 @@ def test_commands_write_the_text_of_the_engine(format, monkeypatch):
     model, tokenizer = tiny_model(256)
     if format:
         model = fastlm.quantize(model, format, group_size=16)
-    monkeypatch.setattr(fastlm.serve.text_generator, "load_model", lambda *_: (model, tokenizer))
+    monkeypatch.setattr(
+        fastlm.serve.text_generator, "load_for_inference", lambda *_: (model, tokenizer)
+    )
     generator = fastlm.serve.text_generator.TextGenerator("model")
     words = "The tree sees the river. What is 1 + 1?".split()
     prompts = [tokenizer.encode(" ".join(words[i:] * (i + 1))) for i in range(6)]
@@ -62,7 +64,9 @@ def test_rotary_frequencies_depend_on_the_length_of_a_text(monkeypatch):
     config = {**model.config.to_dict(), "rope_parameters": dynamic, "max_position_embeddings": 16}
     model = fastlm.CausalLM(fastlm.ModelConfig.from_dict(config), seed=1).eval()
     model.config.eos_token_id = None
-    monkeypatch.setattr(fastlm.serve.text_generator, "load_model", lambda *_: (model, tokenizer))
+    monkeypatch.setattr(
+        fastlm.serve.text_generator, "load_for_inference", lambda *_: (model, tokenizer)
+    )
     generator = fastlm.serve.text_generator.TextGenerator("model")
     ids, limits = tokenizer.encode("The tree sees the river."), []
     for count in (3, 90, 90, 3):
