@@ -420,8 +420,9 @@ def cpu_isas() -> Sequence[str]:
 def use_cpu_isa(name: str) -> Iterator[None]:
     """Force the C++ kernels onto one instruction set, process-wide.
 
-    `name` is amx, avx512, avx512_fma (bfloat16 products in float32), avx512f (without VNNI), avx2,
-    scalar or amx_emulated.
+    `name` is amx, avx512, avx512_fma (bfloat16 products in float32), avx512f (without VNNI), avx2
+    or scalar. Never chosen without this: avx512_fp16 (`linear` in fp16 sums), amx_emulated and
+    avx512_fp16_emulated.
     """
     before = cpu_extension.isa()
     try:

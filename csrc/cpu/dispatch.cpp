@@ -15,8 +15,9 @@
 namespace fastlm {
 namespace {
 
-constexpr const char* kNames[kIsaCount] = {"amx",  "avx512", "avx512_fma",  "avx512f",
-                                           "avx2", "scalar", "amx_emulated"};
+constexpr const char* kNames[kIsaCount] = {"amx",        "avx512",       "avx512_fp16",
+                                           "avx512_fma", "avx512f",      "avx2",
+                                           "scalar",     "amx_emulated", "avx512_fp16_emulated"};
 
 // Linux saves the 8 KiB of tile state per thread only after the process has requested it
 // (arch_prctl ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA = 18). Without the request the first tile
@@ -50,6 +51,7 @@ Features detect() {
   // Cooper Lake has bf16 without VBMI
   f.avx512_bf16 =
       f.avx512_vnni && __builtin_cpu_supports("avx512vbmi") && __builtin_cpu_supports("avx512bf16");
+  f.avx512_fp16 = f.avx512_vnni && __builtin_cpu_supports("avx512fp16");
   unsigned a, b, c, d;
   if (__get_cpuid_count(7, 0, &a, &b, &c, &d)) {
     const bool tile = d & (1u << 24), int8 = d & (1u << 25), bf16 = d & (1u << 22);
@@ -72,6 +74,10 @@ std::string reason(Isa isa, const Features& f = features()) {
       return f.amx_permission ? "" : "the kernel refused the permission to use AMX tiles";
     case Isa::avx512f:
       return f.avx512 ? "" : "this CPU lacks one of AVX-512 F, BW, DQ and VL";
+    case Isa::avx512_fp16:
+      if (f.avx512_vnni && !f.avx512_fp16) return "this CPU has no AVX-512 FP16";
+      return reason(Isa::avx512_fma, f);
+    case Isa::avx512_fp16_emulated:
     case Isa::avx512_fma:
       if (f.avx512 && !f.avx512_vnni) return "this CPU has no AVX-512 VNNI";
       return reason(Isa::avx512f, f);

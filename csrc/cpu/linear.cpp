@@ -1,4 +1,7 @@
+#include <type_traits>
+
 #define FASTLM_BODY "cpu/linear.h"
+#define FASTLM_FP16_BODY
 #include "cpu/base/each_isa.h"
 
 FASTLM_OP(linear_forward, "x w bias y workspace")

@@ -10,11 +10,18 @@
 // A packed operand has the order in which it is read, so the speed does not depend on the stride of
 // the caller's rows: rows at a distance of a power of two share a few sets of the L2.
 //
-// E is the type of gemm.h's operands (bf16 or float).
+// E is the type of gemm.h's operands (bf16 or float), or fp16 (linear_fp16.h).
 #include "cpu/base/gemm.h"
 #include "cpu/base/workspace.h"
 
+#ifdef FASTLM_FP16
+#include "cpu/linear_fp16.h"
+using E = f16;
+constexpr int64_t BLOCK_STEP = VL;  // rows of A in a panel
+#else
 using E = Elem<bf16>;
+constexpr int64_t BLOCK_STEP = ROWS_AT_A_TIME;
+#endif
 constexpr int64_t IN_L2 =
     (512 << 10) / int64_t(sizeof(E));  // elements of A per block: half of an L2 of 1 MiB
 constexpr int64_t MAX_ROWS = 512;      // per block
@@ -25,16 +32,16 @@ constexpr int64_t GROUP = 4 * VL;      // columns that pack_b takes at a time
 #ifdef FASTLM_AMX
 constexpr int64_t STEP = MAX_ROWS;  // neither fewer rows nor the fetch were measured
 #else
-constexpr int64_t STEP = 4 * MR;
+constexpr int64_t STEP = round_up(4 * MR, BLOCK_STEP);
 #endif
 
 // Rows per block, in whole register tiles: A fills half of the L2, and every thread has about the
 // same number of blocks.
 inline int64_t block_rows(int64_t m, int64_t padded_k) {
   const int64_t threads = omp_get_max_threads(),
-                max_rows = std::max<int64_t>(ROWS_AT_A_TIME, std::min(MAX_ROWS, IN_L2 / padded_k)),
+                max_rows = std::max<int64_t>(BLOCK_STEP, std::min(MAX_ROWS, IN_L2 / padded_k)),
                 blocks = (m + max_rows * threads - 1) / (max_rows * threads) * threads;
-  return round_up((m + blocks - 1) / blocks, ROWS_AT_A_TIME);
+  return round_up((m + blocks - 1) / blocks, BLOCK_STEP);
 }
 
 // Bytes of a product's shared operands and of each thread's blocks.

@@ -31,6 +31,8 @@ from fastlm.transforms import is_eager
 # AVX2 70 times for gradients. On AMX torch's are up to 1.2 times as fast, and float32 has MKL.
 _MIN_ROWS: dict[str, tuple[float, float]] = {
     "avx512": (1024, math.inf),
+    "avx512_fp16": (64, 64),  # not measured: as avx512_fma
+    "avx512_fp16_emulated": (64, 64),
     "avx512_fma": (64, 64),
     "avx512f": (64, 64),
     "avx2": (1, 32),

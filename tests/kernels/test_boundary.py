@@ -159,15 +159,14 @@ def test_environment_forces_the_instruction_set():
         assert done.stdout.strip() == name, done.stderr
     done = _run("from fastlm import _cpu; _cpu.isa()", FASTLM_CPU_ISA="sse9")
     assert (
-        "FASTLM_CPU_ISA: expected one of amx, avx512, avx512_fma, avx512f, avx2, scalar,"
-        " amx_emulated, got 'sse9'" in done.stderr
+        "FASTLM_CPU_ISA: expected one of amx, avx512, avx512_fp16, avx512_fma, avx512f, avx2,"
+        " scalar, amx_emulated, avx512_fp16_emulated, got 'sse9'" in done.stderr
     )
 
 
 def test_environment_is_checked_against_the_machine():
-    missing = [
-        n for n in ("amx", "avx512", "avx512_fma", "avx512f", "avx2") if _cpu.unavailable_reason(n)
-    ]
+    names = ("amx", "avx512", "avx512_fp16", "avx512_fma", "avx512f", "avx2")
+    missing = [n for n in names if _cpu.unavailable_reason(n)]
     for name in missing:
         done = _run("from fastlm import _cpu; _cpu.isa()", FASTLM_CPU_ISA=name)
         assert f"'{name}' cannot run here" in done.stderr

@@ -9,7 +9,7 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F
-from cases.linear import fastlm_products
+from cases.linear import FP16, fastlm_products
 from compiled import assert_compiles_once
 from contract import *  # noqa: F403
 from tolerance import assert_near
@@ -167,6 +167,46 @@ def test_nan_and_infinity_stay_in_their_rows(fastlm_product, kernel):
     assert y[5].isnan().all() and not y[9].isfinite().any()
     rest = [i for i in range(64) if i not in (5, 9)]
     assert torch.equal(y[rest], clean[rest])
+
+
+@pytest.fixture(params=[i for i in FP16 if not backend.cpu_extension.unavailable_reason(i)])
+def fp16(request):
+    with backend.use_cpu_isa(request.param):
+        yield
+
+
+def assert_as_exact_as_rounding(product, a, b):
+    """Assert that a product (M, N) of a (M, K) and b (K, N) is as near as one that is rounded."""
+    truth = a.double() @ b.double()
+    size = a.double().abs() @ b.double().abs()
+    ours, naive = (((t.double() - truth).abs() / size).max() for t in (product, truth.bfloat16()))
+    assert ours <= 2 * naive
+
+
+@pytest.mark.parametrize("shape", [s for s in SHAPES if s != (1, 1, 1)], ids=str)
+def test_fp16_products_of_rows_and_columns_of_any_size(fp16, shape):
+    """Rows and columns have sizes of their own, far outside fp16's range."""
+    rows, k, n = shape
+    x, weight, _, dy = inputs(*shape, bias=False)
+
+    def sized(t, *size):
+        return t * (2.0 ** torch.randint(-40, 41, size)).bfloat16()
+
+    a, b = sized(x, rows, 1), sized(weight, n, 1)
+    assert_as_exact_as_rounding(cpu.linear_forward(a, b, None), a, b.T)
+    a, b = sized(dy, rows, 1), sized(weight, 1, k)
+    assert_as_exact_as_rounding(cpu.linear_backward(a, None, b, False)[0], a, b)
+    a, b = sized(dy, 1, n), sized(x, 1, k)
+    assert_as_exact_as_rounding(cpu.linear_backward(a, b, None, False)[1], a.T, b)
+
+
+def test_fp16_products_beside_an_outlier(fp16):
+    """What is 2^-18 of its row's largest number counts in full."""
+    x, weight, _, _ = inputs(37, 96, 40, bias=False)
+    x[:, 5], weight[:, 5] = 2.0**20, 0
+    assert_as_exact_as_rounding(cpu.linear_forward(x, weight, None), x, weight.T)
+    weight[7] = 0
+    assert not cpu.linear_forward(x, weight, None)[:, 7].any()
 
 
 def test_runs_where_it_is_faster(kernel, monkeypatch):

@@ -38,7 +38,8 @@ def ops_of(kernels: str) -> list[str]:
 
 def draw(op: str, seed: int, kernels: str = "cpu") -> Case:
     r = Random(f"{op} {seed}")
-    isas = [isa for isa in backend.cpu_isas() for _ in range(1 if isa in SLOW else 2)]
+    forced = [i for i in OPS[op].forced_isas if not backend.cpu_extension.unavailable_reason(i)]
+    isas = [isa for isa in (*backend.cpu_isas(), *forced) for _ in range(1 if isa in SLOW else 2)]
     isa = r.choice(isas) if kernels == "cpu" else kernels
     common = {"op": op, "seed": seed, "isa": isa, "threads": r.choice([1, 2, 3, 4])}
     if isa == "simt":

@@ -99,6 +99,8 @@ def kernels_of(op: Op, languages: Sequence[str] | None = None) -> list[Kernel]:
     kernels = [k for k in KERNELS if k.language in op.kernels]
     if not op.multiplies_int8 and "avx512_fma" in backend.cpu_isas():  # which is the same code
         kernels = [k for k in kernels if k.variant != "avx512f"]
+    forced = [isa for isa in op.forced_isas if not backend.cpu_extension.unavailable_reason(isa)]
+    kernels += [Kernel("cpu", isa, cpu) for isa in forced]
     kernels = [k for k in kernels if languages is None or k.language in languages]
     return [
         kernel._replace(setting=name, set=change)

@@ -97,6 +97,33 @@ namespace avx512_fma = avx512f;
 }
 #endif
 
+// Products of bf16 by fp16 FMA. Only bodies that have them (FASTLM_FP16_BODY) differ from avx512_fma.
+#ifdef FASTLM_FP16_BODY
+#define FASTLM_FP16
+#pragma GCC push_options
+#pragma GCC target("avx2,fma,f16c,bmi2,avx512f,avx512bw,avx512dq,avx512vl,avx512fp16")
+namespace fastlm::avx512_fp16 {
+#include "cpu/base/simd.h"
+#include FASTLM_BODY
+}  // namespace fastlm::avx512_fp16
+#pragma GCC pop_options
+#define FASTLM_FP16_EMULATED
+#pragma GCC push_options
+#pragma GCC target("avx2,fma,f16c,bmi2,avx512f,avx512bw,avx512dq,avx512vl")
+namespace fastlm::avx512_fp16_emulated {
+#include "cpu/base/simd.h"
+#include FASTLM_BODY
+}  // namespace fastlm::avx512_fp16_emulated
+#pragma GCC pop_options
+#undef FASTLM_FP16_EMULATED
+#undef FASTLM_FP16
+#else
+namespace fastlm {
+namespace avx512_fp16 = avx512_fma;
+namespace avx512_fp16_emulated = avx512_fma;
+}  // namespace fastlm
+#endif
+
 #define FASTLM_VBMI
 #define FASTLM_BF16_DOT
 #pragma GCC push_options
@@ -131,20 +158,24 @@ namespace fastlm::amx {
 #undef FASTLM_VL
 
 // Runs a function of the body from C++ that is compiled once.
-#define FASTLM_RUN(function, ...)                           \
-  switch (::fastlm::isa()) {                                \
-    case ::fastlm::Isa::amx:                                \
-      return ::fastlm::amx::function(__VA_ARGS__);          \
-    case ::fastlm::Isa::avx512:                             \
-      return ::fastlm::avx512::function(__VA_ARGS__);       \
-    case ::fastlm::Isa::avx512_fma:                         \
-      return ::fastlm::avx512_fma::function(__VA_ARGS__);   \
-    case ::fastlm::Isa::avx512f:                            \
-      return ::fastlm::avx512f::function(__VA_ARGS__);      \
-    case ::fastlm::Isa::avx2:                               \
-      return ::fastlm::avx2::function(__VA_ARGS__);         \
-    case ::fastlm::Isa::scalar:                             \
-      return ::fastlm::scalar::function(__VA_ARGS__);       \
-    case ::fastlm::Isa::amx_emulated:                       \
-      return ::fastlm::amx_emulated::function(__VA_ARGS__); \
+#define FASTLM_RUN(function, ...)                                   \
+  switch (::fastlm::isa()) {                                        \
+    case ::fastlm::Isa::amx:                                        \
+      return ::fastlm::amx::function(__VA_ARGS__);                  \
+    case ::fastlm::Isa::avx512:                                     \
+      return ::fastlm::avx512::function(__VA_ARGS__);               \
+    case ::fastlm::Isa::avx512_fp16:                                \
+      return ::fastlm::avx512_fp16::function(__VA_ARGS__);          \
+    case ::fastlm::Isa::avx512_fma:                                 \
+      return ::fastlm::avx512_fma::function(__VA_ARGS__);           \
+    case ::fastlm::Isa::avx512f:                                    \
+      return ::fastlm::avx512f::function(__VA_ARGS__);              \
+    case ::fastlm::Isa::avx2:                                       \
+      return ::fastlm::avx2::function(__VA_ARGS__);                 \
+    case ::fastlm::Isa::scalar:                                     \
+      return ::fastlm::scalar::function(__VA_ARGS__);               \
+    case ::fastlm::Isa::amx_emulated:                               \
+      return ::fastlm::amx_emulated::function(__VA_ARGS__);         \
+    case ::fastlm::Isa::avx512_fp16_emulated:                       \
+      return ::fastlm::avx512_fp16_emulated::function(__VA_ARGS__); \
   }

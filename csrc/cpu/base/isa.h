@@ -11,16 +11,28 @@ namespace fastlm {
 // Best first, except that the faster of avx512 and avx512_fma is chosen (product_rate.h). The three
 // have the same vectors. avx512 multiplies bf16 by its dot product, avx512_fma widens it to float32
 // (Cascade Lake, Ice Lake), avx512f also has no dot product of int8 (Skylake).
-// amx_emulated is the amx code with software tiles (amx.h): it is never chosen, only forced, for
-// tests on machines without AMX.
-enum class Isa { amx, avx512, avx512_fma, avx512f, avx2, scalar, amx_emulated };
-constexpr int kIsaCount = 7;
+// Three are never chosen, only forced: avx512_fp16 is avx512_fma with `linear` by fp16 FMA
+// (linear_fp16.h), not measured on a machine that has it. amx_emulated is the amx code with software
+// tiles (amx.h), avx512_fp16_emulated that of avx512_fp16 with conversions around float32 FMA, for
+// tests on machines without either.
+enum class Isa {
+  amx,
+  avx512,
+  avx512_fp16,
+  avx512_fma,
+  avx512f,
+  avx2,
+  scalar,
+  amx_emulated,
+  avx512_fp16_emulated
+};
+constexpr int kIsaCount = 9;
 
-// Features that the choice depends on; each implies the one before it. `widen`: FMA is faster than
-// the bf16 dot product.
+// Features that the choice depends on; each implies the one before it, except avx512_fp16.
+// `widen`: FMA is faster than the bf16 dot product.
 struct Features {
   bool avx2 = false, avx512 = false, avx512_vnni = false, avx512_bf16 = false, amx_cpu = false,
-       amx_permission = false, widen = false;
+       amx_permission = false, widen = false, avx512_fp16 = false;
 };
 
 const char* name(Isa);

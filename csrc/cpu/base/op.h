@@ -96,9 +96,10 @@ void bind(pybind11::module_& m, const char* name, const char* names,
 #define FASTLM_CONSTANT(name) \
   FASTLM_MODULE(m) { m.attr(#name) = ::fastlm::name; }
 
-#define FASTLM_OP(function, names)                                                            \
-  static constexpr auto function##_by_isa = ::fastlm::isa_table(                              \
-      &::fastlm::amx::function, &::fastlm::avx512::function, &::fastlm::avx512_fma::function, \
-      &::fastlm::avx512f::function, &::fastlm::avx2::function, &::fastlm::scalar::function,   \
-      &::fastlm::amx_emulated::function);                                                     \
+#define FASTLM_OP(function, names)                                                              \
+  static constexpr auto function##_by_isa = ::fastlm::isa_table(                                \
+      &::fastlm::amx::function, &::fastlm::avx512::function, &::fastlm::avx512_fp16::function,  \
+      &::fastlm::avx512_fma::function, &::fastlm::avx512f::function, &::fastlm::avx2::function, \
+      &::fastlm::scalar::function, &::fastlm::amx_emulated::function,                           \
+      &::fastlm::avx512_fp16_emulated::function);                                               \
   FASTLM_MODULE(m) { ::fastlm::bind(m, #function, names, function##_by_isa); }

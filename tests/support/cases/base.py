@@ -76,6 +76,8 @@ class Op(NamedTuple):
     settings: dict[str, dict[str, Callable[[Any], None]]] = {}
     # other ops have the same code on avx512f as on avx512_fma (csrc/cpu/base/each_isa.h)
     multiplies_int8: bool = False
+    # instruction sets that are never chosen, and the code of others for other ops
+    forced_isas: tuple[str, ...] = ()
 
     def build_for(
         self, case: Case, dtype: torch.dtype, kernels: str, device: str = "cpu"

@@ -16,7 +16,9 @@ from cases.base import DTYPES, SLOW, Case, Op, OpCall, Row, Terms, size
 from cases.glu import ACTS, activation
 from fastlm import backend, ops
 
-ISAS = backend.cpu_isas()  # asked once: it allocates, which test_allocation.py counts
+FP16 = ("avx512_fp16", "avx512_fp16_emulated")
+# asked once: it allocates, which test_allocation.py counts
+ISAS = (*backend.cpu_isas(), *FP16)
 
 
 @contextlib.contextmanager
@@ -60,18 +62,21 @@ def build(case: Case, dtype: torch.dtype) -> OpCall:
         bias, upstream = (rest[0], rest[1:]) if case["bias"] else (None, rest)
         sums = losses.logit_size(x, weight, bias)
         dy = upstream[0].abs() if upstream else torch.zeros_like(sums)
+        # sums of 32 products are rounded to fp16: an eighth of bfloat16's ulp
+        fp16 = 1 / 8 if backend.cpu_isa() in FP16 else 0.0
         if not act:
             sizes = {
                 "y": sums, "dx": dy @ weight.abs(), "dweight": dy.mT @ x.abs(), "dbias": dy.sum(0)
             }  # fmt: skip
-            return {name: Terms(float32=t) for name, t in sizes.items()}
+            return {n: Terms(float32=t, rounded=t * fp16) for n, t in sizes.items()}
         z = F.linear(x, weight, bias)
         (slope, bend), size = slopes(z, act), z.abs()
         tail = size.clamp_max(8)  # as in glu: float32's error of a probability is absolute
         dz, float32 = slope + bend * size, slope + bend * sums + 2 * (1 + tail)
         of_products = losses.product_sizes(x, weight, dy * dz, dy * float32, dtype)
         of_products["dweight"] = of_products.pop("dw")
-        return {"y": Terms(slope * size, slope * sums + tail)} | of_products
+        y = Terms(slope * size, slope * sums + tail, slope * sums * fp16)
+        return {"y": y} | of_products
 
     return OpCall(
         function, [x, weight, *bias], plain, terms, differentiable=case.get("learns", True),
@@ -122,4 +127,5 @@ OP = Op(
         "gelu, no rows": Row(activated(0, 33, 45, act="gelu")),
         "split": Row(case(1500, 71, 130), split=True),
     },
+    forced_isas=FP16,
 )
