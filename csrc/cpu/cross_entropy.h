@@ -76,13 +76,14 @@ SpanSums cross_entropy_span(const CrossEntropyRow<T, W>& row, int64_t from) {
     for (int64_t j = 0; j < n; j += VL) block_sum[j / VL & 1] += vexp(load(z + j) - now);
     sum += hsum(block_sum[0] + block_sum[1]);
     if (row.class_weight) {
-      vfloat weights{};
+      vfloat weights[4] = {}, of_block[4] = {};  // short sums, as above
       for (int64_t j = 0; j < n; j += VL) {
-        const int k = int(std::min<int64_t>(VL, n - j));
+        const int k = int(std::min<int64_t>(VL, n - j)), u = j / VL & 3;
         const vfloat w = load(row.class_weight + v0 + j, k), d = load(z + j, k) - now;
-        weights += w, weighted += w * d;
+        weights[u] += w, of_block[u] += w * d;
       }
-      weight_so_far += hsum(weights);
+      weight_so_far += hsum((weights[0] + weights[1]) + (weights[2] + weights[3]));
+      weighted += (of_block[0] + of_block[1]) + (of_block[2] + of_block[3]);
     }
   }
   return {m, sum, hsum(weighted), weight_so_far};

@@ -103,7 +103,7 @@ def _derivative(
         return dx, None
     wide = torch.promote_types(dy.dtype, torch.float32)
     rows = dy.reshape(math.prod(dy.shape[:-1]), dy.shape[-1])  # not -1: W may have no rows
-    return dx, rows.sum(0, dtype=wide)
+    return dx, rows.contiguous().sum(0, dtype=wide)  # the order of a sum depends on strides
 
 
 _backward = declare(reference.quantized_linear_backward, "cpu triton", flops=_backward_flops)
