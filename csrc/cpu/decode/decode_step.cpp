@@ -57,6 +57,7 @@ void DecodeLinear::pack(TensorView out) {
   if (bits == 16) throw std::invalid_argument("weight: expected a quantized one, got a dense one");
   check_contiguous("tiles", out);
   check_size("tiles", "bytes:", tile_bytes(), out.numel());
+  prefer_huge_pages(out);
   FASTLM_RUN(pack_tiles, *this, out.data<uint8_t>("tiles"));
 }
 

@@ -5,6 +5,7 @@
 #include <string>
 
 #include "cpu/decode/decode_plan.h"
+#include "cpu/base/huge_pages.h"
 #include "cpu/base/op.h"
 
 namespace fastlm {
@@ -82,6 +83,7 @@ bool scale_table(TensorView scales, OptionalTensor zeros, int bits, TensorView t
     check_size("zeros", "elements:", n * groups, zeros->numel());
     offsets = zeros->data<float>("zeros");
   }
+  prefer_huge_pages(table);
   bool exact = false;
   with_float(table.dtype(), "table", [&](auto tag) {
     exact = fill(scales.data<float>("scales"), offsets, n, groups, bits,

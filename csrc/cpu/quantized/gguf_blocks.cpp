@@ -4,6 +4,7 @@
 #include <stdexcept>
 #include <string>
 
+#include "cpu/base/huge_pages.h"
 #include "cpu/base/op.h"
 
 namespace fastlm {
@@ -52,6 +53,7 @@ void unpack_blocks(TensorView raw, const std::string& kind, TensorView qdata, Te
   check_size("qdata", "rows:", rows, qdata.size(0));
   check_size("qdata", "bytes a row:", blocks * codes, qdata.size(1));
   check_size("scales", "elements:", rows * blocks, scales.numel());
+  prefer_huge_pages(qdata);
   const uint8_t* from = raw.data<uint8_t>("raw");
   uint8_t* q = bytes ? reinterpret_cast<uint8_t*>(qdata.data<int8_t>("qdata"))
                      : qdata.data<uint8_t>("qdata");
