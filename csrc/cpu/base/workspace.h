@@ -1,6 +1,8 @@
 // Memory that Python allocates for a call: shared arrays, then a part for each thread. No kernel
 // allocates: in a parallel region a failure would end the process.
-FASTLM_INLINE constexpr int64_t round_up(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
+FASTLM_INLINE constexpr int64_t round_up(int64_t n, int64_t step) {
+  return (n + step - 1) / step * step;
+}
 
 // The caller's memory for one call, allocated array by array.
 struct Buffer {
