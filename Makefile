@@ -1,7 +1,7 @@
 # The list of commands. Everything is installed in .venv. The machine only needs Python >= 3.11 and a C++ compiler.
 PYTHON ?= python3
 BIN := .venv/bin
-CPP := $(wildcard csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/cuda/*.cuh csrc/cuda/*.cu tests/support/simt/*.cu)
+CPP := $(wildcard csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/*/*/*.h csrc/*/*/*.cpp csrc/cuda/*.cuh csrc/cuda/*.cu tests/support/simt/*.cu)
 
 # Does the machine have CUDA where setup.py finds it? If not, pip's headers (34 MB) are installed: the emulator of the CUDA
 # kernels is compiled with them

@@ -54,7 +54,7 @@ def copies_of(bytes_each: int) -> int:
 
 @lru_cache(maxsize=2)  # cases of one weight are consecutive
 def quantized(bits: int, n: int, k: int, group: int) -> Callable[[], QuantizedWeight]:
-    """Quantized weights. Groups of 32 have offsets and float32 scales, like a GGUF's Q4_1."""
+    """Quantized weights. Groups of 32 have float16 scales, float32 offsets, like a GGUF's Q4_1."""
     gguf = group == 32
     repeat = -(-n // 8)  # quickly yields codes and scales with a real distribution
     few = ops.quantize_weight(
@@ -72,7 +72,7 @@ def quantized(bits: int, n: int, k: int, group: int) -> Callable[[], QuantizedWe
         [
             QuantizedWeight(
                 rows(few.qdata),
-                rows(few.scales),
+                rows(few.scales.half() if gguf else few.scales),
                 None if few.zeros is None else rows(few.zeros),
                 *(bits, group, (n, k)),
             )

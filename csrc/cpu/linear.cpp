@@ -1,5 +1,3 @@
-#include <type_traits>
-
 #define FASTLM_BODY "cpu/linear.h"
 #define FASTLM_FP16_BODY
 #include "cpu/base/each_isa.h"

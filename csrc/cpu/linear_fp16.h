@@ -5,13 +5,13 @@
 //
 // bf16 has 8 bits of exponent, fp16 has 5. So each row of A and each column of B is multiplied by a
 // power of two, which brings its largest number to [16, 32): 32 products stay below 2^15. A number
-// is exact down to 2^-21 of its row's largest, and 0 below 2^-29 of it; bf16 rounds to 2^-9. A sum
-// of 32 has an error of 2^-11 of its largest term at most, 1.1 to 1.5 times that of rounding the
-// result to bf16, together with it (docs/log).
+// is exact down to 2^-21 of its row's largest, and 0 below 2^-29 of it (so infinity times such a
+// number is NaN). Each addition rounds a partial sum to 2^-11 of itself. With the rounding of the
+// result to bf16, that is 1.1 to 1.5 times the error of that rounding alone (docs/log).
 //
 // Both operands are panels of 16 vectors, which are rows of A or columns of B:
 //
-//   panel   [16 factors, float32][K/2][16 vectors][2 k]     factor: undoes the vector's power of two
+//   panel   [16 exponents, float32][K/2][16 vectors][2 k]     2^exponent undoes the power of two
 //
 // A lane of 32 bits multiplies two consecutive k and keeps two sums, as bf16's dot product would
 // add them: so panels look the same. Vectors beyond the last, and k beyond K, are zero.
@@ -23,7 +23,7 @@ constexpr int FP16_ROWS = 4;     // rows x 4 panels of sums: 16 registers
 constexpr int FP16_MAX_EXP = 4;  // of a vector's largest number
 static_assert(VL == 16 && NP == 4);
 
-// elements of a vector in a panel, with its factor
+// elements of a vector in a panel, with its exponent
 template <>
 FASTLM_INLINE int64_t padded_k<f16>(int64_t k) {
   return (k + 1) / 2 * 2 + 2;
@@ -53,17 +53,14 @@ FASTLM_INLINE vfloat fp16_total(__m512i sums) {
          (vfloat)_mm512_cvtph_ps(_mm512_cvtepi32_epi16(odd));
 }
 
-// The power of two for vectors whose largest magnitudes are given, and its inverse. Infinity and NaN
-// stay what they are, and make the rest of their vector 0.
-FASTLM_INLINE vint fp16_exponent(vfloat largest) {
+// The exponent that undoes the power of two of vectors with these largest magnitudes, and the power.
+// Infinity stays infinity, and makes most of its vector 0.
+FASTLM_INLINE vfloat fp16_exponent(vfloat largest) {
   const vint field = as_int(vabs(largest)) >> 23, least = splat_int(FP16_MAX_EXP + 1);
-  return field > least ? field : least;
+  return __builtin_convertvector((field > least ? field : least) - (127 + FP16_MAX_EXP), vfloat);
 }
-FASTLM_INLINE vfloat fp16_scale(vint exponent) {
-  return as_float((2 * 127 + FP16_MAX_EXP - exponent) << 23);
-}
-FASTLM_INLINE vfloat fp16_factor(vint exponent) {
-  return as_float((exponent - FP16_MAX_EXP) << 23);
+FASTLM_INLINE vfloat fp16_scale(vfloat exponent) {
+  return as_float((127 - to_int(exponent)) << 23);
 }
 
 // The first n of 16 floats as 16 fp16; others are 0.
@@ -87,8 +84,8 @@ inline void pack_fp16_panel(const bf16* source, int64_t v_stride, int64_t k_stri
       const bf16* p = source + i * k_stride;
       largest = largest_of(largest, count == VL ? load(p) : load(p, count));
     }
-    const vint exponent = fp16_exponent(largest);
-    store(reinterpret_cast<float*>(panel), fp16_factor(exponent));
+    const vfloat exponent = fp16_exponent(largest);
+    store(reinterpret_cast<float*>(panel), exponent);
     const vfloat scale = fp16_scale(exponent);
     for (int64_t i = 0; i < kp; i += 2, to += 2 * VL) {
       const bf16* p = source + i * k_stride;
@@ -107,8 +104,8 @@ inline void pack_fp16_panel(const bf16* source, int64_t v_stride, int64_t k_stri
       largest = largest_of(largest, k - i >= VL ? load(p + i) : load(p + i, int(k - i)));
     maxima[v] = hmax(largest);
   }
-  const vint exponent = fp16_exponent(load(maxima));
-  store(reinterpret_cast<float*>(panel), fp16_factor(exponent));
+  const vfloat exponent = fp16_exponent(load(maxima));
+  store(reinterpret_cast<float*>(panel), exponent);
   store(scales, fp16_scale(exponent));
   for (int64_t i = 0; i < kp; i += 2 * VL, to += 2 * VL * VL) {
     vint words[VL] = {};
@@ -142,10 +139,10 @@ inline void pack_b<f16, bf16>(const bf16* source, int64_t k_stride, int64_t n_st
 }
 
 // One run: c (+)= a . b of FP16_ROWS rows and PANELS panels over `pairs` of k. `a`, `b`: the first
-// word of the run in row 0 and in panel 0; factors: of the rows, and of the columns in `b_panels`.
+// word of the run in row 0 and in panel 0; exponents: of the rows, and of the columns in `b_panels`.
 template <int PANELS>
 FASTLM_INLINE void fp16_run(int64_t pairs, const f16* a, const f16* b, int64_t panel,
-                            const float* row_factors, const f16* b_panels, float* c, int64_t ldc,
+                            const float* row_exponents, const f16* b_panels, float* c, int64_t ldc,
                             int rows, int64_t columns, bool add) {
   __m512i sums[FP16_ROWS][PANELS];
 #pragma GCC unroll 4
@@ -168,11 +165,12 @@ FASTLM_INLINE void fp16_run(int64_t pairs, const f16* a, const f16* b, int64_t p
 #pragma GCC unroll 4
   for (int r = 0; r < FP16_ROWS; ++r) {
     if (r >= rows) break;
-    const vfloat of_row = splat(row_factors[r]);
+    const vfloat of_row = splat(row_exponents[r]);
 #pragma GCC unroll 4
     for (int p = 0; p < PANELS; ++p) {
       const vfloat of_columns = load(reinterpret_cast<const float*>(b_panels + p * panel));
-      const vfloat total = fp16_total(sums[r][p]) * of_row * of_columns;
+      const vfloat total =
+          (vfloat)_mm512_scalef_ps((__m512)fp16_total(sums[r][p]), (__m512)(of_row + of_columns));
       float* to = c + r * ldc + p * VL;
       const int width = int(std::min<int64_t>(VL, columns - p * VL));
       if (width == VL)

@@ -134,7 +134,10 @@ def fuse(
     None unless all are quantized in the same way."""
     linears = [m for m in modules if isinstance(m, QuantizedLinear)]
     formats = {
-        (m.bits, m.group_size, m.act_bits, m.scales.dtype, m.zeros is None, m.bias is None)
+        (
+            *(m.bits, m.group_size, m.act_bits, m.scales.dtype),
+            *(None if m.zeros is None else m.zeros.dtype, m.bias is None),
+        )
         for m in linears
     }
     if len(linears) < len(modules) or len(formats) != 1:

@@ -366,13 +366,17 @@ def test_generation_multiplies_what_the_cpu_multiplies(tmp_path, monkeypatch):
         intermediate_size=64, tie_word_embeddings=True,
     )  # fmt: skip
     model = quantize(fastlm.CausalLM(config), "w4a16", group_size=32)
-    quantized, floats = tmp_path / "q.gguf", tmp_path / "f.gguf"
+    folder, floats = tmp_path / "q", tmp_path / "f.gguf"
+    folder.mkdir()
+    quantized = folder / "q.gguf"
     save_gguf(quantized, config, model.weights(), None, "m")
     save_gguf(floats, config, fastlm.CausalLM(config).weights(), None, "m")
     dtypes = {}
     for isa in backend.cpu_isas():
         with backend.use_cpu_isa(isa):
             dtypes[isa] = load_for_inference(quantized)[0].dtype
+            assert load_for_inference(folder)[0].dtype == dtypes[isa]
+            assert load_for_inference(quantized, 16)[0].dtype == torch.float32
             assert load_for_inference(floats)[0].dtype == load_model(floats)[0].dtype
             assert load_model(quantized)[0].dtype == torch.float32
     assert dtypes["scalar"] == torch.float32

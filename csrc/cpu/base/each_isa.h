@@ -2,6 +2,7 @@
 //
 //     #define FASTLM_BODY "cpu/<op>.h"
 //     #define FASTLM_INT8_BODY           only if it multiplies int8
+//     #define FASTLM_FP16_BODY           only if it multiplies fp16 (and no int8)
 //     #include "cpu/base/each_isa.h"
 //     FASTLM_OP(<op>_forward, "x weight y")
 //
@@ -23,6 +24,7 @@
 #include <limits>
 #include <stdexcept>
 #include <string>
+#include <type_traits>
 
 #include "cpu/base/huge_pages.h"
 #include "cpu/base/isa.h"

@@ -42,8 +42,7 @@ template <int BITS, class T, class F>
 void with_form(int64_t m, const Weight& w, int act_bits, int form, F f) {
   const auto dot = [&](int64_t max_rows) { return form ? form == 1 : m <= max_rows; };
   if (act_bits == 8) {
-    if (dot(dot_max_rows<BITS, int8_t>(w)))
-      f(DotForm<BITS, int8_t, T>{m, w});
+    if (dot(dot_max_rows<BITS, int8_t>(w))) f(DotForm<BITS, int8_t, T>{m, w});
 #ifdef FASTLM_AMX
     else if (!form && w.size < TILE_GROUP && m >= BF16_TILE_ROWS)
       f(PanelForm<BITS, T, bf16>{m, w});

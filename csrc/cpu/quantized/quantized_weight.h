@@ -67,9 +67,8 @@ inline Weight weight_of_size(int64_t n, int64_t k, int bits, int64_t size) {  //
 
 inline Scales scales_of(const TensorView& t, const char* argument) {
   Scales scales;
-  with_float(t.dtype(), argument, [&](auto tag) {
-    scales = {t.data<decltype(tag)>(argument), t.dtype()};
-  });
+  with_float(t.dtype(), argument,
+             [&](auto tag) { scales = {t.data<decltype(tag)>(argument), t.dtype()}; });
   return scales;
 }
 

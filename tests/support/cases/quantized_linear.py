@@ -30,7 +30,7 @@ def build(case: Case, dtype: torch.dtype) -> OpCall:
     group_size = q.group_size
     leaves = {"x": torch.randn(m, k).to(dtype), "qdata": q.qdata, "scales": q.scales}
     if q.zeros is not None:
-        leaves["zeros"] = q.zeros
+        leaves["zeros"] = q.zeros.to(DTYPES[case.get("zeros_dtype", case["scale_dtype"])])
     if case["bias"]:
         leaves["bias"] = torch.randn(n).to(scale_dtype if dtype != torch.float64 else dtype)
 
@@ -122,6 +122,7 @@ def draw(r: Random, isa: str) -> Case:
         "group_size": r.choice([8, 16, 24, 32, 64, 128, 128, 256, -1]),
         "symmetric": r.random() < 0.6,
         "scale_dtype": r.choice(list(DTYPES)),
+        "zeros_dtype": r.choice(list(DTYPES)),
         "bias": r.random() < 0.5,
     }
 
