@@ -260,6 +260,11 @@ struct Rounded {
   FASTLM_INLINE static float* start(float* scale) { return scale + 2 * MR; }
 };
 
+// Minus `offset` times the sum of a run; arbitrary where x is not finite, as the scale is NaN then.
+FASTLM_INLINE int32_t start_of(int32_t offset, int32_t sum) {
+  return int32_t(-uint32_t(offset) * uint32_t(sum));
+}
+
 template <int BITS, class T>
 void round_row(const T* x, int64_t m, const Runs& runs, const Rounded& out) {
   int64_t r = 0;
@@ -272,7 +277,7 @@ void round_row(const T* x, int64_t m, const Runs& runs, const Rounded& out) {
       const float scale = int8_scale(x + k0, length, &inverse);
       const int32_t sum = to_int8<BITS == 4>(x + k0, length, runs.stride, inverse, q);
       float* to = out.scale(m, r);
-      const int32_t start = -PANEL_OFFSET<BITS> * sum;
+      const int32_t start = start_of(PANEL_OFFSET<BITS>, sum);
       *to = scale, *out.sum(to) = scale * float(sum);
       memcpy(out.start(to), &start, sizeof start);
     }

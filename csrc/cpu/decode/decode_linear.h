@@ -76,7 +76,7 @@ inline void round_row(const DecodeLinear& l, const Activations& a, const Activat
                               ? to_int8<true>(x + begin, length, padded, inverse, q + begin)
                               : to_int8<false>(x + begin, length, padded, inverse, q + begin);
     sum[r] = scale[r] * float(exact);
-    start[r] = -(l.bits == 4 ? 8 : OFFSET<8>)*exact;
+    start[r] = start_of(l.bits == 4 ? 8 : OFFSET<8>, exact);
   }
 }
 
