@@ -175,8 +175,8 @@ def of_shape(bits: int, act: int, m: int, n: int, k: int, group: int = GROUP) ->
 
     width = k if group == -1 else group
     calls, missing = peers(bits, act, m, n, k, width)
-    # codes, plus a 2-byte scale per group (GGUF's groups of 32: a 4-byte scale and a 4-byte offset)
-    size = n * (k * bits / 8 + -(-k // width) * (8 if group == 32 else 2))
+    # codes, plus a 2-byte scale per group (GGUF's groups of 32: a 4-byte offset beside it)
+    size = n * (k * bits / 8 + -(-k // width) * (6 if group == 32 else 2))
     return Case(
         f"w{bits}a{act}" + (f", groups of {width}" if width != GROUP else ""),
         f"{m} x {k} -> {n}",

@@ -29,8 +29,8 @@ __global__ void __launch_bounds__(kThreads) dequantize_kernel(DeviceWeight w, T*
   float q[8];
   to_floats(octet, q);
   const int64_t at = row * w.groups + w.group_of(column);
-  const float scale = load_float(w.scales, w.scales_dtype, at);
-  const float zero = w.zeros ? load_float(w.zeros, w.zeros_dtype, at) : 0.0f;
+  const float scale = load_float(w.scales, w.factors, at);
+  const float zero = w.zeros ? load_float(w.zeros, w.factors, at) : 0.0f;
   T* to = out + row * w.k + column;
   constexpr int kVec = 16 / sizeof(T);
 #pragma unroll

@@ -290,8 +290,8 @@ DEVICE void load_scales(const DeviceWeight& w, bool zeros, const int (&at)[S::kT
   for (int i = 0; i < S::kTiles; ++i)
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      bits[i].scale[r] = load_bits(w.scales, w.scales_dtype, at[i][r] + group);
-      bits[i].zero[r] = zeros ? load_bits(w.zeros, w.zeros_dtype, at[i][r] + group) : 0;
+      bits[i].scale[r] = load_bits(w.scales, w.factors, at[i][r] + group);
+      bits[i].zero[r] = zeros ? load_bits(w.zeros, w.factors, at[i][r] + group) : 0;
     }
 }
 
@@ -442,8 +442,8 @@ DEVICE void multiply_stripe(const MatrixInput<typename S::X>& x, const DeviceWei
       float scale[S::kTiles][2], zero[S::kTiles][2];
 #pragma unroll
       for (int i = 0; i < S::kTiles * 2; ++i) {
-        scale[i / 2][i % 2] = float_of(bits[i / 2].scale[i % 2], w.scales_dtype);
-        zero[i / 2][i % 2] = float_of(bits[i / 2].zero[i % 2], w.zeros_dtype);
+        scale[i / 2][i % 2] = float_of(bits[i / 2].scale[i % 2], w.factors);
+        zero[i / 2][i % 2] = float_of(bits[i / 2].zero[i % 2], w.factors);
       }
       if (kUnit == 1 && step < S::kSteps - 1) read_scales(step + 1);
       uint32_t a[kUnit][S::kTiles][S::kProducts][4];

@@ -187,7 +187,7 @@ __global__ void __launch_bounds__(kWarps * 32, std::is_same_v<X, int8_t>&& BITS 
     for (int r = 0; r < kR; ++r) {
       codes[r] = load_codes<ALIGNED>(w, w.codes + static_cast<int64_t>(row[r]) * w.row_bytes,
                                      column * BITS / 8);
-      scale_bits[r] = load_bits(w.scales, w.scales_dtype, row[r] * w.groups + group);
+      scale_bits[r] = load_bits(w.scales, w.factors, row[r] * w.groups + group);
     }
     if (slab) __syncthreads();  // all warps have read the previous slab of x
     stage<BITS, X, M>(p, first_m, w.k, slab, min(warps_k, chunks - slab), staged);
@@ -197,7 +197,7 @@ __global__ void __launch_bounds__(kWarps * 32, std::is_same_v<X, int8_t>&& BITS 
     Sum part[kR][M], sum[M] = {};
     float scale[kR];
 #pragma unroll
-    for (int r = 0; r < kR; ++r) scale[r] = float_of(scale_bits[r], w.scales_dtype);
+    for (int r = 0; r < kR; ++r) scale[r] = float_of(scale_bits[r], w.factors);
 #pragma unroll
     for (int i = 0; i < kR * M; ++i) part[i / M][i % M] = kZero;
 #pragma unroll
@@ -219,8 +219,8 @@ __global__ void __launch_bounds__(kWarps * 32, std::is_same_v<X, int8_t>&& BITS 
 #pragma unroll
       for (int r = 0; r < kR; ++r) {
         const int at = row[r] * w.groups + group;
-        if (narrow && o) scale[r] = load_float(w.scales, w.scales_dtype, at);
-        const float zero = w.zeros ? load_float(w.zeros, w.zeros_dtype, at) : 0.0f;
+        if (narrow && o) scale[r] = load_float(w.scales, w.factors, at);
+        const float zero = w.zeros ? load_float(w.zeros, w.factors, at) : 0.0f;
 #pragma unroll
         for (int m = 0; m < M; ++m) {
           acc[r][m] += value_of(part[r][m]) * (scale[r] * factor[m]);

@@ -16,8 +16,8 @@ constexpr int kRunMax = 512;  // columns of 8-bit activations with one scale: re
 
 struct DeviceWeight {
   const uint8_t* codes;        // (n, row_bytes)
-  const void *scales, *zeros;  // (n, groups); zeros may be null
-  DType scales_dtype, zeros_dtype;
+  const void *scales, *zeros;  // (n, groups) of `factors`; zeros may be null
+  DType factors;
   int n, k, row_bytes, groups, group;
   uint32_t inverse;      // 2^32 / (group / 4)
   int runs, group_runs;  // per row, per group
@@ -179,14 +179,16 @@ inline DeviceWeight weight_of(const TensorView& qdata, const TensorView& scales,
   if (zeros) {
     check_contiguous("zeros", *zeros);
     check_size("zeros", "elements", scales.numel(), zeros->numel());
+    if (zeros->dtype() != scales.dtype())
+      throw std::invalid_argument(std::string("zeros: expected the dtype of scales, ") +
+                                  name(scales.dtype()) + ", got " + name(zeros->dtype()));
   }
   DeviceWeight w{};
   w.codes = bits == 4 ? input<uint8_t>(qdata, "qdata")
                       : reinterpret_cast<const uint8_t*>(input<int8_t>(qdata, "qdata"));
   w.scales = any_float(scales, "scales");
   w.zeros = any_float(zeros, "zeros");
-  w.scales_dtype = scales.dtype();
-  w.zeros_dtype = zeros ? zeros->dtype() : DType::f32;
+  w.factors = scales.dtype();
   w.n = static_cast<int>(qdata.size(0));
   w.k = static_cast<int>(k);
   w.row_bytes = static_cast<int>(qdata.size(1));

@@ -28,6 +28,17 @@ FUSED_ROWS = 256
 _BLOCK_WEIGHTS = 1 << 24
 
 
+def _contiguous(
+    qdata: Tensor, scales: Tensor, zeros: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Return a weight as the kernels take it: contiguous, scales and offsets of one dtype. Reading
+    two dtypes takes three more registers of the matrix kernels."""
+    if zeros is None:
+        return qdata.contiguous(), scales.contiguous(), None
+    dtype = torch.promote_types(scales.dtype, zeros.dtype)
+    return qdata.contiguous(), scales.to(dtype).contiguous(), zeros.to(dtype).contiguous()
+
+
 def dequantize(
     qdata: Tensor,
     scales: Tensor,
@@ -38,7 +49,7 @@ def dequantize(
     dtype: torch.dtype,
 ) -> Tensor:
     out = torch.empty((qdata.shape[0], k), dtype=dtype, device=qdata.device)
-    w = (t if t is None else t.contiguous() for t in (qdata, scales, zeros))
+    w = _contiguous(qdata, scales, zeros)
     extension().dequantize(*w, bits, group_size, out, stream(qdata))
     return out
 
@@ -105,7 +116,7 @@ def quantized_linear_forward(
         _multiply_int8(*rows, weight, bias, bits, group_size, k, out.view(-1, out.shape[-1]))
         return out
     x, y = matrix(x), out.view(-1, out.shape[-1])
-    weight = qdata.contiguous(), scales.contiguous(), None if zeros is None else zeros.contiguous()
+    weight = _contiguous(qdata, scales, zeros)
     is_float32, limits = x.dtype == torch.float32, constants()
     by_vectors = len(x) <= (
         limits.QUANTIZED_VECTOR_ROWS_32 if is_float32 else limits.QUANTIZED_VECTOR_ROWS_16
@@ -150,8 +161,7 @@ def _multiply_int8(
     k: int,
     y: Tensor,
 ) -> None:
-    qdata, scales, zeros = weight
-    weight = qdata.contiguous(), scales.contiguous(), None if zeros is None else zeros.contiguous()
+    weight = _contiguous(*weight)
     limits = constants()
     max_rows = (
         limits.QUANTIZED_VECTOR_ROWS_32

@@ -433,6 +433,10 @@ def test_the_extension_refuses(kernel):
         kernels.dequantize(
             q.qdata[:, :32].contiguous(), q.scales, None, 4, 8, y.new_empty(6, 64), 0
         )
+    with pytest.raises(
+        ValueError, match="zeros: expected the dtype of scales, bfloat16, got float32"
+    ):
+        kernels.dequantize(q.qdata, q.scales, q.scales.float(), 8, 8, y.new_empty(6, 64), 0)
     x, scale = torch.zeros(2, 64, dtype=torch.int8), torch.ones(8, 64)
     x64 = torch.randn(2, 64).bfloat16()
     with pytest.raises(ValueError, match="stripe: expected at least 1, got 0"):
