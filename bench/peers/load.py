@@ -12,26 +12,18 @@ import sys
 import time
 from pathlib import Path
 
-import bench_path  # noqa: F401
+from finetune import peak
 
 
-def peak() -> int:
-    """Return the most bytes that this process has had in memory."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
-
-
-def measure(path: str) -> str:
+def measure(path: Path) -> str:
     """Load a file, and return a row of the table."""
-    import fastlm
+    from fastlm import CausalLM
 
-    fastlm.CausalLM  # noqa: B018  # imports torch and the extension
-    imports, size, start = peak(), Path(path).stat().st_size, time.perf_counter()
-    model = fastlm.CausalLM.from_pretrained(path)
+    imports, size, start = peak(), path.stat().st_size / 2**20, time.perf_counter()
+    model = CausalLM.from_pretrained(path)
     seconds, used = time.perf_counter() - start, peak() - imports
-    assert model.training is False
-    sizes = f"{size >> 20:,} | {used >> 20:,} | {used / size:.2f}x"
-    return f"| {Path(path).name} | {sizes} | {seconds:.1f} |"
+    del model  # kept until here
+    return f"| {path.name} | {size:,.0f} | {used:,.0f} | {used / size:.2f}x | {seconds:.1f} |"
 
 
 def main() -> None:

@@ -48,8 +48,6 @@ def build(case: Case, dtype: torch.dtype) -> OpCall:
     def terms(logits, target, *rest):
         weight = rest[0] if case["weight"] else None
         of, scale, float32 = losses.sizes(logits, target, weight, rest[case["weight"] :], **options)
-        if soft:  # its sums over the classes have more roundings than four
-            of["loss"] = Terms(of["loss"], 2 * of["loss"])
         return of | {"dlogits": Terms(scale, float32)}
 
     outputs = ("loss", "lse") if options.get("return_lse") else ("loss",)
