@@ -16,6 +16,9 @@
 
 constexpr int64_t BLOCK = 1024;    // 4 KiB of scores: they stay in the L1 between the two loops
 constexpr int64_t SPAN = 16384;    // classes: 5 us, the smallest task that pays
+// Independent sums of a block: more terms in a row would lose digits. Class weights have more sums,
+// because the roundings of equal weights all have one sign.
+constexpr int SUMS = VL < 8 ? 32 : 32 / VL, WEIGHT_SUMS = VL < 8 ? 64 : 128 / VL;
 constexpr int64_t FEW_ROWS = 8;    // fewer rows are shared among the threads span by span
 constexpr int64_t MAX_SPANS = 32;  // per row in that case: 512 thousand classes
 
@@ -45,6 +48,13 @@ struct SpanSums {
   }
 };
 
+template <int N>
+FASTLM_INLINE vfloat total(vfloat (&sums)[N]) {
+  for (int n = N / 2; n; n /= 2)
+    for (int i = 0; i < n; ++i) sums[i] += sums[i + n];
+  return sums[0];
+}
+
 template <class T, class W>
 SpanSums cross_entropy_span(const CrossEntropyRow<T, W>& row, int64_t from) {
   alignas(64) float z[BLOCK];
@@ -72,18 +82,18 @@ SpanSums cross_entropy_span(const CrossEntropyRow<T, W>& row, int64_t from) {
       if (sum != 0) sum *= std::exp(before - now);
       if (row.class_weight) weighted[0] += (before - now) * weight_so_far;
     }
-    vfloat block_sum[2] = {};  // summed per block: 50 thousand additions in a row would lose digits
-    for (int64_t j = 0; j < n; j += VL) block_sum[j / VL & 1] += vexp(load(z + j) - now);
-    sum += hsum(block_sum[0] + block_sum[1]);
+    vfloat sums[SUMS] = {};
+    for (int64_t j = 0; j < n; j += VL) sums[j / VL & (SUMS - 1)] += vexp(load(z + j) - now);
+    sum += hsum(total(sums));
     if (row.class_weight) {
-      vfloat weights[4] = {}, of_block[4] = {};  // short sums, as above
+      vfloat weights[WEIGHT_SUMS] = {}, of_block[WEIGHT_SUMS] = {};
       for (int64_t j = 0; j < n; j += VL) {
-        const int k = int(std::min<int64_t>(VL, n - j)), u = j / VL & 3;
+        const int k = int(std::min<int64_t>(VL, n - j)), u = j / VL & (WEIGHT_SUMS - 1);
         const vfloat w = load(row.class_weight + v0 + j, k), d = load(z + j, k) - now;
         weights[u] += w, of_block[u] += w * d;
       }
-      weight_so_far += hsum((weights[0] + weights[1]) + (weights[2] + weights[3]));
-      weighted += (of_block[0] + of_block[1]) + (of_block[2] + of_block[3]);
+      weight_so_far += hsum(total(weights));
+      weighted += total(of_block);
     }
   }
   return {m, sum, hsum(weighted), weight_so_far};

@@ -12,7 +12,8 @@
 // once from memory, then from the L1 (a row is at most a few tens of KiB).
 //
 // The second pass of the forward sums the deviations from the rounded mean as well as their
-// squares. The sum of the deviations corrects the mean (Chan, Golub and LeVeque 1983). Rejected:
+// squares. The sum of the deviations corrects the mean (Chan, Golub and LeVeque 1983). The
+// backward corrects it in the same way. Rejected:
 // mean(h^2) - mean^2 in one pass, which loses every digit of the variance where the mean is large.
 //
 // dweight and dbias are summed per block of LAYER_NORM_BLOCK_ROWS rows and then over blocks in
@@ -134,21 +135,30 @@ inline void layer_norm_forward(const TensorView& x, const TensorView* residual,
 template <class T, class W>
 void layer_norm_backward_row(const T* dy, const T* dh_above, const T* h, const W* weight,
                              float mean, float r, int64_t n, T* dx, float* dweight, float* dbias) {
-  vfloat gs[SUMS] = {}, products[SUMS] = {};
+  vfloat gs[SUMS] = {}, products[SUMS] = {}, deviations[SUMS] = {};
   each_vector(n, [&](int64_t j, int k, int u) __attribute__((always_inline)) {
     vfloat g = load_lanes(dy + j, k);
     if (weight) g *= load_lanes(weight + j, k);
+    const vfloat deviation = keep_lanes(load_lanes(h + j, k) - mean, k);
     gs[u] += g;
-    products[u] += g * (load_lanes(h + j, k) - mean);
+    products[u] += g * deviation;
+    deviations[u] += deviation;
   });
-  const float g_mean = total(gs) / float(n), c = total(products) * r * r / float(n);
+  // of the mean, which was rounded; what is computed once per row is rounded once
+  const double share = 1 / double(n), correction = total(deviations) * share, g_sum = total(gs);
+  const double product = (total(products) - g_sum * correction) * share * r * r;
+  const float c = float(product), on_all = float(g_sum * share - correction * product),
+              z_offset = float(-correction * r);
   each_vector(n, [&](int64_t j, int k, int) __attribute__((always_inline)) {
     const vfloat d = load_lanes(dy + j, k), deviation = load_lanes(h + j, k) - mean;
     const vfloat g = weight ? d * load_lanes(weight + j, k) : d;
-    vfloat out = (g - g_mean - deviation * c) * r;
+    vfloat out = (g - on_all - deviation * c) * r;
     if (dh_above) out += load_lanes(dh_above + j, k);
     store_lanes(dx + j, out, k);
-    if (dweight) store_lanes(dweight + j, load_lanes(dweight + j, k) + d * deviation * r, k);
+    if (dweight) {
+      const vfloat z = deviation * r + z_offset;
+      store_lanes(dweight + j, load_lanes(dweight + j, k) + d * z, k);
+    }
     if (dbias) store_lanes(dbias + j, load_lanes(dbias + j, k) + d, k);
   });
 }

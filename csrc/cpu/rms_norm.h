@@ -10,7 +10,7 @@
 //
 // Each row is read twice: from memory, then from the L1 (a row is at most a few tens of KiB). dw is
 // summed per block of RMS_NORM_BLOCK_ROWS rows and then over blocks in order, so it does not depend
-// on the thread count.
+// on the thread count. What is computed once per row is computed in double: rounded once, and free.
 #include "cpu/base/parallel.h"
 #include "cpu/base/rows.h"
 
@@ -45,7 +45,8 @@ void rms_norm_row(const T* x, const T* residual, const W* weight, float eps, flo
   }
   for (; j + VL <= n; j += VL) sums[0] += square(j, VL);
   if (j < n) sums[0] += square(j, int(n - j));
-  const float r = 1.f / std::sqrt(hsum((sums[0] + sums[1]) + (sums[2] + sums[3])) / float(n) + eps);
+  const double square_sum = hsum((sums[0] + sums[1]) + (sums[2] + sums[3]));
+  const float r = float(1 / std::sqrt(square_sum * (1 / double(n)) + eps));
   *rstd = r;
   const T* source = residual ? h : x;
   for (j = 0; j + VL <= n; j += VL)
@@ -96,7 +97,8 @@ void rms_norm_backward_row(const T* dy, const T* dh_above, const T* h, const W* 
   for (; i + VL <= n; i += VL) dots[0] += product(i);
   if (const int k = int(n - i))
     dots[0] += load(dy + i, k) * rms_norm_factor(weight, offset, i, k) * load(h + i, k);
-  const float c = hsum((dots[0] + dots[1]) + (dots[2] + dots[3])) * r * r / float(n);
+  const double dot = hsum((dots[0] + dots[1]) + (dots[2] + dots[3]));
+  const float c = float(dot * r * r * (1 / double(n)));
   for (int64_t j = 0; j < n; j += VL) {
     const int k = int(std::min<int64_t>(VL, n - j));
     const vfloat g = k == VL ? load(dy + j) : load(dy + j, k),
