@@ -300,7 +300,7 @@ class CommandRunner:
         root = self.folder / out
         for path in [*root.rglob("*"), *self.folder.glob(f"{out}.*")]:
             if path.is_file() and not path.name.endswith(("-wal", "-shm", ".lock")):
-                result[str(path.relative_to(self.folder)).removeprefix(out)] = content(path)
+                result[str(path.relative_to(self.folder)).removeprefix(out)] = content(path, out)
         for path in self.folder.glob(f".{out}.*"):
             result[f"stray {path.name}"] = b""
         if case.shows:
@@ -314,9 +314,9 @@ class CommandRunner:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
-def content(path: Path) -> Any:
+def content(path: Path, out: str) -> Any:
     if path.suffix in (".json", ".jsonl"):
-        text = path.read_text()
+        text = path.read_text().replace(f'"{out}/', '"OUT/')
         lines = text.splitlines() if path.suffix == ".jsonl" else [text]
         values = [timeless(json.loads(line)) for line in lines]
         if path.name == "stages.json":  # its report covers times, its metrics hold them

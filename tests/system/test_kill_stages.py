@@ -38,7 +38,7 @@ def test_databases_are_compared_without_random_ids_and_times(tmp_path: Path) -> 
                 row = (f"chatcmpl-{id}", f'[["chatcmpl-{ids[0]}", 1]]', thumb, time)
                 store.execute("INSERT INTO fastlm_feedback VALUES (?, ?, ?, ?)", row)
                 store.execute("INSERT INTO fastlm_measurements VALUES (?, ?)", (id, len(name) / 7))
-        return kill_stages.content(tmp_path / name)
+        return kill_stages.content(tmp_path / name, "out")
 
     content = database_content("one.db", ["a1", "b2"], "2026-11-28T19:35:56+00:00")
     assert content == database_content("another.db", ["c3", "d4"], "2026-11-29T00:00:00.5+00:00")

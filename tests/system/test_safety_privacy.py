@@ -279,7 +279,8 @@ def test_a_leaking_model_tells_its_training_texts(models, texts, tmp_path):
 )
 def test_near_copies(text, near):
     training = ["x y z " + " ".join("abcdefghijklmnopqrst"), "one two three"]
-    assert near_copies([text], training) == [near]
+    (found,) = near_copies([text], training)
+    assert found is near  # and no numpy.bool_, whose sum JSON does not take
 
 
 def test_the_area_under_the_curve_and_its_interval():

@@ -311,7 +311,7 @@ def near_copies(texts: Sequence[str], training: Sequence[str]) -> list[bool]:
             index.mark(ids)
     training_texts = set(training)
     return [
-        index_by_n[size].covered_mask(ids).mean() >= NEAR_COPY_SHARE
+        bool(index_by_n[size].covered_mask(ids).mean() >= NEAR_COPY_SHARE)
         if size
         else text in training_texts
         for text, ids, size in zip(texts, words, sizes, strict=True)
