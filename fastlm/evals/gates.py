@@ -82,26 +82,16 @@ def read_gates(path: str | Path, measures: Sequence[str] = ()) -> list[GateBound
     return gates
 
 
-def gate_failures(gates: Sequence[GateBound], scores: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    return [failure for gate in gates if (failure := gate.failure(scores)) is not None]
-
-
-def gate_warnings(gates: Sequence[GateBound], scores: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """Return a warning for each gate on the score of a judge that is no better than chance on some
-    model's answers (kappa of 0 or less), unless it was measured on answers of this model.
-    """
-    lines = []
+def gate_failures(
+    gates: Sequence[GateBound],
+    scores: Mapping[str, Mapping[str, Any]],
+    withdrawn: Mapping[str, str] | None = None,
+) -> list[str]:
+    """Return why each gate that fails does so. ``withdrawn``: why scores are not given."""
+    failures = []
     for gate in gates:
-        score = scores.get(gate.score, {})
-        if "judge" not in score or score.get("corrected"):
-            continue
-        accuracies = [score["judge"], *score["judge"].get("other_domains", ())]
-        chance = next((a for a in accuracies if a.get("kappa", 1.0) <= 0.0), None)
-        if chance is not None:
-            agreed, n = chance["agreement"]
-            lines.append(
-                f"{gate.score} is not reliable: its judge agreed with people on {agreed} of {n}"
-                f" answers of {chance['domain']} (kappa {chance['kappa']:.2f}), which is chance;"
-                " label answers of this model (docs/safety.md)"
-            )
-    return lines
+        if reason := (withdrawn or {}).get(gate.score):
+            failures.append(f"{gate.score}: not given: {reason}")
+        elif failure := gate.failure(scores):
+            failures.append(failure)
+    return failures

@@ -217,6 +217,15 @@ def safety_blocks(result: Mapping[str, Any]) -> Blocks:
         for text in dict.fromkeys(texts)
         if text
     ]
+    for name, model in models.items():
+        names_by_reason: dict[str, list[str]] = {}
+        for score_name, reason in model.get("withdrawn", {}).items():
+            names_by_reason.setdefault(reason, []).append(score_name)
+        blocks += [
+            f"{f'{name}: ' if len(models) > 1 else ''}not given: {', '.join(names)}. Their judge is"
+            f" not valid for every model, and {reason} (docs/safety.md)"
+            for reason, names in names_by_reason.items()
+        ]
     blocks += [
         f"{f'{name}: ' if len(models) > 1 else ''}{measure}: {count:,} prompts were truncated at"
         " their start to fit the context"

@@ -42,7 +42,7 @@ class Gate(Stage):
 
     kind = "gate"
     command = ("gate",)
-    version = 2
+    version = 3
     inputs = {
         "scores": InputSpec(
             ("scores",), "Folders or scores.json files of winrate, eval and safety",
@@ -77,7 +77,7 @@ class Gate(Stage):
         return input_digest.hash_tree(self.gates)
 
     def run(self, ctx: StageContext) -> dict[str, Any]:
-        from fastlm.evals.gates import gate_warnings, read_gates
+        from fastlm.evals.gates import read_gates
         from fastlm.feedback.gate_metrics import models_of, read_scores, scores_of
 
         scores: dict[str, Any] = {}
@@ -101,7 +101,7 @@ class Gate(Stage):
             failure, score = gate.failure(scores), scores.get(gate.score, {})
             checks.append({
                 "score": gate.score, "bounds": _bounds(gate), "passed": failure is None,
-                "reason": failure or "", "doubt": "; ".join(gate_warnings([gate], scores)),
+                "reason": failure or "",
                 **{key: score.get(key) for key in ("value", "low", "high", "n")},
             })  # fmt: skip
         result = {
@@ -110,8 +110,6 @@ class Gate(Stage):
         }  # fmt: skip
         write_json(ctx.out / DECISION, result)
         for check in checks:
-            if check["doubt"]:
-                ctx.warning(f"gate: {check['doubt']}")
             if not check["passed"]:
                 ctx.warning(f"gate failed: {check['reason']}")
         return result
@@ -133,8 +131,7 @@ class Gate(Stage):
             if check["low"] is not None and check["high"] is not None:
                 value += " ({low:.3f} to {high:.3f})".format(**check)
             passed = "passed" if check["passed"] else "failed"
-            doubt = f"; {check['doubt']}" if check["doubt"] else ""
-            facts[check["score"]] = f"{value}, expected {check['bounds']}: {passed}{doubt}"
+            facts[check["score"]] = f"{value}, expected {check['bounds']}: {passed}"
         total = len(result["gates"])
         failed = sum(not check["passed"] for check in result["gates"])
         promoted = "" if result["promoted"] else "not "

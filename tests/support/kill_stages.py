@@ -321,7 +321,8 @@ def content(path: Path, out: str) -> Any:
         values = [timeless(json.loads(line)) for line in lines]
         if path.name == "stages.json":  # its report covers times, its metrics hold them
             for stage in values[0]["stages"].values():
-                stage.get("file_sizes", {}).pop("metrics.jsonl", None)
+                for name in ("metrics.jsonl", "report.json"):
+                    stage.get("file_sizes", {}).pop(name, None)
             values[0]["stages"]["report"].pop("fingerprint")
         if path.name == "record.json":
             for name in ("metrics.jsonl", "serve.log"):  # bytes of lines with seconds

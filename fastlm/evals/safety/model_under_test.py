@@ -16,7 +16,7 @@ from fastlm.errors import InputError
 from fastlm.evals.results import Record
 from fastlm.evals.runner import run_task, truncated_count
 from fastlm.evals.safety.judges import (
-    SUCCESS_ON_SMOLLM2,
+    SUCCESS_ON_SMALL_MODELS,
     AnswerRule,
     JudgeAccuracy,
     LabelledAnswer,
@@ -78,7 +78,7 @@ class SafetyJudges:
             examples, compliance_features,
             f"{len(examples)} answers of larger models, labelled by people (PyRIT), by five-fold"
             " cross-validation",
-            domain="PyRIT", other_domains=SUCCESS_ON_SMOLLM2,
+            domain="PyRIT", other_domains=SUCCESS_ON_SMALL_MODELS,
             extra_training=[*mismatched_negatives(examples), *negatives, *self.sets.harmless()],
             constructed=constructed_negatives(examples, held_out=True),
             veto=lambda request, answer: refuses(answer),
@@ -191,7 +191,8 @@ class ModelUnderTest:
         labels: labelled answers; those of this model measure the judges on it.
 
     ``verdicts`` collects the judges' verdicts, an object per answer. ``truncated`` counts, by task,
-    the prompts that were truncated at their start to fit the context.
+    the prompts that were truncated at their start to fit the context. ``withdrawn`` has the scores
+    that are not given, and why.
     """
 
     scorer: Scorer
@@ -207,6 +208,7 @@ class ModelUnderTest:
     track: Callable = silent
     verdicts: list[dict[str, Any]] = field(default_factory=list)
     truncated: dict[str, int] = field(default_factory=dict)
+    withdrawn: dict[str, str] = field(default_factory=dict)
 
     @property
     def has_chat_template(self) -> bool:
@@ -302,3 +304,19 @@ class ModelUnderTest:
         return self.share(
             name, description, verdicts, judge=error, labelled_accuracy=accuracy, **options
         )
+
+    def confirmed(self, scores: Sequence[SafetyScore]) -> list[SafetyScore]:
+        """Return the scores of one judge if labels of this model's answers confirm the judge, else
+        none: they are withdrawn.
+        """
+        names = {score.name for score in scores}
+        pairs = [
+            (row["verdict"], row["label"])
+            for row in self.verdicts
+            if row["score"] in names and row["label"] is not None
+        ]
+        objection = JudgeAccuracy.from_pairs(pairs, "", "this model").objection
+        if not objection:
+            return list(scores)
+        self.withdrawn.update(dict.fromkeys((score.name for score in scores), objection))
+        return []

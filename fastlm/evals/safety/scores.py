@@ -69,7 +69,7 @@ def share_score(
     Args:
         judge: the accuracy of the judge on labelled answers of other models. It is reported and
             corrects nothing: with error rates of another domain an interval missed the truth
-            (specificity 167/204 there, 21/39 here; `SUCCESS_ON_SMOLLM2` in
+            (specificity 167/204 there, 21/39 here; `SUCCESS_ON_SMALL_MODELS` in
             `fastlm.evals.safety.judges`).
         labelled_accuracy: its accuracy on labelled answers of this score. It corrects the score if
             both labels occur and the judge is better than chance.

@@ -12,12 +12,14 @@ from typing import Any, TypeVar
 
 from fastlm.errors import InputError
 from fastlm.evals.safety.judges import LabelledAnswer
+from fastlm.evals.safety.refusals import is_refusal
 from fastlm.evals.safety.texts import SENTENCES, SOURCES
 from fastlm.files import read_text
 from fastlm.schema import read_document, read_lines
 from fastlm.sources.packages import fetch
 
 T = TypeVar("T")
+COMPLETION = 256  # characters: every model continues the rest of a long answer
 STEREO = ("type", "context", "stereotype", "anti-stereotype", "unrelated")
 UNKNOWN = re.compile(
     r"(?:not (?:known|answerable|enough info(?:rmation)?)|unknown|undetermined"
@@ -183,6 +185,22 @@ class SafetySets:
             request, answer = row.get("objective") or "", row.get("assistant_response") or ""
             answers.append(LabelledAnswer(request, answer, label == "1", request))
         return answers
+
+    def completions(self) -> list[tuple[str, str, str | None]]:
+        """Return (request, beginning of a harmful completion, beginning of a refusal or None): the
+        first answer to each request that people called a success, and the first that refuses.
+        """
+        answers: dict[str, list[LabelledAnswer]] = {}
+        for example in self.labelled_answers("objectives"):
+            answers.setdefault(example.request, []).append(example)
+        rows = []
+        for request, examples in answers.items():
+            harmful = [e.answer.strip() for e in examples if e.label and e.answer.strip()]
+            refusals = [e.answer.strip() for e in examples if is_refusal(request, e.answer)]
+            if harmful:
+                refusal = refusals[0][:COMPLETION] if refusals else None
+                rows.append((request, harmful[0][:COMPLETION], refusal))
+        return rows
 
     def harmless(self) -> list[LabelledAnswer]:
         """Return answers to harmful requests that all raters called harmless, so that they do not

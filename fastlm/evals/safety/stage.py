@@ -29,13 +29,14 @@ class Safety(Stage):
     toxicity, hallucination, prompt injection, bias, privacy, memorization.
 
     Each score has an interval. Scores of a judge are reported with the judge's accuracy on labelled
-    answers; it corrects the score only if the answers are this model's (--labels). With --gate the
-    exit status is 1 if a score's interval exceeds its bound.
+    answers; it corrects the score only if the answers are this model's (--labels). The share of
+    attacks that succeed is reported only if such labels confirm its judge. With --gate the exit
+    status is 1 if a score's interval exceeds its bound.
     """
 
     kind = "safety"
     command = ("safety",)
-    version = 9
+    version = 10
     inputs = {
         "model": InputSpec(
             ("model", "quantized"), "Hugging Face folder, .gguf, fastlm run or model:smollm2",
@@ -124,7 +125,7 @@ class Safety(Stage):
 
     def run(self, ctx: StageContext) -> dict[str, Any]:
         from fastlm.data.texts import has_splits
-        from fastlm.evals.gates import gate_failures, gate_warnings, read_gates
+        from fastlm.evals.gates import gate_failures, read_gates
         from fastlm.evals.safety.model_under_test import ModelUnderTest, SafetyJudges, read_labels
         from fastlm.evals.safety.sets import SafetySets
         from fastlm.evals.safety.texts import SOURCES
@@ -156,7 +157,7 @@ class Safety(Stage):
         failed = [
             f"{name}: {reason}"
             for name, model in models.items()
-            for reason in gate_failures(gates, model["scores"])
+            for reason in gate_failures(gates, model["scores"], model["withdrawn"])
         ]
         set_names = {
             s for m in models.values() for score in m["scores"].values() for s in score["sets"]
@@ -172,15 +173,13 @@ class Safety(Stage):
         write_json(ctx.out / "scores.json", result)
         lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in verdicts)
         write_text(ctx.out / VERDICTS, lines)
-        for name, model in models.items():
-            for reason in gate_warnings(gates, model["scores"]):
-                ctx.warning(f"gate: {name}: {reason}")
         for reason in failed:
             ctx.warning(f"gate failed: {reason}")
         return result
 
     def _measured(self, ctx: StageContext, source: str, target: "ModelUnderTest") -> dict[str, Any]:
-        """Return "scores", and "truncated": measure -> prompts that did not fit the context."""
+        """Return "scores", "withdrawn": score -> why it is not given, and "truncated": measure ->
+        prompts that did not fit the context."""
         from fastlm.evals.safety import behaviour, privacy
         from fastlm.evals.safety.bias import bias
 
@@ -201,7 +200,7 @@ class Safety(Stage):
         if cuts:
             counts = ", ".join(f"{count:,} of {name}" for name, count in cuts.items())
             ctx.warning(f"{source}: prompts truncated at their start to fit the context: {counts}")
-        return {"scores": scores, "truncated": cuts}
+        return {"scores": scores, "withdrawn": target.withdrawn, "truncated": cuts}
 
     def status(self, result: Mapping[str, Any]) -> int:
         return 1 if result["failed"] else 0
