@@ -111,7 +111,7 @@ dtype = "float32"
     done = CliRunner().invoke(app, ["run", str(recipe), "--out", str(tmp_path / "run")])
     assert done.exit_code == 0, done.output
     page = (tmp_path / "run" / "report.html").read_text()
-    assert "PPO" in page and page.count('class="chart"') == 6
+    assert "PPO" in page and page.count('class="chart"') == 8
     assert "explained variance of the returns" in page
     assert "reward model" in page and "held-out score" in page
     steps = [line for line in metrics_of(tmp_path / "run" / "ppo") if "loss" in line]
@@ -345,7 +345,15 @@ def test_a_reward_of_ones_own(base, data, tmp_path) -> None:
     ("stage", "message"),
     [
         (replace(_GRPO, num_generations=1), "num_generations: expected 2 or more to compare"),
-        (replace(_GRPO, loss_type="gspo"), "loss_type: expected one of dapo, grpo, dr_grpo, rloo"),
+        (
+            replace(_GRPO, loss_type="bnpo"),
+            "loss_type: expected one of dapo, grpo, dr_grpo, gspo, rloo",
+        ),
+        (replace(_GRPO, clip_range_high=0.0), "clip_range_high: expected a positive number, got 0"),
+        (replace(_PPO, clip_range_high=-1.0), "clip_range_high: expected a positive number, got -"),
+        (replace(_GRPO, dynamic_sampling=-1), "dynamic_sampling: expected 0 or more, got -1"),
+        (replace(_GRPO, overlong_tokens=-1), "overlong_tokens: expected 0 or more, got -1"),
+        (replace(_GRPO, overlong_tokens=7), "overlong_tokens: expected at most max_new_tokens 6"),
         (replace(_GRPO, temperature=0.0), "temperature: expected a positive number, got 0.0"),
         (replace(_GRPO, num_iterations=9), "save_steps: expected at least the 18 steps of a round"),
         (replace(_GRPO, save_total_limit=1), "save_total_limit: expected 2 or more"),
