@@ -283,7 +283,7 @@ class OnlineObjective(Objective):
         self.policy.eval()
         shards = [shard for shard in self.world.gather_results(roll_out_shard) if len(shard[1])]
         completion_shards, score_shards, score_metrics, token_shards = zip(*shards)
-        completions = [c for tensors in completion_shards for c in completions_from_tensors(tensors)]
+        completions = [c for part in completion_shards for c in completions_from_tensors(part)]
         lengths = [len(completion.token_ids) for completion in completions]
         tokens = {
             name: torch.cat([tensors[name] for tensors in token_shards]).split(lengths)
@@ -424,9 +424,9 @@ class OnlineObjective(Objective):
         if self.round_metrics["mismatch"] <= self.options.mismatch_threshold:
             difference = torch.zeros_like(difference)
         limit = math.log(MAX_IMPORTANCE_WEIGHT)
-        weights = difference.clamp(max=limit).exp()
+        weights, is_truncated = difference.clamp(max=limit).exp(), (difference > limit).float()
         self.round_metrics["importance_weight"] = float(weights[mask].mean())
-        self.round_metrics["importance_truncated"] = float((difference > limit)[mask].float().mean())
+        self.round_metrics["importance_truncated"] = float(is_truncated[mask].mean())
         return weights
 
     # Objective
@@ -499,9 +499,7 @@ class OnlineObjective(Objective):
         state = (self.round, self.next_prompt, self.round_metrics)
         self.round += 1
         self._check_round(
-            self.roll_out(
-                lambda indices, completions: [0.0] * len(completions), self.options.prompts_per_round
-            )
+            self.roll_out(lambda indices, _: [0.0] * len(indices), self.options.prompts_per_round)
         )
         self.round, self.next_prompt, self.round_metrics = state
 

@@ -374,9 +374,9 @@ class GRPOOptions(RolloutOptions):
     """The options of GRPO and its relatives."""
 
     num_generations: Annotated[int, "Sample this many completions per prompt: the group"] = 8
-    loss_type: Annotated[
-        str, "Use the loss dapo, grpo, dr_grpo, gspo or rloo; see docs/ppo.md"
-    ] = "dapo"
+    loss_type: Annotated[str, "Use the loss dapo, grpo, dr_grpo, gspo or rloo; see docs/ppo.md"] = (
+        "dapo"
+    )
     dynamic_sampling: Annotated[
         int,
         "Replace groups of equal scores by groups of further prompts, drawn at most this many times"

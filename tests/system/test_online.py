@@ -705,7 +705,8 @@ def test_a_mismatch_of_sampling_and_training_is_corrected(kind, monkeypatch) -> 
             weights = (off * lengths.float()).exp().clamp(max=online.MAX_IMPORTANCE_WEIGHT)
             means = float(weights.mean()), float((weights == weights.max()).float().mean())
             weight = weights[:, None].expand_as(mask)[mask]
-        metrics = game.round_metrics["importance_weight"], game.round_metrics["importance_truncated"]
+        names = ("importance_weight", "importance_truncated")
+        metrics = [game.round_metrics[name] for name in names]
         assert metrics == pytest.approx(means, rel=1e-5)
         expected, got = (g.columns["advantages"][mask] for g in (plain, game))
         torch.testing.assert_close(got, weight * expected, rtol=1e-4, atol=1e-6)
