@@ -30,7 +30,18 @@ CHARTS: tuple[tuple[str, tuple[str, ...], float | None, tuple[float, float] | No
         None,
     ),
     ("explained variance of the returns", ("explained_variance",), 0.0, (-2.0, 1.05)),
+    ("share of groups whose scores differ", ("informative_groups",), None, (-0.02, 1.02)),
+    ("prompts drawn per round", ("prompts_drawn",), None, None),
+    ("entropy, nats per token", ("entropy",), None, None),
+    (
+        "share of tokens clipped from below, from above",
+        ("clip_fraction_low", "clip_fraction_high"),
+        0.0,
+        None,
+    ),
 )
+# Metrics of steps. Other metrics are equal in all steps of a round
+STEP_METRICS = ("entropy", "clip_fraction_low", "clip_fraction_high")
 
 
 def training_charts(metrics: Metrics) -> list[str]:
@@ -100,7 +111,8 @@ def frontier_chart(metrics: Metrics) -> str:
 
 
 def _series(metrics: Metrics, name: str) -> tuple[list[int], list[float]]:
-    """Return the steps, or the first step of each round, and their values."""
-    lines = {m.get("round", m["step"]): m for m in reversed(metrics) if name in m}
+    """Return the steps and their values; of a metric of rounds, the first step of each round."""
+    key = "step" if name in STEP_METRICS else "round"
+    lines = {m.get(key, m["step"]): m for m in reversed(metrics) if name in m}
     series = sorted((m["step"], m[name]) for m in lines.values())
     return [step for step, _ in series], [value for _, value in series]

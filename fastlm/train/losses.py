@@ -152,23 +152,28 @@ def ppo_policy_loss(
     mask: Tensor,
     *,
     clip_range: float = 0.2,
+    clip_range_high: float | None = None,
     dual_clip: float | None = None,
     num_items: Count | None = None,
 ) -> tuple[Tensor, Metrics]:
     """Compute PPO's clipped objective (Schulman et al. 2017, arXiv:1707.06347), a mean over tokens.
 
-    ``max(-A ratio, -A clamp(ratio, 1 - clip_range, 1 + clip_range))`` with ``ratio = exp(logp -
-    old_logp)``. With `dual_clip` c > 1 the loss of a token with A < 0 is at most ``-A c`` (Ye et
-    al. 2019, arXiv:1912.09729).
+    ``max(-A ratio, -A clamp(ratio, 1 - clip_range, 1 + clip_range_high))`` with ``ratio = exp(logp
+    - old_logp)``. `clip_range_high` is `clip_range` by default; a larger one lets unlikely tokens
+    with A > 0 grow faster (DAPO's clip-higher, Yu et al. 2025, arXiv:2503.14476). With `dual_clip`
+    c > 1 the loss of a token with A < 0 is at most ``-A c`` (Ye et al. 2019, arXiv:1912.09729).
 
     Returns:
-        (loss, metrics): "ratio", "clip_fraction" (tokens where the clip is active) and "approx_kl"
-        (k3 of the update).
+        (loss, metrics): "ratio", "clip_fraction" (tokens where the clip is active), its parts
+        "clip_fraction_low" (A < 0) and "clip_fraction_high" (A > 0), and "approx_kl" (k3 of the
+        update).
     """
     keep, logp, old_logp, advantages = _apply_mask(
         mask, logp=logp, old_logp=old_logp.detach(), advantages=advantages.detach()
     )
-    loss, metrics = _clipped(logp, old_logp, advantages, clip_range, dual_clip)
+    log_ratio = logp - old_logp
+    loss, metrics = _clipped(log_ratio, advantages, clip_range, clip_range_high, dual_clip)
+    metrics["approx_kl"] = _update_kl(log_ratio)
     return aggregate(loss, keep, num_items=num_items), _means(metrics, keep)
 
 
@@ -234,8 +239,10 @@ def grpo_loss(
     mask: Tensor,
     *,
     clip_range: float = 0.2,
+    clip_range_high: float | None = None,
     beta: float = 0.0,
     aggregation: Literal["token", "sequence", "constant"] = "token",
+    importance_sampling_level: Literal["token", "sequence"] = "token",
     num_items: Count | None = None,
     kl_gradient: Literal["k2", "k3"] = "k2",
 ) -> tuple[Tensor, Metrics]:
@@ -252,6 +259,11 @@ def grpo_loss(
             has its own weight.
         aggregation: "sequence" is GRPO's mean over answers of token means; "token" is DAPO's (Yu et
             al. 2025, arXiv:2503.14476); "constant" with num_items = B * max length is Dr. GRPO's.
+        importance_sampling_level: "token", or "sequence": all tokens of an answer have the ratio
+            ``exp(mean over its tokens of logp - old_logp)``, which is clipped once. With
+            aggregation "sequence" this is GSPO (Zheng et al. 2025, arXiv:2507.18071), in which a
+            token's gradient is ``-A ratio / (B * tokens of the answer)`` where the clip is not
+            active.
 
     Returns:
         (loss, metrics): those of `ppo_policy_loss`, and "kl" (k3) if there is a reference.
@@ -267,7 +279,13 @@ def grpo_loss(
         advantages = advantages[:, None].expand_as(logp)
     keep, logp, old_logp = _apply_mask(mask, logp=logp, old_logp=old_logp.detach())
     _, advantages = _apply_mask(mask, advantages=advantages.detach().to(logp.dtype))
-    loss, metrics = _clipped(logp, old_logp, advantages, clip_range, None)
+    _one_of(importance_sampling_level=(importance_sampling_level, "token", "sequence"))
+    update = log_ratio = logp - old_logp
+    if importance_sampling_level == "sequence":
+        means = update.sum(1, keepdim=True) / keep.sum(1, keepdim=True).clamp(min=1)
+        log_ratio = torch.where(keep, means, 0.0)
+    loss, metrics = _clipped(log_ratio, advantages, clip_range, clip_range_high, None)
+    metrics["approx_kl"] = _update_kl(update)
     if ref_logp is not None:
         _one_of(kl_gradient=(kl_gradient, "k2", "k3"))
         _, reference = _apply_mask(mask, ref_logp=ref_logp.detach())
@@ -277,6 +295,22 @@ def grpo_loss(
     return aggregate(loss, keep, aggregation=aggregation, num_items=num_items), _means(
         metrics, keep
     )
+
+
+def overlong_penalty(lengths: Tensor, max_new_tokens: int, overlong_tokens: int) -> Tensor:
+    """Return DAPO's soft overlong punishment (Yu et al. 2025, arXiv:2503.14476, equation 13), to be
+    added to rewards.
+
+    ``-clamp((length - (max_new_tokens - overlong_tokens)) / overlong_tokens, 0, 1)``: 0 up to
+    max_new_tokens - overlong_tokens tokens, then linear, -1 at max_new_tokens, where answers are
+    cut off. Without `overlong_tokens` it is 0.
+
+    lengths: (B,) tokens of the answers, the end token included -> (B,) float64.
+    """
+    if not overlong_tokens:
+        return torch.zeros(len(lengths), dtype=torch.float64)
+    excess = lengths.double() - (max_new_tokens - overlong_tokens)
+    return -(excess / overlong_tokens).clamp(0, 1)
 
 
 def rloo_advantages(rewards: Tensor, group_size: int) -> Tensor:
@@ -426,22 +460,34 @@ def plackett_luce_loss(scores: Tensor, ranks: Tensor) -> Tensor:
 
 
 def _clipped(
-    logp: Tensor, old_logp: Tensor, advantages: Tensor, clip_range: float, dual_clip: float | None
+    log_ratio: Tensor,
+    advantages: Tensor,
+    clip_range: float,
+    clip_range_high: float | None,
+    dual_clip: float | None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Return PPO's loss and metrics per token. Masked positions are 0 in all operands."""
-    log_ratio = (logp - old_logp).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
-    ratio = log_ratio.exp()
+    high = clip_range if clip_range_high is None else clip_range_high
+    ratio = log_ratio.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
     plain = -advantages * ratio
-    clipped = -advantages * ratio.clamp(1 - clip_range, 1 + clip_range)
+    clipped = -advantages * ratio.clamp(1 - clip_range, 1 + high)
     loss = torch.maximum(plain, clipped)
     if dual_clip is not None:
         loss = torch.where(advantages < 0, torch.minimum(loss, -advantages * dual_clip), loss)
+    is_active = clipped > plain
     metrics = {
         "ratio": ratio,
-        "clip_fraction": (clipped > plain).to(plain.dtype),
-        "approx_kl": torch.expm1(log_ratio) - log_ratio,
+        "clip_fraction": is_active.to(plain.dtype),
+        "clip_fraction_low": (is_active & (advantages < 0)).to(plain.dtype),
+        "clip_fraction_high": (is_active & (advantages > 0)).to(plain.dtype),
     }
     return loss, metrics
+
+
+def _update_kl(log_ratio: Tensor) -> Tensor:
+    """Return k3 of the update per token."""
+    log_ratio = log_ratio.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
+    return torch.expm1(log_ratio) - log_ratio
 
 
 def _means(metrics: dict[str, Tensor], keep: Tensor) -> Metrics:

@@ -18,14 +18,15 @@ and then every process would have a long one.
 import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from hashlib import sha256
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 
 from fastlm.checkpoint.folder import load_tensors
 from fastlm.errors import InputError
@@ -34,7 +35,7 @@ from fastlm.model.lora import without_adapter
 from fastlm.model.lora_merge import merged_lora
 from fastlm.model.quantized_modules import QuantizedLinear
 from fastlm.train.distributed import weighted_means
-from fastlm.train.losses import Metrics, aggregate, kl_penalty, pool_metrics
+from fastlm.train.losses import Metrics, aggregate, kl_penalty, overlong_penalty, pool_metrics
 from fastlm.train.metrics import correlation
 from fastlm.train.objective import DivergedError, Objective, without_dropout
 from fastlm.train.options import RolloutOptions
@@ -50,12 +51,15 @@ if TYPE_CHECKING:
     from fastlm.model.causal_lm import CausalLM
 
 # Attributes that a checkpoint stores
-STATE = ("round", "next_index", "steps", "stop", "beta", "next_beta", "round_metrics")
+STATE = (
+    "round", "next_prompt", "next_index", "steps", "stop", "beta", "next_beta", "round_metrics",
+)  # fmt: skip
 # Returns the score of each completion, given the indices of their prompts
 ScoreFunction = Callable[[Sequence[int], Sequence[Completion]], Sequence[float]]
 KL_ALARM = 3.0  # standard errors: a KL estimate this far below 0 is not chance
 NGRAM_SIZE = 4  # tokens of a repetition
 MAX_IMPORTANCE_WEIGHT = 2.0  # truncated importance sampling (Yao et al. 2025; verl's default)
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -66,11 +70,45 @@ class RolloutBatch:
     columns: Mapping[str, Tensor]
 
 
-def importance_weights(difference: Tensor) -> Tensor:
-    """Return truncated importance weights. ``difference``: log-probabilities in training minus
-    those in sampling.
+@dataclass(frozen=True)
+class Rollouts:
+    """Scored completions; each field but the last has a value for each of them.
+
+    ``tokens``: values of their tokens, (tokens,) each: "logp", "ref_logp", "difference" and what
+    `OnlineObjective.evaluate` adds. ``score_metrics``: means over the completions.
     """
-    return difference.clamp(max=math.log(MAX_IMPORTANCE_WEIGHT)).exp()
+
+    prompt_indices: Sequence[int]
+    completions: Sequence[Completion]
+    scores: Sequence[float]
+    tokens: Mapping[str, Sequence[Tensor]]
+    score_metrics: Mapping[str, float]
+
+    def pad(self, device: torch.device) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return the mask of the tokens and their values, (R, S) each, 0 where it is false."""
+        tokens = {
+            name: pad_sequence([*values], batch_first=True).to(device)
+            for name, values in self.tokens.items()
+        }
+        lengths = torch.tensor([len(completion.token_ids) for completion in self.completions])
+        return (torch.arange(int(lengths.max())) < lengths[:, None]).to(device), tokens
+
+    def replace_rows(
+        self, rows: Sequence[int], other: "Rollouts", other_rows: Sequence[int]
+    ) -> "Rollouts":
+        """Return these rollouts with completions of ``other`` in place of ``rows``."""
+
+        def replace_values(values: Sequence[T], others: Sequence[T]) -> Sequence[T]:
+            replacements = {row: others[i] for row, i in zip(rows, other_rows, strict=True)}
+            return [replacements.get(row, value) for row, value in enumerate(values)]
+
+        return replace(
+            self,
+            prompt_indices=replace_values(self.prompt_indices, other.prompt_indices),
+            completions=replace_values(self.completions, other.completions),
+            scores=replace_values(self.scores, other.scores),
+            tokens={k: replace_values(v, other.tokens[k]) for k, v in self.tokens.items()},
+        )
 
 
 def repetition_rate(tokens: Sequence[int], size: int = NGRAM_SIZE) -> float:
@@ -124,6 +162,7 @@ class OnlineObjective(Objective):
         self.sample_tokens = sample_tokens
         self.beta = self.next_beta = options.beta  # of this round and the next
         self.round = -1  # the number of the current rollouts
+        self.next_prompt = 0  # counts the prompts of all rounds
         self.next_index = 0  # counts the completions of all iterations
         self.steps = 0  # optimizer steps of the round
         self.prompt_indices: list[int] = []  # one per completion of the round
@@ -157,6 +196,10 @@ class OnlineObjective(Objective):
         """
         return {"logp": self.logprobs(self.policy, packed)[0]}
 
+    def complete_round(self, rollouts: Rollouts) -> Rollouts:
+        """Return the completions to train on, given those of the round's first draw."""
+        return rollouts
+
     # log-probabilities
 
     def logprobs(
@@ -183,13 +226,14 @@ class OnlineObjective(Objective):
 
     # a round
 
-    def _prompts_of_round(self) -> list[int]:
+    def _draw_prompts(self, count: int) -> list[int]:
         """Return the indices of the next prompts. An epoch takes every prompt once, in a new
         order.
         """
-        count, size = len(self.prompts), self.options.prompts_per_round
-        positions = (divmod(i, count) for i in range(self.round * size, (self.round + 1) * size))
-        return [int(self._order(0, epoch, count)[index]) for epoch, index in positions]
+        total, first = len(self.prompts), self.next_prompt
+        self.next_prompt += count
+        positions = (divmod(i, total) for i in range(first, self.next_prompt))
+        return [int(self._order(0, epoch, total)[index]) for epoch, index in positions]
 
     def _order(self, *key: int) -> np.ndarray:
         """Return a permutation of range(key[-1]) that depends only on the seed and the key."""
@@ -197,34 +241,37 @@ class OnlineObjective(Objective):
 
     def _begin_round(self) -> None:
         self.round, self.next_index, self.stop = self.round + 1, 0, False
-        scores, mask, tokens = self._roll_out(self.score)
+        rollouts = self.roll_out(self.score, self.options.prompts_per_round)
+        self._check_round(rollouts)
+        rollouts = self.complete_round(rollouts)
+        self.prompt_indices = [*rollouts.prompt_indices]
+        self.completions = [*rollouts.completions]
         device = self.policy.device
-        rewards = torch.tensor(scores, dtype=torch.float32, device=device)
+        mask, tokens = rollouts.pad(device)
+        rewards = torch.tensor(rollouts.scores, dtype=torch.float32, device=device)
         columns = self.estimate(rewards, mask, tokens)
         self.columns = {"old_logp": tokens["logp"], **{k: columns[k] for k in self.column_names}}
         self.policy.train()
 
-    def _roll_out(self, score: ScoreFunction) -> tuple[np.ndarray, Tensor, dict[str, Tensor]]:
-        """Sample and score the completions of the round, and compute its metrics. Return their
-        scores (R,), the mask of their tokens, and "logp", "ref_logp" and what else `_evaluate`
-        returns, (R, S) each.
+    def roll_out(self, score: ScoreFunction, count: int) -> Rollouts:
+        """Sample, score and evaluate completions of the next ``count`` prompts.
 
         Each process handles its shard and receives the others'. All processes then have the same
         numbers, so they estimate, check and decide alike.
         """
         options = self.options
-        self.prompt_indices = [
-            i for i in self._prompts_of_round() for _ in range(options.num_generations)
-        ]
         # every completion of the training has another seed; torch's generator takes 32 bits
         (first,) = np.random.SeedSequence([options.seed, 1]).generate_state(1, np.uint32)
-        seed = int(first) // 2 + self.round * len(self.prompt_indices)
+        seed = int(first) // 2 + self.next_prompt * options.num_generations
+        prompt_indices = [
+            i for i in self._draw_prompts(count) for _ in range(options.num_generations)
+        ]
 
         def roll_out_shard() -> tuple[
             dict[str, Tensor], np.ndarray, dict[str, float], dict[str, Tensor]
         ]:
-            rows = self.world.shard(len(self.prompt_indices))
-            indices = self.prompt_indices[rows.start : rows.stop]
+            rows = self.world.shard(len(prompt_indices))
+            indices = prompt_indices[rows.start : rows.stop]
             prompts = [self.prompts[i] for i in indices]
             completions = self._sample(
                 prompts, options.temperature, options.max_new_tokens, seed + rows.start
@@ -235,20 +282,16 @@ class OnlineObjective(Objective):
 
         self.policy.eval()
         shards = [shard for shard in self.world.gather_results(roll_out_shard) if len(shard[1])]
-        completions, score_shards, score_metrics, token_shards = zip(*shards)
-        self.completions = [c for tensors in completions for c in completions_from_tensors(tensors)]
-        lengths = torch.tensor([len(completion.token_ids) for completion in self.completions])
-        mask = (torch.arange(int(lengths.max())) < lengths[:, None]).to(self.policy.device)
-        tokens = {}
-        for name in token_shards[0]:
-            values = torch.cat([tensors[name] for tensors in token_shards]).to(mask.device)
-            tokens[name] = values.new_zeros(mask.shape).masked_scatter(mask, values)
-        scores = np.concatenate(score_shards)
-        self._check_round(scores, tokens, mask)
-        self.round_metrics |= weighted_means(
-            [(len(shard), metrics) for shard, metrics in zip(score_shards, score_metrics)]
-        )
-        return scores, mask, tokens
+        completion_shards, score_shards, score_metrics, token_shards = zip(*shards)
+        completions = [c for part in completion_shards for c in completions_from_tensors(part)]
+        lengths = [len(completion.token_ids) for completion in completions]
+        tokens = {
+            name: torch.cat([tensors[name] for tensors in token_shards]).split(lengths)
+            for name in token_shards[0]
+        }
+        metrics = [(len(shard), metrics) for shard, metrics in zip(score_shards, score_metrics)]
+        scores = np.concatenate(score_shards).tolist()
+        return Rollouts(prompt_indices, completions, scores, tokens, weighted_means(metrics))
 
     def _sample(
         self,
@@ -276,7 +319,11 @@ class OnlineObjective(Objective):
             scores[[not completion.is_stopped for completion in completions]] = (
                 self.options.missing_eos_penalty
             )
-        return scores
+        lengths = torch.tensor([len(completion.token_ids) for completion in completions])
+        penalty = overlong_penalty(
+            lengths, self.options.max_new_tokens, self.options.overlong_tokens
+        )
+        return scores + penalty.numpy()
 
     @torch.no_grad()
     def _evaluate(
@@ -305,13 +352,13 @@ class OnlineObjective(Objective):
             tokens["difference"] = tokens["logp"] - sampled
         return tokens
 
-    def _check_round(self, scores: np.ndarray, tokens: dict[str, Tensor], mask: Tensor) -> None:
-        """Compute the metrics of a round. Raise DivergedError if the policy is too far from the
-        reference.
+    def _check_round(self, rollouts: Rollouts) -> None:
+        """Compute the metrics of a round from its first draw. Raise DivergedError if the policy is
+        too far from the reference.
 
         The metrics, for metrics.jsonl, are means over the completions:
 
-        - "score", "score_std": the scores, after `missing_eos_penalty`;
+        - "score", "score_std": the scores, after `missing_eos_penalty` and `overlong_tokens`;
         - "kl", "kl_error": KL(policy || reference) in nats per completion by k1, and its standard
           error; "kl3": by k3, which is never negative;
         - "length" in tokens; "eos_fraction": share that ended with an EOS token;
@@ -320,7 +367,8 @@ class OnlineObjective(Objective):
         - "mismatch": mean absolute difference per token of log-probabilities in training and
           sampling.
         """
-        options, completions = self.options, self.completions
+        options, completions, scores = self.options, rollouts.completions, np.array(rollouts.scores)
+        mask, tokens = rollouts.pad(self.policy.device)
         lengths = mask.sum(1).cpu().numpy()
         logp, reference = tokens["logp"], tokens["ref_logp"]
         estimates = [kl_penalty(logp, reference, kind, mask=mask) for kind in ("k1", "k3")]
@@ -340,6 +388,7 @@ class OnlineObjective(Objective):
             "mismatch": mismatch,
             "round": self.round,
             "beta": self.beta,
+            **rollouts.score_metrics,
         }
         if not abs(kl) <= options.max_kl:
             raise DivergedError(
@@ -353,9 +402,7 @@ class OnlineObjective(Objective):
                 f" {KL_ALARM:g} standard errors below 0: the policy that samples is not the one"
                 " that is trained"
             )
-        if mismatch <= options.mismatch_threshold:
-            tokens["difference"] = torch.zeros_like(tokens["difference"])
-        else:
+        if mismatch > options.mismatch_threshold:
             self.warn(
                 f"round {self.round}: log-probabilities in sampling and in training differ by"
                 f" {mismatch:.3g} nats per token, more than mismatch_threshold"
@@ -365,6 +412,22 @@ class OnlineObjective(Objective):
         if options.kl_target is not None:  # Ziegler et al. 2019, arXiv:1909.08593
             deviation = min(max(kl / options.kl_target - 1, -0.2), 0.2)
             self.next_beta = self.beta * (1 + deviation * len(scores) / options.kl_horizon)
+
+    def importance_weights(self, difference: Tensor, mask: Tensor) -> Tensor:
+        """Return truncated importance weights, or ones if sampling and training differ by at most
+        `mismatch_threshold`.
+
+        ``difference`` (R, S) or (R, 1): log-probabilities in training minus those in sampling;
+        ``mask``: where they count for the metrics "importance_weight", their mean, and
+        "importance_truncated", the share of truncated ones.
+        """
+        if self.round_metrics["mismatch"] <= self.options.mismatch_threshold:
+            difference = torch.zeros_like(difference)
+        limit = math.log(MAX_IMPORTANCE_WEIGHT)
+        weights, is_truncated = difference.clamp(max=limit).exp(), (difference > limit).float()
+        self.round_metrics["importance_weight"] = float(weights[mask].mean())
+        self.round_metrics["importance_truncated"] = float(is_truncated[mask].mean())
+        return weights
 
     # Objective
 
@@ -433,10 +496,12 @@ class OnlineObjective(Objective):
 
     def check_pending(self) -> None:
         """Measure the KL of the final policy; raise DivergedError as a round does."""
-        state = (self.round, self.prompt_indices, self.completions, self.round_metrics)
+        state = (self.round, self.next_prompt, self.round_metrics)
         self.round += 1
-        self._roll_out(lambda indices, completions: [0.0] * len(completions))
-        self.round, self.prompt_indices, self.completions, self.round_metrics = state
+        self._check_round(
+            self.roll_out(lambda indices, _: [0.0] * len(indices), self.options.prompts_per_round)
+        )
+        self.round, self.next_prompt, self.round_metrics = state
 
     def position(self) -> str:
         if self.round < 0 or self._is_round_over():

@@ -24,7 +24,7 @@ from fastlm.train.losses import (
     whiten,
 )
 from fastlm.train.objective import decay_matrices, without_dropout
-from fastlm.train.online import OnlineObjective, RolloutBatch, importance_weights
+from fastlm.train.online import OnlineObjective, RolloutBatch, Rollouts
 from fastlm.train.options import LOSS_TYPES, Aggregation, GRPOOptions, PPOOptions
 from fastlm.train.rollouts import PackedRollouts
 
@@ -139,7 +139,7 @@ class PPOObjective(OnlineObjective):
         if options.whiten_advantages:
             advantages = whiten(advantages, mask)
         return {
-            "advantages": advantages * importance_weights(tokens["difference"]),
+            "advantages": advantages * self.importance_weights(tokens["difference"], mask),
             "returns": returns,
             "values": values,
         }
@@ -163,7 +163,8 @@ class PPOObjective(OnlineObjective):
         logp, entropy, values = self.forward(batch.packed)
         loss, metrics = ppo_policy_loss(
             logp, columns["old_logp"], columns["advantages"], mask, clip_range=options.clip_range,
-            dual_clip=options.dual_clip, num_items=num_items,
+            clip_range_high=options.clip_range_high, dual_clip=options.dual_clip,
+            num_items=num_items,
         )  # fmt: skip
         value_loss, value_metrics = ppo_value_loss(
             values,
@@ -219,11 +220,20 @@ def _trunk_of(policy: "CausalLM") -> "CausalLM":
     return trunk
 
 
+def rows_of_groups(groups: Tensor, group_size: int) -> list[int]:
+    """Return the indices of the completions of these groups."""
+    return (groups[:, None] * group_size + torch.arange(group_size)).flatten().tolist()
+
+
 class GRPOObjective(OnlineObjective):
     """The objective of `fastlm.train.online_stage.GRPO`.
 
     The KL to the reference is a term of the loss, except for RLOO. RLOO subtracts it from the
     score, and treats a completion as one action, whose log-probability is the sum over its tokens.
+
+    With `dynamic_sampling` a round trains on groups whose scores differ (`complete_round`). Its
+    metrics are those of the prompts drawn first, before groups are replaced, so that they do not
+    depend on this selection.
     """
 
     column_names = ("advantages", "ref_logp", "loss_mask")
@@ -235,24 +245,58 @@ class GRPOObjective(OnlineObjective):
         self.aggregation: Aggregation
         self.aggregation, self.scale_advantages = LOSS_TYPES[self.options.loss_type]
 
+    def complete_round(self, rollouts: Rollouts) -> Rollouts:
+        """Replace groups of equal scores, in which all advantages are 0, by groups of further
+        prompts (DAPO's dynamic sampling, Yu et al. 2025, arXiv:2503.14476).
+
+        Each of at most `dynamic_sampling` draws takes a prompt for each of these groups. Groups
+        that are left after the last draw stay in the round. Metrics: "informative_groups", the
+        share of groups whose scores differ before any is replaced; "prompts_drawn".
+        """
+        size, draws = self.options.num_generations, self.options.dynamic_sampling
+        informative = self._informative_groups(rollouts)
+        self.round_metrics["informative_groups"] = float(informative.float().mean())
+        first_prompt = self.next_prompt - len(informative)
+        for _ in range(draws):
+            missing = (~informative).nonzero().flatten()
+            if not len(missing):
+                break
+            further = self.roll_out(self.score, len(missing))
+            new_groups = self._informative_groups(further).nonzero().flatten()
+            old_groups = missing[: len(new_groups)]
+            rollouts = rollouts.replace_rows(
+                rows_of_groups(old_groups, size), further, rows_of_groups(new_groups, size)
+            )
+            informative[old_groups] = True
+        if draws:
+            self.round_metrics["prompts_drawn"] = self.next_prompt - first_prompt
+        return rollouts
+
+    def _informative_groups(self, rollouts: Rollouts) -> Tensor:
+        """Return which groups of completions have scores that differ, (prompts,)."""
+        scores = torch.tensor(rollouts.scores, dtype=torch.float32)
+        low, high = scores.view(-1, self.options.num_generations).aminmax(dim=1)
+        return high > low
+
     def estimate(
         self, scores: Tensor, mask: Tensor, tokens: dict[str, Tensor]
     ) -> dict[str, Tensor]:
-        size, difference = self.options.num_generations, tokens["difference"]
-        if self.options.loss_type == "rloo":
+        size, difference, weight_mask = self.options.num_generations, tokens["difference"], mask
+        if self.options.loss_type in ("rloo", "gspo"):  # a completion has one ratio
+            weight_mask = mask.any(1, keepdim=True)
             difference = torch.where(mask, difference, 0.0).sum(1, keepdim=True)
+            if self.options.loss_type == "gspo":
+                difference = difference / mask.sum(1, keepdim=True)
+        if self.options.loss_type == "rloo":
             gap = torch.where(mask, tokens["logp"] - tokens["ref_logp"], 0.0).sum(1)
             advantages = rloo_advantages(scores - self.beta * gap, size)
         else:
             advantages = grpo_advantages(scores, size, scale=self.scale_advantages)
-        low, high = scores.view(-1, size).aminmax(dim=1)
-        # in the other groups all advantages are 0
-        self.round_metrics["informative_groups"] = float((high > low).float().mean())
         loss_mask = mask
         if self.options.mask_truncated_completions:
             ended = torch.tensor([c.is_stopped for c in self.completions], device=mask.device)
             loss_mask = mask & ended[:, None]
-        weighted = advantages[:, None] * importance_weights(difference)
+        weighted = advantages[:, None] * self.importance_weights(difference, weight_mask)
         return {
             "advantages": weighted.expand_as(mask).contiguous(),
             "ref_logp": tokens["ref_logp"],
@@ -281,6 +325,7 @@ class GRPOObjective(OnlineObjective):
                 columns["advantages"][:, :1],
                 row_mask,
                 clip_range=options.clip_range,
+                clip_range_high=options.clip_range_high,
                 num_items=num_items,
             )
             _, metrics = ppo_policy_loss(  # per token, as for the other losses
@@ -289,12 +334,15 @@ class GRPOObjective(OnlineObjective):
                 columns["advantages"],
                 columns["loss_mask"],
                 clip_range=options.clip_range,
+                clip_range_high=options.clip_range_high,
             )
         else:
             loss, metrics = grpo_loss(
                 logp, columns["old_logp"], columns["ref_logp"], columns["advantages"],
-                columns["loss_mask"], clip_range=options.clip_range, beta=self.beta,
+                columns["loss_mask"], clip_range=options.clip_range,
+                clip_range_high=options.clip_range_high, beta=self.beta,
                 aggregation=self.aggregation, num_items=num_items,
+                importance_sampling_level="sequence" if options.loss_type == "gspo" else "token",
             )  # fmt: skip
             metrics["update_kl"] = metrics.pop("kl")
         if options.entropy_coef:

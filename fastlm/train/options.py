@@ -35,6 +35,7 @@ LOSS_TYPES: dict[str, tuple[Aggregation, bool]] = {
     "dapo": ("token", True),  # Yu et al. 2025, arXiv:2503.14476
     "grpo": ("sequence", True),  # Shao et al. 2024, arXiv:2402.03300
     "dr_grpo": ("constant", False),  # Liu et al. 2025, arXiv:2503.20783
+    "gspo": ("sequence", True),  # Zheng et al. 2025, arXiv:2507.18071
     "rloo": ("sequence", False),  # Ahmadian et al. 2024, arXiv:2402.14740
 }
 
@@ -267,6 +268,9 @@ class RolloutOptions:
         float, "Use this temperature for sampling, the policy and the reference"
     ] = 1.0
     clip_range: Annotated[float, "Clip probability ratios to 1 ± this (PPO's clip range)"] = 0.2
+    clip_range_high: Annotated[
+        float | None, "Clip probability ratios to 1 + this from above; default: clip_range"
+    ] = None
     beta: Annotated[float, "Penalize the KL divergence to the reference with this coefficient"] = (
         0.0
     )
@@ -281,6 +285,9 @@ class RolloutOptions:
         float | None,
         "Give a completion without an EOS token this score; default: scored like any other",
     ] = None
+    overlong_tokens: Annotated[
+        int, "Lower the score linearly, by up to 1, over this many last tokens of max_new_tokens"
+    ] = 0
     mismatch_threshold: Annotated[
         float,
         "Use importance weights if sampling and training differ by more, in nats per token",
@@ -301,15 +308,18 @@ class RolloutOptions:
             "val_prompts",
         )
         positive(
-            self, "temperature", "clip_range", "kl_horizon", "max_kl", "mismatch_threshold",
-            "kl_target", "max_update_kl",
+            self, "temperature", "clip_range", "clip_range_high", "kl_horizon", "max_kl",
+            "mismatch_threshold", "kl_target", "max_update_kl",
         )  # fmt: skip
         if self.kl_target is not None:
             size = self.prompts_per_round * self.num_generations
             expect(self.beta, "kl_target", "a beta above 0 to adapt", 0)
             expected = f"at least the {size} completions of a round"
             expect(self.kl_horizon >= size, "kl_horizon", expected, f"{self.kl_horizon:g}")
-        not_negative(self, "beta", "entropy_coef")
+        not_negative(self, "beta", "entropy_coef", "overlong_tokens")
+        expected = f"at most max_new_tokens {self.max_new_tokens}"
+        fits = self.overlong_tokens <= self.max_new_tokens
+        expect(fits, "overlong_tokens", expected, self.overlong_tokens)
         finite = self.missing_eos_penalty is None or math.isfinite(self.missing_eos_penalty)
         expect(finite, "missing_eos_penalty", "a finite number", self.missing_eos_penalty)
 
@@ -364,7 +374,14 @@ class GRPOOptions(RolloutOptions):
     """The options of GRPO and its relatives."""
 
     num_generations: Annotated[int, "Sample this many completions per prompt: the group"] = 8
-    loss_type: Annotated[str, "Use the loss dapo, grpo, dr_grpo or rloo; see docs/ppo.md"] = "dapo"
+    loss_type: Annotated[str, "Use the loss dapo, grpo, dr_grpo, gspo or rloo; see docs/ppo.md"] = (
+        "dapo"
+    )
+    dynamic_sampling: Annotated[
+        int,
+        "Replace groups of equal scores by groups of further prompts, drawn at most this many times"
+        " per round",
+    ] = 0
     mask_truncated_completions: Annotated[
         bool, "Do not train on completions without an EOS token"
     ] = False
@@ -377,4 +394,5 @@ class GRPOOptions(RolloutOptions):
             "2 or more to compare",
             self.num_generations,
         )
+        not_negative(self, "dynamic_sampling")
         one_of(self, loss_type=LOSS_TYPES)

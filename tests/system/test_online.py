@@ -26,7 +26,7 @@ from fastlm.train.distributed import SingleProcess
 from fastlm.train.loop import TrainingInterrupted, train
 from fastlm.train.metrics import correlation
 from fastlm.train.objective import DivergedError
-from fastlm.train.online import repetition_rate
+from fastlm.train.online import Rollouts, repetition_rate
 from fastlm.train.online_objectives import GRPOObjective, PPOObjective, build_value_model
 from fastlm.train.online_stage import GRPO, PPO
 from fastlm.train.options import LOSS_TYPES, GRPOOptions, PPOOptions, RolloutOptions, TrainOptions
@@ -69,6 +69,12 @@ def sevens(places, answers: list[Completion]) -> list[float]:
     """The share of a token among those of an answer."""
     del places
     return [sum(t == 7 for t in a.token_ids) / len(a.token_ids) for a in answers]
+
+
+def starts_with_seven(places, answers: list[Completion]) -> list[float]:
+    """1 for few answers: most groups of four have equal scores."""
+    del places
+    return [float(a.token_ids[0] == 7) for a in answers]
 
 
 def objective(kind: str, rules: RolloutOptions = RULES, prompts=PROMPTS, score=sevens, **options):
@@ -244,18 +250,19 @@ def greedy(game) -> list[Completion]:
 # ---- the loop
 
 
-@pytest.mark.parametrize("kind", ["ppo", "ppo shared", "dapo", "rloo"])
+@pytest.mark.parametrize("kind", ["ppo", "ppo shared", "dapo", "dapo dynamic", "rloo"])
 def test_cut_off_anywhere_it_continues_to_the_same_bits(kind, tmp_path) -> None:
     """Also the KL controller and the stop of a round are restored."""
     rules = replace(
         RULES, kl_target=0.01, kl_horizon=100.0, max_update_kl=0.02,
         missing_eos_penalty=-0.5,
     )  # fmt: skip
-    name, _, shared = kind.partition(" ")
+    name, _, variant = kind.partition(" ")
+    group = {"dynamic_sampling": 2} if variant == "dynamic" else {}
 
     def game():
         ppo = {"vf_coef": 0.5, "critic_warmup": 1}
-        return objective(name, rules, shared=bool(shared), ppo=ppo)
+        return objective(name, rules, shared=variant == "shared", ppo=ppo, group=group)
 
     train(game(), replace(OPTIONS, max_steps=12), tmp_path / "whole")
     for step in (1, 4, 9):  # of PPO two in the warm-up of the value model
@@ -274,6 +281,7 @@ def test_cut_off_anywhere_it_continues_to_the_same_bits(kind, tmp_path) -> None:
         assert uninterrupted == cut
     steps = lines(tmp_path / "whole")
     assert len({line["beta"] for line in steps}) > 1  # the controller moved
+    assert variant != "dynamic" or max(line["prompts_drawn"] for line in steps) > 3
     assert len({line["round"] for line in steps}) > 2
 
 
@@ -291,24 +299,29 @@ class SimulatedProcesses(SingleProcess):
         return results
 
 
-@pytest.mark.parametrize("kind", ["ppo", "rloo"])
+@pytest.mark.parametrize("kind", ["ppo", "rloo", "dapo dynamic"])
 def test_a_round_does_not_depend_on_the_number_of_processes(kind) -> None:
     """Some of 16 processes have no answer. Score metrics are means over all answers."""
     rules = replace(RULES, missing_eos_penalty=-0.5)
     lengths: list[int] = []
+    name, _, variant = kind.partition(" ")
+    group = {"dynamic_sampling": 3} if variant else {}
 
     def score(places, answers):
         lengths[:] = [len(a.token_ids) for a in answers]
-        return sevens(places, answers)
+        return starts_with_seven(places, answers) if variant else sevens(places, answers)
 
     results = {}
     for size in (1, 2, 5, 16):
-        game = objective(kind, rules, score=score, score_metrics=lambda: {"said": np.mean(lengths)})
+        game = objective(
+            name, rules, score=score, score_metrics=lambda: {"said": np.mean(lengths)}, group=group
+        )
         game.world = SimulatedProcesses(size)
         game.next_batches(1)
         results[size] = game, game.validate()
     single, validated = results.pop(1)
     assert single.round_metrics["said"] == pytest.approx(single.round_metrics["length"])
+    assert not variant or single.round_metrics["prompts_drawn"] > 3
     for game, validation in results.values():
         assert [a.token_ids for a in game.completions] == [a.token_ids for a in single.completions]
         assert game.round_metrics == pytest.approx(single.round_metrics, rel=1e-5, abs=1e-6)
@@ -554,6 +567,94 @@ def test_monitors() -> None:
     assert correlation(np.array([1.0, 2.0, 3.0]), np.array([2.0, 4.0, 6.0])) == pytest.approx(1)
 
 
+# ---- dynamic sampling
+
+
+def scores_of_groups(game, scores) -> Tensor:
+    return torch.tensor(scores).view(-1, game.options.num_generations)
+
+
+def test_dynamic_sampling_replaces_groups_of_equal_scores(monkeypatch) -> None:
+    """A group that differs keeps its place; each other one is replaced by the next that differs.
+    The metrics are those of the first draw, and the next round takes the next prompts.
+    """
+    seeds: list[int] = []
+
+    def sample(model, prompts, *, seed, **options):
+        seeds.extend(range(seed, seed + len(prompts)))
+        return sample_completions(model, prompts, seed=seed, **options)
+
+    monkeypatch.setattr(online, "sample_completions", sample)
+    rules = replace(RULES, prompts_per_round=6, seed=1)
+    plain = objective("dapo", rules, score=starts_with_seven)
+    plain.next_batches(1)
+    before = scores_of_groups(plain, starts_with_seven([], plain.completions))
+    differs = before.amin(1) < before.amax(1)
+    assert 0 < int(differs.sum()) < 6
+    seeds.clear()
+    game = objective("dapo", rules, score=starts_with_seven, group={"dynamic_sampling": 50})
+    game.next_batches(1)
+    after = scores_of_groups(game, starts_with_seven([], game.completions))
+    assert (after.amin(1) < after.amax(1)).all()
+    assert (game.columns["advantages"].view(6, 4, -1)[..., 0] != 0).any(1).all()
+    for group in range(6):
+        answers = [g.completions[4 * group : 4 * group + 4] for g in (plain, game)]
+        assert (answers[0] == answers[1]) == bool(differs[group])
+    drawn = game.round_metrics.pop("prompts_drawn")
+    assert drawn == game.next_prompt > 6
+    assert game.round_metrics == pytest.approx(plain.round_metrics)
+    assert game.round_metrics["informative_groups"] == float(differs.float().mean())
+    assert len(seeds) == len(set(seeds)) == 4 * drawn
+    # prompts come in the same order as without replacement
+    order = [objective("dapo", rules)._draw_prompts(drawn + 6) for _ in range(2)]
+    assert order[0] == order[1]
+    game.stop = True
+    game._check_round = lambda rollouts: first.append(rollouts.prompt_indices)
+    first: list[list[int]] = []
+    game.next_batches(1)
+    assert first[0][::4] == order[0][drawn:]
+    by_prompt = list(zip(game.prompt_indices[::4], game.prompt_indices[1::4], strict=True))
+    assert all(a == b for a, b in by_prompt)  # groups stay together
+
+
+@pytest.mark.parametrize(("bound", "drawn"), [(0, None), (1, 6), (4, 15)])
+def test_dynamic_sampling_is_bounded(bound, drawn) -> None:
+    """Where no scores differ, the round trains on what it has: advantages of 0."""
+
+    def same(places, answers: list[Completion]) -> list[float]:
+        del places
+        return [1.0] * len(answers)
+
+    game = objective("dapo", score=same, group={"dynamic_sampling": bound})
+    plain = objective("dapo", score=same)
+    for other in (game, plain):
+        other.next_batches(1)
+    assert game.round_metrics.get("prompts_drawn") == drawn
+    assert game.round_metrics["informative_groups"] == 0
+    assert game.completions == plain.completions and not game.columns["advantages"].any()
+
+
+def test_the_last_measurement_draws_no_further_prompts() -> None:
+    game = objective("dapo", score=starts_with_seven, group={"dynamic_sampling": 9})
+    game.next_batches(1)
+    state, kept = game.state_dict(), dict(game.round_metrics)
+    game.check_pending()
+    assert game.next_prompt == state["next_prompt"] and game.round_metrics == kept
+
+
+def test_overlong_completions_lose_up_to_one() -> None:
+    rules = replace(RULES, num_generations=16)
+    plain, game = (objective("dapo", replace(rules, overlong_tokens=n)) for n in (0, 2))
+    for other in (plain, game):
+        other.next_batches(1)
+    lengths = [len(answer.token_ids) for answer in plain.completions]
+    penalties = {1: 0.0, 2: 0.0, 3: 0.5, 4: 1.0}  # by length
+    assert {3, 4} <= set(lengths)
+    expected = [s - penalties[n] for s, n in zip(sevens([], plain.completions), lengths)]
+    assert game.round_metrics["score"] == pytest.approx(np.mean(expected))
+    assert game.completions == plain.completions
+
+
 # ---- what stops or warns
 
 
@@ -583,12 +684,14 @@ def other_sampler(monkeypatch, off: float, temperature: float = 1.0):
     monkeypatch.setattr(online, "sample_completions", sample)
 
 
-@pytest.mark.parametrize("kind", ["dapo", "ppo", "rloo"])
+@pytest.mark.parametrize("kind", ["dapo", "ppo", "rloo", "gspo"])
 def test_a_mismatch_of_sampling_and_training_is_corrected(kind, monkeypatch) -> None:
     warnings: list[str] = []
     plain = objective(kind, warn=warnings.append)
     plain.next_batches(4)
     assert not warnings and plain.round_metrics["mismatch"] < 1e-5
+    assert plain.round_metrics["importance_weight"] == 1
+    assert plain.round_metrics["importance_truncated"] == 0
     for off in (0.2, 5.0):
         other_sampler(monkeypatch, off)
         game = objective(kind, warn=warnings.append)
@@ -597,12 +700,42 @@ def test_a_mismatch_of_sampling_and_training_is_corrected(kind, monkeypatch) -> 
         weight = min(math.exp(off), online.MAX_IMPORTANCE_WEIGHT)
         lengths = torch.tensor([len(answer.token_ids) for answer in plain.completions])
         mask = torch.arange(int(lengths.max())) < lengths[:, None]
+        means = weight, float(off > math.log(online.MAX_IMPORTANCE_WEIGHT))
         if kind == "rloo":  # an answer is one action: the difference is that of its sum
-            weight = (off * mask.sum(1).float()).exp().clamp(max=online.MAX_IMPORTANCE_WEIGHT)
-            weight = weight[:, None].expand_as(mask)[mask]
+            weights = (off * lengths.float()).exp().clamp(max=online.MAX_IMPORTANCE_WEIGHT)
+            means = float(weights.mean()), float((weights == weights.max()).float().mean())
+            weight = weights[:, None].expand_as(mask)[mask]
+        names = ("importance_weight", "importance_truncated")
+        metrics = [game.round_metrics[name] for name in names]
+        assert metrics == pytest.approx(means, rel=1e-5)
         expected, got = (g.columns["advantages"][mask] for g in (plain, game))
         torch.testing.assert_close(got, weight * expected, rtol=1e-4, atol=1e-6)
     assert len(warnings) == 2 and "truncated importance weights" in warnings[0]
+
+
+def test_a_sequence_has_one_importance_weight_in_gspo(monkeypatch) -> None:
+    """The exponential of the mean difference of its tokens, as its ratio is one of means."""
+
+    def sample(model, prompts, **options):
+        return [
+            replace(a, logprobs=[replace(x, logprob=x.logprob - 0.3 * i) for i, x in
+                                 enumerate(a.logprobs)])
+            for a in sample_completions(model, prompts, **options)
+        ]  # fmt: skip
+
+    rules = replace(RULES, num_generations=16)
+    plain = objective("gspo", rules)
+    plain.next_batches(1)
+    monkeypatch.setattr(online, "sample_completions", sample)
+    game = objective("gspo", rules)
+    game.next_batches(1)
+    lengths = [len(answer.token_ids) for answer in game.completions]
+    assert len(set(lengths)) > 2
+    weights = torch.tensor([math.exp(0.3 * (n - 1) / 2) for n in lengths])
+    assert weights.max() < online.MAX_IMPORTANCE_WEIGHT
+    expected = weights[:, None] * plain.columns["advantages"]
+    torch.testing.assert_close(game.columns["advantages"], expected, rtol=1e-4, atol=1e-6)
+    assert game.round_metrics["importance_weight"] == pytest.approx(float(weights.mean()), rel=1e-4)
 
 
 def test_a_negative_kl_estimate_raises_an_alarm(monkeypatch) -> None:
@@ -636,11 +769,9 @@ def test_the_kl_coefficient_follows_its_target() -> None:
     game = objective("rloo", replace(RULES, kl_target=0.5, kl_horizon=120.0, beta=0.4))
     for kl, factor in ((5.0, 1.2), (0.55, 1.1), (0.0, 0.8)):
         game.beta = 0.4
-        mask = torch.ones(12, 1)
-        game.completions = [Completion([1])] * 12
         logp = torch.full((12, 1), kl)
         tokens = {"logp": logp, "ref_logp": torch.zeros(12, 1), "difference": torch.zeros(12, 1)}
-        game._check_round(np.ones(12), tokens, mask.bool())
+        game._check_round(Rollouts([0] * 12, [Completion([1])] * 12, [1.0] * 12, tokens, {}))
         assert game.next_beta == pytest.approx(0.4 * (1 + (factor - 1) * 12 / 120), rel=1e-5)
 
 
@@ -663,7 +794,7 @@ def test_completions_without_an_end_token() -> None:
 
 def test_denominators() -> None:
     """Dr. GRPO's is a constant per answer, whatever the answers' lengths."""
-    expected = {"dr_grpo": 12 * RULES.max_new_tokens, "grpo": 12, "rloo": 12}
+    expected = {"dr_grpo": 12 * RULES.max_new_tokens, "grpo": 12, "gspo": 12, "rloo": 12}
     for kind in LOSS_TYPES:
         game = objective(kind)
         batches = game.next_batches(4)

@@ -22,6 +22,7 @@ from fastlm.model.quantized_modules import QuantizedLinear
 from fastlm.model.reward_model import RewardModel
 from fastlm.quant import quantize
 from fastlm.tokenizer.tokenizer import Tokenizer
+from fastlm.train.charts import _series
 from fastlm.train.loop import TrainingInterrupted
 from fastlm.train.objective import DivergedError
 from fastlm.train.online_objectives import build_value_model
@@ -87,6 +88,51 @@ def test_grpo_continues_to_the_same_bits_and_reports(base, data, tmp_path) -> No
     assert len(answer[0]) in (3, 4)
 
 
+def test_dapo_in_a_recipe(base, data, tmp_path) -> None:
+    """Its options reach the objective; metrics of rounds and of steps are drawn."""
+    recipe = tmp_path / "recipe.toml"
+    recipe.write_text(f"""
+name = "dapo"
+
+[[stage]]
+kind = "grpo"
+from = "{base}"
+data = ["{data}"]
+reward_function = "contains"
+clip_range = 1e-4
+clip_range_high = 1e-3
+dynamic_sampling = 2
+overlong_tokens = 2
+prompts_per_round = 4
+num_generations = 2
+num_iterations = 2
+batch_size = 4
+max_new_tokens = 6
+max_steps = 8
+lr = 1e-2
+heldout = 0.2
+sample_tokens = 0
+validations = 1
+dtype = "float32"
+""")
+    done = CliRunner().invoke(app, ["run", str(recipe), "--out", str(tmp_path / "run")])
+    assert done.exit_code == 0, done.output
+    metrics = metrics_of(tmp_path / "run" / "grpo")
+    steps = [line for line in metrics if "loss" in line]
+    assert all(4 <= line["prompts_drawn"] <= 12 for line in steps)
+    assert max(line["prompts_drawn"] for line in steps) > 4
+    for line in steps:
+        total = line["clip_fraction_low"] + line["clip_fraction_high"]
+        assert line["clip_fraction"] == pytest.approx(total, abs=1e-6)
+    assert max(line["clip_fraction"] for line in steps) > 0
+    assert _series(metrics, "informative_groups")[0] == [1, 5]  # two rounds of four steps
+    assert _series(metrics, "clip_fraction_low")[0] == [*range(1, 9)]
+    page = (tmp_path / "run" / "report.html").read_text()
+    labels = ("share of groups whose scores differ", "prompts drawn per round")
+    for label in (*labels, "entropy, nats per token", "share of tokens clipped from below"):
+        assert label in page
+
+
 def test_ppo_on_a_reward_model_in_a_recipe(base, reward_model, data, tmp_path) -> None:
     recipe = tmp_path / "recipe.toml"
     recipe.write_text(f"""
@@ -111,7 +157,7 @@ dtype = "float32"
     done = CliRunner().invoke(app, ["run", str(recipe), "--out", str(tmp_path / "run")])
     assert done.exit_code == 0, done.output
     page = (tmp_path / "run" / "report.html").read_text()
-    assert "PPO" in page and page.count('class="chart"') == 6
+    assert "PPO" in page and page.count('class="chart"') == 8
     assert "explained variance of the returns" in page
     assert "reward model" in page and "held-out score" in page
     steps = [line for line in metrics_of(tmp_path / "run" / "ppo") if "loss" in line]
@@ -345,7 +391,15 @@ def test_a_reward_of_ones_own(base, data, tmp_path) -> None:
     ("stage", "message"),
     [
         (replace(_GRPO, num_generations=1), "num_generations: expected 2 or more to compare"),
-        (replace(_GRPO, loss_type="gspo"), "loss_type: expected one of dapo, grpo, dr_grpo, rloo"),
+        (
+            replace(_GRPO, loss_type="bnpo"),
+            "loss_type: expected one of dapo, grpo, dr_grpo, gspo, rloo",
+        ),
+        (replace(_GRPO, clip_range_high=0.0), "clip_range_high: expected a positive number, got 0"),
+        (replace(_PPO, clip_range_high=-1.0), "clip_range_high: expected a positive number, got -"),
+        (replace(_GRPO, dynamic_sampling=-1), "dynamic_sampling: expected 0 or more, got -1"),
+        (replace(_GRPO, overlong_tokens=-1), "overlong_tokens: expected 0 or more, got -1"),
+        (replace(_GRPO, overlong_tokens=7), "overlong_tokens: expected at most max_new_tokens 6"),
         (replace(_GRPO, temperature=0.0), "temperature: expected a positive number, got 0.0"),
         (replace(_GRPO, num_iterations=9), "save_steps: expected at least the 18 steps of a round"),
         (replace(_GRPO, save_total_limit=1), "save_total_limit: expected 2 or more"),

@@ -17,8 +17,9 @@ from fastlm.model.causal_lm import CausalLM
 from fastlm.tokenizer.tokenizer import Tokenizer
 from fastlm.train import online_objectives
 from fastlm.train.dpo_objective import DPOObjective
-from fastlm.train.losses import grpo_loss
+from fastlm.train.losses import grpo_loss, overlong_penalty
 from fastlm.train.objective import Example
+from fastlm.train.online import MAX_IMPORTANCE_WEIGHT
 from fastlm.train.online_objectives import GRPOObjective
 from fastlm.train.options import GRPOOptions, TrainOptions
 from fastlm.train.preference_stage import DPOOptions, PreferenceExample
@@ -196,7 +197,7 @@ def completions(end: int) -> list[list[int]]:
     return rows
 
 
-def rollouts_of_trl(kind, configuration, base, tmp_path, **options):
+def rollouts_of_trl(kind, configuration, base, tmp_path, epsilon=0.2, **options):
     """TRL's trainer with a policy that has left the reference, and its batch of the completions."""
     import datasets
 
@@ -211,7 +212,7 @@ def rollouts_of_trl(kind, configuration, base, tmp_path, **options):
 
     arguments = configuration(
         str(tmp_path), num_generations=GROUP, max_completion_length=LONGEST, num_iterations=2,
-        epsilon=0.2, disable_dropout=True, **ARGUMENTS, **options,
+        epsilon=epsilon, disable_dropout=True, **ARGUMENTS, **options,
     )  # fmt: skip
     rows = [{"prompt": prompt} for prompt in PROMPTS]
     trainer = kind(
@@ -233,7 +234,7 @@ def rollouts_of_trl(kind, configuration, base, tmp_path, **options):
 def rollouts_of_fastlm(base, theirs, prompts_of_trl, end: int, **group) -> GRPOObjective:
     """The objective on the same completions and scores, its round measured with TRL's weights."""
     completions_by_prompt = completions(end)
-    beta = group.pop("beta")
+    beta, sampled = group.pop("beta"), group.pop("sampled", 0.0)
     scored = {tuple(answer): score for answer, score in zip(completions_by_prompt, SCORES)}
 
     def score(places: Sequence[int], answers: Sequence[Completion]) -> list[float]:
@@ -251,7 +252,7 @@ def rollouts_of_fastlm(base, theirs, prompts_of_trl, end: int, **group) -> GRPOO
             used = [completions_by_prompt[index] for index in places]
             return [
                 Completion(
-                    tokens, logprobs=[TokenLogprob(token, 0.0, []) for token in tokens],
+                    tokens, logprobs=[TokenLogprob(token, sampled, []) for token in tokens],
                     finish_reason="stop" if tokens[-1] == end else "length",
                 )
                 for tokens in used
@@ -261,8 +262,8 @@ def rollouts_of_fastlm(base, theirs, prompts_of_trl, end: int, **group) -> GRPOO
     reference = CausalLM.from_pretrained(base, dtype=torch.float32)
     options = GRPOOptions(
         max_new_tokens=LONGEST, prompts_per_round=2, num_generations=GROUP, batch_size=4, beta=beta,
-        mismatch_threshold=float("inf"),  # the log-probabilities of sampling are made up
-        **group,
+        # the log-probabilities of sampling are made up
+        mismatch_threshold=0.0 if sampled else float("inf"), **group,
     )  # fmt: skip
     copied(policy, theirs)
     trained = Given(policy, reference, prompts_of_trl, [], score, options, base="")
@@ -280,18 +281,27 @@ def same_advantages(trained: GRPOObjective, batch, prompts) -> None:
 @pytest.mark.parametrize(
     "theirs_type, ours_type, scale",
     [("grpo", "grpo", "group"), ("dapo", "dapo", "group"), ("bnpo", "dapo", "group"),
-     ("dr_grpo", "dr_grpo", "none")],
+     ("dr_grpo", "dr_grpo", "none"), ("grpo", "gspo", "group")],
 )  # fmt: skip
-def test_grpo(base, tmp_path, monkeypatch, theirs_type, ours_type, scale, beta) -> None:
-    """Advantages, loss and gradient, with k3 as it is published."""
+@pytest.mark.parametrize("high", [None, 0.28])
+def test_grpo(base, tmp_path, monkeypatch, theirs_type, ours_type, scale, beta, high) -> None:
+    """Advantages, loss and gradient, with k3 as it is published. GSPO is TRL's GRPO with
+    sequence-level ratios.
+    """
     import trl
 
+    low = 0.02 if ours_type == "gspo" else 0.2  # a mean over tokens changes less
+    high = high and high * low / 0.2
     trainer, theirs, batch, prompts = rollouts_of_trl(
         trl.GRPOTrainer, trl.GRPOConfig, base, tmp_path, beta=beta, loss_type=theirs_type,
-        scale_rewards=scale, use_bias_correction_kl=False,
+        scale_rewards=scale, use_bias_correction_kl=False, epsilon=low, epsilon_high=high,
+        importance_sampling_level="sequence" if ours_type == "gspo" else "token",
     )  # fmt: skip
     end = trainer.processing_class.eos_token_id
-    trained = rollouts_of_fastlm(base, theirs, prompts, end, loss_type=ours_type, beta=beta)
+    trained = rollouts_of_fastlm(
+        base, theirs, prompts, end, loss_type=ours_type, beta=beta, clip_range=low,
+        clip_range_high=high,
+    )  # fmt: skip
     same_advantages(trained, batch, prompts)
     move(theirs, 0.02, 6)
     copied(trained.policy, theirs)
@@ -299,8 +309,59 @@ def test_grpo(base, tmp_path, monkeypatch, theirs_type, ours_type, scale, beta) 
     loss.backward()
     monkeypatch.setattr(online_objectives, "grpo_loss", partial(grpo_loss, kl_gradient="k3"))
     assert step(trained) == pytest.approx(float(loss.detach()), rel=1e-4, abs=1e-6)
-    assert 0 < trained.scalars([trained.measurements()])["clip_fraction"] < 1
+    metrics = trained.scalars([trained.measurements()])
+    assert 0 < metrics["clip_fraction"] < 1
+    if ours_type != "gspo":  # TRL counts sequences there, not tokens
+        for side in ("low", "high"):
+            (share,) = trainer._metrics["train"][f"clip_ratio/{side}_mean"]
+            assert metrics[f"clip_fraction_{side}"] == pytest.approx(share, abs=1e-6)
     assert apart(trained.policy, theirs) < 1e-4
+
+
+@pytest.mark.parametrize("kind", ["dapo", "gspo"])
+def test_importance_weights_of_sampling(base, tmp_path, monkeypatch, kind) -> None:
+    """They multiply the policy's loss and not the KL: in TRL those of vLLM's log-probabilities."""
+    import trl
+
+    level, loss_type = ("token", "dapo") if kind == "dapo" else ("sequence", "grpo")
+    trainer, theirs, batch, prompts = rollouts_of_trl(
+        trl.GRPOTrainer, trl.GRPOConfig, base, tmp_path, beta=0.2, loss_type=loss_type,
+        use_bias_correction_kl=False, importance_sampling_level=level,
+    )  # fmt: skip
+    old, mask = batch["old_per_token_logps"], batch["completion_mask"]
+    sampled = float((old * mask).sum() / mask.sum()) - 0.7  # weights near 2
+    difference = (old - sampled) * mask
+    if kind == "gspo":
+        difference = difference.sum(1, keepdim=True) / mask.sum(1, keepdim=True)
+    weights = difference.exp().clamp(max=MAX_IMPORTANCE_WEIGHT)
+    batch["importance_sampling_ratio"] = weights
+    trainer.use_vllm = trainer.vllm_importance_sampling_correction = True
+    end = trainer.processing_class.eos_token_id
+    trained = rollouts_of_fastlm(
+        base, theirs, prompts, end, loss_type=kind, beta=0.2, sampled=sampled
+    )
+    used = weights[mask.bool()] if kind == "dapo" else weights
+    is_truncated = used == MAX_IMPORTANCE_WEIGHT
+    assert 0 < is_truncated.sum() < used.numel()
+    expected = {"importance_weight": used, "importance_truncated": is_truncated.float()}
+    for name, values in expected.items():
+        assert trained.round_metrics[name] == pytest.approx(float(values.mean()), rel=1e-4)
+    move(theirs, 0.02, 6)
+    copied(trained.policy, theirs)
+    loss = trainer.compute_loss(theirs, batch)
+    loss.backward()
+    monkeypatch.setattr(online_objectives, "grpo_loss", partial(grpo_loss, kl_gradient="k3"))
+    assert step(trained) == pytest.approx(float(loss.detach()), rel=1e-4, abs=1e-6)
+    assert apart(trained.policy, theirs) < 1e-4
+
+
+def test_overlong_penalty_is_trls() -> None:
+    from trl.rewards import get_soft_overlong_punishment
+
+    lengths = list(range(1, 13))
+    expected = get_soft_overlong_punishment(12, 5)(completion_ids=[[0] * n for n in lengths])
+    actual = overlong_penalty(torch.tensor(lengths), 12, 5)
+    torch.testing.assert_close(actual, torch.tensor(expected, dtype=torch.float64))
 
 
 def test_the_kl_of_grpo_has_the_gradient_of_trls_default(base, tmp_path, monkeypatch) -> None:

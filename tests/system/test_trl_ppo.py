@@ -105,6 +105,7 @@ def test_the_estimate_of_a_round_differs_by_one_position(name) -> None:
         base="", value_model=build_value_model(policy, shared=True),
     )  # fmt: skip
     trained.offset = 0.0  # TRL's values are those of its head
+    trained.round_metrics = {"mismatch": 0.0}  # no importance weights
     tokens = {"logp": r["logprobs"], "ref_logp": r["ref_logprobs"], "values": r["values"],
             "difference": torch.zeros_like(r["logprobs"])}  # fmt: skip
     ours = trained.estimate(r["scores"], r.mask, tokens)["advantages"]

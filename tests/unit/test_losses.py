@@ -106,12 +106,20 @@ def value(values, old, ref, returns, mask, num_items):
     return losses.ppo_value_loss(values, old, returns, mask, num_items=num_items)
 
 
-def grpo(how: str):
+def policy_high(logp, old, ref, advantages, mask, num_items):
+    del ref
+    return losses.ppo_policy_loss(
+        logp, old, advantages, mask, clip_range_high=0.5, num_items=num_items
+    )
+
+
+def grpo(how: str, level: str = "token"):
     def loss(logp, old, ref, advantages, mask, num_items):
         row = torch.where(mask, advantages, 0).double().sum(1)  # one number per row
         return losses.grpo_loss(
-            logp, old, ref, row, mask, beta=0.1, aggregation=how, num_items=num_items
-        )
+            logp, old, ref, row, mask, beta=0.1, aggregation=how, num_items=num_items,
+            importance_sampling_level=level,
+        )  # fmt: skip
 
     return loss
 
@@ -119,10 +127,12 @@ def grpo(how: str):
 TOKEN_LOSSES = {
     "ppo_policy": policy,
     "ppo_policy dual": policy_dual,
+    "ppo_policy high": policy_high,
     "ppo_value": value,
     "grpo token": grpo("token"),
     "grpo sequence": grpo("sequence"),
     "grpo constant": grpo("constant"),
+    "gspo sequence": grpo("sequence", "sequence"),
 }
 
 
@@ -295,27 +305,52 @@ def test_whiten_of_one_token_and_of_none() -> None:
     assert losses.whiten(x, torch.zeros(1, 2)).tolist() == [[0.0, 0.0]]
 
 
-def policy_token(logp, old, advantage, clip, dual=None) -> float:
+def policy_token(logp, old, advantage, clip, high, dual=None) -> float:
     ratio = math.exp(logp - old)
-    loss = max(-advantage * ratio, -advantage * min(max(ratio, 1 - clip), 1 + clip))
+    loss = max(-advantage * ratio, -advantage * min(max(ratio, 1 - clip), 1 + high))
     return min(loss, -advantage * dual) if dual and advantage < 0 else loss
 
 
 @pytest.mark.parametrize("dual", [None, 1.5])
-def test_ppo_policy_loss(dual) -> None:
+@pytest.mark.parametrize("high", [None, 0.8])
+def test_ppo_policy_loss(dual, high) -> None:
     mask, (logp, old, advantages) = ragged(7, names=3)
     loss, metrics = losses.ppo_policy_loss(
-        logp, old, advantages, mask, clip_range=0.3, dual_clip=dual
+        logp, old, advantages, mask, clip_range=0.3, clip_range_high=high, dual_clip=dual
     )
+    high = high or 0.3
     places = tokens_of(mask)
     rows = [(float(logp[p]), float(old[p]), float(advantages[p])) for p in places]
-    assert_same(loss, sum(policy_token(*row, 0.3, dual) for row in rows) / len(rows))
+    assert_same(loss, sum(policy_token(*row, 0.3, high, dual) for row in rows) / len(rows))
     ratios = [math.exp(a - b) for a, b, _ in rows]
     assert_same(metrics["ratio"], sum(ratios) / len(rows))
     assert_same(metrics["approx_kl"], sum(r - 1 - math.log(r) for r in ratios) / len(rows))
-    active = [(r > 1.3 and a > 0) or (r < 0.7 and a < 0) for r, (*_, a) in zip(ratios, rows)]
-    assert 0 < sum(active) < len(rows)
-    assert_same(metrics["clip_fraction"], sum(active) / len(rows))
+    above = sum(r > 1 + high and a > 0 for r, (*_, a) in zip(ratios, rows))
+    below = sum(r < 0.7 and a < 0 for r, (*_, a) in zip(ratios, rows))
+    assert above and below and above + below < len(rows)
+    assert_same(metrics["clip_fraction"], (above + below) / len(rows))
+    assert_same(metrics["clip_fraction_high"], above / len(rows))
+    assert_same(metrics["clip_fraction_low"], below / len(rows))
+
+
+def test_a_symmetric_clip_is_the_default() -> None:
+    mask, (logp, old, advantages) = ragged(13, names=3)
+    results = [
+        losses.ppo_policy_loss(
+            logp.float(), old.float(), advantages.float(), mask, clip_range_high=high
+        )
+        for high in (None, 0.2)
+    ]
+    for a, b in zip(*([loss, *metrics.values()] for loss, metrics in results), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_overlong_penalty() -> None:
+    """Equation 13 of the DAPO paper, by hand: a buffer of 4 of 10 tokens."""
+    lengths = torch.tensor([1, 6, 7, 8, 9, 10])
+    expected = torch.tensor([0, 0, -0.25, -0.5, -0.75, -1])
+    assert_same(losses.overlong_penalty(lengths, 10, 4), expected)
+    assert_same(losses.overlong_penalty(lengths, 10, 0), torch.zeros(6))
 
 
 def test_ppo_policy_loss_of_the_sampling_policy_is_the_policy_gradient() -> None:
@@ -398,7 +433,7 @@ def test_grpo_loss(how) -> None:
         for t in mask[b].nonzero().flatten().tolist():
             p, o, q = (float(x[b, t]) for x in (logp, old, ref))
             k3 = math.exp(q - p) - 1 - (q - p)
-            row.append((policy_token(p, o, float(advantages[b]), 0.3) + 0.2 * k3, k3))
+            row.append((policy_token(p, o, float(advantages[b]), 0.3, 0.3) + 0.2 * k3, k3))
         rows.append(row)
 
     def mean(index: int) -> float:
@@ -412,6 +447,41 @@ def test_grpo_loss(how) -> None:
     k3 = sum(token[1] for row in rows for token in row) / int(mask.sum())
     assert_same(metrics["kl"], k3)  # metrics are means over tokens, whatever `how`
     assert metrics["tokens"] == mask.sum()
+
+
+def test_gspo_loss_and_gradient() -> None:
+    """arXiv:2507.18071 in loops: a ratio and a clip per sequence."""
+    mask, (logp, old) = ragged(14, batch=20, names=2)
+    advantages = torch.linspace(-1, 1, 20, dtype=torch.float64) * (-1) ** torch.arange(20)
+    kwargs = {"clip_range": 0.1, "clip_range_high": 0.2, "aggregation": "sequence"}
+
+    def gspo(x):
+        return losses.grpo_loss(
+            x, old, None, advantages, mask, importance_sampling_level="sequence", **kwargs
+        )
+
+    loss, metrics = gspo(logp)
+    total, kl, below, above = 0.0, 0.0, 0, 0
+    expected = torch.zeros_like(logp)
+    rows = [b for b in range(len(mask)) if mask[b].any()]
+    assert len(rows) < len(mask)  # an empty one does not count
+    for b in rows:
+        gaps = [float(logp[b, t] - old[b, t]) for t in mask[b].nonzero().flatten().tolist()]
+        a, ratio = float(advantages[b]), math.exp(sum(gaps) / len(gaps))
+        total -= min(ratio * a, min(max(ratio, 0.9), 1.2) * a) / len(rows)
+        is_low, is_high = ratio < 0.9 and a < 0, ratio > 1.2 and a > 0
+        below, above = below + is_low * len(gaps), above + is_high * len(gaps)
+        kl += sum(math.exp(gap) - 1 - gap for gap in gaps)
+        if not is_low and not is_high:
+            expected[b, mask[b]] = -a * ratio / len(gaps) / len(rows)
+    tokens = int(mask.sum())
+    assert below and above and below + above < tokens
+    assert_same(loss, total)
+    assert_same(metrics["clip_fraction_low"], below / tokens)
+    assert_same(metrics["clip_fraction_high"], above / tokens)
+    assert_same(metrics["approx_kl"], kl / tokens)  # of tokens, as for the other losses
+    (actual,) = gradient(lambda x: gspo(x)[0], logp)
+    assert_same(actual, expected)
 
 
 def log_sigmoid(x: float) -> float:
@@ -506,6 +576,9 @@ REFUSED = {
     ),
     "kl_gradient: expected k2 or k3, got 'k1'": lambda: losses.grpo_loss(
         ONES, ONES, ONES, ONES[:, 0], MASK, beta=0.1, kl_gradient="k1"
+    ),
+    "importance_sampling_level: expected token or sequence, got 'word'": lambda: losses.grpo_loss(
+        ONES, ONES, None, ONES[:, 0], MASK, importance_sampling_level="word"
     ),
     "estimator: expected k1 or k2 or k3, got 'k4'": lambda: losses.kl_penalty(ONES, ONES, "k4"),
     "loss_type: expected sigmoid or ipo or hinge, got 'orpo'": lambda: losses.dpo_loss(
