@@ -9,7 +9,7 @@ import importlib.util
 import math
 import re
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -76,39 +76,48 @@ CHECKS: dict[str, Callable[[Mapping[str, Any]], Any]] = {
 def load_reward(name: str) -> Reward:
     """Return the function that the option ``reward_function`` names.
 
-    InputError: an unknown name, a file or module that cannot be imported or lacks the function. A
-    file is run as Python, like an import: name only one that you trust.
+    InputError: as `import_object`.
     """
     if name in VERIFIERS:
         return VERIFIERS[name]
-    module_name, _, function = name.rpartition(":")
-    if not module_name or not function:
+    return import_object("reward_function", name, VERIFIERS, "function")
+
+
+def import_object(option: str, name: str, choices: Collection[str], noun: str) -> Any:
+    """Import what ``option`` names by ``file.py:NAME`` or ``module:NAME``: a callable, for messages
+    a ``noun``. ``choices``: what else the option accepts.
+
+    InputError: an unknown name, a file or module that cannot be imported or lacks the object. A
+    file is run as Python, like an import: name only one that you trust.
+    """
+    module_name, _, attribute = name.rpartition(":")
+    if not module_name or not attribute:
         raise InputError(
-            f"reward_function: expected one of {', '.join(VERIFIERS)}, file.py:function or"
-            f" module:function, got {name!r}"
+            f"{option}: expected one of {', '.join(choices)}, file.py:{noun} or module:{noun},"
+            f" got {name!r}"
         )
     try:
-        load = _from_file if module_name.endswith(".py") else importlib.import_module
-        module = load(module_name)
+        if module_name.endswith(".py"):
+            module = _from_file(option, module_name)
+        else:
+            module = importlib.import_module(module_name)
     except InputError:
         raise
     except Exception as error:
         reason = f"{type(error).__name__}: {error}"
         raise InputError(
-            f"reward_function: expected a module that can be imported, got {reason}"
+            f"{option}: expected a module that can be imported, got {reason}"
         ) from None
-    if not callable(getattr(module, function, None)):
-        raise InputError(
-            f"reward_function: expected a function {function} in {module_name}, got none"
-        )
-    return getattr(module, function)
+    if not callable(getattr(module, attribute, None)):
+        raise InputError(f"{option}: expected a {noun} {attribute} in {module_name}, got none")
+    return getattr(module, attribute)
 
 
-def _from_file(file: str) -> Any:
+def _from_file(option: str, file: str) -> Any:
     path = Path(file)
     if not path.is_file():
-        raise InputError(f"reward_function: expected a file, got none at {path}")
-    name = f"_fastlm_reward_{path.stem}"
+        raise InputError(f"{option}: expected a file, got none at {path}")
+    name = f"_fastlm_{option}_{path.stem}"
     spec = importlib.util.spec_from_file_location(name, path)
     assert spec is not None and spec.loader is not None  # a .py file has a loader
     module = importlib.util.module_from_spec(spec)

@@ -288,7 +288,8 @@ def _schema(output_format: OutputFormat) -> Any:
 
 
 def _text_calls(tools: list[Any], start: str = "start") -> list[str]:
-    """Return Lark rules of a call of one of the tools, as `fastlm.serve.tool_parser` reads it."""
+    """Return Lark rules of a call of one of the tools, as `fastlm.inference.tool_parser` reads
+    it."""
     names = [f"call{i}" for i in range(len(tools))]
     rules = [f"{start}: {' | '.join(names)}"]
     for name, tool in zip(names, tools):

@@ -10,9 +10,9 @@ from anyio.to_thread import run_sync
 from pydantic_core import to_json
 
 from fastlm.inference.requests import Piece, TokenLogprob
+from fastlm.inference.tool_parser import CallsOrTextParser, ToolParser
 from fastlm.serve.api_error import ApiError, server_error, stopping
 from fastlm.serve.generic_tools import GenericToolParser
-from fastlm.serve.tool_parser import CallsOrTextParser, ToolParser
 
 if TYPE_CHECKING:
     from fastlm.inference.output_format import OutputFormat

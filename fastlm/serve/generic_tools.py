@@ -13,7 +13,7 @@ from pydantic_core import from_json
 
 from fastlm.data.conversations import Message
 from fastlm.inference.output_format import GenericTools, OutputFormat
-from fastlm.serve.tool_parser import parse_calls
+from fastlm.inference.tool_parser import parse_calls
 
 if TYPE_CHECKING:
     from fastlm.serve.protocol.chat_completion import ChatCompletionRequest
@@ -89,8 +89,8 @@ def _calls_as_text(messages: Sequence[Message]) -> list[Message]:
 
 
 class GenericToolParser:
-    """Parses an answer in the generic format, as `fastlm.serve.tool_parser.ToolParser` does others.
-    `push` returns the text of ``response`` while it arrives; `end` parses all else."""
+    """Parses an answer in the generic format, as `fastlm.inference.tool_parser.ToolParser` does
+    others. `push` returns the text of ``response`` while it arrives; `end` parses all else."""
 
     def __init__(self, names: Collection[str]):
         self.names = names

@@ -422,6 +422,28 @@ class Tokenizer:
             if learn
         ]
 
+    def encode_reply(
+        self, message: Mapping[str, Any], *, date: str | None = None, **variables: Any
+    ) -> list[int]:
+        """Return the ids between two of the assistant's messages with ``message`` (a tool's or a
+        user's) between them: the token that ends the first, the message, the generation prompt.
+
+        InputError: the template drops the message, or writes an earlier answer differently when the
+        message follows.
+        """
+        messages = [{"role": role, "content": "a"} for role in ("user", "assistant")] + [message]
+        self.check_template_is_complete(messages, variables, date)
+        prompt = self._render(messages[:1], True, variables, date)[0]
+        part = self._render(messages[:2], False, variables, date)[0]
+        text, ranges = self._render(messages, True, variables, date)
+        if not part.startswith(prompt) or not text.startswith(part):
+            raise InputError(
+                "chat_template: expected one that appends messages, got one that writes an answer"
+                f" differently when a message of role {message['role']} follows"
+            )
+        ids, mask = self._masked(text, ranges, [(len(prompt), len(part), True)])
+        return ids[len(mask) - 1 - mask[::-1].index(True) :]
+
     def check_can_train_on_chats(self) -> None:
         """Raise InputError if `encode_conversation` cannot serve this tokenizer."""
         if self._strip_first:

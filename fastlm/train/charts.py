@@ -23,6 +23,7 @@ CHARTS: tuple[tuple[str, tuple[str, ...], float | None, tuple[float, float] | No
     ("score", ("score",), None, None),
     ("KL to the reference, nats per completion", ("kl", "kl3"), 0.0, None),
     ("tokens per completion", ("length",), None, None),
+    ("turns per completion", ("turns",), None, None),
     (
         "share of completions with EOS, of repeated 4-grams",
         ("eos_fraction", "repetition"),

@@ -45,10 +45,13 @@ from fastlm.train.rollouts import (
     completions_to_tensors,
     pack_rollouts,
     sample_completions,
+    sampled_mask,
 )
 
 if TYPE_CHECKING:
+    from fastlm.data.prompts import Prompt
     from fastlm.model.causal_lm import CausalLM
+    from fastlm.train.episodes import EpisodeSampler
 
 # Attributes that a checkpoint stores
 STATE = (
@@ -74,8 +77,8 @@ class RolloutBatch:
 class Rollouts:
     """Scored completions; each field but the last has a value for each of them.
 
-    ``tokens``: values of their tokens, (tokens,) each: "logp", "ref_logp", "difference" and what
-    `OnlineObjective.evaluate` adds. ``score_metrics``: means over the completions.
+    ``tokens``: values of their sampled tokens, (tokens,) each: "logp", "ref_logp", "difference" and
+    what `OnlineObjective.evaluate` adds. ``score_metrics``: means over the completions.
     """
 
     prompt_indices: Sequence[int]
@@ -85,13 +88,17 @@ class Rollouts:
     score_metrics: Mapping[str, float]
 
     def pad(self, device: torch.device) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return the mask of the tokens and their values, (R, S) each, 0 where it is false."""
+        """Return the mask of the sampled tokens and their values, (R, S) each, 0 where it is
+        false.
+        """
+        mask = pad_sequence([*map(sampled_mask, self.completions)], batch_first=True)
         tokens = {
-            name: pad_sequence([*values], batch_first=True).to(device)
+            name: torch.zeros(mask.shape, dtype=values[0].dtype)
+            .masked_scatter(mask, torch.cat([*values]))
+            .to(device)
             for name, values in self.tokens.items()
         }
-        lengths = torch.tensor([len(completion.token_ids) for completion in self.completions])
-        return (torch.arange(int(lengths.max())) < lengths[:, None]).to(device), tokens
+        return mask.to(device), tokens
 
     def replace_rows(
         self, rows: Sequence[int], other: "Rollouts", other_rows: Sequence[int]
@@ -117,14 +124,21 @@ def repetition_rate(tokens: Sequence[int], size: int = NGRAM_SIZE) -> float:
     return 1 - len(set(grams)) / len(grams) if grams else 0.0
 
 
+def mean_turns(mask: Tensor) -> float:
+    """Return the mean number of runs of true values in the rows of ``mask`` (R, S)."""
+    begins = mask & ~torch.nn.functional.pad(mask, (1, 0))[:, :-1]
+    return float(begins.sum(1).double().mean())
+
+
 class OnlineObjective(Objective):
     """An objective on completions that the policy samples.
 
     ``prompts``: the token ids of each. ``score``: see `ScoreFunction`; ``scorer_identity``
     identifies it, and ``score_metrics`` returns means over the completions that it scored last.
     ``reference``: the frozen policy to which KL is measured; None is the policy without its
-    adapters (LoRA). A subclass defines `estimate` (advantages of a round), `num_items` and
-    `micro_loss`.
+    adapters (LoRA). ``episodes`` samples completions of several turns, in the environments of
+    ``prompt_rows`` and ``heldout_rows``; None: of one turn. A subclass defines `estimate`
+    (advantages of a round), `num_items` and `micro_loss`.
     """
 
     # the columns that `estimate` returns; a round also stores "old_logp"
@@ -148,6 +162,9 @@ class OnlineObjective(Objective):
         sample_prompt: Sequence[int] = (),
         sample_tokens: int = 0,
         score_metrics: Callable[[], Mapping[str, float]] = dict,
+        episodes: "EpisodeSampler | None" = None,
+        prompt_rows: "Sequence[Prompt]" = (),
+        heldout_rows: "Sequence[Prompt]" = (),
         warn: Callable[[str], Any] = lambda message: None,
     ):
         if not prompts:
@@ -158,6 +175,7 @@ class OnlineObjective(Objective):
         self.score, self.score_heldout = score, score_heldout or score
         self.scorer_identity, self.score_metrics = scorer_identity, score_metrics
         self.stop_ids, self.prompt_locations, self.warn = stop_ids, prompt_locations, warn
+        self.episodes, self.prompt_rows, self.heldout_rows = episodes, prompt_rows, heldout_rows
         self.decode, self.sample_prompt = decode, sample_prompt
         self.sample_tokens = sample_tokens
         self.beta = self.next_beta = options.beta  # of this round and the next
@@ -274,8 +292,9 @@ class OnlineObjective(Objective):
             indices = prompt_indices[rows.start : rows.stop]
             prompts = [self.prompts[i] for i in indices]
             completions = self._sample(
-                prompts, options.temperature, options.max_new_tokens, seed + rows.start
-            )
+                prompts, options.temperature, options.max_new_tokens, seed + rows.start,
+                rows=[self.prompt_rows[i] for i in indices] if self.episodes else (),
+            )  # fmt: skip
             scores = self._score(score, indices, completions)
             tokens = self._evaluate(prompts, completions)
             return completions_to_tensors(completions), scores, dict(self.score_metrics()), tokens
@@ -284,7 +303,7 @@ class OnlineObjective(Objective):
         shards = [shard for shard in self.world.gather_results(roll_out_shard) if len(shard[1])]
         completion_shards, score_shards, score_metrics, token_shards = zip(*shards)
         completions = [c for part in completion_shards for c in completions_from_tensors(part)]
-        lengths = [len(completion.token_ids) for completion in completions]
+        lengths = [int(sampled_mask(completion).sum()) for completion in completions]
         tokens = {
             name: torch.cat([tensors[name] for tensors in token_shards]).split(lengths)
             for name in token_shards[0]
@@ -299,15 +318,21 @@ class OnlineObjective(Objective):
         temperature: float,
         max_new_tokens: int,
         seed: int = 0,
-    ) -> list[Completion]:
+        rows: "Sequence[Prompt]" = (),
+    ) -> Sequence[Completion]:
+        """Sample a completion of each prompt; with ``rows``, of several turns."""
+        options: dict[str, Any] = {
+            "max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed,
+            "stop_ids": self.stop_ids, "max_num_seqs": self.options.decode_batch_size,
+        }  # fmt: skip
         quantized = any(isinstance(m, QuantizedLinear) for m in self.policy.modules())
         # merged adapters cost nothing per token; but merging would dequantize a quantized base
         with nullcontext() if quantized else merged_lora(self.policy):
-            return sample_completions(
-                self.policy, prompts, max_new_tokens=max_new_tokens, seed=seed,
-                temperature=temperature, stop_ids=self.stop_ids,
-                max_num_seqs=self.options.decode_batch_size,
-            )  # fmt: skip
+            if self.episodes is None or not rows:
+                return sample_completions(self.policy, prompts, **options)
+            return self.episodes.sample(
+                self.policy, prompts, rows, max_turns=self.options.max_turns, **options
+            )
 
     def _score(
         self, score: ScoreFunction, indices: Sequence[int], completions: Sequence[Completion]
@@ -329,7 +354,7 @@ class OnlineObjective(Objective):
     def _evaluate(
         self, prompts: Sequence[Sequence[int]], completions: Sequence[Completion]
     ) -> dict[str, Tensor]:
-        """Return "logp", "ref_logp" and what `evaluate` adds for the completions' tokens, (tokens,)
+        """Return "logp", "ref_logp" and what `evaluate` adds for the sampled tokens, (tokens,)
         each, and "difference": logp minus the log-probabilities of sampling. The sampling engine
         and the training round differently.
         """
@@ -340,6 +365,7 @@ class OnlineObjective(Objective):
                 prompts[start : start + size],
                 [completion.token_ids for completion in completions[start : start + size]],
                 self.policy.device,
+                masks=[*map(sampled_mask, completions[start : start + size])],
             )
             values = {**self.evaluate(packed), "ref_logp": self._reference_logprobs(packed)}
             for name, value in values.items():
@@ -361,7 +387,8 @@ class OnlineObjective(Objective):
         - "score", "score_std": the scores, after `missing_eos_penalty` and `overlong_tokens`;
         - "kl", "kl_error": KL(policy || reference) in nats per completion by k1, and its standard
           error; "kl3": by k3, which is never negative;
-        - "length" in tokens; "eos_fraction": share that ended with an EOS token;
+        - "length" in sampled tokens; "eos_fraction": share that ended with an EOS token;
+        - "turns": turns per completion, in an environment;
         - "score_length_correlation": near 1 if the reward pays the policy for length;
         - "repetition": share of 4-grams that occur earlier in the same completion;
         - "mismatch": mean absolute difference per token of log-probabilities in training and
@@ -386,6 +413,7 @@ class OnlineObjective(Objective):
             "score_length_correlation": correlation(scores, lengths) or 0.0,  # type: ignore[arg-type]
             "repetition": float(np.mean([repetition_rate(c.token_ids) for c in completions])),
             "mismatch": mismatch,
+            **({} if self.episodes is None else {"turns": mean_turns(mask)}),
             "round": self.round,
             "beta": self.beta,
             **rollouts.score_metrics,
@@ -438,7 +466,10 @@ class OnlineObjective(Objective):
         data = digest.hexdigest()[:16]
         neutral = ("max_kl", "val_prompts")
         options = {k: v for k, v in asdict(self.options).items() if k not in neutral}
-        return {**options, "base": self.base, "data": data, "scorer_identity": self.scorer_identity}
+        return {
+            **options, "base": self.base, "data": data, "scorer_identity": self.scorer_identity,
+            "environment": "" if self.episodes is None else self.episodes.identity,
+        }  # fmt: skip
 
     def _is_round_over(self) -> bool:
         return self.stop or self.next_index >= len(self.completions) * self.options.num_iterations
@@ -462,6 +493,7 @@ class OnlineObjective(Objective):
         packed = pack_rollouts(
             [self.prompts[self.prompt_indices[i]] for i in rows],
             [self.completions[i].token_ids for i in rows], self.policy.device,
+            masks=[sampled_mask(self.completions[i]) for i in rows],
         )  # fmt: skip
         width = packed.mask.shape[1]
         return RolloutBatch(
@@ -543,7 +575,10 @@ class OnlineObjective(Objective):
         def validate_shard() -> tuple[dict[str, Tensor], np.ndarray]:
             indices = self.world.shard(count)
             prompts = [self.heldout[i] for i in indices]
-            completions = self._sample(prompts, 0.0, self.options.max_new_tokens)
+            completions = self._sample(
+                prompts, 0.0, self.options.max_new_tokens,
+                rows=[self.heldout_rows[i] for i in indices] if self.episodes else (),
+            )  # fmt: skip
             scores = self._score(self.score_heldout, indices, completions)
             return completions_to_tensors(completions), scores
 
@@ -553,7 +588,7 @@ class OnlineObjective(Objective):
         return {
             "val_score": float(scores.mean()),
             "val_score_error": float(scores.std(ddof=1)) / math.sqrt(count) if count > 1 else 0.0,
-            "val_length": float(np.mean([len(c.token_ids) for c in completions])),
+            "val_length": float(np.mean([int(sampled_mask(c).sum()) for c in completions])),
             "val_eos_fraction": float(np.mean([c.is_stopped for c in completions])),
         }
 

@@ -118,7 +118,7 @@ class PPOObjective(OnlineObjective):
             values = values + self.offset
         kind = cast(Any, options.kl_estimator)
         rewards = -self.beta * kl_penalty(logp, tokens["ref_logp"], kind, mask=mask)
-        last = mask.sum(1) - 1
+        last = mask.shape[1] - 1 - mask.flip(1).int().argmax(1)
         rewards[torch.arange(len(last)), last] += scores
         if options.whiten_rewards:
             rewards = whiten(rewards, mask, shift_mean=False)

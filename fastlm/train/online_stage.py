@@ -30,6 +30,7 @@ from fastlm.train.encoding import (
     rows_summary,
     template_variables,
 )
+from fastlm.train.environments import ENVIRONMENTS, has_reward, load_environment
 from fastlm.train.lora_options import LoraOptions
 from fastlm.train.metrics import METRICS, read_metrics
 from fastlm.train.objective import weights_digest
@@ -51,6 +52,7 @@ if TYPE_CHECKING:
     from fastlm.model.causal_lm import CausalLM
     from fastlm.model.reward_model import RewardModel
     from fastlm.tokenizer.tokenizer import Tokenizer
+    from fastlm.train.episodes import EpisodeSampler
     from fastlm.train.objective import DivergedError
     from fastlm.train.online import OnlineObjective
 
@@ -95,6 +97,11 @@ messages), or of conversations, whose last answer is cut off."""
         "Score completions by this function: exact, contains, number, reasoning-gym or"
         " file.py:function",
     ] = ""
+    environment: Annotated[
+        str,
+        "Let completions call tools and continue: calculator, python or file.py:Class, a"
+        " fastlm.train.environments.Environment",
+    ] = ""
     ensemble: Annotated[
         str,
         "Combine the scores of several reward models by mean, min or uwo (mean - uwo_coefficient"
@@ -125,6 +132,9 @@ messages), or of conversations, whose last answer is cut off."""
         if self.reward_function == SCHEME:
             for spec in filter(is_reasoning_gym, self.data):
                 check_scorable(spec)
+        if self.environment:
+            expected = "2 or more turns in an environment"
+            expect(self.max_turns >= 2, "max_turns", expected, self.max_turns)
         dropout = self.lora_dropout
         expected = "0, as the update needs the probabilities that the completions were sampled with"
         expect(not dropout, "lora_dropout", expected, dropout)
@@ -147,7 +157,7 @@ messages), or of conversations, whose last answer is cut off."""
     def check_models(self, names: Sequence[str]) -> None:
         """Raise InputError if the options do not fit reward models of these names."""
         expect(
-            self.reward_function or names,
+            self.reward_function or names or self.environment not in ("", *ENVIRONMENTS),
             "reward_function",
             "a function, or a reward_model",
             "neither",
@@ -166,9 +176,13 @@ messages), or of conversations, whose last answer is cut off."""
         return math.ceil(epochs * examples / self.prompts_per_round) * self.steps_of_round()
 
     def digest_inputs(self, input_digest: InputDigest) -> Any:
-        path = self.reward_function.rpartition(":")[0]
-        function = input_digest.hash_tree(path) if path.endswith(".py") else None
-        return [super().digest_inputs(input_digest), function]
+        files = [
+            input_digest.hash_tree(path) if path.endswith(".py") else None
+            for path in (
+                name.rpartition(":")[0] for name in (self.reward_function, self.environment)
+            )
+        ]
+        return [super().digest_inputs(input_digest), *files]
 
     def build_objective(
         self, policy: "CausalLM", reward_model: "RewardModel | None", *args: Any, **more: Any
@@ -180,10 +194,22 @@ messages), or of conversations, whose last answer is cut off."""
         self.check_models([model.name for model in ctx.inputs.get("reward_model", ())])
         self.example_length(context)  # raises InputError for a max_length beyond it
         scorer = RewardScorer(self, tokenizer, ctx)
+        episodes = self.episode_sampler(tokenizer, scorer) if self.environment else None
         context = self.max_length or context
         if scorer.models is not None:
             context = min(context, scorer.models.context_limit)
-        return PromptDataset(scorer, self, tokenizer, context - self.max_new_tokens, context, ctx)
+        max_length = context - self.max_new_tokens
+        return PromptDataset(scorer, episodes, self, tokenizer, max_length, context, ctx)
+
+    def episode_sampler(self, tokenizer: "Tokenizer", scorer: "RewardScorer") -> "EpisodeSampler":
+        """Return the sampler of completions of several turns, in `environment`."""
+        from fastlm.train.episodes import EpisodeSampler
+
+        environment = load_environment(self.environment)
+        has_score = scorer.function or scorer.models or has_reward(environment)
+        expected = "a function, or a reward_model, as the environment has no reward"
+        expect(has_score, "reward_function", expected, "neither")
+        return EpisodeSampler(environment, identify_code(self.environment), tokenizer, self.date)
 
     def data_facts(self, data: Any) -> dict[str, Any]:
         return {"prompts": len(data.training), "heldout": len(data.heldout)}
@@ -201,6 +227,8 @@ messages), or of conversations, whose last answer is cut off."""
             prompt_locations=[prompt.location for _, prompt in data.training],
             sample_prompt=common["prompt"], decode=partial(decode_text, tokenizer),
             sample_tokens=options.sample_tokens, score_metrics=scorer.metrics,
+            episodes=data.episodes, prompt_rows=[prompt for _, prompt in data.training],
+            heldout_rows=[prompt for _, prompt in data.heldout],
             warn=ctx.warning if is_main_process() else lambda message: None,
         )  # fmt: skip
 
@@ -268,6 +296,8 @@ messages), or of conversations, whose last answer is cut off."""
                 f" {self.step_size()}, β {self.beta}",
                 "completions": f"{count_text(result['tokens'])} tokens, at temperature"
                 f" {self.temperature}, at most {self.max_new_tokens} each",
+                **({"environment": f"{self.environment}, at most {self.max_turns} turns"}
+                   if self.environment else {}),
             },
             charts=[frontier_chart(metrics)],
             cards=cards,
@@ -277,11 +307,21 @@ messages), or of conversations, whose last answer is cut off."""
         raise NotImplementedError
 
 
-class PromptDataset(EncodedDataset):
-    """The prompts of a stage, as pairs of token ids and prompt. ``scorer`` scores completions."""
+def identify_code(name: str) -> str:
+    """Return the name of an option's function or class, with the hash of its file."""
+    path = name.rpartition(":")[0]
+    if not path.endswith(".py"):
+        return name
+    return f"{name} {sha256(Path(path).read_bytes()).hexdigest()[:16]}"
 
-    def __init__(self, scorer: "RewardScorer", *args: Any):
-        self.scorer = scorer
+
+class PromptDataset(EncodedDataset):
+    """The prompts of a stage, as pairs of token ids and prompt. ``scorer`` scores completions.
+    ``episodes`` samples them where they have several turns.
+    """
+
+    def __init__(self, scorer: "RewardScorer", episodes: "EpisodeSampler | None", *args: Any):
+        self.scorer, self.episodes = scorer, episodes
         super().__init__(*args)
 
     def read(self) -> "Iterator[Prompt]":
@@ -290,15 +330,18 @@ class PromptDataset(EncodedDataset):
         return read_prompts(self.stage.data, **self.reader_options())
 
     def prompt_of(self, row: "Prompt") -> Any:
-        return row, row.messages, row.tools
+        if self.episodes is None:
+            return row, row.messages, row.tools
+        return row, *self.episodes.prompt(row)
 
     def encode(self, row: "Prompt") -> "list[tuple[list[int], Prompt]]":
-        variables = template_variables(row.tools)
+        _, messages, tools = self.prompt_of(row)
+        variables = template_variables(tools)
         try:
             # raises if the template would drop something
-            conversation = [*row.messages, {"role": "assistant", "content": "."}]
+            conversation = [*messages, {"role": "assistant", "content": "."}]
             self.tokenizer.check_template_is_complete(conversation, variables, self.stage.date)
-            ids = self.tokenizer.encode_chat(row.messages, date=self.stage.date, **variables)
+            ids = self.tokenizer.encode_chat(messages, date=self.stage.date, **variables)
         except InputError as error:
             self.refuse(error, row.location)
             return []
@@ -373,8 +416,8 @@ def combine_scores(scores: "np.ndarray", method: str, coefficient: float = 0.0) 
 
 
 class RewardScorer:
-    """Scores completions: the reward function's score of the text plus the reward models' score of
-    the tokens.
+    """Scores completions: the reward function's score of the text (of several turns: of the last)
+    plus the reward models' score of the tokens plus the environment's reward.
     """
 
     def __init__(self, stage: OnlineStage, tokenizer: "Tokenizer", ctx: StageContext):
@@ -392,10 +435,7 @@ class RewardScorer:
 
     def identity(self) -> str:
         """Identify the scorer: the function's name and file, the reward models' weights."""
-        path = self.function_name.rpartition(":")[0]
-        parts = [self.function_name]
-        if path.endswith(".py"):
-            parts.append(sha256(Path(path).read_bytes()).hexdigest()[:16])
+        parts = [identify_code(self.function_name)]
         if self.models is not None:
             parts += self.models.identity()
         return " ".join(parts)
@@ -408,8 +448,14 @@ class RewardScorer:
     def score_function(self, prompts: "Sequence[tuple[list[int], Prompt]]") -> Any:
         """Return a `fastlm.train.online.ScoreFunction` of completions of these prompts."""
 
+        from fastlm.train.rollouts import Episode
+
         def score(indices: Sequence[int], completions: "Sequence[Completion]") -> list[float]:
-            scores = [0.0] * len(completions)
+            scores = [
+                check_reward(completion.reward, prompts[index][1].location)
+                if isinstance(completion, Episode) else 0.0
+                for index, completion in zip(indices, completions, strict=True)
+            ]  # fmt: skip
             if self.function is not None:
                 for i, (index, completion) in enumerate(zip(indices, completions, strict=True)):
                     scores[i] += self.call_function(prompts[index][1], completion)
@@ -428,10 +474,16 @@ class RewardScorer:
 
     def call_function(self, prompt: "Prompt", completion: "Completion") -> float:
         """Return the reward function's score."""
+        from fastlm.train.rollouts import Episode
+
         assert self.function is not None
-        tokens = completion.token_ids[:-1] if completion.is_stopped else completion.token_ids
+        if isinstance(completion, Episode):
+            text = completion.text
+        else:
+            end = -1 if completion.is_stopped else None
+            text = decode_text(self.tokenizer, completion.token_ids[:end])
         try:
-            value = self.function(decode_text(self.tokenizer, tokens), prompt.row)
+            value = self.function(text, prompt.row)
         except InputError as error:
             raise InputError(f"{prompt.location}: {error}") from None
         except Exception as error:

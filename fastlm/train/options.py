@@ -264,6 +264,7 @@ class RolloutOptions:
     batch_size: Annotated[int, "Pack this many completions into a micro-batch, without padding"] = 8
     decode_batch_size: Annotated[int, "Sample this many completions in one batch"] = 64
     max_new_tokens: Annotated[int, "Generate at most this many tokens per completion"] = 128
+    max_turns: Annotated[int, "Let a completion take at most this many turns in an environment"] = 4
     temperature: Annotated[
         float, "Use this temperature for sampling, the policy and the reference"
     ] = 1.0
@@ -305,6 +306,7 @@ class RolloutOptions:
             "num_iterations",
             "decode_batch_size",
             "max_new_tokens",
+            "max_turns",
             "val_prompts",
         )
         positive(

@@ -11,8 +11,8 @@ from serve_app import ask, script, serve_model, tiny_model
 
 from fastlm.inference.output_format import GenericTools, OutputFormat
 from fastlm.inference.structured_output import GrammarCompiler
+from fastlm.inference.tool_parser import CallsOrTextParser, ToolParser
 from fastlm.serve.generic_tools import GenericToolParser
-from fastlm.serve.tool_parser import CallsOrTextParser, ToolParser
 from fastlm.tokenizer.chat_template import CHATML
 
 ADD = {"name": "add", "arguments": {"a": 1}}
