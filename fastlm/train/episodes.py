@@ -71,7 +71,7 @@ class EpisodeSampler:
         environment: type[Environment],
         identity: str,
         tokenizer: "Tokenizer",
-        date: str | None,
+        date: str | None = None,
     ):
         self.environment, self.identity = environment, identity
         self.tokenizer, self.date = tokenizer, date
