@@ -229,6 +229,13 @@ def stage_files(data: Path) -> None:
         "    if os.environ['RANK'] == '1':\n        raise ValueError('no idea')\n"
         "    return 0\n"
     )
+    (data / "quiz.py").write_text(
+        "from fastlm.train.environments import Environment\n"
+        "class Quiz(Environment):\n"
+        "    stop = ('e', 'a', ' ')\n"
+        "    def step(self, text):\n"
+        "        return 'no' if len(text) % 3 else None\n"
+    )
 
 
 SHORT = replace(OPTIONS, max_steps=4, validations=1, sample_at=())
@@ -347,7 +354,8 @@ def train_rounds(data: Path, out: Path) -> None:
         train_online(kind, out / kind, ROUNDS)
     train_preferences(out / "kto", SHORT, "kto")
     train_distillation(out / "on-policy", replace(SHORT, validations=0), on_policy_fraction=0.6)
-    run_grpo_stage(data, out / "stage")
+    environment = f"{data}/quiz.py:Quiz"
+    run_grpo_stage(data, out / "stage", environment=environment, max_new_tokens=60)
 
 
 def rounds_of_two(rank: int, data: Path, out: Path) -> None:

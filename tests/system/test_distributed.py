@@ -260,6 +260,7 @@ def test_what_goes_wrong_in_a_round_is_said_in_all_processes(rounds_of_two):
         )
         assert "model" not in message["left"]
     assert (rounds_of_two / "stage/model/model.safetensors").exists()
+    assert max(lines(rounds_of_two / "stage", "turns")) > 1
 
 
 @pytest.mark.usefixtures("one_thread")
