@@ -146,7 +146,7 @@ class EpisodeSampler:
         ``max_new_tokens`` limits a completion with its observations. A completion ends as "stop" if
         its environment ends it, and as "length" after ``max_turns`` turns, or where an observation
         leaves no token for another turn; such an observation is dropped. So the last token is
-        always a sampled one.
+        always a sampled one. Ids that only a padded model has are not sampled.
         """
         check_prompt_lengths(model, prompts, max_new_tokens)
         if not prompts:

@@ -30,7 +30,6 @@ from fastlm.train.encoding import (
     rows_summary,
     template_variables,
 )
-from fastlm.train.environments import ENVIRONMENTS, has_reward, load_environment
 from fastlm.train.lora_options import LoraOptions
 from fastlm.train.metrics import METRICS, read_metrics
 from fastlm.train.objective import weights_digest
@@ -156,6 +155,8 @@ messages), or of conversations, whose last answer is cut off."""
 
     def check_models(self, names: Sequence[str]) -> None:
         """Raise InputError if the options do not fit reward models of these names."""
+        from fastlm.train.environments import ENVIRONMENTS
+
         expect(
             self.reward_function or names or self.environment not in ("", *ENVIRONMENTS),
             "reward_function",
@@ -203,6 +204,7 @@ messages), or of conversations, whose last answer is cut off."""
 
     def episode_sampler(self, tokenizer: "Tokenizer", scorer: "RewardScorer") -> "EpisodeSampler":
         """Return the sampler of completions of several turns, in `environment`."""
+        from fastlm.train.environments import has_reward, load_environment
         from fastlm.train.episodes import EpisodeSampler
 
         environment = load_environment(self.environment)

@@ -1,0 +1,159 @@
+"""Check that GRPO teaches a model to call a tool where it cannot compute: sums of two numbers of
+three digits, a model of 0.2 million weights, the calculator.
+
+    python bench/train/tool_use.py -o runs/tool-use
+
+The model first learns both ways to answer from conversations (sft): most give the sum at once, some
+call the calculator. It learns to copy numbers into calls, but not to add. Then GRPO rewards right
+answers. Printed for each seed, on the same held-out questions with greedy decoding and at
+temperature 1: the share of right answers, and the share of completions with a call, before and
+after. An interrupted command resumes.
+"""
+
+import argparse
+import json
+import random
+import statistics
+from pathlib import Path
+from typing import Any
+
+import bench_path  # noqa: F401
+import torch
+from harness import machine, save
+
+from fastlm.checkpoint.config import ModelConfig
+from fastlm.data.prompts import parse_prompt
+from fastlm.data.verifiers import number
+from fastlm.model.causal_lm import CausalLM
+from fastlm.tokenizer.load import load_tokenizer
+from fastlm.tokenizer.tokenizer import Tokenizer
+from fastlm.train.environments import Calculator
+from fastlm.train.episodes import EpisodeSampler
+from fastlm.train.online_stage import GRPO
+from fastlm.train.sft import SFT
+
+TEMPLATE = (
+    "{% for tool in tools or [] %}{{ tool.function.name }}\n{% endfor %}"
+    "{% for message in messages %}"
+    "{{ '<|im_start|>' + message.role + '\n' + message.content + '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+CALL = '<tool_call>{{"name": "calculator", "arguments": {{"expression": "{}"}}}}</tool_call>'
+CALLS = 0.2  # the share of conversations with a call
+NEW_TOKENS = 64
+
+
+def make_base(folder: Path) -> None:
+    """Save an untrained model whose tokens are single digits, and pieces of calls."""
+    text = f"<|im_start|>\nuser\nassistant\ntool\ncalculator\n{CALL.format('+')}\n+="
+    tokenizer = Tokenizer.train([text * 9], 400)
+    tokenizer.chat_template = TEMPLATE
+    config = {
+        "model_type": "llama", "vocab_size": tokenizer.vocab_size, "hidden_size": 96,
+        "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4,
+        "num_key_value_heads": 4, "max_position_embeddings": 256, "tie_word_embeddings": True,
+        "eos_token_id": tokenizer.eos_id, "pad_token_id": tokenizer.eos_id,
+    }  # fmt: skip
+    CausalLM(ModelConfig.from_dict(config), seed=1).save_pretrained(folder)
+    tokenizer.save(folder)
+
+
+def questions(count: int, seed: int) -> list[dict[str, str]]:
+    rng = random.Random(seed)
+    pairs = [(rng.randint(100, 999), rng.randint(100, 999)) for _ in range(count)]
+    return [{"prompt": f"{a}+{b}=", "answer": str(a + b)} for a, b in pairs]
+
+
+def conversation(row: dict[str, str], has_call: bool) -> dict[str, Any]:
+    """Return a conversation that answers a question."""
+    answer = {"role": "assistant", "content": row["answer"]}
+    turns: list[Any] = [answer]
+    if has_call:
+        call = CALL.format(row["prompt"].rstrip("="))
+        turns = [
+            {"role": "assistant", "content": call},
+            {"role": "tool", "content": row["answer"]}, answer,
+        ]  # fmt: skip
+    return {
+        "messages": [{"role": "user", "content": row["prompt"]}, *turns],
+        "tools": Calculator.tools,
+    }
+
+
+def write(path: Path, rows: list[dict[str, Any]]) -> str:
+    path.write_text("\n".join(map(json.dumps, rows)))
+    return str(path)
+
+
+def measure(folder: Path, count: int, temperature: float) -> dict[str, float]:
+    """Return the share of right answers and of calls on held-out questions."""
+    model = CausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    tokenizer = load_tokenizer(folder, model.config.to_dict())
+    sampler = EpisodeSampler(Calculator, "", tokenizer)
+    rows = questions(count, seed=99)
+    prompts = [parse_prompt(row) for row in rows]
+    ids = []
+    for prompt in prompts:
+        messages, tools = sampler.prompt(prompt)
+        ids.append(tokenizer.encode_chat(messages, tools=tools))
+    episodes = sampler.sample(
+        model, ids, prompts, max_turns=3, max_new_tokens=NEW_TOKENS, temperature=temperature,
+        stop_ids=tokenizer.stop_ids,
+    )  # fmt: skip
+    right = [number(episode.text, row) for episode, row in zip(episodes, rows)]
+    calls = [bool(episode.observation_indices) for episode in episodes]
+    direct = [score for score, call in zip(right, calls) if not call]
+    return {
+        "right": statistics.mean(right), "calls": statistics.mean(calls),
+        "right_without_call": statistics.mean(direct) if direct else float("nan"),
+    }  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("-o", "--out", type=Path, default=Path("runs/tool-use"))
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1])
+    parser.add_argument("--sft-steps", type=int, default=1200)
+    parser.add_argument("--steps", type=int, default=40)
+    parser.add_argument("--questions", type=int, default=200)
+    parser.add_argument("--json", type=Path)
+    a = parser.parse_args()
+    a.out.mkdir(parents=True, exist_ok=True)
+    rng = random.Random(0)
+    rows = questions(6000, seed=0)
+    sft_data = write(a.out / "sft.jsonl", [conversation(r, rng.random() < CALLS) for r in rows])
+    data = write(
+        a.out / "questions.jsonl",
+        questions(2000, seed=5),  # type: ignore[arg-type]
+    )
+    if not (a.out / "base/config.json").exists():
+        make_base(a.out / "base")
+    sft = SFT(
+        data=(sft_data,), max_steps=a.sft_steps, batch_size=64, lr=3e-3, weight_decay=0.0,
+        heldout=0.01, validations=4, sample_at=(), dtype="float32", save_steps=200,
+    )  # fmt: skip
+    sft(a.out / "sft", model=a.out / "base")
+    results: list[dict[str, Any]] = []
+    for temperature in (0.0, 1.0):
+        before = measure(a.out / "sft/model", a.questions, temperature)
+        results.append({"model": "sft", "temperature": temperature, **before})
+        print(results[-1], flush=True)
+    for seed in a.seeds:
+        grpo = GRPO(
+            data=(data,), environment="calculator", max_turns=3, reward_function="number",
+            seed=seed, max_steps=a.steps, prompts_per_round=16, num_generations=8, batch_size=64,
+            gradient_accumulation_steps=2, max_new_tokens=NEW_TOKENS, lr=3e-4, heldout=0.02,
+            val_prompts=32, validations=4, sample_at=(), dtype="float32", save_steps=20,
+        )  # fmt: skip
+        grpo(a.out / f"grpo-{seed}", model=a.out / "sft/model")
+        for temperature in (0.0, 1.0):
+            after = measure(a.out / f"grpo-{seed}/model", a.questions, temperature)
+            results.append({"model": "grpo", "seed": seed, "temperature": temperature, **after})
+            print(results[-1], flush=True)
+    save(a.json, {"machine": machine(), "results": results})
+
+
+if __name__ == "__main__":
+    main()
