@@ -1,13 +1,13 @@
-"""Check that GRPO teaches a model to call a tool where it cannot compute: sums of two numbers of
-three digits, a model of 0.2 million weights, the calculator.
+"""Check that GRPO teaches a model to call a tool where it cannot compute: products of two numbers
+of three digits, a model of 0.2 million weights, the calculator.
 
     python bench/train/tool_use.py -o runs/tool-use
 
-The model first learns both ways to answer from conversations (sft): most give the sum at once, some
-call the calculator. It learns to copy numbers into calls, but not to add. Then GRPO rewards right
-answers. Printed for each seed, on the same held-out questions with greedy decoding and at
-temperature 1: the share of right answers, and the share of completions with a call, before and
-after. An interrupted command resumes.
+The model first learns both ways to answer from conversations (sft): most give the product at once,
+some call the calculator. It learns to copy numbers into calls, but not to multiply. Then GRPO
+rewards right answers. Printed, on the same new questions, greedily and at temperature 1: the share
+of right answers, of completions with a call, and of right answers among those without one. An
+interrupted command resumes.
 """
 
 import argparse
@@ -45,7 +45,7 @@ NEW_TOKENS = 64
 
 def make_base(folder: Path) -> None:
     """Save an untrained model whose tokens are single digits, and pieces of calls."""
-    text = f"<|im_start|>\nuser\nassistant\ntool\ncalculator\n{CALL.format('+')}\n+="
+    text = f"<|im_start|>\nuser\nassistant\ntool\ncalculator\n{CALL.format('*')}\n*="
     tokenizer = Tokenizer.train([text * 9], 400)
     tokenizer.chat_template = TEMPLATE
     config = {
@@ -61,7 +61,7 @@ def make_base(folder: Path) -> None:
 def questions(count: int, seed: int) -> list[dict[str, str]]:
     rng = random.Random(seed)
     pairs = [(rng.randint(100, 999), rng.randint(100, 999)) for _ in range(count)]
-    return [{"prompt": f"{a}+{b}=", "answer": str(a + b)} for a, b in pairs]
+    return [{"prompt": f"{a}*{b}=", "answer": str(a * b)} for a, b in pairs]
 
 
 def conversation(row: dict[str, str], has_call: bool) -> dict[str, Any]:
@@ -110,13 +110,11 @@ def measure(folder: Path, count: int, temperature: float) -> dict[str, float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("-o", "--out", type=Path, default=Path("runs/tool-use"))
     parser.add_argument("--seeds", type=int, nargs="+", default=[1])
-    parser.add_argument("--sft-steps", type=int, default=1200)
-    parser.add_argument("--steps", type=int, default=40)
+    parser.add_argument("--sft-steps", type=int, default=700)
+    parser.add_argument("--steps", type=int, default=25)
     parser.add_argument("--questions", type=int, default=200)
     parser.add_argument("--json", type=Path)
     a = parser.parse_args()

@@ -244,7 +244,7 @@ def rollouts_of_fastlm(base, theirs, prompts_of_trl, end: int, **group) -> GRPOO
     class Given(GRPOObjective):
         """Takes the known completions for its samples."""
 
-        def _sample(self, prompts, temperature, longest, seed=0) -> list[Completion]:
+        def _sample(self, prompts, temperature, longest, seed=0, rows=()) -> list[Completion]:
             assert (temperature, longest) == (1.0, LONGEST)
             places = [
                 prompts_of_trl.index(prompt) * GROUP + i % GROUP for i, prompt in enumerate(prompts)
