@@ -112,7 +112,7 @@ def measure(folder: Path, count: int, temperature: float) -> dict[str, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("-o", "--out", type=Path, default=Path("runs/tool-use"))
-    parser.add_argument("--seeds", type=int, nargs="+", default=[1])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("--sft-steps", type=int, default=700)
     parser.add_argument("--steps", type=int, default=25)
     parser.add_argument("--questions", type=int, default=200)
