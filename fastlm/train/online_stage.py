@@ -63,7 +63,7 @@ class OnlineStage(LoraOptions, RolloutOptions, ChatStage):
     `fastlm.train.online.OnlineObjective`.
     """
 
-    version = 2
+    version = 3
     truncations: ClassVar[tuple[str, ...]] = ("skip",)
     row_name: ClassVar[str] = "prompts"
     row_use: ClassVar[str] = "answer"
