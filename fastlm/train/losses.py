@@ -353,7 +353,8 @@ def simpo_loss(
 
     Returns (B,).
     """
-    chosen, rejected = _per_token(*_floats(chosen=chosen, rejected=rejected), lengths)
+    chosen, rejected = _floats(chosen=chosen, rejected=rejected)
+    chosen, rejected = _per_token(chosen, rejected, lengths)
     return _smoothed_sigmoid_loss(beta * (chosen - rejected) - simpo_gamma, label_smoothing)
 
 
@@ -374,7 +375,8 @@ def orpo_loss(
     Returns:
         (losses, metrics): (B,) each; "nll" and "log_odds", without gradients.
     """
-    chosen, rejected = _per_token(*_floats(chosen=chosen, rejected=rejected), lengths)
+    chosen, rejected = _floats(chosen=chosen, rejected=rejected)
+    chosen, rejected = _per_token(chosen, rejected, lengths)
     log_odds = _log_odds(chosen) - _log_odds(rejected)
     metrics = {"nll": -chosen.detach(), "log_odds": log_odds.detach()}
     return -chosen - beta * F.logsigmoid(log_odds), metrics
