@@ -95,7 +95,7 @@ class LoraLinear(nn.Module):
         bias: Any = self.base_layer.bias
         product = (y if bias is None else y - bias) + update
         # not y * scale: bfloat16 has more digits of a small scale - 1 than of scale
-        return y + update + (self._row_scale() - 1).to(x.dtype) * product
+        return y + update + (self._row_scale() - 1).to(y.dtype) * product
 
     def _base_weight(self) -> Tensor:
         """Return W in float32."""

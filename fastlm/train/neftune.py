@@ -19,7 +19,7 @@ def noisy_embeddings(model: "CausalLM", alpha: float, cu_seqlens: Tensor) -> Ite
     packed document (``cu_seqlens``), which other documents and padding do not change. It is drawn
     from torch's generator.
     """
-    lengths, width = cu_seqlens.diff(), model.config.hidden_size
+    lengths, width = cu_seqlens.diff(), float(model.config.hidden_size)  # an int32 may overflow
     bounds = alpha / (lengths * width).sqrt()
     # the hook runs before the factor that Gemma has on embeddings
     bounds = bounds / model.model.embedding_scale(model.dtype)
