@@ -20,6 +20,8 @@ Metrics = list[dict[str, Any]]
 CHARTS: tuple[tuple[str, tuple[str, ...], float | None, tuple[float, float] | None], ...] = (
     ("reward, nats times β", ("reward_chosen", "reward_rejected"), 0.0, None),
     ("accuracy of pairs", ("accuracy",), 0.5, (-0.02, 1.02)),
+    ("log odds ratio of chosen and rejected", ("log_odds",), 0.0, None),
+    ("loss per token of the chosen answers", ("nll",), None, None),
     ("score", ("score",), None, None),
     ("KL to the reference, nats per completion", ("kl", "kl3"), 0.0, None),
     ("tokens per completion", ("length",), None, None),
