@@ -393,9 +393,7 @@ def _win_probability(counts: Sequence[int], winner: int, n: int, k: int) -> floa
     return total
 
 
-def _majority_by_draws(
-    counts: Sequence[int], scores: Sequence[float], n: int, k: int
-) -> float:
+def _majority_by_draws(counts: Sequence[int], scores: Sequence[float], n: int, k: int) -> float:
     rng = np.random.default_rng(0)
     blank = n - sum(counts)
     votes = rng.multivariate_hypergeometric([*counts, blank], k, size=DRAWS)[:, :-1]
