@@ -314,6 +314,6 @@ def _error_line(error: BaseException) -> str:
 
 def _missing_harness(package: str = "lm_eval") -> InputError:
     return InputError(
-        f"tasks: expected the package {package.partition('.')[0]} for a task in YAML, which is not installed (pip"
-        " install 'fastlm[harness]')"
+        f"tasks: expected the package {package.partition('.')[0]} for a task in YAML, which is not"
+        " installed (pip install 'fastlm[harness]')"
     )

@@ -68,7 +68,7 @@ def corpus_interval(
     Args:
         references: those of each answer, equally many.
     """
-    from sacrebleu.metrics import BLEU, CHRF, TER
+    from sacrebleu import BLEU, CHRF, TER
 
     scorer = {"bleu": BLEU, "chrf": CHRF, "chrf++": lambda: CHRF(word_order=2), "ter": TER}[
         metric

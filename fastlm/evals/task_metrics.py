@@ -43,9 +43,12 @@ def question_metrics(
     """Return each metric of each question, in the order of the task. ``k``: of pass@k and
     majority@k, at most the number of samples; default: those of `SAMPLES_AT_K`."""
     metrics_of: Callable[[Any, Record], Mapping[str, float]]
-    metrics_of = task.question_metrics or (
-        partial(_open_metrics, task, k) if task.is_open else partial(_choice_metrics, task)
-    )
+    if task.question_metrics is not None:
+        metrics_of = task.question_metrics
+    elif task.is_open:
+        metrics_of = partial(_open_metrics, task, k)
+    else:
+        metrics_of = partial(_choice_metrics, task)
     rows = [metrics_of(*pair) for pair in zip(task.questions, records, strict=True)]
     names = [name for name in rows[0] if all(name in row for row in rows)]
     return {name: np.array([row[name] for row in rows]) for name in names}

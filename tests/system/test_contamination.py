@@ -186,7 +186,12 @@ def test_planted_questions_are_caught(base, planted):
     assert shares["0"] > 0.9 and actual["dirty"] >= 1
     assert shares["1"] < shares["0"]  # all but what is near the other word
     (parts,) = actual["models"].values()
-    assert set(parts) == {"clean", "dirty"}
+    assert set(parts) == {"clean", "dirty", "at_most"}
+    assert [(row["share"], row["questions"]) for row in parts["at_most"]] == [
+        (0, 4), (0.2, 4), (0.5, 5 - (shares["1"] > 0.5)),
+    ]  # fmt: skip
+    clean_rows = parts["at_most"][0]["metrics"]
+    assert clean_rows.keys() == parts["clean"].keys() and clean_rows["acc"]["value"] in (0, 0.5, 1)
     assert 0 <= parts["clean"]["acc"]["value"] <= 1 and "bits_per_byte" in parts["dirty"]
     clean = Eval(tasks=(str(planted / "own.yaml"),))(out, model=[str(base)])
     assert "contamination" not in clean["tasks"][0]

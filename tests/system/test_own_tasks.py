@@ -187,8 +187,9 @@ def summaries(write, tmp_path, cache):
             for prompt, (reference, _) in TEXTS.items()
         ))  # fmt: skip
         return load_task(write(
-            "task: summaries\ndataset_path: json\ndataset_kwargs: {data_files: {test: texts.jsonl}}\n"
-            'test_split: test\noutput_type: generate_until\ndoc_to_text: "{{text}}"\n'
+            "task: summaries\ndataset_path: json\ntest_split: test\n"
+            "dataset_kwargs: {data_files: {test: texts.jsonl}}\n"
+            'output_type: generate_until\ndoc_to_text: "{{text}}"\n'
             'doc_to_target: "{{summary}}"\ngeneration_kwargs: {until: ["##"]}\n'
             f"metric_list: [{', '.join(metrics)}]\n"
         ), cache)  # fmt: skip
