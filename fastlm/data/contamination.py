@@ -63,12 +63,6 @@ def letters(text: str) -> np.ndarray:
     return np.frombuffer(data, np.uint8)
 
 
-def run_size(text: int, body: int) -> int:
-    """Return how many letters in a row are searched for, for a question of ``text`` letters with a
-    body of ``body`` (0: it has none): `N`, `SHORT` if there are fewer; 0 if it is too short."""
-    return N if (body or text) >= N else SHORT if text >= SHORT else 0
-
-
 class EvaluationQuestion(NamedTuple):
     """A question of an evaluation set.
 
@@ -119,7 +113,7 @@ class QuestionIndex:
             text, body = letters(question.text), letters(question.body or question.text)
             data = text.tobytes()
             begin = data.find(body.tobytes())
-            size = run_size(len(text), len(body))
+            size = N if len(body) >= N else SHORT if len(text) >= SHORT else 0
             key = data, begin, len(body)
             self.short += not size
             if size and key not in seen:

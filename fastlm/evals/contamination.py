@@ -3,9 +3,10 @@
 Letters and digits are compared, in lower case, so that different line breaks, cases, quotes or list
 marks do not hide a copy (as in OpenAI 2023, arXiv:2303.08774, appendix C). Rejected: tokens, as in
 GPT-3 and Llama 2. They find at most 11 % of copies that are wrapped into lines. The search is for
-runs of `N` letters, about 13 tokens (`run_size`: shorter questions). The few-shot examples are left
-out. A question is searched for with its choices and its right answer, and again without these and
-the text that all questions of its part share.
+runs of `N` letters, about 13 tokens. For shorter questions it is for runs of `SHORT`; questions of
+fewer letters are skipped. The few-shot examples are left out. A question is searched for with its
+choices and its right answer, and again without these and the text that all questions of its part
+share.
 
     share    of the question's letters in runs that the data contain; the larger of the two searches
     touched  at least one run is in the data (GPT-3's rule)
@@ -20,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fastlm.data.contamination import DIRTY, N, letters, run_size
+from fastlm.data.contamination import DIRTY, SHORT, N, letters
 from fastlm.data.ngrams import build_indexes
 from fastlm.evals.task import MultipleChoice, Question, Task
 from fastlm.evals.task_metrics import QuestionMetrics, mean_metrics
@@ -40,11 +41,7 @@ BREAK = b"\0"  # between documents
 def question_texts(questions: Sequence[Question]) -> list[tuple[str, str, str]]:
     """Split each question into (prefix, body, rest), without the examples. Prefix and the beginning
     of the rest ("Question:", "Answer:") are shared by all questions of its part; the rest also has
-    lettered choices and the right answer.
-
-    A body that questions with other rests share, such as "Which of these is true?", is nobody's
-    copy: it becomes part of the rest, and the body is empty.
-    """
+    lettered choices and the right answer."""
     pairs = [
         q.requests[q.gold] if isinstance(q, MultipleChoice) else (q.prompt, q.gold)
         for q in questions
@@ -59,15 +56,7 @@ def question_texts(questions: Sequence[Question]) -> list[tuple[str, str, str]]:
         examples, begin, end = frames[q.part]
         stop = len(stem) - end
         texts.append((prompt[examples:begin].lstrip(), prompt[begin:stop], prompt[stop:] + answer))
-    rests: dict[bytes, set[bytes]] = {}
-    for _, body, rest in texts:
-        rests.setdefault(letters(body).tobytes(), set()).add(letters(rest).tobytes())
-    return [
-        (prefix, "", body + rest)
-        if len(rests[letters(body).tobytes()]) > 1
-        else (prefix, body, rest)
-        for prefix, body, rest in texts
-    ]
+    return texts
 
 
 def _choices_begin(question: Question, prompt: str) -> int:
@@ -99,8 +88,10 @@ def write_questions(names: Sequence[str], path: Path, cache: Path) -> dict[str, 
                 task = load_task(name, cache)
                 texts = question_texts(task.questions)
                 for question, (prefix, body, rest) in zip(task.questions, texts):
-                    row = {"set": name, "id": question.id, "text": prefix + body + rest}
-                    row |= {"question": body.strip()} if body else {}
+                    row = {
+                        "set": name, "id": question.id, "text": prefix + body + rest,
+                        "question": body.strip(),
+                    }  # fmt: skip
                     file.write(json.dumps(row, ensure_ascii=False).encode() + b"\n")
                 counts[name] = len(texts)
     except OSError as error:
@@ -167,7 +158,10 @@ def overlap(
     questions that are too short."""
     letters_of = [[letters(part) for part in parts] for parts in questions]
     full_texts = [np.concatenate(parts) for parts in letters_of]
-    sizes = [run_size(len(text), len(body)) for text, (_, body, _) in zip(full_texts, letters_of)]
+    sizes = [
+        N if len(body) >= N else SHORT if len(w) >= SHORT else 0
+        for w, (_, body, _) in zip(full_texts, letters_of)
+    ]
     index_by_n = build_indexes(full_texts, sizes)
     text = np.empty(0, np.uint8)
     for start in track(range(0, data.tokens, BLOCK), "searching the data", unit="blocks"):

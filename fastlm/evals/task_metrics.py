@@ -42,7 +42,7 @@ def question_metrics(
 ) -> QuestionMetrics:
     """Return each metric of each question, in the order of the task. ``k``: of pass@k and
     majority@k, at most the number of samples; default: those of `SAMPLES_AT_K`."""
-    metrics_of: Callable[[Any, Record], Mapping[str, float]]
+    metrics_of: Callable[..., Mapping[str, float]]
     if task.question_metrics is not None:
         metrics_of = task.question_metrics
     elif task.is_open:
