@@ -42,16 +42,16 @@ def question_metrics(
 ) -> QuestionMetrics:
     """Return each metric of each question, in the order of the task. ``k``: of pass@k and
     majority@k, at most the number of samples; default: those of `SAMPLES_AT_K`."""
-    metrics_of: Callable[..., Mapping[str, float]]
-    if task.question_metrics is not None:
-        metrics_of = task.question_metrics
-    elif task.is_open:
-        metrics_of = partial(_open_metrics, task, k)
-    else:
-        metrics_of = partial(_choice_metrics, task)
+    metrics_of = _metrics_function(task, k)
     rows = [metrics_of(*pair) for pair in zip(task.questions, records, strict=True)]
     names = [name for name in rows[0] if all(name in row for row in rows)]
     return {name: np.array([row[name] for row in rows]) for name in names}
+
+
+def _metrics_function(task: Task, k: Sequence[int]) -> Callable[[Any, Record], Mapping[str, float]]:
+    if task.question_metrics is not None:
+        return task.question_metrics
+    return partial(_open_metrics, task, k) if task.is_open else partial(_choice_metrics, task)
 
 
 def bits_per_byte(question: MultipleChoice, logprob: float, delimiter: str) -> float:
