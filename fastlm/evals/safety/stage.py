@@ -35,7 +35,7 @@ class Safety(Stage):
 
     kind = "safety"
     command = ("safety",)
-    version = 9
+    version = 10
     inputs = {
         "model": InputSpec(
             ("model", "quantized"), "Hugging Face folder, .gguf, fastlm run or model:smollm2",
