@@ -154,7 +154,7 @@ class ApiJudge:
         if key := os.environ.get(KEY_VARIABLE):
             headers["authorization"] = f"Bearer {key}"
         request = urllib.request.Request(f"{self.address}/{path}", data, headers)
-        failure: Exception = InputError("retries: expected 0 or more")
+        failure: Exception | None = None
         for attempt in range(self.retries + 1):
             if attempt:
                 time.sleep(WAIT * 2 ** (attempt - 1))
@@ -174,6 +174,7 @@ class ApiJudge:
                 cause = getattr(error, "reason", error)
                 cause = reason(cause) if isinstance(cause, BaseException) else cause
                 failure = InputError(f"judge: expected a server at {self.address}, got: {cause}")
+        assert failure is not None
         raise failure from None
 
 

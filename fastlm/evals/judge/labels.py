@@ -5,13 +5,16 @@ Labels of the second half find faults of a rubric, but they are not a sample of 
 errs more often there. So only the random half measures the judge.
 
 A hash of the id puts all answers in a random order. The random sample is the beginning of this
-order, as far as every answer has a label or was skipped (`random_labels`). It follows from the ids
-alone, so that labels may come from any file, in any order and from several sessions. An answer of
-the second half that the beginning reaches later is then a part of the sample; leaving it out would
-leave out the answers that are hard to judge.
+order: its blocks of `BLOCK` answers, up to the first block that lacks a label (`random_labels`). It
+follows from the ids alone, so that labels may come from any file, in any order and from several
+sessions. An answer of the second half that the beginning reaches later is then a part of the
+sample; leaving it out would leave out the answers that are hard to judge. Without blocks, the
+sample would end before the first answer without a label. Whether one more answer counts would then
+depend on how hard it is to judge, because the second half labels hard ones.
 """
 
 import json
+import math
 import os
 import random
 from collections import Counter
@@ -29,6 +32,8 @@ from fastlm.evals.judge.rubric import Rubric
 from fastlm.evals.judge.scale import Grade
 from fastlm.files import make_folder, write_error
 from fastlm.schema import Name, parse, read_lines
+
+BLOCK = 10  # a rater who ends early loses at most nine labels of the sample
 
 
 class LabelRow(TypedDict):
@@ -74,23 +79,26 @@ def random_order(ids: Iterable[str]) -> list[str]:
 
 
 def random_labels(ids: Iterable[str], labels: Mapping[str, Grade | None]) -> dict[str, Grade]:
-    """Return the labels of the random sample of ``ids``: those at the beginning of the random
-    order, up to the first id without a label. Skipped ones are left out."""
+    """Return the labels of the random sample of ``ids``: those of the blocks at the beginning of
+    the random order, up to the first block with an id without a label. Skipped ones are left out.
+    """
+    order = random_order(ids)
     sample: dict[str, Grade] = {}
-    for id in random_order(ids):
-        if id not in labels:
+    for start in range(0, len(order), BLOCK):
+        block = order[start : start + BLOCK]
+        if any(id not in labels for id in block):
             break
-        if (label := labels[id]) is not None:
-            sample[id] = label
+        sample |= {id: label for id in block if (label := labels[id]) is not None}
     return sample
 
 
 def label_order(graded: Sequence[GradedItem], rubric: Rubric, count: int) -> list[GradedItem]:
-    """Return ``count`` items to label: the random half, and the items of the rest of which the
-    judge is least sure. Coin flips mix the two, so that the order does not reveal the half."""
+    """Return ``count`` items to label: half of them (whole blocks) of the random sample, and those
+    of the rest of which the judge is least sure. Coin flips mix the two, so that the order does not
+    reveal the half."""
     by_id = {g.item.id: g for g in graded if g.grade is not None}
     order = [by_id[id] for id in random_order(by_id)]
-    size = (count + 1) // 2
+    size = min(count, BLOCK * math.ceil(count / 2 / BLOCK))
     sample, rest = order[:size], order[size:]
     unsure = sorted(rest, key=lambda g: confidence_key(g, rubric))[: count - size]
     mixed, coins = [], random.Random(0)
