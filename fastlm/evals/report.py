@@ -295,14 +295,15 @@ def judge_blocks(result: Mapping[str, Any]) -> Blocks:
     scores = _judge_scores(result)
     (name,) = result["models"]
     blocks: Blocks = [_scores_table(result, name)]
-    rows = []
-    for key, score in scores.items():
-        for error in _judges(score):
-            cells = [_accuracy(error, field) for field in ACCURACY]
-            rows.append((key, error["domain"], *cells))
+    rows = [
+        (key, error["domain"], *_accuracy(error, field))
+        for key, score in scores.items()
+        for error in _judges(score)
+        for field in ACCURACY
+    ]
     if rows:
-        title = "The judge compared with labels, with 95 % intervals"
-        blocks.append(ReportTable(("score", "labels", *ACCURACY), rows, left=2, title=title))
+        columns = ("score", "labels", "judge", "value", "95 % interval")
+        blocks.append(ReportTable(columns, rows, left=3, title="The judge's error, on labels"))
     else:
         blocks.append(
             "The judge's error is not known: label answers (fastlm label), and repeat the command"
@@ -319,14 +320,13 @@ def judge_blocks(result: Mapping[str, Any]) -> Blocks:
     return blocks
 
 
-def _accuracy(error: Mapping[str, Any], field: str) -> str:
-    """Return a field of `JudgeAccuracy.as_dict` with its interval."""
-    if (ends := error["intervals"][field]) is None:
-        return "no label"
+def _accuracy(error: Mapping[str, Any], field: str) -> tuple[str, str, str]:
+    """Return a field of `JudgeAccuracy.as_dict` as (name, value, interval)."""
+    ends, value = error["intervals"][field], error[field]
     if field == "kappa":
-        return f"{error[field]:.2f} ({ends[0]:.2f} to {ends[1]:.2f})"
-    right, total = error[field]
-    return f"{right}/{total} ({100 * ends[0]:.0f} to {100 * ends[1]:.0f} %)"
+        return field, f"{value:.2f}", "" if ends is None else f"{ends[0]:.2f} to {ends[1]:.2f}"
+    percents = "" if ends is None else f"{100 * ends[0]:.1f} % to {100 * ends[1]:.1f} %"
+    return field, f"{value[0]}/{value[1]}", percents
 
 
 def judge_part(result: Mapping[str, Any], grades: Path) -> ReportSection:

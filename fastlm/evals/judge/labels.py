@@ -75,7 +75,11 @@ def merge_raters(
 
 def random_order(ids: Iterable[str]) -> list[str]:
     """Return the ids in the order of their hashes."""
-    return sorted(ids, key=lambda id: blake2b(f"random order {id}".encode()).digest())
+    return sorted(ids, key=lambda id: _hash("random order", id))
+
+
+def _hash(purpose: str, id: str) -> bytes:
+    return blake2b(f"{purpose} {id}".encode()).digest()
 
 
 def random_labels(ids: Iterable[str], labels: Mapping[str, Grade | None]) -> dict[str, Grade]:
@@ -100,7 +104,9 @@ def label_order(graded: Sequence[GradedItem], rubric: Rubric, count: int) -> lis
     order = [by_id[id] for id in random_order(by_id)]
     size = min(count, BLOCK * math.ceil(count / 2 / BLOCK))
     sample, rest = order[:size], order[size:]
-    unsure = sorted(rest, key=lambda g: confidence_key(g, rubric))[: count - size]
+    # between equals another order decides: the random one would complete further blocks with them
+    unsure = sorted(rest, key=lambda g: (confidence_key(g, rubric), _hash("equals", g.item.id)))
+    del unsure[count - size :]
     mixed, coins = [], random.Random(0)
     while sample and unsure:
         mixed.append((sample if coins.random() < 0.5 else unsure).pop(0))

@@ -73,7 +73,9 @@ class ModelJudge:
             for start in starts
         ]
         for i, text, completion in zip(fits, texts, completions, strict=True):
-            logprob = math.fsum(token.logprob for token in completion.logprobs)
+            logprob = math.fsum(
+                t.logprob for t in completion.logprobs if t.token not in self.compiler.stop_ids
+            )
             replies[i] = {
                 "grade": json.loads(completion.text), "reason": text,
                 "probability": min(1.0, math.exp(logprob)),

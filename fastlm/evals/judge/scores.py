@@ -13,7 +13,7 @@ from fastlm.evals.judge.scale import Grade
 from fastlm.evals.judge_accuracy import JudgeAccuracy
 from fastlm.stats.intervals import clustered_wilson, mean_error, wilson
 
-DOMAIN, UNSURE = "this model", "further labels, not random"
+DOMAIN, UNSURE = "this model", "other labels"
 
 
 def judge_scores(
