@@ -31,6 +31,8 @@ VERBS = (
     "ppo",
     "grpo",
     "quantize",
+    "judge",
+    "label",
     "export",
     "eval",
     "safety",

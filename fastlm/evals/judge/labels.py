@@ -36,7 +36,7 @@ from fastlm.schema import Name, parse, read_lines
 BLOCK = 10  # a rater who ends early loses at most nine labels of the sample
 
 
-class LabelRow(TypedDict):
+class RaterLabel(TypedDict):
     """A rater's label of an answer, None: the rater skipped it."""
 
     id: Annotated[str, MinLen(1)]
@@ -47,7 +47,7 @@ class LabelRow(TypedDict):
 def read_label_rows(path: Path, rubric: Rubric) -> dict[tuple[str, str], Grade | None]:
     """Return (id, rater) -> the last label. InputError: a bad row, a label of another scale."""
     labels: dict[tuple[str, str], Grade | None] = {}
-    for number, row in read_lines(path, LabelRow):
+    for number, row in read_lines(path, RaterLabel):
         if row["label"] is not None and row["label"] not in rubric.grades:
             expected = ", ".join(map(str, rubric.grades))
             raise InputError(
@@ -147,14 +147,14 @@ class LabelFile:
         if start == len(data):
             return
         try:
-            parse(data[start:], LabelRow, str(self.path))
+            parse(data[start:], RaterLabel, str(self.path))
         except InputError:
             self._file.truncate(start)
         else:
             self._write(b"\n")
 
     def add(self, id: str, label: Grade | None) -> None:
-        row: LabelRow = {"id": id, "rater": self.rater, "label": label}
+        row: RaterLabel = {"id": id, "rater": self.rater, "label": label}
         try:
             self._write(json.dumps(row, ensure_ascii=False).encode() + b"\n")
         except OSError as error:
