@@ -1,7 +1,7 @@
 """Results of `fastlm eval`, `safety` and `judge` as a summary line, terminal output and a section
 of report.html. Output and section show the same blocks: tables and lines of text."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -168,21 +168,28 @@ def _judges(score: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     return [score["judge"], *score["judge"].get("other_domains", ())] if "judge" in score else []
 
 
+def raw_lines(score: Mapping[str, Any]) -> list[str]:
+    """Return a line with the uncorrected share, none if the score is not corrected."""
+    return [f"{100 * score['raw']:.1f} % before the correction"] if score.get("corrected") else []
+
+
 def judge_lines(score: Mapping[str, Any]) -> list[str]:
     """Return a line for each domain in which the judge was measured. If the value is corrected, the
     first line is the uncorrected share.
     """
-    lines = []
-    if score.get("corrected"):
-        lines.append(f"{100 * score['raw']:.1f} % before the correction")
+    lines = raw_lines(score)
     for error in _judges(score):
         (hit, of), (passed, rest) = error["sensitivity"], error["specificity"]
         lines.append(f"{error['domain']}: {hit}/{of}, {passed}/{rest}, kappa {error['kappa']:.2f}")
     return lines
 
 
-def _scores_table(result: Mapping[str, Any], name: str) -> ReportTable:
-    """Return the scores of a model with their intervals and judges."""
+def _scores_table(
+    result: Mapping[str, Any],
+    name: str,
+    lines: Callable[[Mapping[str, Any]], list[str]] = judge_lines,
+) -> ReportTable:
+    """Return the scores of a model with their intervals, and ``lines`` below each name."""
     rows = []
     for key, score in result["models"][name]["scores"].items():
         labels = [error["labels"] for error in _judges(score)]
@@ -191,9 +198,7 @@ def _scores_table(result: Mapping[str, Any], name: str) -> ReportTable:
             bar = (100 * score["low"], 100 * score["high"], 100 * score["value"])
         rows.append(
             (
-                TableCell(
-                    key, judge_lines(score), title="; ".join([score["description"], *labels])
-                ),
+                TableCell(key, lines(score), title="; ".join([score["description"], *labels])),
                 number(score, score["value"]), TableCell(interval(score), bar=bar),
                 f"{score['n']:,}",
             )
@@ -294,7 +299,7 @@ def judge_blocks(result: Mapping[str, Any]) -> Blocks:
     """Return the scores, the judge's accuracy on labels, and what a correction lacks."""
     scores = _judge_scores(result)
     (name,) = result["models"]
-    blocks: Blocks = [_scores_table(result, name)]
+    blocks: Blocks = [_scores_table(result, name, raw_lines)]
     rows = [
         (key, error["domain"], *_accuracy(error, field))
         for key, score in scores.items()

@@ -8,7 +8,7 @@ import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
-from serve_app import serve_model, tiny_model
+from serve_app import script, serve_model, tiny_model
 from test_cli import call, refused
 
 from fastlm.errors import InputError
@@ -363,15 +363,18 @@ def test_a_server_that_is_not_there(tmp_path):
 
 def test_fastlms_own_server_judges():
     rubric = Rubric.read("pair", None, 4)
-    prompts = [rubric.prompt([{"role": "user", "content": "1 + 1?"}], ("2", "3"))] * 2
+    prompts = [rubric.prompt([{"role": "user", "content": "1 + 1?"}], ("2", "3"))] * 3
     model, tokenizer = tiny_model(context=4096)
-    with serve_model(model, tokenizer) as (url, _):
+    with serve_model(model, tokenizer) as (url, server):
         judge = ApiJudge(f"{url}/v1", None, 60, 0)
         assert judge.model == "tiny"
+        script(server, '{"reason": "2 is right", "grade": "A"}')
         replies = judge.reply(prompts, rubric.grades)
+    assert replies == [{"grade": "A", "reason": "2 is right", "probability": None}] * 3
+    with serve_model(model, tokenizer) as (url, _):  # the server accepts the schema itself
+        (reply,) = ApiJudge(f"{url}/v1", "tiny", 60, 0).reply(prompts[:1], rubric.grades)
     # a random model may write a reason up to the limit of tokens
-    assert all(r["grade"] in (None, "A", "B", "tie") for r in replies)
-    assert all(r["grade"] is not None or "reply" in r["error"] for r in replies)
+    assert reply["grade"] in rubric.grades or reply["error"].startswith("reply:1: expected JSON")
 
 
 # ---- labels
