@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fastlm.data.stage import Data
+from fastlm.evals.judge.stage import JudgeAnswers
 from fastlm.evals.safety.stage import Safety
 from fastlm.evals.stage import Eval
 from fastlm.export.stage import Export
@@ -41,6 +42,7 @@ KINDS: dict[str, type[Stage]] = {
     "ppo": PPO,
     "grpo": GRPO,
     "eval": Eval,
+    "judge": JudgeAnswers,
     "safety": Safety,
     "simulate": Simulate,
     "feedback": FeedbackBuild,

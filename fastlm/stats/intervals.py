@@ -87,7 +87,7 @@ class Mean:
     def interval(self, confidence: float = 0.95) -> Interval:
         """Return the interval of the true mean: all means with a `p_value` above 1 - confidence.
         If all scores are equal it is a point, even where few items have a larger `p_value`."""
-        _z(confidence)
+        normal_quantile(confidence)
         if not self.error:
             return Interval(self.mean, self.mean)
         if not math.isfinite(self.error):
@@ -252,7 +252,7 @@ def wilson(successes: float, n: float, confidence: float = 0.95) -> Interval:
     check_between("successes", successes, 0, n)
     if n <= 0:
         raise InputError(f"n: expected a number above 0, got {n}")
-    z = _z(confidence)
+    z = normal_quantile(confidence)
     rate, shrink = successes / n, 1 + z * z / n
     middle = (rate + z * z / (2 * n)) / shrink
     half = z / shrink * math.sqrt(rate * (1 - rate) / n + z * z / (4 * n * n))
@@ -444,7 +444,7 @@ def rogan_gladen(
             f" {tp}/{positives} + {tn}/{negatives} = {gain + 1:.3f}"
         )
     point = min(1.0, max(0.0, (rate + tn / negatives - 1) / gain))
-    z = _z(confidence)
+    z = normal_quantile(confidence)
     shrunk_rate = (n * rate + z * z / 2) / (n + z * z)
     se, sp = (tp + 1) / (positives + 2), (tn + 1) / (negatives + 2)
     var_se, var_sp = se * (1 - se) / (positives + 2), sp * (1 - sp) / (negatives + 2)
@@ -472,7 +472,7 @@ def _mcnemar(wins: int, losses: int) -> float:
 
 def _bonett_price(wins: int, losses: int, n: int, confidence: float) -> Interval:
     won, lost = (wins + 1) / (n + 2), (losses + 1) / (n + 2)
-    half = _z(confidence) * math.sqrt((won + lost - (won - lost) ** 2) / (n + 2))
+    half = normal_quantile(confidence) * math.sqrt((won + lost - (won - lost) ** 2) / (n + 2))
     return Interval(max(-1.0, won - lost - half), min(1.0, won - lost + half))
 
 
@@ -497,7 +497,7 @@ def _clusters(values: np.ndarray, clusters: Sequence[Any] | None) -> tuple[np.nd
     return np.bincount(members, weights=values), np.bincount(members).astype(np.float64)
 
 
-def _z(confidence: float) -> float:
+def normal_quantile(confidence: float) -> float:
     """Return the two-sided quantile of the normal distribution."""
     check_between("confidence", confidence, 0, 1)
     return quantile("confidence", (1 + confidence) / 2)

@@ -152,6 +152,12 @@ CASES = [
         ("sft", "reward"),
     ),
     Case(
+        "judge",
+        "judge --judge base --model sft --old base --data prompts.jsonl --rubric rubric.txt"
+        " --limit 6 --max-new-tokens 6 --max-reason-tokens 4 -o {out} --json --threads 1",
+        ("sft",),
+    ),
+    Case(
         "gate", "gate --scores winrate --gates gates.toml -o {out} --json", ("winrate",)
     ),
     Case(
@@ -203,6 +209,7 @@ def prepare(folder: Path) -> None:
     }  # fmt: skip
     (folder / "config.json").write_text(json.dumps(config))
     (folder / "gates.toml").write_text('[[gate]]\nscore = "winrate.rate"\nmin = 0\n')
+    (folder / "rubric.txt").write_text("please")
     words = preference_models.WORDS
     chats = [
         {"prompt": f"what is {a} {b}", "completion": f"{b} please {a}"}
@@ -225,7 +232,7 @@ def make_base(folder: Path) -> None:
     """Save the base model. Runs in a child: the server and this process must not compute, or a fork
     would hang.
     """
-    preference_models.make_base(folder / "base")
+    preference_models.make_base(folder / "base", max_position_embeddings=512)
 
 
 def command(folder: Path, words: Sequence[str], log: Path, armed: int, counted: Path) -> None:
