@@ -22,7 +22,7 @@ from fastlm.schema import Finite, read_document, read_lines
 
 GRADES_FILE, SCORES_FILE = "grades.jsonl", "scores.json"
 INPUTS: dict[Scale, dict[str, Grade]] = {
-    "pass": {"p": PASS, "f": FAIL},
+    "pass": {"p": PASS, "pass": PASS, "f": FAIL, "fail": FAIL},
     "1-5": {str(grade): grade for grade in range(1, 6)},
     "pair": {"1": A, "2": B, "=": TIE},
 }
