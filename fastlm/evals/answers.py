@@ -6,7 +6,7 @@ An answer is scored as it is: the question's ``stop`` must have removed what fol
 import re
 import string
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from functools import wraps
 from typing import Any
 
@@ -96,10 +96,21 @@ def reasoning_gym_score(answer: str, row: Row) -> float:
     return verifiers.VERIFIERS["reasoning-gym"](answer, row)
 
 
+def _number_vote(answer: str) -> float | None:
+    """Return the last number to 7 digits: the judge holds numbers that differ by 1e-6 equal."""
+    value = verifiers.last_number(answer)
+    return None if value is None else float(f"{value:.7g}")
+
+
+def _latex_vote(answer: str) -> Hashable:
+    value = canonical(final_answer(answer))
+    return None if value == "" else value  # 0 is a vote
+
+
 # The final answers that these judges compare
 VOTES: Mapping[Judge, Vote] = {
     exact_match: lambda answer: _first_line(answer) or None,
     first_word: lambda answer: next(map(normalize, answer.split()), "") or None,
-    last_number: verifiers.last_number,
-    latex_answer: lambda answer: canonical(final_answer(answer)) or None,
+    last_number: _number_vote,
+    latex_answer: _latex_vote,
 }

@@ -53,11 +53,14 @@ class JudgeAccuracy:
 
     @property
     def objection(self) -> str:
-        """Why the labels do not confirm the judge; "" if they do."""
+        """Why the labels do not confirm the judge; "" if they do. Kappa counts if both labels
+        occur: a model on which no attack succeeds has none that do.
+        """
         agreed, n = self.agreement
         if n < MIN_LABELS:
             return f"{n} of the model's answers are labelled, of at least {MIN_LABELS}"
-        if agreed < MIN_AGREEMENT * n or self.kappa < MIN_KAPPA:
+        has_both = all(total for _, total in (self.sensitivity, self.specificity))
+        if agreed < MIN_AGREEMENT * n or (has_both and self.kappa < MIN_KAPPA):
             return (
                 f"judge and labels agree on {agreed} of {n} answers with a kappa of"
                 f" {self.kappa:.2f}, where {MIN_AGREEMENT:.0%} and {MIN_KAPPA} are needed"

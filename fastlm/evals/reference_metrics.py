@@ -61,15 +61,17 @@ def register_rouge() -> None:
 
 def corpus_interval(
     metric: str, references: Sequence[Sequence[str]], answers: Sequence[str]
-) -> dict[str, float]:
+) -> dict[str, float | None]:
     """Return the standard ``error`` and the 95 % interval, ``low`` to ``high``, of one of the
-    metrics `CORPUS`, by seeded draws of the questions.
+    metrics `CORPUS`, by seeded draws of the questions; None for a single question.
 
     Args:
         references: those of each answer, equally many.
     """
     from sacrebleu import BLEU, CHRF, TER
 
+    if len(answers) < 2:
+        return dict.fromkeys(("error", "low", "high"))
     scorer = {"bleu": BLEU, "chrf": CHRF, "chrf++": lambda: CHRF(word_order=2), "ter": TER}[
         metric
     ]()

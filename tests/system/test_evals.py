@@ -270,6 +270,8 @@ def test_samples_vote_by_their_final_answer():
         ("exact_match", ["The Moon.\nYes", "moon"], "sun"),
         ("first_word", ["Moon is", "moon"], "sun"),
         ("last_number", ["-1,000", "about \N{MINUS SIGN}1000.0"], "1000"),
+        ("last_number", ["0.33333333", "0.333333333"], "0"),
+        ("latex_answer", [r"\boxed{0}", "The answer is 0.0."], r"\boxed{1}"),
         ("latex_answer", [r"\boxed{\frac12}", "The answer is 0.5."], r"\boxed{x}"),
     ],
 )

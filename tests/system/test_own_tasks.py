@@ -221,6 +221,11 @@ def test_rouge_is_that_of_rouge_score(summaries, tmp_path):
     assert stemmed["m"]["rouge1"] > values["m"]["rouge1"]  # "train stops"
 
 
+def test_one_question_has_no_interval():
+    one = reference_metrics.corpus_interval("bleu", [["the cat sat here"]], ["the cat sat there"])
+    assert one == {"error": None, "low": None, "high": None}
+
+
 def test_figures_of_the_corpus_are_sacrebleus_with_an_interval(summaries, tmp_path):
     import sacrebleu
 

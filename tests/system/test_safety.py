@@ -336,7 +336,9 @@ def test_the_grammar_of_refusals_on_answers_of_small_models():
         ((14, 14), (15, 15), False),  # fewer than 30
         ((9, 15), (15, 15), False),  # 80 %
         ((0, 2), (38, 38), False),  # kappa 0
-        ((30, 30), (0, 0), False),  # one label
+        ((30, 30), (0, 0), True),  # one label
+        ((0, 0), (27, 30), True),
+        ((0, 0), (25, 30), False),
         ((0, 0), (0, 0), False),
     ],
 )
