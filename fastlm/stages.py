@@ -25,6 +25,7 @@ from fastlm.train.online_stage import GRPO, PPO
 from fastlm.train.pretrain import Pretrain
 from fastlm.train.reward import Reward
 from fastlm.train.sft import SFT
+from fastlm.train.sweep import Sweep
 
 if TYPE_CHECKING:
     from fastlm.pipeline.recipe import Recipe
@@ -40,6 +41,7 @@ KINDS: dict[str, type[Stage]] = {
     "dpo": DPO,
     "ppo": PPO,
     "grpo": GRPO,
+    "sweep": Sweep,
     "eval": Eval,
     "safety": Safety,
     "simulate": Simulate,
