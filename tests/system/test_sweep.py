@@ -7,6 +7,7 @@ import math
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import preference_models
 import pytest
 from scipy import stats
@@ -29,7 +30,9 @@ RATES = [1e-4, 1e-2]
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory) -> Path:
-    return preference_models.make_base(tmp_path_factory.mktemp("base") / "base")
+    return preference_models.make_base(
+        tmp_path_factory.mktemp("base") / "base", num_hidden_layers=1
+    )
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +70,7 @@ def test_the_summary_of_a_value_is_that_of_its_seeds():
 
 
 def test_p_is_adjusted_for_all_pairs_of_values():
-    # differences to the best: +-: symmetric about 1, 3; between the others about 2
+    # differences to the first: symmetric about 1 and 3; between the others about 2
     scores = [{0: 0.0, 1: 0.0, 2: 0.0}, {0: 0.9, 1: 1.0, 2: 1.1}, {0: 2.7, 1: 3.0, 2: 3.3}]
     rows = compare_values(scores, 0)
     raw = {
@@ -83,6 +86,16 @@ def test_p_is_adjusted_for_all_pairs_of_values():
     assert rows[1].p == pytest.approx(adjusted[raw[0, 1]])
     assert rows[2].p == pytest.approx(adjusted[raw[0, 2]])
     assert rows[1].p > raw[0, 1]
+
+
+def test_equal_values_seldom_differ_from_the_best():
+    draw, found = np.random.default_rng(0), 0
+    for _ in range(200):
+        shared = draw.normal(size=3)  # by the seeds
+        scores = [dict(enumerate((shared + draw.normal(size=3)).tolist())) for _ in range(4)]
+        rows = compare_values(scores, best_value(scores, [0] * 4, False) or 0)
+        found += any(row.p is not None and row.p < 0.05 for row in rows)
+    assert found <= 16  # more than 16 of 200 at a rate of .05: a chance of .02
 
 
 def test_too_few_seeds_have_no_error():
@@ -321,8 +334,9 @@ def test_the_command(base, chats, tmp_path):
     ]  # fmt: skip
     done = CliRunner().invoke(app, words)
     assert done.exit_code == 0, done.output
-    assert "lr = 0.001: val_loss 0.64" in done.stdout.replace("\n", " ")
     entry = json.loads((tmp_path / "out" / "record.json").read_text())["stages"]["."]
+    mean = f"{entry['result']['val_loss']:.4f}"
+    assert f"lr = 0.001: val_loss {mean} ± " in done.stdout.replace("\n", " ")
     assert entry["kind"] == "sweep" and "model" in entry["provenance"]["ids"]
     sources = [source["spec"] for source in entry["provenance"]["sources"]]
     assert sources == [str(tmp_path / "pairs.jsonl")]
