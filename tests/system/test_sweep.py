@@ -55,22 +55,21 @@ def finished(tmp_path_factory, base, chats) -> tuple[Path, dict]:
 
 
 def test_the_summary_of_a_value_is_that_of_its_seeds():
-    a, b = {0: 1.0, 1: 2.0, 2: 3.0}, {0: 2.0, 1: 2.5, 2: 4.5}
+    a, b = {0: 1.0, 1: 2.0, 2: 3.0}, {0: 1.0, 1: 3.5, 2: 4.5}
     first, second = compare_values([a, b], 0)
     assert (first.n, first.mean, first.difference) == (3, 2.0, None)
     assert first.error == pytest.approx(1 / math.sqrt(3))
     t = stats.t.ppf(0.975, 2)
     assert first.low == pytest.approx(2 - t / math.sqrt(3))
     assert first.high == pytest.approx(2 + t / math.sqrt(3))
-    assert second.difference == pytest.approx(1.0)  # of 1, 0.5, 1.5: symmetric
+    assert second.difference == pytest.approx(1.0)  # of 0, 1.5, 1.5
     assert second.p == pytest.approx(stats.ttest_rel([*b.values()], [*a.values()]).pvalue)
-    error = 0.5 / math.sqrt(3)
+    error = 0.5  # sqrt((1 + 0.25 + 0.25) / 2) / sqrt(3)
     assert second.difference_low == pytest.approx(1 - t * error)
     assert second.difference_high == pytest.approx(1 + t * error)
 
 
 def test_p_is_adjusted_for_all_pairs_of_values():
-    # differences to the first: symmetric about 1 and 3; between the others about 2
     scores = [{0: 0.0, 1: 0.0, 2: 0.0}, {0: 0.9, 1: 1.0, 2: 1.1}, {0: 2.7, 1: 3.0, 2: 3.3}]
     rows = compare_values(scores, 0)
     raw = {
