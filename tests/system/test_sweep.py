@@ -312,6 +312,24 @@ def test_the_inputs_and_outputs_are_those_of_the_training():
         assert replace(sweep, seeds=(7,)).inputs == cls.inputs
 
 
+@pytest.mark.parametrize("training", ["reward", "grpo"])
+def test_the_metrics_of_a_training_are_in_its_result(training, base, tmp_path):
+    options = {**OPTIONS, "max_steps": 2, "data": [pairs(tmp_path)]}
+    if training == "grpo":
+        data = [{"prompt": f"what is {w}", "answer": w[0]} for w in preference_models.WORDS]
+        rounds = {"prompts_per_round": 4, "num_generations": 2, "max_new_tokens": 4}
+        prompts = preference_models.write(tmp_path / "prompts.jsonl", data)
+        options |= {**rounds, "data": [prompts], "reward_function": "contains"}
+    else:
+        del options["sample_at"]  # a reward model writes no samples
+    for metric in TRAININGS[training].validation_metrics:
+        sweep = Sweep(training, options=options, seeds=(0,), metric=metric)
+        result = sweep(tmp_path / "out", model=base)  # trains once
+        assert result[metric] == result["runs"][0]["score"]
+        (output,) = sweep.outputs.values()
+        assert (tmp_path / "out" / output / "config.json").is_file()
+
+
 def test_settings_of_the_options_are_in_the_folder_of_the_recipe(tmp_path):
     from fastlm.stages import load_recipe
 
