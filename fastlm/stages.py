@@ -26,6 +26,7 @@ from fastlm.train.online_stage import GRPO, PPO
 from fastlm.train.pretrain import Pretrain
 from fastlm.train.reward import Reward
 from fastlm.train.sft import SFT
+from fastlm.train.sweep import Sweep
 
 if TYPE_CHECKING:
     from fastlm.pipeline.recipe import Recipe
@@ -41,6 +42,7 @@ KINDS: dict[str, type[Stage]] = {
     "dpo": DPO,
     "ppo": PPO,
     "grpo": GRPO,
+    "sweep": Sweep,
     "eval": Eval,
     "judge": JudgeAnswers,
     "safety": Safety,

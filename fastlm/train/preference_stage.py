@@ -88,6 +88,8 @@ class PreferenceStage(ChatStage):
 
     row_name = "preferences"
     feedback_format = "preferences"
+    # loss is second: its scale depends on the options of the loss
+    validation_metrics = {"val_accuracy": True, "val_loss": False}
 
     gradient_accumulation_steps: Annotated[
         int, "Accumulate gradients over this many micro-batches per step"

@@ -133,6 +133,12 @@ CASES = [
         ("reward", "reward-2"),
     ),
     Case("grpo", f"grpo {ROUNDS} --reward-function contains --beta 0.1 -o {{out}}"),
+    Case(
+        "sweep",
+        "sweep sft --model base --seeds 0,1 --grid {{lr=[1e-4,1e-2]}} -o {out} --options"
+        " {{data=['chats.jsonl'],batch_size=4,max_steps=4,save_steps=2,heldout=0.2,validations=2}}"
+        " --json --threads 1",
+    ),
     Case("eval", "eval --model base --data data --stride 16 -o {out} --json", ("data",)),
     Case(
         "safety",
