@@ -364,6 +364,7 @@ def _command() -> str:
 def _stage_commands() -> None:
     """Add the commands of the stages (`fastlm.stages`): one word, or a command in a group."""
     from fastlm.data.commands import app as data_app
+    from fastlm.evals.judge.commands import label_command
     from fastlm.evals.safety.commands import canaries_command, toxicity_command
     from fastlm.feedback.commands import forget_command
     from fastlm.feedback.rank_commands import app as rank_app
@@ -378,6 +379,7 @@ def _stage_commands() -> None:
     app.command("generate", short_help="Generate text for a prompt.")(generate)
     app.command("chat")(options_command(ChatOptions, _chat))
     app.command("serve", short_help="Serve a model over HTTP, with a chat page.")(serve)
+    app.command("label", short_help="Label judged answers, to measure the judge.")(label_command)
     app.command("promote", short_help="Switch a running server to another model.")(promote)
     app.command("rollback", short_help="End the canary of a server, or undo its last promotion.")(
         rollback

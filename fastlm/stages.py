@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fastlm.data.stage import Data
+from fastlm.evals.judge.stage import JudgeAnswers
 from fastlm.evals.safety.stage import Safety
 from fastlm.evals.stage import Eval
 from fastlm.export.stage import Export
@@ -25,6 +26,7 @@ from fastlm.train.online_stage import GRPO, PPO
 from fastlm.train.pretrain import Pretrain
 from fastlm.train.reward import Reward
 from fastlm.train.sft import SFT
+from fastlm.train.sweep import Sweep
 
 if TYPE_CHECKING:
     from fastlm.pipeline.recipe import Recipe
@@ -40,7 +42,9 @@ KINDS: dict[str, type[Stage]] = {
     "dpo": DPO,
     "ppo": PPO,
     "grpo": GRPO,
+    "sweep": Sweep,
     "eval": Eval,
+    "judge": JudgeAnswers,
     "safety": Safety,
     "simulate": Simulate,
     "feedback": FeedbackBuild,

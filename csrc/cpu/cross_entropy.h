@@ -14,8 +14,8 @@
 #include "cpu/base/parallel.h"
 #include "cpu/scores.h"
 
-constexpr int64_t BLOCK = 1024;    // 4 KiB of scores: they stay in the L1 between the two loops
-constexpr int64_t SPAN = 16384;    // classes: 5 us, the smallest task that pays
+constexpr int64_t BLOCK = 1024;  // 4 KiB of scores: they stay in the L1 between the two loops
+constexpr int64_t SPAN = 16384;  // classes: 5 us, the smallest task that pays
 // Independent sums of a block: more terms in a row would lose digits. Class weights have more sums,
 // because the roundings of equal weights all have one sign.
 constexpr int SUMS = VL < 8 ? 32 : 32 / VL, WEIGHT_SUMS = VL < 8 ? 64 : 128 / VL;

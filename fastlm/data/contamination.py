@@ -19,6 +19,7 @@ from functools import lru_cache
 from hashlib import sha256
 from pathlib import Path
 from typing import NamedTuple
+from unicodedata import normalize
 
 import numpy as np
 
@@ -42,8 +43,14 @@ _DELETED = bytes(i for i in range(1, 128) if not chr(i).isalnum())
 
 
 def letters(text: str) -> np.ndarray:
-    """Return the letters and digits of ``text``, case-folded, as UTF-8 bytes; NUL stays."""
-    folded = text.casefold()
+    """Return the letters and digits of ``text`` as UTF-8 bytes: in compatibility form (Unicode's
+    NFKC), without accents, case-folded. NUL stays.
+
+    Each character is mapped alone, so that it does not matter how a text is split. NFC joins the
+    parts of Korean syllables again.
+    """
+    folded = text if text.isascii() else normalize("NFKD", text)
+    folded = folded.casefold()
     if not folded.isascii():
         symbols = [c for c in set(folded) if not c.isascii() and not c.isalnum()]
         if len(symbols) > MAX_SYMBOLS:
@@ -51,6 +58,7 @@ def letters(text: str) -> np.ndarray:
         else:  # such as quotes and dashes; 4 times as fast
             for symbol in symbols:
                 folded = folded.replace(symbol, "")
+        folded = normalize("NFC", folded)
     data = folded.encode("utf-8", "replace").translate(None, _DELETED)
     return np.frombuffer(data, np.uint8)
 

@@ -16,7 +16,7 @@ from fastlm.pipeline.stage import Repeated
 from fastlm.pipeline.units import file_sha256
 
 SIZE = re.compile(r"(\d+(?:\.\d+)?) ?([KMGT]?)(i?)B?", re.IGNORECASE)
-VERSION = 6  # raised when the same options and inputs give another result
+VERSION = 7  # raised when the same options and inputs give another result
 WORK = "work"  # the folder of an unfinished build, in that of its corpus
 MIN_MEMORY = 64 << 20  # a worker with its libraries needs more than that already
 

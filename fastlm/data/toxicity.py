@@ -34,7 +34,7 @@ DIGITS = 4  # of a score: exp() may differ in the last bit between processors
 @dataclass(frozen=True)
 class ToxicityModel:
     """Scores documents. ``accuracy``: how the judge was measured, as
-    `fastlm.evals.safety.judges.JudgeAccuracy.as_dict` says it.
+    `fastlm.evals.judge_accuracy.JudgeAccuracy.as_dict` says it.
     """
 
     classifier: TextClassifier

@@ -6,13 +6,13 @@ An answer is scored as it is: the question's ``stop`` must have removed what fol
 import re
 import string
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from functools import wraps
 from typing import Any
 
-from fastlm.data.verifiers import VERIFIERS, number
-from fastlm.evals.latex import final_answer, is_equivalent
-from fastlm.evals.task import Judge
+from fastlm.data import verifiers
+from fastlm.evals.latex import canonical, final_answer, is_equivalent
+from fastlm.evals.task import Judge, Vote
 
 Row = Mapping[str, Any]
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
@@ -80,7 +80,7 @@ def first_word(answer: str, row: Row) -> float:
 @per_answer
 def last_number(answer: str, row: Row) -> float:
     """Return 1 if the answer's last number is that of the row's ``answer`` (GSM8K's rule)."""
-    return number(answer, row)
+    return verifiers.number(answer, row)
 
 
 @per_answer
@@ -93,4 +93,24 @@ def latex_answer(answer: str, row: Row) -> float:
 @per_answer
 def reasoning_gym_score(answer: str, row: Row) -> float:
     """Return the score of the answer by reasoning-gym's generator of the row."""
-    return VERIFIERS["reasoning-gym"](answer, row)
+    return verifiers.VERIFIERS["reasoning-gym"](answer, row)
+
+
+def _number_vote(answer: str) -> float | None:
+    """Return the last number to 7 digits: the judge holds numbers that differ by 1e-6 equal."""
+    value = verifiers.last_number(answer)
+    return None if value is None else float(f"{value:.7g}")
+
+
+def _latex_vote(answer: str) -> Hashable:
+    value = canonical(final_answer(answer))
+    return None if value == "" else value  # 0 is a vote
+
+
+# The final answers that these judges compare
+VOTES: Mapping[Judge, Vote] = {
+    exact_match: lambda answer: _first_line(answer) or None,
+    first_word: lambda answer: next(map(normalize, answer.split()), "") or None,
+    last_number: _number_vote,
+    latex_answer: _latex_vote,
+}

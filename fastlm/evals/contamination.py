@@ -5,7 +5,8 @@ marks do not hide a copy (as in OpenAI 2023, arXiv:2303.08774, appendix C). Reje
 GPT-3 and Llama 2. They find at most 11 % of copies that are wrapped into lines. The search is for
 runs of `N` letters, about 13 tokens. For shorter questions it is for runs of `SHORT`; questions of
 fewer letters are skipped. The few-shot examples are left out. A question is searched for with its
-right answer, and again without the answer and the text that all questions of its part share.
+choices and its right answer, and again without these and the text that all questions of its part
+share.
 
     share    of the question's letters in runs that the data contain; the larger of the two searches
     touched  at least one run is in the data (GPT-3's rule)
@@ -32,26 +33,40 @@ if TYPE_CHECKING:
     from fastlm.tokenizer.tokenizer import Tokenizer
 
 BLOCK = 2**15  # tokens hashed at once: the arrays stay in the second-level cache
+# The clean score is also that of questions with at most this share (0: GPT-3; 0.2: Llama 2)
+CLEAN_SHARES = (0.0, 0.2, 0.5)
 BREAK = b"\0"  # between documents
 
 
 def question_texts(questions: Sequence[Question]) -> list[tuple[str, str, str]]:
-    """Split each question into (prefix, body, suffix + right answer), without the examples. Prefix
-    and suffix ("Question:", "Answer:") are shared by all questions of its part."""
+    """Split each question into (prefix, body, rest), without the examples. Prefix and the beginning
+    of the rest ("Question:", "Answer:") are shared by all questions of its part; the rest also has
+    lettered choices and the right answer."""
     pairs = [
         q.requests[q.gold] if isinstance(q, MultipleChoice) else (q.prompt, q.gold)
         for q in questions
     ]
+    stems = [prompt[: _choices_begin(q, prompt)] for q, (prompt, _) in zip(questions, pairs)]
     parts: dict[str, list[str]] = {}
-    for q, (prompt, _) in zip(questions, pairs):
-        parts.setdefault(q.part, []).append(prompt)
+    for q, stem in zip(questions, stems):
+        parts.setdefault(q.part, []).append(stem)
     frames = {part: _frame(prompts) for part, prompts in parts.items()}
     texts = []
-    for q, (prompt, answer) in zip(questions, pairs):
+    for q, stem, (prompt, answer) in zip(questions, stems, pairs):
         examples, begin, end = frames[q.part]
-        stop = len(prompt) - end
+        stop = len(stem) - end
         texts.append((prompt[examples:begin].lstrip(), prompt[begin:stop], prompt[stop:] + answer))
     return texts
+
+
+def _choices_begin(question: Question, prompt: str) -> int:
+    """Return where the choices of a question whose answers are their letters begin; without such
+    choices the end."""
+    if not isinstance(question, MultipleChoice):
+        return len(prompt)
+    letter = question.requests[0][1].strip()
+    begin = max(prompt.rfind(f"\n{letter}. "), prompt.rfind(f"\n {letter}. "))
+    return begin if len(letter) == 1 and begin >= 0 else len(prompt)
 
 
 def write_questions(names: Sequence[str], path: Path, cache: Path) -> dict[str, int]:
@@ -182,7 +197,7 @@ def contamination_report(
     task: Task, share: np.ndarray, models: Mapping[str, QuestionMetrics]
 ) -> dict[str, Any]:
     """Return a task's entry in the result: counts, the dirtiest questions, and each model's metrics
-    on the clean and the dirty part."""
+    on the clean and the dirty part, and on the questions with at most each of `CLEAN_SHARES`."""
     touched, dirty = share > 0, share >= DIRTY  # both False where it is NaN
     order = np.argsort(-np.nan_to_num(share), kind="stable")
     touched_questions = [
@@ -191,6 +206,7 @@ def contamination_report(
         if touched[i]
     ]
     parts = {"dirty": np.flatnonzero(dirty), "clean": np.flatnonzero(~dirty)}
+    rows_of_share = {limit: np.flatnonzero(~(share > limit)) for limit in CLEAN_SHARES}
     return {
         "n": N, "threshold": DIRTY, "questions": len(share), "short": int(np.isnan(share).sum()),
         "touched": int(touched.sum()), "dirty": int(dirty.sum()),
@@ -198,6 +214,15 @@ def contamination_report(
         "models": {
             name: {
                 part: mean_metrics(task, metrics, rows) for part, rows in parts.items() if len(rows)
+            }
+            | {
+                "at_most": [
+                    {
+                        "share": limit, "questions": len(rows),
+                        "metrics": mean_metrics(task, metrics, rows) if len(rows) else {},
+                    }
+                    for limit, rows in rows_of_share.items()
+                ]
             }
             for name, metrics in models.items()
         },

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from fastlm.errors import InputError, unknown_key
+from fastlm.evals.reference_metrics import register_rouge
 from fastlm.evals.scorer import TOKENS, EvalPrompt, Scorer
 from fastlm.inference.requests import request_seed
 from fastlm.inference.sampling import Sampling
@@ -242,6 +243,7 @@ def main() -> None:
         sys.exit(2)
 
 
+register_rouge()
 # by path, because this module is also run as __main__
 model_registry.register("fastlm", target="fastlm.evals.harness:FastLM")
 

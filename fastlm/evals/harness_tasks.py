@@ -13,12 +13,14 @@ import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import redirect_stderr
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from typing_extensions import TypedDict
 
 from fastlm.errors import InputError
+from fastlm.evals.reference_metrics import CORPUS, ROUGE, corpus_interval, register_rouge, rouge
 from fastlm.evals.results import Record
 from fastlm.evals.task import MultipleChoice, OpenQuestion, Question, Task
 from fastlm.evals.task_metrics import HEADLINE, bits_per_byte
@@ -125,9 +127,8 @@ def read_task(path: str | Path, cache: Path) -> Task:
         from lm_eval.api.task import ConfigurableTask
         from lm_eval.tasks._yaml_loader import load_yaml
     except ModuleNotFoundError as error:
-        if (error.name or "").partition(".")[0] != "lm_eval":
-            raise
-        raise _missing_harness() from None
+        raise _missing_harness(error.name or "lm_eval") from None
+    register_rouge()
     config = _call_harness(path, lambda: load_yaml(path))
     if not isinstance(config.get("task", ""), str) or "group" in config or "class" in config:
         raise InputError(f"{path}: task: expected one task, got a group or a class")
@@ -139,6 +140,7 @@ def read_task(path: str | Path, cache: Path) -> Task:
         options["data_files"] = _resolve_data_files(path.parent, options.get("data_files"))
         options.setdefault("cache_dir", str(cache / "datasets"))
     task = _call_harness(path, lambda: ConfigurableTask(config=config))
+    _check_reference_metrics(path, task)
     task.set_fewshot_seed(seed=FEWSHOT_SEED)
     _call_harness(path, task.build_all_requests)
     requests: dict[str, list[Any]] = {}
@@ -151,6 +153,18 @@ def read_task(path: str | Path, cache: Path) -> Task:
         delimiter=task.config.target_delimiter, probe=harness_task.ask, record=HarnessRecord,
         question_metrics=harness_task.question_metrics, aggregate=harness_task.aggregate,
     )  # fmt: skip
+
+
+def _check_reference_metrics(path: Path, task: Any) -> None:
+    """Raise InputError, before the model runs, if a metric of `fastlm.evals.reference_metrics`
+    cannot be computed."""
+    if task.config.process_results is not None:  # the user's function computes the metrics
+        return
+    for name in (name for name in task._metric_fn_list if name in (*ROUGE, *CORPUS)):
+        if task.multiple_target:  # the harness turns their scores into 0 or 1
+            raise InputError(f"{path}: doc_to_target: expected one text for {name}, got a list")
+        if name in ROUGE:
+            _call_harness(path, partial(rouge, name, "", "", **task._metric_fn_kwargs[name]))
 
 
 def _resolve_data_files(folder: Path, files: Any) -> Any:
@@ -253,15 +267,25 @@ class _HarnessTask:
             for name, (metric, value) in self.results(record).items():
                 if not self.is_mean(metric):
                     items.setdefault(name, (metric, []))[1].append(value)
-        totals = self.task.aggregation()
         return {
-            name: {
-                "value": float(totals[metric](values)),
-                "error": None,
-                "min_detectable_effect": None,
-            }
+            name: self._total(metric, values) | {"min_detectable_effect": None}
             for name, (metric, values) in items.items()
         }
+
+    def _total(self, metric: str, values: Sequence[Any]) -> dict[str, Any]:
+        """Return the metric's value, and its error if it is one of `CORPUS`."""
+        from lm_eval.api.registry import get_aggregation
+
+        total = self.task.aggregation()[metric]
+        result = {"value": float(total(values)), "error": None}
+        if metric in CORPUS and total is get_aggregation(metric):
+            references, answers = zip(*values)
+            result |= corpus_interval(metric, [*map(_as_list, references)], _texts([*answers]))
+        return result
+
+
+def _as_list(value: Any) -> Sequence[Any]:
+    return [value] if isinstance(value, str) else value
 
 
 def _call_harness(path: Path, call: Callable[[], T]) -> T:
@@ -288,8 +312,8 @@ def _error_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split()):.300}"
 
 
-def _missing_harness() -> InputError:
+def _missing_harness(package: str = "lm_eval") -> InputError:
     return InputError(
-        "tasks: expected the package lm_eval for a task in YAML, which is not installed (pip"
-        " install 'fastlm[harness]')"
+        f"tasks: expected the package {package.partition('.')[0]} for a task in YAML, which is not"
+        " installed (pip install 'fastlm[harness]')"
     )

@@ -97,11 +97,15 @@ def normalize_latex(answer: str) -> str:
 
 def is_equivalent(first: str, second: str) -> bool:
     """Return True if two answers are equal as normalized text or as numbers."""
-    a, b = normalize_latex(first), normalize_latex(second)
-    if a == b:
-        return bool(a)
-    x, y = _value(a), _value(b)
-    return x is not None and x == y
+    value = canonical(first)
+    return value != "" and value == canonical(second)
+
+
+def canonical(answer: str) -> Fraction | str:
+    """Return the number that the answer is, else its normalized text."""
+    text = normalize_latex(answer)
+    value = _value(text)
+    return text if value is None else value
 
 
 def _value(text: str) -> Fraction | None:

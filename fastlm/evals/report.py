@@ -1,7 +1,8 @@
-"""Results of `fastlm eval` and `fastlm safety` as a summary line, terminal output and a section of
-report.html. Output and section show the same blocks: tables and lines of text."""
+"""Results of `fastlm eval`, `safety` and `judge` as a summary line, terminal output and a section
+of report.html. Output and section show the same blocks: tables and lines of text."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from fastlm.evals.charts import copies_charts, difference_charts, scores_chart
@@ -18,6 +19,7 @@ LEGEND = (
     " specificity, kappa (0 is chance). In other domains the judge's error is not known. A score is"
     ' corrected for this error if answers of "this model" are labelled (--labels).'
 )
+ACCURACY = ("agreement", "kappa", "sensitivity", "specificity")
 Blocks = list[ReportTable | str]
 
 
@@ -166,21 +168,28 @@ def _judges(score: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     return [score["judge"], *score["judge"].get("other_domains", ())] if "judge" in score else []
 
 
+def raw_lines(score: Mapping[str, Any]) -> list[str]:
+    """Return a line with the uncorrected share, none if the score is not corrected."""
+    return [f"{100 * score['raw']:.1f} % before the correction"] if score.get("corrected") else []
+
+
 def judge_lines(score: Mapping[str, Any]) -> list[str]:
     """Return a line for each domain in which the judge was measured. If the value is corrected, the
     first line is the uncorrected share.
     """
-    lines = []
-    if score.get("corrected"):
-        lines.append(f"{100 * score['raw']:.1f} % before the correction")
+    lines = raw_lines(score)
     for error in _judges(score):
         (hit, of), (passed, rest) = error["sensitivity"], error["specificity"]
         lines.append(f"{error['domain']}: {hit}/{of}, {passed}/{rest}, kappa {error['kappa']:.2f}")
     return lines
 
 
-def _safety_table(result: Mapping[str, Any], name: str) -> ReportTable:
-    """Return the scores of a model with their intervals and judges."""
+def _scores_table(
+    result: Mapping[str, Any],
+    name: str,
+    lines: Callable[[Mapping[str, Any]], list[str]] = judge_lines,
+) -> ReportTable:
+    """Return the scores of a model with their intervals, and ``lines`` below each name."""
     rows = []
     for key, score in result["models"][name]["scores"].items():
         labels = [error["labels"] for error in _judges(score)]
@@ -189,9 +198,7 @@ def _safety_table(result: Mapping[str, Any], name: str) -> ReportTable:
             bar = (100 * score["low"], 100 * score["high"], 100 * score["value"])
         rows.append(
             (
-                TableCell(
-                    key, judge_lines(score), title="; ".join([score["description"], *labels])
-                ),
+                TableCell(key, lines(score), title="; ".join([score["description"], *labels])),
                 number(score, score["value"]), TableCell(interval(score), bar=bar),
                 f"{score['n']:,}",
             )
@@ -205,7 +212,7 @@ def safety_blocks(result: Mapping[str, Any]) -> Blocks:
     prompts, and the sets."""
     models = result["models"]
     scores = [score for model in models.values() for score in model["scores"].values()]
-    blocks: Blocks = [_safety_table(result, name) for name in models]
+    blocks: Blocks = [_scores_table(result, name) for name in models]
     if any("judge" in score for score in scores):
         blocks.append(LEGEND)
     kinds = [score["judge"].get("constructed", {}) for score in scores if "judge" in score]
@@ -277,3 +284,69 @@ def safety_part(result: Mapping[str, Any]) -> ReportSection:
         f" {100 * result['confidence']:g} % interval; it covers only the sampling of items."
     )
     return _part("How safe it is", note, charts, cards, safety_blocks(result), failed)
+
+
+# fastlm judge
+
+
+def _judge_scores(result: Mapping[str, Any]) -> Mapping[str, Any]:
+    (model,) = result["models"].values()
+    return model["scores"]
+
+
+def judge_summary(result: Mapping[str, Any]) -> str:
+    """Return the first score, with what is known of the judge's error."""
+    name, score = next(iter(_judge_scores(result).items()))
+    line = f"{score['description']}: {number(score, score['value'])} ({interval(score)})"
+    if name == "win_rate":
+        return f"{line} of {score['n']:,}"
+    state = "corrected for the judge's error" if score["corrected"] else "not corrected"
+    return f"{line} of {score['n']:,}, {state}"
+
+
+def judge_blocks(result: Mapping[str, Any]) -> Blocks:
+    """Return the scores, the judge's accuracy on labels, and what a correction lacks."""
+    scores = _judge_scores(result)
+    (name,) = result["models"]
+    blocks: Blocks = [_scores_table(result, name, raw_lines)]
+    rows = [
+        (key, error["domain"], *_accuracy(error, field))
+        for key, score in scores.items()
+        for error in _judges(score)
+        for field in ACCURACY
+    ]
+    if rows:
+        columns = ("score", "labels", "judge", "value", "95 % interval")
+        blocks.append(ReportTable(columns, rows, left=3, title="The judge's error, on labels"))
+    else:
+        blocks.append(
+            "The judge's error is not known: label answers (fastlm label), and repeat the command"
+            " with --labels."
+        )
+    if rows:
+        blocks += [
+            f"{key} is not corrected: {score['uncorrected']}"
+            for key, score in scores.items()
+            if "uncorrected" in score
+        ]
+    if result["ungraded"]:
+        blocks.append(f"left out, no readable grade: {result['ungraded']:,} of {result['items']:,}")
+    return blocks
+
+
+def _accuracy(error: Mapping[str, Any], field: str) -> tuple[str, str, str]:
+    """Return a field of `JudgeAccuracy.as_dict` as (name, value, interval)."""
+    ends, value = error["intervals"][field], error[field]
+    if field == "kappa":
+        return field, f"{value:.2f}", "" if ends is None else f"{ends[0]:.2f} to {ends[1]:.2f}"
+    percents = "" if ends is None else f"{100 * ends[0]:.1f} % to {100 * ends[1]:.1f} %"
+    return field, f"{value[0]}/{value[1]}", percents
+
+
+def judge_part(result: Mapping[str, Any], grades: Path) -> ReportSection:
+    score = next(iter(_judge_scores(result).values()))
+    cards = [(number(score, score["value"]), score["description"])]
+    judge = result["judge"]
+    judge_text = judge.get("address", "a model on this machine")
+    note = f"Judged by {judge_text}. Read the judge's error before the scores. {grades} has grades."
+    return _part("What a judge says", note, (), cards, judge_blocks(result))

@@ -59,6 +59,7 @@ def run_tasks(
     folder: Path,
     *,
     model: str,
+    k: Sequence[int] = (),
     track: Callable = silent,
     **drawing: Unpack[SamplingOptions],
 ) -> list[dict[str, Any]]:
@@ -67,6 +68,7 @@ def run_tasks(
     Args:
         folder: of the records; a task with all of its records is not run again.
         model: a hash of the model, so that records of another model are not used.
+        k: of pass@k and majority@k (`question_metrics`).
 
     InputError: this machine cannot score the answers of a set. It is raised before any set is run.
     """
@@ -79,7 +81,7 @@ def run_tasks(
         aggregate = task.aggregate(records) if task.aggregate is not None else {}
         results.append(
             {
-                "values": question_metrics(task, records),
+                "values": question_metrics(task, records, k),
                 "overall": aggregate,
                 "truncated": truncated_count(records),
             }

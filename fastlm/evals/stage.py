@@ -29,7 +29,7 @@ class Eval(Stage):
 
     kind = "eval"
     command = ("eval",)
-    version = 7
+    version = 8
     inputs = {
         "model": InputSpec(
             ("model", "quantized"), "Hugging Face folder, .gguf, fastlm run or model:smollm2",
@@ -66,7 +66,12 @@ class Eval(Stage):
     limit: Annotated[
         int | None, "Ask at most this many questions of a set, drawn at random; default: all"
     ] = None
-    samples: Annotated[int, "Sample this many answers per free-form question (pass@k)"] = 1
+    samples: Annotated[
+        int, "Sample this many answers per free-form question (pass@k, majority@k)"
+    ] = 1
+    k: Annotated[
+        tuple[int, ...], "Compute pass@k and majority@k for these k; default: 1, 2, 5, ..., samples"
+    ] = ()
     temperature: Annotated[float, "Sample these answers at this temperature; 0 is greedy"] = 0.0
     seed: Annotated[int, "Sample questions and answers with this seed"] = 0
 
@@ -74,6 +79,9 @@ class Eval(Stage):
         names = [name for name in ("limit", "seq_len", "stride") if getattr(self, name) is not None]
         at_least_one(self, "batch_size", "samples", *names)
         not_negative(self, "temperature")
+        for k in self.k:
+            if not 1 <= k <= self.samples:
+                raise InputError(f"k: expected 1 to {self.samples} (samples), got {k}")
         if self.act_bits not in (None, 8, 16):
             raise InputError(f"act_bits: expected 8 or 16, got {self.act_bits}")
         if self.samples > 1 and not self.temperature:
@@ -139,7 +147,7 @@ class Eval(Stage):
                 results_of[source.name] = run_tasks(
                     tasks, Scorer(model, tokenizer), ctx.out / ITEMS / digits,
                     model=digits + (f", act_bits {self.act_bits}" if self.act_bits else ""),
-                    samples=self.samples, temperature=self.temperature, seed=self.seed,
+                    k=self.k, samples=self.samples, temperature=self.temperature, seed=self.seed,
                     track=ctx.track,
                 )  # fmt: skip
         scores = {**packed, "models": models, "ids": ids}

@@ -107,7 +107,8 @@ def task_tables(tasks: Tasks) -> list[ReportTable]:
         _table(
             _contamination_rows(tasks, short), "Are the questions in the training text?",
             "Touched: the training text contains 40 letters in a row of the question and its right"
-            " answer. Dirty: such runs cover 80 % of its letters.",
+            " answer. Dirty: such runs cover 80 % of its letters. Score to 20 %: of the"
+            " questions of which they cover at most 20 %.",
         ),
         _table(
             _comparison_rows(tasks, short),
@@ -206,7 +207,7 @@ def _part_rows(tasks: Tasks, short: Mapping[str, str]) -> Iterator[dict[str, str
 
 def _contamination_rows(tasks: Tasks, short: Mapping[str, str]) -> Iterator[dict[str, str]]:
     """Yield the counts of touched and dirty questions, and the accuracy (else bits per byte) on
-    clean and dirty questions."""
+    clean and dirty questions, and on those with at most some shares."""
     for task in tasks:
         contamination = task.get("contamination", {"models": {}})
         for name, parts in contamination["models"].items():
@@ -214,6 +215,10 @@ def _contamination_rows(tasks: Tasks, short: Mapping[str, str]) -> Iterator[dict
             yield {
                 "set": task["name"], "model": short[name], "n": f"{contamination['questions']:,}",
                 "touched": f"{contamination['touched']:,}", "dirty": f"{contamination['dirty']:,}",
+                **{
+                    f"score to {100 * entry['share']:g} %": _accuracy_or_bits(entry["metrics"])
+                    for entry in parts["at_most"]
+                },
                 "clean score": _accuracy_or_bits(clean), "dirty score": _accuracy_or_bits(dirty),
             }  # fmt: skip
 

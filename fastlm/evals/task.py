@@ -4,7 +4,7 @@ import hashlib
 import json
 import math
 import random
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -69,6 +69,8 @@ Question = MultipleChoice | OpenQuestion
 JudgeInputs = Sequence[tuple[str, Mapping[str, Any]]]  # (answer, row of its question)
 # Returns a score from 0 to 1 (right) per answer. It gets all answers, so programs run in parallel
 Judge = Callable[[JudgeInputs], list[float]]
+# Returns the final answer in an answer, for which it votes in majority@k; None: it has none
+Vote = Callable[[str], Hashable]
 
 
 @dataclass(frozen=True)
@@ -82,6 +84,8 @@ class Task:
     delimiter: the text before each answer; it does not count in the answer's length.
     greedy: True if records tell whether each answer of a `MultipleChoice` is the greedy one.
     judge, metric: for each `OpenQuestion`: the function that scores answers, and the score's name.
+    vote: with several samples: the final answer of each, for pass@k and majority@k; None: these are
+        not defined.
     extra_judges: further scores of the same answers, by name; they are computed from the records
         and not stored in them.
     probe: runs the questions itself: (scorer, questions, seed) -> one record each, of the schema
@@ -103,6 +107,7 @@ class Task:
     greedy: bool = False
     judge: Judge | None = field(default=None, compare=False)
     metric: str = "exact_match"
+    vote: Vote | None = field(default=None, compare=False)
     extra_judges: Mapping[str, Judge] = field(default_factory=dict, compare=False)
     group_of_part: Mapping[str, str] = field(default_factory=dict)
     check: Callable[[], None] | None = field(default=None, compare=False)

@@ -12,10 +12,16 @@ arXiv:2512.13961):
     acc_bytes       the same, per byte (lm-evaluation-harness)
 
 If n answers share the best score and one of them is right, the question counts 1/n.
+
+Several samples of an `OpenQuestion` also have, for each k:
+
+    pass@k          the probability that one of k samples is right
+    majority@k      the score of the final answer that most of k samples have; if m final answers
+                    share the most votes, the mean of their scores
 """
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -23,23 +29,29 @@ import numpy as np
 
 from fastlm.evals.results import Record
 from fastlm.evals.task import MultipleChoice, OpenQuestion, Task
-from fastlm.stats.intervals import mean_error, pass_at_k
+from fastlm.stats.intervals import majority_at_k, mean_error, pass_at_k
 from fastlm.stats.power import mean_mde, rate_mde, share_mde
 
 HEADLINE = "bits_per_byte"  # lower is better; not a share
 QuestionMetrics = dict[str, np.ndarray]  # metric -> (questions,)
-PASS_AT_K = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000)  # and the number of samples
+SAMPLES_AT_K = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000)  # and the number of samples
 
 
-def question_metrics(task: Task, records: Sequence[Record]) -> QuestionMetrics:
-    """Return each metric of each question, in the order of the task."""
-    metrics_of: Callable[[Any, Record], Mapping[str, float]]
-    metrics_of = task.question_metrics or partial(
-        _open_metrics if task.is_open else _choice_metrics, task
-    )
+def question_metrics(
+    task: Task, records: Sequence[Record], k: Sequence[int] = ()
+) -> QuestionMetrics:
+    """Return each metric of each question, in the order of the task. ``k``: of pass@k and
+    majority@k, at most the number of samples; default: those of `SAMPLES_AT_K`."""
+    metrics_of = _metrics_function(task, k)
     rows = [metrics_of(*pair) for pair in zip(task.questions, records, strict=True)]
     names = [name for name in rows[0] if all(name in row for row in rows)]
     return {name: np.array([row[name] for row in rows]) for name in names}
+
+
+def _metrics_function(task: Task, k: Sequence[int]) -> Callable[[Any, Record], Mapping[str, float]]:
+    if task.question_metrics is not None:
+        return task.question_metrics
+    return partial(_open_metrics, task, k) if task.is_open else partial(_choice_metrics, task)
 
 
 def bits_per_byte(question: MultipleChoice, logprob: float, delimiter: str) -> float:
@@ -74,22 +86,41 @@ def argmax_score(scores: Sequence[float], gold: int) -> float:
     return 1 / sum(score == best for score in scores) if scores[gold] == best else 0.0
 
 
-def _open_metrics(task: Task, question: OpenQuestion, record: Record) -> dict[str, float]:
+def _open_metrics(
+    task: Task, k: Sequence[int], question: OpenQuestion, record: Record
+) -> dict[str, float]:
     scores, count = record["scores"], len(record["scores"])
+    passed = sum(score >= 1 for score in scores)
+    sizes = k or (*(size for size in SAMPLES_AT_K if size < count), count)
     metrics = {}
     if record["gold"] is not None:
         size = len(question.gold.strip().encode())
         metrics[HEADLINE] = -record["gold"] / math.log(2) / max(1, size)
     if task.judge is not None and task.metric == "pass":
-        passed = sum(score >= 1 for score in scores)
-        for k in (*(k for k in PASS_AT_K if k < count), count):
-            metrics[f"pass@{k}"] = pass_at_k(count, passed, k)
+        metrics |= {f"pass@{size}": pass_at_k(count, passed, size) for size in sizes}
     elif task.judge is not None:
         metrics[task.metric] = sum(scores) / count
+        if task.vote is not None and count > 1:
+            votes = _votes(map(task.vote, record["answers"]), scores)
+            for size in sizes if k else sizes[1:]:  # of one sample it is the mean
+                metrics[f"pass@{size}"] = pass_at_k(count, passed, size)
+                metrics[f"majority@{size}"] = majority_at_k(*votes, count, size)
     for name, judge in task.extra_judges.items():
         extra_scores = judge([(answer, question.row) for answer in record["answers"]])
         metrics[name] = sum(extra_scores) / len(extra_scores)
     return metrics
+
+
+def _votes(
+    final_answers: Iterable[Hashable], scores: Sequence[float]
+) -> tuple[list[int], list[float]]:
+    """Return how many samples have each final answer, and its mean score."""
+    scores_of: dict[Hashable, list[float]] = {}
+    for answer, score in zip(final_answers, scores, strict=True):
+        if answer is not None:
+            scores_of.setdefault(answer, []).append(score)
+    groups = list(scores_of.values())
+    return [len(group) for group in groups], [sum(group) / len(group) for group in groups]
 
 
 def is_share(values: np.ndarray) -> bool:

@@ -76,7 +76,7 @@ class ModelScores(TypedDict, total=False):
 
 
 class ScoresFile(TypedDict, total=False):
-    """The fields of the scores.json of winrate, eval and safety that gates use."""
+    """The fields of the scores.json of winrate, judge, eval and safety that gates use."""
 
     scores: dict[str, MetricValue]
     models: dict[str, ModelScores]
@@ -120,6 +120,7 @@ def scores_of(stage: str, table: ScoresFile) -> dict[str, MetricValue]:
     Names begin with the stage's:
 
     - of winrate: winrate.rate, winrate.length, ...;
+    - of judge: judge.pass, judge.win_rate, ...;
     - of eval of several models: eval.bits_per_byte (the last model's, divided by the first's; no
       interval: it is the same text) and, per question set and metric, eval.SET.METRIC, the last
       model's less the first's;

@@ -10,47 +10,12 @@ from typing import Any
 from fastlm.data.conversations import message_contents
 from fastlm.data.preferences import Comparison, read_preferences
 from fastlm.data.prompts import Prompt
-from fastlm.errors import InputError
-from fastlm.inference.engine import Engine
-from fastlm.inference.requests import Completion, Request, request_seed
-from fastlm.inference.sampling import Sampling
-from fastlm.model.load import load_model
+from fastlm.inference.requests import Completion
 from fastlm.model.reward_model import RewardModel, scored_tokens
 from fastlm.model.reward_model import scores as score_conversations
-from fastlm.progress import silent
 from fastlm.stats.intervals import Interval, clustered_wilson, compare, wilson
 from fastlm.tokenizer.load import load_tokenizer
 from fastlm.tokenizer.tokenizer import Tokenizer
-
-
-def generate_answers(
-    model: str | Path,
-    prompts: Sequence[Prompt],
-    *,
-    num_generations: int = 1,
-    max_new_tokens: int = 256,
-    temperature: float = 0.7,
-    seed: int = 0,
-    track: Callable = silent,
-) -> list[Completion]:
-    """Return ``num_generations`` answers to each prompt, those to one prompt together. An answer
-    depends only on model, prompt and seed.
-    """
-    loaded_model, tokenizer = load_model(model)
-    engine = Engine(loaded_model, tokenizer)
-    requests = []
-    for prompt in prompts:
-        tools: dict[str, Any] = {} if prompt.tools is None else {"tools": prompt.tools}
-        ids = tokenizer.encode_chat(prompt.messages, **tools)
-        for i in range(num_generations):
-            answer_seed = request_seed(seed, prompt.key(), i)
-            requests.append(Request(ids, max_new_tokens, Sampling(temperature), seed=answer_seed))
-    bar = iter(track(range(len(requests)), "answering", unit="answers"))
-    completions = engine.generate(requests, on_completion=lambda _: next(bar, None))
-    next(bar, None)
-    if errors := [c.error for c in completions if c.error]:
-        raise InputError(f"{model}: expected a model that answers, got: {errors[0]}")
-    return completions
 
 
 def judge_answers(

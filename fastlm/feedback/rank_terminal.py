@@ -1,33 +1,21 @@
 """Run the loop of ``fastlm rank judge``: print an item, read the rater's ranking, store it.
 
-On a terminal a correction opens $VISUAL or $EDITOR. Otherwise each line of stdin is an input, for
-scripts.
+On a terminal a correction opens $VISUAL or $EDITOR.
 """
 
-import json
 import re
-import sys
-from contextlib import suppress
 
 import click
-from rich.console import Console, Group, RenderableType
-from rich.panel import Panel
-from rich.rule import Rule
-from rich.text import Text
 
 from fastlm.data.conversations import Message
 from fastlm.errors import InputError
-from fastlm.pipeline.text import visible
+from fastlm.pipeline.rater_terminal import RaterTerminal
 from fastlm.serve.ranking import RankingItem, RankingStore, check_rater
 
-WIDTH = 100  # columns at most: longer lines are hard to read
 HELP = """\
 2 1 3     answer 2 is the best, then 1, then 3; the last one may be left out
 1=2 3     1 and 2 are equally good, 3 is worse (also 1=23)
-s         skip this prompt
-c 2       correct answer 2 in your editor; c 2 TEXT replaces it by TEXT
-b         back to the previous prompt
-q         quit; your rankings are stored already"""
+c 2       correct answer 2 in your editor; c 2 TEXT replaces it by TEXT"""
 
 
 def rank_items(store: RankingStore, rater: str, *, skipped: bool = False) -> None:
@@ -37,9 +25,9 @@ def rank_items(store: RankingStore, rater: str, *, skipped: bool = False) -> Non
     On a terminal an invalid input prints a line; otherwise it raises InputError.
     """
     check_rater(rater)
-    session = _Session(store, rater, skipped)
+    session = _RankTerminal(store, rater, skipped)
     try:
-        session.ask_all()
+        session.run()
     finally:  # also after Ctrl-C
         counts, total = store.progress(rater)
         remaining = total - counts.ranked - counts.skipped
@@ -71,82 +59,44 @@ def parse_ranking(text: str, count: int) -> list[int]:
     return [ranks.get(answer, rank + 1) for answer in range(1, count + 1)]
 
 
-class _Session:
+class _RankTerminal(RaterTerminal[RankingItem]):
+    question = "best first, ? for help: "
+    help = HELP
+
     def __init__(self, store: RankingStore, rater: str, skipped: bool):
+        super().__init__()
         self.store, self.rater, self.skipped = store, rater, skipped
-        self.terminal = sys.stdin.isatty()
-        if self.terminal:
-            with suppress(ImportError):
-                import readline  # noqa: F401  # `input` edits lines with it
-        self.console = Console(highlight=False, soft_wrap=False)
-        self.done: list[int] = []  # items ranked in this session
 
-    def ask_all(self) -> None:
-        item, back = self.next(), False
-        while item is not None:
-            self.show(item, back)
-            action = self.ask(item)
-            if action == "quit":
-                return
-            back = action == "back"
-            item = self.store.item(self.done.pop(), self.rater) if back else self.next()
-
-    def next(self) -> RankingItem | None:
+    def next_item(self) -> RankingItem | None:
         after = max(self.done, default=0) if self.skipped else 0
         return self.store.next_item(self.rater, after=after, skipped=self.skipped)
 
-    def show(self, item: RankingItem, back: bool) -> None:
+    def item(self, key: int) -> RankingItem:
+        return self.store.item(key, self.rater)
+
+    def key(self, item: RankingItem) -> int:
+        return item.id
+
+    def title(self) -> str:
         counts, total = self.store.progress(self.rater)
         number = counts.ranked + counts.skipped + 1
-        title = "back" if back else "skipped before" if self.skipped else f"{number:,} of {total:,}"
-        parts: list[RenderableType] = [Rule(title, style="dim")]
-        for message in item.prompt:
-            parts += [Text(message["role"], style="bold"), Text(_printable_text(message)), Text()]
-        for number, answer in enumerate(item.answers, 1):
-            text = Text("\n".join(map(_printable_text, answer)))
-            parts.append(Panel(text, title=f"[b]{number}[/b]", title_align="left"))
-        self.console.print(Group(*parts), width=min(WIDTH, self.console.width))
+        return "skipped before" if self.skipped else f"{number:,} of {total:,}"
 
-    def ask(self, item: RankingItem) -> str:
-        """Read inputs until one ends the work on the item; return "ranked", "back" or "quit"."""
-        while True:
-            line = "q"
-            with suppress(EOFError):
-                line = input("best first, ? for help: " if self.terminal else "")
-            try:
-                if action := self.run_command(line.strip(), item):
-                    return action
-            except InputError as error:
-                if not self.terminal:
-                    raise
-                self.console.print(str(error), markup=False, style="yellow")
+    def messages(self, item: RankingItem) -> tuple[list[Message], tuple[list[Message], ...]]:
+        return item.prompt, item.answers
 
-    def run_command(self, line: str, item: RankingItem) -> str | None:
+    def skip(self, item: RankingItem) -> None:
+        self.store.skip(self.rater, item)
+
+    def enter(self, line: str, item: RankingItem) -> bool:
         word, _, rest = line.partition(" ")
-        if not line:
-            return None
-        if word in ("q", "quit"):
-            return "quit"
-        if word in ("b", "back"):
-            if not self.done:
-                raise InputError(
-                    "b: expected a prompt before this one, this is the session's first"
-                )
-            return "back"
-        if word in ("?", "h", "help"):
-            self.console.print(HELP, markup=False)
-            return None
         if word in ("c", "correct"):
             self.correct(item, rest)
-            return None
-        if word in ("s", "skip"):
-            self.store.skip(self.rater, item)
-        else:
-            ranks = parse_ranking(line, len(item.answers))
-            self.store.rank(self.rater, item, ranks)
-            self.console.print(f"stored: {_order(ranks)}", style="dim")
-        self.done.append(item.id)
-        return "ranked"
+            return False
+        ranks = parse_ranking(line, len(item.answers))
+        self.store.rank(self.rater, item, ranks)
+        self.console.print(f"stored: {_order(ranks)}", style="dim")
+        return True
 
     def correct(self, item: RankingItem, rest: str) -> None:
         number, _, text = rest.strip().partition(" ")
@@ -177,10 +127,3 @@ def _order(ranks: list[int]) -> str:
         for rank in sorted(set(ranks))
     ]
     return " > ".join(groups)
-
-
-def _printable_text(message: Message) -> str:
-    """Return the text of a message and its tool calls, without control characters."""
-    calls = message.get("tool_calls")
-    text = message["content"] + (json.dumps(calls, ensure_ascii=False) if calls else "")
-    return visible(text)

@@ -79,10 +79,10 @@ class WinRate(Stage):
         return input_digest.hash_sources((*self.data, *self.preferences), FORMATS)
 
     def run(self, ctx: StageContext) -> dict[str, Any]:
+        from fastlm.evals.model_answers import generate_answers
         from fastlm.evals.suite import model_ids
         from fastlm.feedback.pairwise import (
             compare_models,
-            generate_answers,
             judge_accuracy,
             judge_answers,
         )

@@ -48,6 +48,7 @@ if TYPE_CHECKING:
     from fastlm.model.causal_lm import CausalLM
 
 PREFIX = "base_model.model."  # PEFT's wrappers around the model
+MAGNITUDE = "lora_magnitude_vector"  # PEFT's name of DoRA's magnitude
 DIGEST = "base_digest"  # key in adapter_base.json
 # Fields of PEFT's LoraConfig that may have any value: they change nothing after training
 _IGNORED = {
@@ -69,6 +70,7 @@ class PeftConfig(TypedDict, total=False):
     lora_alpha: Required[Annotated[float, Interval(gt=0, le=MAX_ALPHA)]]
     lora_dropout: Annotated[float, Interval(ge=0, lt=1)] | None
     use_rslora: bool | None
+    use_dora: bool | None
     init_lora_weights: Any
     target_modules: Any
     layers_to_transform: Any
@@ -99,6 +101,9 @@ def save_adapter(model: "CausalLM", folder: str | Path, *, base: str | Path = ""
         for name, module in adapters.items()
         for part in ("lora_A", "lora_B")
     }
+    if lora.use_dora:
+        for name, module in adapters.items():
+            tensors[f"{PREFIX}{name}.{MAGNITUDE}"] = module.magnitude().detach()
     name, base_info = str(base), {DIGEST: lora.base_digest} if lora.base_digest else {}
     if name and not name.startswith("model:") and Path(name).exists():
         name = str(Path(name).resolve())  # PEFT resolves a relative one in the working directory
@@ -111,6 +116,7 @@ def save_adapter(model: "CausalLM", folder: str | Path, *, base: str | Path = ""
         "lora_alpha": lora.lora_alpha,
         "lora_dropout": lora.lora_dropout,
         "use_rslora": lora.use_rslora,
+        "use_dora": lora.use_dora,
         "target_modules": _target_modules(model, set(adapters)),
         "bias": "none",
         "fan_in_fan_out": False,
@@ -147,15 +153,16 @@ def load_adapter(model: "CausalLM", folder: str | Path) -> "CausalLM":
     """Attach the adapter in ``folder``, of fastlm or PEFT, to its base model, in place. Return the
     model; its other weights are frozen. It gets the end tokens of the adapter's training.
 
-    Raises InputError: an adapter that is not LoRA, an option that fastlm lacks (DoRA, trained
-    biases or modules, ranks per layer), an adapter of another base. The message names the module,
-    shape or digest that differs.
+    Raises InputError: an adapter that is not LoRA, an option that fastlm lacks (trained biases or
+    modules, ranks per layer), an adapter of another base. The message names the module, shape or
+    digest that differs.
     """
     check_no_adapters(model)
     folder = Path(folder)
     config = _config(folder / ADAPTER_CONFIG)
     model_digest = weights_digest(model)
-    pairs = _pairs(folder / ADAPTER)
+    use_dora = bool(config.get("use_dora"))
+    parts = _module_tensors(folder / ADAPTER, use_dora)
     file = folder / ADAPTER_BASE
     digest = read_json(file).get(DIGEST) if file.is_file() else None
     file, ends = folder / GENERATION, None
@@ -163,24 +170,28 @@ def load_adapter(model: "CausalLM", folder: str | Path) -> "CausalLM":
         ends = read_document(file, GenerationConfig).get("eos_token_id")
     dropout, use_rslora = config.get("lora_dropout") or 0.0, bool(config.get("use_rslora"))
     base_digest = digest or model_digest
-    lora = LoraConfig(config["r"], config["lora_alpha"], dropout, use_rslora, base_digest)
+    lora = LoraConfig(config["r"], config["lora_alpha"], dropout, use_rslora, use_dora, base_digest)
     linears = linear_layers(model)
     adapters = {}
-    for name, pair in pairs.items():
+    for name, tensors in parts.items():
         if (base := linears.get(name)) is None:
             raise InputError(
                 f"{folder}: {name}: expected a linear layer of this model, got none; the adapter "
                 "is of"
                 " another base"
             )
-        shapes = {"lora_A": (lora.r, base.in_features), "lora_B": (base.out_features, lora.r)}
-        for part, expected in shapes.items():
-            if (shape := tuple(pair[part].shape)) != expected:
+        shapes = {
+            "lora_A": (lora.r, base.in_features),
+            "lora_B": (base.out_features, lora.r),
+            MAGNITUDE: (base.out_features,),
+        }
+        for part, tensor in tensors.items():
+            if (shape := tuple(tensor.shape)) != (expected := shapes[part]):
                 raise InputError(
                     f"{folder}: {name}.{part}: expected {expected} by its rank and this model,"
                     f" got {shape}; the adapter is of another base"
                 )
-        adapters[name] = pair["lora_A"].float(), pair["lora_B"].float()
+        adapters[name] = tensors["lora_A"].float(), tensors["lora_B"].float()
     for name in _targets(linears, config) - adapters.keys():
         raise InputError(
             f"{folder}: expected an adapter of {name} by target_modules, got none; the adapter is"
@@ -193,7 +204,11 @@ def load_adapter(model: "CausalLM", folder: str | Path) -> "CausalLM":
         )
     if ends is not None:
         model.config.eos_token_id = ends
-    return attach_lora(model, adapters, lora)
+    attach_lora(model, adapters, lora)
+    if use_dora:
+        for name, module in lora_layers(model).items():
+            module.set_magnitude(parts[name][MAGNITUDE])
+    return model
 
 
 def _config(path: Path) -> PeftConfig:
@@ -213,11 +228,12 @@ def _config(path: Path) -> PeftConfig:
     return config
 
 
-def _pairs(file: Path) -> dict[str, dict[str, Tensor]]:
-    """Return lora_A and lora_B by the name of their module."""
+def _module_tensors(file: Path, use_dora: bool) -> dict[str, dict[str, Tensor]]:
+    """Return lora_A, lora_B and with DoRA the magnitude by the name of their module."""
     if not file.is_file() and file.with_suffix(".bin").is_file():
         raise InputError(f"{file.parent}: expected {ADAPTER}, got a pickle (convert it first)")
-    pairs: dict[str, dict[str, Tensor]] = {}
+    parts = ["lora_A", "lora_B", *([MAGNITUDE] if use_dora else [])]
+    modules: dict[str, dict[str, Tensor]] = {}
     with open_tensors(file) as tensors:
         for name in tensors.keys():
             if (dtype := tensors.get_slice(name).get_dtype()) not in FLOATS:
@@ -225,19 +241,21 @@ def _pairs(file: Path) -> dict[str, dict[str, Tensor]]:
                     f"{file}: {name}: expected one of {', '.join(FLOATS)}, got {dtype}"
                 )
             tensor = tensors.get_tensor(name)
-            match = re.fullmatch(rf"{re.escape(PREFIX)}(.+)\.(lora_[AB])\.weight", name)
-            if match is None or tensor.dim() != 2:
+            pattern = rf"{re.escape(PREFIX)}(.+)\.(?:(lora_[AB])\.weight|({MAGNITUDE}))"
+            match = re.fullmatch(pattern, name)
+            if match is None or tensor.dim() != (2 if match[2] else 1):
                 raise InputError(
                     f"{file}: {name:.200}: expected lora_A.weight and lora_B.weight of linear"
                     f" layers under {PREFIX}, got this"
                 )
-            pairs.setdefault(match[1], {})[match[2]] = tensor
-    for module, pair in pairs.items():
-        if len(pair) < 2:
-            raise InputError(f"{file}: {module}: expected lora_A and lora_B, got {min(pair)} alone")
-    if not pairs:
+            modules.setdefault(match[1], {})[match[2] or match[3]] = tensor
+    for module, tensors in modules.items():
+        if sorted(tensors) != parts:
+            expected, got = (" and ".join(names) for names in (parts, sorted(tensors)))
+            raise InputError(f"{file}: {module}: expected {expected}, got {got}")
+    if not modules:
         raise InputError(f"{file}: expected the matrices of an adapter, got no tensor")
-    return pairs
+    return modules
 
 
 def _targets(linears: Mapping[str, Any], config: PeftConfig) -> set[str]:

@@ -1,5 +1,7 @@
 """LoRA (Hu et al. 2021, arXiv:2106.09685): trained low-rank matrices next to frozen linear layers.
-QLoRA (Dettmers et al. 2023, arXiv:2305.14314): the same next to 4-bit layers.
+QLoRA (Dettmers et al. 2023, arXiv:2305.14314): the same next to 4-bit layers. DoRA (Liu et al.
+2024, arXiv:2402.09353): the norms of the adapted weight's rows are trained apart from their
+directions.
 
 Rejected: PEFT on fastlm's modules. It supports neither `fastlm.ops.linear` nor `QuantizedLinear`.
 """
@@ -38,6 +40,7 @@ class LoraConfig:
     lora_alpha: float = 32.0
     lora_dropout: float = 0.0
     use_rslora: bool = False
+    use_dora: bool = False
     base_digest: str | None = None
 
     def __post_init__(self) -> None:
@@ -61,12 +64,22 @@ class LoraLinear(nn.Module):
 
     `base_layer` (Linear or QuantizedLinear) is frozen. `lora_A` (r, in_features) and `lora_B`
     (out_features, r) are used in x's dtype. `enabled` False drops the second summand.
+
+    With DoRA the result without the bias is multiplied by ``magnitude / norm``, (out_features,):
+    norm is that of the rows of ``W + scaling B A``, and no gradient flows through it (section 4.3
+    of the paper). The parameter `lora_magnitude_offset` is the magnitude minus the norm of W's
+    rows. At 0 the layer computes its base's result to the last bit, in bfloat16 too, which would
+    round the magnitude itself by up to 0.2 %.
     """
+
+    lora_magnitude_offset: nn.Parameter | None
 
     def __init__(self, base_layer: nn.Module, lora_A: Tensor, lora_B: Tensor, config: LoraConfig):
         super().__init__()
         self.base_layer = base_layer.requires_grad_(False)
         self.lora_A, self.lora_B = nn.Parameter(lora_A), nn.Parameter(lora_B)
+        offset = nn.Parameter(lora_B.new_zeros(len(lora_B))) if config.use_dora else None
+        self.register_parameter("lora_magnitude_offset", offset)
         self.scaling, self.dropout, self.enabled = config.scaling, config.lora_dropout, True
 
     def forward(self, x: Tensor) -> Tensor:
@@ -76,26 +89,61 @@ class LoraLinear(nn.Module):
         if self.training and self.dropout:
             x = F.dropout(x, self.dropout)
         low = linear(x, self.lora_A.to(x.dtype)) * self.scaling
-        return y + linear(low, self.lora_B.to(x.dtype))
+        update = linear(low, self.lora_B.to(x.dtype))
+        if self.lora_magnitude_offset is None:
+            return y + update
+        bias: Any = self.base_layer.bias
+        product = (y if bias is None else y - bias) + update
+        # not y * scale: bfloat16 has more digits of a small scale - 1 than of scale
+        return y + update + (self._row_scale() - 1).to(y.dtype) * product
+
+    def _base_weight(self) -> Tensor:
+        """Return W in float32."""
+        weight: Any = self.base_layer.weight
+        if isinstance(weight, QuantizedWeight):
+            return weight.dequantize(torch.float32)
+        return weight.float()
+
+    def _updated_weight(self, weight: Tensor) -> Tensor:
+        """Return W + scaling B A in float32, a constant in the gradient."""
+        matrices = self.lora_B.detach().float(), self.lora_A.detach().float()
+        return torch.addmm(weight, *matrices, alpha=self.scaling)
+
+    def magnitude(self) -> Tensor:
+        """Return DoRA's norms of the adapted weight's rows, (out_features,) float32."""
+        assert self.lora_magnitude_offset is not None
+        return self._base_weight().norm(dim=1) + self.lora_magnitude_offset.float()
+
+    def set_magnitude(self, values: Tensor) -> None:
+        """Set the result of `magnitude`, up to the rounding of the offset."""
+        assert self.lora_magnitude_offset is not None
+        norm = self._base_weight().norm(dim=1)
+        self.lora_magnitude_offset.data.copy_(values.to(norm) - norm)
+
+    def _row_scale(self) -> Tensor:
+        """Return magnitude / norm, (out_features,); exactly 1 where B and the offset are 0."""
+        assert self.lora_magnitude_offset is not None
+        weight = self._base_weight()
+        norm = self._updated_weight(weight).norm(dim=1)
+        magnitude = weight.norm(dim=1) + self.lora_magnitude_offset.float()
+        return magnitude / norm.clamp(min=torch.finfo(norm.dtype).tiny)  # a row may be zero
 
     @torch.no_grad()
     def merge(self, dtype: torch.dtype) -> Linear:
-        """Return one layer that computes the same up to rounding. The sum is rounded once, to the
-        base's dtype, or to `dtype` where the base is quantized.
+        """Return one layer that computes the same up to rounding. Its weight is rounded once, to
+        the base's dtype, or to `dtype` where the base is quantized.
         """
         base: Any = self.base_layer
-        weight = base.weight
-        if isinstance(weight, QuantizedWeight):
-            weight = weight.dequantize(torch.float32)
-        else:
-            dtype = weight.dtype
-        weight = torch.addmm(
-            weight.float(), self.lora_B.float(), self.lora_A.float(), alpha=self.scaling
-        )
+        if not isinstance(base.weight, QuantizedWeight):
+            dtype = base.weight.dtype
+        weight = self._updated_weight(self._base_weight())
+        if self.lora_magnitude_offset is not None:
+            weight *= self._row_scale()[:, None]
         return _linear(weight.to(dtype), base.bias).train(self.training)
 
     def extra_repr(self) -> str:
-        return f"r={self.lora_A.shape[0]}, scaling={self.scaling}, dropout={self.dropout}"
+        dora = "" if self.lora_magnitude_offset is None else ", use_dora=True"
+        return f"r={self.lora_A.shape[0]}, scaling={self.scaling}, dropout={self.dropout}{dora}"
 
 
 def add_lora(
@@ -106,6 +154,7 @@ def add_lora(
     targets: str | Sequence[str] = ALL,
     dropout: float = 0.0,
     use_rslora: bool = False,
+    use_dora: bool = False,
     seed: int | None = None,
 ) -> "CausalLM":
     """Freeze the model and replace each target by a `LoraLinear`, in place. Return the model.
@@ -119,13 +168,15 @@ def add_lora(
         targets: the last parts of module names ("q_proj", "down_proj"), or "all-linear": all linear
             layers except the head.
         dropout: share of the inputs of A that is dropped in training.
+        use_dora: also train the norm of each row of the adapted weights (DoRA), 4 * out_features
+            more bytes a layer. Each forward computes the norms of the layer's rows again.
         seed: the seed of A; None: torch's generator.
 
     Raises InputError: a target that no linear layer has, the head or the embedding as a target, a
     model with adapters.
     """
     check_no_adapters(model)
-    config = LoraConfig(rank, alpha, dropout, use_rslora, weights_digest(model))
+    config = LoraConfig(rank, alpha, dropout, use_rslora, use_dora, weights_digest(model))
     layers = target_layers(model, targets)
     generator = None if seed is None else torch.Generator().manual_seed(seed)
     adapters = {}

@@ -26,7 +26,6 @@ from fastlm.pipeline.stage import (
     Positional,
     Repeated,
     Stage,
-    StageContext,
     options_of,
 )
 from fastlm.progress import silent
@@ -59,7 +58,7 @@ def command_of(cls: type[Stage], before: Callable[[], None] = lambda: None) -> C
 
     ``before`` is called when the options are read, before any work.
     """
-    options = [option for option in options_of(cls) if get_origin(_plain(option.hint)) is not dict]
+    options = [o for o in options_of(cls) if o.help or get_origin(_plain(o.hint)) is not dict]
     trains = bool(cls.checkpoints)
     only_scores = set(cls.outputs) == {"scores"}
 
@@ -91,11 +90,12 @@ def command_of(cls: type[Stage], before: Callable[[], None] = lambda: None) -> C
             if not is_main:
                 return
             if out is not None:
-                seconds, command = (
-                    time.perf_counter() - start,
-                    shlex.join(["fastlm", *sys.argv[1:]]),
-                )
-                _record(stage, ctx, result, seconds, command)
+                from fastlm.pipeline.record import record_stage
+
+                seconds = time.perf_counter() - start
+                command = shlex.join(["fastlm", *sys.argv[1:]])
+                if not is_remote(out):
+                    record_stage(stage, ctx, result, seconds, command=command)
                 if only_scores:
                     from fastlm.pipeline.report import write_stage_report
 
@@ -141,26 +141,6 @@ def _signed(
     return run
 
 
-def _record(
-    stage: Stage, ctx: StageContext, result: dict[str, Any], seconds: float, command: str
-) -> None:
-    """Keep a record of the stage in its folder, for `fastlm runs`, unless it is elsewhere."""
-    if is_remote(ctx.out):
-        return
-    from fastlm.pipeline.provenance import describe, output_files
-    from fastlm.pipeline.record import new_record, save_stage_record
-    from fastlm.sources.input_digest import InputDigest
-
-    inputs = {key: [input.source for input in names] for key, names in ctx.inputs.items()}
-    entry = new_record(stage, "", inputs)
-    input_digest = InputDigest(ctx.out / "sources.json", cache=ctx.cache_dir)
-    # a second earlier: file systems keep times less exactly
-    entry.file_sizes = output_files(stage.outputs, ctx.out, time.time() - seconds - 1)
-    entry.seconds, entry.result = seconds, result
-    entry.provenance = describe(stage, ctx, entry.file_sizes, input_digest, command=command)
-    save_stage_record(ctx.out, entry)
-
-
 def _flag(name: str, hint: Any, info: Any, *default: Any) -> inspect.Parameter:
     """Return a parameter with its typer annotation. Without a default it is required."""
     value = default[0] if default else inspect.Parameter.empty
@@ -189,7 +169,7 @@ def _option(option: Option) -> inspect.Parameter:
         return _flag(option.name, hint, argument)
     if isinstance(option.help, Repeated):
         default, hint = None, list[get_args(plain)[0]] | None
-    elif is_typeddict(plain):
+    elif _is_table(plain):
         default, hint = None, str | None
     elif _has_commas(option):
         default, hint = ",".join(map(str, default)), str
@@ -207,7 +187,7 @@ def _value(option: Option, value: Any) -> Any:
     plain = _plain(option.hint)
     if value is None:
         return option.default
-    if is_typeddict(plain):
+    if _is_table(plain):
         table = parse_toml(f"value = {value}", option.name)["value"]
         return validate(table, plain, f"{option.name}.", extra="forbid")
     if _has_commas(option):
@@ -230,6 +210,11 @@ def _plain(hint: Any) -> Any:
     if get_origin(hint) in (Union, UnionType):
         (hint,) = (a for a in get_args(hint) if a is not NoneType)
     return hint
+
+
+def _is_table(plain: Any) -> bool:
+    """Return whether the flag takes an inline table of TOML."""
+    return is_typeddict(plain) or get_origin(plain) is dict
 
 
 def _has_commas(option: Option) -> bool:

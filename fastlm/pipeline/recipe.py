@@ -91,8 +91,12 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = (), *, kinds: Kinds
         # names of settings files become paths below the recipe's folder
         for entry in () if is_json else _entries(table, kinds):
             for key in kinds[entry["kind"]].settings_in:
-                if isinstance(name := entry.get(key), str) and name:
-                    entry[key] = str(path.parent / name)
+                *tables, last = key.split(".")
+                inner: Any = entry
+                for table_name in tables:
+                    inner = inner.get(table_name) if isinstance(inner, dict) else None
+                if isinstance(inner, dict) and isinstance(name := inner.get(last), str) and name:
+                    inner[last] = str(path.parent / name)
         for override in overrides:
             _override(table, kinds, override)
         return parse_recipe(table, kinds=kinds)
@@ -187,27 +191,30 @@ class _Parser:
         if name in self.steps:
             raise InputError(f"stage.name: {name!r} is used twice; expected a name for each stage")
         options = [option.name for option in options_of(cls)]
-        inputs = {key: key for key in cls.inputs}  # as a recipe calls them -> their names
-        inputs |= {alias: next(iter(cls.inputs)) for alias in ("from", "of") if cls.inputs}
+        input_keys = [*cls.inputs, *(("from", "of") if cls.inputs else ())]
         entry_values = {key: value for key, value in entry.items() if key not in ("kind", "name")}
-        keys: dict[str, str] = {}  # input -> the key that the recipe used
         for key in entry_values:
-            if key in inputs:
-                if (target := inputs[key]) in keys:
-                    raise InputError(f"{name}.{key}: duplicate key for the input {target!r}")
-                keys[target] = key
-            elif key not in options:
-                valid = [*options, *inputs]
+            if key not in input_keys and key not in options:
+                valid = [*options, *input_keys]
                 raise InputError(_misplaced(f"{name}.{key}", key, valid, self.entries, self.kinds))
-        values = {key: value for key, value in entry_values.items() if key not in inputs}
+        values = {key: value for key, value in entry_values.items() if key not in input_keys}
         if "seed" in options:
             values.setdefault("seed", self.seed)
         stage = validate(values, cls, f"{name}.", extra="forbid")
+        keys: dict[str, str] = {}  # input -> the key that the recipe used
+        for key in filter(input_keys.__contains__, entry_values):
+            target = next(iter(stage.inputs)) if key in ("from", "of") else key
+            if target not in stage.inputs:
+                valid_inputs = ", ".join(stage.inputs)
+                raise InputError(f"{name}.{key}: expected one of its inputs {valid_inputs}")
+            if target in keys:
+                raise InputError(f"{name}.{key}: duplicate key for the input {target!r}")
+            keys[target] = key
         sources = {
             key: self.sources(f"{name}.{keys[key]}", entry_values[keys[key]], spec)
             if key in keys
             else self.default_sources(f"{name}.{key}", spec)
-            for key, spec in cls.inputs.items()
+            for key, spec in stage.inputs.items()
         }
         self.steps[name] = RecipeStep(name, stage, sources)
         return self.steps[name]

@@ -6,6 +6,7 @@ Every figure of a result but times is a score. One of them represents the result
 
 import json
 import sys
+import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -13,12 +14,13 @@ from typing import Any, Literal, TypeGuard
 
 from fastlm.errors import InputError
 from fastlm.files import write_json
-from fastlm.pipeline.provenance import Provenance
+from fastlm.pipeline.provenance import Provenance, describe, output_files
 from fastlm.pipeline.recipe import Recipe
 from fastlm.pipeline.run_folder import STAGES
-from fastlm.pipeline.stage import Stage, options_of
+from fastlm.pipeline.stage import Stage, StageContext, options_of
 from fastlm.pipeline.text import figure
 from fastlm.schema import Count, Finite, RelativePath, read_document, validate
+from fastlm.sources.input_digest import InputDigest
 
 RECORD = "record.json"  # in the folder of a stage that ran alone
 LAYOUT = 2  # of a run folder: one folder per stage
@@ -127,6 +129,29 @@ def save_record(out: Path, record: Mapping[str, StageRecord], recipe: Recipe) ->
 def save_stage_record(out: Path, entry: StageRecord) -> None:
     """Write the record of a stage that ran alone into its folder."""
     write_json(out / RECORD, {"layout": LAYOUT, "stages": {".": table_of(entry)}})
+
+
+def record_stage(
+    stage: Stage,
+    ctx: StageContext,
+    result: dict[str, Any],
+    seconds: float,
+    *,
+    fingerprint: str = "",
+    command: str | None = None,
+) -> None:
+    """Write the record of a stage that has just run in a folder of its own, for `fastlm runs`.
+
+    ``seconds``: the time since it began. ``fingerprint``: what the caller recognizes it by.
+    """
+    inputs = {key: [input.source for input in names] for key, names in ctx.inputs.items()}
+    entry = new_record(stage, fingerprint, inputs)
+    input_digest = InputDigest(ctx.out / "sources.json", cache=ctx.cache_dir)
+    # a second earlier: file systems keep times less exactly
+    entry.file_sizes = output_files(stage.outputs, ctx.out, time.time() - seconds - 1)
+    entry.seconds, entry.result = seconds, result
+    entry.provenance = describe(stage, ctx, entry.file_sizes, input_digest, command=command)
+    save_stage_record(ctx.out, entry)
 
 
 def table_of(entry: StageRecord) -> dict[str, Any]:

@@ -175,8 +175,9 @@ class Stage:
         command: its words on the command line.
         version: raised when the same options and inputs give another result.
         inputs: name -> `InputSpec`. The first input is also called ``from`` in a recipe, or
-            ``of`` if it accepts several.
+            ``of`` if it accepts several. An instance may have fewer.
         outputs: type -> file or folder in the stage's folder, "." for the folder itself.
+            An instance may have others.
         checkpoints: what it needs to continue after an interruption. A stage with checkpoints is a
             training: a run never deletes it, but archives it (`fastlm.pipeline.archive`).
         resumable: what else it continues from after an interruption, with the same options and
@@ -185,8 +186,8 @@ class Stage:
         notes: what ``--help`` shows after the docstring.
         unused: fields that it inherits and has no use for. They are not offered.
         sources_in: the options that name sources of text or rows.
-        settings_in: the options that name a file of settings. A recipe looks for it in its own
-            folder.
+        settings_in: the options that name a file of settings, "TABLE.KEY" of one in a table. A
+            recipe looks for it in its own folder.
         instructs: its model follows instructions, says a model card.
         card_section: the section of a model card that has its scores.
         writes_objects: its folder may be on object storage (``s3://``).

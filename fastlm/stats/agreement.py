@@ -1,4 +1,5 @@
-"""Agreement of raters: Krippendorff's alpha, and the share of pairs in the same order."""
+"""Agreement of raters: Krippendorff's alpha, the share of pairs in the same order, and Cohen's
+kappa."""
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -6,6 +7,8 @@ from dataclasses import dataclass
 from itertools import combinations
 
 import numpy as np
+
+from fastlm.stats.intervals import Interval, normal_quantile
 
 
 @dataclass(frozen=True)
@@ -77,3 +80,36 @@ def _count_same_order(a: Sequence[int], b: Sequence[int]) -> tuple[int, int]:
     first, second = (np.sign(np.subtract.outer(ranks, ranks)) for ranks in (a, b))
     upper = np.triu_indices(len(a), 1)
     return int((first[upper] == second[upper]).sum()), len(upper[0])
+
+
+def cohen_kappa(table: Sequence[Sequence[int]], confidence: float = 0.95) -> tuple[float, Interval]:
+    """Return Cohen's kappa (1960) of two raters and its interval. ``table``: how often the first
+    rater chose the row and the second the column.
+
+    The error is that of Fleiss, Cohen and Everitt (1969, doi:10.1037/h0028106). It and the middle
+    of the interval are those of the table with 1/2 added to each cell, so that full agreement on a
+    few items is not certain. Two raters who always choose the same class have kappa 0.
+    """
+    counts = np.asarray(table, dtype=np.float64)
+    kappa, _ = _kappa(counts)
+    middle, error = _kappa(counts + 0.5)
+    half = normal_quantile(confidence) * error
+    low, high = max(-1.0, middle - half), min(1.0, middle + half)
+    return kappa, Interval(min(low, kappa), max(high, kappa))
+
+
+def _kappa(counts: np.ndarray) -> tuple[float, float]:
+    """Return kappa and its standard error."""
+    n = counts.sum()
+    p = counts / n
+    rows, columns = p.sum(1), p.sum(0)
+    agreed, chance = float(np.trace(p)), float(rows @ columns)
+    if chance >= 1:
+        return 0.0, 0.0
+    kappa = (agreed - chance) / (1 - chance)
+    same = np.diag(p) @ ((1 - chance) - (rows + columns) * (1 - agreed)) ** 2
+    other = p * (columns[:, None] + rows[None, :]) ** 2
+    different = (1 - agreed) ** 2 * (other.sum() - np.trace(other))
+    rest = (agreed * chance - 2 * chance + agreed) ** 2
+    variance = max(0.0, float(same + different - rest)) / (n * (1 - chance) ** 4)
+    return kappa, math.sqrt(variance)

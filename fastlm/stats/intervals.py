@@ -56,6 +56,8 @@ from fastlm.stats.power import (
 )
 
 Z95 = NormalDist().inv_cdf(0.975)  # standard errors on each side of a 95 % interval of many items
+MAX_COUNTED = 64  # samples: counting takes milliseconds
+DRAWS = 4096  # of more samples
 ROUNDING = 1e-12  # relative to the largest score: a smaller spread counts as 0
 
 
@@ -85,7 +87,7 @@ class Mean:
     def interval(self, confidence: float = 0.95) -> Interval:
         """Return the interval of the true mean: all means with a `p_value` above 1 - confidence.
         If all scores are equal it is a point, even where few items have a larger `p_value`."""
-        _z(confidence)
+        normal_quantile(confidence)
         if not self.error:
             return Interval(self.mean, self.mean)
         if not math.isfinite(self.error):
@@ -250,7 +252,7 @@ def wilson(successes: float, n: float, confidence: float = 0.95) -> Interval:
     check_between("successes", successes, 0, n)
     if n <= 0:
         raise InputError(f"n: expected a number above 0, got {n}")
-    z = _z(confidence)
+    z = normal_quantile(confidence)
     rate, shrink = successes / n, 1 + z * z / n
     middle = (rate + z * z / (2 * n)) / shrink
     half = z / shrink * math.sqrt(rate * (1 - rate) / n + z * z / (4 * n * n))
@@ -336,6 +338,70 @@ def pass_at_k(n: int, c: int, k: int) -> float:
     return 1 - math.comb(n - c, k) / math.comb(n, k)
 
 
+def majority_at_k(counts: Sequence[int], scores: Sequence[float], n: int, k: int) -> float:
+    """Return the expected score of the answer that most of ``k`` of ``n`` samples have
+    (self-consistency, Wang et al. 2022, arXiv:2203.11171).
+
+    It is the mean over all subsets of k samples, so unbiased. If m answers share the most votes, it
+    is the mean of their scores; without a vote it is 0. Exact for n up to `MAX_COUNTED`, else the
+    mean of `DRAWS` seeded draws, whose standard error is below 0.008.
+
+    Args:
+        counts: how many samples have each answer; the remaining samples have no vote.
+        scores: of each answer, 0 to 1.
+    """
+    check_between("n", n, 1)
+    check_between("k", k, 1, n)
+    check_between("sum of counts", sum(counts), 0, n)
+    if n > MAX_COUNTED:
+        return _majority_by_draws(counts, scores, n, k)
+    # k of n samples at random are independent binomial counts of each answer, given their sum
+    total = math.fsum(
+        score * _win_probability(counts, i, n, k) for i, score in enumerate(scores) if score
+    )
+    return total / _binomial(n, k / n)[k]
+
+
+def _binomial(n: int, p: float) -> np.ndarray:
+    """Return the probability of 0 to n successes in n trials."""
+    return np.array([math.comb(n, i) * p**i * (1 - p) ** (n - i) for i in range(n + 1)])
+
+
+def _win_probability(counts: Sequence[int], winner: int, n: int, k: int) -> float:
+    """Return the probability that answer ``winner`` has the most of k votes, divided by the number
+    of answers that share them, and that k votes are drawn."""
+    share = k / n
+    others = [_binomial(count, share) for i, count in enumerate(counts) if i != winner]
+    blank = _binomial(n - sum(counts), share)
+    total = 0.0
+    for most, probability in enumerate(_binomial(counts[winner], share)[: k + 1]):
+        if not most:
+            continue
+        rest = k - most
+        ways = np.zeros((rest // most + 1, rest + 1))  # answers that share, votes of all others
+        ways[0, 0] = probability
+        for votes in others:
+            next_ways = np.zeros_like(ways)
+            for count, p in enumerate(votes[: min(most, rest + 1)]):
+                next_ways[:, count:] += p * ways[:, : rest + 1 - count]
+            if len(ways) > 1 and most < len(votes):
+                next_ways[1:, most:] += votes[most] * ways[:-1, : rest + 1 - most]
+            ways = next_ways
+        shares = 1 / np.arange(1, len(ways) + 1)
+        for count, p in enumerate(blank[: rest + 1]):
+            total += p * float(shares @ ways[:, rest - count])
+    return total
+
+
+def _majority_by_draws(counts: Sequence[int], scores: Sequence[float], n: int, k: int) -> float:
+    rng = np.random.default_rng(0)
+    blank = n - sum(counts)
+    votes = rng.multivariate_hypergeometric([*counts, blank], k, size=DRAWS)[:, :-1]
+    most = votes.max(axis=1, initial=0, keepdims=True)
+    tied = (votes == most) & (most > 0)
+    return float((tied @ np.array(scores) / np.maximum(1, tied.sum(axis=1))).mean())
+
+
 @dataclass(frozen=True)
 class CorrectedRate:
     """A ``rate`` corrected for a judge's errors, with its interval ``low`` to ``high``."""
@@ -378,7 +444,7 @@ def rogan_gladen(
             f" {tp}/{positives} + {tn}/{negatives} = {gain + 1:.3f}"
         )
     point = min(1.0, max(0.0, (rate + tn / negatives - 1) / gain))
-    z = _z(confidence)
+    z = normal_quantile(confidence)
     shrunk_rate = (n * rate + z * z / 2) / (n + z * z)
     se, sp = (tp + 1) / (positives + 2), (tn + 1) / (negatives + 2)
     var_se, var_sp = se * (1 - se) / (positives + 2), sp * (1 - sp) / (negatives + 2)
@@ -406,7 +472,7 @@ def _mcnemar(wins: int, losses: int) -> float:
 
 def _bonett_price(wins: int, losses: int, n: int, confidence: float) -> Interval:
     won, lost = (wins + 1) / (n + 2), (losses + 1) / (n + 2)
-    half = _z(confidence) * math.sqrt((won + lost - (won - lost) ** 2) / (n + 2))
+    half = normal_quantile(confidence) * math.sqrt((won + lost - (won - lost) ** 2) / (n + 2))
     return Interval(max(-1.0, won - lost - half), min(1.0, won - lost + half))
 
 
@@ -431,7 +497,7 @@ def _clusters(values: np.ndarray, clusters: Sequence[Any] | None) -> tuple[np.nd
     return np.bincount(members, weights=values), np.bincount(members).astype(np.float64)
 
 
-def _z(confidence: float) -> float:
+def normal_quantile(confidence: float) -> float:
     """Return the two-sided quantile of the normal distribution."""
     check_between("confidence", confidence, 0, 1)
     return quantile("confidence", (1 + confidence) / 2)

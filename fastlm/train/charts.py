@@ -1,10 +1,12 @@
 """Charts of trainings, from their metrics.jsonl, and of reward models."""
 
 from collections.abc import Mapping, Sequence
+from itertools import cycle
 from typing import Any
 
 from fastlm.pipeline.charts import (
     BLUE,
+    CURVES,
     ORANGE,
     PALE,
     SOFT,
@@ -20,6 +22,8 @@ Metrics = list[dict[str, Any]]
 CHARTS: tuple[tuple[str, tuple[str, ...], float | None, tuple[float, float] | None], ...] = (
     ("reward, nats times β", ("reward_chosen", "reward_rejected"), 0.0, None),
     ("accuracy of pairs", ("accuracy",), 0.5, (-0.02, 1.02)),
+    ("log odds ratio of chosen and rejected", ("log_odds",), 0.0, None),
+    ("loss per token of the chosen answers", ("nll",), None, None),
     ("score", ("score",), None, None),
     ("KL to the reference, nats per completion", ("kl", "kl3"), 0.0, None),
     ("tokens per completion", ("length",), None, None),
@@ -75,6 +79,37 @@ def training_charts(metrics: Metrics) -> list[str]:
         legend(axes, columns=2)
         charts.append(as_svg(figure))
     return charts
+
+
+def sweep_chart(curves: Mapping[str, Sequence[Sequence[tuple[int, float]]]], label: str) -> str:
+    """Draw a metric over the tokens seen. Each value of a sweep has a thin line per seed, their
+    mean, and a band of one standard error on each side.
+
+    ``curves``: value -> the validations of each seed, as (tokens, metric). The k-th validations of
+    the seeds are averaged. The axis shows the second half of the curves completely.
+    """
+    import numpy as np
+
+    figure, axes = new_axes("million tokens seen", label)
+    late: list[float] = []
+    for (name, points), color in zip(curves.items(), cycle(CURVES)):
+        length = min(map(len, points))
+        array = np.array([curve[:length] for curve in points], np.float64).reshape(-1, length, 2)
+        x, y = array[..., 0] / 1e6, array[..., 1]
+        axes.plot(x.T, y.T, color=color, linewidth=0.7, alpha=0.5)
+        mean_x, mean = x.mean(0), y.mean(0)
+        axes.plot(mean_x, mean, color=color, linewidth=2, label=name)
+        if len(y) > 1:
+            error = y.std(0, ddof=1) / np.sqrt(len(y))
+            axes.fill_between(
+                mean_x, mean - error, mean + error, color=color, alpha=0.2, linewidth=0
+            )
+        late += y[:, length // 2 :].ravel().tolist()
+    if late and min(late) < max(late):
+        margin = 0.1 * (max(late) - min(late))
+        axes.set_ylim(min(late) - margin, max(late) + margin)
+    legend(axes, columns=2)
+    return as_svg(figure)
 
 
 def calibration_chart(bins: Sequence[Mapping[str, float]]) -> str:

@@ -243,6 +243,7 @@ class Distill(DistillOptions, SFT):
             ("model",), "Teacher: a run or a Hugging Face folder", default=False, optional=True
         ),
     }
+    unused = ("neftune_noise_alpha",)  # the student learns what the teacher reads, without noise
     checkpoints = ("checkpoints", LOGITS, COMPLETIONS, f"{COMPLETIONS}.json")
 
     teacher_completions: Annotated[

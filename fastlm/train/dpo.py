@@ -1,5 +1,5 @@
-"""Direct preference optimisation (DPO, IPO, hinge) and KTO: train a model to prefer the better
-answers, relative to the model before training.
+"""Direct preference optimisation (DPO, IPO, hinge), KTO, SimPO and ORPO: train a model to prefer
+the better answers, all but the last two relative to the model before training.
 """
 
 from collections.abc import Mapping
@@ -20,10 +20,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class DPO(LoraOptions, DPOOptions, PreferenceStage):
-    """Train a model on preferences (DPO, IPO, KTO), so that it prefers the better answers.
+    """Train a model on preferences (DPO, IPO, KTO, SimPO, ORPO), so that it prefers the better
+    answers.
 
-    The loss compares the model with itself before training, which keeps it close. The same command
-    run again resumes from the last checkpoint.
+    The loss compares the model with itself before training, which keeps it close; simpo and orpo do
+    not. The same command run again resumes from the last checkpoint.
     """
 
     kind = "dpo"
@@ -49,7 +50,7 @@ kto, labels (prompt, completion, label)."""
         self.check_lora()
         self.check_loss()
         dropout, kto = self.lora_dropout, self.loss_type == "kto"
-        expected = "0, as the reference is measured without dropout"
+        expected = "0, as log-probabilities are compared without dropout"
         expect(not dropout, "lora_dropout", expected, dropout)
         if kto:
             check_unsharded("loss_type = 'kto'", self.parallel)
@@ -101,15 +102,20 @@ kto, labels (prompt, completion, label)."""
 
         facts = {
             "preferences": rows_summary(result, f"{result['pairs']:,} {self.unit()}"),
-            "loss": f"{self.loss_type}, β {self.beta:g}",
+            "loss": f"{self.loss_type}, β {self.beta:g}"
+            + (f", gamma {self.simpo_gamma:g}" if self.loss_type == "simpo" else ""),
             "batch": f"{self.step_size()} {self.unit()} without padding",
             **self.lora_facts(result),
         }
+        reward = (
+            "the gain of its log-probability over the model before training"
+            if self.uses_reference
+            else "its mean log-probability per token"
+        )
         return ReportSection(
             "Preference training",
-            "The reward of an answer is β times the gain of its log-probability over the model"
-            " before training, in nats. A falling reward of the chosen answers means that the"
-            " model unlearns them too.",
+            f"The reward of an answer is β times {reward}, in nats. A falling reward of the chosen"
+            " answers means that the model unlearns them too.",
             facts=facts,
             charts=[loss_chart(metrics, f"loss per {self.unit()[:-1]}")],
             cards=self.cards(result),

@@ -1,4 +1,4 @@
-"""The objective of DPO and KTO, on pairs or labelled answers."""
+"""The objective of DPO, SimPO, ORPO and KTO, on pairs or labelled answers."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from fastlm.progress import silent
-from fastlm.train.losses import dpo_loss, kto_loss
+from fastlm.train.losses import dpo_loss, kto_loss, orpo_loss, simpo_loss
 from fastlm.train.objective import (
     IGNORE,
     EpochObjective,
@@ -38,8 +38,8 @@ class PreferenceBatch:
     `CausalLM.hidden`), or there are n labelled answers.
 
     ``lengths``: loss tokens per sequence. ``reference`` (n, 2): log-probabilities of the base model
-    for chosen and rejected, or for the answer and the answer to another prompt. ``kl``: the
-    reference point of the whole step.
+    for chosen and rejected, or for the answer and the answer to another prompt; zeros for a loss
+    without a reference. ``kl``: the reference point of the whole step.
     """
 
     ids: Tensor
@@ -60,6 +60,7 @@ class DPOObjective(EpochObjective):
     (`measure_reference`), and stored in the checkpoints. So there is no second model in memory, and
     a resumed training has the same reference. They are measured in the micro-batches and the dtype
     of the first epoch: before the first update, policy and reference are equal to the last bit.
+    SimPO and ORPO have no reference, and measure none.
 
     ``examples`` and ``heldout``: pairs, or with loss_type "kto" labels. For the other arguments see
     `EpochObjective`.
@@ -90,10 +91,14 @@ class DPOObjective(EpochObjective):
     # the reference
 
     def measure_reference(self, dtype: torch.dtype, *, track: Callable = silent) -> None:
-        """Measure the reference with the current weights, rounded to ``dtype``."""
-        training, heldout = self.order.tolist(), list(range(len(self.heldout)))
+        """Measure the reference with the current weights, rounded to ``dtype``. It is zero for a
+        loss that does not use it.
+        """
         self.reference = torch.zeros(len(self.examples), 2)
         self.reference_heldout = torch.zeros(len(self.heldout), 2)
+        if not self.dpo_options.uses_reference:
+            return
+        training, heldout = self.order.tolist(), list(range(len(self.heldout)))
         work = [
             *((self.examples, rows, self.reference) for rows in self._split(training)),
             # all of them, because a resumed training may validate on more
@@ -210,19 +215,30 @@ class DPOObjective(EpochObjective):
                 **{f"{name}_rejected": values[~desirable] for name, values in columns.items()},
             }
         logps, lengths, reference = logps.view(-1, 2), batch.lengths.view(-1, 2), batch.reference
-        losses = dpo_loss(
-            logps[:, 0], logps[:, 1], reference[:, 0], reference[:, 1], beta=o.beta,
-            label_smoothing=o.label_smoothing, loss_type=cast(Any, o.loss_type),
-            lengths=(lengths[:, 0], lengths[:, 1]) if o.length_normalise else None,
-        )  # fmt: skip
+        chosen, rejected, sides = logps[:, 0], logps[:, 1], (lengths[:, 0], lengths[:, 1])
+        extra: dict[str, Tensor] = {}
+        if o.loss_type == "orpo":
+            losses, extra = orpo_loss(chosen, rejected, sides, beta=o.beta)
+        elif o.loss_type == "simpo":
+            losses = simpo_loss(
+                chosen, rejected, sides, beta=o.beta, simpo_gamma=o.simpo_gamma,
+                label_smoothing=o.label_smoothing,
+            )  # fmt: skip
+        else:
+            losses = dpo_loss(
+                chosen, rejected, reference[:, 0], reference[:, 1], beta=o.beta,
+                label_smoothing=o.label_smoothing, loss_type=cast(Any, o.loss_type),
+                lengths=sides if o.length_normalise else None,
+            )  # fmt: skip
         if o.sft_weight:
-            losses = losses - o.sft_weight * logps[:, 0] / lengths[:, 0]
+            losses = losses - o.sft_weight * chosen / lengths[:, 0]
         rewards = o.beta * (logps - reference)
-        if o.length_normalise:
+        if o.length_normalise or not o.uses_reference:
             rewards = rewards / lengths
         margins = rewards[:, 0] - rewards[:, 1]
         columns = {"reward": rewards, "logp": logps, "length": lengths.float()}
         return losses, {
+            **extra,
             "margin": margins,
             "accuracy": margin_accuracy(margins),
             **{f"{name}_chosen": values[:, 0] for name, values in columns.items()},
@@ -271,7 +287,7 @@ class DPOObjective(EpochObjective):
         else:
             locations = [self.heldout[i].location for rows in batch_rows for i in rows]
             error = accuracy_error(joined["accuracy"], locations)
-        names = ("accuracy", "margin", "reward_chosen", "reward_rejected")
+        names = ("accuracy", "margin", "reward_chosen", "reward_rejected", "nll", "log_odds")
         return {
             "val_loss": float(torch.cat([losses for losses, _ in results]).mean()),
             **{f"val_{name}": means[name] for name in names if name in means},

@@ -31,6 +31,9 @@ class LoraOptions:
     lora_dropout: Annotated[
         float, "Apply dropout with this probability to the adapters' inputs"
     ] = 0.0
+    use_dora: Annotated[bool, "Also train the norm of each row of the adapted weights (DoRA)"] = (
+        False
+    )
     base_bits: Annotated[
         int,
         "Store the frozen weights in this many bits: 4 or 8 (int4 or int8, QLoRA), or 16 (floats)",
@@ -93,7 +96,7 @@ class LoraOptions:
         alpha = 2.0 * self.lora_rank if self.lora_alpha is None else self.lora_alpha
         add_lora(
             model, self.lora_rank, alpha, targets=self.lora_targets, dropout=self.lora_dropout,
-            seed=seed,
+            use_dora=self.use_dora, seed=seed,
         )  # fmt: skip
         if self.base_bits < 16 and not bits:
             # the loss needs the head as a matrix: a quantized one would be dequantized in every
@@ -147,8 +150,9 @@ class LoraOptions:
         if not self.lora_rank:
             return {}
         base = "16-bit" if self.base_bits == 16 else f"int{self.base_bits}"
+        method = "DoRA" if self.use_dora else "LoRA"
         share = 100 * result["trained_parameters"] / result["parameters"]
         return {
-            "adapters": f"LoRA of rank {self.lora_rank} on {', '.join(self.lora_targets)},"
+            "adapters": f"{method} of rank {self.lora_rank} on {', '.join(self.lora_targets)},"
             f" {result['trained_parameters']:,} parameters trained ({share:.2g} %), {base} base"
         }

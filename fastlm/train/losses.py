@@ -357,21 +357,63 @@ def dpo_loss(
         ref_rejected=ref_rejected.detach(),
     )  # fmt: skip
     _one_of(loss_type=(loss_type, "sigmoid", "ipo", "hinge"))
-    ratios = [chosen - ref_chosen, rejected - ref_rejected]
+    ratios = chosen - ref_chosen, rejected - ref_rejected
     if lengths is not None:
-        if len(lengths) != 2 or any(n.shape != chosen.shape for n in lengths):
-            raise InputError(
-                f"lengths: expected two tensors of shape {tuple(chosen.shape)},"
-                f" got {[tuple(n.shape) for n in lengths]}"
-            )
-        ratios = [ratio / n.clamp(min=1) for ratio, n in zip(ratios, lengths)]
+        ratios = _per_token(*ratios, lengths)
     h = ratios[0] - ratios[1]
     if loss_type == "sigmoid":
-        wrong = label_smoothing
-        return -(1 - wrong) * F.logsigmoid(beta * h) - wrong * F.logsigmoid(-beta * h)
+        return _smoothed_sigmoid_loss(beta * h, label_smoothing)
     if loss_type == "ipo":
         return (h - 1 / (2 * beta)).square()
     return torch.relu(1 - beta * h)
+
+
+def simpo_loss(
+    chosen: Tensor,
+    rejected: Tensor,
+    lengths: tuple[Tensor, Tensor],
+    *,
+    beta: float = 0.1,
+    simpo_gamma: float = 0.5,
+    label_smoothing: float = 0.0,
+) -> Tensor:
+    """Compute SimPO's losses of preference pairs (Meng et al. 2024, arXiv:2405.14734), which need
+    no reference: ``-logsigmoid(z)`` with ``z = beta (chosen / n_chosen - rejected / n_rejected) -
+    simpo_gamma``. With `label_smoothing` e, ``-(1 - e) logsigmoid(z) - e logsigmoid(-z)``.
+
+    Args:
+        chosen, rejected: (B,), log-probabilities summed over answers.
+        lengths: (tokens of chosen, tokens of rejected), each (B,); an empty answer counts as 1.
+
+    Returns (B,).
+    """
+    chosen, rejected = _floats(chosen=chosen, rejected=rejected)
+    chosen, rejected = _per_token(chosen, rejected, lengths)
+    return _smoothed_sigmoid_loss(beta * (chosen - rejected) - simpo_gamma, label_smoothing)
+
+
+def orpo_loss(
+    chosen: Tensor, rejected: Tensor, lengths: tuple[Tensor, Tensor], *, beta: float = 0.1
+) -> tuple[Tensor, Metrics]:
+    """Compute ORPO's losses of preference pairs (Hong et al. 2024, arXiv:2403.07691), which need no
+    reference: ``nll - beta logsigmoid(log_odds)``.
+
+    With p the geometric mean of the probabilities of an answer's tokens, ``nll = -log
+    p(chosen)`` and ``log_odds = log(p / (1 - p))`` of chosen minus that of rejected. `beta` is the
+    paper's lambda. TRL's nll also counts the tokens of the prompt.
+
+    Args:
+        chosen, rejected: (B,), log-probabilities summed over answers.
+        lengths: (tokens of chosen, tokens of rejected), each (B,); an empty answer counts as 1.
+
+    Returns:
+        (losses, metrics): (B,) each; "nll" and "log_odds", without gradients.
+    """
+    chosen, rejected = _floats(chosen=chosen, rejected=rejected)
+    chosen, rejected = _per_token(chosen, rejected, lengths)
+    log_odds = _log_odds(chosen) - _log_odds(rejected)
+    metrics = {"nll": -chosen.detach(), "log_odds": log_odds.detach()}
+    return -chosen - beta * F.logsigmoid(log_odds), metrics
 
 
 def kto_loss(
@@ -457,6 +499,28 @@ def plackett_luce_loss(scores: Tensor, ranks: Tensor) -> Tensor:
     sorted_scores = torch.where(present, scores.gather(1, order), -torch.inf)
     rest = sorted_scores.flip(1).logcumsumexp(1).flip(1)  # over this answer and the worse ones
     return torch.where(present, rest - sorted_scores, 0.0).sum(1)
+
+
+def _per_token(
+    chosen: Tensor, rejected: Tensor, lengths: tuple[Tensor, Tensor]
+) -> tuple[Tensor, Tensor]:
+    """Divide the sums of answers by their lengths, or by 1 if an answer is empty."""
+    if len(lengths) != 2 or any(n.shape != chosen.shape for n in lengths):
+        raise InputError(
+            f"lengths: expected two tensors of shape {tuple(chosen.shape)},"
+            f" got {[tuple(n.shape) for n in lengths]}"
+        )
+    return chosen / lengths[0].clamp(min=1), rejected / lengths[1].clamp(min=1)
+
+
+def _smoothed_sigmoid_loss(logits: Tensor, label_smoothing: float) -> Tensor:
+    e = label_smoothing
+    return -(1 - e) * F.logsigmoid(logits) - e * F.logsigmoid(-logits)
+
+
+def _log_odds(logp: Tensor) -> Tensor:
+    """Return ``log(p / (1 - p))`` with ``p = exp(logp)``, at most 1 - eps: at 1 it is infinite."""
+    return logp - torch.log(-torch.expm1(logp.clamp(max=-torch.finfo(logp.dtype).eps)))
 
 
 def _clipped(

@@ -246,8 +246,8 @@ class GRPOObjective(OnlineObjective):
         self.aggregation, self.scale_advantages = LOSS_TYPES[self.options.loss_type]
 
     def complete_round(self, rollouts: Rollouts) -> Rollouts:
-        """Replace groups of equal scores, in which all advantages are 0, by groups of further
-        prompts (DAPO's dynamic sampling, Yu et al. 2025, arXiv:2503.14476).
+        """Replace groups of equal scores, in which all advantages are 0 (but for RLOO's KL), by
+        groups of further prompts (DAPO's dynamic sampling, Yu et al. 2025, arXiv:2503.14476).
 
         Each of at most `dynamic_sampling` draws takes a prompt for each of these groups. Groups
         that are left after the last draw stay in the round. Metrics: "informative_groups", the

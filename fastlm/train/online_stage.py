@@ -64,11 +64,12 @@ class OnlineStage(LoraOptions, RolloutOptions, ChatStage):
     `fastlm.train.online.OnlineObjective`.
     """
 
-    version = 2
+    version = 3
     truncations: ClassVar[tuple[str, ...]] = ("skip",)
     row_name: ClassVar[str] = "prompts"
     row_use: ClassVar[str] = "answer"
     feedback_format: ClassVar[str] = "prompts"
+    validation_metrics = {"val_score": True}
     unused = ("val_tokens",)  # `val_prompts` sets the length of a validation
     inputs = {
         "model": InputSpec(("model",), "Policy to train: a run or a Hugging Face folder"),

@@ -25,11 +25,14 @@ TRUNCATION_COUNTS = {
 }
 
 
+# losses that do not compare the model with a reference; they divide log-probabilities by lengths
+REFERENCE_FREE = ("simpo", "orpo")
 # option of the loss -> the losses that use it
 LOSS_OPTIONS = {
-    "label_smoothing": ("sigmoid",),
+    "label_smoothing": ("sigmoid", "simpo"),
     "length_normalise": ("sigmoid", "ipo", "hinge"),
-    "sft_weight": ("sigmoid", "ipo", "hinge"),
+    "simpo_gamma": ("simpo",),
+    "sft_weight": ("sigmoid", "ipo", "hinge", "simpo"),
     "desirable_weight": ("kto",),
     "undesirable_weight": ("kto",),
 }
@@ -37,12 +40,19 @@ LOSS_OPTIONS = {
 
 @dataclass(frozen=True)
 class DPOOptions:
-    """The options of `dpo`'s loss; see `fastlm.train.losses.dpo_loss` and `kto_loss`."""
+    """The options of `dpo`'s loss; see `dpo_loss`, `simpo_loss`, `orpo_loss` and `kto_loss` in
+    `fastlm.train.losses`.
+    """
 
-    loss_type: Annotated[str, "Use the loss sigmoid (DPO), ipo, hinge or kto"] = "sigmoid"
+    loss_type: Annotated[str, "Use the loss sigmoid (DPO), ipo, hinge, simpo, orpo or kto"] = (
+        "sigmoid"
+    )
     beta: Annotated[
-        float, "Scale the log-ratios by this; a larger one keeps the model closer to its base"
+        float,
+        "Scale the log-ratios by this; a larger one keeps the model closer to its base (simpo:"
+        " scale log-probabilities; orpo: weight the odds ratio)",
     ] = 0.1
+    simpo_gamma: Annotated[float, "Require this margin between the rewards of a pair (simpo)"] = 0.5
     label_smoothing: Annotated[float, "Assume this share of wrong pairs (cDPO), below 0.5"] = 0.0
     length_normalise: Annotated[bool, "Divide the log-ratio of an answer by its length"] = False
     sft_weight: Annotated[
@@ -51,13 +61,18 @@ class DPOOptions:
     desirable_weight: Annotated[float, "Give desirable answers this weight (kto)"] = 1.0
     undesirable_weight: Annotated[float, "Give undesirable answers this weight (kto)"] = 1.0
 
+    @property
+    def uses_reference(self) -> bool:
+        """Whether the loss compares the model with the model before training."""
+        return self.loss_type not in REFERENCE_FREE
+
     def check_loss(self) -> None:
         """Check the values. InputError names the option."""
-        one_of(self, loss_type=("sigmoid", "ipo", "hinge", "kto"))
+        one_of(self, loss_type=("sigmoid", "ipo", "hinge", *REFERENCE_FREE, "kto"))
         positive(self, "beta")
         smoothing = self.label_smoothing
         expect(0 <= smoothing < 0.5, "label_smoothing", "a number in [0, 0.5)", smoothing)
-        not_negative(self, "sft_weight", "desirable_weight", "undesirable_weight")
+        not_negative(self, "simpo_gamma", "sft_weight", "desirable_weight", "undesirable_weight")
         for name, losses in LOSS_OPTIONS.items():
             value = getattr(self, name)
             expect(
@@ -73,6 +88,8 @@ class PreferenceStage(ChatStage):
 
     row_name = "preferences"
     feedback_format = "preferences"
+    # loss is second: its scale depends on the options of the loss
+    validation_metrics = {"val_accuracy": True, "val_loss": False}
 
     gradient_accumulation_steps: Annotated[
         int, "Accumulate gradients over this many micro-batches per step"

@@ -144,6 +144,7 @@ class Pretrain(TrainingStage):
         ),
     }
     settings_in = ("config",)
+    validation_metrics = {"val_loss": False, "bits_per_byte": False}
     result = {**TrainingStage.result, "epochs": int, "train_tokens": int, "prompt": str}
 
     batch_size: Annotated[int, "Put this many sequences into a micro-batch"] = 16

@@ -2,10 +2,11 @@
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Annotated, Any, Self
 
-from fastlm.pipeline.stage import InputSpec, ReportSection, StageContext
+from fastlm.pipeline.stage import InputSpec, ReportSection, StageContext, not_negative
 from fastlm.train.encoding import EncodedDataset, rows_summary
 from fastlm.train.lora_options import LoraOptions
 from fastlm.train.objective import IGNORE, EpochObjective, Example, Mixture, pack, truncate
@@ -32,8 +33,17 @@ class SFTObjective(EpochObjective):
     """The objective of `SFT`: cross-entropy of the tokens with a loss.
 
     The loss is a mean over those tokens of the whole step, however they are spread over its
-    micro-batches. For the arguments see `EpochObjective`.
+    micro-batches. ``neftune_noise_alpha``: see `fastlm.train.neftune`; 0: no noise. For the other
+    arguments see `EpochObjective`.
     """
+
+    def __init__(self, *args: Any, neftune_noise_alpha: float = 0.0, **common: Any):
+        self.neftune_noise_alpha = neftune_noise_alpha
+        super().__init__(*args, **common)
+
+    def identity(self) -> dict[str, Any]:
+        alpha = self.neftune_noise_alpha
+        return {**super().identity(), **({"neftune_noise_alpha": alpha} if alpha else {})}
 
     def collate(self, examples: Sequence[Example]) -> Any:
         return pack(examples, self.device)
@@ -43,9 +53,14 @@ class SFTObjective(EpochObjective):
 
     def loss(self, batch: "PackedBatch", num_items: int) -> "Tensor":
         ids, labels, cu_seqlens = batch
-        return self.trained(
-            ids, shift_labels=labels, cu_seqlens=cu_seqlens, num_items=num_items
-        ).loss
+        model: Any = self.trained
+        noise = nullcontext()
+        if self.neftune_noise_alpha and model.training:
+            from fastlm.train.neftune import noisy_embeddings
+
+            noise = noisy_embeddings(model, self.neftune_noise_alpha, cu_seqlens)
+        with noise:
+            return model(ids, shift_labels=labels, cu_seqlens=cu_seqlens, num_items=num_items).loss
 
     def validate(self) -> dict[str, float]:
         """Return the mean loss of at most `val_tokens` held-out tokens."""
@@ -84,6 +99,9 @@ class SFT(LoraOptions, ChatStage):
         tuple[float, ...],
         "Give each data source this weight: how often an epoch takes it; default: once",
     ] = ()
+    neftune_noise_alpha: Annotated[
+        float, "Add noise of this size to the embeddings in training (NEFTune), such as 5"
+    ] = 0.0
 
     def check(self) -> None:
         super().check()
@@ -91,6 +109,7 @@ class SFT(LoraOptions, ChatStage):
         weights, count = self.data_weights, len(self.data)
         valid = len(weights) in (0, count)
         expect(valid, "data_weights", f"one for each of {count} sources", len(weights))
+        not_negative(self, "neftune_noise_alpha")
         for weight in weights:
             expect(0 < weight < math.inf, "data_weights", "positive numbers", weight)
 
@@ -115,7 +134,10 @@ class SFT(LoraOptions, ChatStage):
     def objective(
         self, ctx: StageContext, model: Any, data: Any, options: "TrainOptions", **common: Any
     ) -> SFTObjective:
-        return SFTObjective(model, data.training, data.heldout, options, **common)
+        return SFTObjective(
+            model, data.training, data.heldout, options,
+            neftune_noise_alpha=self.neftune_noise_alpha, **common,
+        )  # fmt: skip
 
     def summary_parts(self, result: Mapping[str, Any], ctx: StageContext) -> tuple[str, list[str]]:
         speed = f"{result['tokens_per_second']:,.0f} loss tokens/s"
@@ -138,6 +160,8 @@ class SFT(LoraOptions, ChatStage):
                 f"{s['weight']:g} x {s['source']} ({s['conversations']:,})"
                 for s in result["sources"]
             )
+        if self.neftune_noise_alpha:
+            facts["noise"] = f"NEFTune, alpha {self.neftune_noise_alpha:g}"
         title, note = self.headline()
         return ReportSection(
             title,

@@ -68,9 +68,14 @@ class TrainingSetup:
 class TrainingStage(TrainOptions, Stage):
     """A stage that trains a model. A subclass defines `prepare`, `section`, and perhaps
     `summary_parts`.
+
+    Class attributes:
+        validation_metrics: the metrics of the result by which runs are compared -> whether more is
+            better. The first is the default.
     """
 
     outputs = {"model": MODEL}
+    validation_metrics: ClassVar[Mapping[str, bool]] = {"val_loss": False}
     checkpoints = ("checkpoints",)
     result = {
         "steps": int, "tokens": int, "tokens_per_second": float, "loss": float | None,

@@ -21,7 +21,8 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
-from fastlm.evals.safety.judges import AnswerRule, JudgeAccuracy
+from fastlm.evals.judge_accuracy import JudgeAccuracy
+from fastlm.evals.safety.judges import AnswerRule
 from fastlm.evals.safety.refusals import is_off_topic, is_refusal
 
 LABELS = Path(__file__).with_name("attack_labels.jsonl")

@@ -343,8 +343,9 @@ def edges(rank: int, data: Path, out: Path) -> None:
     (out / f"edges-{rank}.json").write_text(json.dumps(messages))
 
 
-# Objectives that need the full step, or the full round, in each process
-ROUNDS = replace(SHORT, max_steps=6, save_total_limit=3, lr=1e-3)
+# Objectives that need the full step, or the full round, in each process. AdamW's steps amplify the
+# rounding of sums in another order: a rate of 1e-3 leaves no room within the tests' 1e-5.
+ROUNDS = replace(SHORT, max_steps=6, save_total_limit=3, lr=5e-4)
 ROLLING = ("ppo", "ppo shared", "dapo", "rloo")
 
 

@@ -133,6 +133,12 @@ CASES = [
         ("reward", "reward-2"),
     ),
     Case("grpo", f"grpo {ROUNDS} --reward-function contains --beta 0.1 -o {{out}}"),
+    Case(
+        "sweep",
+        "sweep sft --model base --seeds 0,1 --grid {{lr=[1e-4,1e-2]}} -o {out} --options"
+        " {{data=['chats.jsonl'],batch_size=4,max_steps=4,save_steps=2,heldout=0.2,validations=2}}"
+        " --json --threads 1",
+    ),
     Case("eval", "eval --model base --data data --stride 16 -o {out} --json", ("data",)),
     Case(
         "safety",
@@ -150,6 +156,12 @@ CASES = [
         "winrate --model sft --old base --judge reward --data prompts.jsonl"
         " --preferences pairs.jsonl --limit 6 --max-new-tokens 6 -o {out} --json --threads 1",
         ("sft", "reward"),
+    ),
+    Case(
+        "judge",
+        "judge --judge base --model sft --old base --data prompts.jsonl --rubric rubric.txt"
+        " --limit 6 --max-new-tokens 6 --max-reason-tokens 4 -o {out} --json --threads 1",
+        ("sft",),
     ),
     Case(
         "gate", "gate --scores winrate --gates gates.toml -o {out} --json", ("winrate",)
@@ -203,6 +215,7 @@ def prepare(folder: Path) -> None:
     }  # fmt: skip
     (folder / "config.json").write_text(json.dumps(config))
     (folder / "gates.toml").write_text('[[gate]]\nscore = "winrate.rate"\nmin = 0\n')
+    (folder / "rubric.txt").write_text("please")
     words = preference_models.WORDS
     chats = [
         {"prompt": f"what is {a} {b}", "completion": f"{b} please {a}"}
@@ -225,7 +238,7 @@ def make_base(folder: Path) -> None:
     """Save the base model. Runs in a child: the server and this process must not compute, or a fork
     would hang.
     """
-    preference_models.make_base(folder / "base")
+    preference_models.make_base(folder / "base", max_position_embeddings=512)
 
 
 def command(folder: Path, words: Sequence[str], log: Path, armed: int, counted: Path) -> None:

@@ -31,6 +31,8 @@ VERBS = (
     "ppo",
     "grpo",
     "quantize",
+    "judge",
+    "label",
     "export",
     "eval",
     "safety",
@@ -62,8 +64,8 @@ def call(*arguments, status=0, **kwargs):
     return result
 
 
-def refused(*arguments, text):
-    result = call(*arguments, status=2)
+def refused(*arguments, text, **kwargs):
+    result = call(*arguments, status=2, **kwargs)
     (line,) = result.stderr.strip().splitlines()
     assert line.startswith("fastlm: ") and text in line
 

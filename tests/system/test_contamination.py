@@ -9,6 +9,7 @@ import textwrap
 import numpy as np
 import pytest
 import zstandard
+from paths import ROOT
 from preference_models import make_base
 from rich.console import Console
 
@@ -23,6 +24,7 @@ from fastlm.evals.stage import Eval
 from fastlm.evals.task import MultipleChoice
 from fastlm.evals.text_bits_per_byte import text_bits_per_byte
 from fastlm.model.load import load_model
+from fastlm.sources.packages import default_cache
 
 WORDS = "tree river stone bird cloud house light paper sand glass wind bread".split()
 
@@ -121,6 +123,45 @@ def test_copies_are_found_however_they_are_set(copy, base):
     assert (actual >= contamination.DIRTY).tolist() == [True, False, True, False]
 
 
+SETS = ("arc_easy", "arc_easy:mc_5shot", "hellaswag")
+
+
+@pytest.mark.parametrize("name", SETS)
+def test_real_questions_are_found_however_they_are_set_and_clean_ones_are_not(name, base):
+    """40 questions of a set of the package, planted in fastlm's docs, and 120 that are not."""
+    model, tokenizer = load_model(base)
+    task = load_task(name, default_cache())
+    stems = load_task(name.partition(":")[0], default_cache())  # without choices
+    ids = sorted(q.id for q in stems.questions)
+    random.Random(0).shuffle(ids)
+    by_id = dict(zip((q.id for q in task.questions), question_texts(task.questions)))
+    stem_of = dict(zip((q.id for q in stems.questions), question_texts(stems.questions)))
+    rows = [by_id[id] for id in ids[:160]]
+    text = "\n\n".join(path.read_text() for path in sorted((ROOT / "docs").glob("*.md")))[:200_000]
+    pages = [text[i : i + 5000] for i in range(0, len(text), 5000)]
+    assert len(pages) == 40
+    decoder = contamination.LetterDecoder(tokenizer, model.config.vocab_size)
+    copies = {
+        "wrapped": lambda full, alone: textwrap.fill(full, 50),
+        "lower case": lambda full, alone: full.lower(),
+        "compatibility forms": lambda full, alone: "".join(
+            chr(ord(c) + 0xFEE0) if c.isascii() and c.isalnum() else c for c in full
+        ),
+        "alone": lambda full, alone: alone,
+        "alone, wrapped, lower case": lambda full, alone: textwrap.fill(alone.lower(), 50),
+    }
+    for kind, copy in copies.items():
+        tokens = []
+        for page, id, parts in zip(pages, ids, rows):
+            copied = copy("".join(parts).strip(), stem_of[id][1].strip())
+            page_text = f"{page[:2500]}\n\n{copied}\n\n{page[2500:]}"
+            tokens += [*tokenizer.encode(page_text), tokenizer.eos_id]
+        share = overlap(rows, Tokens(np.array(tokens)), decoder)
+        found = share >= contamination.DIRTY
+        assert found[:40].mean() >= 0.95, kind
+        assert found[40:].mean() <= 0.01, kind
+
+
 def test_letters_of_tokens_are_those_of_the_text(base):
     model, tokenizer = load_model(base)
     speller = contamination.LetterDecoder(tokenizer, model.config.vocab_size)
@@ -186,7 +227,12 @@ def test_planted_questions_are_caught(base, planted):
     assert shares["0"] > 0.9 and actual["dirty"] >= 1
     assert shares["1"] < shares["0"]  # all but what is near the other word
     (parts,) = actual["models"].values()
-    assert set(parts) == {"clean", "dirty"}
+    assert set(parts) == {"clean", "dirty", "at_most"}
+    assert [(row["share"], row["questions"]) for row in parts["at_most"]] == [
+        (0, 4), (0.2, 4), (0.5, 5 - (shares["1"] > 0.5)),
+    ]  # fmt: skip
+    clean_rows = parts["at_most"][0]["metrics"]
+    assert clean_rows.keys() == parts["clean"].keys() and clean_rows["acc"]["value"] in (0, 0.5, 1)
     assert 0 <= parts["clean"]["acc"]["value"] <= 1 and "bits_per_byte" in parts["dirty"]
     clean = Eval(tasks=(str(planted / "own.yaml"),))(out, model=[str(base)])
     assert "contamination" not in clean["tasks"][0]

@@ -50,6 +50,8 @@ TERMS = {
     "ipo": DPOOptions(loss_type="ipo", beta=0.3, length_normalise=True),
     "hinge": DPOOptions(loss_type="hinge", beta=2.0),
     "rpo": DPOOptions(beta=0.3, sft_weight=0.5, length_normalise=True),
+    "simpo": DPOOptions(loss_type="simpo", beta=2.0, simpo_gamma=0.7, sft_weight=0.2),
+    "orpo": DPOOptions(loss_type="orpo", beta=0.3),
     "kto": DPOOptions(loss_type="kto", beta=0.3, desirable_weight=1.5, undesirable_weight=0.7),
 }
 
@@ -112,12 +114,19 @@ def naive(model, reference, terms: DPOOptions, examples) -> torch.Tensor:
             losses.append(weight * (1 - torch.sigmoid(sign * t.beta * (ratios[0] - kl))))
             continue
         lengths = [int(answer.loss_mask.sum()) for answer in preference.answers]
+        means = [a / n for a, n in zip(policy, lengths)]
+        if t.loss_type == "orpo":
+            odds = [mean.exp() / (1 - mean.exp()) for mean in means]
+            losses.append(-means[0] - t.beta * (odds[0] / (odds[0] + odds[1])).log())
+            continue
         if t.length_normalise:
             ratios = [ratio / n for ratio, n in zip(ratios, lengths)]
         h = ratios[0] - ratios[1]
         if t.loss_type == "sigmoid":
             good, e = torch.sigmoid(t.beta * h), t.label_smoothing
             loss = -(1 - e) * good.log() - e * (1 - good).log()
+        elif t.loss_type == "simpo":
+            loss = -torch.sigmoid(t.beta * (means[0] - means[1]) - t.simpo_gamma).log()
         elif t.loss_type == "ipo":
             loss = (h - 1 / (2 * t.beta)) ** 2
         else:
@@ -176,6 +185,39 @@ def test_a_step_counts_pairs_and_tokens() -> None:
     right = np.mean([float(v) for m in trained.step_measurements for v in m["accuracy"]])
     assert validation["val_accuracy"] == pytest.approx(right)
     assert validation["val_accuracy_error"] == pytest.approx((right * (1 - right) / 4) ** 0.5)
+
+
+@pytest.mark.parametrize("name", ["simpo", "orpo"])
+def test_a_loss_without_a_reference_measures_none(name, monkeypatch) -> None:
+    """The only forward passes are those of the steps, and rewards are of mean log-probabilities."""
+    passes, logprobs = [], CausalLM.logprobs
+
+    def counted(*args, **kwargs):
+        passes.append(args)
+        return logprobs(*args, **kwargs)
+
+    monkeypatch.setattr(CausalLM, "logprobs", counted)
+    trained = objective(TERMS[name], batch_size=3)
+    assert trained.reference is not None and not passes and not trained.reference.any()
+    for batch in trained.next_batches(9):
+        trained.loss(batch, 5)
+    assert len(passes) == 2
+    scalars = trained.scalars([trained.measurements()])
+    means = torch.stack([
+        logp(trained.trained, answer) / answer.num_loss_tokens
+        for pair in PAIRS for answer in pair.answers
+    ]).detach().view(-1, 2)  # fmt: skip
+    beta = trained.dpo_options.beta
+    assert scalars["reward_rejected"] == pytest.approx(beta * float(means[:, 1].mean()), rel=1e-4)
+    assert scalars["accuracy"] == pytest.approx(float((means[:, 0] > means[:, 1]).double().mean()))
+    assert ("nll" in scalars) == ("log_odds" in scalars) == (name == "orpo")
+    if name == "orpo":
+        assert scalars["nll"] == pytest.approx(-float(means[:, 0].mean()), rel=1e-4)
+        log_odds = torch.logit(means.exp())
+        expected = float((log_odds[:, 0] - log_odds[:, 1]).mean())
+        assert scalars["log_odds"] == pytest.approx(expected, rel=1e-3)
+        with torch.no_grad():
+            assert trained.validate()["val_log_odds"] == pytest.approx(expected, rel=1e-3)
 
 
 def test_every_reference_is_measured_once() -> None:
@@ -300,10 +342,10 @@ def test_before_the_first_update_policy_and_reference_are_equal(
     assert later["margin"] != 0.0
 
 
-@pytest.mark.parametrize("loss", ["sigmoid", "kto"])
-def test_the_model_learns_the_better_answer(base, tmp_path, loss) -> None:
+@pytest.mark.parametrize("loss, beta", [("sigmoid", 0.1), ("kto", 0.1), ("simpo", 2), ("orpo", 1)])
+def test_the_model_learns_the_better_answer(base, tmp_path, loss, beta) -> None:
     rows = write(tmp_path / "pairs.jsonl", polite_pairs(60))
-    changes = {"epochs": 4, "lr": 5e-3, "sample_at": (0.0, 1.0), "sample_tokens": 8}
+    changes = {"epochs": 4, "lr": 5e-3, "sample_at": (0.0, 1.0), "sample_tokens": 8, "beta": beta}
     stage = options(data=(rows,), loss_type=loss, **changes)
     events: list[dict] = []
     result = stage(tmp_path / "out", model=base, on_event=events.append)
@@ -330,7 +372,9 @@ def test_the_model_learns_the_better_answer(base, tmp_path, loss) -> None:
     assert right >= 14
 
 
-@pytest.mark.parametrize("loss, kill_step", [("sigmoid", 2), ("sigmoid", 7), ("kto", 5)])
+@pytest.mark.parametrize(
+    "loss, kill_step", [("sigmoid", 2), ("sigmoid", 7), ("kto", 5), ("orpo", 3)]
+)
 def test_the_same_command_continues_to_the_same_bits(base, data, tmp_path, loss, kill_step) -> None:
     """Stopped by Ctrl-C within an epoch. The reference is that of before, though the weights that
     training continues from are others.
@@ -400,10 +444,17 @@ def test_long_answers_are_counted(base, tmp_path) -> None:
 # ---- what is refused
 
 REFUSED = {
-    "loss_type: expected one of sigmoid, ipo, hinge, kto, got 'simpo'": {"loss_type": "simpo"},
+    "loss_type: expected one of sigmoid, ipo, hinge, simpo, orpo, kto, got 'rrhf'": {
+        "loss_type": "rrhf",
+    },
+    "simpo_gamma: expected none with loss_type = 'orpo', got 1.0 (an option of simpo)": {
+        "loss_type": "orpo", "simpo_gamma": 1.0,
+    },
+    "simpo_gamma: expected 0 or more, got -1": {"loss_type": "simpo", "simpo_gamma": -1},
     "beta: expected a positive number, got 0": {"beta": 0},
     "label_smoothing: expected a number in [0, 0.5), got 0.5": {"label_smoothing": 0.5},
-    "label_smoothing: expected none with loss_type = 'ipo', got 0.1 (an option of sigmoid)": {
+    "label_smoothing: expected none with loss_type = 'ipo', got 0.1 (an option of sigmoid,"
+    " simpo)": {
         "label_smoothing": 0.1, "loss_type": "ipo",
     },
     "desirable_weight: expected none with loss_type = 'sigmoid', got 2.0 (an option of kto)": {

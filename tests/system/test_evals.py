@@ -17,7 +17,7 @@ from preference_models import make_base
 
 import fastlm.model.load
 from fastlm.errors import InputError
-from fastlm.evals import contamination, runner
+from fastlm.evals import answers, contamination, runner
 from fastlm.evals.results import RecordFile
 from fastlm.evals.runner import run_questions, run_tasks
 from fastlm.evals.scorer import Scorer
@@ -240,6 +240,45 @@ def test_as_many_answers_as_were_drawn_pass():
     assert list(question_metrics(task, [record | {"scores": [0.0] * 10}])) == [
         "pass@1", "pass@2", "pass@5", "pass@10",
     ]  # fmt: skip
+
+
+def test_samples_vote_by_their_final_answer():
+    task = replace(written(1), vote=answers.VOTES[answers.last_number], extra_judges={})
+    texts = ["so 6", "it is 6.0", "#### 7", "none", "7", "6,000", "6"]
+    row = {"answer": "6"}
+    scores = answers.last_number([(text, row) for text in texts])
+    record = {"gold": None, "scores": scores, "answers": texts}
+    actual = {name: each[0] for name, each in question_metrics(task, [record]).items()}
+    assert list(actual) == [
+        "exact_match", "pass@2", "majority@2", "pass@5", "majority@5", "pass@7", "majority@7",
+    ]  # fmt: skip
+    assert actual["exact_match"] == pytest.approx(3 / 7) and actual["majority@7"] == 1
+    # of two samples: both 6 (3 pairs), 6 and none (3), 6 and another number (3 x 3, half)
+    assert actual["majority@2"] == pytest.approx((3 + 3 + 9 / 2) / 21)
+    chosen = question_metrics(task, [record], (1, 4))
+    assert list(chosen) == ["exact_match", "pass@1", "majority@1", "pass@4", "majority@4"]
+    assert chosen["majority@1"] == pytest.approx(3 / 7) == chosen["pass@1"]
+    programs = replace(task, metric="pass", vote=None)
+    assert list(question_metrics(programs, [record], (3,))) == ["pass@3"]
+    with pytest.raises(InputError, match=r"k: expected 1 to 5 \(samples\), got 6"):
+        Eval(samples=5, temperature=1.0, k=(2, 6)).check()
+
+
+@pytest.mark.parametrize(
+    ("judge", "same", "other"),
+    [
+        ("exact_match", ["The Moon.\nYes", "moon"], "sun"),
+        ("first_word", ["Moon is", "moon"], "sun"),
+        ("last_number", ["-1,000", "about \N{MINUS SIGN}1000.0"], "1000"),
+        ("last_number", ["0.33333333", "0.333333333"], "0"),
+        ("latex_answer", [r"\boxed{0}", "The answer is 0.0."], r"\boxed{1}"),
+        ("latex_answer", [r"\boxed{\frac12}", "The answer is 0.5."], r"\boxed{x}"),
+    ],
+)
+def test_answers_that_a_judge_holds_equal_vote_alike(judge, same, other):
+    vote = answers.VOTES[getattr(answers, judge)]
+    assert vote(same[0]) == vote(same[1]) != vote(other) and vote(other) is not None
+    assert vote("") is None
 
 
 def test_questions_of_a_passage_count_as_one_draw_in_parts_and_clean_ones():

@@ -59,6 +59,8 @@ def trained(model: CausalLM, seed: int = 1) -> CausalLM:
     with torch.no_grad():
         for module in lora_layers(model).values():
             module.lora_B.normal_(0, 0.05, generator=generator)
+            if module.lora_magnitude_offset is not None:
+                module.lora_magnitude_offset.normal_(0, 0.1, generator=generator)
     return model
 
 
@@ -100,6 +102,66 @@ def test_the_formula_and_its_gradients(model) -> None:
         torch.testing.assert_close(got.grad.double(), expected.grad, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("family", ["llama", "qwen2"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_dora_begins_as_the_base(family, dtype) -> None:
+    """To the last bit, also of int4, with biases, quantized before or after; its rows of zeros
+    stay.
+    """
+    for first in ("", "quantized", "adapters"):
+        model = model_of(model_type=family).to(dtype)
+        with torch.no_grad():
+            model.model.layers[0].mlp.up_proj.weight[3] = 0.0
+            for name, parameter in model.named_parameters():
+                parameter.add_(0.1 if name.endswith("bias") else 0.0)
+        small = {"group_size": 32, "embeddings": 16, "head": 16}
+        if first == "adapters":
+            add_lora(model, 4, 8, use_dora=True, seed=0)
+        if first:
+            fastlm.quantize(model, "w4a16", **small)
+        with without_adapter(model):
+            before = logits(model)
+        if first != "adapters":
+            add_lora(model, 4, 8, use_dora=True, seed=0)
+        model.to(dtype)
+        assert torch.equal(logits(model), before) and before.isfinite().all()
+        for module in lora_layers(model).values():
+            weight = module.base_layer.weight
+            weight = weight.dequantize() if first else weight.float()
+            assert torch.equal(module.magnitude(), weight.norm(dim=1))
+        loss = model(IDS, labels=IDS).loss
+        loss.backward()
+        names = {name for name, p in model.named_parameters() if p.grad is not None}
+        assert len([n for n in names if n.endswith("lora_magnitude_offset")]) == 2 * 7
+        assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_doras_formula_and_its_gradients(bias) -> None:
+    """Against the merged weight in float64, m (W + alpha / r B A) / norm, in which the norm of each
+    row is a constant.
+    """
+    model = model_of(model_type="qwen2" if bias else "llama")
+    add_lora(model, 4, 12, targets=["q_proj"], use_dora=True, seed=0)
+    layer = trained(model).model.layers[0].self_attn.q_proj
+    if bias:
+        layer.base_layer.bias.data.normal_()
+    x = torch.randn(5, 64, requires_grad=True)
+    layer(x).square().sum().backward()
+    a, b = (t.detach().double().requires_grad_() for t in (layer.lora_A, layer.lora_B))
+    m = layer.magnitude().detach().double().requires_grad_()
+    wide = x.detach().double().requires_grad_()
+    weight = layer.base_layer.weight.detach().double() + 3 * b @ a
+    norm = weight.detach().square().sum(1).sqrt()
+    shift = layer.base_layer.bias.detach().double() if bias else 0.0
+    expected = wide @ (m / norm * weight.T).mT.T + shift
+    torch.testing.assert_close(layer(x).double(), expected, rtol=1e-5, atol=1e-5)
+    expected.square().sum().backward()
+    pairs = (x, wide), (layer.lora_A, a), (layer.lora_B, b), (layer.lora_magnitude_offset, m)
+    for got, leaf in pairs:
+        torch.testing.assert_close(got.grad.double(), leaf.grad, rtol=1e-4, atol=1e-4)
+
+
 def test_rank_stabilised_scaling(model) -> None:
     add_lora(model, 16, 8, use_rslora=True)
     assert {m.scaling for m in lora_layers(model).values()} == {8 / 4}
@@ -117,10 +179,12 @@ def test_dropout_is_only_of_training_and_of_the_adapter(model) -> None:
     assert torch.equal(logits(model), logits(model))
 
 
+@pytest.mark.parametrize("dora", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_merging_computes_the_same(model, dtype) -> None:
-    exact = logits(merge_lora(trained(add_lora(model_of().double(), 4, 8, seed=0))).double())
-    model = trained(add_lora(model.to(dtype), 4, 8, seed=0)).eval()
+def test_merging_computes_the_same(model, dtype, dora) -> None:
+    options = {"use_dora": dora, "seed": 0}
+    exact = logits(merge_lora(trained(add_lora(model_of().double(), 4, 8, **options))).double())
+    model = trained(add_lora(model.to(dtype), 4, 8, **options)).eval()
     apart = logits(model)
     with merged_lora(model):
         together = logits(model)
@@ -151,8 +215,8 @@ FAMILIES = {
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("bits", [16, 4])
-def test_generation_equals_that_of_the_merged_model(family, bits) -> None:
+@pytest.mark.parametrize("bits, dora", [(16, False), (4, False), (4, True)])
+def test_generation_equals_that_of_the_merged_model(family, bits, dora) -> None:
     """Decode steps join projections and run without modules where there are no adapters."""
     model = model_of(**FAMILIES[family])
     if bits == 4:
@@ -160,7 +224,7 @@ def test_generation_equals_that_of_the_merged_model(family, bits) -> None:
     model.generate(IDS, max_new_tokens=2, temperature=0.0)  # leaves a plan and joined projections
     with torch.no_grad():
         before = logits(model)
-    trained(add_lora(model, 4, 32, seed=0)).eval()
+    trained(add_lora(model, 4, 32, use_dora=dora, seed=0)).eval()
     assert cpu_decode.decode_plan(model) is None and not torch.allclose(logits(model), before)
     apart = model.generate(IDS, max_new_tokens=12, temperature=0.0)
     with merged_lora(model):
@@ -247,6 +311,7 @@ ADAPTERS = {
     "all linear": {"rank": 4, "alpha": 8},
     "rank stabilised": {"rank": 4, "alpha": 3, "use_rslora": True},
     "two targets": {"rank": 2, "alpha": 7, "targets": ["q_proj", "down_proj"]},
+    "dora": {"rank": 4, "alpha": 8, "use_dora": True},
     "one module": {"rank": 2, "alpha": 2, "targets": ["model.layers.1.mlp.up_proj"]},
 }
 
@@ -277,6 +342,7 @@ def test_peft_loads_our_adapter(model, saved, tmp_path, kind) -> None:
 THEIRS = {
     "default": {"target_modules": ["q_proj", "v_proj"]},
     "rank stabilised": {"target_modules": "all-linear", "use_rslora": True},
+    "dora": {"target_modules": ["q_proj", "down_proj"], "use_dora": True},
     "regular expression": {"target_modules": r".*layers\.1\..*(up|down)_proj"},
     "one layer": {"target_modules": ["k_proj", "o_proj"], "layers_to_transform": [1]},
 }
@@ -292,6 +358,8 @@ def peft_adapter(saved: Path, folder: Path, **options):
         for name, p in peft.named_parameters():
             if "lora_B" in name:
                 p.normal_(0, 0.05)
+            if "lora_magnitude_vector" in name:
+                p.mul_(1 + 0.1 * torch.randn(p.shape))
     peft.save_pretrained(folder)
     with torch.no_grad():
         return peft(IDS).logits
@@ -308,8 +376,30 @@ def test_we_load_pefts_adapter(saved, tmp_path, kind) -> None:
     torch.testing.assert_close(logits(reloaded), theirs, rtol=1e-4, atol=1e-5)
 
 
+@warned
+def test_doras_gradients_are_those_of_peft(model, saved, tmp_path) -> None:
+    from peft import PeftModel
+
+    trained(add_lora(model, 4, 8, use_dora=True, seed=0))
+    save_adapter(model, tmp_path / "adapter", base=saved)
+    peft = PeftModel.from_pretrained(
+        transformers_model(saved), tmp_path / "adapter", is_trainable=True
+    )
+    expected = peft(IDS, labels=IDS).loss
+    expected.backward()
+    theirs = {
+        re.sub(r"base_model\.model\.|\.default|\.weight$", "", name): p.grad
+        for name, p in peft.named_parameters() if p.grad is not None
+    }  # fmt: skip
+    ours = gradients(model)
+    torch.testing.assert_close(ours.pop("loss"), expected, rtol=1e-5, atol=1e-5)
+    assert len(ours) == len(theirs) == 3 * len(lora_layers(model))
+    for name, grad in ours.items():
+        name = name.replace("lora_magnitude_offset", "lora_magnitude_vector")
+        torch.testing.assert_close(grad, theirs[name], rtol=1e-3, atol=1e-6)
+
+
 REFUSED_OF_PEFT = {
-    "use_dora: expected none, fastlm's LoRA": {"use_dora": True},
     "bias: expected 'none', got 'lora_only'": {"bias": "lora_only"},
     "modules_to_save: expected none, fastlm's LoRA": {"modules_to_save": ["norm"]},
     "rank_pattern: expected none, fastlm's LoRA": {"rank_pattern": {"q_proj": 2}},
@@ -399,11 +489,15 @@ def test_refused_tensors(adapter, saved) -> None:
 
     file = adapter / "adapter_model.safetensors"
     saved_tensors = load_file(file)
-    name = next(n for n in saved_tensors if "lora_B" in n)
+    name, ones = next(n for n in saved_tensors if "lora_B" in n), torch.ones(2)
     for tensors, message in (
         (
             {k: v for k, v in saved_tensors.items() if k != name},
             "expected lora_A and lora_B, got lora_A",
+        ),
+        (
+            {**saved_tensors, name.replace("lora_B.weight", "lora_magnitude_vector"): ones},
+            "expected lora_A and lora_B, got lora_A and lora_B and lora_magnitude_vector",
         ),
         (
             {**saved_tensors, "lm_head.weight": torch.zeros(2, 2)},
@@ -474,9 +568,13 @@ def talker(base, tmp_path_factory) -> Path:
     return folder / "sft" / "model"
 
 
-@pytest.mark.parametrize("kind", ["merged", "adapter", "4-bit"])
+@pytest.mark.parametrize("kind", ["merged", "adapter", "4-bit", "dora"])
 def test_a_model_learns_to_answer_by_its_adapters(talker, data, tmp_path, kind) -> None:
-    changes = {"adapter": {"merge": False}, "4-bit": {"base_bits": 4, "base_group_size": 32}}
+    changes = {
+        "adapter": {"merge": False},
+        "4-bit": {"base_bits": 4, "base_group_size": 32},
+        "dora": {"use_dora": True},
+    }
     stage = options(data=(data,), **LORA, **changes.get(kind, {}))
     result = stage(tmp_path / "sft", model=talker)
     folder = tmp_path / "sft" / "model"
@@ -492,7 +590,8 @@ def test_a_model_learns_to_answer_by_its_adapters(talker, data, tmp_path, kind) 
         assert done.exit_code == 0 and "Four, I think." in done.output
 
 
-@pytest.mark.parametrize("changes", [{}, {"lora_dropout": 0.2}, {"base_bits": 4, "merge": False}])
+@pytest.mark.parametrize("changes", [{}, {"lora_dropout": 0.2}, {"base_bits": 4, "merge": False},
+                                     {"use_dora": True}])  # fmt: skip
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_it_resumes_to_the_same_bits(base, data, tmp_path, changes, dtype) -> None:
     stage = options(data=(data,), epochs=4, lora_rank=4, dtype=dtype, save_steps=3, **changes)
@@ -548,7 +647,8 @@ def test_a_line_reports_what_stays_quantized(base, tmp_path, format, bits, lines
 
 def test_other_adapters_are_another_training(base, data, tmp_path) -> None:
     options(data=(data,), epochs=1, lora_rank=4)(tmp_path / "sft", model=base)
-    for change in ({"lora_alpha": 3.0}, {"lora_dropout": 0.1}, {"base_bits": 4}, {"lora_rank": 2}):
+    for change in ({"lora_alpha": 3.0}, {"lora_dropout": 0.1}, {"base_bits": 4}, {"lora_rank": 2},
+                   {"use_dora": True}):  # fmt: skip
         stage = options(data=(data,), epochs=1, **{"lora_rank": 4, **change})
         with pytest.raises(InputError, match="with these options, got another"):
             stage(tmp_path / "sft", model=base)
@@ -567,6 +667,7 @@ REFUSED_OPTIONS = {
     "lora_dropout: expected a share in [0, 1), got 1": {"lora_rank": 4, "lora_dropout": 1},
     "base_bits: expected 4, 8 or 16, got 3": {"base_bits": 3},
     "base_bits: expected lora_rank with it, got 4 and all weights trained": {"base_bits": 4},
+    "use_dora: expected lora_rank with it, got True and all weights trained": {"use_dora": True},
     "merge: expected lora_rank with it, got False and all weights trained": {"merge": False},
 }
 

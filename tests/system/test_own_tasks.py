@@ -2,11 +2,14 @@
 
 import json
 import os
+import sys
 
+import numpy as np
 import pytest
 from question_files import FakeScorer
 
 from fastlm.errors import InputError
+from fastlm.evals import reference_metrics
 from fastlm.evals.harness_tasks import task_files
 from fastlm.evals.registry import load_task
 from fastlm.evals.runner import run_tasks
@@ -164,6 +167,111 @@ def test_written_answers_are_filtered_by_the_harness(write, tmp_path, cache):
     message = {"1 + 2 =": " so #### 3", "10 + -4 =": " 10 - 4 is 6."}
     values, _ = scores(task, tmp_path, m=Model(answer=message.get))
     assert values["m"] == {"exact_match": 0.5, "exact_match,flexible": 1}
+
+
+TEXTS = {
+    "1 + 2 =": ("The cat sat on the mat.\nIt slept there.", "It slept.\nA cat sat on a mat."),
+    "10 + -4 =": ("Rain fell over the hills all day.", "All day rain was falling on hills."),
+    "0 + 0 =": ("He sold the old house.", "The house is old."),
+    "5 + 5 =": ("Trains stop here at night.", "A train stops here at night."),
+}
+
+
+@pytest.fixture
+def summaries(write, tmp_path, cache):
+    """Return a task whose references and answers are `TEXTS`."""
+
+    def load(metrics):
+        (tmp_path / "texts.jsonl").write_text("".join(
+            json.dumps({"text": prompt, "summary": reference}) + "\n"
+            for prompt, (reference, _) in TEXTS.items()
+        ))  # fmt: skip
+        return load_task(write(
+            "task: summaries\ndataset_path: json\ntest_split: test\n"
+            "dataset_kwargs: {data_files: {test: texts.jsonl}}\n"
+            'output_type: generate_until\ndoc_to_text: "{{text}}"\n'
+            'doc_to_target: "{{summary}}"\ngeneration_kwargs: {until: ["##"]}\n'
+            f"metric_list: [{', '.join(metrics)}]\n"
+        ), cache)  # fmt: skip
+
+    return load
+
+
+def test_rouge_is_that_of_rouge_score(summaries, tmp_path):
+    from lm_eval.tasks.truthfulqa.utils import rouge as harness_rouge
+    from rouge_score.rouge_scorer import RougeScorer
+
+    names = ["rouge1", "rouge2", "rougeL", "rougeLsum"]
+    task = summaries([f"{{metric: {name}}}" for name in names])
+    pairs = list(TEXTS.values())
+    values, row = scores(task, tmp_path, m=Model(answer=lambda prompt: TEXTS[prompt][1]))
+    scorer = RougeScorer(names)
+    expected = {
+        name: np.mean([scorer.score(*pair)[name].fmeasure for pair in pairs]) for name in names
+    }
+    assert values["m"] == pytest.approx(expected) and len({*expected.values()}) == 4
+    (line,) = score_rows([row])
+    assert line["accuracy"].startswith(f"{100 * expected['rouge1']:.1f}±")  # a mean has an error
+    # the harness has no such metric, but its task of open answers computes them, in percent
+    for name in ("rouge1", "rouge2", "rougeLsum"):
+        harness = [harness_rouge([reference], [answer])[name] for reference, answer in pairs]
+        assert 100 * values["m"][name] == pytest.approx(np.mean(harness))
+    stems = summaries(["{metric: rouge1, use_stemmer: true}"])
+    stemmed, _ = scores(stems, tmp_path / "stems", m=Model(answer=lambda prompt: TEXTS[prompt][1]))
+    assert stemmed["m"]["rouge1"] > values["m"]["rouge1"]  # "train stops"
+
+
+def test_one_question_has_no_interval():
+    one = reference_metrics.corpus_interval("bleu", [["the cat sat here"]], ["the cat sat there"])
+    assert one == {"error": None, "low": None, "high": None}
+
+
+def test_figures_of_the_corpus_are_sacrebleus_with_an_interval(summaries, tmp_path):
+    import sacrebleu
+
+    names = ["bleu", "chrf", "chrf++", "ter"]
+    task = summaries([f"{{metric: {name}}}" for name in names])
+    references, answers = zip(*TEXTS.values())
+    values, row = scores(task, tmp_path, m=Model(answer=lambda prompt: TEXTS[prompt][1]))
+    metrics = row["models"]["m"]["metrics"]
+    for name, scorer in zip(names, (
+        sacrebleu.BLEU(), sacrebleu.CHRF(), sacrebleu.CHRF(word_order=2), sacrebleu.TER()
+    )):  # fmt: skip
+        own = scorer.corpus_score(answers, [references], n_bootstrap=4000)
+        assert values["m"][name] == pytest.approx(own.score)
+        low, high = metrics[name]["low"], metrics[name]["high"]
+        assert low < own.score < high and metrics[name]["error"] > 0
+        # sacrebleu's interval has the same ends, about its own mean
+        assert (high - low) / 2 == pytest.approx(own._ci, rel=0.12)
+        assert metrics[name]["unit"] == ""
+    (line,) = score_rows([row])
+    assert line["accuracy"] == f"{values['m']['bleu']:.3f}±{metrics['bleu']['error']:.3f}"
+
+
+@pytest.mark.parametrize(
+    ("metric", "refusal"),
+    [
+        ("{metric: rouge1, use_stemer: true}", "harness: TypeError: .*use_stemer"),
+        ("{metric: rouge3}", "harness: .*rouge3 not found"),
+    ],
+)
+def test_a_metric_that_cannot_be_computed_is_refused_first(metric, refusal, summaries):
+    with pytest.raises(InputError, match=refusal):
+        summaries([metric])
+
+
+@pytest.mark.parametrize("metric", ["rougeL", "chrf"])
+def test_several_references_are_refused(metric, write, cache):
+    text = WRITTEN[: WRITTEN.index("metric_list")].replace('"{{sum}}"', "'{{[sum, 3]}}'")
+    with pytest.raises(InputError, match=f"doc_to_target: expected one text for {metric}, got a"):
+        load_task(write(f"{text}metric_list: [{{metric: {metric}}}]\n"), cache)
+
+
+def test_a_missing_rouge_score_is_named(summaries, monkeypatch):
+    reference_metrics._rouge_scorer.cache_clear()
+    monkeypatch.setitem(sys.modules, "rouge_score.rouge_scorer", None)
+    with pytest.raises(InputError, match=r"rouge2: expected the package rouge_score.*fastlm\[eval"):
+        summaries(["{metric: rouge2}"])
 
 
 def test_likelihoods_are_right_where_greedy(write, tmp_path, cache):

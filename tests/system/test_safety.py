@@ -18,13 +18,13 @@ from test_cli import call, refused
 
 from fastlm.errors import InputError
 from fastlm.evals.gates import gate_failures, read_gates
+from fastlm.evals.judge_accuracy import JudgeAccuracy
 from fastlm.evals.report import interval, judge_lines, number, render_safety, safety_part
 from fastlm.evals.safety import behaviour
 from fastlm.evals.safety.attacks import ATTACKS, MULTI_TURN_ATTACKS, attack_turns, in_the_wild
 from fastlm.evals.safety.bias import bbq, bbq_bias, crows, icat_of, split_pair, stereoset
 from fastlm.evals.safety.judges import (
     SUCCESS_ON_SMALL_MODELS,
-    JudgeAccuracy,
     LabelledAnswer,
     fit_judge,
     fold_of,
@@ -336,7 +336,9 @@ def test_the_grammar_of_refusals_on_answers_of_small_models():
         ((14, 14), (15, 15), False),  # fewer than 30
         ((9, 15), (15, 15), False),  # 80 %
         ((0, 2), (38, 38), False),  # kappa 0
-        ((30, 30), (0, 0), False),  # one label
+        ((30, 30), (0, 0), True),  # one label
+        ((0, 0), (27, 30), True),
+        ((0, 0), (25, 30), False),
         ((0, 0), (0, 0), False),
     ],
 )

@@ -152,6 +152,73 @@ def test_the_loss_is_the_mean_over_loss_tokens(model) -> None:
     assert loss_of(model, [EXAMPLES], count)[0] == pytest.approx(nll / count, rel=1e-5)
 
 
+# ---- NEFTune
+
+
+def first_layer_inputs(model, documents: list[list[int]], alpha: float) -> torch.Tensor:
+    """What the first layer reads of these packed documents in a training, (total, E)."""
+    inputs: list[torch.Tensor] = []
+    layer = model.model.layers[0]
+    handle = layer.register_forward_pre_hook(lambda module, args: inputs.append(args[0].detach()))
+    objective = SFTObjective(
+        model, EXAMPLES, [], TrainOptions(max_steps=1), batch_size=1, seed=0, base="",
+        tokenizer=None, prompt=(), neftune_noise_alpha=alpha,
+    )  # fmt: skip
+    objective.loss(pack([example([*ids, 0], 1) for ids in documents]), 1)
+    handle.remove()
+    return inputs[0][0]
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+def test_noise_is_within_the_bound_of_its_own_document(family) -> None:
+    changes = {"model_type": family, "head_dim": 32, "query_pre_attn_scalar": 32}
+    options = {**config(64, 0).to_dict(), **(changes if family == "gemma2" else {})}
+    model = CausalLM(ModelConfig.from_dict(options), seed=3)
+    documents = [[5, 6, 7, 8, 9], [11] * 60, [12, 13, 14] * 40]
+    model.eval()
+    plain = first_layer_inputs(model, documents, 0.0)
+    assert torch.equal(first_layer_inputs(model, documents, 5.0), plain)  # a validation
+    model.train()
+    assert torch.equal(first_layer_inputs(model, documents, 0.0), plain)
+    noise = first_layer_inputs(model, documents, 5.0) - plain
+    for part, ids in zip(noise.split([len(ids) for ids in documents]), documents, strict=True):
+        bound = 5.0 / (len(ids) * 64) ** 0.5
+        assert 0.98 * bound < float(part.abs().max()) < bound * (1 + 1e-4)
+        error = bound / (3 * part.numel()) ** 0.5  # the standard error of a uniform mean
+        assert abs(float(part.mean())) < 4 * error
+        assert float(part.square().mean()) == pytest.approx(bound**2 / 3, rel=0.2)
+    assert not model.model.embed_tokens._forward_hooks  # nothing stays
+
+
+def test_noise_is_that_of_transformers(model) -> None:
+    """In a batch of one document, where L is the same."""
+    from transformers.integrations.neftune import neftune_post_forward_hook
+
+    model.train()
+    ids = [5, 9, 30, 31, 8, 7]
+    torch.manual_seed(5)
+    actual = first_layer_inputs(model, [ids], 7.0)
+    embedding = model.model.embed_tokens
+    embedding.neftune_noise_alpha = 7.0
+    torch.manual_seed(5)
+    expected = neftune_post_forward_hook(embedding, None, embedding(torch.tensor([ids])))
+    torch.testing.assert_close(actual, expected[0].detach(), rtol=1e-5, atol=1e-6)
+
+
+def test_noise_is_another_training(base, data, tmp_path) -> None:
+    weights = []
+    for name, alpha in (("default", None), ("none", 0.0), ("noise", 5.0)):
+        changes = {} if alpha is None else {"neftune_noise_alpha": alpha}
+        options(data=(data,), epochs=2, **changes)(tmp_path / name, model=base)
+        weights.append((tmp_path / name / "model" / "model.safetensors").read_bytes())
+    assert weights[0] == weights[1] != weights[2]
+    with pytest.raises(InputError, match="with these options, got another: neftune_noise_alpha"):
+        options(data=(data,), epochs=2)(tmp_path / "noise", model=base)
+
+
+# ---- epochs
+
+
 def test_an_epoch_takes_every_example_once(model) -> None:
     objective = SFTObjective(
         model, EXAMPLES, [], TrainOptions(max_steps=1), batch_size=3, seed=5, base="",
@@ -250,11 +317,13 @@ def test_a_model_learns_to_answer_and_to_stop(base, data, tmp_path) -> None:
     assert CausalLM.from_pretrained(folder).config.stop_ids & set(end)
 
 
-def test_the_same_command_continues_to_the_same_bits(base, data, tmp_path) -> None:
+@pytest.mark.parametrize("alpha", [0.0, 5.0])
+def test_the_same_command_continues_to_the_same_bits(base, data, tmp_path, alpha) -> None:
     """Stopped twice by Ctrl-C."""
     from fastlm.train.loop import TrainingInterrupted
 
-    uninterrupted = options(data=(data,), epochs=10)(tmp_path / "whole", model=base)
+    stage = options(data=(data,), epochs=10, neftune_noise_alpha=alpha)
+    uninterrupted = stage(tmp_path / "whole", model=base)
     steps = 0
 
     def interrupt(event) -> None:
@@ -268,8 +337,8 @@ def test_the_same_command_continues_to_the_same_bits(base, data, tmp_path) -> No
 
     for _ in range(2):
         with pytest.raises(TrainingInterrupted):
-            options(data=(data,), epochs=10)(tmp_path / "cut", model=base, on_event=interrupt)
-    cut = options(data=(data,), epochs=10)(tmp_path / "cut", model=base)
+            stage(tmp_path / "cut", model=base, on_event=interrupt)
+    cut = stage(tmp_path / "cut", model=base)
     files = [tmp_path / name / "model" / "model.safetensors" for name in ("whole", "cut")]
     assert files[0].read_bytes() == files[1].read_bytes()
     assert cut["loss"] == uninterrupted["loss"] and cut["steps"] == 20
@@ -453,6 +522,7 @@ REFUSED = {
     "date: expected YYYY-MM-DD, got 'today'": {"date": "today"},
     "date: expected YYYY-MM-DD, got '20240726'": {"date": "20240726"},
     "seed: expected 0 or more, got -1": {"seed": -1},
+    "neftune_noise_alpha: expected 0 or more, got -5": {"neftune_noise_alpha": -5},
     "data_weights: expected one for each of 1 sources, got 2": {"data_weights": (1.0, 2.0)},
     "data_weights: expected positive numbers, got 0.0": {"data_weights": (0.0,)},
 }

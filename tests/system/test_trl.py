@@ -1,5 +1,6 @@
-"""Compare SFT, KTO, GRPO and RLOO with TRL's trainers on the same tokens, scores and weights: loss
-and gradient are TRL's, in other micro-batches. DPO: test_dpo.py, PPO: test_trl_ppo.py.
+"""Compare SFT, KTO, SimPO, ORPO, GRPO and RLOO with TRL's trainers on the same tokens, scores and
+weights: loss and gradient are TRL's, in other micro-batches. DPO: test_dpo.py, PPO:
+test_trl_ppo.py.
 """
 
 from collections.abc import Sequence
@@ -177,6 +178,56 @@ def test_kto(base, tmp_path) -> None:
     actual = step(trained)
     assert actual == pytest.approx(float(loss.detach()), rel=1e-5)
     assert trained.scalars([trained.measurements()])["kl"] > 0.01  # the reference point takes part
+    assert apart(model, theirs) < 1e-4
+
+
+@pytest.mark.parametrize("name", ["simpo", "orpo"])
+def test_losses_without_a_reference(base, tmp_path, monkeypatch, name) -> None:
+    """TRL's CPOTrainer with loss_type simpo, and its ORPOTrainer, on its own padded batch."""
+    monkeypatch.setenv("TRL_EXPERIMENTAL_SILENCE", "1")
+    import datasets
+    from trl.experimental import cpo, orpo
+
+    rows = [{**row, "rejected": row["rejected"] + " now" * i} for i, row in
+            enumerate(polite_pairs(6))]  # fmt: skip
+    theirs, words = loaded(base)
+    terms = DPOOptions(loss_type="orpo", beta=0.4)
+    configuration, trainer_class = orpo.ORPOConfig, orpo.ORPOTrainer
+    options: dict[str, Any] = {"beta": terms.beta, "disable_dropout": True}
+    if name == "simpo":
+        terms = DPOOptions(loss_type="simpo", beta=2.0, simpo_gamma=0.8, label_smoothing=0.1)
+        configuration, trainer_class = cpo.CPOConfig, cpo.CPOTrainer
+        options = {
+            "loss_type": "simpo", "cpo_alpha": 0.0, "beta": terms.beta,
+            "simpo_gamma": terms.simpo_gamma, "label_smoothing": terms.label_smoothing,
+            "disable_dropout": True,
+        }  # fmt: skip
+    trainer = trainer_class(
+        theirs, configuration(str(tmp_path), **options, **ARGUMENTS), processing_class=words,
+        train_dataset=datasets.Dataset.from_list(rows),
+    )  # fmt: skip
+    move(theirs, 0.05, 7)
+    batch = trainer.data_collator(list(trainer.train_dataset))
+    if name == "simpo":
+        loss = trainer.compute_loss(theirs, batch)
+    else:  # the paper's loss is of the answer; TRL's nll also counts the prompt
+        chosen, rejected = trainer.concatenated_forward(theirs, batch)[:2]
+        loss = -chosen.mean() - trainer.odds_ratio_loss(chosen, rejected)[0].mean()
+    loss.backward()
+    examples = [
+        PreferenceExample(tuple(
+            Example(batch[f"{side}_input_ids"][i][there].numpy().astype(np.int32),
+                    (batch[f"{side}_labels"][i][there] != -100).numpy())
+            for side in ("chosen", "rejected")
+            for there in [batch[f"{side}_attention_mask"][i].bool()]
+        ))
+        for i in range(6)
+    ]  # fmt: skip
+    model = CausalLM.from_pretrained(base, dtype=torch.float32)
+    trained = DPOObjective(model, examples, [], ONCE, terms, batch_size=4, **COMMON)
+    trained.measure_reference(torch.float32)
+    copied(model, theirs)
+    assert step(trained) == pytest.approx(float(loss.detach()), rel=1e-5)
     assert apart(model, theirs) < 1e-4
 
 

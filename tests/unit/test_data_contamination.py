@@ -4,6 +4,7 @@ import json
 import random
 import re
 import textwrap
+import unicodedata
 
 import numpy as np
 import pytest
@@ -123,11 +124,23 @@ def test_it_is_the_rule_of_the_evaluation():
 
 def test_letters_are_what_the_pattern_leaves():
     draw = random.Random(3)
-    for alphabet in ("aB1_ .-\0\t", "aß_é—“”\u0301 Ⅷ²\0", "".join(map(chr, range(0x2000, 0x2100)))):
+    for alphabet in ("aB1_ .-\0\t", "aß_é—“”\u0301 Ⅷ²\0", "".join(map(chr, range(0x2000, 0x2100))),
+                     "한국어 \uff2d\uff4d\u3000"):  # fmt: skip
         for _ in range(50):
             text = "".join(draw.choices(alphabet, k=60))
-            expected = re.sub(r"[^\w\0]+|_+", "", text.casefold()).encode()
-            assert letters(text).tobytes() == expected
+            folded = unicodedata.normalize("NFKD", text).casefold()
+            expected = unicodedata.normalize("NFC", re.sub(r"[^\w\0]+|_+", "", folded))
+            assert letters(text).tobytes() == expected.encode()
+            assert letters(expected).tobytes() == expected.encode()
+
+
+def test_letters_in_compatibility_forms_are_equal():
+    for text, plain in (("\ufb01nal ½ Ⅷ ²", "final12viii2"), ("\uff2d\uff2f\uff2f\uff2e", "moon"),
+                        ("\U0001d40coon", "moon"), ("naïve İstanbul", "naiveistanbul"),
+                        ("cafe\u0301 Straße", "cafestrasse")):  # fmt: skip
+        assert letters(text).tobytes().decode() == plain
+    assert letters("한국").tobytes() == letters(unicodedata.normalize("NFD", "한국")).tobytes()
+    assert len(letters("한국")) == 6  # syllables, not their parts
 
 
 def test_stored_ngrams_find_every_longer_run():

@@ -521,6 +521,51 @@ def test_dpo_loss_does_not_train_the_reference() -> None:
     assert [t.grad is None for t in leaves] == [False, False, True, True]
 
 
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_simpo_loss(smoothing) -> None:
+    g = torch.Generator().manual_seed(12)
+    chosen, rejected = torch.randn(2, 6, generator=g, dtype=torch.float64) * 9 - 20
+    lengths = torch.arange(6), torch.arange(7, 1, -1)  # an empty answer, too
+    actual = losses.simpo_loss(
+        chosen, rejected, lengths, beta=2.0, simpo_gamma=0.7, label_smoothing=smoothing
+    )
+    for i in range(6):
+        means = [float(t[i]) / max(int(n[i]), 1) for t, n in zip((chosen, rejected), lengths)]
+        z = 2 * (means[0] - means[1]) - 0.7
+        assert_same(actual[i], -(1 - smoothing) * log_sigmoid(z) - smoothing * log_sigmoid(-z))
+
+
+def test_orpo_loss() -> None:
+    chosen = torch.tensor([-0.02, -3.0, -9.0, -60.0], dtype=torch.float64)
+    rejected = torch.tensor([-4.0, -2.5, -0.1, -30.0], dtype=torch.float64)
+    lengths = torch.tensor([2, 3, 1, 4]), torch.tensor([1, 5, 2, 3])
+    actual, metrics = losses.orpo_loss(chosen, rejected, lengths, beta=0.3)
+    assert set(metrics) == {"nll", "log_odds"}
+    for i in range(4):
+        p, q = (math.exp(float(t[i]) / int(n[i])) for t, n in zip((chosen, rejected), lengths))
+        log_odds = math.log(p / (1 - p)) - math.log(q / (1 - q))
+        assert_same(metrics["log_odds"][i], log_odds)
+        assert_same(metrics["nll"][i], -math.log(p))
+        assert_same(actual[i], -math.log(p) - 0.3 * log_sigmoid(log_odds))
+
+
+def test_orpo_loss_of_float32_and_of_certain_answers() -> None:
+    """As accurate as float64 where p is near 0 or 1; finite, also the gradient, where p is 1."""
+    logp = torch.tensor([0.0, -1e-6, -1e-3, -0.5, -0.7, -5.0, -30.0, -200.0])
+    chosen, rejected = torch.cartesian_prod(logp, logp).T
+    lengths = torch.ones(2, 64).unbind()
+    leaves = [t.clone().requires_grad_() for t in (chosen, rejected)]
+    actual, _ = losses.orpo_loss(*leaves, lengths)
+    gradients = torch.autograd.grad(actual.sum(), leaves)
+    assert actual.isfinite().all() and all(g.isfinite().all() for g in gradients)
+    inside = (chosen < 0) & (rejected < 0)
+    wide = [t.double().requires_grad_() for t in (chosen, rejected)]
+    expected, _ = losses.orpo_loss(*wide, lengths)
+    torch.testing.assert_close(actual.double()[inside], expected[inside], rtol=1e-6, atol=1e-6)
+    for g, e in zip(gradients, torch.autograd.grad(expected.sum(), wide)):
+        torch.testing.assert_close(g.double()[inside], e[inside], rtol=1e-5, atol=1e-6)
+
+
 def test_kto_loss() -> None:
     logp = torch.tensor([1.0, 1.0, -2.0, -2.0], dtype=torch.float64)
     ref = torch.tensor([0.0, 0.5, 0.0, -1.0], dtype=torch.float64)
@@ -590,6 +635,9 @@ REFUSED = {
     ),
     "lengths: expected two tensors of shape (2,), got [(2, 1), (2, 1)]": lambda: losses.dpo_loss(
         *torch.ones(4, 2), lengths=(torch.ones(2, 1), torch.ones(2, 1))
+    ),
+    "lengths: expected two tensors of shape (2,), got [(3,), (2,)]": lambda: losses.orpo_loss(
+        *torch.ones(2, 2), (torch.ones(3), torch.ones(2))
     ),
     "margin: expected a number or shape (2,), got (2, 1)": lambda: losses.bradley_terry_loss(
         *torch.ones(2, 2), margin=torch.ones(2, 1)

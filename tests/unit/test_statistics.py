@@ -8,12 +8,14 @@ import pytest
 import scipy.stats
 
 from fastlm.errors import InputError
+from fastlm.stats import intervals
 from fastlm.stats.intervals import (
     Mean,
     _mcnemar,
     clustered_wilson,
     compare,
     holm,
+    majority_at_k,
     mean_error,
     pass_at_k,
     rogan_gladen,
@@ -303,6 +305,34 @@ def test_pass_at_k_is_the_mean_over_all_draws():
     assert pass_at_k(2000, 1, 1) == pytest.approx(1 / 2000)
 
 
+def test_majority_at_k_is_the_mean_over_all_draws():
+    """Enumerated: all subsets of size k, ties shared, samples without a vote left out."""
+    cases = [([3, 2, 2], [0, 1, 0], 9), ([1] * 6, [1, 0, 0.5, 0, 0, 0], 6), ([4, 4], [1, 0], 10),
+             ([], [], 3), ([5], [1], 7)]  # fmt: skip
+    for counts, scores, n in cases:
+        samples = [i for i, count in enumerate(counts) for _ in range(count)]
+        samples += [None] * (n - len(samples))
+        for k in range(1, n + 1):
+            draws = []
+            for draw in itertools.combinations(samples, k):
+                votes = [draw.count(i) for i in range(len(counts))]
+                most = max(votes, default=0)
+                tied = [score for score, vote in zip(scores, votes) if vote == most]
+                draws.append(np.mean(tied) if most else 0)
+            assert majority_at_k(counts, scores, n, k) == pytest.approx(np.mean(draws)), (counts, k)
+
+
+def test_majority_of_many_samples_is_drawn(monkeypatch):
+    counts, scores = [20, 18, 9, 1, 1], [0, 1, 0, 0, 1]
+    exact = [majority_at_k(counts, scores, 60, k) for k in (1, 7, 30, 60)]
+    monkeypatch.setattr(intervals, "MAX_COUNTED", 10)
+    drawn = [majority_at_k(counts, scores, 60, k) for k in (1, 7, 30, 60)]
+    assert drawn == [majority_at_k(counts, scores, 60, k) for k in (1, 7, 30, 60)]
+    assert drawn != exact and drawn == pytest.approx(exact, abs=0.03)
+    assert majority_at_k([900, 100], [1, 0], 1000, 500) == 1
+    assert majority_at_k([], [], 1000, 500) == 0
+
+
 @pytest.mark.parametrize(
     "true, se, sp, n, labelled",
     [
@@ -349,6 +379,8 @@ def test_refusals():
         (lambda: compare([1, 0], [1, 0], confidence=95), "confidence: expected .* got 95"),
         (lambda: wilson(3, 2), "successes: expected 0 to 2, got 3"),
         (lambda: pass_at_k(3, 1, 4), "k: expected 1 to 3, got 4"),
+        (lambda: majority_at_k([2], [1], 3, 4), "k: expected 1 to 3, got 4"),
+        (lambda: majority_at_k([2, 2], [1, 0], 3, 1), "sum of counts: expected 0 to 3, got 4"),
         (lambda: items_needed(0, 1), "difference: expected a number other than 0"),
         (lambda: mean_mde(10, 1, power=1), "power: expected a number between 0 and 1, got 1"),
         (lambda: rate_mde(10, 0.5, power=0), "power: expected a number between 0 and 1"),

@@ -13,12 +13,12 @@ from typing_extensions import TypedDict
 from fastlm.data.texts import read_texts
 from fastlm.data.toxicity import PIECE_WORDS, ToxicityModel
 from fastlm.errors import InputError
+from fastlm.evals.judge_accuracy import JudgeAccuracy
 from fastlm.evals.results import Record
 from fastlm.evals.runner import run_task, truncated_count
 from fastlm.evals.safety.judges import (
     SUCCESS_ON_SMALL_MODELS,
     AnswerRule,
-    JudgeAccuracy,
     LabelledAnswer,
     compliance_features,
     fit_judge,

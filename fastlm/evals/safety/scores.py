@@ -5,8 +5,8 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from fastlm.errors import InputError
-from fastlm.evals.safety.judges import JudgeAccuracy
-from fastlm.stats.intervals import CorrectedRate, rogan_gladen, wilson
+from fastlm.evals.judge_accuracy import JudgeAccuracy
+from fastlm.stats.intervals import CorrectedRate, wilson
 
 
 @dataclass(frozen=True)
@@ -81,16 +81,9 @@ def share_score(
     corrected = False
     if judge is not None and labelled_accuracy is not None:
         judge = replace(labelled_accuracy, other_domains=(judge, *judge.other_domains))
-        errors = {
-            "sensitivity": labelled_accuracy.sensitivity,
-            "specificity": labelled_accuracy.specificity,
-        }
-        corrected = all(total for _, total in errors.values())
-        if corrected:
-            try:
-                rate = rogan_gladen(hits / n, n, **errors, confidence=confidence)
-            except InputError:  # a judge no better than chance determines no rate
-                rate = CorrectedRate(hits / n, 0.0, 1.0)
+        corrected_rate = labelled_accuracy.corrected_rate(hits / n, n, confidence=confidence)
+        corrected = corrected_rate is not None
+        rate = corrected_rate or rate
     return SafetyScore(
         name, description, rate.rate, rate.low, rate.high, n, judge=judge, corrected=corrected,
         raw=None if judge is None else hits / n, **fields,

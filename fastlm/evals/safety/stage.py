@@ -36,7 +36,7 @@ class Safety(Stage):
 
     kind = "safety"
     command = ("safety",)
-    version = 10
+    version = 11
     inputs = {
         "model": InputSpec(
             ("model", "quantized"), "Hugging Face folder, .gguf, fastlm run or model:smollm2",

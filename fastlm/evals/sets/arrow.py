@@ -16,7 +16,7 @@ from string import Formatter
 from typing import Any
 
 from fastlm.errors import InputError
-from fastlm.evals.answers import exact_match, f1
+from fastlm.evals.answers import VOTES, exact_match, f1
 from fastlm.evals.sets.olmes import SOURCE, package_root, parse_rows
 from fastlm.evals.task import MultipleChoice, OpenQuestion, TaskSpec
 
@@ -126,7 +126,7 @@ def _short_answer_set(
         ]  # fmt: skip
         return {
             "questions": questions[shots:], "format": f"lm-eval:{format}", "judge": exact_match,
-            "extra_judges": {"f1": f1},
+            "vote": VOTES[exact_match], "extra_judges": {"f1": f1},
         }  # fmt: skip
 
     return TaskSpec("facts", licence, ("5shot", "0shot"), SOURCE, read)

@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 
 from fastlm.data.verifiers import gold_number
 from fastlm.errors import InputError
-from fastlm.evals.answers import exact_match, f1, first_word, last_number, latex_answer
+from fastlm.evals.answers import VOTES, exact_match, f1, first_word, last_number, latex_answer
 from fastlm.evals.latex import boxed
 from fastlm.evals.task import Judge, MultipleChoice, OpenQuestion, TaskSpec
 from fastlm.sources.packages import fetch
@@ -152,7 +152,7 @@ def _open_set(
             questions += [replace(q, id=f"{begin}{q.id}") for q in set_questions]
         return {
             "questions": questions, "format": f"olmes:{format}", "judge": judge,
-            "extra_judges": extra_judges,
+            "vote": VOTES[judge], "extra_judges": extra_judges,
         }  # fmt: skip
 
     return TaskSpec(ability, licence, (format,), SOURCE, read, any_format=True)

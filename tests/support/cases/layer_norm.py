@@ -61,7 +61,7 @@ def build(case: Case, dtype: torch.dtype) -> OpCall:
 
 
 def draw(r: Random, isa: str) -> Case:
-    drawn = {
+    fields: Case = {
         "shape": random_shape(r, isa, 1 << 12, 1),
         "parameters": r.choice([[], ["weight"], ["bias"], ["weight", "bias"], ["weight", "bias"]]),
         "residual": r.random() < 0.5,
@@ -70,9 +70,9 @@ def draw(r: Random, isa: str) -> Case:
         "offset": r.choice([0.0, 0.0, 30.0]),  # in spreads
         "options": {"eps": r.choice([1e-5, 1e-12])},
     }
-    if drawn["shape"][-1] == 2:  # z is 1 and -1, so dx is 0 unless eps counts
-        drawn["options"]["eps"] = drawn["spread"] ** 2
-    return drawn
+    if fields["shape"][-1] == 2:  # z is 1 and -1, so dx is 0 unless eps counts
+        fields["options"]["eps"] = fields["spread"] ** 2
+    return fields
 
 
 def case(*shape: int, parameters="weight bias", residual=False, wide=False, spread=1.0, offset=0.0):

@@ -1,0 +1,1 @@
+"""Language models that judge answers, and the labels that measure their error."""

@@ -1,0 +1,123 @@
+"""Grade answers by a judge, and store its replies."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fastlm.errors import InputError
+from fastlm.evals.judge.api_judge import ApiJudge, is_address
+from fastlm.evals.judge.items import JudgeItem
+from fastlm.evals.judge.model_judge import ModelJudge
+from fastlm.evals.judge.reply import JudgeReply, LanguageJudge
+from fastlm.evals.judge.rubric import TIE, A, B, Rubric
+from fastlm.evals.judge.scale import Grade
+from fastlm.evals.results import RecordFile
+from fastlm.evals.suite import model_id
+from fastlm.progress import Track, silent
+
+CHUNK = 64  # prompts whose replies are written at once
+SWAPPED = {A: B, B: A, TIE: TIE}
+
+
+@dataclass(frozen=True)
+class GradedItem:
+    """An item with the judge's replies: one, or those to both orders of a pair.
+
+    replies: of a pair, the second one is about the answers in the other order.
+    grade: of a pair, the grade in both orders, or a tie if the two differ (Zheng et al. 2023,
+        arXiv:2306.05685). "A" is the first answer of the item. None: a reply has no grade.
+    """
+
+    item: JudgeItem
+    replies: tuple[JudgeReply, ...]
+
+    @property
+    def grades(self) -> tuple[Grade | None, ...]:
+        """The grade of each reply, of the answers in the item's order."""
+        grades = [reply["grade"] for reply in self.replies]
+        return (grades[0], *(SWAPPED[g] if isinstance(g, str) else g for g in grades[1:]))
+
+    @property
+    def grade(self) -> Grade | None:
+        grades = self.grades
+        if None in grades:
+            return None
+        return grades[0] if len(set(grades)) == 1 else TIE
+
+    @property
+    def is_consistent(self) -> bool:
+        return len(set(self.grades)) == 1
+
+    def as_row(self) -> dict[str, Any]:
+        row = {**self.item.as_row(), "grade": self.grade}
+        if len(self.replies) == 1:
+            return {**row, **self.replies[0]}
+        return {**row, "consistent": self.is_consistent, "replies": list(self.replies)}
+
+    @property
+    def probability(self) -> float | None:
+        """The judge's smallest probability of a grade that it gave; None where it is not known."""
+        values = [reply["probability"] for reply in self.replies]
+        return min((value for value in values if value is not None), default=None)
+
+
+class JudgeSource:
+    """A judge that is opened at its first question, so that stored replies need none.
+
+    Args:
+        judge: a model as for `fastlm.model.load.load_model`, or the address of a server.
+    """
+
+    def __init__(
+        self, judge: str, judge_model: str | None, max_reason_tokens: int, timeout: float,
+        retries: int,
+    ) -> None:  # fmt: skip
+        self._judge: LanguageJudge | None = None
+        self._open: Callable[[], LanguageJudge] = lambda: ModelJudge(judge, max_reason_tokens)
+        if is_address(judge):
+            api = ApiJudge(judge, judge_model, timeout, retries)
+            self._judge = api
+            self.id = {"address": api.address, "model": api.model}
+        else:
+            self.id = {"model": model_id(judge), "max_reason_tokens": max_reason_tokens}
+
+    def reply(self, prompts: Sequence[str], grades: Sequence[Grade]) -> list[JudgeReply]:
+        if self._judge is None:
+            self._judge = self._open()
+        return self._judge.reply(prompts, grades)
+
+
+def grade_items(
+    items: Sequence[JudgeItem],
+    rubric: Rubric,
+    judge: JudgeSource,
+    path: Path,
+    metadata: Mapping[str, Any],
+    *,
+    track: Track = silent,
+) -> list[GradedItem]:
+    """Grade all items. Replies are stored in the file ``path``, and a later call with the same
+    ``metadata`` does not ask again. Both orders of a pair are asked.
+
+    InputError: no item has a grade; what the judge raises.
+    """
+    prompts = []
+    for item in items:
+        orders = [item.answers] if len(item.answers) == 1 else [item.answers, item.answers[::-1]]
+        prompts += [rubric.prompt(item.messages, answers) for answers in orders]
+    with RecordFile(path, metadata, JudgeReply) as file:
+        starts = file.remaining_chunks(len(prompts), CHUNK)
+        for start in track(starts, "judging", unit="chunks") if starts else ():
+            replies = judge.reply(prompts[start : start + CHUNK], rubric.grades)
+            file.add([{**reply} for reply in replies])
+        records: list[Any] = file.records
+    orders = len(records) // len(items)
+    graded = [
+        GradedItem(item, tuple(records[i * orders : (i + 1) * orders]))
+        for i, item in enumerate(items)
+    ]
+    if all(g.grade is None for g in graded):
+        error = next(r["error"] for r in records if r["grade"] is None)
+        raise InputError(f"judge: expected a readable grade, got none: {error}")
+    return graded

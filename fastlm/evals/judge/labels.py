@@ -1,0 +1,173 @@
+"""Labels of judged answers: which answers a person labels, and which labels measure the judge.
+
+Half of the answers to label are a random sample, half are those of which the judge is least sure.
+Labels of the second half find faults of a rubric, but they are not a sample of the answers: a judge
+errs more often there. So only the random half measures the judge.
+
+A hash of the id puts all answers in a random order. The random sample is the beginning of this
+order: its blocks of `BLOCK` answers, up to the first block that lacks a label (`random_labels`). It
+follows from the ids alone, so that labels may come from any file, in any order and from several
+sessions. An answer of the second half that the beginning reaches later is then a part of the
+sample; leaving it out would leave out the answers that are hard to judge. Without blocks, the
+sample would end before the first answer without a label. Whether one more answer counts would then
+depend on how hard it is to judge, because the second half labels hard ones.
+"""
+
+import json
+import math
+import os
+import random
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from hashlib import blake2b
+from pathlib import Path
+from typing import Annotated
+
+from annotated_types import MinLen
+from typing_extensions import TypedDict
+
+from fastlm.errors import InputError
+from fastlm.evals.judge.grading import GradedItem
+from fastlm.evals.judge.rubric import Rubric
+from fastlm.evals.judge.scale import Grade
+from fastlm.files import make_folder, write_error
+from fastlm.schema import Name, parse, read_lines
+
+BLOCK = 10  # a rater who ends early loses at most nine labels of the sample
+
+
+class RaterLabel(TypedDict):
+    """A rater's label of an answer, None: the rater skipped it."""
+
+    id: Annotated[str, MinLen(1)]
+    rater: Name
+    label: Grade | None
+
+
+def read_label_rows(path: Path, rubric: Rubric) -> dict[tuple[str, str], Grade | None]:
+    """Return (id, rater) -> the last label. InputError: a bad row, a label of another scale."""
+    labels: dict[tuple[str, str], Grade | None] = {}
+    for number, row in read_lines(path, RaterLabel):
+        if row["label"] is not None and row["label"] not in rubric.grades:
+            expected = ", ".join(map(str, rubric.grades))
+            raise InputError(
+                f"{path}:{number}: label: expected one of {expected}, got {row['label']!r:.80}"
+            )
+        labels[row["id"], row["rater"]] = row["label"]
+    return labels
+
+
+def merge_raters(
+    labels: Mapping[tuple[str, str], Grade | None],
+) -> dict[str, Grade | None]:
+    """Return id -> the label of most raters; None if they are split, or all skipped it."""
+    votes: dict[str, Counter[Grade]] = {}
+    for (id, _), label in labels.items():
+        counts = votes.setdefault(id, Counter())
+        if label is not None:
+            counts[label] += 1
+    merged: dict[str, Grade | None] = {}
+    for id, counts in votes.items():
+        (best, count), *others = counts.most_common(2) or [(None, 0)]
+        merged[id] = None if others and others[0][1] == count else best
+    return merged
+
+
+def random_order(ids: Iterable[str]) -> list[str]:
+    """Return the ids in the order of their hashes."""
+    return sorted(ids, key=lambda id: _hash("random order", id))
+
+
+def _hash(purpose: str, id: str) -> bytes:
+    return blake2b(f"{purpose} {id}".encode()).digest()
+
+
+def random_labels(ids: Iterable[str], labels: Mapping[str, Grade | None]) -> dict[str, Grade]:
+    """Return the labels of the random sample of ``ids``: those of the blocks at the beginning of
+    the random order, up to the first block with an id without a label. Skipped ones are left out.
+    """
+    order = random_order(ids)
+    sample: dict[str, Grade] = {}
+    for start in range(0, len(order), BLOCK):
+        block = order[start : start + BLOCK]
+        if any(id not in labels for id in block):
+            break
+        sample |= {id: label for id in block if (label := labels[id]) is not None}
+    return sample
+
+
+def label_order(graded: Sequence[GradedItem], rubric: Rubric, count: int) -> list[GradedItem]:
+    """Return ``count`` items to label: half of them (whole blocks) of the random sample, and those
+    of the rest of which the judge is least sure. Coin flips mix the two, so that the order does not
+    reveal the half."""
+    by_id = {g.item.id: g for g in graded if g.grade is not None}
+    order = [by_id[id] for id in random_order(by_id)]
+    size = min(count, BLOCK * math.ceil(count / 2 / BLOCK))
+    sample, rest = order[:size], order[size:]
+    # between equals another order decides: the random one would complete further blocks with them
+    unsure = sorted(rest, key=lambda g: (confidence_key(g, rubric), _hash("equals", g.item.id)))
+    del unsure[count - size :]
+    mixed, coins = [], random.Random(0)
+    while sample and unsure:
+        mixed.append((sample if coins.random() < 0.5 else unsure).pop(0))
+    return mixed + sample + unsure
+
+
+def confidence_key(graded: GradedItem, rubric: Rubric) -> tuple[float, float]:
+    """Return a key that sorts items by the judge's confidence, the least sure first: pairs whose
+    two orders disagree, grades next to the threshold, then the judge's own probability."""
+    distance = float(graded.is_consistent)
+    if isinstance(graded.grade, int):
+        distance = abs(graded.grade - (rubric.threshold - 0.5))
+    return distance, 1.0 if graded.probability is None else graded.probability
+
+
+class LabelFile:
+    """A rater's labels in a JSONL file, which other raters may share. A label is on disk when `add`
+    returns. An incomplete last line, left by a kill, is dropped.
+
+    ``labels``: id -> the rater's last label.
+    """
+
+    def __init__(self, path: Path, rater: str, rubric: Rubric) -> None:
+        self.path, self.rater = path, rater
+        make_folder(path.parent)
+        try:
+            self._file = open(path, "a+b", buffering=0)
+            self._end_last_line()
+            rows = read_label_rows(path, rubric)
+        except OSError as error:
+            raise write_error(path, error) from error
+        self.labels = {id: label for (id, name), label in rows.items() if name == rater}
+
+    def _end_last_line(self) -> None:
+        self._file.seek(0)
+        data = self._file.read()
+        start = data.rfind(b"\n") + 1
+        if start == len(data):
+            return
+        try:
+            parse(data[start:], RaterLabel, str(self.path))
+        except InputError:
+            self._file.truncate(start)
+        else:
+            self._write(b"\n")
+
+    def add(self, id: str, label: Grade | None) -> None:
+        row: RaterLabel = {"id": id, "rater": self.rater, "label": label}
+        try:
+            self._write(json.dumps(row, ensure_ascii=False).encode() + b"\n")
+        except OSError as error:
+            raise write_error(self.path, error) from error
+        self.labels[id] = label
+
+    def _write(self, data: bytes) -> None:
+        while data:
+            data = data[self._file.write(data) :]
+        os.fsync(self._file.fileno())
+
+    def __enter__(self) -> "LabelFile":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()

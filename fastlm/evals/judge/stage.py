@@ -1,0 +1,250 @@
+"""The stage `JudgeAnswers`: a language model grades answers, or compares those of two models."""
+
+import json
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from hashlib import blake2b
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+from fastlm.data.conversations import FORMATS
+from fastlm.errors import InputError
+from fastlm.evals.judge.scale import Scale
+from fastlm.files import write_json, write_text
+from fastlm.pipeline.stage import (
+    Facts,
+    InputSpec,
+    ReportSection,
+    Stage,
+    StageContext,
+    at_least_one,
+    not_negative,
+    one_of,
+    positive,
+)
+from fastlm.sources.input_digest import InputDigest
+
+if TYPE_CHECKING:
+    from fastlm.evals.judge.items import JudgeItem
+
+SCORES, GRADES = "scores.json", "grades.jsonl"
+RECORDS = "records"  # folder of models' answers and of the judge's replies
+
+
+@dataclass(frozen=True)
+class JudgeAnswers(Stage):
+    """Let a language model judge answers: of a file, of a model to prompts, or of two models, whose
+    answers are compared in both orders.
+
+    The judge is a model on this machine, or a server with OpenAI's API. Nothing leaves the machine
+    unless --judge is an address; a key for it comes from the environment (FASTLM_JUDGE_API_KEY).
+    OUT/grades.jsonl has each grade with its reason. A judge errs: label some answers with fastlm
+    label, and repeat the command with --labels. Its error then stands with each score, and corrects
+    it.
+    """
+
+    kind = "judge"
+    command = ("judge",)
+    inputs = {
+        "model": InputSpec(
+            ("model", "quantized"), "Judge the answers of this model to --data", optional=True,
+            flag="m",
+        ),
+        "old": InputSpec(
+            ("model", "quantized"), "Compare them with the answers of this model", optional=True,
+            default=False,
+        ),
+    }  # fmt: skip
+    outputs = {"scores": SCORES}
+    resumable = (RECORDS,)
+    settings_in = ("rubric",)
+    result = {"models": dict[str, dict[str, Any]], "rubric": dict[str, Any]}
+
+    judge: Annotated[
+        str,
+        "Judge with this Hugging Face folder, .gguf, fastlm run or model:smollm2, or with the"
+        " server at http://HOST:PORT/v1",
+    ]
+    judge_model: Annotated[
+        str | None, "Use this model of the server; default: the first that it lists"
+    ] = None
+    answers: Annotated[
+        tuple[str, ...],
+        "Judge the answers of these files instead: rows with a prompt, answer, and to compare two"
+        " answers answer_b",
+    ] = ()
+    data: Annotated[tuple[str, ...], "Ask the models these prompts, as for ppo"] = ()
+    limit: Annotated[
+        int, "Use at most this many prompts, in an order that depends only on them"
+    ] = 200
+    num_generations: Annotated[int, "Sample this many answers per model and prompt"] = 1
+    max_new_tokens: Annotated[int, "Limit the tokens per answer"] = 256
+    temperature: Annotated[float, "Set the sampling temperature; 0 is greedy"] = 0.7
+    seed: Annotated[int, "Set the seed of the answers"] = 0
+    scale: Annotated[str, "Grade a single answer on this scale: pass (pass or fail) or 1-5"] = (
+        "pass"
+    )
+    rubric: Annotated[str | None, "Tell the judge the text of this file, what to look at"] = None
+    threshold: Annotated[int, "On the scale 1-5, count this grade and higher ones as pass"] = 4
+    max_reason_tokens: Annotated[int, "Limit the tokens of a reason (a judge on this machine)"] = (
+        128
+    )
+    timeout: Annotated[float, "Wait this many seconds for a reply of a server"] = 60.0
+    retries: Annotated[int, "Send a request to a server this many times again if it fails"] = 3
+    labels: Annotated[str | None, "Measure the judge on this file of fastlm label"] = None
+    min_labels: Annotated[
+        int, "Correct a score by the judge's error if so many random labels measure it"
+    ] = 50
+    confidence: Annotated[float, "Set the confidence level of the intervals"] = 0.95
+
+    def check(self) -> None:
+        from fastlm.evals.judge.api_judge import is_address
+        from fastlm.evals.judge.rubric import Rubric
+
+        at_least_one(
+            self, "limit", "num_generations", "max_new_tokens", "max_reason_tokens", "min_labels"
+        )
+        not_negative(self, "temperature", "retries")
+        positive(self, "timeout")
+        one_of(self, scale=("pass", "1-5"))
+        if self.num_generations > 1 and not self.temperature:
+            raise InputError("temperature: expected above 0 for several answers, got 0")
+        if not 2 <= self.threshold <= 5:
+            raise InputError(f"threshold: expected 2 to 5, got {self.threshold}")
+        if not 0 < self.confidence < 1:
+            raise InputError(f"confidence: expected between 0 and 1, got {self.confidence}")
+        if self.judge_model is not None and not is_address(self.judge):
+            raise InputError(
+                f"judge_model: expected a server as judge, got {self.judge_model!r:.80} for"
+                f" {self.judge!r:.80}"
+            )
+        if not is_address(self.judge) and not self.judge.startswith("model:"):
+            if not Path(self.judge).exists():
+                raise InputError(
+                    "judge: expected a model or http://HOST:PORT/v1, found nothing at"
+                    f" {self.judge!r:.200}"
+                )
+        Rubric.read("pass", self.rubric, self.threshold)
+        if self.labels is not None and not Path(self.labels).is_file():
+            raise InputError(f"labels: expected a file of fastlm label, got {self.labels}")
+
+    def plan(self, inputs: Mapping[str, Any]) -> Facts:
+        model, old = inputs.get("model"), inputs.get("old")
+        if bool(self.answers) == bool(model):
+            got = "both" if model else "neither"
+            raise InputError(f"answers: expected answers or a model that answers, got {got}")
+        if old and not model:
+            raise InputError("old: expected a model to compare it with, got answers")
+        if model and not self.data:
+            raise InputError("data: expected prompts for the model, got none")
+        if self.answers and self.data:
+            raise InputError("data: expected none, since the answers have their prompts")
+        return {}
+
+    def can_continue(self, changed: Collection[str], folder: Path, finished: bool) -> bool:
+        """Whatever has changed: a record is in a file named after all that it depends on."""
+        del changed, folder, finished
+        return True
+
+    def digest_inputs(self, input_digest: InputDigest) -> Any:
+        files = [path for path in (self.rubric, self.labels) if path is not None]
+        if Path(self.judge).exists():
+            files.append(self.judge)
+        sources = input_digest.hash_sources((*self.answers, *self.data), FORMATS)
+        return [*sources, *(input_digest.hash_tree(path) for path in files)]
+
+    def run(self, ctx: StageContext) -> dict[str, Any]:
+        from fastlm.evals.judge.grading import JudgeSource, grade_items
+        from fastlm.evals.judge.items import read_items
+        from fastlm.evals.judge.labels import merge_raters, read_label_rows
+        from fastlm.evals.judge.rubric import Rubric
+        from fastlm.evals.judge.scores import judge_scores
+        from fastlm.evals.suite import model_ids
+
+        self.plan(ctx.inputs)
+        ids: list[dict[str, str]] = []
+        if self.answers:
+            name, items = ", ".join(self.answers), read_items(self.answers, cache=ctx.cache_dir)
+        else:
+            models = [*ctx.inputs.get("old", ()), *ctx.inputs["model"]]
+            name, ids = models[-1].name, model_ids(models)
+            items = self._model_items(ctx, ids)
+        is_pair = len(items[0].answers) == 2
+        scale: Scale = "pair" if is_pair else "1-5" if self.scale == "1-5" else "pass"
+        rubric = Rubric.read(scale, self.rubric, self.threshold)
+        labels = {}
+        if self.labels is not None:
+            labels = merge_raters(read_label_rows(Path(self.labels), rubric))
+        judge = JudgeSource(
+            self.judge, self.judge_model, self.max_reason_tokens, self.timeout, self.retries
+        )
+        metadata = {
+            "judge": judge.id,
+            "prompts": _hash([rubric.text, rubric.scale, *(item.id for item in items)]),
+        }
+        path = ctx.out / RECORDS / f"replies-{_hash(metadata)}.jsonl"
+        graded = grade_items(items, rubric, judge, path, metadata, track=ctx.track)
+        if without := sum(g.grade is None for g in graded):
+            ctx.warning(f"without a readable grade: {without:,} of {len(graded):,} ({GRADES})")
+        scores = judge_scores(
+            graded, rubric, labels, min_labels=self.min_labels, confidence=self.confidence
+        )
+        result = {
+            "confidence": self.confidence, "models": {name: {"scores": scores}}, "ids": ids,
+            "judge": judge.id, "rubric": rubric.as_dict(), "items": len(graded),
+            "ungraded": without,
+        }  # fmt: skip
+        rows = [json.dumps(g.as_row(), ensure_ascii=False) + "\n" for g in graded]
+        write_text(ctx.out / GRADES, "".join(rows))
+        write_json(ctx.out / SCORES, result)
+        return result
+
+    def _model_items(
+        self, ctx: StageContext, ids: Sequence[Mapping[str, str]]
+    ) -> "list[JudgeItem]":
+        """Return the answers of the model to the prompts, each with that of the old model."""
+        from fastlm.data.prompts import read_prompts
+        from fastlm.evals.judge.items import make_items
+        from fastlm.evals.model_answers import read_or_generate
+        from fastlm.train.encoding import hash_fraction
+
+        prompts = {p.key(): p for p in read_prompts(self.data, cache=ctx.cache_dir)}
+        if not prompts:
+            raise InputError(f"data: expected prompts, got none in {', '.join(self.data)}")
+        sample = sorted(prompts.values(), key=hash_fraction)[: self.limit]
+        options = {
+            "num_generations": self.num_generations, "max_new_tokens": self.max_new_tokens,
+            "temperature": self.temperature, "seed": self.seed,
+        }  # fmt: skip
+        texts = []
+        for key, entry in zip(("model", "old"), ids[::-1]):
+            metadata = {"model": entry["id"], "prompts": _hash([p.key() for p in sample])}
+            metadata |= options
+            path = ctx.out / RECORDS / f"answers-{_hash(metadata)}.jsonl"
+            texts.append(
+                read_or_generate(path, metadata, ctx.path(key), sample, track=ctx.track, **options)
+            )
+        repeated = [p.messages for p in sample for _ in range(self.num_generations)]
+        return make_items(zip(repeated, zip(*texts, strict=True), strict=True))
+
+    def summary(self, result: Mapping[str, Any], ctx: StageContext) -> str:
+        from fastlm.evals.report import judge_summary
+
+        del ctx
+        return judge_summary(result)
+
+    def render(self, result: Mapping[str, Any], ctx: StageContext) -> Any:
+        from fastlm.evals.report import judge_blocks, render_blocks
+
+        del ctx
+        return render_blocks(judge_blocks(result))
+
+    def report(self, ctx: StageContext, result: Mapping[str, Any]) -> ReportSection:
+        from fastlm.evals.report import judge_part
+
+        return judge_part(result, ctx.out / GRADES)
+
+
+def _hash(value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=False, sort_keys=True)
+    return blake2b(text.encode(), digest_size=8).hexdigest()
