@@ -64,7 +64,7 @@ class OnlineStage(LoraOptions, RolloutOptions, ChatStage):
     `fastlm.train.online.OnlineObjective`.
     """
 
-    version = 3
+    version = 4
     truncations: ClassVar[tuple[str, ...]] = ("skip",)
     row_name: ClassVar[str] = "prompts"
     row_use: ClassVar[str] = "answer"
