@@ -3,6 +3,7 @@
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from hashlib import blake2b
 from pathlib import Path
 from typing import Any, get_args
 
@@ -61,6 +62,12 @@ class Rubric:
     @property
     def grades(self) -> tuple[Grade, ...]:
         return GRADES[self.scale]
+
+    @property
+    def key(self) -> str:
+        """A short hash of scale and text: labels of one rubric do not measure a judge with another."""
+        text = json.dumps([self.scale, self.text])
+        return blake2b(text.encode(), digest_size=8).hexdigest()
 
     def prompt(self, messages: Sequence[Mapping[str, Any]], answers: Sequence[str]) -> str:
         """Return what the judge reads. The rubric comes first, so that all prompts share their
