@@ -318,13 +318,8 @@ def judge_blocks(result: Mapping[str, Any]) -> Blocks:
         for field in ACCURACY
     ]
     if rows:
-        columns = (
-            "score",
-            "labels",
-            "judge",
-            "value",
-            f"{100 * result['confidence']:g} % interval",
-        )
+        level = f"{100 * result['confidence']:g} % interval"
+        columns = ("score", "labels", "judge", "value", level)
         blocks.append(ReportTable(columns, rows, left=3, title="The judge's error, on labels"))
     else:
         blocks.append(

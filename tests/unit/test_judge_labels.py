@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from sklearn.metrics import cohen_kappa_score
 
+from fastlm.data.prompts import Prompt
 from fastlm.errors import InputError
 from fastlm.evals.judge.grading import GradedItem
 from fastlm.evals.judge.items import JudgeItem, make_items, read_items
@@ -336,7 +337,7 @@ def test_rows_of_answers(tmp_path):
     assert first.answers == same.answers == ("I.",) and empty.answers == ("",)
     assert len({first.id, empty.id, same.id}) == 3  # a sample may have an answer twice
     assert read_items([str(path)], cache=tmp_path)[2].id == same.id
-    assert make_items([(first.messages, ("I.", "you"))])[0].id != first.id
+    assert make_items([(Prompt(first.messages, {}), ("I.", "you"))])[0].id != first.id
     for row, message in (
         ({"prompt": "Who?"}, 'expected an object with a prompt and "answer"'),
         ({"prompt": "Who?", "answer": 3}, "answer: expected text, got int"),

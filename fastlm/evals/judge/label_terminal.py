@@ -45,6 +45,7 @@ class GradeRowFields(TypedDict):
     reason: NotRequired[str]
     probability: NotRequired[Finite | None]
     answer_b: NotRequired[str]
+    tools: NotRequired[list[Any]]
     replies: NotRequired[list[JudgeReply]]
 
 
@@ -76,7 +77,8 @@ def read_graded(folder: Path) -> tuple[list[GradedItem], Rubric]:
         if any(r["grade"] not in (None, *rubric.grades) for r in replies):
             raise InputError(f"{folder / GRADES}:{number}: expected grades of {rubric.scale}")
         answers = (row["answer"], *([row["answer_b"]] if "answer_b" in row else []))
-        graded.append(GradedItem(JudgeItem(row["id"], row["prompt"], answers), tuple(replies)))
+        item = JudgeItem(row["id"], row["prompt"], answers, row.get("tools"))
+        graded.append(GradedItem(item, tuple(replies)))
     return graded, rubric
 
 
@@ -126,7 +128,7 @@ class _LabelTerminal(RaterTerminal[JudgeItem]):
 
     def messages(self, item: JudgeItem) -> tuple[list[Message], list[list[Message]]]:
         answers = item.answers[::-1] if self._is_swapped(item) else item.answers
-        return item.messages, [[{"role": "assistant", "content": text}] for text in answers]
+        return item.conversation, [[{"role": "assistant", "content": text}] for text in answers]
 
     def skip(self, item: JudgeItem) -> None:
         self.labels.add(item.id, None)

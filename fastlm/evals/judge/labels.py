@@ -137,7 +137,7 @@ def confidence_key(graded: GradedItem, rubric: Rubric) -> tuple[float, float]:
 
 
 def _is_fragment(line: bytes) -> bool:
-    """Return whether a line is the beginning of a row that `LabelFile.add` writes, not all of it."""
+    """Return whether a line is the beginning of a row of `LabelFile.add`, but not all of it."""
     if not line or line[: len(ROW_START)] != ROW_START[: len(line)]:
         return False
     try:

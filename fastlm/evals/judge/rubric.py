@@ -10,6 +10,7 @@ from typing import Any, get_args
 from fastlm.errors import InputError
 from fastlm.evals.judge.scale import Grade, Scale
 from fastlm.files import read_text
+from fastlm.pipeline.text import message_text
 
 PASS, FAIL, TIE = "pass", "fail", "tie"
 A, B = "A", "B"  # the first and the second answer of a pair
@@ -65,7 +66,7 @@ class Rubric:
 
     @property
     def key(self) -> str:
-        """A short hash of scale and text: labels of one rubric do not measure a judge with another."""
+        """A short hash of scale and text, which ties labels to the rubric."""
         text = json.dumps([self.scale, self.text])
         return blake2b(text.encode(), digest_size=8).hexdigest()
 
@@ -73,7 +74,7 @@ class Rubric:
         """Return what the judge reads. The rubric comes first, so that all prompts share their
         beginning in the engine's prefix cache."""
         names = ("answer",) if len(answers) == 1 else ("answer_a", "answer_b")
-        conversation = "\n".join(f"{m['role']}: {m['content']}" for m in messages)
+        conversation = "\n".join(f"{m['role']}: {message_text(m)}" for m in messages)
         parts = {"conversation": conversation, **dict(zip(names, answers, strict=True))}
         blocks = [f"<{name}>\n{text}\n</{name}>" for name, text in parts.items()]
         grades = ", ".join(map(json.dumps, self.grades))
