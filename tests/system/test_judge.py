@@ -27,7 +27,7 @@ from fastlm.pipeline.report import render_report  # noqa: F401  # the page of a 
 from fastlm.progress import silent
 from fastlm.stages import KINDS, parse_recipe
 
-PASS = Rubric.read("pass", None, 4)
+PASS, PAIR = Rubric.read("pass", None, 4), Rubric.read("pair", None, 4)
 QUESTION = [{"role": "user", "content": "please now what is stone"}]
 
 
@@ -176,7 +176,7 @@ class StubJudge:
     """Grades by a function of the texts of both answers."""
 
     def __init__(self, prefer):
-        self.prefer, self.id = prefer, {"model": "stub"}
+        self.prefer, self.id, self.is_server = prefer, {"model": "stub"}, False
 
     def reply(self, prompts, grades):
         for i, prompt in enumerate(prompts):
@@ -204,6 +204,20 @@ def test_both_orders_are_asked(tmp_path, prefer, grade, consistent):
     assert [g.is_consistent for g in graded] == [consistent] * 2
     reasons = [reply["reason"] for reply in graded[0].as_row()["replies"]]
     assert reasons == ["the long answer/short", "short/the long answer"]
+
+
+def test_a_model_is_not_asked_again_for_a_missing_grade(tmp_path):
+    asked = []
+
+    def prefer(a, b):
+        asked.append(a)
+        return None if a == "short" else "A"
+
+    prompt = Prompt(QUESTION, {})
+    items = make_items([(prompt, ("long", "short")), (prompt, ("a", "b"))])
+    for _ in range(2):
+        graded = grade_items(items, PAIR, StubJudge(prefer), tmp_path)
+        assert [g.grade for g in graded] == [None, "tie"] and len(asked) == 4
 
 
 # ---- a server as a judge
@@ -391,7 +405,9 @@ def test_a_refused_request_is_an_answer_without_a_grade(tmp_path, status):
         assert len(requests) == 6 and "stone 2" in requests[5][2]["messages"][0]["content"]
         port = int(address.rsplit(":")[-1].removesuffix("/v1"))
     result, warnings = run_judge(address, answers, out)  # the server is down
-    assert result["ungraded"] == 1 and warnings[0].startswith("asked again for 1 grades: judge: ")
+    assert result["ungraded"] == 1 and warnings[0].startswith(
+        "asked again for missing grades: judge: "
+    )
     with stub_server(GOOD, port=port) as (address, requests):
         result, warnings = run_judge(address, answers, out)
         assert (len(requests), result["ungraded"], warnings) == (1, 0, [])
@@ -400,7 +416,7 @@ def test_a_refused_request_is_an_answer_without_a_grade(tmp_path, status):
 def test_a_server_that_refuses_everything_is_an_error(tmp_path):
     answers = write(tmp_path / "a.jsonl", *answer_rows(2))
     with stub_server((400, b"?")) as (address, _):
-        with pytest.raises(InputError, match="expected a readable grade, got none: .* status 400"):
+        with pytest.raises(InputError, match=r"got none: http.* refused: status 400$"):
             run_judge(address, answers, tmp_path / "out")
 
 
@@ -459,7 +475,7 @@ def test_the_key_is_not_in_what_a_server_says(monkeypatch):
 @pytest.mark.parametrize("body", [b"[" * 100_000, b'{"error": "no"}', b" " * 2**22, b"\xff"])
 def test_any_body_of_an_error_is_read(body):
     with stub_server((401, body)) as (address, _):
-        with pytest.raises(InputError, match="refused: status 401$"):
+        with pytest.raises(InputError, match=r"refused: status 401$"):
             ApiJudge(address, None, 5, 0)
 
 
@@ -488,6 +504,16 @@ def test_a_key_without_encryption_is_known(tmp_path, monkeypatch, address, expos
     assert ApiJudge(address, "m", 5, 0).exposes_key == exposed
 
 
+def test_a_warning_says_that_the_key_is_exposed(tmp_path, monkeypatch):
+    answers = write(tmp_path / "a.jsonl", *answer_rows(1))
+    monkeypatch.setattr(api_judge, "_is_private", lambda host: False)
+    with stub_server(GOOD) as (address, _):
+        assert run_judge(address, answers, tmp_path / "out")[1] == []
+        monkeypatch.setenv(KEY_VARIABLE, "secret")
+        warnings = run_judge(address, answers, tmp_path / "out")[1]
+    assert warnings == [f"the key is sent to {address} without encryption: use https"]
+
+
 def test_a_later_run_needs_no_server(tmp_path):
     answers = write(tmp_path / "a.jsonl", *answer_rows(3))
     with stub_server(lambda body: MODELS if body is None else GOOD) as (address, _):
@@ -503,9 +529,10 @@ def test_the_limit_is_that_of_answers(tmp_path):
         assert len(requests) == 5
         run_judge(address, answers, tmp_path / "more", limit=8)
     few, more = (
-        [r["id"] for r in read_rows(tmp_path / n / "grades.jsonl")] for n in ("few", "more")
+        {row["id"] for row in read_rows(tmp_path / name / "grades.jsonl")}
+        for name in ("few", "more")
     )
-    assert set(few) < set(more) and len(more) == 8
+    assert few < more and len(more) == 8
 
 
 def test_one_prompt_on_the_scale_1_to_5(tmp_path):
@@ -609,7 +636,6 @@ def test_fastlms_own_server_judges(monkeypatch):
     with serve_model(model, tokenizer) as (url, _):  # the server follows the schema itself
         (reply,) = ask_judge(ApiJudge(f"{url}/v1", "tiny", 60, 0), prompts[:1], rubric.grades)
     # a random model may write a reason up to the limit of tokens
-    print(texts, reply)
     assert re.match(r'\{\s*"reason"\s*:\s*"', texts[0])
     assert reply["grade"] in rubric.grades or '"grade"' not in texts[0]
 

@@ -72,22 +72,21 @@ class JudgeSource:
         judge: a model as for `fastlm.model.load.load_model`, or the address of a server.
         judge_model: the name of the server's model; None: the first that it lists.
 
-    exposes_key: the key of the server crosses a network without encryption.
+    exposes_key: the key goes to the server without encryption, through a network that is not
+        private.
     """
 
     def __init__(
         self, judge: str, judge_model: str | None, max_reason_tokens: int, timeout: float,
         retries: int,
     ) -> None:  # fmt: skip
+        self.is_server = is_address(judge)
         self._judge: LanguageJudge | None = None
         self._open: Callable[[], LanguageJudge] = lambda: ModelJudge(judge, max_reason_tokens)
-        if is_address(judge):
+        if self.is_server:
             api = ApiJudge(judge, judge_model, timeout, retries)
-            self._judge = api
-            self.id, self.exposes_key = (
-                {"address": api.address, "model": api.model},
-                api.exposes_key,
-            )
+            self._judge, self.exposes_key = api, api.exposes_key
+            self.id = {"address": api.address, "model": api.model}
         else:
             self.exposes_key = False
             self.id = {"model": model_id(judge), "max_reason_tokens": max_reason_tokens}
@@ -116,8 +115,8 @@ def grade_items(
     warn: Callable[[str], None] = ignore_message,
 ) -> list[GradedItem]:
     """Grade all items. Both orders of a pair are asked. Replies are stored in a file in ``folder``,
-    named after the judge and what it reads. A later call asks only for those that are missing or
-    without a grade; of the latter it only warns if the judge fails.
+    named after the judge and what it reads. A later call asks only for those that are missing, and
+    a server for those without a grade; if it fails with these, the call only warns.
 
     InputError: no item has a grade; what the judge raises.
     """
@@ -139,12 +138,13 @@ def grade_items(
                 finally:
                     file.add(sorted(replies, key=lambda reply: reply["index"]))
 
-        ungraded = [i for i, reply in _replies(file).items() if reply["grade"] is None]
-        ask([i for i in range(len(prompts)) if i not in _replies(file)])
-        try:
-            ask(ungraded)
-        except InputError as error:
-            warn(f"asked again for {len(ungraded):,} grades: {error}")
+        stored = _replies(file)
+        ask([i for i in range(len(prompts)) if i not in stored])
+        if judge.is_server:
+            try:
+                ask([i for i, reply in stored.items() if reply["grade"] is None])
+            except InputError as error:
+                warn(f"asked again for missing grades: {error}")
         replies = _replies(file)
     orders = len(prompts) // len(items)
     graded = [
