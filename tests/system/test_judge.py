@@ -27,6 +27,7 @@ from fastlm.pipeline.report import render_report  # noqa: F401  # the page of a 
 from fastlm.progress import silent
 from fastlm.stages import KINDS, parse_recipe
 
+LATE = b'{"error": {"message": "too late to be read"}}'
 PASS, PAIR = Rubric.read("pass", None, 4), Rubric.read("pair", None, 4)
 QUESTION = [{"role": "user", "content": "please now what is stone"}]
 
@@ -435,7 +436,7 @@ def test_replies_before_a_failure_are_stored(tmp_path, monkeypatch):
 
 
 def test_a_failure_stops_the_other_requests(monkeypatch):
-    monkeypatch.setattr(api_judge, "WAIT", 30)
+    monkeypatch.setattr(api_judge, "WAIT", 5)
     status = {0: 401}
 
     def reply(i):
@@ -448,7 +449,7 @@ def test_a_failure_stops_the_other_requests(monkeypatch):
         start = time.perf_counter()
         with pytest.raises(InputError, match="401"):
             ask_judge(ApiJudge(address, "m", 5, 3), prompts, ("pass", "fail"))
-    assert time.perf_counter() - start < 15 and len(requests) <= api_judge.REQUESTS + 1
+    assert time.perf_counter() - start < 4 and len(requests) <= api_judge.REQUESTS + 1
 
 
 @pytest.mark.parametrize("key", ["hidden\nkey", "hidden\u20ac", "hid\x00den", "hidd\u00e9n"])
@@ -472,7 +473,7 @@ def test_the_key_is_not_in_what_a_server_says(monkeypatch):
     assert requests[0][1]["authorization"] == "Bearer secret-1"
 
 
-@pytest.mark.parametrize("body", [b"[" * 100_000, b'{"error": "no"}', b" " * 2**22, b"\xff"])
+@pytest.mark.parametrize("body", [b"[" * 100_000, b'{"error": "no"}', b" " * 2**20 + LATE, b"\xff"])
 def test_any_body_of_an_error_is_read(body):
     with stub_server((401, body)) as (address, _):
         with pytest.raises(InputError, match=r"refused: status 401$"):
