@@ -59,9 +59,9 @@ def _generate_chunks(
             tools: dict[str, Any] = {} if prompt.tools is None else {"tools": prompt.tools}
             ids = tokenizer.encode_chat(prompt.messages, **tools)
             for i in range(num_generations):
-                seed_of_answer = request_seed(seed, prompt.key(), i)
+                answer_seed = request_seed(seed, prompt.key(), i)
                 requests.append(
-                    Request(ids, max_new_tokens, Sampling(temperature), seed=seed_of_answer)
+                    Request(ids, max_new_tokens, Sampling(temperature), seed=answer_seed)
                 )
         completions = engine.generate(requests, on_completion=lambda _: next(bar, None))
         if errors := [c.error for c in completions if c.error]:

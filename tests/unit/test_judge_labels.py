@@ -299,7 +299,7 @@ def test_bad_labels_are_refused(tmp_path, row, message):
     [
         "one line", '{"prompt": "a"}\n{"prompt": "b"}', '{"id": "1", "text": "a"}',
         '{"name": "a"}\n{"id": "2", "ra', '{"id": "1", "rater": "a", "label": "pass"}', '{"id": 1',
-        "LABEL\n text", "LABEL\n[1, 2]",
+        "LABEL\n text", '{"id": "1", "a": ' + "[" * 100_000, "LABEL\n[1, 2]",
     ],
 )  # fmt: skip
 def test_a_file_that_has_no_labels_stays_as_it_is(tmp_path, text):

@@ -142,6 +142,8 @@ def _is_fragment(line: bytes) -> bool:
         return False
     try:
         json.loads(line)
+    except RecursionError:  # nested too deeply for a label
+        return False
     except ValueError:
         return True
     return False
