@@ -110,18 +110,25 @@ class ApiJudge:
         self, prompts: Sequence[str], grades: Sequence[Grade]
     ) -> Iterator[tuple[int, JudgeReply]]:
         """Yield the replies as they arrive. One request that the server refuses has no grade.
-        InputError: the server refuses all requests, or does not answer one."""
+        InputError, after the replies: the server refuses all requests, or does not answer one."""
         stop = threading.Event()
         pool = ThreadPoolExecutor(REQUESTS)
         futures = {
             pool.submit(self._reply, prompt, grades, stop): i for i, prompt in enumerate(prompts)
         }
+        failure: BaseException | None = None
         try:
             for future in as_completed(futures):
-                yield futures[future], future.result()
-        finally:  # also after an error or Ctrl-C: no further request
+                if (error := future.exception()) is None:
+                    yield futures[future], future.result()
+                elif failure is None:
+                    failure = error
+                    stop.set()
+        finally:  # also after Ctrl-C: no further request
             stop.set()
             pool.shutdown(cancel_futures=True)
+        if failure is not None:
+            raise failure
 
     def _reply(self, prompt: str, grades: Sequence[Grade], stop: threading.Event) -> JudgeReply:
         kind = "integer" if isinstance(grades[0], int) else "string"
@@ -167,17 +174,17 @@ class ApiJudge:
             ) from None
 
     def _send(self, path: str, body: Any, read: Any, stop: threading.Event) -> Any:
-        """Send a request until ``read`` accepts the reply, or until ``stop`` is set. _NoReply: it
-        never did, or the server refuses this request."""
+        """Send a request until ``read`` accepts the reply. _NoReply: it never did, or the server
+        refuses this request. InputError: other failures, or ``stop`` is set."""
         data = None if body is None else json.dumps(body).encode()
         headers = {"content-type": "application/json"}
         if self._key:
             headers["authorization"] = f"Bearer {self._key}"
         request = urllib.request.Request(f"{self.address}/{path}", data, headers)
-        failure: Exception = _NoReply("not sent")
+        failure: Exception = InputError("judge: stopped")
         for attempt in range(self.retries + 1):
             if stop.wait(WAIT * 2 ** (attempt - 1) if attempt else 0):
-                break
+                raise InputError("judge: stopped")
             try:
                 with self._opener.open(request, timeout=self.timeout) as response:
                     reply = response.read(MAX_REPLY_BYTES + 1)

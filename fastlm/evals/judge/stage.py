@@ -62,6 +62,7 @@ class JudgeAnswers(Stage):
     """
 
     kind = "judge"
+    version = 2
     command = ("judge",)
     inputs = {
         "model": InputSpec(
