@@ -104,14 +104,14 @@ class JudgeAccuracy:
         except InputError:
             return CorrectedRate(rate, 0.0, 1.0)
 
-    def as_dict(self) -> dict[str, Any]:
+    def as_dict(self, confidence: float = 0.95) -> dict[str, Any]:
         table: dict[str, Any] = {
             "domain": self.domain, "agreement": list(self.agreement), "kappa": self.kappa,
             "sensitivity": list(self.sensitivity), "specificity": list(self.specificity),
-            "intervals": self.intervals(), "labels": self.labels,
+            "intervals": self.intervals(confidence), "labels": self.labels,
         }  # fmt: skip
         if self.constructed:
             table["constructed"] = {kind: list(passed) for kind, passed in self.constructed.items()}
         if self.other_domains:
-            table["other_domains"] = [other.as_dict() for other in self.other_domains]
+            table["other_domains"] = [other.as_dict(confidence) for other in self.other_domains]
         return table

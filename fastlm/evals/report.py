@@ -160,6 +160,8 @@ def number(score: Mapping[str, Any], value: float) -> str:
 
 
 def interval(score: Mapping[str, Any]) -> str:
+    if score["low"] is None:
+        return "not known"
     return f"{number(score, score['low'])} to {number(score, score['high'])}"
 
 
@@ -316,7 +318,8 @@ def judge_blocks(result: Mapping[str, Any]) -> Blocks:
         for field in ACCURACY
     ]
     if rows:
-        columns = ("score", "labels", "judge", "value", "95 % interval")
+        level = f"{100 * result['confidence']:g} % interval"
+        columns = ("score", "labels", "judge", "value", level)
         blocks.append(ReportTable(columns, rows, left=3, title="The judge's error, on labels"))
     else:
         blocks.append(

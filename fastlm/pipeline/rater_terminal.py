@@ -3,7 +3,6 @@
 On a terminal an invalid input prints a line. Otherwise each line of stdin is an input, for scripts.
 """
 
-import json
 import sys
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -15,7 +14,7 @@ from rich.rule import Rule
 from rich.text import Text
 
 from fastlm.errors import InputError
-from fastlm.pipeline.text import visible
+from fastlm.pipeline.text import message_text, visible
 
 Item = TypeVar("Item")
 Messages = Sequence[Mapping[str, Any]]
@@ -130,7 +129,4 @@ class RaterTerminal(Generic[Item]):
 
 
 def _printable_text(message: Mapping[str, Any]) -> str:
-    """Return the text of a message and its tool calls, without control characters."""
-    calls = message.get("tool_calls")
-    text = message["content"] + (json.dumps(calls, ensure_ascii=False) if calls else "")
-    return visible(text)
+    return visible(message_text(message))

@@ -1,6 +1,9 @@
 """Format numbers and texts for people."""
 
+import json
 import re
+from collections.abc import Mapping
+from typing import Any
 
 # control characters that move the cursor or change a terminal, and marks of writing direction
 UNSAFE = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069]")
@@ -9,6 +12,12 @@ UNSAFE = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u206
 def visible(text: str) -> str:
     """Return a text without characters that control a terminal: each becomes U+FFFD."""
     return UNSAFE.sub("\ufffd", text)
+
+
+def message_text(message: Mapping[str, Any]) -> str:
+    """Return the text of a message and its tool calls, as raters and judges read them."""
+    calls = message.get("tool_calls")
+    return message["content"] + (json.dumps(calls, ensure_ascii=False) if calls else "")
 
 
 def size_text(value: float) -> str:

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from sklearn.metrics import cohen_kappa_score
 
+from fastlm.data.prompts import Prompt
 from fastlm.errors import InputError
 from fastlm.evals.judge.grading import GradedItem
 from fastlm.evals.judge.items import JudgeItem, make_items, read_items
@@ -22,7 +23,9 @@ from fastlm.evals.judge.labels import (
 from fastlm.evals.judge.rubric import Rubric
 from fastlm.evals.judge.scores import judge_scores
 from fastlm.evals.judge_accuracy import JudgeAccuracy
+from fastlm.evals.report import judge_blocks
 from fastlm.stats.agreement import _kappa, cohen_kappa
+from fastlm.stats.intervals import wilson
 
 PASS = Rubric.read("pass", None, 4)
 FIVE = Rubric.read("1-5", None, 4)
@@ -206,6 +209,27 @@ def test_too_few_labels_correct_nothing(labels, missing):
     assert (score["value"], score["n"]) == (0.5, 4) and ("judge" in score) == (len(labels) == 4)
 
 
+def test_one_prompt_has_no_interval_of_the_mean_grade():
+    scores = judge_scores([graded(0, 4)], FIVE, {}, min_labels=1, confidence=0.95)
+    assert scores["grade"]["low"] is None and scores["grade"]["value"] == 4
+    result = {"models": {"a": {"scores": scores}}, "confidence": 0.95, "ungraded": 0, "items": 1}
+    table = judge_blocks(result)[0]
+    cells = [getattr(cell, "text", cell) for row in table.rows for cell in row]
+    assert "not known" in cells and "4.00" in cells
+
+
+def test_the_confidence_is_that_of_the_judges_intervals():
+    items = [graded(i, "pass" if i < 5 else "fail") for i in range(20)]
+    labels = {str(i): "pass" if i % 4 == 0 else "fail" for i in range(20)}
+    for confidence in (0.5, 0.95):
+        judge = judge_scores(items, PASS, labels, min_labels=5, confidence=confidence)["pass"][
+            "judge"
+        ]
+        right, total = judge["agreement"]
+        ends = wilson(right, total, confidence)
+        assert judge["intervals"]["agreement"] == (ends.low, ends.high)
+
+
 def test_answers_to_a_prompt_are_one_cluster():
     one = [graded(i, "pass" if i % 4 < 2 else "fail") for i in range(8)]
     again = [
@@ -259,14 +283,46 @@ def test_the_label_of_most_raters_counts():
         ({"id": "1", "rater": "a", "label": 4}, ":1: label: expected one of pass, fail, got 4"),
         ({"id": "1", "rater": "a", "label": True}, ":1: label"),
         ({"id": "1", "rater": "a"}, ":1: label"),
+        ({"id": "1", "rater": "a", "label": "fail", "rubric": "x"}, ":1: rubric: expected a label"),
         ({"id": "", "rater": "a", "label": None}, ":1: id"),
     ],
 )
 def test_bad_labels_are_refused(tmp_path, row, message):
     path = tmp_path / "labels.jsonl"
-    path.write_text(json.dumps(row) + "\n")
+    path.write_text(json.dumps({"rubric": PASS.key, **row}) + "\n")
     with pytest.raises(InputError, match=message):
         read_label_rows(path, PASS)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "one line", '{"prompt": "a"}\n{"prompt": "b"}', '{"id": "1", "text": "a"}',
+        '{"name": "a"}\n{"id": "2", "ra', '{"id": "1", "rater": "a", "label": "pass"}', '{"id": 1',
+        "LABEL\n text", '{"id": "1", "a": ' + "[" * 100_000, "LABEL\n[1, 2]",
+    ],
+)  # fmt: skip
+def test_a_file_that_has_no_labels_stays_as_it_is(tmp_path, text):
+    path = tmp_path / "labels.jsonl"
+    label = {"id": "1", "rater": "a", "label": "pass", "rubric": PASS.key}
+    path.write_text(text := text.replace("LABEL", json.dumps(label)))
+    with pytest.raises(InputError, match=r"labels\.jsonl:\d: "):
+        LabelFile(path, "Ann", PASS)
+    assert path.read_text() == text
+
+
+def test_labels_by_another_rubric_are_refused(tmp_path):
+    path = tmp_path / "labels.jsonl"
+    with LabelFile(path, "Ann", PASS) as labels:
+        labels.add("1", "pass")
+    assert read_label_rows(path, PASS) == {("1", "Ann"): "pass"}
+    for rubric in (Rubric("pass", "Count the stones.", 4), Rubric("1-5", PASS.text, 4)):
+        with pytest.raises(InputError, match=":1: rubric: expected a label by the judge's rubric"):
+            read_label_rows(path, rubric)
+        with pytest.raises(InputError, match="rubric"):
+            LabelFile(path, "Ann", rubric)
+    # the threshold says which grades pass, not what a grade means
+    assert FIVE.key == Rubric.read("1-5", None, 3).key
 
 
 # ---- answers in a file
@@ -281,7 +337,7 @@ def test_rows_of_answers(tmp_path):
     assert first.answers == same.answers == ("I.",) and empty.answers == ("",)
     assert len({first.id, empty.id, same.id}) == 3  # a sample may have an answer twice
     assert read_items([str(path)], cache=tmp_path)[2].id == same.id
-    assert make_items([(first.messages, ("I.", "you"))])[0].id != first.id
+    assert make_items([(Prompt(first.messages, {}), ("I.", "you"))])[0].id != first.id
     for row, message in (
         ({"prompt": "Who?"}, 'expected an object with a prompt and "answer"'),
         ({"prompt": "Who?", "answer": 3}, "answer: expected text, got int"),

@@ -1,7 +1,9 @@
 """Grade answers by a judge, and store its replies."""
 
-from collections.abc import Callable, Mapping, Sequence
+import json
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ from fastlm.evals.judge.scale import Grade
 from fastlm.evals.results import RecordFile
 from fastlm.evals.suite import model_id
 from fastlm.progress import Track, silent
+from fastlm.sources.document import ignore_message
 
 CHUNK = 64  # prompts whose replies are written at once
 SWAPPED = {A: B, B: A, TIE: TIE}
@@ -67,57 +70,101 @@ class JudgeSource:
 
     Args:
         judge: a model as for `fastlm.model.load.load_model`, or the address of a server.
+        judge_model: the name of the server's model; None: the first that it lists.
+
+    exposes_key: the key goes to the server without encryption, through a network that is not
+        private.
     """
 
     def __init__(
         self, judge: str, judge_model: str | None, max_reason_tokens: int, timeout: float,
         retries: int,
     ) -> None:  # fmt: skip
+        self.is_server = is_address(judge)
         self._judge: LanguageJudge | None = None
         self._open: Callable[[], LanguageJudge] = lambda: ModelJudge(judge, max_reason_tokens)
-        if is_address(judge):
+        if self.is_server:
             api = ApiJudge(judge, judge_model, timeout, retries)
-            self._judge = api
+            self._judge, self.exposes_key = api, api.exposes_key
             self.id = {"address": api.address, "model": api.model}
         else:
+            self.exposes_key = False
             self.id = {"model": model_id(judge), "max_reason_tokens": max_reason_tokens}
 
-    def reply(self, prompts: Sequence[str], grades: Sequence[Grade]) -> list[JudgeReply]:
+    def reply(
+        self, prompts: Sequence[str], grades: Sequence[Grade]
+    ) -> Iterable[tuple[int, JudgeReply]]:
         if self._judge is None:
             self._judge = self._open()
         return self._judge.reply(prompts, grades)
+
+
+class ReplyRecord(JudgeReply):
+    """The reply to a prompt. A later one to the same prompt replaces it."""
+
+    index: int
 
 
 def grade_items(
     items: Sequence[JudgeItem],
     rubric: Rubric,
     judge: JudgeSource,
-    path: Path,
-    metadata: Mapping[str, Any],
+    folder: Path,
     *,
     track: Track = silent,
+    warn: Callable[[str], None] = ignore_message,
 ) -> list[GradedItem]:
-    """Grade all items. Replies are stored in the file ``path``, and a later call with the same
-    ``metadata`` does not ask again. Both orders of a pair are asked.
+    """Grade all items. Both orders of a pair are asked. Replies are stored in a file in ``folder``,
+    named after the judge and what it reads. A later call asks only for those that are missing, and
+    a server for those without a grade; if it fails with these, the call only warns.
 
     InputError: no item has a grade; what the judge raises.
     """
     prompts = []
     for item in items:
         orders = [item.answers] if len(item.answers) == 1 else [item.answers, item.answers[::-1]]
-        prompts += [rubric.prompt(item.messages, answers) for answers in orders]
-    with RecordFile(path, metadata, JudgeReply) as file:
-        starts = file.remaining_chunks(len(prompts), CHUNK)
-        for start in track(starts, "judging", unit="chunks") if starts else ():
-            replies = judge.reply(prompts[start : start + CHUNK], rubric.grades)
-            file.add([{**reply} for reply in replies])
-        records: list[Any] = file.records
-    orders = len(records) // len(items)
+        prompts += [rubric.prompt(item.conversation, answers) for answers in orders]
+    metadata = {"judge": judge.id, "prompts": hash_json([rubric.grades, *prompts])}
+    path = folder / f"replies-{hash_json(metadata)}.jsonl"
+    with RecordFile(path, metadata, ReplyRecord) as file:
+
+        def ask(indices: Sequence[int]) -> None:
+            starts = range(0, len(indices), CHUNK)
+            for start in track(starts, "judging", unit="chunks") if starts else ():
+                chunk, replies = indices[start : start + CHUNK], []
+                try:
+                    for i, reply in judge.reply([prompts[i] for i in chunk], rubric.grades):
+                        replies.append({"index": chunk[i], **reply})
+                finally:
+                    file.add(sorted(replies, key=lambda reply: reply["index"]))
+
+        stored = _replies(file)
+        ask([i for i in range(len(prompts)) if i not in stored])
+        if judge.is_server:
+            try:
+                ask([i for i, reply in stored.items() if reply["grade"] is None])
+            except InputError as error:
+                warn(f"asked again for missing grades: {error}")
+        replies = _replies(file)
+    orders = len(prompts) // len(items)
     graded = [
-        GradedItem(item, tuple(records[i * orders : (i + 1) * orders]))
-        for i, item in enumerate(items)
+        GradedItem(item, tuple(replies[i] for i in range(n * orders, (n + 1) * orders)))
+        for n, item in enumerate(items)
     ]
     if all(g.grade is None for g in graded):
-        error = next(r["error"] for r in records if r["grade"] is None)
+        error = next(r.get("error") for r in replies.values() if r["grade"] is None)
         raise InputError(f"judge: expected a readable grade, got none: {error}")
     return graded
+
+
+def _replies(file: RecordFile) -> dict[int, JudgeReply]:
+    """Return index -> the last reply to a prompt."""
+    replies: dict[int, Any] = {}
+    for record in file.records:
+        replies[record["index"]] = {k: v for k, v in record.items() if k != "index"}
+    return replies
+
+
+def hash_json(value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=False, sort_keys=True)
+    return blake2b(text.encode(), digest_size=8).hexdigest()

@@ -12,6 +12,8 @@ from fastlm.data.conversations import Message, check_text, describe_keys, prompt
 from fastlm.data.prompts import Prompt, parse_prompt
 from fastlm.errors import InputError
 
+NAMES = ("answer", "answer_b")  # of the answers in a row
+
 
 @dataclass(frozen=True)
 class JudgeItem:
@@ -23,25 +25,35 @@ class JudgeItem:
     id: str
     messages: list[Message]
     answers: tuple[str, ...]
+    tools: list[Any] | None = None
+
+    @property
+    def conversation(self) -> list[Message]:
+        """What judges and raters read of the prompt: the definitions of tools, and the messages."""
+        if not self.tools:
+            return self.messages
+        tools = json.dumps(self.tools, ensure_ascii=False)
+        return [{"role": "tools", "content": tools}, *self.messages]
 
     @property
     def prompt_key(self) -> str:
         return prompt_key(self.messages)
 
     def as_row(self) -> dict[str, Any]:
-        names = ("answer", "answer_b")
-        return {"id": self.id, "prompt": self.messages, **dict(zip(names, self.answers))}
+        row = {"id": self.id, "prompt": self.messages, **dict(zip(NAMES, self.answers))}
+        return {**row, "tools": self.tools} if self.tools else row
 
 
-def make_items(rows: Iterable[tuple[list[Message], tuple[str, ...]]]) -> list[JudgeItem]:
+def make_items(rows: Iterable[tuple[Prompt, tuple[str, ...]]]) -> list[JudgeItem]:
     """Return an item per row. Equal rows have different ids: a sample may have an answer twice."""
     occurrences: Counter[str] = Counter()
     items = []
-    for messages, answers in rows:
-        text = json.dumps([prompt_key(messages), *answers], ensure_ascii=False)
+    for prompt, answers in rows:
+        tools = [prompt.tools] if prompt.tools else []
+        text = json.dumps([prompt.key(), *answers, *tools], ensure_ascii=False)
         occurrences[text] += 1
         digest = blake2b(f"{occurrences[text]}/{text}".encode(), digest_size=8).hexdigest()
-        items.append(JudgeItem(digest, messages, answers))
+        items.append(JudgeItem(digest, prompt.messages, answers, prompt.tools))
     return items
 
 
@@ -57,9 +69,9 @@ def read_items(sources: Sequence[str], *, cache: Path) -> list[JudgeItem]:
     return make_items(rows)
 
 
-def _parse_row(row: Any, location: str) -> tuple[list[Message], tuple[str, ...]]:
-    prompt: Prompt = parse_prompt(row, location)
+def _parse_row(row: Any, location: str) -> tuple[Prompt, tuple[str, ...]]:
+    prompt = parse_prompt(row, location)
     if "answer" not in row:
         raise InputError(f'expected an object with a prompt and "answer", got {describe_keys(row)}')
-    names = [name for name in ("answer", "answer_b") if row.get(name) is not None]
-    return prompt.messages, tuple(check_text(row[name], name) for name in names)
+    names = [name for name in NAMES if row.get(name) is not None]
+    return prompt, tuple(check_text(row[name], name) for name in names)

@@ -16,11 +16,11 @@ from fastlm.evals.judge.labels import LabelFile, label_order
 from fastlm.evals.judge.reply import JudgeReply
 from fastlm.evals.judge.rubric import FAIL, PASS, TIE, A, B, Rubric
 from fastlm.evals.judge.scale import Grade, Scale
+from fastlm.evals.judge.stage import GRADES, SCORES
 from fastlm.pipeline.rater_terminal import RaterTerminal
 from fastlm.pipeline.text import visible
 from fastlm.schema import Finite, read_document, read_lines
 
-GRADES_FILE, SCORES_FILE = "grades.jsonl", "scores.json"
 INPUTS: dict[Scale, dict[str, Grade]] = {
     "pass": {"p": PASS, "pass": PASS, "f": FAIL, "fail": FAIL},
     "1-5": {str(grade): grade for grade in range(1, 6)},
@@ -45,6 +45,7 @@ class GradeRowFields(TypedDict):
     reason: NotRequired[str]
     probability: NotRequired[Finite | None]
     answer_b: NotRequired[str]
+    tools: NotRequired[list[Any]]
     replies: NotRequired[list[JudgeReply]]
 
 
@@ -62,21 +63,22 @@ class JudgeScores(TypedDict):
 
 def read_graded(folder: Path) -> tuple[list[GradedItem], Rubric]:
     """Read what ``fastlm judge`` wrote to a folder. InputError: another folder, a bad file."""
-    if not (folder / GRADES_FILE).is_file():
-        raise InputError(f"grades: expected a folder of fastlm judge with {GRADES_FILE}: {folder}")
-    fields = read_document(folder / SCORES_FILE, JudgeScores)["rubric"]
+    if not (folder / GRADES).is_file():
+        raise InputError(f"grades: expected a folder of fastlm judge with {GRADES}: {folder}")
+    fields = read_document(folder / SCORES, JudgeScores)["rubric"]
     rubric = Rubric(fields["scale"], fields["text"], fields["threshold"])
     graded = []
-    for number, row in read_lines(folder / GRADES_FILE, GradeRowFields):
+    for number, row in read_lines(folder / GRADES, GradeRowFields):
         reply: JudgeReply = {
             "grade": row["grade"], "reason": row.get("reason", ""),
             "probability": row.get("probability"),
         }  # fmt: skip
         replies = row.get("replies", [reply])
         if any(r["grade"] not in (None, *rubric.grades) for r in replies):
-            raise InputError(f"{folder / GRADES_FILE}:{number}: expected grades of {rubric.scale}")
+            raise InputError(f"{folder / GRADES}:{number}: expected grades of {rubric.scale}")
         answers = (row["answer"], *([row["answer_b"]] if "answer_b" in row else []))
-        graded.append(GradedItem(JudgeItem(row["id"], row["prompt"], answers), tuple(replies)))
+        item = JudgeItem(row["id"], row["prompt"], answers, row.get("tools"))
+        graded.append(GradedItem(item, tuple(replies)))
     return graded, rubric
 
 
@@ -126,7 +128,7 @@ class _LabelTerminal(RaterTerminal[JudgeItem]):
 
     def messages(self, item: JudgeItem) -> tuple[list[Message], list[list[Message]]]:
         answers = item.answers[::-1] if self._is_swapped(item) else item.answers
-        return item.messages, [[{"role": "assistant", "content": text}] for text in answers]
+        return item.conversation, [[{"role": "assistant", "content": text}] for text in answers]
 
     def skip(self, item: JudgeItem) -> None:
         self.labels.add(item.id, None)

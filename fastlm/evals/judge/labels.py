@@ -19,6 +19,7 @@ import os
 import random
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from hashlib import blake2b
 from pathlib import Path
 from typing import Annotated
@@ -33,21 +34,34 @@ from fastlm.evals.judge.scale import Grade
 from fastlm.files import make_folder, write_error
 from fastlm.schema import Name, parse, read_lines
 
+ROW_START = b'{"id": "'  # of a row of a label file
 BLOCK = 10  # a rater who ends early loses at most nine labels of the sample
 
 
 class RaterLabel(TypedDict):
-    """A rater's label of an answer, None: the rater skipped it."""
+    """A rater's label of an answer, None: the rater skipped it. ``rubric``: `Rubric.key`."""
 
     id: Annotated[str, MinLen(1)]
     rater: Name
     label: Grade | None
+    rubric: str
 
 
 def read_label_rows(path: Path, rubric: Rubric) -> dict[tuple[str, str], Grade | None]:
-    """Return (id, rater) -> the last label. InputError: a bad row, a label of another scale."""
+    """Return (id, rater) -> the last label. InputError: a bad row, a label by another rubric."""
+    return _last_labels(path, read_lines(path, RaterLabel), rubric)
+
+
+def _last_labels(
+    path: Path, rows: Iterable[tuple[int, RaterLabel]], rubric: Rubric
+) -> dict[tuple[str, str], Grade | None]:
     labels: dict[tuple[str, str], Grade | None] = {}
-    for number, row in read_lines(path, RaterLabel):
+    for number, row in rows:
+        if row["rubric"] != rubric.key:
+            raise InputError(
+                f"{path}:{number}: rubric: expected a label by the judge's rubric {rubric.key}, got"
+                f" one by {row['rubric']!r:.40}: label the answers again, in another file"
+            )
         if row["label"] is not None and row["label"] not in rubric.grades:
             expected = ", ".join(map(str, rubric.grades))
             raise InputError(
@@ -122,39 +136,62 @@ def confidence_key(graded: GradedItem, rubric: Rubric) -> tuple[float, float]:
     return distance, 1.0 if graded.probability is None else graded.probability
 
 
+def _is_fragment(line: bytes) -> bool:
+    """Return whether a line is the beginning of a row of `LabelFile.add`, but not all of it."""
+    if not line or line[: len(ROW_START)] != ROW_START[: len(line)]:
+        return False
+    try:
+        json.loads(line)
+    except RecursionError:  # nested too deeply for a label
+        return False
+    except ValueError:
+        return True
+    return False
+
+
 class LabelFile:
     """A rater's labels in a JSONL file, which other raters may share. A label is on disk when `add`
-    returns. An incomplete last line, left by a kill, is dropped.
+    returns. An incomplete last line, left by a kill, is dropped. A file with anything else than
+    labels is refused and stays as it is.
 
     ``labels``: id -> the rater's last label.
     """
 
     def __init__(self, path: Path, rater: str, rubric: Rubric) -> None:
-        self.path, self.rater = path, rater
+        self.path, self.rater, self.rubric = path, rater, rubric
         make_folder(path.parent)
         try:
-            self._file = open(path, "a+b", buffering=0)
-            self._end_last_line()
-            rows = read_label_rows(path, rubric)
+            with ExitStack() as stack:
+                self._file = stack.enter_context(open(path, "a+b", buffering=0))
+                rows = self._read()
+                stack.pop_all()  # it stays open
         except OSError as error:
             raise write_error(path, error) from error
         self.labels = {id: label for (id, name), label in rows.items() if name == rater}
 
-    def _end_last_line(self) -> None:
+    def _read(self) -> dict[tuple[str, str], Grade | None]:
+        """Read the labels, and end the last line of the file or drop its fragment."""
         self._file.seek(0)
         data = self._file.read()
-        start = data.rfind(b"\n") + 1
-        if start == len(data):
-            return
-        try:
-            parse(data[start:], RaterLabel, str(self.path))
-        except InputError:
-            self._file.truncate(start)
-        else:
+        end = data.rfind(b"\n") + 1
+        is_fragment = _is_fragment(data[end:])
+        lines = data[: end if is_fragment else None].split(b"\n")
+        rows = (
+            (number, parse(line, RaterLabel, f"{self.path}:{number}"))
+            for number, line in enumerate(lines, 1)
+            if line.strip()
+        )
+        labels = _last_labels(self.path, rows, self.rubric)
+        if is_fragment:
+            self._file.truncate(end)
+        elif end < len(data):
             self._write(b"\n")
+        return labels
 
     def add(self, id: str, label: Grade | None) -> None:
-        row: RaterLabel = {"id": id, "rater": self.rater, "label": label}
+        row: RaterLabel = {
+            "id": id, "rater": self.rater, "label": label, "rubric": self.rubric.key,
+        }  # fmt: skip
         try:
             self._write(json.dumps(row, ensure_ascii=False).encode() + b"\n")
         except OSError as error:

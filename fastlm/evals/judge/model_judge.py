@@ -39,7 +39,9 @@ class ModelJudge:
         self.engine = Engine(model, self.tokenizer)
         self.compiler = GrammarCompiler(self.tokenizer, model.config)
 
-    def reply(self, prompts: Sequence[str], grades: Sequence[Grade]) -> list[JudgeReply]:
+    def reply(
+        self, prompts: Sequence[str], grades: Sequence[Grade]
+    ) -> list[tuple[int, JudgeReply]]:
         """Return a reply to each prompt. A prompt that exceeds the context has no grade."""
         # a grammar permits a token per byte, and then the end
         grade_tokens = max(len(json.dumps(grade)) for grade in grades) + 2
@@ -80,7 +82,7 @@ class ModelJudge:
                 "grade": json.loads(completion.text), "reason": text,
                 "probability": min(1.0, math.exp(logprob)),
             }  # fmt: skip
-        return replies
+        return [*enumerate(replies)]
 
     def _encode(self, prompt: str) -> list[int]:
         if self.tokenizer.chat_template is None:

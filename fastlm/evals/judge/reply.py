@@ -1,6 +1,6 @@
 """What a judge replies, and the interface of judges."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import NotRequired, Protocol
 
 from typing_extensions import TypedDict
@@ -25,8 +25,11 @@ class JudgeReply(TypedDict):
 class LanguageJudge(Protocol):
     """A language model that grades answers."""
 
-    def reply(self, prompts: Sequence[str], grades: Sequence[Grade]) -> list[JudgeReply]:
-        """Return a reply to each prompt with one of ``grades``."""
+    def reply(
+        self, prompts: Sequence[str], grades: Sequence[Grade]
+    ) -> Iterable[tuple[int, JudgeReply]]:
+        """Return a reply to each prompt with one of ``grades``: the prompt's index and the reply,
+        in any order."""
         ...
 
 

@@ -3,12 +3,14 @@
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from hashlib import blake2b
 from pathlib import Path
 from typing import Any, get_args
 
 from fastlm.errors import InputError
 from fastlm.evals.judge.scale import Grade, Scale
 from fastlm.files import read_text
+from fastlm.pipeline.text import message_text
 
 PASS, FAIL, TIE = "pass", "fail", "tie"
 A, B = "A", "B"  # the first and the second answer of a pair
@@ -62,11 +64,17 @@ class Rubric:
     def grades(self) -> tuple[Grade, ...]:
         return GRADES[self.scale]
 
+    @property
+    def key(self) -> str:
+        """A short hash of scale and text, which ties labels to the rubric."""
+        text = json.dumps([self.scale, self.text])
+        return blake2b(text.encode(), digest_size=8).hexdigest()
+
     def prompt(self, messages: Sequence[Mapping[str, Any]], answers: Sequence[str]) -> str:
         """Return what the judge reads. The rubric comes first, so that all prompts share their
         beginning in the engine's prefix cache."""
         names = ("answer",) if len(answers) == 1 else ("answer_a", "answer_b")
-        conversation = "\n".join(f"{m['role']}: {m['content']}" for m in messages)
+        conversation = "\n".join(f"{m['role']}: {message_text(m)}" for m in messages)
         parts = {"conversation": conversation, **dict(zip(names, answers, strict=True))}
         blocks = [f"<{name}>\n{text}\n</{name}>" for name, text in parts.items()]
         grades = ", ".join(map(json.dumps, self.grades))

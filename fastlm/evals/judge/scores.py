@@ -113,9 +113,9 @@ def _with_error(
     further = accuracy(
         people.keys() - sample, "labels of answers that are no random sample", UNSURE
     )
+    measured = replace(measured, other_domains=() if further is None else (further,))
     fields: dict[str, Any] = {
-        "raw": score["value"], "corrected": False,
-        "judge": replace(measured, other_domains=() if further is None else (further,)).as_dict(),
+        "raw": score["value"], "corrected": False, "judge": measured.as_dict(confidence),
     }  # fmt: skip
     # answers to the same prompt count as one item: the interval is rather too wide
     rate = measured.corrected_rate(

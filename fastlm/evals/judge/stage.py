@@ -2,10 +2,12 @@
 
 import json
 from collections.abc import Collection, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
-from hashlib import blake2b
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NotRequired
+
+from typing_extensions import TypedDict
 
 from fastlm.data.conversations import FORMATS
 from fastlm.errors import InputError
@@ -22,6 +24,7 @@ from fastlm.pipeline.stage import (
     one_of,
     positive,
 )
+from fastlm.schema import read_document
 from fastlm.sources.input_digest import InputDigest
 
 if TYPE_CHECKING:
@@ -29,6 +32,21 @@ if TYPE_CHECKING:
 
 SCORES, GRADES = "scores.json", "grades.jsonl"
 RECORDS = "records"  # folder of models' answers and of the judge's replies
+# Options that need prompts to answer, a server, and a model on this machine
+ANSWER_OPTIONS = ("num_generations", "max_new_tokens", "temperature", "seed")
+SERVER_OPTIONS = ("judge_model", "timeout", "retries")
+MODEL_OPTIONS = ("max_reason_tokens",)
+
+
+class StoredJudge(TypedDict):
+    model: str
+    address: NotRequired[str]
+
+
+class StoredScores(TypedDict):
+    """The field of scores.json that a later run reads."""
+
+    judge: StoredJudge
 
 
 @dataclass(frozen=True)
@@ -44,6 +62,7 @@ class JudgeAnswers(Stage):
     """
 
     kind = "judge"
+    version = 2
     command = ("judge",)
     inputs = {
         "model": InputSpec(
@@ -66,7 +85,8 @@ class JudgeAnswers(Stage):
         " server at http://HOST:PORT/v1",
     ]
     judge_model: Annotated[
-        str | None, "Use this model of the server; default: the first that it lists"
+        str | None,
+        "Use this model of the server; default: that of the last run, or the first that it lists",
     ] = None
     answers: Annotated[
         tuple[str, ...],
@@ -75,7 +95,7 @@ class JudgeAnswers(Stage):
     ] = ()
     data: Annotated[tuple[str, ...], "Ask the models these prompts, as for ppo"] = ()
     limit: Annotated[
-        int, "Use at most this many prompts, in an order that depends only on them"
+        int, "Use at most this many prompts, or rows of answers, in an order of their hashes"
     ] = 200
     num_generations: Annotated[int, "Sample this many answers per model and prompt"] = 1
     max_new_tokens: Annotated[int, "Limit the tokens per answer"] = 256
@@ -94,7 +114,7 @@ class JudgeAnswers(Stage):
     labels: Annotated[str | None, "Measure the judge on this file of fastlm label"] = None
     min_labels: Annotated[
         int, "Correct a score by the judge's error if so many random labels measure it"
-    ] = 50
+    ] = 40
     confidence: Annotated[float, "Set the confidence level of the intervals"] = 0.95
 
     def check(self) -> None:
@@ -113,11 +133,12 @@ class JudgeAnswers(Stage):
             raise InputError(f"threshold: expected 2 to 5, got {self.threshold}")
         if not 0 < self.confidence < 1:
             raise InputError(f"confidence: expected between 0 and 1, got {self.confidence}")
-        if self.judge_model is not None and not is_address(self.judge):
-            raise InputError(
-                f"judge_model: expected a server as judge, got {self.judge_model!r:.80} for"
-                f" {self.judge!r:.80}"
-            )
+        if is_address(self.judge):
+            self._refuse(MODEL_OPTIONS, "a server as judge")
+        else:
+            self._refuse(SERVER_OPTIONS, "a model on this machine as judge")
+        if self.answers:
+            self._refuse(ANSWER_OPTIONS, "answers")
         if not is_address(self.judge) and not self.judge.startswith("model:"):
             if not Path(self.judge).exists():
                 raise InputError(
@@ -127,6 +148,12 @@ class JudgeAnswers(Stage):
         Rubric.read("pass", self.rubric, self.threshold)
         if self.labels is not None and not Path(self.labels).is_file():
             raise InputError(f"labels: expected a file of fastlm label, got {self.labels}")
+
+    def _refuse(self, names: Sequence[str], reason: str) -> None:
+        """Raise an InputError if one of the options, which have no effect, is set."""
+        for name in names:
+            if (value := getattr(self, name)) != getattr(JudgeAnswers, name):
+                raise InputError(f"{name}: expected none with {reason}, got {value!r:.80}")
 
     def plan(self, inputs: Mapping[str, Any]) -> Facts:
         model, old = inputs.get("model"), inputs.get("old")
@@ -165,6 +192,8 @@ class JudgeAnswers(Stage):
         ids: list[dict[str, str]] = []
         if self.answers:
             name, items = ", ".join(self.answers), read_items(self.answers, cache=ctx.cache_dir)
+            sample = {*sorted(item.id for item in items)[: self.limit]}  # ids are hashes
+            items = [item for item in items if item.id in sample]
         else:
             models = [*ctx.inputs.get("old", ()), *ctx.inputs["model"]]
             name, ids = models[-1].name, model_ids(models)
@@ -176,14 +205,14 @@ class JudgeAnswers(Stage):
         if self.labels is not None:
             labels = merge_raters(read_label_rows(Path(self.labels), rubric))
         judge = JudgeSource(
-            self.judge, self.judge_model, self.max_reason_tokens, self.timeout, self.retries
+            self.judge, self._server_model(ctx.out), self.max_reason_tokens, self.timeout,
+            self.retries,
+        )  # fmt: skip
+        if judge.exposes_key:
+            ctx.warning(f"the key is sent to {self.judge} without encryption: use https")
+        graded = grade_items(
+            items, rubric, judge, ctx.out / RECORDS, track=ctx.track, warn=ctx.warning
         )
-        metadata = {
-            "judge": judge.id,
-            "prompts": _hash([rubric.text, rubric.scale, *(item.id for item in items)]),
-        }
-        path = ctx.out / RECORDS / f"replies-{_hash(metadata)}.jsonl"
-        graded = grade_items(items, rubric, judge, path, metadata, track=ctx.track)
         if without := sum(g.grade is None for g in graded):
             ctx.warning(f"without a readable grade: {without:,} of {len(graded):,} ({GRADES})")
         scores = judge_scores(
@@ -199,16 +228,29 @@ class JudgeAnswers(Stage):
         write_json(ctx.out / SCORES, result)
         return result
 
+    def _server_model(self, out: Path) -> str | None:
+        """Return the name of the server's model. Without an option it is that of the last run, so
+        that stored replies need no server."""
+        if self.judge_model is None and (out / SCORES).is_file():
+            with suppress(InputError):
+                judge = read_document(out / SCORES, StoredScores)["judge"]
+                if judge.get("address") == self.judge.rstrip("/"):
+                    return judge["model"]
+        return self.judge_model
+
     def _model_items(
         self, ctx: StageContext, ids: Sequence[Mapping[str, str]]
     ) -> "list[JudgeItem]":
         """Return the answers of the model to the prompts, each with that of the old model."""
         from fastlm.data.prompts import read_prompts
+        from fastlm.evals.judge.grading import hash_json
         from fastlm.evals.judge.items import make_items
         from fastlm.evals.model_answers import read_or_generate
         from fastlm.train.encoding import hash_fraction
 
-        prompts = {p.key(): p for p in read_prompts(self.data, cache=ctx.cache_dir)}
+        prompts = {
+            hash_json([p.key(), p.tools]): p for p in read_prompts(self.data, cache=ctx.cache_dir)
+        }
         if not prompts:
             raise InputError(f"data: expected prompts, got none in {', '.join(self.data)}")
         sample = sorted(prompts.values(), key=hash_fraction)[: self.limit]
@@ -218,13 +260,13 @@ class JudgeAnswers(Stage):
         }  # fmt: skip
         texts = []
         for key, entry in zip(("model", "old"), ids[::-1]):
-            metadata = {"model": entry["id"], "prompts": _hash([p.key() for p in sample])}
-            metadata |= options
-            path = ctx.out / RECORDS / f"answers-{_hash(metadata)}.jsonl"
+            digest = hash_json([[p.key(), p.tools] for p in sample])
+            metadata = {"model": entry["id"], "prompts": digest, **options}
+            path = ctx.out / RECORDS / f"answers-{hash_json(metadata)}.jsonl"
             texts.append(
                 read_or_generate(path, metadata, ctx.path(key), sample, track=ctx.track, **options)
             )
-        repeated = [p.messages for p in sample for _ in range(self.num_generations)]
+        repeated = [p for p in sample for _ in range(self.num_generations)]
         return make_items(zip(repeated, zip(*texts, strict=True), strict=True))
 
     def summary(self, result: Mapping[str, Any], ctx: StageContext) -> str:
@@ -243,8 +285,3 @@ class JudgeAnswers(Stage):
         from fastlm.evals.report import judge_part
 
         return judge_part(result, ctx.out / GRADES)
-
-
-def _hash(value: Any) -> str:
-    text = json.dumps(value, ensure_ascii=False, sort_keys=True)
-    return blake2b(text.encode(), digest_size=8).hexdigest()
