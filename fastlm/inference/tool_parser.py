@@ -126,7 +126,7 @@ def _parse_call(call: Any, names: Collection[str]) -> dict[str, Any] | None:
             text = json.dumps(arguments, ensure_ascii=False, allow_nan=False)
             # a model may write the escape of a lone surrogate, which UTF-8 cannot encode
             arguments = text if _is_unicode(text) else json.dumps(arguments)
-    except ValueError:  # NaN, which JSON does not have
+    except (ValueError, RecursionError):  # NaN, which JSON does not have; deep nesting
         return None
     if not isinstance(arguments, str) or not _is_unicode(arguments):
         return None

@@ -95,8 +95,13 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = (), *, kinds: Kinds
                 inner: Any = entry
                 for table_name in tables:
                     inner = inner.get(table_name) if isinstance(inner, dict) else None
-                if isinstance(inner, dict) and isinstance(name := inner.get(last), str) and name:
-                    inner[last] = str(path.parent / name)
+                value = inner.get(last) if isinstance(inner, dict) else None
+                if isinstance(value, str) and value:
+                    inner[last] = str(path.parent / value)
+                elif isinstance(value, list):
+                    inner[last] = [
+                        str(path.parent / v) if isinstance(v, str) and v else v for v in value
+                    ]
         for override in overrides:
             _override(table, kinds, override)
         return parse_recipe(table, kinds=kinds)

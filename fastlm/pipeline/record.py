@@ -26,9 +26,9 @@ RECORD = "record.json"  # in the folder of a stage that ran alone
 LAYOUT = 2  # of a run folder: one folder per stage
 # the first of these in a result represents it
 HEADLINES = (
-    "bits_per_byte", "val_accuracy", "accuracy", "win_rate", "mean_reward", "reward", "score",
-    "val_loss", "best_loss", "loss", "quality_loss", "kl", "bytes", "train_tokens", "train_bytes",
-    "vocab_size",
+    "bits_per_byte", "val_accuracy", "accuracy", "win_rate", "mean_reward", "reward", "val_score",
+    "score", "val_loss", "best_loss", "loss", "quality_loss", "kl", "bytes", "train_tokens",
+    "train_bytes", "vocab_size",
 )  # fmt: skip
 # words in the names of times and speeds, which are no scores
 TIMES = ("seconds", "per_second", "load")
@@ -137,15 +137,13 @@ def record_stage(
     result: dict[str, Any],
     seconds: float,
     *,
-    fingerprint: str = "",
     command: str | None = None,
 ) -> None:
     """Write the record of a stage that has just run in a folder of its own, for `fastlm runs`.
-
-    ``seconds``: the time since it began. ``fingerprint``: what the caller recognizes it by.
+    ``seconds``: the time since it began.
     """
     inputs = {key: [input.source for input in names] for key, names in ctx.inputs.items()}
-    entry = new_record(stage, fingerprint, inputs)
+    entry = new_record(stage, "", inputs)
     input_digest = InputDigest(ctx.out / "sources.json", cache=ctx.cache_dir)
     # a second earlier: file systems keep times less exactly
     entry.file_sizes = output_files(stage.outputs, ctx.out, time.time() - seconds - 1)

@@ -20,7 +20,8 @@ from fastlm.inference.output_format import CLOSE, OPEN
 from fastlm.inference.tool_parser import ToolParser
 from fastlm.sandbox import SandboxError, SandboxLimits, check_machine, run_code
 
-MAX_OBSERVATION = 2000  # characters of a tool's result
+MAX_OBSERVATION = 2000  # characters of the results of a turn
+MAX_CALLS = 4  # of a turn: they run one after another
 MAX_EXPRESSION = 200  # characters
 MAX_BITS = 1024  # of a whole number, about 300 digits: more is no arithmetic exercise
 EXPRESSION = re.compile(rf"[0-9\s.+\-*/%()]{{1,{MAX_EXPRESSION}}}")
@@ -79,7 +80,10 @@ class ToolEnvironment(Environment):
         if not parser.tool_calls:
             call = f'{OPEN}{{"name": NAME, "arguments": {{...}}}}{CLOSE}'
             return f"Error: expected {call}, with a name of {', '.join(names)}"
-        return "\n".join(self._observe(call["function"]) for call in parser.tool_calls)
+        results = [self._observe(call["function"]) for call in parser.tool_calls[:MAX_CALLS]]
+        if len(parser.tool_calls) > MAX_CALLS:
+            results.insert(0, f"Error: expected at most {MAX_CALLS} calls; the others did not run")
+        return "\n".join(results)[:MAX_OBSERVATION]
 
     def _observe(self, function: Mapping[str, str]) -> str:
         try:
@@ -137,14 +141,23 @@ def calculate(expression: Any) -> str:
 
 def _power(base: int | float, exponent: int | float) -> Any:
     if isinstance(base, int) and isinstance(exponent, int):
-        if base.bit_length() * exponent > MAX_BITS:
+        if abs(base) > 1 and base.bit_length() * exponent > MAX_BITS:
             raise OverflowError("the result is too large")
     return base**exponent
 
 
+def _divide(dividend: int | float, divisor: int | float) -> int | float:
+    """Divide; a whole quotient of whole numbers is exact."""
+    if isinstance(dividend, int) and isinstance(divisor, int) and divisor:
+        quotient, remainder = divmod(dividend, divisor)
+        if not remainder:
+            return quotient
+    return dividend / divisor
+
+
 OPERATORS: dict[type, Callable[..., Any]] = {
     ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul,
-    ast.Div: operator.truediv, ast.FloorDiv: operator.floordiv, ast.Mod: operator.mod,
+    ast.Div: _divide, ast.FloorDiv: operator.floordiv, ast.Mod: operator.mod,
     ast.Pow: _power, ast.UAdd: operator.pos, ast.USub: operator.neg,
 }  # fmt: skip
 

@@ -8,6 +8,7 @@ bad runs, whose remaining seeds would give no error.
 
 import itertools
 import json
+import math
 import re
 import shutil
 import time
@@ -18,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 from fastlm.errors import InputError, unknown_key
-from fastlm.files import save_atomic
+from fastlm.files import make_folder, read_text, save_atomic, write_text
 from fastlm.pipeline.stage import (
     Facts,
     InputSpec,
@@ -50,6 +51,8 @@ TRAININGS: dict[str, type[TrainingStage]] = {
     cls.kind: cls for cls in (Pretrain, SFT, Distill, Reward, DPO, PPO, GRPO)
 }
 RUNS = "runs"  # a folder per run
+FINGERPRINT = "fingerprint"  # of the options and inputs that a run began with
+SETTINGS = ("config", "chat_template")  # options of trainings that name a file of settings
 NONE = "-"  # in a table
 PLAIN = re.compile(r"[\w.+-]{1,40}")  # a value that can be part of the name of a folder
 
@@ -101,7 +104,7 @@ class Sweep(Stage):
     notes = """The tables are inline tables of TOML: fastlm sweep sft --model base --options
 '{data = ["chats.jsonl"], max_steps = 100}' --grid '{lr = [1e-4, 3e-4]}' --seeds 0,1,2 -o out"""
     sources_in = ("data",)
-    settings_in = ("options.config", "options.chat_template")
+    settings_in = tuple(f"{t}.{key}" for t in ("options", "grid") for key in SETTINGS)
 
     training: Annotated[str, Positional(f"Run this training: {', '.join(TRAININGS)}")]
     options: Annotated[dict[str, Any], "Give every run these options, a table"] = field(
@@ -211,7 +214,9 @@ class Sweep(Stage):
     def digest_inputs(self, input_digest: InputDigest) -> Any:
         seed = self.seeds[0]
         stages = [self.stage(values, seed) for values in self.combinations()]
-        return [stage.digest_inputs(input_digest) for stage in stages]
+        digests = [stage.digest_inputs(input_digest) for stage in stages]
+        # each once: a further value changes them only if it names another file
+        return [*{json.dumps(digest, default=str): digest for digest in digests}.values()]
 
     def run(self, ctx: StageContext) -> dict[str, Any]:
         from fastlm.train.objective import DivergedError
@@ -241,7 +246,7 @@ class Sweep(Stage):
             "metric": self.metric_name,
             "greater_is_better": self.greater_is_better,
             self.metric_name: summaries[best].mean,
-            "best": {k: best_row[k] for k in ("name", "values", "seed", "score")},
+            "best": {k: best_row[k] for k in ("name", "values", "seed")},
             "values": [
                 {"values": values, "diverged": failed, **asdict(summary)}
                 for values, failed, summary in zip(self.combinations(), failures, summaries)
@@ -262,6 +267,15 @@ class Sweep(Stage):
         ids = {key: [record["id"] for record in records] for key, records in now.inputs.items()}
         state = [stage.kind, stage.version, changed_options(stage), ids, now.sources]
         fingerprint = json_hash([*state, stage.digest_inputs(input_digest)])
+        mark = folder / FINGERPRINT
+        if not mark.is_file():
+            make_folder(folder)
+            write_text(mark, fingerprint)
+        expect(
+            read_text(mark) == fingerprint, "out",
+            "a new folder, or one of a sweep with the same options and inputs",
+            f"{folder} with others",
+        )  # fmt: skip
         if not (folder / RECORD).is_file():
             start = time.perf_counter()
             try:
@@ -270,13 +284,8 @@ class Sweep(Stage):
                 result = {"error": " ".join(str(error).split())}
             except InputError as error:
                 raise InputError(f"{run.name}: {error}") from error
-            record_stage(stage, inner, result, time.perf_counter() - start, fingerprint=fingerprint)
+            record_stage(stage, inner, result, time.perf_counter() - start)
         entry = read_document(folder / RECORD, StageRecords, extra="forbid").stages["."]
-        expect(
-            entry.fingerprint == fingerprint, "out",
-            "a new folder, or one of a sweep with the same options and inputs",
-            f"{folder} with others",
-        )  # fmt: skip
         return self.row_of(run, folder, entry, ctx)
 
     def row_of(
@@ -287,13 +296,16 @@ class Sweep(Stage):
             "name": run.name, "values": dict(run.values), "seed": run.seed,
             "seconds": max(entry.seconds or 0.0, result.get("used_seconds", 0.0)),
         }  # fmt: skip
-        if "error" in result:
-            ctx.warning(f"{run.name} diverged: {result['error']}")
-            return row | {"error": result["error"]}
         name = self.metric_name
-        if name not in result["metrics"]:
+        error, score = result.get("error"), result.get("metrics", {}).get(name)
+        if error is None and score is None:
             raise InputError(f"metric: expected {name} on held-out data, got none in {run.name}")
-        return row | {"score": result["metrics"][name], "curve": _curve(folder, name)}
+        if error is None and not math.isfinite(score):  # the last update went too far
+            error = f"{name} is {score}"
+        if error is not None:
+            ctx.warning(f"{run.name} diverged: {error}")
+            return row | {"error": error}
+        return row | {"score": score, "curve": _curve(folder, name)}
 
     def summary(self, result: Mapping[str, Any], ctx: StageContext) -> str:
         best = result["best"]
@@ -325,6 +337,7 @@ class Sweep(Stage):
             if "curve" in row:
                 curves.setdefault(values_text(row["values"]), []).append(row["curve"])
         best, name = result["best"], result["metric"]
+        score = next(row["score"] for row in result["runs"] if row["name"] == best["name"])
         better = "higher" if result["greater_is_better"] else "lower"
         return ReportSection(
             f"Sweep of {self.training}",
@@ -333,7 +346,7 @@ class Sweep(Stage):
             " the best value; its own score is the best of several, so measure it on other data.",
             facts={
                 "seeds": ", ".join(map(str, self.seeds)),
-                "best run": f"{best['name']}, {name} {best['score']:.4f}",
+                "best run": f"{best['name']}, {name} {score:.4f}",
                 **{f"{row['name']} diverged": row["error"] for row in result["runs"]
                    if "error" in row},
             },

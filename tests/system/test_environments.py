@@ -106,7 +106,8 @@ def prompt(text: str, **row) -> Prompt:
     ("expression", "value"),
     [
         ("12*34", "408"), ("1 + 2 * (3 - 4)", "-1"), ("7 // 2 + 7 % 4", "6"), ("1/4", "0.25"),
-        ("6 / 3", "2"), ("0.1 + 0.2", "0.3"), ("2**10", "1024"), ("2**-1", "0.5"), ("--3", "3"),
+        ("6 / 3", "2"), ("12345678901234567/1", "12345678901234567"), ("(-1)**1025", "-1"),
+        ("0.1 + 0.2", "0.3"), ("2**10", "1024"), ("2**-1", "0.5"), ("--3", "3"),
         ("2**0.5", "1.41421356237"), (" 5 ", "5"), ("9" * 100 + "+1", "1" + "0" * 100),
     ],
 )  # fmt: skip
@@ -149,6 +150,19 @@ def test_a_call_that_fails_is_an_observation(text, observation) -> None:
         assert result is None
     else:
         assert result is not None and re.match(observation, result)
+
+
+def test_a_turn_has_a_few_calls() -> None:
+    call = {"name": "calculator", "arguments": {"expression": "1+1"}}
+    result = Calculator().step(f"<tool_call>{json.dumps([call] * 40)}</tool_call>")
+    assert result is not None and result.split("\n")[1:] == ["2"] * 4
+    assert result.startswith("Error: expected at most 4 calls")
+
+
+def test_nested_arguments_do_not_end_the_training() -> None:
+    for depth in range(900, 1100, 2):
+        text = CALL.replace('"12*34"', "[" * depth + "]" * depth)
+        assert (Calculator().step(text) or "").startswith("Error: ")
 
 
 def test_an_exception_of_a_tool_is_an_observation() -> None:

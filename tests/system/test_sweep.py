@@ -4,6 +4,7 @@ diverge, what is refused before any run, recipes, the command and the report.
 
 import json
 import math
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -97,6 +98,15 @@ def test_equal_values_seldom_differ_from_the_best():
     assert found <= 16  # more than 16 of 200 at a rate of .05: a chance of .02
 
 
+def test_values_that_differ_are_found():
+    draw, found = np.random.default_rng(0), 0
+    for _ in range(200):
+        scores = [dict(enumerate((10 * i + draw.normal(size=3)).tolist())) for i in range(2)]
+        rows = compare_values(scores, best_value(scores, [0] * 2, False) or 0)
+        found += any(row.p is not None and row.p < 0.05 for row in rows)
+    assert found >= 150
+
+
 def test_too_few_seeds_have_no_error():
     (only,) = compare_values([{3: 1.5}], 0)
     assert (only.n, only.mean, only.error, only.low, only.p) == (1, 1.5, None, None, None)
@@ -153,9 +163,14 @@ def test_finished_runs_are_kept(finished, base, chats, tmp_path, monkeypatch):
         monkeypatch.setattr(SFT, "run", interrupted(run, trained))
         grown(out, model=base)
     monkeypatch.setattr(SFT, "run", lambda self, ctx: trained.append(ctx.name) or run(self, ctx))
+    with pytest.raises(InputError, match=r"out: expected a new folder, .*got .*lr=0.01,seed=1"):
+        changed = {**OPTIONS, "data": [chats], "max_steps": 5}
+        shutil.rmtree(out / "runs" / "lr=0.01,seed=0")  # finished; the other one was interrupted
+        replace(grown, options=changed, seeds=(1,))(out, model=base)
     result = grown(out, model=base)
     assert trained == [
-        "lr=0.01,seed=0", "lr=0.01,seed=1", "lr=0.01,seed=1", "lr=0.003,seed=0", "lr=0.003,seed=1",
+        "lr=0.01,seed=0", "lr=0.01,seed=1", "lr=0.01,seed=0", "lr=0.01,seed=1",
+        "lr=0.003,seed=0", "lr=0.003,seed=1",
     ]  # fmt: skip
     assert result["runs"][:2] == [
         {**row, "seconds": here["seconds"]}
@@ -271,15 +286,15 @@ def test_a_recipe_continues_a_sweep_with_more_values(base, chats, tmp_path):
     stages, _ = run(grid={"lr": [1e-2]}, seeds=[0])
     assert stages["sweep"]["values"][0]["n"] == 1
     record = (out / "sweep" / "runs" / "lr=0.01,seed=0" / "record.json").read_bytes()
-    stages, states = run(grid={"lr": [1e-2]})
-    assert stages["sweep"]["values"][0]["n"] == 2
+    stages, states = run(grid={"lr": [1e-2, 3e-3]})
+    assert [row["n"] for row in stages["sweep"]["values"]] == [2, 2]
     # the sweep continues; what was made from its model is made again
     assert states[:4] == ["after archived", "sweep started", "sweep done", "after started"]
     kept = (out / "sweep" / "runs" / "lr=0.01,seed=0" / "record.json").read_bytes()
     assert kept == record
     page = (out / "report.html").read_text()
     assert "Sweep of sft" in page and "lr = 0.01" in page and "standard error between seeds" in page
-    _, states = run(grid={"lr": [1e-2]})
+    _, states = run(grid={"lr": [1e-2, 3e-3]})
     assert states == ["sweep skipped", "after skipped", "report skipped"]
     # other options: nothing is kept, and nothing is deleted
     changed = {**OPTIONS, "data": [chats], "max_steps": 3}
@@ -330,6 +345,22 @@ def test_the_metrics_of_a_training_are_in_its_result(training, base, tmp_path):
         assert (tmp_path / "out" / output / "config.json").is_file()
 
 
+def test_a_metric_that_is_not_finite_counts_as_diverged(base, chats, tmp_path, monkeypatch):
+    run = SFT.run
+
+    def blown_up(self, ctx):
+        result = run(self, ctx)
+        if self.seed == 1:
+            result["metrics"]["val_loss"] = math.nan
+        return result
+
+    monkeypatch.setattr(SFT, "run", blown_up)
+    result = sft_sweep(chats, grid={"lr": [1e-2]}, seeds=(0, 1))(tmp_path / "out", model=base)
+    (row,) = result["values"]
+    assert (row["n"], row["diverged"]) == (1, 1)
+    assert result["runs"][1]["error"] == "val_loss is nan"
+
+
 def test_settings_of_the_options_are_in_the_folder_of_the_recipe(tmp_path):
     from fastlm.stages import load_recipe
 
@@ -340,6 +371,10 @@ def test_settings_of_the_options_are_in_the_folder_of_the_recipe(tmp_path):
         'tokenizer = []\n[stage.options]\nconfig = "c.json"\nmax_steps = 1\n'
     )
     assert load_recipe(path).steps[0].stage.options["config"] == str(tmp_path / "c.json")
+    path.write_text(
+        path.read_text().replace('config = "c.json"', "") + '[stage.grid]\nconfig = ["c.json"]\n'
+    )
+    assert load_recipe(path).steps[0].stage.grid["config"] == [str(tmp_path / "c.json")]
 
 
 def test_the_command(base, chats, tmp_path):

@@ -183,7 +183,7 @@ class JudgeAnswers(Stage):
     def run(self, ctx: StageContext) -> dict[str, Any]:
         from fastlm.evals.judge.grading import JudgeSource, grade_items
         from fastlm.evals.judge.items import read_items
-        from fastlm.evals.judge.labels import merge_raters, read_label_rows
+        from fastlm.evals.judge.labels import merge_raters, random_order, read_label_rows
         from fastlm.evals.judge.rubric import Rubric
         from fastlm.evals.judge.scores import judge_scores
         from fastlm.evals.suite import model_ids
@@ -192,7 +192,8 @@ class JudgeAnswers(Stage):
         ids: list[dict[str, str]] = []
         if self.answers:
             name, items = ", ".join(self.answers), read_items(self.answers, cache=ctx.cache_dir)
-            sample = {*sorted(item.id for item in items)[: self.limit]}  # ids are hashes
+            # a larger limit keeps the random sample of labels
+            sample = {*random_order(item.id for item in items)[: self.limit]}
             items = [item for item in items if item.id in sample]
         else:
             models = [*ctx.inputs.get("old", ()), *ctx.inputs["model"]]
