@@ -332,14 +332,12 @@ def content(path: Path, out: str) -> Any:
         text = path.read_text().replace(f'"{out}/', '"OUT/')
         lines = text.splitlines() if path.suffix == ".jsonl" else [text]
         values = [timeless(json.loads(line)) for line in lines]
-        if path.name == "stages.json":  # its report covers times, its metrics hold them
+        if path.name == "stages.json":  # its report covers times
             for stage in values[0]["stages"].values():
-                for name in ("metrics.jsonl", "report.json"):
-                    stage.get("file_sizes", {}).pop(name, None)
+                without_timed_files(stage)
             values[0]["stages"]["report"].pop("fingerprint")
         if path.name == "record.json":
-            for name in ("metrics.jsonl", "serve.log"):  # bytes of lines with seconds
-                values[0]["stages"]["."].get("file_sizes", {}).pop(name, None)
+            without_timed_files(values[0]["stages"]["."])
         return values
     if path.suffix in (".sqlite", ".db"):
         with sqlite3.connect(path) as store:
@@ -350,6 +348,12 @@ def content(path: Path, out: str) -> Any:
         text = path.read_text()
         return [text.count("<svg"), text.count("<section"), text.rstrip().endswith("</html>")]
     return path.read_bytes()
+
+
+def without_timed_files(stage: dict[str, Any]) -> None:
+    """Remove the sizes of files that have seconds in them."""
+    for name in ("metrics.jsonl", "report.json", "serve.log"):
+        stage.get("file_sizes", {}).pop(name, None)
 
 
 def rows_of(store: sqlite3.Connection) -> list[str]:
