@@ -14,6 +14,7 @@ import argparse
 import json
 import random
 import statistics
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -80,7 +81,7 @@ def conversation(row: dict[str, str], has_call: bool) -> dict[str, Any]:
     }
 
 
-def write(path: Path, rows: list[dict[str, Any]]) -> str:
+def write(path: Path, rows: Sequence[Mapping[str, Any]]) -> str:
     path.write_text("\n".join(map(json.dumps, rows)))
     return str(path)
 
@@ -124,7 +125,7 @@ def main() -> None:
     sft_data = write(a.out / "sft.jsonl", [conversation(r, rng.random() < CALLS) for r in rows])
     data = write(
         a.out / "questions.jsonl",
-        questions(2000, seed=5),  # type: ignore[arg-type]
+        questions(2000, seed=5),
     )
     if not (a.out / "base/config.json").exists():
         make_base(a.out / "base")

@@ -87,11 +87,11 @@ def gate_failures(
     scores: Mapping[str, Mapping[str, Any]],
     withdrawn: Mapping[str, str] | None = None,
 ) -> list[str]:
-    """Return why each gate that fails does so. ``withdrawn``: why scores are not given."""
+    """Return why each gate that fails does so. ``withdrawn``: why scores are withheld."""
     failures = []
     for gate in gates:
         if reason := (withdrawn or {}).get(gate.score):
-            failures.append(f"{gate.score}: not given: {reason}")
+            failures.append(f"{gate.score}: expected a score, got none: {reason}")
         elif failure := gate.failure(scores):
             failures.append(failure)
     return failures

@@ -231,7 +231,7 @@ def safety_blocks(result: Mapping[str, Any]) -> Blocks:
         for score_name, reason in model.get("withdrawn", {}).items():
             names_by_reason.setdefault(reason, []).append(score_name)
         blocks += [
-            f"{f'{name}: ' if len(models) > 1 else ''}not given: {', '.join(names)}. Their judge is"
+            f"{f'{name}: ' if len(models) > 1 else ''}withdrawn: {', '.join(names)}. Their judge is"
             f" not valid for every model, and {reason} (docs/safety.md)"
             for reason, names in names_by_reason.items()
         ]

@@ -374,18 +374,18 @@ def _win_probability(counts: Sequence[int], winner: int, n: int, k: int) -> floa
     others = [_binomial(count, share) for i, count in enumerate(counts) if i != winner]
     blank = _binomial(n - sum(counts), share)
     total = 0.0
-    for most, probability in enumerate(_binomial(counts[winner], share)[: k + 1]):
-        if not most:
+    for top, probability in enumerate(_binomial(counts[winner], share)[: k + 1]):
+        if not top:
             continue
-        rest = k - most
-        ways = np.zeros((rest // most + 1, rest + 1))  # answers that share, votes of all others
+        rest = k - top
+        ways = np.zeros((rest // top + 1, rest + 1))  # answers that share, votes of all others
         ways[0, 0] = probability
         for votes in others:
             next_ways = np.zeros_like(ways)
-            for count, p in enumerate(votes[: min(most, rest + 1)]):
+            for count, p in enumerate(votes[: min(top, rest + 1)]):
                 next_ways[:, count:] += p * ways[:, : rest + 1 - count]
-            if len(ways) > 1 and most < len(votes):
-                next_ways[1:, most:] += votes[most] * ways[:-1, : rest + 1 - most]
+            if len(ways) > 1 and top < len(votes):
+                next_ways[1:, top:] += votes[top] * ways[:-1, : rest + 1 - top]
             ways = next_ways
         shares = 1 / np.arange(1, len(ways) + 1)
         for count, p in enumerate(blank[: rest + 1]):
@@ -397,8 +397,8 @@ def _majority_by_draws(counts: Sequence[int], scores: Sequence[float], n: int, k
     rng = np.random.default_rng(0)
     blank = n - sum(counts)
     votes = rng.multivariate_hypergeometric([*counts, blank], k, size=DRAWS)[:, :-1]
-    most = votes.max(axis=1, initial=0, keepdims=True)
-    tied = (votes == most) & (most > 0)
+    top = votes.max(axis=1, initial=0, keepdims=True)
+    tied = (votes == top) & (top > 0)
     return float((tied @ np.array(scores) / np.maximum(1, tied.sum(axis=1))).mean())
 
 

@@ -20,7 +20,6 @@ from fastlm.errors import InputError
 from fastlm.inference.requests import Completion, Request, TokenLogprob
 from fastlm.inference.sampling import Sampling
 from fastlm.model.causal_lm import CausalLM
-from fastlm.sandbox import SandboxError, check_machine
 from fastlm.tokenizer.tokenizer import Tokenizer
 from fastlm.train import episodes as episodes_module
 from fastlm.train.encoding import chat_tokenizer
@@ -178,11 +177,6 @@ def test_an_exception_of_a_tool_is_an_observation() -> None:
 
 
 def test_the_python_tool_runs_in_the_sandbox() -> None:
-    try:
-        check_machine()
-    except SandboxError as error:
-        pytest.skip(str(error))
-
     def run(code) -> str:
         call = {"name": "python", "arguments": {"code": code}}
         return PythonInterpreter().step(f"<tool_call>{json.dumps(call)}</tool_call>") or ""
@@ -225,9 +219,9 @@ def test_an_observation_is_a_message_of_the_template(tokenizer) -> None:
     assert sampler._encode("<|im_end|> 408", has_end=True) == ids[1:]
     messages = [{"role": "user", "content": "b"}, {"role": "assistant", "content": "c"}]
     message = {"role": "tool", "content": "408"}
-    whole = tokenizer.encode_chat([*messages, message])
+    conversation = tokenizer.encode_chat([*messages, message])
     reply = tokenizer.encode_reply(message)
-    assert whole[-len(reply) :] == reply
+    assert conversation[-len(reply) :] == reply
 
 
 def test_a_template_without_tools_gets_text(base) -> None:
@@ -241,9 +235,9 @@ def test_a_template_without_tools_gets_text(base) -> None:
     assert messages[0]["content"].endswith("\n\nwhat")
     assert '"name": "calculator"' in messages[0]["content"]
     assert EpisodeSampler(Quiz, "", tokenizer).has_role
-    own = type("Other", (Quiz,), {"role": "critic"})
+    critic = type("Other", (Quiz,), {"role": "critic"})
     with pytest.raises(InputError, match=r"environment: chat_template: .*critic"):
-        EpisodeSampler(own, "", tokenizer)
+        EpisodeSampler(critic, "", tokenizer)
 
 
 def test_a_template_with_tools_gets_them(base, tokenizer) -> None:
@@ -299,7 +293,7 @@ def play(tokenizer, policy, monkeypatch, turns, environment=Calculator, **option
     policy.config.max_position_embeddings = 4096
     fake = SimpleNamespace(context_limit=4096, config=policy.config)
     options = {"max_turns": 4, "max_new_tokens": 1000, "seed": 7} | options
-    (episode,) = sampler.sample(fake, [[1, 2, 3]], [prompt("what")], **options)  # type: ignore
+    (episode,) = sampler.sample(fake, [[1, 2, 3]], [prompt("what")], **options)
     mask = sampled_mask(episode)
     assert len(episode.logprobs) == int(mask.sum())
     assert [x.token for x in episode.logprobs] == torch.tensor(episode.token_ids)[mask].tolist()
@@ -493,10 +487,10 @@ def test_the_gradient_is_that_of_the_sampled_tokens(policy, tokenizer) -> None:
 def sample_again(game) -> list[Completion]:
     """The episodes of the round, with their rewards, which a round does not keep."""
     game.round, game.next_prompt = -1, 0
-    seen: list[Completion] = []
-    game.roll_out(lambda indices, completions: seen.extend(completions) or [0.0] * 12, 3)
-    assert [c.token_ids for c in seen] == [c.token_ids for c in game.completions]
-    return seen
+    scored: list[Completion] = []
+    game.roll_out(lambda indices, completions: scored.extend(completions) or [0.0] * 12, 3)
+    assert [c.token_ids for c in scored] == [c.token_ids for c in game.completions]
+    return scored
 
 
 # ---- stages
@@ -534,7 +528,7 @@ SMALL = {
 
 def test_grpo_in_an_environment_continues_to_the_same_bits(base, data, tmp_path) -> None:
     (tmp_path / "quiz.py").write_text(QUIZ)
-    stage = GRPO(data=(data,), environment=f"{tmp_path}/quiz.py:Quiz", **SMALL)  # type: ignore
+    stage = GRPO(data=(data,), environment=f"{tmp_path}/quiz.py:Quiz", **SMALL)
     stage(tmp_path / "whole", model=base)
 
     def press(event):
@@ -557,7 +551,7 @@ def test_grpo_in_an_environment_continues_to_the_same_bits(base, data, tmp_path)
 def test_ppo_with_a_tool(base, data, tmp_path) -> None:
     settings = SMALL | {"max_steps": 2, "max_length": 3000, "beta": 0.1}
     wide = make_base(tmp_path / "model", max_position_embeddings=4096)
-    stage = PPO(data=(data,), environment="calculator", reward_function="contains", **settings)  # type: ignore
+    stage = PPO(data=(data,), environment="calculator", reward_function="contains", **settings)
     result = stage(tmp_path / "out", model=wide)
     assert result["steps"] == 2
     (line, _) = [line for line in metrics_of(tmp_path / "out") if "loss" in line]
@@ -566,11 +560,11 @@ def test_ppo_with_a_tool(base, data, tmp_path) -> None:
 
 def test_refused(base, data, tmp_path) -> None:
     (tmp_path / "quiz.py").write_text(QUIZ.replace("def reward", "def other"))
-    stage = GRPO(data=(data,), environment="calculator", **SMALL)  # type: ignore
-    own = f"{tmp_path}/quiz.py:Quiz"
+    stage = GRPO(data=(data,), environment="calculator", **SMALL)
+    quiz = f"{tmp_path}/quiz.py:Quiz"
     for changes, message in (
         ({}, "reward_function: expected a function, or a reward_model, got neither"),
-        ({"environment": own}, "reward_function: .*, as the environment has no reward, got neit"),
+        ({"environment": quiz}, "reward_function: .*, as the environment has no reward, got neit"),
         ({"max_turns": 1, "reward_function": "exact"}, "max_turns: expected 2 or more turns"),
         ({"max_turns": 0}, "max_turns: expected 1 or more"),
         ({"environment": "abacus", "reward_function": "exact"}, "environment: expected one of"),

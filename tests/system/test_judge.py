@@ -23,7 +23,6 @@ from fastlm.evals.judge.rubric import GRADES, Rubric
 from fastlm.evals.judge.stage import JudgeAnswers
 from fastlm.feedback.gate_metrics import read_scores, scores_of
 from fastlm.inference.engine import Engine
-from fastlm.pipeline.report import render_report  # noqa: F401  # the page of a folder
 from fastlm.progress import silent
 from fastlm.stages import KINDS, parse_recipe
 
@@ -590,7 +589,7 @@ def test_a_killed_model_continues_its_answers(model, tmp_path, monkeypatch):
     monkeypatch.setattr(model_answers, "CHUNK", 2)
     prompts = [Prompt([{"role": "user", "content": f"what is {i}"}], {}) for i in range(5)]
     options = {"num_generations": 2, "max_new_tokens": 4, "temperature": 0.7, "seed": 0}
-    whole = [answer.text for answer in model_answers.generate_answers(model, prompts, **options)]
+    texts = [answer.text for answer in model_answers.generate_answers(model, prompts, **options)]
     sizes, generate = [], Engine.generate
 
     def interrupted(self, requests, **others):
@@ -604,7 +603,7 @@ def test_a_killed_model_continues_its_answers(model, tmp_path, monkeypatch):
     options["track"] = silent
     with pytest.raises(KeyboardInterrupt):
         model_answers.read_or_generate(*arguments, **options)
-    assert model_answers.read_or_generate(*arguments, **options) == whole
+    assert model_answers.read_or_generate(*arguments, **options) == texts
     assert sizes == [4, 4, 4, 2]
 
 

@@ -683,7 +683,9 @@ def test_a_corrupted_file_of_gates_is_refused_by_its_field(tmp_path, old, new, m
 def test_a_gate_on_a_score_that_is_not_given_fails(tmp_path):
     (tmp_path / "g.toml").write_text('[[gate]]\nscore = "attacks.x"\nmax = 0.2\n')
     gates = read_gates(tmp_path / "g.toml")
-    assert gate_failures(gates, {}, {"attacks.x": "why"}) == ["attacks.x: not given: why"]
+    assert gate_failures(gates, {}, {"attacks.x": "why"}) == [
+        "attacks.x: expected a score, got none: why"
+    ]
     assert gate_failures(gates, {}, {}) == ["attacks.x: not measured"]
 
 

@@ -288,7 +288,7 @@ def test_a_recipe_continues_a_sweep_with_more_values(base, chats, tmp_path):
     record = (out / "sweep" / "runs" / "lr=0.01,seed=0" / "record.json").read_bytes()
     stages, states = run(grid={"lr": [1e-2, 3e-3]})
     assert [row["n"] for row in stages["sweep"]["values"]] == [2, 2]
-    # the sweep continues; what was made from its model is made again
+    # the sweep continues; the stage after it trains its new model again
     assert states[:4] == ["after archived", "sweep started", "sweep done", "after started"]
     kept = (out / "sweep" / "runs" / "lr=0.01,seed=0" / "record.json").read_bytes()
     assert kept == record
