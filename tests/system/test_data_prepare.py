@@ -324,8 +324,12 @@ def test_memory_is_bounded(tmp_path):
     with open(p, "w") as f:
         for i in range(200):
             f.write(json.dumps({"text": (f"{i} " + "x" * 1000 + " ") * 200}) + "\n")
+    one = tmp_path / "one.jsonl"  # what is imported and loaded once is not memory per document
+    one.write_text(json.dumps({"text": prose(0)}) + "\n")
+    options = DataOptions(rules=("word_count",))
+    prepare([str(one)], tmp_path / "first", options=options, cache=tmp_path)
     tracemalloc.start()
-    prepare([str(p)], tmp_path / "out", options=DataOptions(rules=("word_count",)), cache=tmp_path)
+    prepare([str(p)], tmp_path / "out", options=options, cache=tmp_path)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 12e6 < p.stat().st_size
