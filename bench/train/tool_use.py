@@ -1,7 +1,9 @@
 """Check that GRPO teaches a model to call a tool where it cannot compute: products of two numbers
-of three digits, a model of 0.2 million weights, the calculator.
+of three digits, the calculator. The model has 0.2 million weights, or is one that exists, trained
+with LoRA.
 
     python bench/train/tool_use.py -o runs/tool-use
+    python bench/train/tool_use.py --model model:smollm2 -o runs/tool-use-smollm2
 
 The model first learns both ways to answer from conversations (sft): most give the product at once,
 some call the calculator. It learns to copy numbers into calls, but not to multiply. Then GRPO
@@ -41,7 +43,25 @@ TEMPLATE = (
 )
 CALL = '<tool_call>{{"name": "calculator", "arguments": {{"expression": "{}"}}}}</tool_call>'
 CALLS = 0.2  # the share of conversations with a call
-NEW_TOKENS = 64
+SIZES: dict[str, dict[str, Any]] = {  # options of sft and grpo
+    "small": {
+        "sft": {"max_steps": 700, "batch_size": 64, "lr": 3e-3, "dtype": "float32"},
+        "grpo": {
+            "max_steps": 25, "lr": 3e-4, "dtype": "float32", "batch_size": 64,
+            "gradient_accumulation_steps": 2, "max_new_tokens": 64,
+        },
+    },
+    "lora": {
+        "sft": {
+            "max_steps": 80, "batch_size": 8, "gradient_accumulation_steps": 2, "lr": 5e-4,
+            "lora_rank": 16,
+        },
+        "grpo": {
+            "max_steps": 15, "lr": 2e-4, "batch_size": 16, "gradient_accumulation_steps": 8,
+            "max_new_tokens": 96, "lora_rank": 16, "temperature": 0.7,
+        },
+    },
+}  # fmt: skip
 
 
 def make_base(folder: Path) -> None:
@@ -65,8 +85,9 @@ def questions(count: int, seed: int) -> list[dict[str, str]]:
     return [{"prompt": f"{a}*{b}=", "answer": str(a * b)} for a, b in pairs]
 
 
-def conversation(row: dict[str, str], has_call: bool) -> dict[str, Any]:
+def conversation(row: dict[str, str], has_call: bool, sampler: EpisodeSampler) -> dict[str, Any]:
     """Return a conversation that answers a question."""
+    messages, tools = sampler.prompt(parse_prompt(row))
     answer = {"role": "assistant", "content": row["answer"]}
     turns: list[Any] = [answer]
     if has_call:
@@ -75,10 +96,7 @@ def conversation(row: dict[str, str], has_call: bool) -> dict[str, Any]:
             {"role": "assistant", "content": call},
             {"role": "tool", "content": row["answer"]}, answer,
         ]  # fmt: skip
-    return {
-        "messages": [{"role": "user", "content": row["prompt"]}, *turns],
-        "tools": Calculator.tools,
-    }
+    return {"messages": [*messages, *turns], **({"tools": tools} if tools else {})}
 
 
 def write(path: Path, rows: Sequence[Mapping[str, Any]]) -> str:
@@ -86,9 +104,12 @@ def write(path: Path, rows: Sequence[Mapping[str, Any]]) -> str:
     return str(path)
 
 
-def measure(folder: Path, count: int, temperature: float) -> dict[str, float]:
+def measure(
+    folder: Path, count: int, temperature: float, options: dict[str, Any]
+) -> dict[str, float]:
     """Return the share of right answers and of calls on held-out questions."""
-    model = CausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    dtype = getattr(torch, options.get("dtype", "bfloat16"))
+    model = CausalLM.from_pretrained(folder, dtype=dtype).eval()
     tokenizer = load_tokenizer(folder, model.config.to_dict())
     sampler = EpisodeSampler(Calculator, "", tokenizer)
     rows = questions(count, seed=99)
@@ -98,8 +119,8 @@ def measure(folder: Path, count: int, temperature: float) -> dict[str, float]:
         messages, tools = sampler.prompt(prompt)
         ids.append(tokenizer.encode_chat(messages, tools=tools))
     episodes = sampler.sample(
-        model, ids, prompts, max_turns=3, max_new_tokens=NEW_TOKENS, temperature=temperature,
-        stop_ids=tokenizer.stop_ids,
+        model, ids, prompts, max_turns=3, max_new_tokens=options["max_new_tokens"],
+        temperature=temperature, stop_ids=tokenizer.stop_ids,
     )  # fmt: skip
     right = [number(episode.text, row) for episode, row in zip(episodes, rows)]
     calls = [bool(episode.observation_indices) for episode in episodes]
@@ -113,42 +134,42 @@ def measure(folder: Path, count: int, temperature: float) -> dict[str, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("-o", "--out", type=Path, default=Path("runs/tool-use"))
+    parser.add_argument("--model", help="train this one with LoRA, such as model:smollm2")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
-    parser.add_argument("--sft-steps", type=int, default=700)
-    parser.add_argument("--steps", type=int, default=25)
     parser.add_argument("--questions", type=int, default=200)
     parser.add_argument("--json", type=Path)
     a = parser.parse_args()
     a.out.mkdir(parents=True, exist_ok=True)
+    sizes = SIZES["lora" if a.model else "small"]
+    base = a.model or a.out / "base"
+    if not a.model and not (base / "config.json").exists():
+        make_base(base)
+    sampler = EpisodeSampler(Calculator, "", Tokenizer.load(base))
     rng = random.Random(0)
     rows = questions(6000, seed=0)
-    sft_data = write(a.out / "sft.jsonl", [conversation(r, rng.random() < CALLS) for r in rows])
-    data = write(
-        a.out / "questions.jsonl",
-        questions(2000, seed=5),
+    sft_data = write(
+        a.out / "sft.jsonl", [conversation(r, rng.random() < CALLS, sampler) for r in rows]
     )
-    if not (a.out / "base/config.json").exists():
-        make_base(a.out / "base")
+    data = write(a.out / "questions.jsonl", questions(2000, seed=5))
     sft = SFT(
-        data=(sft_data,), max_steps=a.sft_steps, batch_size=64, lr=3e-3, weight_decay=0.0,
-        heldout=0.01, validations=4, sample_at=(), dtype="float32", save_steps=200,
+        data=(sft_data,), weight_decay=0.0, heldout=0.01, validations=4, sample_at=(),
+        save_steps=200, **sizes["sft"],
     )  # fmt: skip
-    sft(a.out / "sft", model=a.out / "base")
+    sft(a.out / "sft", model=base)
     results: list[dict[str, Any]] = []
-    for temperature in (0.0, 1.0):
-        before = measure(a.out / "sft/model", a.questions, temperature)
+    for temperature in (0.0, sizes["grpo"].get("temperature", 1.0)):
+        before = measure(a.out / "sft/model", a.questions, temperature, sizes["grpo"])
         results.append({"model": "sft", "temperature": temperature, **before})
         print(results[-1], flush=True)
     for seed in a.seeds:
         grpo = GRPO(
             data=(data,), environment="calculator", max_turns=3, reward_function="number",
-            seed=seed, max_steps=a.steps, prompts_per_round=16, num_generations=8, batch_size=64,
-            gradient_accumulation_steps=2, max_new_tokens=NEW_TOKENS, lr=3e-4, heldout=0.02,
-            val_prompts=32, validations=4, sample_at=(), dtype="float32", save_steps=20,
+            seed=seed, prompts_per_round=16, num_generations=8, heldout=0.02, val_prompts=32,
+            validations=4, sample_at=(), save_steps=20, **sizes["grpo"],
         )  # fmt: skip
         grpo(a.out / f"grpo-{seed}", model=a.out / "sft/model")
-        for temperature in (0.0, 1.0):
-            after = measure(a.out / f"grpo-{seed}/model", a.questions, temperature)
+        for temperature in (0.0, sizes["grpo"].get("temperature", 1.0)):
+            after = measure(a.out / f"grpo-{seed}/model", a.questions, temperature, sizes["grpo"])
             results.append({"model": "grpo", "seed": seed, "temperature": temperature, **after})
             print(results[-1], flush=True)
     save(a.json, {"machine": machine(), "results": results})

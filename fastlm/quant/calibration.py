@@ -85,6 +85,18 @@ def text_windows(
         return windows(dataset.tokens, dataset.read)
 
 
+def fetch_calibration_mix(cache: Path | None) -> None:
+    """Fetch the packages of the default texts. InputError: that is not possible."""
+    for source in (*CALIBRATION_MIX, OUT_OF_DOMAIN):
+        try:
+            list_files(source, cache=cache or default_cache())
+        except InputError as error:
+            raise InputError(
+                "calibration: expected text of your own, the default text from packages"
+                f" ({error}), or the method rtn, which needs none"
+            ) from None
+
+
 def has_conversations(data: str | Path, cache: Path) -> bool:
     """Return True if the first JSON row of the files at `data` is a conversation."""
     if is_split(data) or has_splits(data) or (Path(data) / INDEX).is_file():

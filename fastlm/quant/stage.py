@@ -34,7 +34,7 @@ class Quantize(QuantizeOptions, Stage):
 
     kind = "quantize"
     command = ("quantize",)
-    version = 7
+    version = 8
     inputs = {
         "model": InputSpec(
             ("model",), "Hugging Face folder, .gguf, fastlm run or model:smollm2", flag="m"
@@ -46,7 +46,8 @@ class Quantize(QuantizeOptions, Stage):
         "calibration": InputSpec(
             ("corpus", "shards"),
             "Weigh errors by this text, like the model's future inputs; several count equally;"
-            " default if needed: web pages, documentation and code from packages", several=True,
+            " default if the method needs it: web pages, documentation and code from packages",
+            several=True,
             optional=True, default=False,
         ),
         "out_of_domain": InputSpec(
@@ -56,6 +57,9 @@ class Quantize(QuantizeOptions, Stage):
         ),
     }  # fmt: skip
     outputs = {"quantized": "."}
+    notes = """Without --method, weights of 4 bits are rounded by gptq with awq: minutes, where rtn
+takes seconds. Its calibration text comes from packages, which are fetched once, unless
+--calibration names a text."""
     resumable = (PROGRESS,)
     result = {"format": str, "group_size": int, "bytes": int, "bytes_before": int}
 
@@ -123,6 +127,7 @@ class Quantize(QuantizeOptions, Stage):
         from fastlm.data.texts import token_dataset
         from fastlm.model.causal_lm import CausalLM
         from fastlm.model.load import load_model
+        from fastlm.quant.calibration import fetch_calibration_mix
         from fastlm.tokenizer.load import has_tokenizer
 
         source = ctx.inputs["model"][0].source
@@ -132,7 +137,10 @@ class Quantize(QuantizeOptions, Stage):
             "data": ctx.inputs["data"][0].source if ctx.inputs.get("data") else None,
             "out_of_domain": self.out_of_domain_source(ctx.inputs),
         }
-        if self.calibration_sources(ctx.inputs) or any(texts.values()) or has_tokenizer(source):
+        sources = self.calibration_sources(ctx.inputs)
+        if sources and not ctx.inputs.get("calibration"):
+            fetch_calibration_mix(ctx.cache_dir)
+        if sources or any(texts.values()) or has_tokenizer(source):
             model, tokenizer = load_model(source)
         else:
             model, tokenizer = CausalLM.from_pretrained(source), None

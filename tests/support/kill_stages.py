@@ -172,7 +172,9 @@ CASES = [
     ),
     Case("export", "export --model base -o {out} --json"),
     Case(
-        "quantize", "quantize --model base --group-size 16 --data data -o {out} --json", ("data",)
+        "quantize",
+        "quantize --model base --method rtn --group-size 16 --data data -o {out} --json",
+        ("data",),
     ),
     Case(
         "quantize-learned",

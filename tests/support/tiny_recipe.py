@@ -44,6 +44,7 @@ stride = 16
 
 [[stage]]
 kind = "quantize"
+method = "rtn"
 group_size = 16
 """
 NOUNS = "tree river stone <b>bird</b> cloud road house & garden letter winter".split()

@@ -18,7 +18,10 @@ from fastlm.quant.stage import Quantize
 from fastlm.stages import run_recipe
 from fastlm.tokenizer.tokenizer import Tokenizer
 
-OPTIONS = {"group_size": 16, "calibration_tokens": 256, "calibration_length": 32, "iterations": 2}
+OPTIONS = {
+    "method": "rtn", "group_size": 16, "calibration_tokens": 256, "calibration_length": 32,
+    "iterations": 2,
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -47,6 +50,28 @@ def run(base, out, on_event=None, calibrated=True, **options):
     text = {"calibration": base / "text.txt"} if calibrated else {}
     stage = Quantize(**OPTIONS | options)
     return stage(out, model=base / "base", data=base / "text.txt", on_event=on_event, **text)
+
+
+def test_the_default_method(base, tmp_path, monkeypatch):
+    """The one with the smallest loss out of domain: GPTQ with AWQ for 4 bits."""
+    assert [(Quantize(format=f).method, Quantize(format=f).awq) for f in ("w4a16", "w4a8")] == [
+        ("gptq", True), ("gptq", True),
+    ]  # fmt: skip
+    assert [(Quantize(format=f).method, Quantize(format=f).awq) for f in ("w8a16", "w8a8")] == [
+        ("rtn", False), ("rtn", False),
+    ]  # fmt: skip
+    assert not Quantize(method="gptq").awq and Quantize(format="w8a8", awq=True).awq
+    stages = {"default": Quantize(**OPTIONS | {"method": ""})}
+    stages["named"] = Quantize(**OPTIONS | {"method": "gptq", "awq": True})
+    for name, stage in stages.items():
+        stage(tmp_path / name, model=base / "base", calibration=base / "text.txt")
+    weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in stages]
+    assert weights[0] == weights[1]
+    monkeypatch.setenv("PIP_INDEX_URL", "http://127.0.0.1:9/")  # no network
+    monkeypatch.setenv("PIP_RETRIES", "0")
+    monkeypatch.setenv("FASTLM_CACHE", str(tmp_path / "cache"))
+    with pytest.raises(InputError, match=r"calibration: .* or the method rtn, which needs none"):
+        Quantize()(tmp_path / "q", model=base / "base")
 
 
 def test_the_report_has_the_loss(base, tmp_path):
@@ -120,7 +145,9 @@ def test_figures_that_are_not_finite_are_refused(base, tmp_path):
     model.save_pretrained(tmp_path / "base")
     Tokenizer.load(base / "base").save(tmp_path / "base")
     with pytest.raises(InputError, match="expected finite bits per byte and KL, got nan -> nan"):
-        Quantize(group_size=16)(tmp_path / "q", model=tmp_path / "base", data=base / "text.txt")
+        Quantize(method="rtn", group_size=16)(
+            tmp_path / "q", model=tmp_path / "base", data=base / "text.txt"
+        )
     assert not list(tmp_path.glob("q/*"))
 
 
@@ -133,17 +160,17 @@ def test_the_report_has_the_effective_options(base, tmp_path):
     (line,) = [e["warning"] for e in events if e.get("warning", "").startswith("calibration")]
     assert f"expected 1,000,000 tokens, got {report['calibration_tokens']:,} in" in line
     # one group per row, and without text; the report of the earlier model is replaced
-    Quantize(group_size=-1)(tmp_path / "q", model=base / "base")
+    Quantize(method="rtn", group_size=-1)(tmp_path / "q", model=base / "base")
     report = json.loads((tmp_path / "q/report.json").read_text())
     used = [report[k] for k in ("group_size", "iterations", "seed", "calibration_tokens")]
     assert used == [-1, None, None, None] and report["calibration_source"] is None
 
 
 def test_a_quantized_model_wants_dequantize(base, tmp_path):
-    Quantize(group_size=16)(tmp_path / "q", model=base / "base")
+    Quantize(method="rtn", group_size=16)(tmp_path / "q", model=base / "base")
     with pytest.raises(InputError, match=r"model: expected an unquantized model.*--dequan"):
-        Quantize(group_size=32)(tmp_path / "r", model=tmp_path / "q")
-    result = Quantize(group_size=32, dequantize=True)(
+        Quantize(method="rtn", group_size=32)(tmp_path / "r", model=tmp_path / "q")
+    result = Quantize(method="rtn", group_size=32, dequantize=True)(
         tmp_path / "r", model=tmp_path / "q", data=base / "text.txt"
     )
     small = sum(w.nbytes for w in CausalLM.from_pretrained(tmp_path / "q").weights().values())
@@ -232,7 +259,7 @@ def test_windows_of_several_texts_take_turns(base, kinds):
 
 def test_explicit_texts_are_mixed_and_the_out_of_domain_loss_is_reported(base, tmp_path, kinds):
     events = []
-    stage = Quantize(method="gptq", max_bpb_increase=0.0, **OPTIONS)
+    stage = Quantize(**{**OPTIONS, "method": "gptq", "max_bpb_increase": 0.0})
     stage(
         tmp_path / "q", model=base / "base", data=base / "text.txt", calibration=[*kinds],
         out_of_domain=tmp_path / "wiki.txt", on_event=events.append,
@@ -323,7 +350,8 @@ def test_a_recipe_continues_a_quantization_that_was_killed(base, tmp_path, monke
 
 def test_a_warning_without_heldout_text(base, tmp_path):
     events = []
-    Quantize(group_size=16)(tmp_path / "q", model=base / "base", on_event=events.append)
+    stage = Quantize(method="rtn", group_size=16)
+    stage(tmp_path / "q", model=base / "base", on_event=events.append)
     lines = [event["warning"] for event in events if "warning" in event]
     assert len(lines) == 1 and lines[0].startswith("data: expected held-out text to measure")
     assert json.loads((tmp_path / "q/report.json").read_text())["warnings"] == lines

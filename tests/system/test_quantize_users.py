@@ -108,10 +108,12 @@ def test_rtn_needs_no_tokenizer(base, tmp_path):
     shutil.copytree(base / "base", tmp_path / "bare" / "m")
     for file in (tmp_path / "bare/m").glob("*token*"):
         file.unlink()
-    Quantize(group_size=16)(tmp_path / "out" / "q", model=tmp_path / "bare/m")
+    Quantize(method="rtn", group_size=16)(tmp_path / "out" / "q", model=tmp_path / "bare/m")
     assert CausalLM.from_pretrained(tmp_path / "out/q").dtype == torch.bfloat16
     with pytest.raises(InputError, match=r"tokenizer\.json"):
-        Quantize()(tmp_path / "out/r", model=tmp_path / "bare/m", data=base / "text.txt")
+        Quantize(method="rtn")(
+            tmp_path / "out/r", model=tmp_path / "bare/m", data=base / "text.txt"
+        )
 
 
 def test_a_transformers_config_describes_the_storage(tmp_path):

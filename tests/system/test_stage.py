@@ -224,7 +224,7 @@ def test_a_stage_takes_from_a_folder_outside_the_run(tmp_path):
     second = tmp_path / "second.toml"
     second.write_text(
         f'name = "second"\n[[stage]]\nkind = "quantize"\nfrom = "{first}/pretrain"\n'
-        f'data = "{first}/data"\ngroup_size = 16\n'
+        f'data = "{first}/data"\nmethod = "rtn"\ngroup_size = 16\n'
     )
     states: list[str] = []
 
@@ -298,7 +298,7 @@ def test_no_training_is_ever_deleted(tmp_path):
     run.write(
         ('name = "wide"\nkind = "pretrain"\nmax_steps = 2\nmodel = {hidden_size = 64,'
          " intermediate_size = 64, num_hidden_layers = 1, num_attention_heads = 2}",
-         'name = "wide"\nkind = "quantize"\nfrom = "pretrain"\ngroup_size = 16'),
+         'name = "wide"\nkind = "quantize"\nfrom = "pretrain"\nmethod = "rtn"'),
     )  # fmt: skip
     run("pretrain.lr=2e-2")
     assert (run.out / "previous-3/wide" / weights).read_bytes() == second
