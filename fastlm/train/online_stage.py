@@ -269,7 +269,7 @@ messages), or of conversations, whose last answer is cut off."""
             scorer_identity=scorer.identity(), score_heldout=scorer.score_function(data.heldout),
             stop_ids=tokenizer.stop_ids,
             prompt_locations=[prompt.location for _, prompt in data.training],
-            sample_prompt=common["prompt"], decode=partial(decode_text, tokenizer),
+            sample_prompt=common["prompt"], sample_row=data.sample_row, decode=partial(decode_text, tokenizer),
             sample_tokens=options.sample_tokens, score_metrics=scorer.metrics,
             episodes=data.episodes, prompt_rows=[prompt for _, prompt in data.training],
             heldout_rows=[prompt for _, prompt in data.heldout],
@@ -379,6 +379,11 @@ class PromptDataset(EncodedDataset):
         if self.episodes is None:
             return row, row.messages, row.tools
         return row, *self.episodes.prompt(row)
+
+    def prompt_of_message(self, text: str) -> Any:
+        from fastlm.data.prompts import parse_prompt
+
+        return self.prompt_of(parse_prompt({"prompt": text}, "sample_prompt"))
 
     def encode(self, row: "Prompt") -> "list[tuple[list[int], Prompt]]":
         _, messages, tools = self.prompt_of(row)

@@ -335,6 +335,7 @@ def test_a_call_and_the_answer(tokenizer, policy, monkeypatch) -> None:
     observation = ids[~sampled_mask(episode)].tolist()
     assert observation == tokenizer.encode_reply({"role": "tool", "content": "408"})
     assert (episode.text, episode.finish_reason) == ("it is 408", "stop")
+    assert episode.transcript == f"{CALL}\n[tool] 408\n[assistant] it is 408"
     first, second = engine.requests
     calls = len(tokenizer.encode(CALL)) + len(observation)
     assert second.prompt == [*first.prompt, *episode.token_ids[:calls]]  # a prefix, never changed
@@ -523,7 +524,7 @@ QUIZ = """
 from fastlm.train.environments import Environment
 
 class Quiz(Environment):
-    stop = ("e", "a")
+    stop = ("e", "a", "\\n")
 
     def __init__(self):
         self.count = 0
@@ -552,7 +553,8 @@ SMALL = {
 
 def test_grpo_in_an_environment_continues_to_the_same_bits(base, data, tmp_path) -> None:
     (tmp_path / "quiz.py").write_text(QUIZ)
-    stage = GRPO(data=(data,), environment=f"{tmp_path}/quiz.py:Quiz", **SMALL)
+    settings = SMALL | {"sample_at": (0.0, 1.0), "sample_tokens": 60}
+    stage = GRPO(data=(data,), environment=f"{tmp_path}/quiz.py:Quiz", **settings)
     stage(tmp_path / "whole", model=base)
 
     def press(event):
@@ -565,6 +567,9 @@ def test_grpo_in_an_environment_continues_to_the_same_bits(base, data, tmp_path)
     metrics = metrics_of(tmp_path / "whole")
     assert metrics_of(tmp_path / "cut") == metrics
     assert weights_of(tmp_path / "cut") == weights_of(tmp_path / "whole")
+    samples = [line["sample"] for line in metrics if "sample" in line]
+    assert len(samples) == 2
+    assert all("\n[user] no\n[assistant] " in sample for sample in samples), samples
     steps = [line for line in metrics if "loss" in line]
     assert max(line["turns"] for line in steps) > 1 and max(line["score"] for line in steps) > 0
     with pytest.raises(InputError, match="got another: environment was"):
@@ -573,11 +578,11 @@ def test_grpo_in_an_environment_continues_to_the_same_bits(base, data, tmp_path)
 
 
 def test_ppo_with_a_tool(base, data, tmp_path) -> None:
-    settings = SMALL | {"max_steps": 2, "max_length": 3000, "beta": 0.1}
+    settings = SMALL | {"max_steps": 2, "max_length": 3000, "beta": 0.1, "sample_prompt": "what"}
     wide = make_base(tmp_path / "model", max_position_embeddings=4096)
     stage = PPO(data=(data,), environment="calculator", reward_function="contains", **settings)
     result = stage(tmp_path / "out", model=wide)
-    assert result["steps"] == 2
+    assert result["steps"] == 2 and result["prompt"] == "what"
     (line, _) = [line for line in metrics_of(tmp_path / "out") if "loss" in line]
     assert line["turns"] == 1  # an untrained model calls nothing
 
