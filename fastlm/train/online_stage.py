@@ -66,7 +66,7 @@ class OnlineStage(LoraOptions, RolloutOptions, ChatStage):
     `fastlm.train.online.OnlineObjective`.
     """
 
-    version = 4
+    version = 5
     truncations: ClassVar[tuple[str, ...]] = ("skip",)
     sources_in: ClassVar[tuple[str, ...]] = ("data", "search_corpus")
     row_name: ClassVar[str] = "prompts"

@@ -639,6 +639,17 @@ def test_dynamic_sampling_is_bounded(bound, drawn) -> None:
     assert game.completions == plain.completions and not game.columns["advantages"].any()
 
 
+def test_dynamic_sampling_ignores_the_overlong_penalty() -> None:
+    """A group whose scores differ by its lengths alone is replaced."""
+    rules = replace(RULES, overlong_tokens=3)
+    game = objective("dapo", rules, score=lambda _, answers: [0.1] * len(answers),
+                     group={"dynamic_sampling": 1})  # fmt: skip
+    game.next_batches(1)
+    assert game.columns["advantages"].any()  # those of the penalty
+    assert game.round_metrics["informative_groups"] == 0
+    assert game.round_metrics["prompts_drawn"] == 6
+
+
 def test_the_last_measurement_draws_no_further_prompts() -> None:
     game = objective("dapo", score=starts_with_seven, group={"dynamic_sampling": 9})
     game.next_batches(1)
