@@ -599,11 +599,13 @@ class Lookup(Search):
     def step(self, text):
         if len(self.results) == 2:
             return None
-        self.results.append(self.call("search", {"query": "what is a river"}))
+        call = '{"name": "search", "arguments": {"query": "what is a river"}}'
+        self.results.append(super().step(f"{text}<tool_call>{call}</tool_call>"))
         return self.results[-1]
 
     def reward(self):
-        return sum("river" in result for result in self.results)
+        return sum(result == "[a.txt] a river is water\\n[b.txt] a stone is hard"
+                   for result in self.results)
 """
 
 
