@@ -104,7 +104,9 @@ def _template(registry: Registry, kinds: Kinds) -> Any:
 
 
 def _kind(record: RunRecord, kinds: Kinds) -> type[Stage]:
-    return kinds.get(record.entry.kind, Stage)
+    """Return the class of the stage that made the outputs."""
+    stage = kinds.get(record.entry.kind, Stage)
+    return kinds.get(str(record.entry.options.get(stage.kind_in)), stage)
 
 
 def _facts(table: Mapping[str, Any]) -> str:

@@ -188,6 +188,7 @@ class Stage:
         sources_in: the options that name sources of text or rows.
         settings_in: the options that name a file of settings, "TABLE.KEY" of one in a table. A
             recipe looks for it in its own folder.
+        kind_in: the option that names the kind of stage that makes its outputs.
         instructs: its model follows instructions, says a model card.
         card_section: the section of a model card that has its scores.
         writes_objects: its folder may be on object storage (``s3://``).
@@ -205,6 +206,7 @@ class Stage:
     unused: ClassVar[tuple[str, ...]] = ()
     sources_in: ClassVar[tuple[str, ...]] = ()
     settings_in: ClassVar[tuple[str, ...]] = ()
+    kind_in: ClassVar[str] = ""
     instructs: ClassVar[bool] = False
     __pydantic_config__: ClassVar[dict[str, Any]] = {"allow_inf_nan": False}  # of options
     card_section: ClassVar[str] = "Evaluation"

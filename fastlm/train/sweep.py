@@ -100,11 +100,12 @@ class Sweep(Stage):
     inputs = _inputs()
     outputs = {"model": MODEL}
     checkpoints = (RUNS,)
-    result = {"metric": str, "best": dict, "values": list, "runs": list}
+    result = {"metric": str, "best": str, "values": list, "runs": list}
     notes = """The tables are inline tables of TOML: fastlm sweep sft --model base --options
 '{data = ["chats.jsonl"], max_steps = 100}' --grid '{lr = [1e-4, 3e-4]}' --seeds 0,1,2 -o out"""
     sources_in = ("data",)
     settings_in = tuple(f"{t}.{key}" for t in ("options", "grid") for key in SETTINGS)
+    kind_in = "training"
 
     training: Annotated[str, Positional(f"Run this training: {', '.join(TRAININGS)}")]
     options: Annotated[dict[str, Any], "Give every run these options, a table"] = field(
@@ -246,7 +247,7 @@ class Sweep(Stage):
             "metric": self.metric_name,
             "greater_is_better": self.greater_is_better,
             self.metric_name: summaries[best].mean,
-            "best": {k: best_row[k] for k in ("name", "values", "seed")},
+            "best": best_row["name"],
             "values": [
                 {"values": values, "diverged": failed, **asdict(summary)}
                 for values, failed, summary in zip(self.combinations(), failures, summaries)
@@ -308,7 +309,7 @@ class Sweep(Stage):
         return row | {"score": score, "curve": _curve(folder, name)}
 
     def summary(self, result: Mapping[str, Any], ctx: StageContext) -> str:
-        best = result["best"]
+        best = best_run(result)
         row = next(row for row in result["values"] if row["values"] == best["values"])
         parts = [f"{values_text(row['values'])}: {result['metric']} {mean_text(row)}"]
         if len(result["values"]) > 1:
@@ -336,8 +337,7 @@ class Sweep(Stage):
         for row in result["runs"]:
             if "curve" in row:
                 curves.setdefault(values_text(row["values"]), []).append(row["curve"])
-        best, name = result["best"], result["metric"]
-        score = next(row["score"] for row in result["runs"] if row["name"] == best["name"])
+        best, name = best_run(result), result["metric"]
         better = "higher" if result["greater_is_better"] else "lower"
         return ReportSection(
             f"Sweep of {self.training}",
@@ -346,7 +346,7 @@ class Sweep(Stage):
             " the best value; its own score is the best of several, so measure it on other data.",
             facts={
                 "seeds": ", ".join(map(str, self.seeds)),
-                "best run": f"{best['name']}, {name} {score:.4f}",
+                "best run": f"{best['name']}, {name} {best['score']:.4f}",
                 **{f"{row['name']} diverged": row["error"] for row in result["runs"]
                    if "error" in row},
             },
@@ -355,6 +355,11 @@ class Sweep(Stage):
             template="sweep.html.jinja",
             values={"metric": name, "rows": [cells(row) for row in result["values"]]},
         )  # fmt: skip
+
+
+def best_run(result: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the entry of the run whose model is the output."""
+    return next(row for row in result["runs"] if row["name"] == result["best"])
 
 
 def _each_once(name: str, values: Sequence[Any]) -> None:

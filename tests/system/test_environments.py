@@ -6,6 +6,7 @@ import json
 import os
 import re
 import signal
+import sys
 from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,6 +21,7 @@ from fastlm.errors import InputError
 from fastlm.inference.requests import Completion, Request, TokenLogprob
 from fastlm.inference.sampling import Sampling
 from fastlm.model.causal_lm import CausalLM
+from fastlm.sources.input_digest import InputDigest
 from fastlm.tokenizer.tokenizer import Tokenizer
 from fastlm.train import episodes as episodes_module
 from fastlm.train.encoding import chat_tokenizer
@@ -28,6 +30,7 @@ from fastlm.train.environments import (
     Calculator,
     Environment,
     PythonInterpreter,
+    Search,
     ToolEnvironment,
     calculate,
     load_environment,
@@ -45,6 +48,7 @@ from fastlm.train.rollouts import (
     sample_completions,
     sampled_mask,
 )
+from fastlm.train.search import PASSAGE_CHARACTERS, Passage, SearchIndex
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -190,10 +194,30 @@ def test_the_python_tool_runs_in_the_sandbox() -> None:
     assert run(3) == "Error: code: expected a text, got 3"
 
 
+def test_the_search_tool_returns_passages() -> None:
+    texts = [f"{word} " * 2 + "x" * (PASSAGE_CHARACTERS - 20) for word in WORDS]
+    passages = [Passage(f"notes.jsonl:{i}", text) for i, text in enumerate(texts * 4, 1)]
+    environment = Search.with_index(SearchIndex(passages))
+
+    def run(query) -> str:
+        call = {"name": "search", "arguments": {"query": query}}
+        return environment().step(f"<tool_call>{json.dumps(call)}</tool_call>") or ""
+
+    results = run(f"what is a {WORDS[1]}?").split("\n")
+    numbers = [2, 2 + len(WORDS), 2 + 2 * len(WORDS)]  # of four equal ones, the first three
+    assert results == [f"[notes.jsonl:{n}] {texts[1]}" for n in numbers]
+    assert sum(map(len, results)) < MAX_OBSERVATION
+    assert run("unknown") == "(no results)"
+    assert run("?") == "Error: query: expected words, got '?'"
+    assert run(3) == "Error: query: expected a text of at most 400 characters, got 3"
+    assert run("a " * 300).startswith("Error: query: expected a text of at most 400 characters")
+    assert not hasattr(Search, "index")  # another training may have another corpus
+
+
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("abacus", "environment: expected one of calculator, python, file.py:class or module"),
+        ("abacus", "environment: expected one of calculator, python, search, file.py:class or"),
         ("nowhere.py:Quiz", "environment: expected a file, got none at nowhere.py"),
         ("json:Quiz", "environment: expected a class Quiz in json, got none"),
         ("json:JSONDecoder", "environment: expected a subclass of .*Environment, got json:JSOND"),
@@ -311,6 +335,7 @@ def test_a_call_and_the_answer(tokenizer, policy, monkeypatch) -> None:
     observation = ids[~sampled_mask(episode)].tolist()
     assert observation == tokenizer.encode_reply({"role": "tool", "content": "408"})
     assert (episode.text, episode.finish_reason) == ("it is 408", "stop")
+    assert episode.transcript == f"{CALL}\n[tool] 408\n[assistant] it is 408"
     first, second = engine.requests
     calls = len(tokenizer.encode(CALL)) + len(observation)
     assert second.prompt == [*first.prompt, *episode.token_ids[:calls]]  # a prefix, never changed
@@ -499,7 +524,7 @@ QUIZ = """
 from fastlm.train.environments import Environment
 
 class Quiz(Environment):
-    stop = ("e", "a")
+    stop = ("e", "a", "\\n")
 
     def __init__(self):
         self.count = 0
@@ -528,7 +553,8 @@ SMALL = {
 
 def test_grpo_in_an_environment_continues_to_the_same_bits(base, data, tmp_path) -> None:
     (tmp_path / "quiz.py").write_text(QUIZ)
-    stage = GRPO(data=(data,), environment=f"{tmp_path}/quiz.py:Quiz", **SMALL)
+    settings = SMALL | {"sample_at": (0.0, 1.0), "sample_tokens": 60}
+    stage = GRPO(data=(data,), environment=f"{tmp_path}/quiz.py:Quiz", **settings)
     stage(tmp_path / "whole", model=base)
 
     def press(event):
@@ -541,6 +567,9 @@ def test_grpo_in_an_environment_continues_to_the_same_bits(base, data, tmp_path)
     metrics = metrics_of(tmp_path / "whole")
     assert metrics_of(tmp_path / "cut") == metrics
     assert weights_of(tmp_path / "cut") == weights_of(tmp_path / "whole")
+    samples = [line["sample"] for line in metrics if "sample" in line]
+    assert len(samples) == 2
+    assert all("\n[user] no\n[assistant] " in sample for sample in samples), samples
     steps = [line for line in metrics if "loss" in line]
     assert max(line["turns"] for line in steps) > 1 and max(line["score"] for line in steps) > 0
     with pytest.raises(InputError, match="got another: environment was"):
@@ -549,13 +578,85 @@ def test_grpo_in_an_environment_continues_to_the_same_bits(base, data, tmp_path)
 
 
 def test_ppo_with_a_tool(base, data, tmp_path) -> None:
-    settings = SMALL | {"max_steps": 2, "max_length": 3000, "beta": 0.1}
+    settings = SMALL | {"max_steps": 2, "max_length": 3000, "beta": 0.1, "sample_prompt": "what"}
     wide = make_base(tmp_path / "model", max_position_embeddings=4096)
     stage = PPO(data=(data,), environment="calculator", reward_function="contains", **settings)
     result = stage(tmp_path / "out", model=wide)
-    assert result["steps"] == 2
+    assert result["steps"] == 2 and result["prompt"] == "what"
     (line, _) = [line for line in metrics_of(tmp_path / "out") if "loss" in line]
     assert line["turns"] == 1  # an untrained model calls nothing
+
+
+LOOKUP = """
+from fastlm.train.environments import Search
+
+class Lookup(Search):
+    stop = ("e", "a")
+
+    def __init__(self):
+        self.results = []
+
+    def step(self, text):
+        if len(self.results) == 2:
+            return None
+        call = '{"name": "search", "arguments": {"query": "what is a river"}}'
+        self.results.append(super().step(f"{text}<tool_call>{call}</tool_call>"))
+        return self.results[-1]
+
+    def reward(self):
+        return sum(result == "[a.txt] a river is water\\n[b.txt] a stone is hard"
+                   for result in self.results)
+"""
+
+
+def test_grpo_with_a_corpus(data, tmp_path) -> None:
+    """A class of the user's searches; the corpus is a part of what the training depends on."""
+    (tmp_path / "lookup.py").write_text(LOOKUP)
+    corpus = tmp_path / "notes"
+    corpus.mkdir()
+    (corpus / "a.txt").write_text("a river is water")
+    (corpus / "b.txt").write_text("a stone is hard")
+    stage = GRPO(
+        data=(data,), environment=f"{tmp_path}/lookup.py:Lookup", search_corpus=(str(corpus),),
+        **SMALL | {"max_steps": 2, "max_new_tokens": 200},
+    )  # fmt: skip
+    wide = make_base(tmp_path / "model", max_position_embeddings=4096)
+    result = stage(tmp_path / "out", model=wide)
+    assert result["steps"] == 2
+    (line, _) = [line for line in metrics_of(tmp_path / "out") if "loss" in line]
+    assert line["turns"] > 1 and line["score"] > 0
+
+    def digest() -> str:
+        record = InputDigest(tmp_path / "sources.json", cache=tmp_path)
+        return json.dumps(stage.digest_inputs(record))
+
+    before = digest()
+    (corpus / "b.txt").write_text("a stone is heavy")
+    assert digest() != before
+    with pytest.raises(InputError, match="got another: environment was"):
+        replace(stage, max_steps=4)(tmp_path / "out", model=wide)
+    (corpus / "a.txt").write_text("...")
+    (corpus / "b.txt").write_text("...")
+    with pytest.raises(InputError, match="search_corpus: expected documents with words, got none"):
+        stage(tmp_path / "empty", model=wide)
+
+
+def test_refused_corpora(base, data, tmp_path, monkeypatch) -> None:
+    (tmp_path / "quiz.py").write_text(QUIZ)
+    stage = GRPO(data=(data,), environment="search", reward_function="exact", **SMALL)
+    notes = {"search_corpus": (data,)}
+    for changes, message in (
+        ({}, "search_corpus: expected at least one source for the environment search, got none"),
+        (notes | {"environment": "calculator"}, "environment: expected search for .*got calculat"),
+        (notes | {"environment": ""}, "environment: expected search for search_corpus, got none"),
+        (notes | {"environment": f"{tmp_path}/quiz.py:Quiz"}, "environment: .*search.*got .*Quiz"),
+        ({"search_corpus": (f"{tmp_path}/none",)}, "source .*none: expected a path"),
+    ):
+        with pytest.raises(InputError, match=message):
+            replace(stage, **changes)(tmp_path / "out", model=base)
+    monkeypatch.setitem(sys.modules, "bm25s", None)
+    with pytest.raises(InputError, match="environment: expected the package bm25s"):
+        replace(stage, **notes).check()
 
 
 def test_refused(base, data, tmp_path) -> None:

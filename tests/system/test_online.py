@@ -30,7 +30,7 @@ from fastlm.train.online import Rollouts, repetition_rate
 from fastlm.train.online_objectives import GRPOObjective, PPOObjective, build_value_model
 from fastlm.train.online_stage import GRPO, PPO
 from fastlm.train.options import LOSS_TYPES, GRPOOptions, PPOOptions, RolloutOptions, TrainOptions
-from fastlm.train.rollouts import IGNORE, pack_rollouts, sample_completions
+from fastlm.train.rollouts import IGNORE, Episode, pack_rollouts, sample_completions
 
 END, BOS, WORDS = 0, 1, 8
 KINDS = ("ppo", *LOSS_TYPES)
@@ -561,8 +561,13 @@ def test_the_first_round_is_on_the_reference() -> None:
 
 
 def test_monitors() -> None:
-    assert repetition_rate([1, 2, 3]) == 0
-    assert repetition_rate([1, 2, 3, 4] * 3) == pytest.approx(5 / 9)  # 9 grams, 4 different
+    assert repetition_rate(Completion([1, 2, 3])) == 0
+    rate = repetition_rate(Completion([1, 2, 3, 4] * 3))
+    assert rate == pytest.approx(5 / 9)  # 9 grams, 4 different
+    ids = [1, 2, 3, 4, *[7] * 9, 1, 2, 3, 4, 5]
+    assert repetition_rate(Episode(ids, observation_indices=[*range(4, 13)])) == pytest.approx(
+        1 / 3
+    )
     assert correlation([1.0, 2.0], [3.0, 3.0]) is None
     assert correlation(np.array([1.0, 2.0, 3.0]), np.array([2.0, 4.0, 6.0])) == pytest.approx(1)
 
@@ -632,6 +637,17 @@ def test_dynamic_sampling_is_bounded(bound, drawn) -> None:
     assert game.round_metrics.get("prompts_drawn") == drawn
     assert game.round_metrics["informative_groups"] == 0
     assert game.completions == plain.completions and not game.columns["advantages"].any()
+
+
+def test_dynamic_sampling_ignores_the_overlong_penalty() -> None:
+    """A group whose scores differ by its lengths alone is replaced."""
+    rules = replace(RULES, overlong_tokens=3)
+    game = objective("dapo", rules, score=lambda _, answers: [0.1] * len(answers),
+                     group={"dynamic_sampling": 1})  # fmt: skip
+    game.next_batches(1)
+    assert game.columns["advantages"].any()  # those of the penalty
+    assert game.round_metrics["informative_groups"] == 0
+    assert game.round_metrics["prompts_drawn"] == 6
 
 
 def test_the_last_measurement_draws_no_further_prompts() -> None:

@@ -186,6 +186,17 @@ def test_a_card_says_what_is_recorded(runs):
     assert "expected a model, got data" in message
 
 
+@pytest.mark.parametrize(("training", "instructed"), [("pretrain", False), ("sft", True)])
+def test_the_model_of_a_sweep_is_that_of_its_training(runs, training, instructed):
+    path = runs / "one/stages.json"
+    table = json.loads(path.read_text())
+    table["stages"]["pretrain"] |= {"kind": "sweep", "options": {"training": training}}
+    path.write_text(json.dumps(table))
+    (runs / INDEX).unlink(missing_ok=True)  # has the record from before
+    text = card(open_registry([runs]), open_registry([runs]).find_one("one"), kinds=KINDS)
+    assert ("not tuned to follow instructions" not in text) == instructed
+
+
 def test_a_card_escapes_what_it_shows(runs):
     path = runs / "one/stages.json"
     table = json.loads(path.read_text())

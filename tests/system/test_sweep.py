@@ -16,6 +16,8 @@ from typer.testing import CliRunner
 
 from fastlm.cli import app
 from fastlm.errors import InputError
+from fastlm.pipeline.record import StageRecords, scores
+from fastlm.schema import read_document
 from fastlm.stages import parse_recipe, run_recipe
 from fastlm.train.objective import DivergedError
 from fastlm.train.sft import SFT, SFTObjective
@@ -147,7 +149,7 @@ def test_the_best_value_and_its_best_run_are_the_output(finished):
     assert fast["mean"] == pytest.approx((scores["lr=0.01,seed=0"] + scores["lr=0.01,seed=1"]) / 2)
     assert fast["mean"] < slow["mean"] and result["val_loss"] == fast["mean"]
     best = min(("lr=0.01,seed=0", "lr=0.01,seed=1"), key=scores.__getitem__)
-    assert result["best"]["name"] == best
+    assert result["best"] == best
     assert preference_models.weights_of(out) == preference_models.weights_of(out / "runs" / best)
 
 
@@ -390,6 +392,8 @@ def test_the_command(base, chats, tmp_path):
     mean = f"{entry['result']['val_loss']:.4f}"
     assert f"lr = 0.001: val_loss {mean} ± " in done.stdout.replace("\n", " ")
     assert entry["kind"] == "sweep" and "model" in entry["provenance"]["ids"]
+    record = read_document(tmp_path / "out" / "record.json", StageRecords).stages["."]
+    assert scores(record) == {"val_loss": entry["result"]["val_loss"]}  # no seed, no lr
     sources = [source["spec"] for source in entry["provenance"]["sources"]]
     assert sources == [str(tmp_path / "pairs.jsonl")]
     wrong = CliRunner().invoke(app, [*words[:4], "--options", "{lr = 'x'}", *words[-2:]])
