@@ -69,6 +69,12 @@ def _generate_chunks(
                 tools = question.prompt.tools
                 options: dict[str, Any] = {} if tools is None else {"tools": tools}
                 ids = tokenizer.encode_chat(messages, **options)
+                if before and len(ids) >= engine.context_limit:
+                    raise InputError(
+                        "max_new_tokens: expected answers that leave the next turn within the"
+                        f" {engine.context_limit:,} tokens of the context, got a conversation of"
+                        f" {len(ids):,} before turn {turn + 1}"
+                    )
                 answer_seed = request_seed(seed, prompt_key(messages), i)
                 requests.append(
                     Request(ids, max_new_tokens, Sampling(temperature), seed=answer_seed)

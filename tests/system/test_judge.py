@@ -866,9 +866,11 @@ max_reason_tokens = 3
     call("run", recipe, "--out", tmp_path / "run")
     table = json.loads((tmp_path / "run/judge/scores.json").read_text())
     assert table["items"] == 1 and table["judge"]["model"] != table["ids"][0]["id"]
-    stages = json.loads((tmp_path / "run/stages.json").read_text())
-    text = json.dumps(stages)
-    assert '"judge": ["small"]' in text
+    record = (tmp_path / "run/stages.json").read_text()
+    assert json.loads(record)["stages"]["judge"]["inputs"]["judge"] == ["small"]
+    # the card of the judge has no results of the model that it judged
+    call("runs", "card", "run/small", "--in", tmp_path, "-o", tmp_path / "card.md")
+    assert "confidence" not in (tmp_path / "card.md").read_text()
 
 
 # ---- conversations of several turns
@@ -921,6 +923,14 @@ def test_the_answer_to_a_turn_depends_only_on_its_conversation(model):
         return [[c.text for c in turns] for chunk in chunks for turns in chunk]
 
     assert answers(questions) == [*answers(questions[:1]), *answers(questions[1:])]
+
+
+def test_a_conversation_beyond_the_context_is_refused(model, tmp_path):
+    data = write(tmp_path / "q.jsonl", {"turns": ["what", "stone " * 2000]})
+    refused(
+        "judge", "--judge", model, "-m", model, "--data", data, "--max-new-tokens", 2,
+        text="max_new_tokens: expected answers that leave the next turn within the 2,048 tokens",
+    )  # fmt: skip
 
 
 def test_the_judge_reads_the_conversation_and_the_reference(model, tmp_path):

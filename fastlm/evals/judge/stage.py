@@ -97,8 +97,8 @@ class JudgeAnswers(Stage):
     ] = ()
     data: Annotated[
         tuple[str, ...],
-        "Ask the models these prompts, as for ppo, or questions of several turns;"
-        " questions:two-turn is a set",
+        "Ask the models these prompts, as for ppo, or conversations: rows with turns, or the set"
+        " questions:two-turn",
     ] = ()
     limit: Annotated[
         int,
