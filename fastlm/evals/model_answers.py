@@ -52,8 +52,8 @@ def _generate_chunks(
     track: Callable,
 ) -> Iterator[list[list[Completion]]]:
     """Yield the answers to each chunk of questions: a list per conversation, one answer per turn.
-    The request of a later turn has the model's own earlier answers, which are in the prefix
-    cache of the engine.
+    The request of a later turn has the model's own earlier answers. It begins with the prompt of
+    the turn before, which is in the engine's prefix cache.
     """
     loaded_model, tokenizer = load_model(model)
     engine = Engine(loaded_model, tokenizer)

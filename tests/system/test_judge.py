@@ -24,6 +24,7 @@ from fastlm.evals.judge.model_judge import ModelJudge
 from fastlm.evals.judge.rubric import GRADES, Rubric
 from fastlm.evals.judge.stage import JudgeAnswers
 from fastlm.feedback.gate_metrics import read_scores, scores_of
+from fastlm.inference.block_manager import BLOCK_SIZE
 from fastlm.inference.engine import Engine
 from fastlm.model.load import load_model
 from fastlm.pipeline.execution_plan import fingerprints
@@ -876,22 +877,21 @@ max_reason_tokens = 3
 # ---- conversations of several turns
 
 TWO = {"turns": ["please what is stone", "now the tree"], "category": "stem"}
+LONG = ["a " * 80, "b", "c"]
 
 
 def test_the_second_turn_follows_the_models_own_answer(model, monkeypatch):
-    """Each request is the conversation so far, with the answer that the model gave before. The
-    engine computes only what is new."""
-    questions = [parse_chat_question({**TWO, "system": "be brief"}), parse_chat_question(
-        {"turns": ["what"]}), parse_chat_question({"turns": ["a", "b", "c"]})]  # fmt: skip
-    calls, generate = [], Engine.generate
+    """Each request is the conversation so far, with the answer that the model gave before."""
+    rows = ({**TWO, "system": "be brief"}, {"turns": ["what"]}, {"turns": LONG})
+    questions = [parse_chat_question(row) for row in rows]
+    calls, cached, generate = [], [], Engine.generate
 
     def listen(self, requests, **others):
         calls.append([list(request.prompt) for request in requests])
         completions = generate(self, requests, **others)
-        engines.append(self)
+        cached.append(self.stats().cached_tokens)
         return completions
 
-    engines = []
     monkeypatch.setattr(Engine, "generate", listen)
     (chunk,) = model_answers._generate_chunks(
         model, [questions], num_generations=2, max_new_tokens=20, temperature=0.7, seed=3,
@@ -900,7 +900,7 @@ def test_the_second_turn_follows_the_models_own_answer(model, monkeypatch):
     texts = [[completion.text for completion in answers] for answers in chunk]
     assert [len(answers) for answers in texts] == [2, 2, 1, 1, 3, 3] and texts[0] != texts[1]
     _, tokenizer = load_model(model)
-    user = [{"role": "user", "content": text} for text in ("a", "b", "c")]
+    user = [{"role": "user", "content": text} for text in LONG]
     answers = [{"role": "assistant", "content": text} for text in texts[4]]
     third = [user[0], answers[0], user[1], answers[1], user[2]]
     second = [
@@ -911,7 +911,10 @@ def test_the_second_turn_follows_the_models_own_answer(model, monkeypatch):
     assert calls[0][4] == tokenizer.encode_chat(user[:1])
     assert calls[1][1] == tokenizer.encode_chat(second)
     assert calls[2][0] == tokenizer.encode_chat(third)
-    assert engines[0].stats().cached_tokens > 0
+    # full blocks of the prompt of the turn before are not computed again
+    for turn, before in ((1, [calls[0][i] for i in (0, 1, 4, 5)]), (2, calls[1][2:])):
+        expected = sum(len(prompt) // BLOCK_SIZE * BLOCK_SIZE for prompt in before)
+        assert cached[turn] - cached[turn - 1] >= expected >= 2 * BLOCK_SIZE
 
 
 def test_the_answer_to_a_turn_depends_only_on_its_conversation(model):
