@@ -193,6 +193,7 @@ if __name__ == "__main__":  # tests/support/kernel_build.py imports this file
         package_data={
             "fastlm.data": ["*.toml"],
             "fastlm.data.consent": ["*.toml"],
+            "fastlm.evals": ["*.jsonl"],
             "fastlm.evals.safety": ["*.toml"],
             "fastlm.pipeline": ["*.jinja"],
             "fastlm.pipeline.parts": ["*.jinja"],

@@ -6,8 +6,10 @@ from typing import Any
 
 from typing_extensions import TypedDict
 
+from fastlm.data.conversations import prompt_key
 from fastlm.data.prompts import Prompt
 from fastlm.errors import InputError
+from fastlm.evals.chat_questions import ChatQuestion
 from fastlm.evals.results import RecordFile
 from fastlm.inference.engine import Engine
 from fastlm.inference.requests import Completion, Request, request_seed
@@ -15,7 +17,7 @@ from fastlm.inference.sampling import Sampling
 from fastlm.model.load import load_model
 from fastlm.progress import silent
 
-CHUNK = 64  # prompts whose answers are stored at once
+CHUNK = 64  # questions whose answers are stored at once
 
 
 def generate_answers(
@@ -31,68 +33,87 @@ def generate_answers(
     """Return ``num_generations`` answers to each prompt, those to one prompt together. An answer
     depends only on model, prompt and seed.
     """
+    questions = [ChatQuestion(prompt) for prompt in prompts]
     chunks = _generate_chunks(
-        model, [prompts], num_generations=num_generations, max_new_tokens=max_new_tokens,
+        model, [questions], num_generations=num_generations, max_new_tokens=max_new_tokens,
         temperature=temperature, seed=seed, track=track,
     )  # fmt: skip
-    return [completion for chunk in chunks for completion in chunk]
+    return [completion for chunk in chunks for (completion,) in chunk]
 
 
 def _generate_chunks(
     model: str | Path,
-    chunks: Sequence[Sequence[Prompt]],
+    chunks: Sequence[Sequence[ChatQuestion]],
     *,
     num_generations: int,
     max_new_tokens: int,
     temperature: float,
     seed: int,
     track: Callable,
-) -> Iterator[list[Completion]]:
-    """Yield the answers to each chunk of prompts."""
+) -> Iterator[list[list[Completion]]]:
+    """Yield the answers to each chunk of questions: a list per conversation, one answer per turn.
+    The request of a later turn has the model's own earlier answers. It begins with the prompt of
+    the turn before, which is in the engine's prefix cache.
+    """
     loaded_model, tokenizer = load_model(model)
     engine = Engine(loaded_model, tokenizer)
-    count = num_generations * sum(map(len, chunks))
+    count = num_generations * sum(1 + len(q.turns) for chunk in chunks for q in chunk)
     bar = iter(track(range(count), "answering", unit="answers"))
-    for prompts in chunks:
-        requests = []
-        for prompt in prompts:
-            tools: dict[str, Any] = {} if prompt.tools is None else {"tools": prompt.tools}
-            ids = tokenizer.encode_chat(prompt.messages, **tools)
-            for i in range(num_generations):
-                answer_seed = request_seed(seed, prompt.key(), i)
+    for questions in chunks:
+        answers = [(q, i, []) for q in questions for i in range(num_generations)]
+        for turn in range(1 + max(len(q.turns) for q in questions)):
+            remaining = [entry for entry in answers if turn <= len(entry[0].turns)]
+            requests = []
+            for question, i, before in remaining:
+                messages = question.messages([completion.text for completion in before])
+                tools = question.prompt.tools
+                options: dict[str, Any] = {} if tools is None else {"tools": tools}
+                ids = tokenizer.encode_chat(messages, **options)
+                if before and len(ids) >= engine.context_limit:
+                    raise InputError(
+                        "max_new_tokens: expected answers that leave the next turn within the"
+                        f" {engine.context_limit:,} tokens of the context, got a conversation of"
+                        f" {len(ids):,} before turn {turn + 1}"
+                    )
+                answer_seed = request_seed(seed, prompt_key(messages), i)
                 requests.append(
                     Request(ids, max_new_tokens, Sampling(temperature), seed=answer_seed)
                 )
-        completions = engine.generate(requests, on_completion=lambda _: next(bar, None))
-        if errors := [c.error for c in completions if c.error]:
-            raise InputError(f"{model}: expected a model that answers, got: {errors[0]}")
-        yield completions
+            completions = engine.generate(requests, on_completion=lambda _: next(bar, None))
+            if errors := [c.error for c in completions if c.error]:
+                raise InputError(f"{model}: expected a model that answers, got: {errors[0]}")
+            for (_, _, before), completion in zip(remaining, completions, strict=True):
+                before.append(completion)
+        yield [completions for _, _, completions in answers]
     next(bar, None)
 
 
 class AnswerRecord(TypedDict):
-    text: str
+    """The answers of a conversation, one per turn."""
+
+    texts: list[str]
 
 
 def read_or_generate(
     path: Path,
     metadata: Mapping[str, Any],
     model: Path,
-    prompts: Sequence[Prompt],
+    questions: Sequence[ChatQuestion],
     *,
     num_generations: int,
     **options: Any,
-) -> list[str]:
-    """Return the texts of `generate_answers`. They are stored in the file ``path`` in chunks, and
-    those that it has are not generated again. ``metadata``: what they depend on. ``options``: those
-    of `generate_answers`."""
-    count, size = len(prompts) * num_generations, CHUNK * num_generations
+) -> list[list[str]]:
+    """Return ``num_generations`` conversations per question, those of one question together: the
+    model's answer to each turn. They are stored in the file ``path`` in chunks, and those that it
+    has are not generated again. ``metadata``: what they depend on. ``options``: those of
+    `generate_answers`."""
+    count, size = len(questions) * num_generations, CHUNK * num_generations
     with RecordFile(path, metadata, AnswerRecord) as file:
         if starts := file.remaining_chunks(count, size):
             firsts = [start // num_generations for start in starts]
-            chunks = [prompts[first : first + CHUNK] for first in firsts]
+            chunks = [questions[first : first + CHUNK] for first in firsts]
             for answers in _generate_chunks(
                 model, chunks, num_generations=num_generations, **options
             ):
-                file.add([{"text": answer.text} for answer in answers])
-        return [record["text"] for record in file.records]
+                file.add([{"texts": [answer.text for answer in turns]} for turns in answers])
+        return [record["texts"] for record in file.records]

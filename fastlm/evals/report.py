@@ -297,13 +297,17 @@ def _judge_scores(result: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def judge_summary(result: Mapping[str, Any]) -> str:
-    """Return the first score, with what is known of the judge's error."""
-    name, score = next(iter(_judge_scores(result).items()))
+    """Return the first score, with what is known of the judge's error, and the mean grade."""
+    scores = _judge_scores(result)
+    name, score = next(iter(scores.items()))
     line = f"{score['description']}: {number(score, score['value'])} ({interval(score)})"
     if name == "win_rate":
         return f"{line} of {score['n']:,}"
     state = "corrected for the judge's error" if score["corrected"] else "not corrected"
-    return f"{line} of {score['n']:,}, {state}"
+    line += f" of {score['n']:,}, {state}"
+    if grade := scores.get("grade"):
+        line += f"; mean grade: {number(grade, grade['value'])} ({interval(grade)})"
+    return line
 
 
 def judge_blocks(result: Mapping[str, Any]) -> Blocks:
@@ -347,8 +351,12 @@ def _accuracy(error: Mapping[str, Any], field: str) -> tuple[str, str, str]:
 
 
 def judge_part(result: Mapping[str, Any], grades: Path) -> ReportSection:
-    score = next(iter(_judge_scores(result).values()))
-    cards = [(number(score, score["value"]), score["description"])]
+    scores = _judge_scores(result)
+    cards = [
+        (number(score, score["value"]), score["description"])
+        for name in ("win_rate", "pass", "grade")
+        if (score := scores.get(name))
+    ]
     judge = result["judge"]
     judge_text = judge.get("address", "a model on this machine")
     note = f"Judged by {judge_text}. Read the judge's error before the scores. {grades} has grades."

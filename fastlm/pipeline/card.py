@@ -15,7 +15,7 @@ from fastlm.files import read_json
 from fastlm.pipeline.funnel import FUNNEL, Funnel
 from fastlm.pipeline.lineage import NOT_RECORDED
 from fastlm.pipeline.recipe import Kinds
-from fastlm.pipeline.record import scores
+from fastlm.pipeline.record import models_in, scores
 from fastlm.pipeline.registry import DELETED, PRESENT, SHORT, Registry, RunRecord
 from fastlm.pipeline.stage import Stage
 from fastlm.pipeline.templates import Safe, card_environment, code_span, with_front_matter
@@ -149,6 +149,8 @@ def _measured(registry: Registry, record: RunRecord) -> Iterator[tuple[RunRecord
         if stage.ids.keys() == {"scores"} and record.model in set(stage.input_ids()):
             inputs = stage.provenance.inputs.get("model", [])
             names = {read["name"] for read in inputs if read["id"] == record.model}
+            if models_in(stage.entry) and not names:
+                continue  # it is the judge, or another one to compare with
             if figures := scores(stage.entry, names):
                 yield stage, figures
 

@@ -19,7 +19,7 @@ from fastlm.pipeline.provenance import json_hash
 from fastlm.pipeline.recipe import SCHEMES, Kinds, Recipe, RecipeStep, is_outside
 from fastlm.pipeline.record import StageRecord, changed_options, file_sizes_of
 from fastlm.pipeline.run_folder import locate_model
-from fastlm.pipeline.stage import Stage, options_of
+from fastlm.pipeline.stage import Stage, is_address, options_of
 from fastlm.sources.input_digest import InputDigest
 
 
@@ -176,10 +176,13 @@ def fingerprints(recipe: Recipe, input_digest: InputDigest) -> dict[str, Fingerp
 
 def _outside(step: RecipeStep, key: str, name: str, input_digest: InputDigest) -> Any:
     """Return the state of an input from outside the run: the content of local files, the name of a
-    package.
+    package, the address of a server.
     """
-    path, types = Path(name), step.stage.inputs[key].types
+    path, spec = Path(name), step.stage.inputs[key]
+    types = spec.types
     try:
+        if spec.addresses and is_address(name):
+            return name
         if not path.exists() and name.partition(":")[0] in SCHEMES:
             return name  # the name of a package
         if {"model", "reward", "quantized"} & set(types):

@@ -88,7 +88,7 @@ class RaterTerminal(Generic[Item]):
         for message in prompt:
             parts += [Text(message["role"], style="bold"), Text(_printable_text(message)), Text()]
         for number, answer in enumerate(answers, 1):
-            text = Text("\n".join(map(_printable_text, answer)))
+            text = Text("\n".join(_answer_lines(answer)))
             parts.append(Panel(text, title=f"[b]{number}[/b]", title_align="left"))
         self.console.print(Group(*parts), width=min(WIDTH, self.console.width))
 
@@ -126,6 +126,13 @@ class RaterTerminal(Generic[Item]):
             return None
         self.done.append(self.key(item))
         return "judged"
+
+
+def _answer_lines(messages: Messages) -> list[str]:
+    """Return the texts of an answer's messages, with their roles if one is the user's."""
+    if all(message["role"] != "user" for message in messages):
+        return [*map(_printable_text, messages)]
+    return [f"{message['role']}: {_printable_text(message)}" for message in messages]
 
 
 def _printable_text(message: Mapping[str, Any]) -> str:

@@ -67,6 +67,7 @@ class InputSpec:
         default: if a recipe names no stage, the input is the last one that fits.
         flag: the letter of its short flag.
         positional: a positional argument of the command.
+        addresses: accepts also the address of a server (`is_address`).
     """
 
     types: tuple[str, ...]
@@ -76,6 +77,7 @@ class InputSpec:
     default: bool = True
     flag: str = ""
     positional: bool = False
+    addresses: bool = False
 
 
 @dataclass(frozen=True)
@@ -324,6 +326,11 @@ def options_of(cls: Any) -> list[Option]:
         default = f.default_factory() if f.default_factory is not MISSING else f.default
         options.append(Option(f.name, hint, default, text, tuple(short)))
     return options
+
+
+def is_address(source: str) -> bool:
+    """Return whether an input is the address of a server."""
+    return source.startswith(("http://", "https://"))
 
 
 def at_least_one(stage: Any, *names: str) -> None:

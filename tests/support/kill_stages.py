@@ -159,7 +159,7 @@ CASES = [
     ),
     Case(
         "judge",
-        "judge --judge base --model sft --old base --data prompts.jsonl --rubric rubric.txt"
+        "judge --judge base --model sft --old base --data turns.jsonl --rubric rubric.txt"
         " --limit 6 --max-new-tokens 6 --max-reason-tokens 4 -o {out} --json --threads 1",
         ("sft",),
     ),
@@ -229,6 +229,8 @@ def prepare(folder: Path) -> None:
     preference_models.write(
         folder / "prompts.jsonl", [{"prompt": f"what is {w}", "answer": w[0]} for w in words]
     )
+    turns = [{"turns": [f"what is {w}", "please"], "category": w[0]} for w in words]
+    preference_models.write(folder / "turns.jsonl", turns)
     preference_models.write(
         folder / "answers.jsonl",
         [{"prompt": f"what is {w}", "answers": [w, f"a {w}", "no"], "ranks": [0, 1, 2]}

@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 from sklearn.metrics import cohen_kappa_score
 
-from fastlm.data.prompts import Prompt
 from fastlm.errors import InputError
 from fastlm.evals.judge.grading import GradedItem
 from fastlm.evals.judge.items import JudgeItem, make_items, read_items
@@ -25,10 +24,11 @@ from fastlm.evals.judge.scores import judge_scores
 from fastlm.evals.judge_accuracy import JudgeAccuracy
 from fastlm.evals.report import judge_blocks
 from fastlm.stats.agreement import _kappa, cohen_kappa
-from fastlm.stats.intervals import wilson
+from fastlm.stats.intervals import mean_error, wilson
 
 PASS = Rubric.read("pass", None, 4)
 FIVE = Rubric.read("1-5", None, 4)
+TEN = Rubric.read("1-10", None)
 PAIR = Rubric.read("pair", None, 4)
 DRAWS = pytest.mark.parametrize(
     "draws", [150, pytest.param(2000, marks=pytest.mark.exhaustive)], ids=["short", "whole"]
@@ -97,7 +97,7 @@ def test_a_larger_sample_counts_answers_that_were_labelled_as_unsure():
     rng = np.random.default_rng(1)
     items, truth = simulate(rng, 200)
     first = label_order(items, PASS, 40)
-    order = random_order(truth)
+    order = [*truth]
     unsure = {g.item.id for g in first} - set(order[:20])
     assert len(unsure) == 20
     more = label_order(items, PASS, 120)
@@ -109,27 +109,33 @@ def test_a_larger_sample_counts_answers_that_were_labelled_as_unsure():
 
 def test_the_random_sample_ends_at_the_first_block_without_a_label():
     ids = [str(i) for i in range(34)]
+    labels = {id: "pass" for id in ids} | {ids[2]: None}
+    assert random_labels(ids, labels) == {id: "pass" for id in ids if id != ids[2]}
+    del labels[ids[31]]
+    assert [*random_labels(ids, labels)] == [id for id in ids[:30] if id != ids[2]]
+    del labels[ids[15]]
+    assert [*random_labels(ids, labels)] == [id for id in ids[:10] if id != ids[2]]
+    assert random_labels(ids, {}) == {}
+
+
+def test_the_random_order_is_that_of_hashes():
+    ids = [str(i) for i in range(34)]
     order = random_order(ids)
     assert order != ids and sorted(order) == sorted(ids) and random_order(ids[::-1]) == order
-    labels = {id: "pass" for id in order} | {order[2]: None}
-    assert random_labels(ids, labels) == {id: "pass" for id in order if id != order[2]}
-    del labels[order[31]]
-    assert [*random_labels(ids, labels)] == [id for id in order[:30] if id != order[2]]
-    del labels[order[15]]
-    assert [*random_labels(ids, labels)] == [id for id in order[:10] if id != order[2]]
-    assert random_labels(ids, {}) == {}
+    fewer = random_order(ids[:20])
+    assert fewer == [id for id in order if id in fewer]
 
 
 def test_half_of_the_labels_are_where_the_judge_is_least_sure():
     items = [graded(i, "pass", probability=0.5 + i / 100) for i in range(40)]
     order = [g.item.id for g in label_order(items, PASS, 20)]
-    randoms = random_order([g.item.id for g in items])
-    rest = sorted(map(int, randoms[10:]))[:10]
+    randoms = [g.item.id for g in items[:10]]
+    rest = range(10, 20)
     assert len(order) == 20
-    assert set(order) == {*randoms[:10], *map(str, rest)}
+    assert set(order) == {*randoms, *map(str, rest)}
     # each half keeps its order, so that an early end leaves a random sample
-    assert [id for id in order if id in randoms[:10]] == randoms[:10]
-    assert order[:10] != randoms[:10] and order[10:] != randoms[:10]
+    assert [id for id in order if id in randoms] == randoms
+    assert order[:10] != randoms and order[10:] != randoms
     assert len(label_order(items, PASS, 1000)) == 40
     assert label_order([graded("x", None)], PASS, 3) == []
 
@@ -201,12 +207,70 @@ def test_grades_from_1_to_5_by_hand():
     ],
 )  # fmt: skip
 def test_too_few_labels_correct_nothing(labels, missing):
-    order = random_order("0123")
     items = [graded(i, "pass" if i < 2 else "fail") for i in range(4)]
-    by_order = {order[int(i)]: label for i, label in labels.items()}
-    score = judge_scores(items, PASS, by_order, min_labels=4, confidence=0.95)["pass"]
+    score = judge_scores(items, PASS, labels, min_labels=4, confidence=0.95)["pass"]
     assert not score["corrected"] and missing in score["uncorrected"]
     assert (score["value"], score["n"]) == (0.5, 4) and ("judge" in score) == (len(labels) == 4)
+
+
+def conversations(grades):
+    """Return an item per grade, of conversations of two turns: (category, first, second)."""
+    items = []
+    for i, (category, *turns) in enumerate(grades):
+        for turn, grade in enumerate(turns, 1):
+            replies = ({"grade": grade, "reason": "", "probability": None},)
+            if isinstance(grade, tuple):
+                replies = tuple({**replies[0], "grade": g} for g in grade)
+            messages = [{"role": "user", "content": f"{i} {turn}"}]
+            item = JudgeItem(
+                f"{i} {turn}", messages, ("a", "b")[: len(replies)], category=category, turn=turn,
+                question_id=str(i),
+            )  # fmt: skip
+            items.append(GradedItem(item, replies))
+    return items
+
+
+def test_scores_of_conversations_by_hand():
+    grades = [("math", 10, 4), ("math", 8, 2), ("stem", 7, 9), ("stem", 5, None), ("", 1, 1)]
+    scores = judge_scores(conversations(grades), TEN, {}, min_labels=1, confidence=0.95)
+    values = {name: (score["value"], score["n"]) for name, score in scores.items()}
+    assert values == {
+        "pass": (4 / 9, 9), "grade": (47 / 9, 9), "grade.turn.1": (31 / 5, 5),
+        "grade.turn.2": (4.0, 4), "grade.category.math": (6.0, 4), "grade.category.stem": (7.0, 3),
+    }  # fmt: skip
+    assert scores["grade.turn.2"]["description"] == "mean grade, turn 2"
+    assert scores["grade.category.math"]["description"] == "mean grade, category math"
+    # the answers to a question are a cluster
+    values, clusters = [10, 4, 8, 2, 7, 9, 5, 1, 1], [0, 0, 1, 1, 2, 2, 3, 4, 4]
+    ends = mean_error(values, clusters=clusters).interval(0.95)
+    assert scores["grade"]["high"] == ends.high != mean_error(values).interval(0.95).high
+    # two clusters of the means 7 and 5: an error of 1 and one degree of freedom
+    category, t = scores["grade.category.math"], 12.7062047
+    ends = mean_error([10, 4, 8, 2], clusters=[0, 0, 1, 1]).interval(0.95)
+    assert (ends.low, ends.high) == pytest.approx((6 - t, 6 + t))
+    assert (category["low"], category["high"]) == (1, 10)  # within the scale
+    table = judge_blocks({
+        "models": {"a": {"scores": scores}}, "confidence": 0.95, "ungraded": 1, "items": 10,
+    })[0]  # fmt: skip
+    assert [getattr(row[0], "text", row[0]) for row in table.rows] == [*scores]
+
+
+def test_scores_of_compared_conversations_by_hand():
+    win, lose, tie = ("A", "B"), ("B", "A"), ("A", "A")
+    pairs = conversations([("math", win, lose), ("math", win, tie), ("stem", win, win)])
+    scores = judge_scores(pairs, PAIR, {}, min_labels=1, confidence=0.95)
+    values = {name: s["value"] for name, s in scores.items() if name.startswith("win_rate")}
+    assert values == pytest.approx({
+        "win_rate": 4.5 / 6, "win_rate.turn.1": 1, "win_rate.turn.2": 0.5,
+        "win_rate.category.math": 2.5 / 4, "win_rate.category.stem": 1,
+    })  # fmt: skip
+    passed = conversations([("math", "pass", "fail"), ("stem", "pass", "pass")])
+    scores = judge_scores(passed, PASS, {}, min_labels=1, confidence=0.95)
+    values = {name: score["value"] for name, score in scores.items()}
+    assert values == {
+        "pass": 0.75, "pass.turn.1": 1, "pass.turn.2": 0.5, "pass.category.math": 0.5,
+        "pass.category.stem": 1,
+    }  # fmt: skip
 
 
 def test_one_prompt_has_no_interval_of_the_mean_grade():
@@ -337,7 +401,7 @@ def test_rows_of_answers(tmp_path):
     assert first.answers == same.answers == ("I.",) and empty.answers == ("",)
     assert len({first.id, empty.id, same.id}) == 3  # a sample may have an answer twice
     assert read_items([str(path)], cache=tmp_path)[2].id == same.id
-    assert make_items([(Prompt(first.messages, {}), ("I.", "you"))])[0].id != first.id
+    assert make_items([JudgeItem("", first.messages, ("I.", "you"))])[0].id != first.id
     for row, message in (
         ({"prompt": "Who?"}, 'expected an object with a prompt and "answer"'),
         ({"prompt": "Who?", "answer": 3}, "answer: expected text, got int"),

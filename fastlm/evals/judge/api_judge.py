@@ -73,11 +73,6 @@ class _NoReply(Exception):
     """The server answers a request without a grade, or refuses this request alone."""
 
 
-def is_address(judge: str) -> bool:
-    """Return whether a judge is the address of a server."""
-    return judge.startswith(("http://", "https://"))
-
-
 class ApiJudge:
     """A server as a judge.
 

@@ -1,21 +1,20 @@
 """Grade answers by a judge, and store its replies."""
 
-import json
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
 from fastlm.errors import InputError
-from fastlm.evals.judge.api_judge import ApiJudge, is_address
-from fastlm.evals.judge.items import JudgeItem
+from fastlm.evals.judge.api_judge import ApiJudge
+from fastlm.evals.judge.items import JudgeItem, hash_json
 from fastlm.evals.judge.model_judge import ModelJudge
 from fastlm.evals.judge.reply import JudgeReply, LanguageJudge
 from fastlm.evals.judge.rubric import TIE, A, B, Rubric
 from fastlm.evals.judge.scale import Grade
 from fastlm.evals.results import RecordFile
 from fastlm.evals.suite import model_id
+from fastlm.pipeline.stage import is_address
 from fastlm.progress import Track, silent
 from fastlm.sources.document import ignore_message
 
@@ -122,7 +121,8 @@ def grade_items(
     """
     prompts = []
     for item in items:
-        orders = [item.answers] if len(item.answers) == 1 else [item.answers, item.answers[::-1]]
+        answers = item.answer_messages
+        orders = [answers] if len(answers) == 1 else [answers, answers[::-1]]
         prompts += [rubric.prompt(item.conversation, answers) for answers in orders]
     metadata = {"judge": judge.id, "prompts": hash_json([rubric.grades, *prompts])}
     path = folder / f"replies-{hash_json(metadata)}.jsonl"
@@ -163,8 +163,3 @@ def _replies(file: RecordFile) -> dict[int, JudgeReply]:
     for record in file.records:
         replies[record["index"]] = {k: v for k, v in record.items() if k != "index"}
     return replies
-
-
-def hash_json(value: Any) -> str:
-    text = json.dumps(value, ensure_ascii=False, sort_keys=True)
-    return blake2b(text.encode(), digest_size=8).hexdigest()

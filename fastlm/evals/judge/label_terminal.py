@@ -24,15 +24,22 @@ from fastlm.schema import Finite, read_document, read_lines
 INPUTS: dict[Scale, dict[str, Grade]] = {
     "pass": {"p": PASS, "pass": PASS, "f": FAIL, "fail": FAIL},
     "1-5": {str(grade): grade for grade in range(1, 6)},
+    "1-10": {str(grade): grade for grade in range(1, 11)},
     "pair": {"1": A, "2": B, "=": TIE},
 }
 HELPS: dict[Scale, str] = {
     "pass": "p         the answer passes\nf         the answer fails",
     "1-5": "1 to 5    your grade of the answer by the rubric above; 5 is the best",
+    "1-10": "1 to 10   your grade of the answer by the rubric above; 10 is the best",
     "pair": "1         answer 1 is better\n2         answer 2 is better\n"
     "=         they are equally good or equally bad",
 }
-QUESTIONS: dict[Scale, str] = {"pass": "p or f", "1-5": "1 to 5", "pair": "1, 2 or ="}
+QUESTIONS: dict[Scale, str] = {
+    "pass": "p or f",
+    "1-5": "1 to 5",
+    "1-10": "1 to 10",
+    "pair": "1, 2 or =",
+}
 
 
 class GradeRowFields(TypedDict):
@@ -46,6 +53,8 @@ class GradeRowFields(TypedDict):
     probability: NotRequired[Finite | None]
     answer_b: NotRequired[str]
     tools: NotRequired[list[Any]]
+    prompt_b: NotRequired[list[dict[str, Any]]]
+    reference: NotRequired[str]
     replies: NotRequired[list[JudgeReply]]
 
 
@@ -77,7 +86,10 @@ def read_graded(folder: Path) -> tuple[list[GradedItem], Rubric]:
         if any(r["grade"] not in (None, *rubric.grades) for r in replies):
             raise InputError(f"{folder / GRADES}:{number}: expected grades of {rubric.scale}")
         answers = (row["answer"], *([row["answer_b"]] if "answer_b" in row else []))
-        item = JudgeItem(row["id"], row["prompt"], answers, row.get("tools"))
+        item = JudgeItem(
+            row["id"], row["prompt"], answers, row.get("tools"), row.get("prompt_b"),
+            row.get("reference", ""),
+        )  # fmt: skip
         graded.append(GradedItem(item, tuple(replies)))
     return graded, rubric
 
@@ -127,8 +139,8 @@ class _LabelTerminal(RaterTerminal[JudgeItem]):
         return f"{done + 1:,} of {len(self.items):,}"
 
     def messages(self, item: JudgeItem) -> tuple[list[Message], list[list[Message]]]:
-        answers = item.answers[::-1] if self._is_swapped(item) else item.answers
-        return item.conversation, [[{"role": "assistant", "content": text}] for text in answers]
+        answers = item.answer_messages
+        return item.conversation, answers[::-1] if self._is_swapped(item) else answers
 
     def skip(self, item: JudgeItem) -> None:
         self.labels.add(item.id, None)

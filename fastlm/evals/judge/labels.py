@@ -4,13 +4,14 @@ Half of the answers to label are a random sample, half are those of which the ju
 Labels of the second half find faults of a rubric, but they are not a sample of the answers: a judge
 errs more often there. So only the random half measures the judge.
 
-A hash of the id puts all answers in a random order. The random sample is the beginning of this
-order: its blocks of `BLOCK` answers, up to the first block that lacks a label (`random_labels`). It
-follows from the ids alone, so that labels may come from any file, in any order and from several
-sessions. An answer of the second half that the beginning reaches later is then a part of the
-sample; leaving it out would leave out the answers that are hard to judge. Without blocks, the
-sample would end before the first answer without a label. Whether one more answer counts would then
-depend on how hard it is to judge, because the second half labels hard ones.
+The rows of grades.jsonl are in a random order, which a larger --limit continues. The random sample
+is the beginning of this order: its blocks of `BLOCK` answers, up to the first block that lacks a
+label (`random_labels`). It follows from the answers alone, so that labels may come from any file,
+in any order and from several sessions. An answer of the second half that the beginning reaches
+later is then a part of the sample; leaving it out would leave out the answers that are hard to
+judge. Without blocks, the sample would end before the first answer without a label. Whether one
+more answer counts would then depend on how hard it is to judge, because the second half labels hard
+ones.
 """
 
 import json
@@ -97,10 +98,10 @@ def _hash(purpose: str, id: str) -> bytes:
 
 
 def random_labels(ids: Iterable[str], labels: Mapping[str, Grade | None]) -> dict[str, Grade]:
-    """Return the labels of the random sample of ``ids``: those of the blocks at the beginning of
-    the random order, up to the first block with an id without a label. Skipped ones are left out.
-    """
-    order = random_order(ids)
+    """Return the labels of the random sample of ``ids``, which are in random order: those of the
+    blocks at the beginning, up to the first block with an id without a label. Skipped ones are left
+    out."""
+    order = [*ids]
     sample: dict[str, Grade] = {}
     for start in range(0, len(order), BLOCK):
         block = order[start : start + BLOCK]
@@ -111,11 +112,10 @@ def random_labels(ids: Iterable[str], labels: Mapping[str, Grade | None]) -> dic
 
 
 def label_order(graded: Sequence[GradedItem], rubric: Rubric, count: int) -> list[GradedItem]:
-    """Return ``count`` items to label: half of them (whole blocks) of the random sample, and those
-    of the rest of which the judge is least sure. Coin flips mix the two, so that the order does not
-    reveal the half."""
-    by_id = {g.item.id: g for g in graded if g.grade is not None}
-    order = [by_id[id] for id in random_order(by_id)]
+    """Return ``count`` items to label, of items in random order: half of them (whole blocks) of the
+    random sample, and those of the rest of which the judge is least sure. Coin flips mix the
+    two, so that the order does not reveal the half."""
+    order = [g for g in graded if g.grade is not None]
     size = min(count, BLOCK * math.ceil(count / 2 / BLOCK))
     sample, rest = order[:size], order[size:]
     # between equals another order decides: the random one would complete further blocks with them

@@ -1,13 +1,15 @@
 """Rubrics: what a judge reads about an answer or a pair of answers, and the grades it may give."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any, get_args
 
+from fastlm.data.conversations import Message
 from fastlm.errors import InputError
+from fastlm.evals.judge.items import REFERENCE
 from fastlm.evals.judge.scale import Grade, Scale
 from fastlm.files import read_text
 from fastlm.pipeline.text import message_text
@@ -17,9 +19,11 @@ A, B = "A", "B"  # the first and the second answer of a pair
 GRADES: dict[Scale, tuple[Grade, ...]] = {
     "pass": (PASS, FAIL),
     "1-5": (1, 2, 3, 4, 5),
+    "1-10": (1, 2, 3, 4, 5, 6, 7, 8, 9, 10),
     "pair": (A, B, TIE),
 }
 assert set(GRADES) == set(get_args(Scale))
+THRESHOLDS: dict[Scale, int] = {"1-5": 4, "1-10": 7}  # the lowest grade that passes, by default
 MAX_RUBRIC_BYTES = 2**16
 TEXTS: dict[Scale, str] = {
     "pass": "You judge an assistant's answer to the last message of a conversation. The answer"
@@ -28,11 +32,20 @@ TEXTS: dict[Scale, str] = {
     "1-5": "You judge an assistant's answer to the last message of a conversation. Grades: 5 is"
     " right, complete and clear. 4 has small faults. 3 is partly right or incomplete. 2 is mostly"
     " wrong or hardly helps. 1 is wrong, off topic or garbled, or repeats itself.",
+    "1-10": "You judge an assistant's answer to the last message of a conversation. Look at how"
+    " helpful, relevant, right, deep and detailed it is. Grades: 10 is right, complete and clear. 7"
+    " or 8 has small faults. 5 or 6 is partly right or incomplete. 3 or 4 is mostly wrong or hardly"
+    " helps. 1 or 2 is wrong, off topic or garbled, or repeats itself.",
     "pair": "You compare two assistants' answers, A and B, to the last message of a conversation."
     " The better answer does more of what the message asks, with right facts and in clear"
     " language. Neither the order of the answers nor their length makes one better. Say tie if"
     " they are equally good or equally bad.",
 }
+REFERENCE_NOTE = (
+    "The reference is a right answer to the last message. Other words, or another way to the same"
+    " result, are right, too. An answer that contradicts it is wrong."
+)
+OWN_TURNS = "After the conversation, each assistant had its own: conversation_a and conversation_b."
 REPLY = (
     'Reply with one line of JSON with two keys: "reason", your reason in one or two sentences, and'
     ' "grade", one of'
@@ -43,7 +56,7 @@ REPLY = (
 class Rubric:
     """What a judge is to look at.
 
-    threshold: on the scale 1-5, the lowest grade that passes.
+    threshold: on the scales 1-5 and 1-10, the lowest grade that passes.
     """
 
     scale: Scale
@@ -51,14 +64,15 @@ class Rubric:
     threshold: int
 
     @classmethod
-    def read(cls, scale: Scale, path: str | None, threshold: int) -> "Rubric":
-        """Return the rubric with the text of a file, or with the default text of the scale."""
+    def read(cls, scale: Scale, path: str | None, threshold: int | None = None) -> "Rubric":
+        """Return the rubric with the text of a file, or with the default text of the scale.
+        ``threshold``: None is that of `THRESHOLDS`."""
         text = TEXTS[scale]
         if path is not None:
             text = read_text(Path(path), MAX_RUBRIC_BYTES).strip()
             if not text:
                 raise InputError(f"rubric: expected a text in {path}, got an empty file")
-        return cls(scale, text, threshold)
+        return cls(scale, text, THRESHOLDS.get(scale, 4) if threshold is None else threshold)
 
     @property
     def grades(self) -> tuple[Grade, ...]:
@@ -70,19 +84,32 @@ class Rubric:
         text = json.dumps([self.scale, self.text])
         return blake2b(text.encode(), digest_size=8).hexdigest()
 
-    def prompt(self, messages: Sequence[Mapping[str, Any]], answers: Sequence[str]) -> str:
+    def prompt(self, messages: Sequence[Message], answers: Sequence[Sequence[Message]]) -> str:
         """Return what the judge reads. The rubric comes first, so that all prompts share their
-        beginning in the engine's prefix cache."""
-        names = ("answer",) if len(answers) == 1 else ("answer_a", "answer_b")
-        conversation = "\n".join(f"{m['role']}: {message_text(m)}" for m in messages)
-        parts = {"conversation": conversation, **dict(zip(names, answers, strict=True))}
+        beginning in the engine's prefix cache.
+
+        messages: the conversation, as in `JudgeItem.conversation`.
+        answers: one, or two to compare, as in `JudgeItem.answer_messages`.
+        """
+        parts = {"conversation": _transcript(messages)}
+        letters = ("",) if len(answers) == 1 else ("_a", "_b")
+        for letter, (*earlier, answer) in zip(letters, answers, strict=True):
+            if earlier:
+                parts[f"conversation{letter}"] = _transcript(earlier)
+            parts[f"answer{letter}"] = message_text(answer)
+        notes = [REFERENCE_NOTE] if any(m["role"] == REFERENCE for m in messages) else []
+        notes += [OWN_TURNS] if "conversation_a" in parts else []
         blocks = [f"<{name}>\n{text}\n</{name}>" for name, text in parts.items()]
         grades = ", ".join(map(json.dumps, self.grades))
-        return "\n\n".join([self.text, f"{REPLY} {grades}.", *blocks])
+        return "\n\n".join([self.text, f"{REPLY} {grades}.", *notes, *blocks])
 
     def passes(self, grade: Grade) -> bool:
-        """Return whether a grade of the scales "pass" and "1-5" passes."""
+        """Return whether a grade of a single answer passes."""
         return grade >= self.threshold if isinstance(grade, int) else grade == PASS
 
     def as_dict(self) -> dict[str, Any]:
         return {"scale": self.scale, "text": self.text, "threshold": self.threshold}
+
+
+def _transcript(messages: Sequence[Message]) -> str:
+    return "\n".join(f"{m['role']}: {message_text(m)}" for m in messages)

@@ -3,5 +3,5 @@
 from typing import Literal
 
 # "pass": pass or fail. "pair": which of two answers is better
-Scale = Literal["pass", "1-5", "pair"]
+Scale = Literal["pass", "1-5", "1-10", "pair"]
 Grade = str | int

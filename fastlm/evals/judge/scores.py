@@ -7,6 +7,7 @@ from statistics import fmean
 from typing import Any
 
 from fastlm.evals.judge.grading import GradedItem
+from fastlm.evals.judge.items import JudgeItem
 from fastlm.evals.judge.labels import random_labels
 from fastlm.evals.judge.rubric import TIE, A, B, Rubric
 from fastlm.evals.judge.scale import Grade
@@ -25,25 +26,41 @@ def judge_scores(
     confidence: float,
 ) -> dict[str, dict[str, Any]]:
     """Return name -> value with its interval ``low`` to ``high``. Items without a grade are left
-    out. Several answers to a prompt are a cluster.
+    out. Several answers to a prompt, and those to all turns of a conversation, are a cluster.
 
     - scale pass: "pass", the share of answers that pass;
-    - scale 1-5: also "grade", the mean grade;
+    - scales 1-5 and 1-10: also "grade", the mean grade;
     - pairs: "win_rate" of the first answers (a tie counts half), "wins" and "losses" without the
       ties; "consistent", the share of pairs with the same grade in both orders; "first_position",
       the share of the inconsistent ones in which both orders preferred the answer in front.
 
+    The main score ("grade", else "pass" or "win_rate") also stands for each turn, if there are
+    several ("grade.turn.2"), and for each category ("grade.category.math").
+
     A score of a verdict ("pass", "wins", "losses") has the judge's accuracy on the random sample of
     labels (`JudgeAccuracy`). The labels correct it if there are at least ``min_labels`` of them,
-    with both verdicts; else "uncorrected" says what is missing.
+    with both verdicts; else "uncorrected" says what is missing. Scores of turns and categories are
+    not corrected.
     """
     judged = [g for g in graded if g.grade is not None]
     scores: dict[str, dict[str, Any]] = {}
-    clusters = [g.item.prompt_key for g in judged]
+    clusters = [g.item.cluster for g in judged]
 
-    def share(name: str, description: str, values: Sequence[float], better: str) -> None:
+    def share(
+        name: str, description: str, values: Sequence[float], better: str,
+        clusters: Sequence[str] = clusters,
+    ) -> None:  # fmt: skip
         ends = clustered_wilson(values, clusters, confidence)
         scores[name] = _score(description, fmean(values), ends.low, ends.high, len(values), better)
+
+    def mean_grade(
+        name: str, description: str, values: Sequence[float], better: str,
+        clusters: Sequence[str] = clusters,
+    ) -> None:  # fmt: skip
+        mean, highest = mean_error(values, clusters=clusters), float(rubric.grades[-1])
+        ends = mean.interval(confidence) if len(set(clusters)) > 1 else None
+        low, high = (None, None) if ends is None else (max(1.0, ends.low), min(highest, ends.high))
+        scores[name] = _score(description, mean.mean, low, high, len(values), better, "")
 
     def verdict_share(
         name: str, description: str, verdict: Callable[[Grade], bool], better: str
@@ -58,8 +75,10 @@ def judge_scores(
 
     if rubric.scale == "pair":
         points = {A: 1.0, TIE: 0.5, B: 0.0}
-        wins = [points[str(g.grade)] for g in judged]
-        share("win_rate", "pairs that the first answer wins, ties count half", wins, "higher")
+        name, score = "win_rate", share
+        description = "pairs that the first answer wins, ties count half"
+        values = [points[str(g.grade)] for g in judged]
+        share(name, description, values, "higher")
         verdict_share("wins", "pairs that the first answer wins", lambda g: g == A, "higher")
         verdict_share("losses", "pairs that the second answer wins", lambda g: g == B, "lower")
         consistent = [float(g.is_consistent) for g in judged]
@@ -71,15 +90,34 @@ def judge_scores(
                 "inconsistent pairs in which the answer in front won in both orders",
                 fmean(in_front), ends.low, ends.high, len(in_front), "",
             )  # fmt: skip
-        return scores
-    verdict_share("pass", "answers that pass", rubric.passes, "higher")
-    if rubric.scale == "1-5":
-        grades = [float(g.grade) for g in judged if g.grade is not None]
-        mean = mean_error(grades, clusters=clusters)
-        ends = mean.interval(confidence) if len(set(clusters)) > 1 else None
-        low, high = (None, None) if ends is None else (max(1.0, ends.low), min(5.0, ends.high))
-        scores["grade"] = _score("mean grade", mean.mean, low, high, len(grades), "higher", "")
+    else:
+        name, description, score = "pass", "answers that pass", share
+        grades = [g.grade for g in judged if g.grade is not None]
+        values = [float(rubric.passes(grade)) for grade in grades]
+        verdict_share(name, description, rubric.passes, "higher")
+        if rubric.scale != "pass":
+            name, description, score = "grade", "mean grade", mean_grade
+            values = [float(grade) for grade in grades]
+            score(name, description, values, "higher")
+    for part, indices in _parts([g.item for g in judged]).items():
+        score(
+            f"{name}.{part}", f"{description}, {part.replace('.', ' ', 1)}",
+            [values[i] for i in indices], "higher", [clusters[i] for i in indices],
+        )  # fmt: skip
     return scores
+
+
+def _parts(items: Sequence[JudgeItem]) -> dict[str, list[int]]:
+    """Return the indices of the items of each turn, if there are several, and of each category."""
+    parts: dict[str, list[int]] = {}
+    turns = {item.turn for item in items}
+    for turn in sorted(turns) if len(turns) > 1 else ():
+        parts[f"turn.{turn}"] = [i for i, item in enumerate(items) if item.turn == turn]
+    for category in sorted({item.category for item in items} - {""}):
+        parts[f"category.{category}"] = [
+            i for i, item in enumerate(items) if item.category == category
+        ]
+    return parts
 
 
 def _score(

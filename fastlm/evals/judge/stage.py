@@ -5,7 +5,7 @@ from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NotRequired
+from typing import TYPE_CHECKING, Annotated, Any, NotRequired, cast
 
 from typing_extensions import TypedDict
 
@@ -20,6 +20,7 @@ from fastlm.pipeline.stage import (
     Stage,
     StageContext,
     at_least_one,
+    is_address,
     not_negative,
     one_of,
     positive,
@@ -62,7 +63,7 @@ class JudgeAnswers(Stage):
     """
 
     kind = "judge"
-    version = 2
+    version = 3
     command = ("judge",)
     inputs = {
         "model": InputSpec(
@@ -73,17 +74,18 @@ class JudgeAnswers(Stage):
             ("model", "quantized"), "Compare them with the answers of this model", optional=True,
             default=False,
         ),
+        "judge": InputSpec(
+            ("model", "quantized"),
+            "Judge with this Hugging Face folder, .gguf, fastlm run or model:smollm2, or with the"
+            " server at http://HOST:PORT/v1",
+            default=False, addresses=True,
+        ),
     }  # fmt: skip
     outputs = {"scores": SCORES}
     resumable = (RECORDS,)
     settings_in = ("rubric",)
     result = {"models": dict[str, dict[str, Any]], "rubric": dict[str, Any]}
 
-    judge: Annotated[
-        str,
-        "Judge with this Hugging Face folder, .gguf, fastlm run or model:smollm2, or with the"
-        " server at http://HOST:PORT/v1",
-    ]
     judge_model: Annotated[
         str | None,
         "Use this model of the server; default: that of the last run, or the first that it lists",
@@ -93,19 +95,27 @@ class JudgeAnswers(Stage):
         "Judge the answers of these files instead: rows with a prompt, answer, and to compare two"
         " answers answer_b",
     ] = ()
-    data: Annotated[tuple[str, ...], "Ask the models these prompts, as for ppo"] = ()
+    data: Annotated[
+        tuple[str, ...],
+        "Ask the models these prompts, as for ppo, or conversations: rows with turns, or the set"
+        " questions:two-turn",
+    ] = ()
     limit: Annotated[
-        int, "Use at most this many prompts, or rows of answers, in an order of their hashes"
+        int,
+        "Use at most this many prompts, or rows of answers: a random sample, which a larger"
+        " limit extends",
     ] = 200
     num_generations: Annotated[int, "Sample this many answers per model and prompt"] = 1
     max_new_tokens: Annotated[int, "Limit the tokens per answer"] = 256
     temperature: Annotated[float, "Set the sampling temperature; 0 is greedy"] = 0.7
     seed: Annotated[int, "Set the seed of the answers"] = 0
-    scale: Annotated[str, "Grade a single answer on this scale: pass (pass or fail) or 1-5"] = (
-        "pass"
-    )
+    scale: Annotated[
+        str, "Grade a single answer on this scale: pass (pass or fail), 1-5 or 1-10"
+    ] = "pass"
     rubric: Annotated[str | None, "Tell the judge the text of this file, what to look at"] = None
-    threshold: Annotated[int, "On the scale 1-5, count this grade and higher ones as pass"] = 4
+    threshold: Annotated[
+        int | None, "Count this grade and higher ones as pass; default: 4 of 5, 7 of 10"
+    ] = None
     max_reason_tokens: Annotated[int, "Limit the tokens of a reason (a judge on this machine)"] = (
         128
     )
@@ -118,7 +128,7 @@ class JudgeAnswers(Stage):
     confidence: Annotated[float, "Set the confidence level of the intervals"] = 0.95
 
     def check(self) -> None:
-        from fastlm.evals.judge.api_judge import is_address
+        from fastlm.evals.chat_questions import question_source
         from fastlm.evals.judge.rubric import Rubric
 
         at_least_one(
@@ -126,25 +136,18 @@ class JudgeAnswers(Stage):
         )
         not_negative(self, "temperature", "retries")
         positive(self, "timeout")
-        one_of(self, scale=("pass", "1-5"))
+        one_of(self, scale=("pass", "1-5", "1-10"))
         if self.num_generations > 1 and not self.temperature:
             raise InputError("temperature: expected above 0 for several answers, got 0")
-        if not 2 <= self.threshold <= 5:
-            raise InputError(f"threshold: expected 2 to 5, got {self.threshold}")
+        highest = 10 if self.scale == "1-10" else 5
+        if self.threshold is not None and not 2 <= self.threshold <= highest:
+            raise InputError(f"threshold: expected 2 to {highest}, got {self.threshold}")
         if not 0 < self.confidence < 1:
             raise InputError(f"confidence: expected between 0 and 1, got {self.confidence}")
-        if is_address(self.judge):
-            self._refuse(MODEL_OPTIONS, "a server as judge")
-        else:
-            self._refuse(SERVER_OPTIONS, "a model on this machine as judge")
         if self.answers:
             self._refuse(ANSWER_OPTIONS, "answers")
-        if not is_address(self.judge) and not self.judge.startswith("model:"):
-            if not Path(self.judge).exists():
-                raise InputError(
-                    "judge: expected a model or http://HOST:PORT/v1, found nothing at"
-                    f" {self.judge!r:.200}"
-                )
+        for source in self.data:
+            question_source(source)
         Rubric.read("pass", self.rubric, self.threshold)
         if self.labels is not None and not Path(self.labels).is_file():
             raise InputError(f"labels: expected a file of fastlm label, got {self.labels}")
@@ -156,7 +159,11 @@ class JudgeAnswers(Stage):
                 raise InputError(f"{name}: expected none with {reason}, got {value!r:.80}")
 
     def plan(self, inputs: Mapping[str, Any]) -> Facts:
-        model, old = inputs.get("model"), inputs.get("old")
+        model, old, (judge,) = inputs.get("model"), inputs.get("old"), inputs["judge"]
+        if is_address(judge["name"]):
+            self._refuse(MODEL_OPTIONS, "a server as judge")
+        else:
+            self._refuse(SERVER_OPTIONS, "a model on this machine as judge")
         if bool(self.answers) == bool(model):
             got = "both" if model else "neither"
             raise InputError(f"answers: expected answers or a model that answers, got {got}")
@@ -174,11 +181,13 @@ class JudgeAnswers(Stage):
         return True
 
     def digest_inputs(self, input_digest: InputDigest) -> Any:
+        from fastlm.evals.chat_questions import question_source
+
         files = [path for path in (self.rubric, self.labels) if path is not None]
-        if Path(self.judge).exists():
-            files.append(self.judge)
-        sources = input_digest.hash_sources((*self.answers, *self.data), FORMATS)
-        return [*sources, *(input_digest.hash_tree(path) for path in files)]
+        sets = [path for spec in self.data if (path := question_source(spec)) != spec]
+        data = [spec for spec in self.data if question_source(spec) == spec]
+        sources = input_digest.hash_sources((*self.answers, *data), FORMATS)
+        return [*sources, *(input_digest.hash_tree(path) for path in (*files, *sets))]
 
     def run(self, ctx: StageContext) -> dict[str, Any]:
         from fastlm.evals.judge.grading import JudgeSource, grade_items
@@ -188,29 +197,35 @@ class JudgeAnswers(Stage):
         from fastlm.evals.judge.scores import judge_scores
         from fastlm.evals.suite import model_ids
 
-        self.plan(ctx.inputs)
+        self.plan({key: [{"name": i.source} for i in value] for key, value in ctx.inputs.items()})
+        judge_source = ctx.inputs["judge"][0].source
+        if not is_address(judge_source) and not judge_source.startswith("model:"):
+            if not Path(judge_source).exists():
+                raise InputError(
+                    "judge: expected a model or http://HOST:PORT/v1, found nothing at"
+                    f" {judge_source!r:.200}"
+                )
         ids: list[dict[str, str]] = []
         if self.answers:
             name, items = ", ".join(self.answers), read_items(self.answers, cache=ctx.cache_dir)
-            # a larger limit keeps the random sample of labels
-            sample = {*random_order(item.id for item in items)[: self.limit]}
-            items = [item for item in items if item.id in sample]
+            by_id = {item.id: item for item in items}
+            items = [by_id[id] for id in random_order(by_id)[: self.limit]]
         else:
             models = [*ctx.inputs.get("old", ()), *ctx.inputs["model"]]
             name, ids = models[-1].name, model_ids(models)
             items = self._model_items(ctx, ids)
         is_pair = len(items[0].answers) == 2
-        scale: Scale = "pair" if is_pair else "1-5" if self.scale == "1-5" else "pass"
+        scale = cast(Scale, "pair" if is_pair else self.scale)
         rubric = Rubric.read(scale, self.rubric, self.threshold)
         labels = {}
         if self.labels is not None:
             labels = merge_raters(read_label_rows(Path(self.labels), rubric))
         judge = JudgeSource(
-            self.judge, self._server_model(ctx.out), self.max_reason_tokens, self.timeout,
-            self.retries,
+            judge_source, self._server_model(ctx.out, judge_source), self.max_reason_tokens,
+            self.timeout, self.retries,
         )  # fmt: skip
         if judge.exposes_key:
-            ctx.warning(f"the key is sent to {self.judge} without encryption: use https")
+            ctx.warning(f"the key is sent to {judge_source} without encryption: use https")
         graded = grade_items(
             items, rubric, judge, ctx.out / RECORDS, track=ctx.track, warn=ctx.warning
         )
@@ -229,46 +244,52 @@ class JudgeAnswers(Stage):
         write_json(ctx.out / SCORES, result)
         return result
 
-    def _server_model(self, out: Path) -> str | None:
+    def _server_model(self, out: Path, judge_source: str) -> str | None:
         """Return the name of the server's model. Without an option it is that of the last run, so
         that stored replies need no server."""
         if self.judge_model is None and (out / SCORES).is_file():
             with suppress(InputError):
                 judge = read_document(out / SCORES, StoredScores)["judge"]
-                if judge.get("address") == self.judge.rstrip("/"):
+                if judge.get("address") == judge_source.rstrip("/"):
                     return judge["model"]
         return self.judge_model
 
     def _model_items(
         self, ctx: StageContext, ids: Sequence[Mapping[str, str]]
     ) -> "list[JudgeItem]":
-        """Return the answers of the model to the prompts, each with that of the old model."""
-        from fastlm.data.prompts import read_prompts
-        from fastlm.evals.judge.grading import hash_json
-        from fastlm.evals.judge.items import make_items
+        """Return the answers of the model to the prompts, each with that of the old model. The
+        answers to a question are together: a larger limit adds others after them."""
+        from fastlm.evals.chat_questions import question_source, read_chat_questions
+        from fastlm.evals.judge.items import conversation_items, hash_json, make_items
+        from fastlm.evals.judge.labels import random_order
         from fastlm.evals.model_answers import read_or_generate
-        from fastlm.train.encoding import hash_fraction
 
-        prompts = {
-            hash_json([p.key(), p.tools]): p for p in read_prompts(self.data, cache=ctx.cache_dir)
+        sources = [question_source(spec) for spec in self.data]
+        questions = {
+            hash_json([q.key(), q.prompt.tools]): q
+            for q in read_chat_questions(sources, cache=ctx.cache_dir)
         }
-        if not prompts:
+        if not questions:
             raise InputError(f"data: expected prompts, got none in {', '.join(self.data)}")
-        sample = sorted(prompts.values(), key=hash_fraction)[: self.limit]
+        order = random_order(questions)[: self.limit]
+        sample = [questions[key] for key in order]
         options = {
             "num_generations": self.num_generations, "max_new_tokens": self.max_new_tokens,
             "temperature": self.temperature, "seed": self.seed,
         }  # fmt: skip
         texts = []
         for key, entry in zip(("model", "old"), ids[::-1]):
-            digest = hash_json([[p.key(), p.tools] for p in sample])
-            metadata = {"model": entry["id"], "prompts": digest, **options}
+            metadata = {"model": entry["id"], "prompts": hash_json(order), **options}
             path = ctx.out / RECORDS / f"answers-{hash_json(metadata)}.jsonl"
             texts.append(
                 read_or_generate(path, metadata, ctx.path(key), sample, track=ctx.track, **options)
             )
-        repeated = [p for p in sample for _ in range(self.num_generations)]
-        return make_items(zip(repeated, zip(*texts, strict=True), strict=True))
+        repeated = [question for question in sample for _ in range(self.num_generations)]
+        return make_items(
+            item
+            for question, *answers in zip(repeated, *texts, strict=True)
+            for item in conversation_items(question, answers)
+        )
 
     def summary(self, result: Mapping[str, Any], ctx: StageContext) -> str:
         from fastlm.evals.report import judge_summary
