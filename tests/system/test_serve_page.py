@@ -654,10 +654,11 @@ def test_label(opened, tmp_path):
             page.keyboard.press(press)
             label = "tie" if better is None else "A" if (first, second)[better][0] == "g" else "B"
             expected.append(label)
-        answers("3 of 8 labelled, 0 skipped")
+        first, _ = answers("3 of 8 labelled, 0 skipped")
         page.keyboard.press("s")
         answers("3 of 8 labelled, 1 skipped")
         page.keyboard.press("b")
+        page.get_by_role("listitem").first.get_by_text(first, exact=True).wait_for()
         page.get_by_role("button", name="Equal").click()
         first, _ = answers("4 of 8 labelled, 0 skipped")
         page.get_by_role("button", name="1 is better").click()

@@ -86,6 +86,7 @@ function save() {
 
 async function correct(card, content) {
   const { rater, item } = loop;
+  if (item === null) return;
   const text = await askText(card.node, "The corrected answer", content);
   if (!text?.trim() || text === content) return;
   try {

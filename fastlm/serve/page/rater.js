@@ -22,7 +22,7 @@ export function answerText(messages) {
 
 /** The loop over the items of the API below ``path``, which stores each one at once. ``page`` has:
  * draw(item, response), item: null if none is left; progress(counts), the line of the progress;
- * nothingLeft, the line at the end; nextFields(rater), further fields of a request for the next item. */
+ * nothingLeft, the line at the end; nextFields(lastId), further fields of a request for the item after that one. */
 export class RaterLoop {
   rater = "";
   item = null;
@@ -49,6 +49,7 @@ export class RaterLoop {
   }
 
   async #load(id) {
+    this.item = null; // until it is shown, so that a key is not about another item
     const next = id === undefined ? this.#page.nextFields?.(this.#doneIds.at(-1) ?? 0) : { item: id };
     const response = await this.post("next", { rater: this.rater, ...next });
     this.item = response.item;
@@ -63,7 +64,7 @@ export class RaterLoop {
   async store(name, body, message) {
     const item = this.item;
     if (item === null) return;
-    this.item = null; // until the next one is shown, so that a second key is not about it
+    this.item = null;
     try {
       await this.post(name, { rater: this.rater, item: item.id, ...body });
       this.#doneIds.push(item.id);
@@ -78,8 +79,15 @@ export class RaterLoop {
 
   /** Show the item before this one. */
   async back() {
-    if (!this.#doneIds.length) return;
-    try { await this.#load(this.#doneIds.pop()); } catch (error) { say(error.message); }
+    const item = this.item, id = this.#doneIds.pop();
+    if (id === undefined) return;
+    try {
+      await this.#load(id);
+    } catch (error) {
+      this.item = item;
+      this.#doneIds.push(id);
+      say(error.message);
+    }
   }
 }
 
