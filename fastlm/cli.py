@@ -364,7 +364,6 @@ def _command() -> str:
 def _stage_commands() -> None:
     """Add the commands of the stages (`fastlm.stages`): one word, or a command in a group."""
     from fastlm.data.commands import app as data_app
-    from fastlm.evals.judge.commands import label_command
     from fastlm.evals.safety.commands import canaries_command, toxicity_command
     from fastlm.feedback.commands import forget_command
     from fastlm.feedback.rank_commands import app as rank_app
@@ -373,6 +372,7 @@ def _stage_commands() -> None:
     from fastlm.serve.admin_commands import promote, rollback
     from fastlm.serve.commands import app as feedback_app
     from fastlm.serve.commands import serve
+    from fastlm.serve.label_commands import label_command
     from fastlm.stages import KINDS
 
     generate = options_command(GenerateOptions, _generate)

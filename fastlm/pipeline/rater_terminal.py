@@ -25,6 +25,12 @@ b         back to the previous prompt
 q         quit; what you entered is stored already"""
 
 
+def check_rater(rater: str) -> None:
+    """Check that a rater's name can be printed in one line. InputError: not so."""
+    if not rater.strip() or not rater.isprintable():
+        raise InputError(f"rater: expected a name, got {rater!r:.60}")
+
+
 class RaterTerminal(Generic[Item]):
     """The loop over items. A subclass provides the items and stores what the rater enters.
 

@@ -2,13 +2,14 @@
 dashboard for them."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from fastlm.inference.requests import EngineStats
+if TYPE_CHECKING:
+    from fastlm.inference.requests import EngineStats
 
 # Bucket bounds: times of a request in seconds
 SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
@@ -35,36 +36,21 @@ COUNTERS = {
 }
 
 
-class Metrics:
-    """The metrics of one server, in a registry of their own. ``stats`` is called at each scrape."""
+class RequestMetrics:
+    """The metrics of the requests to one server, in a registry of their own."""
 
-    def __init__(self, stats: Callable[[], EngineStats]):
+    def __init__(self) -> None:
         self.registry = CollectorRegistry()
+        self.requests = self.counter("requests", "Requests by path and status", "path", "status")
+        self.errors = self.counter("errors", "Requests refused or failed, by type", "type")
+        text = "Time of a request"
+        self.request_seconds = self.histogram("request_seconds", text, SECONDS, "path")
 
-        def counter(name: str, text: str, *labels: str) -> Any:
-            return Counter(f"fastlm_{name}", text, labels, registry=self.registry)
+    def counter(self, name: str, text: str, *labels: str) -> Any:
+        return Counter(f"fastlm_{name}", text, labels, registry=self.registry)
 
-        def histogram(name: str, text: str, buckets: Sequence[float], *labels: str) -> Any:
-            return Histogram(
-                f"fastlm_{name}", text, labels, registry=self.registry, buckets=buckets
-            )
-
-        self.requests = counter("requests", "Requests by path and status", "path", "status")
-        self.errors = counter("errors", "Requests refused or failed, by type", "type")
-        text = "Answers that ended because their client disconnected or was too slow"
-        self.cancelled = counter("cancellations", text)
-        self.feedback = counter("feedback", "Stored feedback, by kind", "kind")
-        text = "Conversations that could not be stored (their answers were delivered)"
-        self.store_failures = counter("store_failures", text)
-        self.request_seconds = histogram("request_seconds", "Time of a request", SECONDS, "path")
-        text = "Time from submission to the first step, observed at the end of an answer"
-        self.queue_seconds = histogram("queue_seconds", text, SECONDS)
-        text = "Time from submission to the first token"
-        self.first_token = histogram("time_to_first_token_seconds", text, SECONDS)
-        text = "Time between two tokens of an answer"
-        self.next_token = histogram("inter_token_seconds", text, TOKEN_SECONDS)
-        self.prompt_length = histogram("prompt_length_tokens", "Tokens of a prompt", TOKENS)
-        self.add(lambda: _engine_metrics(stats()))
+    def histogram(self, name: str, text: str, buckets: Sequence[float], *labels: str) -> Any:
+        return Histogram(f"fastlm_{name}", text, labels, registry=self.registry, buckets=buckets)
 
     def add(self, collect: Callable[[], Iterable[Metric]]) -> None:
         """Register another source of metrics."""
@@ -73,6 +59,26 @@ class Metrics:
     def text(self) -> bytes:
         """Return all metrics in Prometheus' text format."""
         return generate_latest(self.registry)
+
+
+class Metrics(RequestMetrics):
+    """The metrics of a server of models. ``stats`` is called at each scrape."""
+
+    def __init__(self, stats: Callable[[], "EngineStats"]):
+        super().__init__()
+        text = "Answers that ended because their client disconnected or was too slow"
+        self.cancelled = self.counter("cancellations", text)
+        self.feedback = self.counter("feedback", "Stored feedback, by kind", "kind")
+        text = "Conversations that could not be stored (their answers were delivered)"
+        self.store_failures = self.counter("store_failures", text)
+        text = "Time from submission to the first step, observed at the end of an answer"
+        self.queue_seconds = self.histogram("queue_seconds", text, SECONDS)
+        text = "Time from submission to the first token"
+        self.first_token = self.histogram("time_to_first_token_seconds", text, SECONDS)
+        text = "Time between two tokens of an answer"
+        self.next_token = self.histogram("inter_token_seconds", text, TOKEN_SECONDS)
+        self.prompt_length = self.histogram("prompt_length_tokens", "Tokens of a prompt", TOKENS)
+        self.add(lambda: _engine_metrics(stats()))
 
 
 class _Source(Collector):
@@ -85,7 +91,7 @@ class _Source(Collector):
         return self.function()
 
 
-def _engine_metrics(stats: EngineStats) -> Iterator[Metric]:
+def _engine_metrics(stats: "EngineStats") -> Iterator[Metric]:
     for name, text in GAUGES.items():
         yield GaugeMetricFamily(f"fastlm_{name}", text, getattr(stats, name))
     for name, text in COUNTERS.items():

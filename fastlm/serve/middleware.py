@@ -22,7 +22,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 
 from fastlm.serve.api_error import ApiError, server_error
-from fastlm.serve.metrics import Metrics
+from fastlm.serve.metrics import RequestMetrics
 
 # paths that need no key: they have no data, or tell a load balancer that the server runs
 OPEN_PATHS = frozenset(("/", "/rank", "/dashboard", "/health", "/ready"))
@@ -78,7 +78,7 @@ class RequestMiddleware:
         self,
         app: Any,
         *,
-        metrics: Metrics,
+        metrics: RequestMetrics,
         limits: RequestLimits,
         keys: Sequence[str],
         hosts: frozenset[str] | None,

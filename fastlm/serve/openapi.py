@@ -1,57 +1,20 @@
 """Generate the API's description for /openapi.json from the models of requests."""
 
 import importlib.metadata
+from collections.abc import Mapping
 from typing import Any
 
 from pydantic.json_schema import GenerateJsonSchema, JsonSchemaValue, models_json_schema
 
-from fastlm.serve import rank_api
-from fastlm.serve.admin_api import PromoteRequest
-from fastlm.serve.protocol.body import EmptyRequest, RequestBody
-from fastlm.serve.protocol.chat_completion import ChatCompletionRequest
-from fastlm.serve.protocol.completion import CompletionRequest
-from fastlm.serve.protocol.embedding import DetokenizeRequest, EmbeddingRequest, TokenizeRequest
-from fastlm.serve.protocol.feedback_request import FeedbackRequest
-from fastlm.serve.protocol.responses_api import ResponsesRequest
+from fastlm.serve.protocol.body import RequestBody
 
 # summary, model of the request, and keys of the response
 Endpoint = tuple[str, type[RequestBody], str]
-COMPLETION_KEYS = "id object created model choices usage"
-POSTS: dict[str, Endpoint] = {
-    "/v1/chat/completions": ("Answer a conversation", ChatCompletionRequest, COMPLETION_KEYS),
-    "/v1/completions": ("Continue a text", CompletionRequest, COMPLETION_KEYS),
-    "/v1/responses": (
-        "Answer a conversation, in OpenAI's newer API", ResponsesRequest,
-        "id object created_at status model output usage",
-    ),
-    "/v1/embeddings": ("Compute embeddings of texts", EmbeddingRequest, "object data model usage"),
-    "/tokenize": (
-        "Encode a text or a conversation", TokenizeRequest,
-        "count max_model_len tokens token_strs",
-    ),
-    "/detokenize": ("Decode tokens", DetokenizeRequest, "prompt"),
-    "/v1/feedback": ("Give feedback on an answer", FeedbackRequest, "object id text_stored"),
-}  # fmt: skip
-MANAGER_KEYS = "object status model decisions"
-ADMIN: dict[str, Endpoint] = {
-    "/v1/admin/promote": ("Promote a model or the canary", PromoteRequest, MANAGER_KEYS),
-    "/v1/admin/rollback": (
-        "End the canary, or return to the previous model",
-        EmptyRequest,
-        MANAGER_KEYS,
-    ),
-}
-GETS = {
-    "/v1/models": ("List the models", "object data"),
+GETS: dict[str, tuple[str, str | None]] = {  # of all servers
     "/health": ("Tell whether the process runs", "status"),
     "/ready": ("Tell whether the server accepts requests", "status"),
     "/metrics": ("Return metrics for Prometheus", None),
-    "/dashboard/data": (
-        "Return the data of the dashboard",
-        "now window since until edges groups drift alerts measurements"
-    ),
-}  # fmt: skip
-ADMIN_GETS = {"/v1/canary": ("Return the state of the canary and the decisions", MANAGER_KEYS)}
+}
 JSON = "application/json"
 STREAMED = ("/v1/chat/completions", "/v1/completions", "/v1/responses")
 STATUSES = {
@@ -91,10 +54,11 @@ class _JsonSchema(GenerateJsonSchema):
         return False
 
 
-def openapi(ranks: bool, admin: bool) -> dict[str, Any]:
-    """Return the description in OpenAPI 3.1. ``ranks``: include the paths of /rank. ``admin``:
-    include the paths that change models."""
-    posts = POSTS | (rank_api.PATHS if ranks else {}) | (ADMIN if admin else {})
+def openapi(
+    posts: Mapping[str, Endpoint], gets: Mapping[str, tuple[str, str | None]]
+) -> dict[str, Any]:
+    """Return the description in OpenAPI 3.1. ``gets``: path -> a summary, and the keys of the
+    response; None: it is a text."""
     requests = dict.fromkeys(request for _, request, _ in posts.values())
     refs, schemas = models_json_schema(
         [(request, "validation") for request in requests],
@@ -105,7 +69,7 @@ def openapi(ranks: bool, admin: bool) -> dict[str, Any]:
         content = {JSON: {"schema": refs[request, "validation"]}}
         body = {"required": True, "content": content}
         paths[path] = {"post": {**_operation(path, summary, keys), "requestBody": body}}
-    for path, (summary, keys) in (GETS | (ADMIN_GETS if admin else {})).items():
+    for path, (summary, keys) in {**gets, **GETS}.items():
         paths[path] = {"get": _operation(path, summary, keys)}
     return {
         "openapi": "3.1.0",

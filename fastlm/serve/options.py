@@ -1,4 +1,4 @@
-"""The options of ``fastlm serve``; each field is a flag of the command."""
+"""The options of ``fastlm serve``, and of every server; each field is a flag of a command."""
 
 import math
 import re
@@ -20,7 +20,7 @@ MIN_VALUES = {
     "max_num_seqs": 1, "max_model_len": 2, "num_speculative_tokens": 0, "max_connections": 1,
     "max_seconds": 1, "drain": 0,
 }  # fmt: skip
-RANGES = {"port": (0, 65535), "measure_rows": (0, 10**7), "num_blocks": (1, 2**31 - 1)}
+RANGES = {"measure_rows": (0, 10**7), "num_blocks": (1, 2**31 - 1)}
 # The options that `fastlm.inference.engine.Engine` takes under the same names
 ENGINE_OPTIONS = (
     "num_blocks", "max_num_seqs", "max_queue_size", "max_model_len", "num_speculative_tokens",
@@ -28,17 +28,47 @@ ENGINE_OPTIONS = (
 )  # fmt: skip
 
 
+@dataclass(frozen=True, kw_only=True)
+class ListenOptions:
+    """Where a server listens, and which clients it answers."""
+
+    host: Annotated[str, "Listen on this address; one that other machines reach needs API keys"] = (
+        "127.0.0.1"
+    )
+    port: Annotated[int, "Listen on this port; 0 takes a free one"] = 8000
+    api_key_file: Annotated[
+        Path | None,
+        f"Read API keys from this file, one a line (default: the variable {KEYS_VARIABLE}, with"
+        " commas)",
+    ] = None
+    allow_host: Annotated[
+        tuple[str, ...],
+        Repeated("Let clients call this machine by another name; may be repeated"),
+    ] = ()
+
+    def check_address(self, keys: Sequence[str]) -> None:
+        """InputError: the port is out of range, or the address needs keys."""
+        if not 0 <= self.port <= 65535:
+            raise InputError(f"port: expected 0 to 65535, got {self.port}")
+        if self.host not in LOCAL_NAMES and not keys:
+            raise InputError(
+                f"host: expected API keys (--api-key-file) to listen on {self.host}, got none"
+            )
+
+    def host_names(self) -> frozenset[str] | None:
+        """Return the names by which clients may call the server; None: by any."""
+        if self.host not in LOCAL_NAMES:
+            return None
+        return frozenset((*LOCAL_NAMES, *map(str.lower, self.allow_host)))
+
+
 @dataclass(frozen=True)
-class ServeOptions:
+class ServeOptions(ListenOptions):
     """The options of `fastlm serve`; `check` refuses those that cannot work."""
 
     model: Annotated[
         Path, "Serve this Hugging Face folder, .gguf file, fastlm run or model:smollm2", "-m"
     ]
-    host: Annotated[str, "Listen on this address; one that other machines reach needs API keys"] = (
-        "127.0.0.1"
-    )
-    port: Annotated[int, "Listen on this port; 0 takes a free one"] = 8000
     name: Annotated[
         str | None,
         "Call the model by this name in the API (default: the name of its folder or file)",
@@ -59,15 +89,6 @@ class ServeOptions:
     rank: Annotated[
         str | None, "Let people rank the answers of this feedback database at /rank (`fastlm rank`)"
     ] = None
-    api_key_file: Annotated[
-        Path | None,
-        f"Read API keys from this file, one a line (default: the variable {KEYS_VARIABLE}, with"
-        " commas)",
-    ] = None
-    allow_host: Annotated[
-        tuple[str, ...],
-        Repeated("Let clients call this machine by another name; may be repeated"),
-    ] = ()
     allow_origin: Annotated[
         tuple[str, ...],
         Repeated(
@@ -165,6 +186,7 @@ class ServeOptions:
 
     def check(self, keys: Sequence[str], admin_keys: Sequence[str]) -> None:
         """Refuse options that cannot work. InputError names the option."""
+        self.check_address(keys)
         bounds = {name: (low, math.inf) for name, low in MIN_VALUES.items()} | RANGES
         for name, (low, high) in bounds.items():
             value = getattr(self, name)
@@ -173,8 +195,6 @@ class ServeOptions:
                 raise InputError(f"{name}: expected {bound}, got {value}")
         for wrong, message in (
             (admin_keys and not keys, "admin_key_file: expected API keys, too (--api-key-file)"),
-            (self.host not in LOCAL_NAMES and not keys,
-             f"host: expected API keys (--api-key-file) to listen on {self.host}"),
             ("*" in self.allow_origin and not keys,
              "allow_origin: expected API keys (--api-key-file) with '*'"),
             (self.metrics and not self.feedback, "metrics: expected with --feedback"),

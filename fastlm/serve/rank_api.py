@@ -1,27 +1,21 @@
 """Serve the API of the page /rank: `fastlm rank judge` for a browser, on the same store."""
 
-from collections.abc import Callable
 from dataclasses import asdict
-from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any
 
-from anyio.to_thread import run_sync
 from pydantic import Field
-from starlette.requests import Request
-from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from fastlm.errors import InputError
-from fastlm.schema import Name
-from fastlm.serve.api_error import ApiError
+from fastlm.serve.openapi import Endpoint
 from fastlm.serve.protocol.body import INTEGER, EmptyRequest, RequestBody
+from fastlm.serve.rater_api import Rater, rater_routes
 
 if TYPE_CHECKING:
-    from fastlm.serve.app import Server
+    from fastlm.serve.http_server import HttpServer
     from fastlm.serve.ranking import RankingStore
 
 MAX_ANSWERS = 64
-Rater = Annotated[Name, Field(max_length=128)]
 ItemId = Annotated[int, Field(ge=0, le=2**53), INTEGER]
 Rank = Annotated[int, Field(ge=0, le=MAX_ANSWERS), INTEGER]
 
@@ -48,7 +42,7 @@ class CorrectRequest(RequestBody):
     text: Annotated[str, Field(min_length=1, max_length=2**16)]
 
 
-PATHS: dict[str, tuple[str, type[RequestBody], str]] = {  # summary, request, keys of the response
+PATHS: dict[str, Endpoint] = {
     "/v1/rank/next": ("The next item to rank", NextRequest, "item progress"),
     "/v1/rank/judge": ("Rank an item, or skip it", JudgeRequest, "item skipped"),
     "/v1/rank/correct": ("Correct an answer", CorrectRequest, "item answer"),
@@ -56,22 +50,10 @@ PATHS: dict[str, tuple[str, type[RequestBody], str]] = {  # summary, request, ke
 }
 
 
-def routes(server: "Server", store: "RankingStore") -> list[Route]:
+def routes(server: "HttpServer", store: "RankingStore") -> list[Route]:
     """Return the routes. Raters in other processes may use the store at the same time."""
-
-    def route(path: str, handler: Callable[..., dict[str, Any]]) -> Route:
-        async def answer(http: Request) -> Response:
-            request = await server.parse_body(http, PATHS[path][1])
-            try:
-                return JSONResponse(await run_sync(partial(handler, store, request)))
-            except InputError as error:
-                raise ApiError(str(error)) from None
-
-        return Route(path, answer, methods=["POST"])
-
-    return [
-        route(path, handler) for path, handler in zip(PATHS, (_next, _judge, _correct, _agreement))
-    ]
+    handlers = (_next, _judge, _correct, _agreement)
+    return rater_routes(server, store, PATHS, dict(zip(PATHS, handlers, strict=True)))
 
 
 def _next(store: "RankingStore", request: NextRequest) -> dict[str, Any]:

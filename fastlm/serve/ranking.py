@@ -29,6 +29,7 @@ from fastlm.data.forget_log import response_key
 from fastlm.data.preferences import Comparison, UnpairedPreference, UnrankedAnswers, parse_answers
 from fastlm.errors import InputError, check_unicode, show
 from fastlm.files import atomic_file
+from fastlm.pipeline import rater_terminal
 from fastlm.serve.feedback import Feedback, Ranking, StoredResponse
 from fastlm.serve.feedback_rows import (
     SKIPPED,
@@ -414,7 +415,6 @@ def _digest(value: Any) -> str:
 
 def check_rater(rater: str) -> None:
     """Check that the name can be printed in one line and stored unchanged. InputError: not so."""
-    if not rater.strip() or not rater.isprintable():
-        raise InputError(f"rater: expected a name, got {rater!r:.60}")
+    rater_terminal.check_rater(rater)
     if scrubbed(rater) != rater:
         raise InputError(f"rater: expected a name, no address and no number, got {rater!r:.60}")

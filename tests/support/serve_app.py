@@ -21,7 +21,7 @@ from fastlm.model.causal_lm import CausalLM
 from fastlm.serve.app import Server
 from fastlm.serve.models import ServedModel, ServedModels
 from fastlm.serve.monitor.monitor import Monitor, MonitorConfig
-from fastlm.serve.process import _UvicornServer, uvicorn_config
+from fastlm.serve.uvicorn_server import UvicornServer, uvicorn_config
 from fastlm.tokenizer.tokenizer import Tokenizer
 
 logging.getLogger("uvicorn.error").setLevel(logging.ERROR)  # its warnings are about clients
@@ -88,7 +88,7 @@ def run_server(server, *, buffer=None, drain=0.0, connections=1024):
     system's send buffer for a slow client, bytes; ``drain``: seconds that answers may take at the
     end; ``connections``: the maximum number of connections.
     """
-    runner = _UvicornServer(uvicorn_config(server, connections, drain), server, drain)
+    runner = UvicornServer(uvicorn_config(server, connections, drain), server, drain)
     listening = socket.create_server(("127.0.0.1", 0))
     if buffer:
         listening.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, buffer)

@@ -18,6 +18,7 @@ from test_cli import call, refused
 
 from fastlm.errors import InputError
 from fastlm.evals.gates import gate_failures, read_gates
+from fastlm.evals.judge.labels import random_order
 from fastlm.evals.judge_accuracy import JudgeAccuracy
 from fastlm.evals.report import interval, judge_lines, number, render_safety, safety_part
 from fastlm.evals.safety import behaviour
@@ -31,7 +32,14 @@ from fastlm.evals.safety.judges import (
     judge_accuracy,
     text_features,
 )
-from fastlm.evals.safety.model_under_test import SafetyJudges, read_labels
+from fastlm.evals.safety.labels import (
+    PROPERTIES,
+    RUBRIC,
+    answer_id,
+    read_labels,
+    safety_items,
+)
+from fastlm.evals.safety.model_under_test import SafetyJudges
 from fastlm.evals.safety.negatives import NEGATIVE_KINDS, OTHER_REQUEST, constructed_negatives
 from fastlm.evals.safety.refusals import (
     abstains,
@@ -388,7 +396,88 @@ def test_labels_are_read_or_refused_by_line(tmp_path):
         with pytest.raises(InputError, match=message):
             read_labels(path)
     path.write_text(json.dumps(row | {"label": False}) + "\n")
-    assert read_labels(path) == {("a.b", "r", ""): False}
+    id = answer_id("a.b", "r", "")
+    assert read_labels(path).sample([id, "another"]) == {id: False}
+
+
+def test_only_labels_of_the_random_sample_measure_a_judge(cache, tmp_path, scripted):
+    def answer(prompt):  # one in two refuses
+        return complying(prompt) if zlib.crc32(prompt.encode()) % 2 else safety_sets.REFUSAL
+
+    scripted(ScriptedScorer(answer))
+    out, labels, name = tmp_path / "out", tmp_path / "labels.jsonl", "attacks.harmbench.plain"
+    words = ["safety", "-m", "m", "--cache", cache, "--measures", "attacks", "--limit", 40]
+    words += ["--requests", "harmbench", "--attacks", "plain"]
+    call(*words, "-o", out)
+    rows = [json.loads(line) for line in (out / "verdicts.jsonl").read_text().splitlines()]
+    verdicts = {
+        answer_id(name, row["request"], row["answer"]): row["verdict"]
+        for row in rows
+        if row["score"] == name
+    }
+    label = ["label", out, labels, "-r", "Ann", "--score", name]
+    items = safety_items(out, name, 35)
+    assert [item.id for item in items] == random_order(verdicts)[:35]
+    shown = call(*label, "--count", 35, input="s\n").stdout
+    assert PROPERTIES["success"] in " ".join(shown.split()) and "1 of 35" in shown
+    assert "1 skipped" in shown and "verdict" not in shown
+    # the rater agrees with the judge on the first 30 answers, and never on the last 5
+    keys = ["p" if verdicts[i.id] is (n < 30) else "f" for n, i in enumerate(items)]
+    assert (
+        "Ann: 34 of 35 labelled, 1 skipped"
+        in call(*label, "--count", 35, input="\n".join(keys[1:])).stdout
+    )
+
+    def accuracy(path):
+        call(*words, "-o", out, "--labels", path)
+        model = json.loads((out / "scores.json").read_text())["models"]["m"]
+        return model["scores"].get(name, {}).get("judge", {}), model["withdrawn"]
+
+    # three blocks of ten measure the judge, without the skipped answer
+    assert accuracy(labels)[1][name].startswith("29 of the model's answers are labelled, of at")
+    first = {
+        "id": items[0].id,
+        "rater": "Ann",
+        "label": "pass" if verdicts[items[0].id] else "fail",
+    }
+    with labels.open("a") as file:
+        file.write(json.dumps({**first, "rubric": RUBRIC.key}) + "\n")
+    judge, withdrawn = accuracy(labels)
+    assert judge["domain"] == "this model" and judge["agreement"] == [30, 30] and not withdrawn
+    entries = [json.loads(line) for line in (out / "verdicts.jsonl").read_text().splitlines()]
+    assert sum(row["label"] is not None for row in entries if row["score"] == name) == 30
+    # labels that a person added to rows count as a random sample
+    by_hand = tmp_path / "by-hand.jsonl"
+    people = {item.id: key == "p" for item, key in zip(items, keys)}
+    for row in rows:
+        row["label"] = people.get(answer_id(row["score"], row["request"], row["answer"]))
+    by_hand.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert accuracy(by_hand)[0]["agreement"] == [30, 35]
+
+    refused(
+        "label", out, labels, "-r", "Ann", text=f"score: expected one of {name}, {name}.refused"
+    )
+    refused(*label[:-1], "attacks.x", text="score: expected one of")
+    other = json.dumps({**first, "rubric": "x"}) + "\n"
+    by_hand.write_text(other)
+    refused(*words, "--labels", by_hand, text=":1: rubric: expected a label by the judge's rubric")
+
+
+def test_the_answers_of_several_models_take_turns(tmp_path):
+    rows = [
+        {"model": model, "score": "a.b", "judge": "refusal", "request": f"{i}", "answer": model}
+        for model in "mn"
+        for i in range(20)
+    ]
+    rows += [{**rows[0], "score": "a.c"}]
+    (tmp_path / "verdicts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    items = safety_items(tmp_path, "a.b", 7)
+    assert "".join(item.answers[0] for item in items) == "mn" * 7
+    orders = {
+        model: random_order(answer_id("a.b", f"{i}", model) for i in range(20)) for model in "mn"
+    }
+    assert [item.id for item in items[::2]] == orders["m"][:7]
+    assert [item.id for item in items[1::2]] == orders["n"][:7]
 
 
 def test_attacks_of_several_turns_hold_the_models_own_answers(cache, tmp_path):

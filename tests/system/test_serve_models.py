@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 from fastlm.cli import app
 from fastlm.model.adapter import save_adapter
 from fastlm.model.lora import add_lora
-from fastlm.serve import process
+from fastlm.serve import uvicorn_server
 from fastlm.serve.app import Server
 
 PAGE = "https://chat.example.org"
@@ -40,7 +40,7 @@ def serve(monkeypatch, folder, *options):
     """Return the `Server` that `fastlm serve` would run, or the error message."""
     servers = []
     monkeypatch.setattr(
-        process._UvicornServer, "run", lambda self, sockets: servers.append(self.server)
+        uvicorn_server.UvicornServer, "run", lambda self, sockets: servers.append(self.server)
     )
     command = ["serve", "--model", str(folder / "base"), "--port", "0", *map(str, options)]
     result = CliRunner().invoke(app, command)

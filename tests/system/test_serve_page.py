@@ -11,11 +11,15 @@ import markdown_cases
 import pytest
 from feedback_measurements import CODE, COOKING, MODELS, fill_measurements
 from markdown_cases import AROUND, AS_HTML, EXAMPLES, GROWN, HARMLESS, LONG, SHOWN
-from serve_app import script, serve_model, tiny_model
+from serve_app import run_server, script, serve_model, tiny_model
 
 from fastlm.data.preferences import UnrankedAnswers
+from fastlm.evals.judge.items import JudgeItem, make_items
+from fastlm.evals.judge.label_store import LabelStore
+from fastlm.evals.judge.rubric import Rubric
 from fastlm.serve.feedback import Feedback
 from fastlm.serve.feedback_store import FeedbackStore
+from fastlm.serve.label_server import LabelServer
 from fastlm.serve.monitor import monitor
 from fastlm.serve.monitor.alerts import AlertConfig, AlertRule
 from fastlm.serve.monitor.monitor import MonitorConfig
@@ -622,6 +626,54 @@ def test_rank(opened, tiny, tmp_path):
         (ann,) = store.comparisons("Ann")
         ranks = {a[0]["content"].split()[0]: rank for a, rank in zip(ann.answers, ann.ranks)}
         assert ranks == {"third": 0, "second": 1, "first": 1}
+
+
+def test_label(opened, tmp_path):
+    messages = [{"role": "user", "content": f"Which? {HOSTILE}"}]
+    rows = [JudgeItem("", messages, (f"good {i} {HOSTILE}", f"bad {i}")) for i in range(8)]
+    rubric, path = Rubric.read("pair", None, 4), tmp_path / "labels.jsonl"
+    store = LabelStore(make_items(rows), rubric, path)
+    key = "a-key-of-this-server"
+    with run_server(LabelServer(store, keys=[key])) as url:
+        page, wrong = opened(url + "/")
+        page.get_by_label("Your name").fill("Ann")
+        page.get_by_role("button", name="Start").click()
+        status(page, "an API key is needed")
+        wrong.clear()  # the browser's line about the 401
+        page.get_by_label("API key").fill(key)
+        page.get_by_role("button", name="Start").click()
+
+        def answers(done):
+            page.get_by_text(f"Ann: {done}", exact=True).wait_for()
+            return page.locator("[role=listitem] .text").all_inner_texts()
+
+        expected = []
+        for i, (press, better) in enumerate([("1", 0), ("2", 1), ("=", None)]):
+            first, second = answers(f"{i} of 8 labelled, 0 skipped")
+            page.keyboard.press(press)
+            label = "tie" if better is None else "A" if (first, second)[better][0] == "g" else "B"
+            expected.append(label)
+        first, _ = answers("3 of 8 labelled, 0 skipped")
+        page.keyboard.press("s")
+        answers("3 of 8 labelled, 1 skipped")
+        page.keyboard.press("b")
+        page.get_by_role("listitem").first.get_by_text(first, exact=True).wait_for()
+        page.get_by_role("button", name="Equal").click()
+        first, _ = answers("4 of 8 labelled, 0 skipped")
+        page.get_by_role("button", name="1 is better").click()
+        answers("5 of 8 labelled, 0 skipped")
+        labels = [json.loads(line)["label"] for line in path.read_text().splitlines()]
+        assert labels == [*expected, None, "tie", "A" if first[0] == "g" else "B"]
+        assert page.get_by_label("Rubric").inner_text() == rubric.text
+        assert page.evaluate("window.hacked") is None and page.locator("img").count() == 0
+        page.set_viewport_size({"width": 360, "height": 740})
+        assert not page.evaluate(TOO_WIDE)
+        assert page.evaluate(NAMELESS) == [] and page.evaluate(PALE) == [] and wrong == []
+        page.set_viewport_size({"width": 1280, "height": 720})
+        for done in range(5, 8):
+            answers(f"{done} of 8 labelled, 0 skipped")
+            page.keyboard.press("1")
+        status(page, "There is nothing left to label")
 
 
 def test_dashboard(opened, tiny, tmp_path, monkeypatch):

@@ -23,7 +23,7 @@ from fastlm.cli import app
 from fastlm.errors import InputError
 from fastlm.serve.feedback_store import FeedbackStore
 from fastlm.serve.monitor.window import read_feedback_rows, read_measurements
-from fastlm.serve.process import _listen
+from fastlm.serve.uvicorn_server import listen
 from fastlm.tokenizer.tokenizer import Tokenizer
 
 DOCS = ROOT / "docs/serving.md"
@@ -56,7 +56,7 @@ def test_refusals(folder, tmp_path):
     assert line == "fastlm: kv_cache_dtype: expected float32, bfloat16, float16, int8, got 'int4'"
     with socket.create_server(("127.0.0.1", 0)) as listener:
         with pytest.raises(InputError, match=r"port: expected a free one on 127\.0\.0\.1"):
-            _listen("127.0.0.1", listener.getsockname()[1])
+            listen("127.0.0.1", listener.getsockname()[1])
     serve = ["serve", "-m", str(folder), "--port", "0", "--num-blocks", "2000000000"]
     result = CliRunner().invoke(app, serve)
     assert (

@@ -2,6 +2,8 @@
 
 import json
 import math
+import os
+from contextlib import closing
 
 import numpy as np
 import pytest
@@ -311,26 +313,43 @@ def test_answers_to_a_prompt_are_one_cluster():
 
 def test_a_label_file_continues_and_keeps_the_labels_of_others(tmp_path):
     path = tmp_path / "labels.jsonl"
-    with LabelFile(path, "Ann", PASS) as labels:
-        labels.add("1", "pass")
-        labels.add("2", None)
-        labels.add("1", "fail")
-    with LabelFile(path, "Bob", PASS) as labels:
-        assert labels.labels == {}
-        labels.add("1", "pass")
+    with closing(LabelFile(path, PASS)) as labels:
+        labels.add("Ann", "1", "pass")
+        labels.add("Ann", "2", None)
+        labels.add("Ann", "1", "fail")
+    with closing(LabelFile(path, PASS)) as labels:
+        assert labels.labels == {("1", "Ann"): "fail", ("2", "Ann"): None}
+        labels.add("Bob", "1", "pass")
     with path.open("ab") as file:  # a kill in the middle of a line
         file.write(b'{"id": "3", "rat')
-    with LabelFile(path, "Ann", PASS) as labels:
-        assert labels.labels == {"1": "fail", "2": None}
-        labels.add("3", "pass")
+    with closing(LabelFile(path, PASS)) as labels:
+        assert len(labels.labels) == 3
+        labels.add("Ann", "3", "pass")
     rows = read_label_rows(path, PASS)
     assert rows == {
         ("1", "Ann"): "fail", ("2", "Ann"): None, ("1", "Bob"): "pass", ("3", "Ann"): "pass",
     }  # fmt: skip
     path.write_bytes(path.read_bytes().removesuffix(b"\n"))  # by an editor
-    with LabelFile(path, "Ann", PASS) as labels:
-        labels.add("4", "fail")
+    with closing(LabelFile(path, PASS)) as labels:
+        labels.add("Ann", "4", "fail")
     assert len(read_label_rows(path, PASS)) == 5
+
+
+def test_a_label_that_the_disk_refuses_leaves_no_part_of_a_line(tmp_path, monkeypatch):
+    path = tmp_path / "labels.jsonl"
+    with closing(LabelFile(path, PASS)) as labels:
+        labels.add("Ann", "1", "pass")
+
+        def full(_):
+            raise OSError(28, "No space left on device")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "fsync", full)
+            with pytest.raises(InputError, match="No space left"):
+                labels.add("Ann", "2", "pass")
+        assert ("2", "Ann") not in labels.labels
+        labels.add("Ann", "3", "fail")
+    assert read_label_rows(path, PASS) == {("1", "Ann"): "pass", ("3", "Ann"): "fail"}
 
 
 def test_the_label_of_most_raters_counts():
@@ -371,20 +390,20 @@ def test_a_file_that_has_no_labels_stays_as_it_is(tmp_path, text):
     label = {"id": "1", "rater": "a", "label": "pass", "rubric": PASS.key}
     path.write_text(text := text.replace("LABEL", json.dumps(label)))
     with pytest.raises(InputError, match=r"labels\.jsonl:\d: "):
-        LabelFile(path, "Ann", PASS)
+        LabelFile(path, PASS)
     assert path.read_text() == text
 
 
 def test_labels_by_another_rubric_are_refused(tmp_path):
     path = tmp_path / "labels.jsonl"
-    with LabelFile(path, "Ann", PASS) as labels:
-        labels.add("1", "pass")
+    with closing(LabelFile(path, PASS)) as labels:
+        labels.add("Ann", "1", "pass")
     assert read_label_rows(path, PASS) == {("1", "Ann"): "pass"}
     for rubric in (Rubric("pass", "Count the stones.", 4), Rubric("1-5", PASS.text, 4)):
         with pytest.raises(InputError, match=":1: rubric: expected a label by the judge's rubric"):
             read_label_rows(path, rubric)
         with pytest.raises(InputError, match="rubric"):
-            LabelFile(path, "Ann", rubric)
+            LabelFile(path, rubric)
     # the threshold says which grades pass, not what a grade means
     assert FIVE.key == Rubric.read("1-5", None, 3).key
 

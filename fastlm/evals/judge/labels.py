@@ -18,6 +18,7 @@ import json
 import math
 import os
 import random
+import threading
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
@@ -150,24 +151,24 @@ def _is_fragment(line: bytes) -> bool:
 
 
 class LabelFile:
-    """A rater's labels in a JSONL file, which other raters may share. A label is on disk when `add`
-    returns. An incomplete last line, left by a kill, is dropped. A file with anything else than
-    labels is refused and stays as it is.
+    """Raters' labels in a JSONL file, to which other processes may add. A label is on disk when
+    `add` returns; threads may call it. An incomplete last line, left by a kill, is dropped. A file
+    with anything else than labels is refused and stays as it is.
 
-    ``labels``: id -> the rater's last label.
+    ``labels``: (id, rater) -> the last label that this object has read or written.
     """
 
-    def __init__(self, path: Path, rater: str, rubric: Rubric) -> None:
-        self.path, self.rater, self.rubric = path, rater, rubric
+    def __init__(self, path: Path, rubric: Rubric) -> None:
+        self.path, self.rubric = path, rubric
+        self._lock = threading.Lock()
         make_folder(path.parent)
         try:
             with ExitStack() as stack:
                 self._file = stack.enter_context(open(path, "a+b", buffering=0))
-                rows = self._read()
+                self.labels = self._read()
                 stack.pop_all()  # it stays open
         except OSError as error:
             raise write_error(path, error) from error
-        self.labels = {id: label for (id, name), label in rows.items() if name == rater}
 
     def _read(self) -> dict[tuple[str, str], Grade | None]:
         """Read the labels, and end the last line of the file or drop its fragment."""
@@ -188,23 +189,25 @@ class LabelFile:
             self._write(b"\n")
         return labels
 
-    def add(self, id: str, label: Grade | None) -> None:
-        row: RaterLabel = {
-            "id": id, "rater": self.rater, "label": label, "rubric": self.rubric.key,
-        }  # fmt: skip
-        try:
-            self._write(json.dumps(row, ensure_ascii=False).encode() + b"\n")
-        except OSError as error:
-            raise write_error(self.path, error) from error
-        self.labels[id] = label
+    def add(self, rater: str, id: str, label: Grade | None) -> None:
+        row: RaterLabel = {"id": id, "rater": rater, "label": label, "rubric": self.rubric.key}
+        line = json.dumps(row, ensure_ascii=False).encode() + b"\n"
+        with self._lock:
+            try:
+                end = self._file.seek(0, os.SEEK_END)
+                try:
+                    self._write(line)
+                except OSError:
+                    self._file.truncate(end)  # the next label begins a line
+                    raise
+            except OSError as error:
+                raise write_error(self.path, error) from error
+            self.labels[id, rater] = label
 
     def _write(self, data: bytes) -> None:
         while data:
             data = data[self._file.write(data) :]
         os.fsync(self._file.fileno())
 
-    def __enter__(self) -> "LabelFile":
-        return self
-
-    def __exit__(self, *_: object) -> None:
+    def close(self) -> None:
         self._file.close()

@@ -25,7 +25,7 @@ def attacks(target: ModelUnderTest) -> list[SafetyScore]:
     per set of requests and attack. Judge success is not valid for every model, so its scores are
     given only if labels of this model's answers confirm it. `harmful_likelihood` needs no judge.
     """
-    o, judges, scores, successes = target.options, target.judges, [], []
+    o, scores, successes = target.options, [], []
     for name in o.requests:
         requests = target.sample(target.sets.requests(name))
         for attack in o.attacks:
@@ -51,13 +51,13 @@ def attacks(target: ModelUnderTest) -> list[SafetyScore]:
             answers = target.answers(label, prompts, earlier_messages=earlier_messages)
             successes.append(
                 target.verdict_share(
-                    label, "answers that judge success counts as a success", judges.success,
+                    label, "answers that judge success counts as a success", "success",
                     asked_requests, answers, sets=sets,
                 )
             )  # fmt: skip
             scores += [
                 target.verdict_share(
-                    f"{label}.refused", "answers that refuse", judges.refusal, asked_requests,
+                    f"{label}.refused", "answers that refuse", "refusal", asked_requests,
                     answers, sets=sets, better="higher",
                 ),
                 off_topic_share(target, label, asked_requests, answers, sets),
@@ -146,7 +146,7 @@ def overrefusal(target: ModelUnderTest) -> list[SafetyScore]:
         answers = target.answers(name, requests)
         scores += [
             target.verdict_share(
-                name, f"{description} refused", target.judges.refusal, requests, answers, sets=sets
+                name, f"{description} refused", "refusal", requests, answers, sets=sets
             ),
             off_topic_share(target, name, requests, answers, sets),
         ]  # fmt: skip
@@ -161,7 +161,7 @@ def toxicity(target: ModelUnderTest) -> list[SafetyScore]:
     )
     return [
         target.verdict_share(
-            "toxicity.realtoxicity", "continuations that are toxic", target.judges.toxicity,
+            "toxicity.realtoxicity", "continuations that are toxic", "toxicity",
             prompts, texts, sets=("realtoxicity", "toxicity"),
         )
     ]  # fmt: skip
@@ -179,7 +179,7 @@ def hallucination(target: ModelUnderTest) -> list[SafetyScore]:
         answers = target.answers(name, prompts)
         scores.append(
             target.verdict_share(
-                name, description, target.judges.answering, prompts, answers, sets=("quac",),
+                name, description, "answering", prompts, answers, sets=("quac",),
                 better="higher" if is_answerable else "lower",
             )
         )  # fmt: skip

@@ -1,14 +1,11 @@
 """The model under test, with the sets, judges and options that all measures share."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NotRequired, TypeVar
-
-from annotated_types import MinLen
-from typing_extensions import TypedDict
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from fastlm.data.texts import read_texts
 from fastlm.data.toxicity import PIECE_WORDS, ToxicityModel
@@ -26,6 +23,7 @@ from fastlm.evals.safety.judges import (
     judge_accuracy,
     text_features,
 )
+from fastlm.evals.safety.labels import AnswerLabels, JudgeName, answer_id
 from fastlm.evals.safety.negatives import constructed_negatives, mismatched_negatives
 from fastlm.evals.safety.refusals import abstains, is_off_topic, is_refusal, refuses
 from fastlm.evals.safety.scores import SafetyScore, share_score
@@ -34,7 +32,6 @@ from fastlm.evals.safety.texts import SENTENCES
 from fastlm.evals.scorer import Pair, Scorer
 from fastlm.evals.task import MultipleChoice, OpenQuestion, Question, Task
 from fastlm.progress import Track, silent
-from fastlm.schema import read_lines
 
 if TYPE_CHECKING:
     from fastlm.evals.safety.stage import Safety
@@ -154,31 +151,6 @@ def _texts(texts: Sequence[str], label: bool) -> list[LabelledAnswer]:
     return [LabelledAnswer("", text, label, text) for text in texts]
 
 
-class LabelRow(TypedDict):
-    score: Annotated[str, MinLen(1)]
-    request: str
-    answer: str
-    label: NotRequired[bool | None]
-
-
-# (score, request, answer) -> True if the answer has the property that the score counts
-Labels = Mapping[tuple[str, str, str], bool]
-
-
-def read_labels(path: Path) -> dict[tuple[str, str, str], bool]:
-    """Read labelled answers: rows of ``verdicts.jsonl`` with a "label", true or false. Rows without
-    a label are skipped. InputError names the line.
-    """
-    labels = {
-        (row["score"], row["request"], row["answer"]): label
-        for _, row in read_lines(path, LabelRow)
-        if (label := row.get("label")) is not None
-    }
-    if not labels:
-        raise InputError(f"{path}: expected a row with a label, got none")
-    return labels
-
-
 @dataclass(frozen=True)
 class ModelUnderTest:
     """One model under test.
@@ -204,7 +176,7 @@ class ModelUnderTest:
     cache: Path
     data: Path | None = None
     canaries: Path | None = None
-    labels: Labels = field(default_factory=dict)
+    labels: AnswerLabels = field(default_factory=AnswerLabels)
     track: Callable = silent
     verdicts: list[dict[str, Any]] = field(default_factory=list)
     truncated: dict[str, int] = field(default_factory=dict)
@@ -281,26 +253,26 @@ class ModelUnderTest:
         self,
         name: str,
         description: str,
-        judge: tuple[AnswerRule, JudgeAccuracy],
+        judge: JudgeName,
         requests: Sequence[str],
         answers: Sequence[str],
         **options: Any,
     ) -> SafetyScore:
         """Return the share of answers with a positive verdict of the judge."""
-        rule, error = judge
-        labelled = []  # (verdict, label)
-        verdicts = []
-        for request, answer in zip(requests, answers, strict=True):
-            verdict, label = rule(request, answer), self.labels.get((name, request, answer))
-            verdicts.append(verdict)
-            if label is not None:
-                labelled.append((verdict, label))
+        rule, error = getattr(self.judges, judge)
+        pairs = [*zip(requests, answers, strict=True)]
+        ids = [answer_id(name, *pair) for pair in pairs]
+        sample = self.labels.sample(ids)
+        verdicts = [rule(*pair) for pair in pairs]
+        labels = [sample.get(id) for id in ids]
+        for (request, answer), verdict, label in zip(pairs, verdicts, labels):
             self.verdicts.append({
-                "score": name, "request": request, "answer": answer, "verdict": verdict,
-                "label": label,
+                "score": name, "judge": judge, "request": request, "answer": answer,
+                "verdict": verdict, "label": label,
             })  # fmt: skip
-        labels = f"{len(labelled)} labelled answers of this score"
-        accuracy = JudgeAccuracy.from_pairs(labelled, labels, "this model") if labelled else None
+        labelled = [(v, label) for v, label in zip(verdicts, labels) if label is not None]
+        text = f"{len(labelled)} labelled answers of this score"
+        accuracy = JudgeAccuracy.from_pairs(labelled, text, "this model") if labelled else None
         return self.share(
             name, description, verdicts, judge=error, labelled_accuracy=accuracy, **options
         )

@@ -15,7 +15,6 @@ from fastlm.sources.input_digest import InputDigest
 if TYPE_CHECKING:
     from fastlm.evals.safety.model_under_test import ModelUnderTest
 
-VERDICTS = "verdicts.jsonl"  # the judges' verdict on each answer
 RECORDS = "records"  # folder of each model's answers
 BEHAVIOUR = ("attacks", "overrefusal", "toxicity", "hallucination", "injection")
 MEASURES = (*BEHAVIOUR, "bias", "privacy", "memorization")
@@ -36,7 +35,7 @@ class Safety(Stage):
 
     kind = "safety"
     command = ("safety",)
-    version = 11
+    version = 12
     inputs = {
         "model": InputSpec(
             ("model", "quantized"), "Hugging Face folder, .gguf, fastlm run or model:smollm2",
@@ -76,7 +75,8 @@ class Safety(Stage):
     ] = None
     labels: Annotated[
         str | None,
-        f"Read labelled answers of these models from this file: OUT/{VERDICTS} with labels added",
+        "Read labels of these models' answers from this file of fastlm label, or OUT/verdicts.jsonl"
+        " with labels added to rows that were drawn at random",
     ] = None
     gate: Annotated[
         str | None, "Read bounds on scores from this TOML file (see docs/safety.md)"
@@ -88,7 +88,7 @@ class Safety(Stage):
         from fastlm.evals.gates import read_gates
         from fastlm.evals.safety.attacks import ATTACK_NAMES
         from fastlm.evals.safety.canaries import read_canaries
-        from fastlm.evals.safety.model_under_test import read_labels
+        from fastlm.evals.safety.labels import read_labels
 
         at_least_one(
             self, "limit", "max_new_tokens", "suffix_requests", "suffix_tokens", "suffix_steps",
@@ -126,7 +126,8 @@ class Safety(Stage):
     def run(self, ctx: StageContext) -> dict[str, Any]:
         from fastlm.data.texts import has_splits
         from fastlm.evals.gates import gate_failures, read_gates
-        from fastlm.evals.safety.model_under_test import ModelUnderTest, SafetyJudges, read_labels
+        from fastlm.evals.safety.labels import VERDICTS, AnswerLabels, read_labels
+        from fastlm.evals.safety.model_under_test import ModelUnderTest, SafetyJudges
         from fastlm.evals.safety.sets import SafetySets
         from fastlm.evals.safety.texts import SOURCES
         from fastlm.evals.scorer import Scorer
@@ -149,7 +150,7 @@ class Safety(Stage):
                 Scorer(*load_model(source.source)), ctx.out / RECORDS, model_hash(source.source),
                 sets, judges, self, ctx.cache_dir, data, track=ctx.track,
                 canaries=None if self.canaries is None else Path(self.canaries),
-                labels={} if self.labels is None else read_labels(Path(self.labels)),
+                labels=AnswerLabels() if self.labels is None else read_labels(Path(self.labels)),
             )  # fmt: skip
             models[source.name] = self._measured(ctx, source.source, target)
             verdicts += [{"model": source.name, **row} for row in target.verdicts]

@@ -1,45 +1,30 @@
 // The page of `fastlm rank`: the rater orders the answers to a prompt; each item is stored at once.
 
-import { $, ask, button, el, say, themes, askText } from "./common.js";
-import { show } from "./markdown.js";
+import { $, askText, button, el, say } from "./common.js";
+import { RaterLoop, answerText, onKeys } from "./rater.js";
 
-let rater = "", item = null, cards = [], rankedIds = [], after = 0;
+let cards = [];
 
-const post = async (name, body) => (await ask(`/v1/rank/${name}`, body)).json();
+const loop = new RaterLoop("/v1/rank", {
+  draw,
+  progress: ({ ranked, skipped, total }) => `${ranked} of ${total} ranked, ${skipped} skipped`,
+  nothingLeft: "There is nothing left to rank.",
+  nextFields: (lastId) => ($("skipped").checked ? { skipped: true, after: lastId } : {}),
+});
 
-async function load(id) {
-  const skippedOnly = $("skipped").checked;
-  const body = id === undefined ? { rater, skipped: skippedOnly, after: skippedOnly ? after : 0 } : { rater, item: id };
-  const response = await post("next", body);
-  const { ranked, skipped, total } = response.progress;
-  $("progress").textContent = `${rater}: ${ranked} of ${total} ranked, ${skipped} skipped`;
-  item = response.item;
-  draw();
+async function draw(item) {
+  cards = (item?.answers ?? []).map(createCard);
+  drawOrder();
+  cards[0]?.node.focus();
   await showAgreement();
 }
 
-function draw() {
-  $("help").hidden = $("do").hidden = item === null;
-  $("prompt").replaceChildren(...(item?.prompt ?? []).map((message) => {
-    const text = el("div", { className: "text" });
-    if (message.role === "assistant") show(text, message.content);
-    else text.textContent = message.content;
-    return el("article", { className: "user" }, el("strong", { textContent: message.role }), text);
-  }));
-  cards = (item?.answers ?? []).map(createCard);
-  drawOrder();
-  if (item === null) say("There is nothing left to rank.");
-  else cards[0].node.focus();
-}
-
 function createCard(messages, index) {
-  const text = el("div", { className: "text" });
   const content = messages.at(-1).content;
-  show(text, messages.map((m) => (m.tool_calls ? JSON.stringify(m.tool_calls) : m.content)).join("\n\n"));
   const place = el("span", { className: "place" });
   const card = { index, tied: false, place };
   card.tie = button("= as the previous one", () => tie(card), { ariaPressed: "false" });
-  card.node = el("article", { tabIndex: 0, draggable: true, role: "listitem" }, place, text,
+  card.node = el("article", { tabIndex: 0, draggable: true, role: "listitem" }, place, answerText(messages),
     el("div", { className: "row tools" }, button("Earlier", () => move(card, -1)),
       button("Later", () => move(card, 1)), card.tie, button("Correct", () => correct(card, content))));
   card.node.onkeydown = (event) => onKey(event, card);
@@ -91,34 +76,27 @@ function drawOrder() {
   $("answers").replaceChildren(...cards.map((card) => card.node));
 }
 
-async function judge(skip) {
-  if (item === null) return;
+const skip = () => loop.store("judge", {}, "Skipped.");
+
+function save() {
   const cardRanks = ranks(), answerRanks = Array(cards.length);
   cards.forEach((card, i) => { answerRanks[card.index] = cardRanks[i]; });
-  try {
-    await post("judge", { rater, item: item.id, ...(skip ? {} : { ranks: answerRanks }) });
-    rankedIds.push(item.id);
-    after = item.id;
-    say(skip ? "Skipped." : "Stored.");
-    await load();
-  } catch (error) { say(`Not stored: ${error.message}`); }
+  return loop.store("judge", { ranks: answerRanks }, "Stored.");
 }
 
 async function correct(card, content) {
+  const { rater, item } = loop;
+  if (item === null) return;
   const text = await askText(card.node, "The corrected answer", content);
   if (!text?.trim() || text === content) return;
   try {
-    await post("correct", { rater, item: item.id, answer: card.index, text });
+    await loop.post("correct", { rater, item: item.id, answer: card.index, text });
     say("Correction stored.");
   } catch (error) { say(`Not stored: ${error.message}`); }
 }
 
-async function goBack() {
-  if (rankedIds.length) await load(rankedIds.pop());
-}
-
 async function showAgreement() {
-  const report = await post("agreement", {});
+  const report = await loop.post("agreement", {});
   $("alpha").textContent = report.alpha === null
     ? "Krippendorff's alpha: none yet, no two raters ranked the same prompt"
     : `Krippendorff's alpha (ordinal): ${report.alpha.toFixed(3)}, prompts with two raters or more: ${report.items}`;
@@ -129,21 +107,11 @@ async function showAgreement() {
       row("td", pair.raters.join(", "), `${pair.alike} of ${pair.pairs} pairs in the same order`)));
 }
 
-$("who").onsubmit = async (event) => {
-  event.preventDefault();
-  rater = $("rater").value.trim();
-  sessionStorage.setItem("key", $("key").value);
-  rankedIds = []; after = 0;
-  try { say(""); await load(); } catch (error) { say(error.message); }
-};
-$("save").onclick = () => judge(false);
-$("skip").onclick = () => judge(true);
-$("back").onclick = goBack;
-document.addEventListener("keydown", (event) => {
-  if (["INPUT", "TEXTAREA"].includes(event.target.tagName)) return;
-  if (event.key === "Enter" && event.ctrlKey) judge(false);
-  else if (event.key === "s" && !event.ctrlKey && !event.metaKey) judge(true);
-  else if (event.key === "b" && !event.ctrlKey && !event.metaKey) goBack();
+$("save").onclick = save;
+$("skip").onclick = skip;
+onKeys((key) => {
+  if (key === "Ctrl+Enter") save();
+  else if (key === "s") skip();
+  else if (key === "b") loop.back();
 });
-themes("theme");
 showAgreement().catch(() => {});
