@@ -57,7 +57,7 @@ SIZES: dict[str, dict[str, Any]] = {  # options of sft and grpo
             "lora_rank": 16,
         },
         "grpo": {
-            "max_steps": 15, "lr": 2e-4, "batch_size": 16, "gradient_accumulation_steps": 8,
+            "max_steps": 10, "lr": 2e-4, "batch_size": 16, "gradient_accumulation_steps": 8,
             "max_new_tokens": 96, "lora_rank": 16, "temperature": 0.7,
         },
     },
