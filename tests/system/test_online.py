@@ -609,7 +609,7 @@ def test_dynamic_sampling_replaces_groups_of_equal_scores(monkeypatch) -> None:
     order = [objective("dapo", rules)._draw_prompts(drawn + 6) for _ in range(2)]
     assert order[0] == order[1]
     game.stop = True
-    game._check_round = lambda rollouts: first.append(rollouts.prompt_indices)
+    game._measure_round = lambda rollouts: first.append(rollouts.prompt_indices)
     first: list[list[int]] = []
     game.next_batches(1)
     assert first[0][::4] == order[0][drawn:]
@@ -771,7 +771,7 @@ def test_the_kl_coefficient_follows_its_target() -> None:
         game.beta = 0.4
         logp = torch.full((12, 1), kl)
         tokens = {"logp": logp, "ref_logp": torch.zeros(12, 1), "difference": torch.zeros(12, 1)}
-        game._check_round(Rollouts([0] * 12, [Completion([1])] * 12, [1.0] * 12, tokens, {}))
+        game._measure_round(Rollouts([0] * 12, [Completion([1])] * 12, [1.0] * 12, tokens, {}))
         assert game.next_beta == pytest.approx(0.4 * (1 + (factor - 1) * 12 / 120), rel=1e-5)
 
 
