@@ -268,7 +268,7 @@ class ScriptedEngine:
     def __init__(self, tokenizer, turns: list[str]):
         self.tokenizer, self.turns, self.requests = tokenizer, list(turns), []
 
-    def generate(self, requests: list[Request]) -> list[Completion]:
+    def generate(self, requests: list[Request], on_piece=None) -> list[Completion]:
         return [self.answer(request) for request in requests]
 
     def answer(self, request: Request) -> Completion:
@@ -482,6 +482,18 @@ def test_the_gradient_is_that_of_the_sampled_tokens(policy, tokenizer) -> None:
         (-advantage * logp.sum() / (12 * 60)).backward()
     for a, p in zip(got, policy.parameters(), strict=True):
         torch.testing.assert_close(a, p.grad, rtol=1e-3, atol=1e-6)
+
+
+def test_episodes_in_the_background(policy, tokenizer) -> None:
+    """The rounds of a policy that does not change are the same as in the foreground."""
+    rounds = []
+    for is_async in (False, True):
+        game = objective("dapo", policy, tokenizer, async_rollouts=is_async, batch_size=12)
+        rounds.append([(game.next_batches(1), game.completions)[1] for _ in range(3)])
+        assert game.round == 2 and (game.sampler.result() is None) != is_async
+        game.close()
+    assert rounds[0] == rounds[1] and rounds[0][0] != rounds[0][1]
+    assert all(isinstance(c, Episode) for c in rounds[0][2])
 
 
 def sample_again(game) -> list[Completion]:
