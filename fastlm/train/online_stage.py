@@ -299,7 +299,8 @@ messages), or of conversations, whose last answer is cut off."""
                 "round": f"{self.prompts_per_round} prompts, {self.num_generations} completions"
                 f" each, {self.num_iterations}"
                 f" {'iteration' if self.num_iterations == 1 else 'iterations'} in steps of"
-                f" {self.step_size()}, β {self.beta}",
+                f" {self.step_size()}, β {self.beta}"
+                + (", sampled during the update before" if self.async_rollouts else ""),
                 "completions": f"{count_text(result['tokens'])} tokens, at temperature"
                 f" {self.temperature}, at most {self.max_new_tokens} each",
                 **({"environment": f"{self.environment}, at most {self.max_turns} turns"}
