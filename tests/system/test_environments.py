@@ -538,9 +538,11 @@ SMALL = {
 }  # fmt: skip
 
 
-def test_grpo_in_an_environment_continues_to_the_same_bits(base, data, tmp_path) -> None:
+@pytest.mark.parametrize("is_async", [False, True])
+def test_grpo_in_an_environment_continues_to_the_same_bits(is_async, base, data, tmp_path) -> None:
     (tmp_path / "quiz.py").write_text(QUIZ)
-    stage = GRPO(data=(data,), environment=f"{tmp_path}/quiz.py:Quiz", **SMALL)
+    quiz = f"{tmp_path}/quiz.py:Quiz"
+    stage = GRPO(data=(data,), environment=quiz, async_rollouts=is_async, **SMALL)
     stage(tmp_path / "whole", model=base)
 
     def press(event):
