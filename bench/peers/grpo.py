@@ -30,8 +30,8 @@ import bench_path  # noqa: F401
 
 SIDES = ("fastlm", "TRL")
 TASK = "reasoning-gym:chain_sum?size=2000&min_terms=2&max_terms=2&min_digits=1&max_digits=2"
-PROMPTS, GROUP, NEW_TOKENS, HELDOUT = 16, 8, 12, 128
-RATE, RANK, TEMPERATURE = 5e-4, 16, 0.7
+PROMPTS, GROUP, NEW_TOKENS, HELDOUT = 16, 8, 16, 128
+RATE, RANK, TEMPERATURE = 3e-4, 16, 0.7
 MICRO = 32  # completions of a micro-batch
 
 

@@ -13,7 +13,7 @@ a slow tool would stop it.
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -142,6 +142,7 @@ class EpisodeSampler:
         seed: int = 0,
         stop_ids: frozenset[int] = frozenset(),
         max_num_seqs: int = 64,
+        on_piece: Callable[..., Any] | None = None,
     ) -> list[Episode]:
         """Sample an episode of every prompt, as `fastlm.train.rollouts.sample_completions` samples
         completions: the first turn has the same seed and tokens.
@@ -175,7 +176,8 @@ class EpisodeSampler:
                 break
             if engine is None:  # its blocks are for complete episodes
                 engine = make_engine(model, requests, self.tokenizer, max_num_seqs=max_num_seqs)
-            for episode, completion in zip(running, engine.generate(requests), strict=True):
+            completions = engine.generate(requests, on_piece=on_piece)
+            for episode, completion in zip(running, completions, strict=True):
                 if completion.error:
                     raise RuntimeError(completion.error)
                 self._add_turn(episode, completion, end_ids, max_new_tokens, turn + 1 < max_turns)

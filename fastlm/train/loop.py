@@ -128,6 +128,7 @@ def train(
                 world.on_main_process(partial(on_diverged, error))
             raise
         finally:
+            objective.close()
             objective.world = SingleProcess()
 
 
@@ -304,6 +305,7 @@ class _Loop:
             self.writer.check()
         start = time.perf_counter()
         position = self.objective.position()
+        self.objective.steps_left = None if o.max_steps is None else o.max_steps - state.step
         try:
             batches = self.objective.next_batches(o.micro_batches(self.progress()))
         except DivergedError as error:

@@ -54,6 +54,10 @@ class Objective(Protocol):
     `loss`, `state_dict` and `sample`.
     """
 
+    steps_left: int | None = None
+    """How many steps remain until `max_steps`, the next one included; None: there is no such limit.
+    `train` sets it before each step."""
+
     def parameter_groups(self, weight_decay: float) -> list[dict[str, Any]]:
         """Return the optimizer's groups; a group's "lr" scales the scheduled rate (default 1)."""
         return decay_matrices(self.trained, weight_decay)
@@ -101,6 +105,9 @@ class Objective(Protocol):
 
     def check_pending(self) -> None:
         """Raise DivergedError if the last `pending_steps` steps of the training went too far."""
+
+    def close(self) -> None:
+        """Stop what the objective runs in the background. `train` calls this as it ends."""
 
     def position(self) -> str:
         """Describe where in the data the next batch begins, for an error message."""

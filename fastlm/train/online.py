@@ -13,6 +13,8 @@ Each of several processes samples, scores and evaluates its shard of a round's c
 consecutive ones (`fastlm.train.distributed.SingleProcess.shard`), whose seeds do not depend on the
 shard. Rejected: every n-th completion. Sampling a batch takes as long as its longest completion,
 and then every process would have a long one.
+
+With `async_rollouts` the next round is made while this one is trained on (`RoundSampler`).
 """
 
 import math
@@ -34,6 +36,7 @@ from fastlm.inference.requests import Completion
 from fastlm.model.lora import without_adapter
 from fastlm.model.lora_merge import merged_lora
 from fastlm.model.quantized_modules import QuantizedLinear
+from fastlm.train.async_rollouts import RoundSampler
 from fastlm.train.distributed import weighted_means
 from fastlm.train.losses import Metrics, aggregate, kl_penalty, overlong_penalty, pool_metrics
 from fastlm.train.metrics import correlation
@@ -56,8 +59,10 @@ if TYPE_CHECKING:
 
 # Attributes that a checkpoint stores
 STATE = (
-    "round", "next_prompt", "next_index", "steps", "stop", "beta", "next_beta", "round_metrics",
+    "round", "next_prompt", "next_index", "steps", "steps_before", "stop", "beta", "next_beta",
+    "round_metrics",
 )  # fmt: skip
+PENDING = "pending."  # prefix of the state of a round that was made in the background
 # Returns the score of each completion, given the indices of their prompts
 ScoreFunction = Callable[[Sequence[int], Sequence[Completion]], Sequence[float]]
 KL_ALARM = 3.0  # standard errors: a KL estimate this far below 0 is not chance
@@ -189,12 +194,15 @@ class OnlineObjective(Objective):
         self.next_prompt = 0  # counts the prompts of all rounds
         self.next_index = 0  # counts the completions of all iterations
         self.steps = 0  # optimizer steps of the round
+        self.steps_before = 0  # of the round before, if this one was sampled before them
         self.prompt_indices: list[int] = []  # one per completion of the round
         self.completions: list[Completion] = []
         self.columns: dict[str, Tensor] = {}
         self.round_metrics: dict[str, float] = {}
         self.step_metrics: list[tuple[Metrics, ...]] = []  # of its micro-batches
         self.stop = False  # the update went too far: the next step begins a new round
+        self.sampler = RoundSampler()
+        self.on_piece: Callable[..., Any] | None = None  # called while completions are sampled
         without_dropout(policy)
         if reference is not None:
             without_dropout(reference.requires_grad_(False).eval())
@@ -263,10 +271,29 @@ class OnlineObjective(Objective):
         """Return a permutation of range(key[-1]) that depends only on the seed and the key."""
         return np.random.Generator(np.random.PCG64([self.options.seed, *key])).permutation(key[-1])
 
-    def _begin_round(self) -> None:
+    def _begin_round(self, completions_per_step: int) -> None:
+        steps, untrusted_steps = self.steps, self.pending_steps()
+        pending = self.sampler.result()
+        if pending is None:
+            self.sample_round()
+        else:
+            self.load_state_dict(pending)
+        self.steps, self.steps_before = 0, steps if pending else 0
+        self._check_round(untrusted_steps)
+        if self.options.async_rollouts:
+            length = math.ceil(len(self.completions) / completions_per_step)
+            length *= self.options.num_iterations
+            if self.steps_left is None or self.steps_left > length:
+                self.sampler.start(self)
+
+    def sample_round(self) -> None:
+        """Sample and evaluate the completions of the next round from the current policy, and
+        estimate what its update needs.
+        """
         self.round, self.next_index, self.stop = self.round + 1, 0, False
+        self.beta = self.next_beta
         rollouts = self.roll_out(self.score, self.options.prompts_per_round)
-        self._check_round(rollouts)
+        self._measure_round(rollouts)
         rollouts = self.complete_round(rollouts)
         self.prompt_indices = [*rollouts.prompt_indices]
         self.completions = [*rollouts.completions]
@@ -330,6 +357,7 @@ class OnlineObjective(Objective):
         options: dict[str, Any] = {
             "max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed,
             "stop_ids": self.stop_ids, "max_num_seqs": self.options.decode_batch_size,
+            "on_piece": self.on_piece,
         }  # fmt: skip
         quantized = any(isinstance(m, QuantizedLinear) for m in self.policy.modules())
         # merged adapters cost nothing per token; but merging would dequantize a quantized base
@@ -384,15 +412,14 @@ class OnlineObjective(Objective):
             tokens["difference"] = tokens["logp"] - sampled
         return tokens
 
-    def _check_round(self, rollouts: Rollouts) -> None:
-        """Compute the metrics of a round from its first draw. Raise DivergedError if the policy is
-        too far from the reference.
+    def _measure_round(self, rollouts: Rollouts) -> None:
+        """Compute the metrics of a round from its first draw, and the next round's beta.
 
         The metrics, for metrics.jsonl, are means over the completions:
 
         - "score", "score_std": the scores, after `missing_eos_penalty` and `overlong_tokens`;
-        - "kl", "kl_error": KL(policy || reference) in nats per completion by k1, and its standard
-          error; "kl3": by k3, which is never negative;
+        - "kl", "kl_error": KL(policy || reference) in nats per completion by k1, of the policy that
+          sampled, and its standard error; "kl3": by k3, which is never negative;
         - "length" in sampled tokens; "eos_fraction": share that ended with an EOS token;
         - "turns": turns per completion, in an environment;
         - "score_length_correlation": near 1 if the reward pays the policy for length;
@@ -407,7 +434,6 @@ class OnlineObjective(Objective):
         estimates = [kl_penalty(logp, reference, kind, mask=mask) for kind in ("k1", "k3")]
         k1, k3 = (estimate.sum(1).double().cpu().numpy() for estimate in estimates)
         kl, error = float(k1.mean()), float(k1.std()) / math.sqrt(len(k1))
-        mismatch = float(tokens["difference"][mask].abs().mean())
         self.round_metrics = {
             "score": float(scores.mean()),
             "score_std": float(scores.std()),
@@ -418,17 +444,27 @@ class OnlineObjective(Objective):
             "eos_fraction": float(np.mean([completion.is_stopped for completion in completions])),
             "score_length_correlation": correlation(scores, lengths) or 0.0,  # type: ignore[arg-type]
             "repetition": float(np.mean([repetition_rate(c) for c in completions])),
-            "mismatch": mismatch,
+            "mismatch": float(tokens["difference"][mask].abs().mean()),
             **({} if self.episodes is None else {"turns": mean_turns(mask)}),
             "round": self.round,
             "beta": self.beta,
             **rollouts.score_metrics,
         }
+        if options.kl_target is not None:  # Ziegler et al. 2019, arXiv:1909.08593
+            deviation = min(max(kl / options.kl_target - 1, -0.2), 0.2)
+            self.next_beta = self.beta * (1 + deviation * len(scores) / options.kl_horizon)
+
+    def _check_round(self, untrusted_steps: int) -> None:
+        """Raise DivergedError if the policy that sampled the round is too far from the reference.
+        Warn of what looks wrong in its metrics.
+        """
+        options, metrics = self.options, self.round_metrics
+        kl, error, mismatch = metrics["kl"], metrics["kl_error"], metrics["mismatch"]
         if not abs(kl) <= options.max_kl:
             raise DivergedError(
                 f"round {self.round}: the KL to the reference is {kl:.3g} nats per completion,"
                 f" expected at most max_kl {options.max_kl:g}",
-                steps=self.steps,
+                steps=untrusted_steps,
             )
         if kl < -KL_ALARM * error - 1e-3:
             self.warn(
@@ -443,9 +479,6 @@ class OnlineObjective(Objective):
                 f" {options.mismatch_threshold:g}: the update has truncated importance "
                 "weights"
             )
-        if options.kl_target is not None:  # Ziegler et al. 2019, arXiv:1909.08593
-            deviation = min(max(kl / options.kl_target - 1, -0.2), 0.2)
-            self.next_beta = self.beta * (1 + deviation * len(scores) / options.kl_horizon)
 
     def importance_weights(self, difference: Tensor, mask: Tensor) -> Tensor:
         """Return truncated importance weights, or ones if sampling and training differ by at most
@@ -482,13 +515,12 @@ class OnlineObjective(Objective):
 
     def next_batches(self, count: int) -> list[RolloutBatch]:
         """Return the micro-batches of a step: ``count``, or the rest of the iteration."""
+        size = self.options.batch_size
         if self._is_round_over():
-            self.beta = self.next_beta
-            self._begin_round()
-            self.steps = 0
+            self._begin_round(count * size)
         self.steps += 1
         self.step_metrics = []
-        total, size = len(self.completions), self.options.batch_size
+        total = len(self.completions)
         iteration, start = divmod(self.next_index, total)
         rows = self._order(2, self.round, iteration, total)[start : start + count * size].tolist()
         self.next_index += len(rows)
@@ -530,16 +562,21 @@ class OnlineObjective(Objective):
         return {**self.round_metrics, **step}
 
     def pending_steps(self) -> int:
-        return self.steps  # the next round measures their KL
+        return self.steps_before + self.steps  # a later round measures their KL
 
     def check_pending(self) -> None:
         """Measure the KL of the final policy; raise DivergedError as a round does."""
+        self.sampler.wait()
         state = (self.round, self.next_prompt, self.round_metrics)
         self.round += 1
-        self._check_round(
+        self._measure_round(
             self.roll_out(lambda indices, _: [0.0] * len(indices), self.options.prompts_per_round)
         )
+        self._check_round(self.pending_steps())
         self.round, self.next_prompt, self.round_metrics = state
+
+    def close(self) -> None:
+        self.sampler.close()
 
     def position(self) -> str:
         if self.round < 0 or self._is_round_over():
@@ -552,7 +589,9 @@ class OnlineObjective(Objective):
         return f"round {self.round}, iteration {iteration}, from completion {start}{location}"
 
     def state_dict(self) -> dict[str, Any]:
+        pending = self.sampler.result() or {}
         return {
+            **{PENDING + name: value for name, value in pending.items()},
             **{name: getattr(self, name) for name in STATE},
             "prompt_indices": torch.tensor(self.prompt_indices),
             **completions_to_tensors(self.completions),
@@ -560,6 +599,11 @@ class OnlineObjective(Objective):
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.sampler.restore({
+            name.removeprefix(PENDING): value
+            for name, value in state.items()
+            if name.startswith(PENDING)
+        })  # fmt: skip
         for name in STATE:
             setattr(self, name, state[name])
         self.prompt_indices = state["prompt_indices"].tolist()
@@ -577,6 +621,7 @@ class OnlineObjective(Objective):
         count = min(len(self.heldout), self.options.val_prompts)
         if not count:
             return {}
+        self.sampler.wait()  # it uses the same scorer
 
         def validate_shard() -> tuple[dict[str, Tensor], np.ndarray]:
             indices = self.world.shard(count)
@@ -607,6 +652,7 @@ class OnlineObjective(Objective):
     def sample(self) -> str | None:
         if self.decode is None or not self.sample_prompt or not self.sample_tokens:
             return None
+        self.sampler.wait()
         rows = [self.sample_row] if self.sample_row and self.episodes else ()
         (completion,) = self._sample([self.sample_prompt], 0.0, self.sample_tokens, rows=rows)
         if isinstance(completion, Episode):

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastlm.model.quantized_modules import QuantizedEmbedding, QuantizedLinear
+from fastlm.train.async_rollouts import frozen_tensors
 from fastlm.train.losses import (
     Metrics,
     aggregate,
@@ -130,13 +130,6 @@ class PPOObjective(OnlineObjective):
             1 - error / variance if variance > 0 else 0.0
         )
         self.bad_rounds = self.bad_rounds + 1 if explained < 0 else 0
-        if self.bad_rounds and self.bad_rounds % MAX_BAD_ROUNDS == 0:
-            self.warn(
-                f"round {self.round}: for {self.bad_rounds} rounds the value model has predicted"
-                f" the returns worse than their mean does (explained_variance {explained:.3g}): it"
-                " adds noise to the advantages; a higher value_lr_factor or critic_warmup may"
-                " help"
-            )
         if options.whiten_advantages:
             advantages = whiten(advantages, mask)
         return {
@@ -144,6 +137,17 @@ class PPOObjective(OnlineObjective):
             "returns": returns,
             "values": values,
         }
+
+    def _check_round(self, untrusted_steps: int) -> None:
+        super()._check_round(untrusted_steps)
+        explained = self.round_metrics.get("explained_variance")  # None: the last measurement
+        if explained is not None and self.bad_rounds and self.bad_rounds % MAX_BAD_ROUNDS == 0:
+            self.warn(
+                f"round {self.round}: for {self.bad_rounds} rounds the value model has predicted"
+                f" the returns worse than their mean does (explained_variance {explained:.3g}): it"
+                " adds noise to the advantages; a higher value_lr_factor or critic_warmup may"
+                " help"
+            )
 
     def warming_up(self) -> bool:
         """Return whether only the value model learns from the current round."""
@@ -207,10 +211,7 @@ def build_value_model(
 
 def _trunk_of(policy: "CausalLM") -> "CausalLM":
     """Copy the policy without an untied head. The copy shares frozen tensors."""
-    shared: list[Tensor] = [p for p in policy.parameters() if not p.requires_grad]
-    for module in policy.modules():
-        if isinstance(module, QuantizedLinear | QuantizedEmbedding):
-            shared.extend(module.buffers(recurse=False))
+    shared = frozen_tensors(policy)
     if untied := not policy.config.tie_word_embeddings:
         shared.extend(policy.lm_head.parameters())  # would be dropped after the copy
     memo: dict[int, Any] = {id(tensor): tensor for tensor in shared}

@@ -23,7 +23,7 @@ from fastlm.pipeline.stage import (
 )
 from fastlm.sources.input_digest import InputDigest
 from fastlm.sources.reasoning_gym import SCHEME, check_scorable, is_reasoning_gym
-from fastlm.torchrun import is_main_process
+from fastlm.torchrun import is_main_process, rank_and_world_size
 from fastlm.train.encoding import (
     EncodedDataset,
     check_vocabulary,
@@ -149,6 +149,9 @@ messages), or of conversations, whose last answer is cut off."""
         dropout = self.lora_dropout
         expected = "0, as the update needs the probabilities that the completions were sampled with"
         expect(not dropout, "lora_dropout", expected, dropout)
+        size = rank_and_world_size()[1]
+        expected = f"False with {size} processes"
+        expect(size == 1 or not self.async_rollouts, "async_rollouts", expected, True)
         steps = self.steps_of_round()
         expected = f"at least the {steps} steps of a round, to keep a checkpoint from before it"
         expect(self.save_steps >= steps, "save_steps", expected, self.save_steps)
@@ -338,7 +341,8 @@ messages), or of conversations, whose last answer is cut off."""
                 "round": f"{self.prompts_per_round} prompts, {self.num_generations} completions"
                 f" each, {self.num_iterations}"
                 f" {'iteration' if self.num_iterations == 1 else 'iterations'} in steps of"
-                f" {self.step_size()}, β {self.beta}",
+                f" {self.step_size()}, β {self.beta}"
+                + (", sampled during the update before" if self.async_rollouts else ""),
                 "completions": f"{count_text(result['tokens'])} tokens, at temperature"
                 f" {self.temperature}, at most {self.max_new_tokens} each",
                 **({"environment": f"{self.environment}, at most {self.max_turns} turns"}

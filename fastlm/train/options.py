@@ -282,6 +282,9 @@ class RolloutOptions:
         float | None, "End a round if the KL of its update exceeds this, in nats per token"
     ] = None
     entropy_coef: Annotated[float, "Add the entropy bonus with this coefficient"] = 0.0
+    async_rollouts: Annotated[
+        bool, "Sample the next round during the update, from the policy before the update"
+    ] = False
     missing_eos_penalty: Annotated[
         float | None,
         "Give a completion without an EOS token this score; default: scored like any other",

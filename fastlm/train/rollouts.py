@@ -5,9 +5,9 @@ Positions decide which tokens the policy has sampled (`sampled_mask`), never tok
 whose pad token is its end token (SmolLM2-Instruct) learns its end token like any other.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -56,8 +56,10 @@ def sample_completions(
     seed: int = 0,
     stop_ids: frozenset[int] = frozenset(),
     max_num_seqs: int = 64,
+    on_piece: Callable[..., Any] | None = None,
 ) -> list[Completion]:
-    """Sample a completion of every prompt, at most ``max_num_seqs`` at a time.
+    """Sample a completion of every prompt, at most ``max_num_seqs`` at a time. ``on_piece``: see
+    `fastlm.inference.engine.Engine.generate`.
 
     Completion i draws from ``seed + i``. It ends with the first end token of the model or of
     ``stop_ids``, which is included, or after ``max_new_tokens``. There are no top-k, top-p and
@@ -77,7 +79,8 @@ def sample_completions(
     requests = batch_requests(
         prompts, max_new_tokens, Sampling(temperature), seed=seed, stop_ids=stop_ids, logprobs=0
     )
-    completions = make_engine(model, requests, max_num_seqs=max_num_seqs).generate(requests)
+    engine = make_engine(model, requests, max_num_seqs=max_num_seqs)
+    completions = engine.generate(requests, on_piece=on_piece)
     if errors := [completion.error for completion in completions if completion.error]:
         raise RuntimeError(errors[0])
     return completions

@@ -473,6 +473,11 @@ def test_what_is_refused(torchrun_environment, tmp_path):
                 InputError, match=f"parallel: expected ddp with {name}, got {parallel}"
             ):
                 replace(stage, parallel=parallel).check()
+    stage = KINDS["grpo"](data=("x",), reward_function="exact", gradient_accumulation_steps=2)
+    with pytest.raises(
+        InputError, match="async_rollouts: expected False with 2 processes, got True"
+    ):
+        replace(stage, async_rollouts=True).check()
     for name, value in {"teacher_top_k": 4, "teacher_completions": "greedy"}.items():
         with pytest.raises(InputError, match=f"{name}: expected one process, got 2 from torchrun"):
             KINDS["distill"](

@@ -292,7 +292,7 @@ class ScriptedEngine:
     def __init__(self, tokenizer, turns: list[str]):
         self.tokenizer, self.turns, self.requests = tokenizer, list(turns), []
 
-    def generate(self, requests: list[Request]) -> list[Completion]:
+    def generate(self, requests: list[Request], on_piece=None) -> list[Completion]:
         return [self.answer(request) for request in requests]
 
     def answer(self, request: Request) -> Completion:
@@ -509,6 +509,18 @@ def test_the_gradient_is_that_of_the_sampled_tokens(policy, tokenizer) -> None:
         torch.testing.assert_close(a, p.grad, rtol=1e-3, atol=1e-6)
 
 
+def test_episodes_in_the_background(policy, tokenizer) -> None:
+    """The rounds of a policy that does not change are the same as in the foreground."""
+    rounds = []
+    for is_async in (False, True):
+        game = objective("dapo", policy, tokenizer, async_rollouts=is_async, batch_size=12)
+        rounds.append([(game.next_batches(1), game.completions)[1] for _ in range(3)])
+        assert game.round == 2 and (game.sampler.result() is None) != is_async
+        game.close()
+    assert rounds[0] == rounds[1] and rounds[0][0] != rounds[0][1]
+    assert all(isinstance(c, Episode) for c in rounds[0][2])
+
+
 def sample_again(game) -> list[Completion]:
     """The episodes of the round, with their rewards, which a round does not keep."""
     game.round, game.next_prompt = -1, 0
@@ -551,10 +563,12 @@ SMALL = {
 }  # fmt: skip
 
 
-def test_grpo_in_an_environment_continues_to_the_same_bits(base, data, tmp_path) -> None:
+@pytest.mark.parametrize("is_async", [False, True])
+def test_grpo_in_an_environment_continues_to_the_same_bits(is_async, base, data, tmp_path) -> None:
     (tmp_path / "quiz.py").write_text(QUIZ)
     settings = SMALL | {"sample_at": (0.0, 1.0), "sample_tokens": 60}
-    stage = GRPO(data=(data,), environment=f"{tmp_path}/quiz.py:Quiz", **settings)
+    quiz = f"{tmp_path}/quiz.py:Quiz"
+    stage = GRPO(data=(data,), environment=quiz, async_rollouts=is_async, **settings)
     stage(tmp_path / "whole", model=base)
 
     def press(event):

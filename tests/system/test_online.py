@@ -7,6 +7,9 @@ import json
 import math
 import os
 import signal
+import threading
+import time
+from concurrent.futures import CancelledError
 from dataclasses import asdict, replace
 
 import numpy as np
@@ -19,6 +22,7 @@ from fastlm.errors import InputError
 from fastlm.inference.engine import Engine
 from fastlm.inference.requests import Completion
 from fastlm.model.causal_lm import CausalLM
+from fastlm.model.lora import add_lora
 from fastlm.optim import AdamW
 from fastlm.train import online
 from fastlm.train.checkpoints import list_checkpoints
@@ -80,11 +84,15 @@ def starts_with_seven(places, answers: list[Completion]) -> list[float]:
 def objective(kind: str, rules: RolloutOptions = RULES, prompts=PROMPTS, score=sevens, **options):
     torch.manual_seed(0)
     policy = model_of(**options.pop("config", {}))
+    lora = options.pop("lora", False)
     of_ppo = options.pop("ppo", {"vf_coef": 0.5})
     shared = options.pop("shared", False)
     group = options.pop("group", {}) | {"loss_type": kind}
     options = {"base": "", **options}
-    args = (policy, copy.deepcopy(policy), prompts, prompts[:2], score)
+    reference = None if lora else copy.deepcopy(policy)
+    if lora:
+        add_lora(policy, 4, seed=1)
+    args = (policy, reference, prompts, prompts[:2], score)
     settings = asdict(rules)
     if kind == "ppo":
         value = build_value_model(policy, shared=shared)
@@ -614,7 +622,7 @@ def test_dynamic_sampling_replaces_groups_of_equal_scores(monkeypatch) -> None:
     order = [objective("dapo", rules)._draw_prompts(drawn + 6) for _ in range(2)]
     assert order[0] == order[1]
     game.stop = True
-    game._check_round = lambda rollouts: first.append(rollouts.prompt_indices)
+    game._measure_round = lambda rollouts: first.append(rollouts.prompt_indices)
     first: list[list[int]] = []
     game.next_batches(1)
     assert first[0][::4] == order[0][drawn:]
@@ -787,7 +795,7 @@ def test_the_kl_coefficient_follows_its_target() -> None:
         game.beta = 0.4
         logp = torch.full((12, 1), kl)
         tokens = {"logp": logp, "ref_logp": torch.zeros(12, 1), "difference": torch.zeros(12, 1)}
-        game._check_round(Rollouts([0] * 12, [Completion([1])] * 12, [1.0] * 12, tokens, {}))
+        game._measure_round(Rollouts([0] * 12, [Completion([1])] * 12, [1.0] * 12, tokens, {}))
         assert game.next_beta == pytest.approx(0.4 * (1 + (factor - 1) * 12 / 120), rel=1e-5)
 
 
@@ -870,3 +878,212 @@ def test_an_interrupt_of_the_last_measurement_is_not_lost(tmp_path) -> None:
 def test_no_prompts() -> None:
     with pytest.raises(InputError, match="prompts: expected at least one, got none"):
         objective("ppo", prompts=[])
+
+
+# ---- rounds in the background
+
+ASYNC = replace(RULES, async_rollouts=True)
+ASYNC_KINDS = ("ppo", "ppo shared", "dapo", "dapo dynamic", "rloo", "dapo lora")
+
+
+def async_objective(kind: str, rules: RolloutOptions = ASYNC, **options):
+    name, _, variant = kind.partition(" ")
+    if variant == "dynamic":
+        options |= {"group": {"dynamic_sampling": 2}, "score": starts_with_seven}
+    return objective(
+        name, rules, shared=variant == "shared", lora=variant == "lora", **options,
+        ppo={"vf_coef": 0.5, "critic_warmup": 1},
+    )  # fmt: skip
+
+
+def descend(game, optimizer) -> Tensor:
+    (batch,) = game.next_batches(1)
+    loss = game.loss(batch, game.num_items(batch))
+    loss.backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    return loss.detach()
+
+
+@pytest.mark.parametrize("kind", ASYNC_KINDS)
+def test_a_round_is_sampled_by_the_policy_of_one_update_ago(kind) -> None:
+    """As in a loop without threads, to the bit: round k is sampled, scored and evaluated with the
+    weights at the beginning of round k - 1.
+    """
+    game = async_objective(kind)
+    plain = replace(ASYNC, async_rollouts=False)
+    learner, actor = async_objective(kind, plain), async_objective(kind, plain)
+    optimizers = [torch.optim.SGD(g.trained.parameters(), lr=0.05) for g in (game, learner)]
+    weights: list[dict[str, Tensor]] = []  # at the beginning of each round
+    for k in range(4):
+        weights.append({n: p.clone() for n, p in learner.trained.state_dict().items()})
+        actor.trained.load_state_dict(weights[max(k - 1, 0)])
+        actor.sample_round()
+        learner.load_state_dict(actor.state_dict())
+        for _ in range(8):
+            losses = [descend(g, o) for g, o in zip((game, learner), optimizers, strict=True)]
+            assert torch.equal(*losses)
+        assert game.round == learner.round == k
+        assert game.round_metrics == learner.round_metrics
+    for a, b in zip(game.trained.parameters(), learner.trained.parameters(), strict=True):
+        assert torch.equal(a, b)
+    assert any(not torch.equal(weights[0][n], p) for n, p in weights[-1].items())
+    if kind == "dapo lora":  # the copy has adapters of its own, and no other weights
+        copies = dict(game.sampler.models["policy"].named_parameters())
+        for name, parameter in game.policy.named_parameters():
+            assert (copies[name] is parameter) == ("lora_" not in name)
+    game.close()
+
+
+def test_the_ratio_corrects_for_the_lag() -> None:
+    """The loss of a first step, by hand: its ratio is that of this policy to the one before."""
+    game = async_objective("dapo", replace(ASYNC, beta=0.0, batch_size=12, num_iterations=1))
+    optimizer = torch.optim.SGD(game.trained.parameters(), lr=1.0)
+    before = copy.deepcopy(game.policy).eval()
+    descend(game, optimizer)
+    loss = descend(game, torch.optim.SGD(game.trained.parameters(), lr=0.0))
+    assert game.round == 1
+    terms, ratios = [], []
+    for i, answer in enumerate(game.completions):
+        packed = pack_rollouts(
+            [game.prompts[game.prompt_indices[i]]], [answer.token_ids], torch.device("cpu")
+        )
+        with torch.no_grad():
+            new, old = (game.logprobs(model, packed)[0][0] for model in (game.policy, before))
+        advantage = game.columns["advantages"][i, : len(old)]
+        ratio = (new - old).exp()
+        terms.append(-torch.minimum(ratio * advantage, ratio.clamp(0.8, 1.2) * advantage))
+        ratios.append(ratio)
+    torch.testing.assert_close(loss, torch.cat(terms).mean(), rtol=1e-4, atol=1e-6)
+    ratio = torch.cat(ratios)
+    assert float((ratio - 1).abs().max()) > 0.01
+    assert game.scalars([game.measurements()])["ratio"] == pytest.approx(float(ratio.mean()))
+    assert game.round_metrics["kl"] == 0  # the policy that sampled is the reference
+    assert game.round_metrics["mismatch"] < 1e-5  # the lag is no mismatch
+    game.close()
+
+
+def slow_sampling(monkeypatch, seconds: float = 0.02) -> None:
+    def sample(*args, **options):
+        time.sleep(seconds)
+        return sample_completions(*args, **options)
+
+    monkeypatch.setattr(online, "sample_completions", sample)
+
+
+@pytest.mark.parametrize("kind", ["ppo", "dapo dynamic", "dapo lora"])
+def test_an_interrupt_between_rounds_sampled_in_the_background(kind, tmp_path, monkeypatch) -> None:
+    """A resumed training has the same bits, also where sampling takes longer than the update."""
+    rules = replace(ASYNC, kl_target=0.01, kl_horizon=100.0, max_update_kl=0.02)
+    options = replace(OPTIONS, max_steps=20, validations=2)
+    train(async_objective(kind, rules), options, tmp_path / "whole")
+    whole = list_checkpoints(tmp_path / "whole")[-1]
+    slow_sampling(monkeypatch)
+    for step in (1, 12):
+
+        def press(event, step=step):
+            if event.get("step") == step and "loss" in event:
+                os.kill(os.getpid(), signal.SIGINT)
+
+        run = tmp_path / f"cut-{step}"
+        with pytest.raises(TrainingInterrupted):
+            train(async_objective(kind, rules), options, run, on_event=press)
+        train(async_objective(kind, rules), options, run)
+        assert lines(run) == lines(tmp_path / "whole")
+        last = list_checkpoints(run)[-1]
+        assert (last / "tensors.safetensors").read_bytes() == (
+            whole / "tensors.safetensors"
+        ).read_bytes()
+    assert len({line["round"] for line in lines(run) if "loss" in line}) > 3
+
+
+def sampling_threads() -> list[str]:
+    return [t.name for t in threading.enumerate() if t.name.startswith("fastlm-rollouts")]
+
+
+def test_an_error_in_the_background_ends_the_training(tmp_path) -> None:
+    def score(places, answers: list[Completion]) -> list[float]:
+        if threading.current_thread() is not threading.main_thread():
+            raise InputError("prompts.jsonl:7: the reward function failed")
+        return sevens(places, answers)
+
+    game = async_objective("dapo", score=score)
+    with pytest.raises(InputError, match=r"^prompts.jsonl:7: the reward function failed$"):
+        train(game, replace(OPTIONS, max_steps=99), tmp_path)
+    assert not sampling_threads()
+
+
+def test_an_error_of_the_update_stops_the_sampling(tmp_path, monkeypatch) -> None:
+    ended: list[str] = []
+
+    def sample(*args, on_piece=None, **options):
+        try:
+            for _ in range(2000 if on_piece else 0):  # 20 seconds
+                time.sleep(0.01)
+                on_piece(0, None)
+            return sample_completions(*args, on_piece=on_piece, **options)
+        except CancelledError:
+            ended.append("cancelled")
+            raise
+
+    def fail(event) -> None:
+        if "loss" in event:
+            raise RuntimeError("of the update")
+
+    monkeypatch.setattr(online, "sample_completions", sample)
+    game = async_objective("dapo")
+    start = time.perf_counter()
+    with pytest.raises(RuntimeError, match="of the update"):
+        train(game, replace(OPTIONS, max_steps=99), tmp_path, on_event=fail)
+    assert time.perf_counter() - start < 10 and ended == ["cancelled"]
+    assert not sampling_threads()
+
+
+def test_the_last_round_samples_no_further_one(tmp_path, monkeypatch) -> None:
+    """Where max_steps is known; else the last checkpoint has the round that it would begin with."""
+    seeds: list[int] = []
+
+    def sample(model, prompts, *, seed, **options):
+        seeds.append(seed)
+        return sample_completions(model, prompts, seed=seed, **options)
+
+    monkeypatch.setattr(online, "sample_completions", sample)
+    options = replace(OPTIONS, max_steps=16, save_steps=8)
+    game = async_objective("dapo")
+    train(game, options, tmp_path / "steps")
+    assert len(set(seeds)) == 3 and len(seeds) == 3  # two rounds, and the last policy's KL
+    assert not any(name.startswith("pending.") for name in game.state_dict())
+    seeds.clear()
+    used = int(lines(tmp_path / "steps")[-1]["tokens"])
+    train(
+        async_objective("dapo"), replace(options, max_steps=None, max_tokens=used), tmp_path / "t"
+    )
+    assert len(seeds) == 4
+    seeds.clear()
+    train(async_objective("dapo"), replace(options, max_steps=24), tmp_path / "t")
+    assert len(seeds) == 1  # the last policy's KL
+
+
+def test_a_kl_that_explodes_rejects_the_steps_of_two_rounds(tmp_path) -> None:
+    """It is that of the policy at the beginning of the last round, and it has grown since."""
+    rules = replace(ASYNC, max_kl=1.0, beta=0.0, num_iterations=1, batch_size=12)
+    game = async_objective("dapo", rules)
+    with pytest.raises(DivergedError, match=r"the KL to the reference is .* max_kl 1; last") as e:
+        train(game, replace(OPTIONS, lr=0.005, max_steps=100, save_steps=1), tmp_path)
+    last = [int(path.name.removeprefix("step-")) for path in list_checkpoints(tmp_path)]
+    assert e.value.steps == 2 and e.value.checkpoint is not None
+    assert int(e.value.checkpoint.name.removeprefix("step-")) == last[-1] - 2
+    assert f"step {last[-1] + 1}: round" in str(e.value) and not sampling_threads()
+
+
+def test_a_policy_learns_from_rounds_of_one_update_ago(tmp_path) -> None:
+    rules = replace(
+        ASYNC, prompts_per_round=6, num_generations=32, batch_size=192, decode_batch_size=192,
+        beta=0.0,
+    )  # fmt: skip
+    game = objective(
+        "dapo", rules, COPY, copied, config={"initializer_range": 0.05, "hidden_size": 32},
+        group={"entropy_coef": 0.03},
+    )  # fmt: skip
+    train(game, replace(OPTIONS, max_steps=70, lr=0.005, save_steps=100), tmp_path)
+    assert np.mean(copied(range(6), greedy(game))) > 0.9

@@ -318,7 +318,7 @@ def rollouts_of_fastlm(base, theirs, prompts_of_trl, end: int, **group) -> GRPOO
     )  # fmt: skip
     copied(policy, theirs)
     trained = Given(policy, reference, prompts_of_trl, [], score, options, base="")
-    trained._begin_round()
+    trained.sample_round()
     return trained
 
 

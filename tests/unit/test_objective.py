@@ -88,6 +88,9 @@ class Bandit:
     def check_pending(self):
         pass
 
+    def close(self):
+        pass
+
     def position(self):
         return f"epoch {self.used} of the rollouts"
 
