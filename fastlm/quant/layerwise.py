@@ -97,7 +97,7 @@ class LayerwiseQuantizer:
         track: Callable = silent,
         log: Callable[[str], None] = lambda line: None,
     ):
-        if bool(options.awq):
+        if options.awq:
             check_folds(model, targets)
         self.model, self.targets, self.options = model, targets, options
         self.ids, self.track, self.log, self.folder = ids, track, log, folder
@@ -179,7 +179,7 @@ class LayerwiseQuantizer:
     ) -> StepResult:  # fmt: skip
         options, step = self.options, StepResult()
         modules = {short: layer.get_submodule(short) for short in targets}
-        moments = _Moments(modules, full=options.method == "gptq" or options.awq)
+        moments = _Moments(modules, full=options.method == "gptq" or bool(options.awq))
         for part in hidden.split(self.batch):
             layer(part, None, self.context)
             moments.next()
