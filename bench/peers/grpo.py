@@ -156,6 +156,26 @@ def run_in_process(job: dict[str, Any]) -> dict[str, Any]:
     return json.loads(done.stdout.splitlines()[-1])
 
 
+def table(before: float, rows: list[dict[str, Any]]) -> str:
+    """Return a Markdown table: a line per training, and TRL's time over that of fastlm."""
+    lines = [
+        "| seed | dtype | | s per round | fastlm is | sampled score, first and last round |"
+        f" held-out (before: {before:.3f}) | tokens |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        same = [r for r in rows if (r["seed"], r["dtype"]) == (row["seed"], row["dtype"])]
+        mine = next((r["median_seconds"] for r in same if r["side"] == "fastlm"), None)
+        faster = f"{row['median_seconds'] / mine:.2f}x" if mine else "-"
+        first, last = row["scores"][0], row["scores"][-1]
+        cells = (
+            f"{row['seed']}", row["dtype"], row["side"], f"{row['median_seconds']:.1f}", faster,
+            f"{first:.3f}, {last:.3f}", f"{row['heldout']:.3f}", f"{row['tokens']:.0f}",
+        )  # fmt: skip
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def main() -> None:
     if sys.argv[1:2] == ["--worker"]:
         run_training(json.loads(sys.argv[2]))
@@ -178,6 +198,8 @@ def main() -> None:
     common_options(parser)
     a = parser.parse_args()
     wait_until_quiet(a.busy)
+    host = machine()
+    print(host)
     results: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch) / "model"
@@ -194,7 +216,7 @@ def main() -> None:
         rest = [row for row in rows if row["prompt"][0]["content"] not in asked]
         for path, part in ((training, rest), (heldout, rows[:HELDOUT])):
             path.write_text("".join(json.dumps(row) + "\n" for row in part))
-        print({"side": "before", "heldout": heldout_score(folder, heldout)}, flush=True)
+        before = heldout_score(folder, heldout)
         for seed in a.seeds:
             for dtype in a.dtypes:
                 for side in a.sides:
@@ -211,8 +233,9 @@ def main() -> None:
                         "load": os.getloadavg()[0],
                     }  # fmt: skip
                     results.append(row)
-                    print({k: v for k, v in row.items() if k != "lengths"}, flush=True)
-                    save(a.json, {"machine": machine(), "rows": results})
+                    print(table(before, results[-1:]), flush=True)
+                    save(a.json, {"machine": host, "heldout_before": before, "rows": results})
+    print(table(before, results))
 
 
 if __name__ == "__main__":
