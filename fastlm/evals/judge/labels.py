@@ -194,7 +194,7 @@ class LabelFile:
 
     @contextmanager
     def _locked(self) -> Iterator[None]:
-        """Context: no other thread or process reads or writes. InputError: the system refused it."""
+        """Context: no other thread or process reads or writes. InputError: the system refuses."""
         with self._thread_lock:
             try:
                 with suppress(OSError):  # a file system without locks
