@@ -1,6 +1,6 @@
 """The command ``fastlm label``."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -48,6 +48,8 @@ def _label(options: LabelOptions) -> None:
         raise InputError(f"labels: expected a name that ends in .jsonl, got {options.labels}")
     if options.page == (options.rater is not None):
         raise InputError("rater: expected --rater NAME or --page, where raters enter their names")
+    if not options.page:
+        _check_no_server(options)
     items, rubric = _items(options)
     if options.rater is not None:
         with LabelStore(items, rubric, options.labels) as store:
@@ -59,6 +61,15 @@ def _label(options: LabelOptions) -> None:
         from fastlm.serve import label_server
     with LabelStore(items, rubric, options.labels) as store:
         label_server.run(store, options, keys)
+
+
+def _check_no_server(options: LabelOptions) -> None:
+    """InputError: an option of the server, which only --page starts."""
+    for field in fields(ListenOptions):
+        value = getattr(options, field.name)
+        if value != field.default:
+            text = " ".join(value) if isinstance(value, tuple) else value
+            raise InputError(f"{field.name}: expected with --page, got {text} without it")
 
 
 def _items(options: LabelOptions) -> "tuple[list[JudgeItem], Rubric]":

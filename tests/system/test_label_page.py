@@ -130,6 +130,20 @@ def test_a_restart_and_another_browser_continue(tmp_path):
     assert len(rows) == 12 and rows[second["id"], "Ann"] == "fail"
 
 
+def test_the_page_and_the_terminal_label_at_the_same_time(tmp_path):
+    write_grades(tmp_path / "judged", "pass")
+    path = tmp_path / "labels.jsonl"
+    with label_server(tmp_path / "judged", path) as url:
+        (first,) = label(url, "Ann", "pass")
+        call(
+            "label", tmp_path / "judged", path, "--rater", "Ann", "--count", 12, input="p\ns\n"
+        )  # fmt: skip
+        response = post(url, "next", rater="Ann")
+        assert response["progress"] == {"labelled": 2, "skipped": 1, "total": 12}
+        done = {json.loads(line)["id"] for line in path.read_text().splitlines()}
+        assert len(done) == 3 and first["id"] in done and response["item"]["id"] not in done
+
+
 def test_bad_requests_are_refused_and_nothing_is_stored(tmp_path):
     write_grades(tmp_path / "judged", "1-5")
     path = tmp_path / "labels.jsonl"
@@ -195,6 +209,10 @@ def test_the_command_serves_the_page(tmp_path):
         ([], "rater: expected --rater NAME or --page"),
         (["--page", "--rater", "Ann"], "rater: expected --rater NAME or --page"),
         (["--page", "--host", "0.0.0.0"], "host: expected API keys"),
+        (["--rater", "Ann", "--port", "9000"], "port: expected with --page, got 9000 without it"),
+        (["--rater", "Ann", "--host", "0.0.0.0"], "host: expected with --page, got 0.0.0.0"),
+        (["--rater", "Ann", "--api-key-file", "keys"], "api_key_file: expected with --page"),
+        (["--rater", "Ann", "--allow-host", "box"], "allow_host: expected with --page, got box"),
         (["--page", "--port", "70000"], "port: expected 0 to 65535, got 70000"),
         (["--page", "--score", "a"], "score: expected with a folder of fastlm safety"),
         (["--page", "--count", "0"], "count: expected 1 or more, got 0"),

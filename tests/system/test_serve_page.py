@@ -399,7 +399,7 @@ def test_stop_and_errors(opened, tiny):
     key = "a-key-of-this-server"
     with serve_model(*tiny, pause=0.05, keys=[key]) as (url, server):
         page, _ = opened(url)
-        status(page, "an API key is needed")
+        status(page, r"an API key is needed \(Settings\)")
         page.get_by_role("button", name="Settings").click()
         page.get_by_label("API key").fill(key)
         page.keyboard.press("Tab")
@@ -638,7 +638,7 @@ def test_label(opened, tmp_path):
         page, wrong = opened(url + "/")
         page.get_by_label("Your name").fill("Ann")
         page.get_by_role("button", name="Start").click()
-        status(page, "an API key is needed")
+        status(page, "^an API key is needed$")
         wrong.clear()  # the browser's line about the 401
         page.get_by_label("API key").fill(key)
         page.get_by_role("button", name="Start").click()
@@ -674,6 +674,130 @@ def test_label(opened, tmp_path):
             answers(f"{done} of 8 labelled, 0 skipped")
             page.keyboard.press("1")
         status(page, "There is nothing left to label")
+
+
+CALLS = [{"type": "function", "function": {"name": "stop_3*4*", "arguments": {"city": "Rom"}}}]
+
+
+def test_label_conversations_from_1_to_10(opened, tmp_path):
+    messages = [
+        {"role": "user", "content": "When?"},
+        {"role": "assistant", "content": "", "tool_calls": CALLS},
+        {"role": "tool", "content": f"at 3 {HOSTILE}"},
+        {"role": "assistant", "content": "I looked.", "tool_calls": CALLS},
+        {"role": "user", "content": "And then?"},
+    ]
+    rows = [JudgeItem("", messages, (f"answer {i}",), turn=2) for i in range(6)]
+    rubric, path = Rubric.read("1-10", None), tmp_path / "labels.jsonl"
+    with run_server(LabelServer(LabelStore(make_items(rows), rubric, path))) as url:
+        page, wrong = opened(url + "/")
+
+        def type_keys(*keys):
+            for key in keys:
+                page.keyboard.press(key)
+
+        def labelled(n):
+            page.get_by_text(f"Ann: {n} of 6 labelled, 0 skipped", exact=True).wait_for()
+
+        page.get_by_label("Your name").fill("Ann")
+        type_keys("Enter")
+        labelled(0)
+        # what `message_text` says
+        texts = page.locator("#prompt .text").all_text_contents()
+        contents = [m["content"] for m in messages]
+        assert [text[: len(content)] for text, content in zip(texts, contents)] == contents
+        ends = [text[len(content) :] for text, content in zip(texts, contents)]
+        assert [json.loads(end) if end else None for end in ends] == [None, CALLS] * 2 + [None]
+        assert page.evaluate(PALE) == []
+
+        type_keys("1")
+        status(page, "^1: Enter stores it.$")
+        type_keys("0")
+        status(page, "^10: Enter stores it.$")
+        assert not path.read_text()
+        type_keys("Enter")
+        labelled(1)
+        type_keys("Enter", "0", "Enter", "7", "Backspace", "Enter", "7", "8", "Enter")
+        labelled(2)
+        page.get_by_role("button", name="Skip").focus()  # Enter is about the grade
+        type_keys("1", "Enter")
+        labelled(3)
+        page.get_by_role("button", name="10", exact=True).click()
+        labelled(4)
+        labels = [json.loads(line)["label"] for line in path.read_text().splitlines()]
+        assert labels == [10, 8, 1, 10] and wrong == []
+
+
+def test_a_label_is_about_the_answer_on_the_page(opened, tmp_path):
+    rows = [JudgeItem("", [{"role": "user", "content": "Hi"}], (f"answer {i}",)) for i in range(8)]
+    items = {item.id: item.answers[0] for item in make_items(rows)}
+    path = tmp_path / "labels.jsonl"
+    store = LabelStore(make_items(rows), Rubric.read("pass", None, 4), path)
+    with run_server(LabelServer(store)) as url:
+        page, wrong = opened(url + "/")
+
+        def labelled(rater, n):
+            page.get_by_text(f"{rater}: {n} of 8 labelled, 0 skipped", exact=True).wait_for()
+
+        def stored():
+            rows = map(json.loads, path.read_text().splitlines())
+            return [(row["rater"], items[row["id"]], row["label"]) for row in rows]
+
+        def hold(name):
+            """Return the list of the requests of this name that wait from now on."""
+            held = []
+            page.route(f"**/v1/label/{name}", lambda route: held.append(route))
+            return held
+
+        def press_and_wait(key, held):
+            page.keyboard.press(key)
+            while not held:
+                page.wait_for_timeout(10)
+
+        page.get_by_label("Your name").fill("Ann")
+        page.get_by_role("button", name="Start").click()
+        labelled("Ann", 0)
+        page.keyboard.down("p")
+        labelled("Ann", 1)
+        for _ in range(3):  # the key is held
+            page.keyboard.down("p")
+        page.keyboard.up("p")
+        page.keyboard.press("f")
+        labelled("Ann", 2)
+        assert stored() == [("Ann", "answer 0", "pass"), ("Ann", "answer 1", "fail")]
+
+        # Back, while a label is stored that the server then refuses
+        held = hold("label")
+        press_and_wait("p", held)
+        page.keyboard.press("b")
+        page.wait_for_timeout(200)
+        held[0].fulfill(status=500, json={"error": {"message": "no disk", "code": None}})
+        status(page, "Not stored: no disk")
+        page.unroute_all()
+        shown = page.locator("[role=listitem] .text").inner_text()
+        page.keyboard.press("f")
+        labelled("Ann", 3)
+        assert stored()[2:] == [("Ann", shown, "fail")]
+
+        # another rater, while an item is loaded
+        held = hold("next")
+        press_and_wait("p", held)
+        page.get_by_label("Your name").fill("Bob")
+        page.get_by_role("button", name="Start").click()
+        status(page, "Wait for the last request")
+        page.wait_for_timeout(200)
+        assert len(held) == 1
+        held[0].continue_()
+        page.unroute_all()
+        labelled("Ann", 4)
+        page.get_by_role("button", name="Pass").click()
+        labelled("Ann", 5)
+        page.get_by_role("button", name="Start").click()
+        labelled("Bob", 0)
+        page.keyboard.press("p")
+        labelled("Bob", 1)
+        assert stored()[4:] == [("Ann", "answer 4", "pass"), ("Bob", "answer 0", "pass")]
+        assert all("Failed to load resource" in line for line in wrong), wrong
 
 
 def test_dashboard(opened, tiny, tmp_path, monkeypatch):

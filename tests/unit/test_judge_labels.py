@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import threading
 from contextlib import closing
 
 import numpy as np
@@ -318,12 +319,12 @@ def test_a_label_file_continues_and_keeps_the_labels_of_others(tmp_path):
         labels.add("Ann", "2", None)
         labels.add("Ann", "1", "fail")
     with closing(LabelFile(path, PASS)) as labels:
-        assert labels.labels == {("1", "Ann"): "fail", ("2", "Ann"): None}
+        assert labels.read() == {("1", "Ann"): "fail", ("2", "Ann"): None}
         labels.add("Bob", "1", "pass")
     with path.open("ab") as file:  # a kill in the middle of a line
         file.write(b'{"id": "3", "rat')
     with closing(LabelFile(path, PASS)) as labels:
-        assert len(labels.labels) == 3
+        assert len(labels.read()) == 3
         labels.add("Ann", "3", "pass")
     rows = read_label_rows(path, PASS)
     assert rows == {
@@ -347,9 +348,44 @@ def test_a_label_that_the_disk_refuses_leaves_no_part_of_a_line(tmp_path, monkey
             patch.setattr(os, "fsync", full)
             with pytest.raises(InputError, match="No space left"):
                 labels.add("Ann", "2", "pass")
-        assert ("2", "Ann") not in labels.labels
+        assert ("2", "Ann") not in labels.read()
         labels.add("Ann", "3", "fail")
     assert read_label_rows(path, PASS) == {("1", "Ann"): "pass", ("3", "Ann"): "fail"}
+
+
+def test_two_processes_add_to_one_file(tmp_path, monkeypatch):
+    path = tmp_path / "labels.jsonl"
+    with closing(LabelFile(path, PASS)) as one, closing(LabelFile(path, PASS)) as other:
+        one.add("Ann", "1", "pass")
+        assert other.read() == {("1", "Ann"): "pass"}
+        other.add("Ann", "1", "fail")
+        other.add("Bob", "2", None)
+        assert one.read() == {("1", "Ann"): "fail", ("2", "Bob"): None}
+        fsync, begun = os.fsync, []
+
+        def full_once(file):
+            """Refuse the first label, while the other process adds one."""
+            if begun:
+                return fsync(file)
+            begun.append(threading.Thread(target=other.add, args=("Bob", "3", "pass")))
+            begun[0].start()
+            begun[0].join(0.2)
+            raise OSError(28, "No space left on device")
+
+        monkeypatch.setattr(os, "fsync", full_once)
+        with pytest.raises(InputError, match="No space left"):
+            one.add("Ann", "3", "pass")
+        begun[0].join()
+        assert one.read() == read_label_rows(path, PASS)
+        assert one.read() == {("1", "Ann"): "fail", ("2", "Bob"): None, ("3", "Bob"): "pass"}
+        with path.open("a") as file:
+            file.write("no label\n")
+        size = path.stat().st_size
+        with pytest.raises(InputError, match=r"labels\.jsonl:5: "):
+            one.add("Ann", "4", "pass")
+        assert path.stat().st_size == size
+        path.write_text("".join(path.read_text().splitlines(keepends=True)[:1]))
+        assert one.read() == {("1", "Ann"): "pass"}
 
 
 def test_the_label_of_most_raters_counts():

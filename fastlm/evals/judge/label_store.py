@@ -63,14 +63,14 @@ class LabelStore:
 
     def next_item(self, rater: str) -> LabelItem | None:
         """Return the first item that the rater has not labelled or skipped. None: there is none."""
-        labels = self.file.labels
+        labels = self.file.read()
         id = next((id for id in self.items if (id, rater) not in labels), None)
         return None if id is None else self.item(id, rater)
 
     def progress(self, rater: str) -> tuple[LabelCounts, int]:
         """Return (the counts of the rater, the number of items)."""
         check_rater(rater)
-        labels = self.file.labels
+        labels = self.file.read()
         entered = [labels[id, rater] for id in self.items if (id, rater) in labels]
         skipped = entered.count(None)
         return LabelCounts(len(entered) - skipped, skipped), len(self.items)

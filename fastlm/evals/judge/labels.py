@@ -14,14 +14,15 @@ more answer counts would then depend on how hard it is to judge, because the sec
 ones.
 """
 
+import fcntl
 import json
 import math
 import os
 import random
 import threading
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from hashlib import blake2b
 from pathlib import Path
 from typing import Annotated
@@ -151,58 +152,82 @@ def _is_fragment(line: bytes) -> bool:
 
 
 class LabelFile:
-    """Raters' labels in a JSONL file, to which other processes may add. A label is on disk when
-    `add` returns; threads may call it. An incomplete last line, left by a kill, is dropped. A file
-    with anything else than labels is refused and stays as it is.
-
-    ``labels``: (id, rater) -> the last label that this object has read or written.
+    """Raters' labels in a JSONL file, to which other processes may add at the same time: each
+    locks the file while it reads or writes. A label is on disk when `add` returns; threads may call
+    all methods. An incomplete last line, left by a kill, is dropped. A file with anything else than
+    labels is refused and stays as it is.
     """
 
     def __init__(self, path: Path, rubric: Rubric) -> None:
         self.path, self.rubric = path, rubric
-        self._lock = threading.Lock()
+        self._thread_lock = threading.Lock()
+        self._labels: dict[tuple[str, str], Grade | None] = {}
+        self._end = self._line_count = 0  # of what was read
         make_folder(path.parent)
         try:
             with ExitStack() as stack:
                 self._file = stack.enter_context(open(path, "a+b", buffering=0))
-                self.labels = self._read()
+                self.read()
                 stack.pop_all()  # it stays open
         except OSError as error:
             raise write_error(path, error) from error
 
-    def _read(self) -> dict[tuple[str, str], Grade | None]:
-        """Read the labels, and end the last line of the file or drop its fragment."""
-        self._file.seek(0)
-        data = self._file.read()
-        end = data.rfind(b"\n") + 1
-        is_fragment = _is_fragment(data[end:])
-        lines = data[: end if is_fragment else None].split(b"\n")
-        rows = (
-            (number, parse(line, RaterLabel, f"{self.path}:{number}"))
-            for number, line in enumerate(lines, 1)
-            if line.strip()
-        )
-        labels = _last_labels(self.path, rows, self.rubric)
-        if is_fragment:
-            self._file.truncate(end)
-        elif end < len(data):
-            self._write(b"\n")
-        return labels
+    def read(self) -> dict[tuple[str, str], Grade | None]:
+        """Return (id, rater) -> the last label in the file."""
+        with self._locked():
+            self._read()
+            return {**self._labels}
 
     def add(self, rater: str, id: str, label: Grade | None) -> None:
         row: RaterLabel = {"id": id, "rater": rater, "label": label, "rubric": self.rubric.key}
         line = json.dumps(row, ensure_ascii=False).encode() + b"\n"
-        with self._lock:
+        with self._locked():
+            self._read()
             try:
-                end = self._file.seek(0, os.SEEK_END)
+                self._write(line)
+            except OSError:
+                self._file.truncate(self._end)  # the next label begins a line
+                raise
+            self._labels[id, rater] = label
+            self._end += len(line)
+            self._line_count += 1
+
+    @contextmanager
+    def _locked(self) -> Iterator[None]:
+        """Context: no other thread or process reads or writes. InputError: the system refuses."""
+        with self._thread_lock:
+            try:
+                with suppress(OSError):  # a file system without locks
+                    fcntl.flock(self._file, fcntl.LOCK_EX)
                 try:
-                    self._write(line)
-                except OSError:
-                    self._file.truncate(end)  # the next label begins a line
-                    raise
+                    yield
+                finally:
+                    with suppress(OSError):
+                        fcntl.flock(self._file, fcntl.LOCK_UN)
             except OSError as error:
                 raise write_error(self.path, error) from error
-            self.labels[id, rater] = label
+
+    def _read(self) -> None:
+        """Read what was added, and end the last line of the file or drop its fragment."""
+        if self._file.seek(0, os.SEEK_END) < self._end:  # somebody deleted lines
+            self._labels, self._end, self._line_count = {}, 0, 0
+        self._file.seek(self._end)
+        data = self._file.read()
+        end = data.rfind(b"\n") + 1
+        is_fragment = _is_fragment(data[end:])
+        lines = data[: end if is_fragment else None].splitlines()
+        rows = (
+            (number, parse(line, RaterLabel, f"{self.path}:{number}"))
+            for number, line in enumerate(lines, self._line_count + 1)
+            if line.strip()
+        )
+        self._labels |= _last_labels(self.path, rows, self.rubric)
+        if is_fragment:
+            self._file.truncate(self._end + end)
+        elif end < len(data):
+            self._write(b"\n")
+        self._end = self._file.seek(0, os.SEEK_END)
+        self._line_count += len(lines)
 
     def _write(self, data: bytes) -> None:
         while data:

@@ -39,7 +39,7 @@ export async function ask(path, body, signal) {
   try {
     ({ message: reason, code } = (await response.json()).error);
   } catch { /* the answer of a proxy */ }
-  if (response.status === 401) reason = "an API key is needed (Settings)";
+  if (response.status === 401) reason = `an API key is needed${$("settings") ? " (Settings)" : ""}`;
   throw Object.assign(new Error(reason), { code, passing: response.status >= 500 || response.status === 429 });
 }
 

@@ -1,6 +1,6 @@
 // The page of `fastlm label`: the rater labels an answer or a pair; each label is stored at once.
 
-import { $, button, el } from "./common.js";
+import { $, button, el, say } from "./common.js";
 import { RaterLoop, answerText, onKeys } from "./rater.js";
 
 // scale -> [key, label, text], with the keys of the terminal. Of a pair, A is the first answer here
@@ -13,14 +13,14 @@ const LABELS = {
 const HELPS = {
   "pass": "Keys: p passes, f fails, s skips, b goes back.",
   "1-5": "Keys: 1 to 5 by the rubric above (5 is the best), s skips, b goes back.",
-  "1-10": "Keys: 1 to 9, and 0 for 10, by the rubric above (10 is the best), s skips, b goes back.",
+  "1-10": "Keys: 1 to 10 and Enter, by the rubric above (10 is the best), s skips, b goes back.",
   "pair": "Keys: 1 or 2 is better, = they are equally good or equally bad, s skips, b goes back.",
 };
 let labels = [];
+let typed = ""; // the digits of a grade that Enter stores
 
-// the key of 10 is 0
 function grades(count) {
-  return Array.from({ length: count }, (_, i) => [String((i + 1) % 10), i + 1, String(i + 1)]);
+  return Array.from({ length: count }, (_, i) => [String(i + 1), i + 1, String(i + 1)]);
 }
 
 const loop = new RaterLoop("/v1/label", {
@@ -31,6 +31,7 @@ const loop = new RaterLoop("/v1/label", {
 
 function draw(item, { rubric }) {
   labels = LABELS[rubric.scale];
+  typed = "";
   $("rubric").textContent = rubric.text;
   $("labels").replaceChildren(...labels.map(([key, label, text]) =>
     button(text, () => store(label), { className: "main", title: `key ${key}` })));
@@ -45,9 +46,26 @@ const store = (label) => loop.store("label", { label }, "Stored.");
 const skip = () => loop.store("label", {}, "Skipped.");
 
 $("skip").onclick = skip;
-onKeys((key) => {
+onKeys((key, event) => {
+  if (key === "s") skip();
+  else if (key === "b") loop.back();
+  else if (labels.some(([name]) => name.length > 1)) typeGrade(key, event);
+  else storeKey(key);
+});
+
+function storeKey(key) {
   const entry = labels.find(([name]) => name === key);
   if (entry) store(entry[1]);
-  else if (key === "s") skip();
-  else if (key === "b") loop.back();
-});
+}
+
+/** Collect the digits of a grade until Enter: 1 is the beginning of 10. A digit that cannot follow begins anew. */
+function typeGrade(key, event) {
+  if (loop.item === null) return;
+  if (key === "Enter") {
+    if (typed) event.preventDefault(); // it is about the grade, not about a button
+    storeKey(typed);
+  } else {
+    typed = [typed + key, key].find((text) => labels.some(([name]) => name.startsWith(text))) ?? "";
+    say(typed && `${typed}: Enter stores it.`);
+  }
+}

@@ -12,11 +12,11 @@ const loop = new RaterLoop("/v1/rank", {
   nextFields: (lastId) => ($("skipped").checked ? { skipped: true, after: lastId } : {}),
 });
 
-async function draw(item) {
+function draw(item) {
   cards = (item?.answers ?? []).map(createCard);
   drawOrder();
   cards[0]?.node.focus();
-  await showAgreement();
+  showAgreement().catch((error) => say(error.message));
 }
 
 function createCard(messages, index) {

@@ -3,45 +3,43 @@
 import { $, ask, el, say, themes } from "./common.js";
 import { show } from "./markdown.js";
 
-/** Show the messages of a prompt. */
-export function drawPrompt(messages) {
-  $("prompt").replaceChildren(...messages.map(messageNode));
-}
-
-function messageNode(message) {
+/** Return a node with the text of a message and its tool calls, as `message_text` of fastlm.pipeline.text. */
+function messageText({ role, content, tool_calls: calls }) {
   const text = el("div", { className: "text" });
-  if (message.role === "assistant") show(text, message.content);
-  else text.textContent = message.content;
-  return el("article", { className: "user" }, el("strong", { textContent: message.role }), text);
-}
-
-/** Return a node with the messages of an answer, with their roles if one is the user's. */
-export function answerText(messages) {
-  const text = el("div", { className: "text" });
-  if (messages.some(({ role }) => role === "user")) text.append(...messages.map(messageNode));
-  else show(text, messages.map((m) => (m.tool_calls ? JSON.stringify(m.tool_calls) : m.content)).join("\n\n"));
+  if (role === "assistant") show(text, content);
+  else text.textContent = content;
+  if (calls?.length) text.append(el("p", {}, el("code", { textContent: JSON.stringify(calls) })));
   return text;
 }
 
-/** The loop over the items of the API below ``path``, which stores each one at once. ``page`` has:
+const messageNode = (message) =>
+  el("article", { className: "user" }, el("strong", { textContent: message.role }), messageText(message));
+
+/** Return a node with the messages of an answer, with their roles if one is the user's. */
+export function answerText(messages) {
+  const isConversation = messages.some(({ role }) => role === "user");
+  return el("div", {}, ...messages.map(isConversation ? messageNode : messageText));
+}
+
+/** The loop over the items of the API below ``path``, which stores each one at once. What the rater enters is
+ * about the item on the page: while a request runs, nothing else is stored or loaded. ``page`` has:
  * draw(item, response), item: null if none is left; progress(counts), the line of the progress;
  * nothingLeft, the line at the end; nextFields(lastId), further fields of a request for the item after that one. */
 export class RaterLoop {
   rater = "";
-  item = null;
+  item = null; // the one on the page
   #path;
   #page;
   #doneIds = [];
+  #isBusy = false;
 
   constructor(path, page) {
     this.#path = path;
     this.#page = page;
-    $("who").onsubmit = async (event) => {
+    $("who").onsubmit = (event) => {
       event.preventDefault();
-      this.rater = $("rater").value.trim();
-      sessionStorage.setItem("key", $("key").value);
-      this.#doneIds = [];
-      try { say(""); await this.#load(); } catch (error) { say(error.message); }
+      if (this.#isBusy) say("Wait for the last request, then start again.");
+      else this.#run(() => this.#start());
     };
     $("back").onclick = () => this.back();
     themes("theme");
@@ -51,53 +49,68 @@ export class RaterLoop {
     return (await ask(`${this.#path}/${name}`, body)).json();
   }
 
-  async #load(id) {
-    this.item = null; // until it is shown, so that a key is not about another item
+  /** Run ``action``, unless an earlier one still runs. */
+  async #run(action) {
+    if (this.#isBusy) return;
+    this.#isBusy = true;
+    try {
+      await action();
+    } catch (error) {
+      say(error.message);
+    } finally {
+      this.#isBusy = false;
+    }
+  }
+
+  async #start() {
+    sessionStorage.setItem("key", $("key").value);
+    this.rater = $("rater").value.trim();
+    this.item = null; // the one on the page is another rater's
+    this.#doneIds = [];
+    $("help").hidden = $("do").hidden = true;
+    await this.#load("");
+  }
+
+  /** Show the item with this id, or the next one, and a message. */
+  async #load(message, id) {
     const next = id === undefined ? this.#page.nextFields?.(this.#doneIds.at(-1) ?? 0) : { item: id };
     const response = await this.post("next", { rater: this.rater, ...next });
     this.item = response.item;
     $("progress").textContent = `${this.rater}: ${this.#page.progress(response.progress)}`;
     $("help").hidden = $("do").hidden = this.item === null;
-    drawPrompt(this.item?.prompt ?? []);
-    await this.#page.draw(this.item, response);
-    if (this.item === null) say(this.#page.nothingLeft);
+    $("prompt").replaceChildren(...(this.item?.prompt ?? []).map(messageNode));
+    say(this.item === null ? this.#page.nothingLeft : message);
+    this.#page.draw(this.item, response);
   }
 
   /** Store what the rater entered about the item, and show the next one. */
-  async store(name, body, message) {
-    const item = this.item;
-    if (item === null) return;
-    this.item = null;
-    try {
-      await this.post(name, { rater: this.rater, item: item.id, ...body });
-      this.#doneIds.push(item.id);
-    } catch (error) {
-      this.item = item;
-      say(`Not stored: ${error.message}`);
-      return;
-    }
-    say(message);
-    try { await this.#load(); } catch (error) { say(error.message); }
+  store(name, body, message) {
+    return this.#run(async () => {
+      if (this.item === null) return;
+      const { id } = this.item;
+      await this.post(name, { rater: this.rater, item: id, ...body }).catch((error) => {
+        throw new Error(`Not stored: ${error.message}`);
+      });
+      this.#doneIds.push(id);
+      await this.#load(message);
+    });
   }
 
   /** Show the item before this one. */
-  async back() {
-    const item = this.item, id = this.#doneIds.pop();
-    if (id === undefined) return;
-    try {
-      await this.#load(id);
-    } catch (error) {
-      this.item = item;
-      this.#doneIds.push(id);
-      say(error.message);
-    }
+  back() {
+    return this.#run(async () => {
+      if (this.#doneIds.length === 0) return;
+      await this.#load("", this.#doneIds.at(-1));
+      this.#doneIds.pop();
+    });
   }
 }
 
-/** Call ``action(key)`` for a key that is pressed outside text fields; "Ctrl+Enter" is one. */
+/** Call ``action(key, event)`` for a key that is pressed outside text fields, but not again while it is held;
+ * "Ctrl+Enter" is one. */
 export function onKeys(action) {
   document.addEventListener("keydown", (event) => {
     if (["INPUT", "TEXTAREA"].includes(event.target.tagName) || event.metaKey || event.altKey) return;
-    action(event.ctrlKey ? `Ctrl+${event.key}` : event.key);
+    if (!event.repeat) action(event.ctrlKey ? `Ctrl+${event.key}` : event.key, event);
   });
 }
