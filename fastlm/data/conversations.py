@@ -16,7 +16,7 @@ Each may also have a ``"system"`` text.
 
 import json
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import takewhile
@@ -224,9 +224,9 @@ def add_system(row: Mapping[str, Any], messages: LocatedMessages) -> None:
         messages.insert(0, system)
 
 
-def check_messages(messages: LocatedMessages) -> None:
-    """Raise InputError unless the roles are in order, no message is empty (except a tool's) and
-    the last message is the assistant's.
+def check_messages(messages: LocatedMessages, may_be_empty: Collection[str] = ("tool",)) -> None:
+    """Raise InputError unless the roles are in order, no message is empty (except of the roles
+    ``may_be_empty``) and the last message is the assistant's.
     """
     before = None
     for location, message in messages:
@@ -236,7 +236,8 @@ def check_messages(messages: LocatedMessages) -> None:
             raise InputError(
                 f"{location}: expected {' or '.join(NEXT_ROLES[before])} {after}, got {role}"
             )
-        if not message["content"].strip() and not message.get("tool_calls") and role != "tool":
+        is_empty = not message["content"].strip() and not message.get("tool_calls")
+        if is_empty and role not in may_be_empty:
             raise InputError(f"{location}: expected text from the {role}, got an empty message")
         before = role
     if before != "assistant":

@@ -6,7 +6,7 @@ of a row ("answer", ...) are passed to the reward function.
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -46,9 +46,12 @@ class Prompt:
         return prompt_key(self.messages)
 
 
-def parse_prompt(row: Any, location: str = "") -> Prompt:
+def parse_prompt(
+    row: Any, location: str = "", *, may_be_empty: Collection[str] = ("tool",)
+) -> Prompt:
     """Parse the prompt of a row, or the messages of a conversation before its last answer.
-    InputError: no prompt, roles out of order, an empty message.
+    InputError: no prompt, roles out of order, an empty message (except of the roles
+    ``may_be_empty``).
     """
     values = {k: v for k, v in row.items() if v is not None} if isinstance(row, Mapping) else {}
     messages = parse_prompt_messages(values)
@@ -58,7 +61,8 @@ def parse_prompt(row: Any, location: str = "") -> Prompt:
     add_system(values, messages)
     if messages and messages[-1][1]["role"] == "assistant":
         messages.pop()
-    check_messages([*messages, ("the answer", {"role": "assistant", "content": "any"})])
+    answer = ("the answer", {"role": "assistant", "content": "any"})
+    check_messages([*messages, answer], may_be_empty)
     return Prompt(strip_locations(messages), row, parse_tools(values), location)
 
 

@@ -1,6 +1,7 @@
 """Answers of a model to prompts, for comparisons and judges."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -89,31 +90,41 @@ def _generate_chunks(
 
 
 class AnswerRecord(TypedDict):
-    """The answers of a conversation, one per turn."""
+    """The answers to a question: a list per conversation, one answer per turn."""
 
-    texts: list[str]
+    question: str
+    texts: list[list[str]]
 
 
 def read_or_generate(
     path: Path,
     metadata: Mapping[str, Any],
     model: Path,
-    questions: Sequence[ChatQuestion],
+    questions: Mapping[str, ChatQuestion],
     *,
     num_generations: int,
     **options: Any,
 ) -> list[list[str]]:
     """Return ``num_generations`` conversations per question, those of one question together: the
     model's answer to each turn. They are stored in the file ``path`` in chunks, and those that it
-    has are not generated again. ``metadata``: what they depend on. ``options``: those of
-    `generate_answers`."""
-    count, size = len(questions) * num_generations, CHUNK * num_generations
+    has are not generated again, whatever the other questions are.
+
+    Args:
+        metadata: what answers depend on, except the question.
+        questions: by their hashes.
+        options: those of `generate_answers`.
+    """
     with RecordFile(path, metadata, AnswerRecord) as file:
-        if starts := file.remaining_chunks(count, size):
-            firsts = [start // num_generations for start in starts]
-            chunks = [questions[first : first + CHUNK] for first in firsts]
-            for answers in _generate_chunks(
-                model, chunks, num_generations=num_generations, **options
-            ):
-                file.add([{"texts": [answer.text for answer in turns]} for turns in answers])
-        return [record["texts"] for record in file.records]
+        stored = {record["question"] for record in file.records}
+        missing = [key for key in questions if key not in stored]
+        if missing:
+            keys = [missing[start : start + CHUNK] for start in range(0, len(missing), CHUNK)]
+            chunks = [[questions[key] for key in chunk] for chunk in keys]
+            answers = _generate_chunks(model, chunks, num_generations=num_generations, **options)
+            for chunk, conversations in zip(keys, answers):
+                texts = iter([[answer.text for answer in turns] for turns in conversations])
+                file.add([
+                    {"question": key, "texts": [*islice(texts, num_generations)]} for key in chunk
+                ])  # fmt: skip
+        by_key = {record["question"]: record["texts"] for record in file.records}
+    return [texts for key in questions for texts in by_key[key]]

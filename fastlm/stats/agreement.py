@@ -82,7 +82,9 @@ def _count_same_order(a: Sequence[int], b: Sequence[int]) -> tuple[int, int]:
     return int((first[upper] == second[upper]).sum()), len(upper[0])
 
 
-def cohen_kappa(table: Sequence[Sequence[int]], confidence: float = 0.95) -> tuple[float, Interval]:
+def cohen_kappa(
+    table: Sequence[Sequence[float]], confidence: float = 0.95
+) -> tuple[float, Interval]:
     """Return Cohen's kappa (1960) of two raters and its interval. ``table``: how often the first
     rater chose the row and the second the column.
 

@@ -219,12 +219,22 @@ def _spread_of_means(residuals: np.ndarray, sums: np.ndarray, sizes: np.ndarray)
 def clustered_wilson(
     values: Any, clusters: Sequence[Any] | None = None, confidence: float = 0.95
 ) -> Interval:
-    """Return Wilson's interval of the mean of ``values`` (n,), each in [0, 1].
+    """Return Wilson's interval of the mean of ``values`` (n,), each in [0, 1], for their
+    `effective_size`."""
+    size = effective_size(values, clusters, confidence)
+    return wilson(float(np.mean(values)) * size, size, confidence)
 
-    Items of a cluster are not independent, so the effective n is used: p (1 - p) / error^2 (Dean
-    and Pagano 2015, doi:10.1093/jssam/smv024), at most n, times the squared ratio of Student's
-    quantiles with n - 1 and with the error's degrees of freedom (Korn and Graubard 1998). If all
-    values are equal, a cluster counts as one item.
+
+def effective_size(
+    values: Any, clusters: Sequence[Any] | None = None, confidence: float = 0.95
+) -> float:
+    """Return the number of independent items that determine the mean of ``values`` (n,), each in
+    [0, 1], as well.
+
+    Items of a cluster are not independent. The effective n is p (1 - p) / error^2 (Dean and Pagano
+    2015, doi:10.1093/jssam/smv024), at most n, times the squared ratio of Student's quantiles with
+    n - 1 and with the error's degrees of freedom (Korn and Graubard 1998). If all values are equal,
+    a cluster counts as one item.
     """
     values = _scores("values", values)
     for end in (values.min(), values.max()):
@@ -232,7 +242,7 @@ def clustered_wilson(
     mean = mean_error(values, clusters=clusters)
     n, (_, sizes) = len(values), _clusters(values, clusters)
     if len(sizes) == n:
-        return wilson(float(values.sum()), n, confidence)
+        return n
     effective = n**2 / float(sizes @ sizes)
     if 0 < mean.error < math.inf:
         effective = min(n, mean.mean * (1 - mean.mean) / mean.error**2)
@@ -241,7 +251,7 @@ def clustered_wilson(
 
         items, groups = special.stdtrit((n - 1, mean.df), (1 + confidence) / 2)
         effective *= float(items / groups) ** 2
-    return wilson(mean.mean * effective, effective, confidence)
+    return effective
 
 
 def wilson(successes: float, n: float, confidence: float = 0.95) -> Interval:
@@ -415,8 +425,8 @@ def rogan_gladen(
     rate: float,
     n: int,
     *,
-    sensitivity: tuple[int, int],
-    specificity: tuple[int, int],
+    sensitivity: tuple[float, float],
+    specificity: tuple[float, float],
     confidence: float = 0.95,
 ) -> CorrectedRate:
     """Correct the ``rate`` of ``n`` items that a judge flagged for the judge's own errors.
@@ -424,17 +434,18 @@ def rogan_gladen(
         (rate + specificity - 1) / (sensitivity + specificity - 1)        Rogan and Gladen 1978
 
     ``sensitivity`` is (flagged, all) of labelled items that should be flagged, ``specificity``
-    (passed, all) of those that should not. The interval covers the errors of all three rates (Lang
-    and Reiczigel 2014, doi:10.1016/j.prevetmed.2013.09.015); both are clipped to [0, 1]. Unlike
-    theirs, the adjusted rate is clipped before its error is computed, so that no interval is a
-    point.
+    (passed, all) of those that should not. The numbers may be effective ones (`effective_size`).
+    The interval covers the errors of all three rates (Lang and Reiczigel 2014,
+    doi:10.1016/j.prevetmed.2013.09.015); both are clipped to [0, 1]. Unlike theirs, the adjusted
+    rate is clipped before its error is computed, so that no interval is a point.
 
     InputError: the judge is no better than chance, so it determines no rate.
     """
     check_between("rate", rate, 0, 1)
     check_between("n", n, 1)
     for name, (right, total) in (("sensitivity", sensitivity), ("specificity", specificity)):
-        check_between(f"{name} items", total, 1)
+        if total <= 0:
+            raise InputError(f"{name} items: expected a number above 0, got {total}")
         check_between(name, right, 0, total)
     (tp, positives), (tn, negatives) = sensitivity, specificity
     gain = tp / positives + tn / negatives - 1

@@ -21,7 +21,7 @@ from fastlm.evals.judge.grading import JudgeSource, grade_items
 from fastlm.evals.judge.items import JudgeItem, conversation_items, make_items, read_items
 from fastlm.evals.judge.labels import random_labels
 from fastlm.evals.judge.model_judge import ModelJudge
-from fastlm.evals.judge.rubric import GRADES, Rubric
+from fastlm.evals.judge.rubric import GRADES, OWN_TURNS, Rubric
 from fastlm.evals.judge.stage import JudgeAnswers
 from fastlm.feedback.gate_metrics import read_scores, scores_of
 from fastlm.inference.block_manager import BLOCK_SIZE
@@ -595,7 +595,8 @@ def test_prompts_that_differ_in_tools_are_answered_each(model, tmp_path):
         assert stage(tmp_path / "out", model=model, judge=address)["items"] == 2
         write(prompts, {"prompt": "what"}, {"prompt": "what", "tools": tools * 2})
         stage(tmp_path / "out", model=model, judge=address)
-    assert len([*(tmp_path / "out/records").glob("answers-*")]) == 2
+    (path,) = (tmp_path / "out/records").glob("answers-*")
+    assert len(read_rows(path)) == 1 + 3  # only the changed prompt was answered again
     assert {len(row.get("tools", ())) for row in read_rows(tmp_path / "out/grades.jsonl")} == {0, 2}
 
 
@@ -617,7 +618,7 @@ def test_a_killed_model_continues_its_answers(model, tmp_path, monkeypatch):
         return generate(self, requests, **others)
 
     monkeypatch.setattr(Engine, "generate", interrupted)
-    arguments = (tmp_path / "a.jsonl", {}, model, questions)
+    arguments = (tmp_path / "a.jsonl", {}, model, {str(i): q for i, q in enumerate(questions)})
     options["track"] = silent
     with pytest.raises(KeyboardInterrupt):
         model_answers.read_or_generate(*arguments, **options)
@@ -1016,6 +1017,32 @@ def test_two_conversations_are_compared_in_both_orders(tmp_path):
     assert same.messages[:1] == start
 
 
+def test_a_row_of_grades_is_an_answer_for_another_judge(tmp_path):
+    """Also after an empty answer, and with a turn but no question."""
+    question = parse_chat_question(TWO)
+    items = make_items(conversation_items(question, [("", "a2"), (" ", "")]))
+    user, other = QUESTION, [*QUESTION, {"role": "assistant", "content": ""}, *QUESTION]
+    items += make_items([
+        JudgeItem("", other, ("a", "b"), turn=2),
+        JudgeItem("", user, ("a", "b"), prompt_b=other, question_id="7"),
+    ])  # fmt: skip
+    path = write(tmp_path / "g.jsonl", *(item.as_row() for item in items))
+    assert read_items([str(path)], cache=tmp_path) == items
+    write(path, {**items[-1].as_row(), "question_id": 7})  # FastChat's are numbers
+    assert read_items([str(path)], cache=tmp_path) == items[-1:]
+    write(path, {**items[0].as_row(), "prompt": [{"role": "user", "content": ""}]})
+    with pytest.raises(InputError, match="expected text from the user, got an empty message"):
+        read_items([str(path)], cache=tmp_path)
+
+
+def test_both_orders_say_that_an_answer_has_its_own_turns():
+    longer = [*QUESTION, {"role": "assistant", "content": "x"}, *QUESTION]
+    item = JudgeItem("", QUESTION, ("a", "b"), prompt_b=longer)
+    answers = item.answer_messages
+    for order in (answers, answers[::-1]):
+        assert OWN_TURNS in PAIR.prompt(item.conversation, order)
+
+
 def test_a_rater_reads_the_conversation(model, tmp_path):
     data = write(tmp_path / "q.jsonl", {**TWO, "reference": ["a mineral", "a plant"]})
     other = tmp_path / "other"
@@ -1054,30 +1081,44 @@ def test_conversations_that_are_refused(model, tmp_path):
         ({"turn": 0}, "turn: expected 1 or more, got 0"),
         ({"turn": "2"}, "turn: expected 1 or more, got '2'"),
         ({"reference": ["x", "y"]}, "reference: expected one, got 2"),
+        ({"question_id": [1]}, "question_id: expected text or a whole number, got [1]"),
+        ({"question_id": True}, "question_id: expected text or a whole number, got True"),
     ):
         answers = write(tmp_path / "a.jsonl", {**row, **fields})
         refused(*judge, "--answers", answers, text=text)
 
 
-def test_a_larger_limit_keeps_the_labels(model, tmp_path):
+def test_a_larger_limit_keeps_labels_answers_and_replies(model, tmp_path, monkeypatch):
     """The answers of a smaller limit are the first ones of a larger limit, also with several
-    answers and turns, so that the labels of their random sample stay one."""
+    answers and turns, so that the labels of their random sample stay one. Neither the model nor
+    the judge is asked again."""
     prompts = [{"turns": [f"what is {i}", "now"][: 1 + i % 2]} for i in range(12)]
     data = write(tmp_path / "p.jsonl", *prompts)
-    ids = {}
-    with stub_server(GOOD) as (address, _):
-        for limit in (6, 9):
+    ids, sizes, generate = [], [], Engine.generate
+
+    def counted(self, requests, **options):
+        sizes.append(len(requests))
+        return generate(self, requests, **options)
+
+    monkeypatch.setattr(Engine, "generate", counted)
+    with stub_server(GOOD) as (address, requests):
+        for limit in (6, 9, 6):
             stage = JudgeAnswers(
                 judge_model="m", data=(str(data),), limit=limit, max_new_tokens=2, num_generations=2
             )
-            out = tmp_path / str(limit)
-            stage(out, model=model, judge=address)
-            ids[limit] = [row["id"] for row in read_rows(out / "grades.jsonl")]
+            stage(tmp_path / "out", model=model, judge=address)
+            rows = read_rows(tmp_path / "out/grades.jsonl")
+            ids.append([row["id"] for row in rows])
             write(data, *prompts[::-1])  # the order of the rows has no effect
-    assert 12 <= len(ids[6]) < len(ids[9]) and ids[9][: len(ids[6])] == ids[6]
-    labels = dict.fromkeys(ids[6][:10], "pass")
-    assert random_labels(ids[6], labels) == random_labels(ids[9], labels) == labels
-    first = [row["prompt"][0]["content"] for row in read_rows(tmp_path / "9/grades.jsonl")]
+            if limit == 9:
+                first = [row["prompt"][0]["content"] for row in rows]
+    few, more, same = ids
+    assert few == same and 12 <= len(few) < len(more) and more[: len(few)] == few
+    assert sum(sizes) == len(more)
+    asked = [body["messages"][0]["content"] for _, _, body in requests]
+    assert len(few) / 2 <= len(asked) == len({*asked}) <= len(more)
+    labels = dict.fromkeys(few[:10], "pass")
+    assert random_labels(few, labels) == random_labels(more, labels) == labels
     assert list(dict.fromkeys(first)) != sorted(set(first), key=lambda text: int(text.split()[-1]))
 
 

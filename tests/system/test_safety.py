@@ -471,13 +471,21 @@ def test_the_answers_of_several_models_take_turns(tmp_path):
     ]
     rows += [{**rows[0], "score": "a.c"}]
     (tmp_path / "verdicts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    items = safety_items(tmp_path, "a.b", 7)
-    assert "".join(item.answers[0] for item in items) == "mn" * 7
     orders = {
         model: random_order(answer_id("a.b", f"{i}", model) for i in range(20)) for model in "mn"
     }
-    assert [item.id for item in items[::2]] == orders["m"][:7]
-    assert [item.id for item in items[1::2]] == orders["n"][:7]
+    # 15 answers in all: a block of 10 of the first model, and 5 of the next block
+    for count, m, n in ((7, 7, 0), (15, 10, 5), (20, 10, 10), (30, 20, 10), (99, 20, 20)):
+        items = safety_items(tmp_path, "a.b", count)
+        assert len(items) == m + n
+        ids = {model: [i.id for i in items if i.answers == (model,)] for model in "mn"}
+        assert ids == {"m": orders["m"][:m], "n": orders["n"][:n]}
+    items = safety_items(tmp_path, "a.b", 20)
+    assert "".join(item.answers[0] for item in items) == "mn" * 10
+    # answers that both models gave are labelled once
+    rows = [{**row, "answer": "same"} for row in rows]
+    (tmp_path / "verdicts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert len({item.id for item in safety_items(tmp_path, "a.b", 15)}) == 15
 
 
 def test_attacks_of_several_turns_hold_the_models_own_answers(cache, tmp_path):

@@ -94,6 +94,56 @@ def test_only_the_random_half_measures_the_judge(draws, ends_early):
     assert covered / draws > 0.95 - 3.1 * math.sqrt(0.95 * 0.05 / draws)
 
 
+@pytest.mark.parametrize("generations", [2, 8])
+@DRAWS
+def test_intervals_cover_if_a_question_has_several_answers(draws, generations):
+    """They are together in the random order. The judge errs on most answers to a hard question."""
+    rng = np.random.default_rng(generations)
+    agreement, corrected, covered = 0, 0, 0
+    for _ in range(draws):
+        questions, salt = 400 // generations, rng.integers(2**60)
+        shape = (questions, generations)
+        truth = (rng.random((questions, 1)) < 0.5) ^ (rng.random(shape) < 0.1)
+        wrong = (rng.random((questions, 1)) < 0.25) & (rng.random(shape) < 0.9)
+        items, labels = [], {}
+        for i, j in np.ndindex(shape):
+            message = {"role": "user", "content": f"{salt}-{i}"}
+            item = JudgeItem(f"{salt}-{i}-{j}", [message], (f"{j}",))
+            grade = "pass" if truth[i, j] ^ wrong[i, j] else "fail"
+            reply = {"grade": grade, "reason": "", "probability": float(rng.random())}
+            items.append(GradedItem(item, (reply,)))
+            labels[item.id] = "pass" if truth[i, j] else "fail"
+        labels = {g.item.id: labels[g.item.id] for g in label_order(items, PASS, 100)}
+        score = judge_scores(items, PASS, labels, min_labels=40, confidence=0.95)["pass"]
+        low, high = score["judge"]["intervals"]["agreement"]
+        agreement += low <= 1 - 0.25 * 0.9 <= high
+        corrected += score["corrected"]
+        covered += score["low"] <= 0.5 <= score["high"]
+    assert corrected > 0.9 * draws
+    slack = 3.1 * math.sqrt(0.95 * 0.05 / draws)
+    assert agreement / draws > 0.95 - slack and covered / draws > 0.95 - slack
+
+
+@DRAWS
+def test_intervals_of_mean_grades_of_five_questions_cover(draws):
+    """Most grades are 1, so that some samples have no other."""
+    rng, shares = np.random.default_rng(5), [0.7, 0.1, 0.1, 0.05, 0.05]
+    true = 1 + float(np.arange(5) @ shares)
+    covered = 0
+    for _ in range(draws):
+        items = [graded(i, int(grade)) for i, grade in enumerate(1 + rng.choice(5, 5, p=shares))]
+        score = judge_scores(items, FIVE, {}, min_labels=1, confidence=0.95)["grade"]
+        covered += score["low"] <= true <= score["high"]
+    assert covered / draws > 0.9 - 3.1 * math.sqrt(0.9 * 0.1 / draws)
+
+
+def test_equal_grades_have_an_interval():
+    items = [graded(i, 1) for i in range(5)]
+    score = judge_scores(items, FIVE, {}, min_labels=1, confidence=0.95)["grade"]
+    assert (score["value"], score["low"]) == (1, 1)
+    assert score["high"] == pytest.approx(1 + 4 * wilson(0, 5).high)
+
+
 def test_a_larger_sample_counts_answers_that_were_labelled_as_unsure():
     """The random sample is a prefix of the random order. An answer of it that an earlier session
     labelled because the judge was unsure belongs to it."""

@@ -99,9 +99,9 @@ class JudgeSource:
 
 
 class ReplyRecord(JudgeReply):
-    """The reply to a prompt. A later one to the same prompt replaces it."""
+    """The reply to a prompt, of which it has a hash. A later one to the same prompt replaces it."""
 
-    index: int
+    prompt: str
 
 
 def grade_items(
@@ -113,53 +113,55 @@ def grade_items(
     track: Track = silent,
     warn: Callable[[str], None] = ignore_message,
 ) -> list[GradedItem]:
-    """Grade all items. Both orders of a pair are asked. Replies are stored in a file in ``folder``,
-    named after the judge and what it reads. A later call asks only for those that are missing, and
-    a server for those without a grade; if it fails with these, the call only warns.
+    """Grade all items. Both orders of a pair are asked; equal prompts are asked once. Replies are
+    stored in a file in ``folder``, named after the judge. A later call asks only for those that are
+    missing, and a server for those without a grade; if it fails with these, the call only warns.
 
     InputError: no item has a grade; what the judge raises.
     """
-    prompts = []
+    prompts: dict[str, str] = {}  # by hash
+    keys: list[list[str]] = []  # of the prompts of each item
     for item in items:
         answers = item.answer_messages
         orders = [answers] if len(answers) == 1 else [answers, answers[::-1]]
-        prompts += [rubric.prompt(item.conversation, answers) for answers in orders]
-    metadata = {"judge": judge.id, "prompts": hash_json([rubric.grades, *prompts])}
+        texts = [rubric.prompt(item.conversation, answers) for answers in orders]
+        keys.append([hash_json([rubric.grades, text]) for text in texts])
+        prompts |= zip(keys[-1], texts)
+    metadata = {"judge": judge.id}
     path = folder / f"replies-{hash_json(metadata)}.jsonl"
     with RecordFile(path, metadata, ReplyRecord) as file:
 
-        def ask(indices: Sequence[int]) -> None:
-            starts = range(0, len(indices), CHUNK)
+        def ask(missing: Sequence[str]) -> None:
+            starts = range(0, len(missing), CHUNK)
             for start in track(starts, "judging", unit="chunks") if starts else ():
-                chunk, replies = indices[start : start + CHUNK], []
+                chunk, replies = missing[start : start + CHUNK], {}
                 try:
-                    for i, reply in judge.reply([prompts[i] for i in chunk], rubric.grades):
-                        replies.append({"index": chunk[i], **reply})
+                    for i, reply in judge.reply([prompts[key] for key in chunk], rubric.grades):
+                        replies[i] = {"prompt": chunk[i], **reply}
                 finally:
-                    file.add(sorted(replies, key=lambda reply: reply["index"]))
+                    file.add([replies[i] for i in sorted(replies)])
 
         stored = _replies(file)
-        ask([i for i in range(len(prompts)) if i not in stored])
+        ask([key for key in prompts if key not in stored])
         if judge.is_server:
             try:
-                ask([i for i, reply in stored.items() if reply["grade"] is None])
+                ask([k for k in prompts if k in stored and stored[k]["grade"] is None])
             except InputError as error:
                 warn(f"asked again for missing grades: {error}")
         replies = _replies(file)
-    orders = len(prompts) // len(items)
     graded = [
-        GradedItem(item, tuple(replies[i] for i in range(n * orders, (n + 1) * orders)))
-        for n, item in enumerate(items)
+        GradedItem(item, tuple(replies[key] for key in item_keys))
+        for item, item_keys in zip(items, keys, strict=True)
     ]
     if all(g.grade is None for g in graded):
-        error = next(r.get("error") for r in replies.values() if r["grade"] is None)
+        error = next(replies[key].get("error") for key in prompts if replies[key]["grade"] is None)
         raise InputError(f"judge: expected a readable grade, got none: {error}")
     return graded
 
 
-def _replies(file: RecordFile) -> dict[int, JudgeReply]:
-    """Return index -> the last reply to a prompt."""
-    replies: dict[int, Any] = {}
+def _replies(file: RecordFile) -> dict[str, JudgeReply]:
+    """Return the last reply to each prompt, by the prompt's hash."""
+    replies: dict[str, Any] = {}
     for record in file.records:
-        replies[record["index"]] = {k: v for k, v in record.items() if k != "index"}
+        replies[record["prompt"]] = {k: v for k, v in record.items() if k != "prompt"}
     return replies

@@ -25,6 +25,7 @@ from fastlm.evals.chat_questions import ChatQuestion, parse_reference
 
 NAMES = ("answer", "answer_b")  # of the answers in a row
 FIELDS = ("tools", "prompt_b", "reference", "category", "question_id")  # that a row may lack
+MAY_BE_EMPTY = ("tool", "assistant")  # a model's earlier answer may be empty
 REFERENCE = "reference"  # the role of a right answer among the messages
 
 
@@ -88,7 +89,7 @@ class JudgeItem:
     def as_row(self) -> dict[str, Any]:
         row = {"id": self.id, "prompt": self.messages, **dict(zip(NAMES, self.answers))}
         row |= {name: value for name in FIELDS if (value := getattr(self, name))}
-        return {**row, "turn": self.turn} if self.question_id else row
+        return {**row, "turn": self.turn} if self.question_id or self.turn > 1 else row
 
 
 def make_items(items: Iterable[JudgeItem]) -> list[JudgeItem]:
@@ -143,7 +144,7 @@ def read_items(sources: Sequence[str], *, cache: Path) -> list[JudgeItem]:
 
 
 def _parse_row(row: Any, location: str) -> JudgeItem:
-    prompt = parse_prompt(row, location)
+    prompt = parse_prompt(row, location, may_be_empty=MAY_BE_EMPTY)
     if "answer" not in row:
         raise InputError(f'expected an object with a prompt and "answer", got {describe_keys(row)}')
     answers = [check_text(row[name], name) for name in NAMES if row.get(name) is not None]
@@ -151,7 +152,9 @@ def _parse_row(row: Any, location: str) -> JudgeItem:
     if row.get("prompt_b") is not None:
         if len(answers) < 2:
             raise InputError('expected "answer_b" with "prompt_b", got none')
-        prompt_b = parse_prompt({"prompt": row["prompt_b"]}, location).messages
+        prompt_b = parse_prompt(
+            {"prompt": row["prompt_b"]}, location, may_be_empty=MAY_BE_EMPTY
+        ).messages
         if prompt_b[0] != prompt.messages[0]:
             raise InputError("prompt_b: expected the first message of the prompt, got another")
     references = parse_reference(row)
@@ -161,8 +164,10 @@ def _parse_row(row: Any, location: str) -> JudgeItem:
     if type(turn) is not int or turn < 1:
         raise InputError(f"turn: expected 1 or more, got {turn!r:.40}")
     category = check_text(row.get("category"), "category")
-    question_id = "" if row.get("question_id") is None else str(row["question_id"])
+    question_id = row.get("question_id")
+    if question_id is not None and type(question_id) not in (str, int):
+        raise InputError(f"question_id: expected text or a whole number, got {question_id!r:.40}")
     return JudgeItem(
         "", prompt.messages, tuple(answers), prompt.tools, prompt_b, "".join(references), category,
-        turn, question_id,
+        turn, "" if question_id is None else check_text(str(question_id), "question_id"),
     )  # fmt: skip

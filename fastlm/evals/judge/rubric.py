@@ -98,7 +98,7 @@ class Rubric:
                 parts[f"conversation{letter}"] = _transcript(earlier)
             parts[f"answer{letter}"] = message_text(answer)
         notes = [REFERENCE_NOTE] if any(m["role"] == REFERENCE for m in messages) else []
-        notes += [OWN_TURNS] if "conversation_a" in parts else []
+        notes += [OWN_TURNS] if parts.keys() & {"conversation_a", "conversation_b"} else []
         blocks = [f"<{name}>\n{text}\n</{name}>" for name, text in parts.items()]
         grades = ", ".join(map(json.dumps, self.grades))
         return "\n\n".join([self.text, f"{REPLY} {grades}.", *notes, *blocks])

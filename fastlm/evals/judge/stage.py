@@ -63,7 +63,7 @@ class JudgeAnswers(Stage):
     """
 
     kind = "judge"
-    version = 3
+    version = 4
     command = ("judge",)
     inputs = {
         "model": InputSpec(
@@ -176,7 +176,7 @@ class JudgeAnswers(Stage):
         return {}
 
     def can_continue(self, changed: Collection[str], folder: Path, finished: bool) -> bool:
-        """Whatever has changed: a record is in a file named after all that it depends on."""
+        """Whatever has changed: a record is stored by all that it depends on."""
         del changed, folder, finished
         return True
 
@@ -271,20 +271,19 @@ class JudgeAnswers(Stage):
         }
         if not questions:
             raise InputError(f"data: expected prompts, got none in {', '.join(self.data)}")
-        order = random_order(questions)[: self.limit]
-        sample = [questions[key] for key in order]
+        sample = {key: questions[key] for key in random_order(questions)[: self.limit]}
         options = {
             "num_generations": self.num_generations, "max_new_tokens": self.max_new_tokens,
             "temperature": self.temperature, "seed": self.seed,
         }  # fmt: skip
         texts = []
         for key, entry in zip(("model", "old"), ids[::-1]):
-            metadata = {"model": entry["id"], "prompts": hash_json(order), **options}
+            metadata = {"model": entry["id"], **options}
             path = ctx.out / RECORDS / f"answers-{hash_json(metadata)}.jsonl"
             texts.append(
                 read_or_generate(path, metadata, ctx.path(key), sample, track=ctx.track, **options)
             )
-        repeated = [question for question in sample for _ in range(self.num_generations)]
+        repeated = [question for question in sample.values() for _ in range(self.num_generations)]
         return make_items(
             item
             for question, *answers in zip(repeated, *texts, strict=True)

@@ -13,18 +13,25 @@ from dataclasses import dataclass, field
 from hashlib import blake2b
 from itertools import chain, zip_longest
 from pathlib import Path
-from typing import Annotated, Any, Literal, NotRequired
+from typing import Annotated, Any, Literal, NotRequired, TypeVar
 
 from annotated_types import MinLen
 from typing_extensions import TypedDict
 
 from fastlm.errors import InputError
 from fastlm.evals.judge.items import JudgeItem
-from fastlm.evals.judge.labels import merge_raters, random_labels, random_order, read_label_rows
+from fastlm.evals.judge.labels import (
+    BLOCK,
+    merge_raters,
+    random_labels,
+    random_order,
+    read_label_rows,
+)
 from fastlm.evals.judge.rubric import FAIL, PASS, Rubric
 from fastlm.evals.judge.scale import Grade
 from fastlm.schema import read_lines
 
+T = TypeVar("T")
 VERDICTS = "verdicts.jsonl"  # the judges' verdict on each answer
 JudgeName = Literal["refusal", "success", "toxicity", "answering"]
 PROPERTIES: dict[JudgeName, str] = {
@@ -64,8 +71,9 @@ def answer_id(score: str, request: str, answer: str) -> str:
 
 
 def safety_items(folder: Path, score: str | None, count: int) -> list[JudgeItem]:
-    """Return a random sample of ``count`` answers of each model of a safety run, those that
-    ``score`` counts. The models take turns. InputError: a bad file, another score."""
+    """Return ``count`` answers of a safety run that ``score`` counts: of each model a random
+    sample, in whole blocks of `BLOCK` that the models get in turn. The models take turns among
+    the answers, too. InputError: a bad file, another score."""
     orders: dict[str, dict[str, JudgeItem]] = {}  # model -> id -> item
     names = dict[str, None]()
     for _, row in read_lines(folder / VERDICTS, VerdictRow):
@@ -80,9 +88,20 @@ def safety_items(folder: Path, score: str | None, count: int) -> list[JudgeItem]
     if score not in names:
         expected = ", ".join(names) or "none, no answer was judged"
         raise InputError(f"score: expected one of {expected}, got {score or 'none'}")
-    samples = [[items[id] for id in random_order(items)[:count]] for items in orders.values()]
-    turns = filter(None, chain.from_iterable(zip_longest(*samples)))
-    return [*{item.id: item for item in turns}.values()]
+    items = {id: item for answers in orders.values() for id, item in answers.items()}
+    random_orders = [random_order(answers) for answers in orders.values()]
+    blocks = (
+        [order[i : i + BLOCK] for i in range(0, len(order), BLOCK)] for order in random_orders
+    )
+    # models may have given the same answer
+    chosen = {*[*dict.fromkeys(chain.from_iterable(_take_turns(*blocks)))][:count]}
+    samples = ([id for id in order if id in chosen] for order in random_orders)
+    return [items[id] for id in dict.fromkeys(_take_turns(*samples))]
+
+
+def _take_turns(*lists: Iterable[T]) -> list[T]:
+    """Return the first entry of each list, then the second of each, and so on."""
+    return [x for entries in zip_longest(*lists) for x in entries if x is not None]
 
 
 @dataclass(frozen=True)
