@@ -233,7 +233,7 @@ def main() -> None:
                         "load": os.getloadavg()[0],
                     }  # fmt: skip
                     results.append(row)
-                    print(table(before, results[-1:]), flush=True)
+                    print(table(before, results).splitlines()[-1], flush=True)
                     save(a.json, {"machine": host, "heldout_before": before, "rows": results})
     print(table(before, results))
 
