@@ -86,12 +86,14 @@ def sweep_chart(curves: Mapping[str, Sequence[Sequence[tuple[int, float]]]], lab
     mean, and a band of one standard error on each side.
 
     ``curves``: value -> the validations of each seed, as (tokens, metric). The k-th validations of
-    the seeds are averaged. The axis shows the second half of the curves completely.
+    the seeds are averaged. The axis shows all of the curves, or only their second half if that
+    would take less than a quarter of it.
     """
     import numpy as np
 
     figure, axes = new_axes("million tokens seen", label)
     late: list[float] = []
+    values: list[float] = []
     for (name, points), color in zip(curves.items(), cycle(CURVES)):
         length = min(map(len, points))
         array = np.array([curve[:length] for curve in points], np.float64).reshape(-1, length, 2)
@@ -104,8 +106,9 @@ def sweep_chart(curves: Mapping[str, Sequence[Sequence[tuple[int, float]]]], lab
             axes.fill_between(
                 mean_x, mean - error, mean + error, color=color, alpha=0.2, linewidth=0
             )
+        values += y.ravel().tolist()
         late += y[:, length // 2 :].ravel().tolist()
-    if late and min(late) < max(late):
+    if late and 0 < 4 * (max(late) - min(late)) < max(values) - min(values):
         margin = 0.1 * (max(late) - min(late))
         axes.set_ylim(min(late) - margin, max(late) + margin)
     legend(axes, columns=2)

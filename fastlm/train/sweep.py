@@ -11,6 +11,7 @@ import json
 import math
 import re
 import shutil
+import statistics
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -338,6 +339,7 @@ class Sweep(Stage):
             if "curve" in row:
                 curves.setdefault(values_text(row["values"]), []).append(row["curve"])
         best, name = best_run(result), result["metric"]
+        starts = [curve[0][1] for group in curves.values() for curve in group if curve[0][0] == 0]
         better = "higher" if result["greater_is_better"] else "lower"
         return ReportSection(
             f"Sweep of {self.training}",
@@ -346,6 +348,7 @@ class Sweep(Stage):
             " the best value; its own score is the best of several, so measure it on other data.",
             facts={
                 "seeds": ", ".join(map(str, self.seeds)),
+                **({"at the start": f"{name} {statistics.mean(starts):.4f}"} if starts else {}),
                 "best run": f"{best['name']}, {name} {best['score']:.4f}",
                 **{f"{row['name']} diverged": row["error"] for row in result["runs"]
                    if "error" in row},

@@ -296,6 +296,7 @@ def test_a_recipe_continues_a_sweep_with_more_values(base, chats, tmp_path):
     assert kept == record
     page = (out / "report.html").read_text()
     assert "Sweep of sft" in page and "lr = 0.01" in page and "standard error between seeds" in page
+    assert "at the start" in page
     _, states = run(grid={"lr": [1e-2, 3e-3]})
     assert states == ["sweep skipped", "after skipped", "report skipped"]
     # other options: nothing is kept, and nothing is deleted
