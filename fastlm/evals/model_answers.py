@@ -121,7 +121,7 @@ def read_or_generate(
             keys = [missing[start : start + CHUNK] for start in range(0, len(missing), CHUNK)]
             chunks = [[questions[key] for key in chunk] for chunk in keys]
             answers = _generate_chunks(model, chunks, num_generations=num_generations, **options)
-            for chunk, conversations in zip(keys, answers):
+            for chunk, conversations in zip(keys, answers, strict=True):
                 texts = iter([[answer.text for answer in turns] for turns in conversations])
                 file.add([
                     {"question": key, "texts": [*islice(texts, num_generations)]} for key in chunk

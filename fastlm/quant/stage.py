@@ -154,6 +154,7 @@ takes seconds. Its calibration text comes from packages, which are fetched once,
         from fastlm.model.causal_lm import CausalLM
         from fastlm.model.load import load_model
         from fastlm.quant.calibration import fetch_calibration_mix
+        from fastlm.quant.model import check_unquantized
         from fastlm.tokenizer.load import has_tokenizer
 
         source = ctx.inputs["model"][0].source
@@ -188,7 +189,11 @@ takes seconds. Its calibration text comes from packages, which are fetched once,
                         on_skip=ctx.skipped,
                     )
                     heldout[name] = stack.enter_context(text)
-            return self.with_defaults(model)._quantize(ctx, model, tokenizer, heldout)
+            size = sum(weight.nbytes for weight in model.weights().values())
+            if self.dequantize:
+                model = CausalLM.from_pretrained(source, keep_quantized=False)
+            check_unquantized(model)
+            return self.with_defaults(model)._quantize(ctx, model, tokenizer, heldout, size)
 
     def _quantize(
         self,
@@ -196,20 +201,18 @@ takes seconds. Its calibration text comes from packages, which are fetched once,
         model: "CausalLM",
         tokenizer: "Tokenizer | None",
         heldout: "Mapping[str, TokenDataset]",
+        size: int,
     ) -> dict[str, Any]:
-        """Quantize, and measure on ``heldout["data"]`` and ``heldout["out_of_domain"]``."""
+        """Quantize, and measure on ``heldout["data"]`` and ``heldout["out_of_domain"]``. ``size``:
+        the bytes of the weights as they are stored before.
+        """
         from fastlm.files import remove, write_json
         from fastlm.model.causal_lm import CausalLM
         from fastlm.quant import QuantizedLinear, quantize
-        from fastlm.quant.model import check_unquantized
         from fastlm.quant.model_comparison import effective_bits
         from fastlm.quant.step_result import StepResult
 
         source = ctx.inputs["model"][0].source
-        size = sum(weight.nbytes for weight in model.weights().values())
-        if self.dequantize:
-            model = CausalLM.from_pretrained(source, keep_quantized=False)
-        check_unquantized(model)
         self.targets(model)  # refuse before calibration text is read
         sources = self.calibration_sources(ctx.inputs)
         ids, distill_ids = (None, None)

@@ -80,6 +80,14 @@ class RoundSampler:
         """Wait for the round and return its state, None if there is none. Raises its error."""
         return None if self.future is None else self.future.result()
 
+    def state(self) -> dict[str, Any]:
+        """Wait for the round and return its state; empty if there is none, or if it failed. Then
+        `result` raises the error in the next round, and a checkpoint of this one is still saved.
+        """
+        if self.future is None or self.future.exception() is not None:  # which waits
+            return {}
+        return self.future.result()
+
     def restore(self, state: Mapping[str, Any]) -> None:
         """Set the `result` of a round that was made before; an empty state: there is none."""
         self.future = None
@@ -88,7 +96,9 @@ class RoundSampler:
             self.future.set_result(dict(state))
 
     def close(self) -> None:
-        """Drop the round; if it is being made, stop soon."""
+        """Drop the round. Sampling stops with the next step; scores and log-probabilities of the
+        round are finished first.
+        """
         self.is_closed.set()
         self.wait()
         self.is_closed.clear()

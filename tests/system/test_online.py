@@ -1008,9 +1008,11 @@ def test_an_error_in_the_background_ends_the_training(tmp_path) -> None:
         return sevens(places, answers)
 
     game = async_objective("dapo", score=score)
+    options = replace(OPTIONS, max_steps=99, save_steps=1)
     with pytest.raises(InputError, match=r"^prompts.jsonl:7: the reward function failed$"):
-        train(game, replace(OPTIONS, max_steps=99), tmp_path)
+        train(game, options, tmp_path)
     assert not sampling_threads()
+    assert list_checkpoints(tmp_path)  # the steps of the round before are not lost
 
 
 def test_an_error_of_the_update_stops_the_sampling(tmp_path, monkeypatch) -> None:

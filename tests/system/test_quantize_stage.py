@@ -63,6 +63,11 @@ def test_the_default_method(base, tmp_path, monkeypatch):
     ]:  # fmt: skip
         resolved = Quantize(group_size=16, **options).with_defaults(model)
         assert (resolved.method, resolved.awq) == (method, awq), options
+    Quantize(method="rtn", group_size=16)(tmp_path / "rtn", model=base / "base")
+    again = Quantize(**OPTIONS | {"method": "", "dequantize": True})
+    again(tmp_path / "again", model=tmp_path / "rtn", calibration=base / "text.txt")
+    report = json.loads((tmp_path / "again/report.json").read_text())
+    assert (report["method"], report["awq"]) == ("gptq", True)
     stages = {"default": Quantize(**OPTIONS | {"method": ""})}
     stages["named"] = Quantize(**OPTIONS | {"method": "gptq", "awq": True})
     for name, stage in stages.items():

@@ -428,10 +428,16 @@ def test_two_processes_add_to_one_file(tmp_path, monkeypatch):
         begun[0].join()
         assert one.read() == read_label_rows(path, PASS)
         assert one.read() == {("1", "Ann"): "fail", ("2", "Bob"): None, ("3", "Bob"): "pass"}
+        copy = path.with_name("edited")  # an editor writes a new file
+        copy.write_bytes(path.read_bytes())
+        copy.replace(path)
+        one.add("Ann", "4", "pass")
+        assert read_label_rows(path, PASS) == other.read() == one.read()
+        assert ("4", "Ann") in one.read()
         with path.open("a") as file:
             file.write("no label\n")
         size = path.stat().st_size
-        with pytest.raises(InputError, match=r"labels\.jsonl:5: "):
+        with pytest.raises(InputError, match=r"labels\.jsonl:6: "):
             one.add("Ann", "4", "pass")
         assert path.stat().st_size == size
         path.write_text("".join(path.read_text().splitlines(keepends=True)[:1]))

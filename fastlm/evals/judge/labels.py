@@ -197,6 +197,7 @@ class LabelFile:
         """Context: no other thread or process reads or writes. InputError: the system refuses."""
         with self._thread_lock:
             try:
+                self._reopen()
                 with suppress(OSError):  # a file system without locks
                     fcntl.flock(self._file, fcntl.LOCK_EX)
                 try:
@@ -206,6 +207,15 @@ class LabelFile:
                         fcntl.flock(self._file, fcntl.LOCK_UN)
             except OSError as error:
                 raise write_error(self.path, error) from error
+
+    def _reopen(self) -> None:
+        """Open the file again if an editor has put another one in its place."""
+        with suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(self._file.fileno()), os.stat(self.path)):
+                return
+        self._file.close()
+        self._file = open(self.path, "a+b", buffering=0)
+        self._labels, self._end, self._line_count = {}, 0, 0
 
     def _read(self) -> None:
         """Read what was added, and end the last line of the file or drop its fragment."""

@@ -58,9 +58,9 @@ function storeKey(key) {
   if (entry) store(entry[1]);
 }
 
-/** Collect the digits of a grade until Enter: 1 is the beginning of 10. A digit that cannot follow begins anew. */
+/** Collect the digits of a grade until Enter: 1 is the beginning of 10. A digit that cannot follow starts a new number. */
 function typeGrade(key, event) {
-  if (loop.item === null) return;
+  if (loop.item === null || loop.isBusy) return;
   if (key === "Enter") {
     if (typed) event.preventDefault(); // it is about the grade, not about a button
     storeKey(typed);

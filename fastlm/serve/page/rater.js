@@ -31,14 +31,14 @@ export class RaterLoop {
   #path;
   #page;
   #doneIds = [];
-  #isBusy = false;
+  isBusy = false; // a request runs
 
   constructor(path, page) {
     this.#path = path;
     this.#page = page;
     $("who").onsubmit = (event) => {
       event.preventDefault();
-      if (this.#isBusy) say("Wait for the last request, then start again.");
+      if (this.isBusy) say("Wait for the last request, then start again.");
       else this.#run(() => this.#start());
     };
     $("back").onclick = () => this.back();
@@ -51,14 +51,14 @@ export class RaterLoop {
 
   /** Run ``action``, unless an earlier one still runs. */
   async #run(action) {
-    if (this.#isBusy) return;
-    this.#isBusy = true;
+    if (this.isBusy) return;
+    this.isBusy = true;
     try {
       await action();
     } catch (error) {
       say(error.message);
     } finally {
-      this.#isBusy = false;
+      this.isBusy = false;
     }
   }
 
