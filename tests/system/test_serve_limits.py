@@ -22,8 +22,8 @@ from fastlm.errors import InputError
 from fastlm.inference.requests import EngineClosed, QueueFull
 from fastlm.model.causal_lm import CausalLM
 from fastlm.serve.api_error import ApiError
-from fastlm.serve.app import ENCODER_THREADS
 from fastlm.serve.commands import read_keys
+from fastlm.serve.http_server import ENCODER_THREADS
 from fastlm.serve.middleware import RequestLimits
 from fastlm.serve.prompt_encoder import PromptEncoder
 from fastlm.serve.protocol.body import parse_json, read_request
@@ -141,7 +141,7 @@ def test_a_large_body_is_parsed_outside_the_event_loop(tiny, monkeypatch):
         threads.append(threading.current_thread().name)
         return read_request(data, model)
 
-    monkeypatch.setattr("fastlm.serve.app.read_request", recorded)
+    monkeypatch.setattr("fastlm.serve.http_server.read_request", recorded)
     with serve_model(*tiny) as (url, _):
         for count, path in ((10, "completions"), (10**5, "completions"), (10**5, "embeddings")):
             field = "prompt" if path == "completions" else "input"
