@@ -275,26 +275,25 @@ class OnlineObjective(Objective):
         steps, untrusted_steps = self.steps, self.pending_steps()
         pending = self.sampler.result()
         if pending is None:
-            self.sample_round(lambda: self._check_round(untrusted_steps))
+            self.sample_round()
         else:
             self.load_state_dict(pending)
-            self._check_round(untrusted_steps)
         self.steps, self.steps_before = 0, steps if pending else 0
+        self._check_round(untrusted_steps)
         if self.options.async_rollouts:
             length = math.ceil(len(self.completions) / completions_per_step)
             length *= self.options.num_iterations
             if self.steps_left is None or self.steps_left > length:
                 self.sampler.start(self)
 
-    def sample_round(self, check: Callable[[], None] = lambda: None) -> None:
+    def sample_round(self) -> None:
         """Sample and evaluate the completions of the next round from the current policy, and
-        estimate what its update needs. ``check`` is called as soon as its metrics are known.
+        estimate what its update needs.
         """
         self.round, self.next_index, self.stop = self.round + 1, 0, False
         self.beta = self.next_beta
         rollouts = self.roll_out(self.score, self.options.prompts_per_round)
         self._measure_round(rollouts)
-        check()
         rollouts = self.complete_round(rollouts)
         self.prompt_indices = [*rollouts.prompt_indices]
         self.completions = [*rollouts.completions]
