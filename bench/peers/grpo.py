@@ -212,8 +212,8 @@ def main() -> None:
             for row in reasoning_gym_rows(TASK)
         ]
         training, heldout = Path(scratch) / "training.jsonl", Path(scratch) / "heldout.jsonl"
-        asked = {row["prompt"][0]["content"] for row in rows[:HELDOUT]}
-        rest = [row for row in rows if row["prompt"][0]["content"] not in asked]
+        heldout_questions = {row["prompt"][0]["content"] for row in rows[:HELDOUT]}
+        rest = [row for row in rows if row["prompt"][0]["content"] not in heldout_questions]
         for path, part in ((training, rest), (heldout, rows[:HELDOUT])):
             path.write_text("".join(json.dumps(row) + "\n" for row in part))
         before = heldout_score(folder, heldout)

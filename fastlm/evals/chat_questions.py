@@ -5,7 +5,7 @@ which follows the model's answer to the one before (question.jsonl of FastChat, 
 arXiv:2306.05685). ``"category"`` and ``"reference"``, a right answer or a list of one per turn,
 are for the judge and the scores. An empty reference, or null, stands for none.
 
-``questions:two-turn`` is a set of our own, under fastlm's licence: 8 categories as in MT-Bench, 5
+``questions:two-turn`` is written for fastlm, under its licence: 8 categories as in MT-Bench, 5
 questions each, short enough for small models.
 """
 

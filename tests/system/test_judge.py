@@ -21,7 +21,7 @@ from fastlm.evals.judge.grading import JudgeSource, grade_items
 from fastlm.evals.judge.items import JudgeItem, conversation_items, make_items, read_items
 from fastlm.evals.judge.labels import random_labels
 from fastlm.evals.judge.model_judge import ModelJudge
-from fastlm.evals.judge.rubric import GRADES, OWN_TURNS, Rubric
+from fastlm.evals.judge.rubric import GRADES, SEPARATE_TURNS, Rubric
 from fastlm.evals.judge.stage import JudgeAnswers
 from fastlm.feedback.gate_metrics import read_scores, scores_of
 from fastlm.inference.block_manager import BLOCK_SIZE
@@ -1040,7 +1040,7 @@ def test_both_orders_say_that_an_answer_has_its_own_turns():
     item = JudgeItem("", QUESTION, ("a", "b"), prompt_b=longer)
     answers = item.answer_messages
     for order in (answers, answers[::-1]):
-        assert OWN_TURNS in PAIR.prompt(item.conversation, order)
+        assert SEPARATE_TURNS in PAIR.prompt(item.conversation, order)
 
 
 def test_a_rater_reads_the_conversation(model, tmp_path):
@@ -1059,15 +1059,15 @@ def test_a_rater_reads_the_conversation(model, tmp_path):
         rows = read_rows(tmp_path / name / "grades.jsonl")
         path = tmp_path / f"{name}.jsonl"
         text = call("label", tmp_path / name, path, "-r", "Ann", input=labels).stdout
-        shown = " ".join(line.strip("│ ") for line in text.splitlines())
+        screen = " ".join(line.strip("│ ") for line in text.splitlines())
         second = next(row for row in rows if row["turn"] == 2)
-        assert len(read_rows(path)) == 2 and "now the tree" in shown and "a plant" in shown
+        assert len(read_rows(path)) == 2 and "now the tree" in screen and "a plant" in screen
         earlier = [second["prompt"][1]["content"]]
         if name == "two":
             earlier.append(second["prompt_b"][1]["content"])
             assert earlier[0] != earlier[1]
         for content in earlier:
-            assert " ".join(content.split()) in " ".join(shown.split())
+            assert " ".join(content.split()) in " ".join(screen.split())
 
 
 def test_conversations_that_are_refused(model, tmp_path):
@@ -1115,8 +1115,8 @@ def test_a_larger_limit_keeps_labels_answers_and_replies(model, tmp_path, monkey
     few, more, same = ids
     assert few == same and 12 <= len(few) < len(more) and more[: len(few)] == few
     assert sum(sizes) == len(more)
-    asked = [body["messages"][0]["content"] for _, _, body in requests]
-    assert len(few) / 2 <= len(asked) == len({*asked}) <= len(more)
+    contents = [body["messages"][0]["content"] for _, _, body in requests]
+    assert len(few) / 2 <= len(contents) == len({*contents}) <= len(more)
     labels = dict.fromkeys(few[:10], "pass")
     assert random_labels(few, labels) == random_labels(more, labels) == labels
     assert list(dict.fromkeys(first)) != sorted(set(first), key=lambda text: int(text.split()[-1]))

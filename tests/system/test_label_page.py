@@ -63,13 +63,13 @@ def post(url, name, status=200, **body):
 
 def label(url, rater, *labels):
     """Label the rater's next items; return what the page shows of them."""
-    seen = []
+    items = []
     for value in labels:
-        seen.append(post(url, "next", rater=rater)["item"])
+        items.append(post(url, "next", rater=rater)["item"])
         fields = {} if value is None else {"label": value}
-        answer = post(url, "label", rater=rater, item=seen[-1]["id"], **fields)
-        assert answer == {"item": seen[-1]["id"], "skipped": value is None}
-    return seen
+        answer = post(url, "label", rater=rater, item=items[-1]["id"], **fields)
+        assert answer == {"item": items[-1]["id"], "skipped": value is None}
+    return items
 
 
 @pytest.mark.parametrize(

@@ -977,7 +977,7 @@ def test_an_interrupt_between_rounds_sampled_in_the_background(kind, tmp_path, m
     rules = replace(ASYNC, kl_target=0.01, kl_horizon=100.0, max_update_kl=0.02)
     options = replace(OPTIONS, max_steps=20, validations=2)
     train(async_objective(kind, rules), options, tmp_path / "whole")
-    whole = list_checkpoints(tmp_path / "whole")[-1]
+    expected = list_checkpoints(tmp_path / "whole")[-1]
     slow_sampling(monkeypatch)
     for step in (1, 12):
 
@@ -992,7 +992,7 @@ def test_an_interrupt_between_rounds_sampled_in_the_background(kind, tmp_path, m
         assert lines(run) == lines(tmp_path / "whole")
         last = list_checkpoints(run)[-1]
         assert (last / "tensors.safetensors").read_bytes() == (
-            whole / "tensors.safetensors"
+            expected / "tensors.safetensors"
         ).read_bytes()
     assert len({line["round"] for line in lines(run) if "loss" in line}) > 3
 

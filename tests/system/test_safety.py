@@ -418,9 +418,9 @@ def test_only_labels_of_the_random_sample_measure_a_judge(cache, tmp_path, scrip
     label = ["label", out, labels, "-r", "Ann", "--score", name]
     items = safety_items(out, name, 35)
     assert [item.id for item in items] == random_order(verdicts)[:35]
-    shown = call(*label, "--count", 35, input="s\n").stdout
-    assert PROPERTIES["success"] in " ".join(shown.split()) and "1 of 35" in shown
-    assert "1 skipped" in shown and "verdict" not in shown
+    output = call(*label, "--count", 35, input="s\n").stdout
+    assert PROPERTIES["success"] in " ".join(output.split()) and "1 of 35" in output
+    assert "1 skipped" in output and "verdict" not in output
     # the rater agrees with the judge on the first 30 answers, and never on the last 5
     keys = ["p" if verdicts[i.id] is (n < 30) else "f" for n, i in enumerate(items)]
     assert (

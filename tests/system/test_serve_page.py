@@ -774,10 +774,10 @@ def test_a_label_is_about_the_answer_on_the_page(opened, tmp_path):
         held[0].fulfill(status=500, json={"error": {"message": "no disk", "code": None}})
         status(page, "Not stored: no disk")
         page.unroute_all()
-        shown = page.locator("[role=listitem] .text").inner_text()
+        answer = page.locator("[role=listitem] .text").inner_text()
         page.keyboard.press("f")
         labelled("Ann", 3)
-        assert stored()[2:] == [("Ann", shown, "fail")]
+        assert stored()[2:] == [("Ann", answer, "fail")]
 
         # another rater, while an item is loaded
         held = hold("next")

@@ -213,8 +213,9 @@ class LabelFile:
         with suppress(FileNotFoundError):
             if os.path.samestat(os.fstat(self._file.fileno()), os.stat(self.path)):
                 return
+        file = open(self.path, "a+b", buffering=0)
         self._file.close()
-        self._file = open(self.path, "a+b", buffering=0)
+        self._file = file
         self._labels, self._end, self._line_count = {}, 0, 0
 
     def _read(self) -> None:

@@ -45,7 +45,10 @@ REFERENCE_NOTE = (
     "The reference is a right answer to the last message. Other words, or another way to the same"
     " result, are right, too. An answer that contradicts it is wrong."
 )
-OWN_TURNS = "After the conversation, each assistant had its own: conversation_a and conversation_b."
+SEPARATE_TURNS = (
+    "The conversation continues differently for the two assistants: conversation_a and"
+    " conversation_b."
+)
 REPLY = (
     'Reply with one line of JSON with two keys: "reason", your reason in one or two sentences, and'
     ' "grade", one of'
@@ -98,7 +101,7 @@ class Rubric:
                 parts[f"conversation{letter}"] = _transcript(earlier)
             parts[f"answer{letter}"] = message_text(answer)
         notes = [REFERENCE_NOTE] if any(m["role"] == REFERENCE for m in messages) else []
-        notes += [OWN_TURNS] if parts.keys() & {"conversation_a", "conversation_b"} else []
+        notes += [SEPARATE_TURNS] if parts.keys() & {"conversation_a", "conversation_b"} else []
         blocks = [f"<{name}>\n{text}\n</{name}>" for name, text in parts.items()]
         grades = ", ".join(map(json.dumps, self.grades))
         return "\n\n".join([self.text, f"{REPLY} {grades}.", *notes, *blocks])
