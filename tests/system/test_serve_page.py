@@ -62,6 +62,7 @@ PALE = """() => {
   if (found.length < 15) throw new Error(`expected the texts of the page, found ${found.length}`);
   return found.filter(([, , ratio]) => ratio < 4.5);
 }"""
+DOUBLE_CLICK = 450  # ms, a little more than the page waits for a second click
 TOO_WIDE = "() => document.documentElement.scrollWidth > document.documentElement.clientWidth"
 
 
@@ -658,8 +659,10 @@ def test_label(opened, tmp_path):
         answers("3 of 8 labelled, 1 skipped")
         page.keyboard.press("b")
         page.get_by_role("listitem").first.get_by_text(first, exact=True).wait_for()
+        page.wait_for_timeout(DOUBLE_CLICK)
         page.get_by_role("button", name="Equal").click()
         first, _ = answers("4 of 8 labelled, 0 skipped")
+        page.wait_for_timeout(DOUBLE_CLICK)
         page.get_by_role("button", name="1 is better").click()
         answers("5 of 8 labelled, 0 skipped")
         labels = [json.loads(line)["label"] for line in path.read_text().splitlines()]
@@ -722,6 +725,7 @@ def test_label_conversations_from_1_to_10(opened, tmp_path):
         page.get_by_role("button", name="Skip").focus()  # Enter is about the grade
         type_keys("1", "Enter")
         labelled(3)
+        page.wait_for_timeout(DOUBLE_CLICK)
         page.get_by_role("button", name="10", exact=True).click()
         labelled(4)
         labels = [json.loads(line)["label"] for line in path.read_text().splitlines()]
@@ -790,6 +794,9 @@ def test_a_label_is_about_the_answer_on_the_page(opened, tmp_path):
         held[0].continue_()
         page.unroute_all()
         labelled("Ann", 4)
+        page.get_by_role("button", name="Pass").click()  # the second click of a double click
+        page.wait_for_timeout(DOUBLE_CLICK)
+        assert len(stored()) == 4
         page.get_by_role("button", name="Pass").click()
         labelled("Ann", 5)
         page.get_by_role("button", name="Start").click()

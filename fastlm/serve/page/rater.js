@@ -3,6 +3,8 @@
 import { $, ask, el, say, themes } from "./common.js";
 import { show } from "./markdown.js";
 
+const DOUBLE_CLICK = 400; // ms
+
 /** Return a node with the text of a message and its tool calls, as `message_text` of fastlm.pipeline.text. */
 function messageText({ role, content, tool_calls: calls }) {
   const text = el("div", { className: "text" });
@@ -31,6 +33,7 @@ export class RaterLoop {
   #path;
   #page;
   #doneIds = [];
+  #shownAt = 0; // when the item appeared
   isBusy = false; // a request runs
 
   constructor(path, page) {
@@ -42,6 +45,11 @@ export class RaterLoop {
       else this.#run(() => this.#start());
     };
     $("back").onclick = () => this.back();
+    $("do").addEventListener("click", (event) => {
+      // the second click of a double click is not about the item that has just appeared; of a key, detail is 0
+      const isSecond = event.detail > 0 && performance.now() - this.#shownAt < DOUBLE_CLICK;
+      if (isSecond && event.target !== $("back")) event.stopPropagation();
+    }, true);
     themes("theme");
   }
 
@@ -81,6 +89,7 @@ export class RaterLoop {
     $("prompt").replaceChildren(...(this.item?.prompt ?? []).map(messageNode));
     say(this.item === null ? this.#page.nothingLeft : message);
     this.#page.draw(this.item, response);
+    this.#shownAt = performance.now();
   }
 
   /** Store what the rater entered about the item, and show the next one. */
