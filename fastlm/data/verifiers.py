@@ -8,8 +8,10 @@ import importlib
 import importlib.util
 import math
 import re
+import statistics
 import sys
-from collections.abc import Callable, Collection, Mapping
+from collections import Counter
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -63,14 +65,26 @@ def last_number(text: str) -> float | None:
     return float(numbers[-1].replace(",", "").replace("\N{MINUS SIGN}", "-")) if numbers else None
 
 
-VERIFIERS: dict[str, Reward] = {
-    "exact": exact, "contains": contains, "number": number, SCHEME: score_reasoning_gym,
-}  # fmt: skip
+# compare with the row's right answer, which `gold_answer` returns
+GOLD_VERIFIERS: dict[str, Reward] = {"exact": exact, "contains": contains, "number": number}
+VERIFIERS: dict[str, Reward] = {**GOLD_VERIFIERS, SCHEME: score_reasoning_gym}
 # check that a row has what the verifier reads; they raise InputError
 CHECKS: dict[str, Callable[[Mapping[str, Any]], Any]] = {
     "exact": gold_answer, "contains": gold_answer, "number": gold_number,
     SCHEME: check_reasoning_gym_row,
 }  # fmt: skip
+
+
+def constant_answer_score(name: str, rows: Sequence[Mapping[str, Any]]) -> float:
+    """Return the mean score of the best constant answer, one of the ten most frequent right answers
+    of ``rows``. A model that has only learnt the form of the answers may reach it. ``name``: of a
+    function in `GOLD_VERIFIERS`.
+    """
+    counts = Counter(gold_answer(row) for row in rows)
+    return max(
+        statistics.mean(GOLD_VERIFIERS[name](answer, row) for row in rows)
+        for answer, _ in counts.most_common(10)
+    )
 
 
 def load_reward(name: str) -> Reward:

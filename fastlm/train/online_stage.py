@@ -8,7 +8,13 @@ from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, cast
 
-from fastlm.data.verifiers import CHECKS, check_reward, load_reward
+from fastlm.data.verifiers import (
+    CHECKS,
+    GOLD_VERIFIERS,
+    check_reward,
+    constant_answer_score,
+    load_reward,
+)
 from fastlm.errors import InputError
 from fastlm.pipeline.stage import (
     Facts,
@@ -58,6 +64,7 @@ if TYPE_CHECKING:
     from fastlm.train.online import OnlineObjective
 
 LAST_GOOD = "last-good"
+CONSTANT_ANSWER = "constant_answer_score"  # in a result
 
 
 @dataclass(frozen=True)
@@ -259,7 +266,9 @@ messages), or of conversations, whose last answer is cut off."""
         return EpisodeSampler(environment, identity, tokenizer, self.date)
 
     def data_facts(self, data: Any) -> dict[str, Any]:
-        return {"prompts": len(data.training), "heldout": len(data.heldout)}
+        facts = {"prompts": len(data.training), "heldout": len(data.heldout)}
+        constant = data.constant_answer_score(self.val_prompts) if self.validations else None
+        return facts if constant is None else {**facts, CONSTANT_ANSWER: constant}
 
     def objective(
         self, ctx: StageContext, model: Any, data: Any, options: TrainOptions, **common: Any
@@ -310,6 +319,8 @@ messages), or of conversations, whose last answer is cut off."""
         if metrics:
             first, last = metrics[0]["val_score"], metrics[-1]["val_score"]
             figures = [f"held-out score {first:.3f} to {last:.3f}", *figures]
+            if CONSTANT_ANSWER in result:
+                figures[0] += f" (a constant answer: {result[CONSTANT_ANSWER]:.3f})"
         return f"{result['prompts']:,} prompts", figures
 
     def section(
@@ -323,10 +334,10 @@ messages), or of conversations, whose last answer is cut off."""
         cards = []
         if validations:
             first, last = validations[0], validations[-1]
-            cards = [(
-                f"{last['val_score']:.3f}",
-                f"held-out score ± {last['val_score_error']:.3f}; {first['val_score']:.3f} before",
-            )]  # fmt: skip
+            text = f"held-out score ± {last['val_score_error']:.3f}; {first['val_score']:.3f} before"
+            if CONSTANT_ANSWER in result:
+                text += f", {result[CONSTANT_ANSWER]:.3f} for a constant answer"
+            cards = [(f"{last['val_score']:.3f}", text)]
         return ReportSection(
             self.title(),
             "The policy completes prompts and learns from the scores of its completions.",
@@ -413,6 +424,20 @@ class PromptDataset(EncodedDataset):
                 self.rows.by_reason["without a right answer"] += 1
                 return []
         return [(ids, row)]
+
+
+    def constant_answer_score(self, count: int) -> float | None:
+        """Return what a constant answer would get in a validation on ``count`` prompts. None: no
+        right answers are known, or other scores are added to the function's.
+        """
+        from fastlm.train.environments import has_reward
+
+        rows = [prompt.row for _, prompt in self.heldout[:count]]
+        name = self.scorer.function_name
+        adds = self.episodes is not None and has_reward(self.episodes.environment)
+        if not rows or name not in GOLD_VERIFIERS or self.scorer.models is not None or adds:
+            return None
+        return constant_answer_score(name, rows)
 
 
 def load_reward_model(path: Path, tokenizer: "Tokenizer", dtype: str) -> "RewardModel":

@@ -37,7 +37,7 @@ from fastlm.torchrun import check_single_process
 from fastlm.train.distill import Distill
 from fastlm.train.dpo import DPO
 from fastlm.train.metrics import METRICS, read_metrics
-from fastlm.train.online_stage import GRPO, PPO
+from fastlm.train.online_stage import CONSTANT_ANSWER, GRPO, PPO
 from fastlm.train.options import expect
 from fastlm.train.pretrain import Pretrain
 from fastlm.train.reward import Reward
@@ -307,6 +307,8 @@ class Sweep(Stage):
         if error is not None:
             ctx.warning(f"{run.name} diverged: {error}")
             return row | {"error": error}
+        if name == "val_score" and CONSTANT_ANSWER in result:
+            row[CONSTANT_ANSWER] = result[CONSTANT_ANSWER]
         return row | {"score": score, "curve": _curve(folder, name)}
 
     def summary(self, result: Mapping[str, Any], ctx: StageContext) -> str:
@@ -340,6 +342,7 @@ class Sweep(Stage):
                 curves.setdefault(values_text(row["values"]), []).append(row["curve"])
         best, name = best_run(result), result["metric"]
         starts = [curve[0][1] for group in curves.values() for curve in group if curve[0][0] == 0]
+        constants = [row[CONSTANT_ANSWER] for row in result["runs"] if CONSTANT_ANSWER in row]
         better = "higher" if result["greater_is_better"] else "lower"
         return ReportSection(
             f"Sweep of {self.training}",
@@ -349,6 +352,8 @@ class Sweep(Stage):
             facts={
                 "seeds": ", ".join(map(str, self.seeds)),
                 **({"at the start": f"{name} {statistics.mean(starts):.4f}"} if starts else {}),
+                **({"a constant answer": f"{name} {statistics.mean(constants):.4f}"}
+                   if constants else {}),
                 "best run": f"{best['name']}, {name} {best['score']:.4f}",
                 **{f"{row['name']} diverged": row["error"] for row in result["runs"]
                    if "error" in row},

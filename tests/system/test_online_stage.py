@@ -14,7 +14,15 @@ from typer.testing import CliRunner
 from fastlm.checkpoint.folder import load_tensors
 from fastlm.cli import app
 from fastlm.data.prompts import read_prompts
-from fastlm.data.verifiers import check_reward, contains, exact, last_number, load_reward, number
+from fastlm.data.verifiers import (
+    check_reward,
+    constant_answer_score,
+    contains,
+    exact,
+    last_number,
+    load_reward,
+    number,
+)
 from fastlm.errors import InputError
 from fastlm.model.causal_lm import CausalLM
 from fastlm.model.lora import add_lora
@@ -69,6 +77,7 @@ def test_grpo_continues_to_the_same_bits_and_reports(base, data, tmp_path) -> No
     stage = replace(_GRPO, data=(data,))
     result = stage(tmp_path / "whole", model=base)
     assert (result["prompts"], result["heldout"], result["steps"]) == (len(WORDS) - 2, 2, 6)
+    assert result["constant_answer_score"] == 0.5  # the held-out words begin differently
     steps = [line for line in metrics_of(tmp_path / "whole") if "loss" in line]
     assert (
         steps[0]["kl"] == 0 and {"score", "length", "eos_fraction", "mismatch"} <= steps[0].keys()
@@ -129,7 +138,8 @@ dtype = "float32"
     assert _series(metrics, "clip_fraction_low")[0] == [*range(1, 9)]
     page = (tmp_path / "run" / "report.html").read_text()
     labels = ("share of groups whose scores differ", "prompts drawn per round")
-    for label in (*labels, "entropy, nats per token", "share of tokens clipped from below"):
+    labels = (*labels, "entropy, nats per token", "0.500 for a constant answer")
+    for label in (*labels, "share of tokens clipped from below"):
         assert label in page
 
 
@@ -160,6 +170,7 @@ dtype = "float32"
     assert "PPO" in page and page.count('class="chart"') == 8
     assert "explained variance of the returns" in page
     assert "reward model" in page and "held-out score" in page
+    assert "constant answer" not in page  # a reward model knows no right answer
     steps = [line for line in metrics_of(tmp_path / "run" / "ppo") if "loss" in line]
     assert {"value", "value_error", "explained_variance", "entropy"} <= steps[0].keys()
 
@@ -349,6 +360,13 @@ def test_prompts(tmp_path) -> None:
     ):
         with pytest.raises(InputError, match=message):
             list(read_prompts((write(tmp_path / "bad.jsonl", [row]),), cache=tmp_path))
+
+
+def test_the_score_of_a_constant_answer() -> None:
+    rows = [{"answer": answer} for answer in ("1", "3", "1", "x 3", "1.0")]
+    assert constant_answer_score("number", rows) == 3 / 5  # 1, with 1.0
+    assert constant_answer_score("exact", rows) == 2 / 5
+    assert constant_answer_score("contains", rows) == 3 / 5  # "1.0" contains 1
 
 
 def test_verifiers() -> None:

@@ -344,6 +344,7 @@ def test_the_metrics_of_a_training_are_in_its_result(training, base, tmp_path):
         sweep = Sweep(training, options=options, seeds=(0,), metric=metric)
         result = sweep(tmp_path / "out", model=base)  # trains once
         assert result[metric] == result["runs"][0]["score"]
+        assert ("constant_answer_score" in result["runs"][0]) == (metric == "val_score")
         (output,) = sweep.outputs.values()
         assert (tmp_path / "out" / output / "config.json").is_file()
 
