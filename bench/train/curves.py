@@ -3,25 +3,37 @@ mean.
 
     python bench/train/curves.py 'sums=runs/reason/sums/runs/*:val_score' -o docs/reason.png
 
-A panel is TITLE=FOLDERS:METRIC. FOLDERS is a glob pattern of folders with a metrics.jsonl.
+A panel is TITLE=FOLDERS:METRIC. FOLDERS is a glob pattern of folders with a metrics.jsonl. Folders
+whose names differ in the seed only, such as those of a sweep, have the same color.
 """
 
 import argparse
 import glob
+import re
 import statistics
+from collections import defaultdict
 from pathlib import Path
 
 import bench_path  # noqa: F401
 
 from fastlm.train.metrics import METRICS, read_metrics
+from fastlm.train.sweep import RUNS
 
 WIDTH, HEIGHT = 3.6, 2.8  # of a panel, in inches
 
 
-def read_curve(folder: str, metric: str) -> dict[int, float]:
+def read_curve(folder: Path, metric: str) -> dict[int, float]:
     """Return step -> value."""
-    rows = read_metrics(Path(folder) / METRICS)
+    rows = read_metrics(folder / METRICS)
     return {row["step"]: row[metric] for row in rows if metric in row}
+
+
+def label_of(folder: Path) -> str:
+    """Return the values that a run of a sweep is for: its name without the seed, or the name of the
+    sweep.
+    """
+    values = re.sub(r",?seed=\d+$", "", folder.name)
+    return values or (folder.parents[1] if folder.parent.name == RUNS else folder.parent).name
 
 
 def main() -> None:
@@ -36,15 +48,22 @@ def main() -> None:
     for axis, panel in zip(axes, a.panels):
         title, _, rest = panel.partition("=")
         pattern, _, metric = rest.rpartition(":")
-        curves = [read_curve(folder, metric) for folder in sorted(glob.glob(pattern))]
-        if not curves or not all(curves):
+        groups = defaultdict(list)
+        for folder in map(Path, sorted(glob.glob(pattern))):
+            groups[label_of(folder)].append(read_curve(folder, metric))
+        if not groups or not all(all(curves) for curves in groups.values()):
             parser.error(f"panels: expected folders with {metric}, got {pattern}")
-        for curve in curves:
-            axis.plot([*curve], [*curve.values()], color="tab:blue", alpha=0.35, linewidth=1)
-        steps = sorted(set.intersection(*map(set, curves)))
-        means = [statistics.mean(curve[step] for curve in curves) for step in steps]
-        axis.plot(steps, means, color="tab:blue", linewidth=2)
-        axis.set_title(f"{title}, {len(curves)} seeds", fontsize=10)
+        for number, (label, curves) in enumerate(groups.items()):
+            color = f"C{number}"
+            for curve in curves:
+                axis.plot([*curve], [*curve.values()], color=color, alpha=0.3, linewidth=1)
+            steps = sorted(set.intersection(*map(set, curves)))
+            means = [statistics.mean(curve[step] for curve in curves) for step in steps]
+            axis.plot(steps, means, color=color, linewidth=2, label=label)
+        seeds = " or ".join(map(str, sorted({len(curves) for curves in groups.values()})))
+        axis.set_title(f"{title}, {seeds} seeds", fontsize=10)
+        if len(groups) > 1:
+            axis.legend(fontsize=7)
         axis.set_xlabel("step")
         axis.set_ylabel(metric)
         axis.grid(alpha=0.3)

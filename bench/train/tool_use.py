@@ -104,6 +104,27 @@ def write(path: Path, rows: Sequence[Mapping[str, Any]]) -> str:
     return str(path)
 
 
+def train_both_ways(
+    out: Path, calls: float, options: dict[str, Any], model: str | None = None
+) -> str:
+    """Train `out`/sft on conversations, of which a share has a call. Return questions for GRPO."""
+    out.mkdir(parents=True, exist_ok=True)
+    base = model or out / "base"
+    if not model and not (base / "config.json").exists():
+        make_base(base)
+    sampler = EpisodeSampler(Calculator, "", Tokenizer.load(base))
+    rng = random.Random(0)
+    rows = questions(6000, seed=0)
+    conversations = [conversation(r, rng.random() < calls, sampler) for r in rows]
+    sft_data = write(out / "sft.jsonl", conversations)
+    sft = SFT(
+        data=(sft_data,), weight_decay=0.0, heldout=0.01, validations=4, sample_at=(),
+        save_steps=200, **options,
+    )  # fmt: skip
+    sft(out / "sft", model=base)
+    return write(out / "questions.jsonl", questions(2000, seed=5))
+
+
 def measure(
     folder: Path, count: int, temperature: float, options: dict[str, Any]
 ) -> dict[str, float]:
@@ -139,23 +160,8 @@ def main() -> None:
     parser.add_argument("--questions", type=int, default=200)
     parser.add_argument("--json", type=Path)
     a = parser.parse_args()
-    a.out.mkdir(parents=True, exist_ok=True)
     sizes = SIZES["lora" if a.model else "small"]
-    base = a.model or a.out / "base"
-    if not a.model and not (base / "config.json").exists():
-        make_base(base)
-    sampler = EpisodeSampler(Calculator, "", Tokenizer.load(base))
-    rng = random.Random(0)
-    rows = questions(6000, seed=0)
-    sft_data = write(
-        a.out / "sft.jsonl", [conversation(r, rng.random() < CALLS, sampler) for r in rows]
-    )
-    data = write(a.out / "questions.jsonl", questions(2000, seed=5))
-    sft = SFT(
-        data=(sft_data,), weight_decay=0.0, heldout=0.01, validations=4, sample_at=(),
-        save_steps=200, **sizes["sft"],
-    )  # fmt: skip
-    sft(a.out / "sft", model=base)
+    data = train_both_ways(a.out, CALLS, sizes["sft"], a.model)
     results: list[dict[str, Any]] = []
     for temperature in (0.0, sizes["grpo"].get("temperature", 1.0)):
         before = measure(a.out / "sft/model", a.questions, temperature, sizes["grpo"])
