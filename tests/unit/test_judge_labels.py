@@ -99,7 +99,7 @@ def test_only_the_random_half_measures_the_judge(draws, ends_early):
 def test_intervals_cover_if_a_question_has_several_answers(draws, generations):
     """They are together in the random order. The judge errs on most answers to a hard question."""
     rng = np.random.default_rng(generations)
-    agreement, corrected, covered = 0, 0, 0
+    agreement, kappa, corrected, covered = 0, 0, 0, 0
     for _ in range(draws):
         questions, salt = 400 // generations, rng.integers(2**60)
         shape = (questions, generations)
@@ -117,11 +117,13 @@ def test_intervals_cover_if_a_question_has_several_answers(draws, generations):
         score = judge_scores(items, PASS, labels, min_labels=40, confidence=0.95)["pass"]
         low, high = score["judge"]["intervals"]["agreement"]
         agreement += low <= 1 - 0.25 * 0.9 <= high
+        low, high = score["judge"]["intervals"]["kappa"]
+        kappa += low <= 1 - 2 * 0.25 * 0.9 <= high  # half of the labels and of the grades pass
         corrected += score["corrected"]
         covered += score["low"] <= 0.5 <= score["high"]
     assert corrected > 0.9 * draws
     slack = 3.1 * math.sqrt(0.95 * 0.05 / draws)
-    assert agreement / draws > 0.95 - slack and covered / draws > 0.95 - slack
+    assert min(agreement, kappa, covered) / draws > 0.95 - slack
 
 
 @DRAWS
