@@ -28,12 +28,13 @@ def read_curve(folder: Path, metric: str) -> dict[int, float]:
     return {row["step"]: row[metric] for row in rows if metric in row}
 
 
-def label_of(folder: Path) -> str:
-    """Return the values that a run of a sweep is for: its name without the seed, or the name of the
-    sweep.
+def group_of(folder: Path) -> tuple[Path, str]:
+    """Return what runs that differ in the seed only have in common: their parent, and a label: the
+    values of a sweep's grid, or the name of the sweep.
     """
     values = re.sub(r",?seed=\d+$", "", folder.name)
-    return values or (folder.parents[1] if folder.parent.name == RUNS else folder.parent).name
+    sweep = folder.parents[1] if folder.parent.name == RUNS else folder.parent
+    return folder.parent, values or sweep.name
 
 
 def main() -> None:
@@ -50,18 +51,19 @@ def main() -> None:
         pattern, _, metric = rest.rpartition(":")
         groups = defaultdict(list)
         for folder in map(Path, sorted(glob.glob(pattern))):
-            groups[label_of(folder)].append(read_curve(folder, metric))
+            groups[group_of(folder)].append(read_curve(folder, metric))
         if not groups or not all(all(curves) for curves in groups.values()):
             parser.error(f"panels: expected folders with {metric}, got {pattern}")
-        for number, (label, curves) in enumerate(groups.items()):
+        for number, ((_, label), curves) in enumerate(groups.items()):
             color = f"C{number}"
             for curve in curves:
                 axis.plot([*curve], [*curve.values()], color=color, alpha=0.3, linewidth=1)
             steps = sorted(set.intersection(*map(set, curves)))
             means = [statistics.mean(curve[step] for curve in curves) for step in steps]
             axis.plot(steps, means, color=color, linewidth=2, label=label)
-        seeds = " or ".join(map(str, sorted({len(curves) for curves in groups.values()})))
-        axis.set_title(f"{title}, {seeds} seeds", fontsize=10)
+        counts = sorted({len(curves) for curves in groups.values()})
+        seeds = "1 seed" if counts == [1] else f"{' or '.join(map(str, counts))} seeds"
+        axis.set_title(f"{title}, {seeds}", fontsize=10)
         if len(groups) > 1:
             axis.legend(fontsize=7)
         axis.set_xlabel("step")

@@ -10,13 +10,14 @@ from the same model with the same seeds. "twice the prompts" samples about as mu
 """
 
 import argparse
+import math
 import statistics
 from pathlib import Path
 from typing import Any
 
 import bench_path  # noqa: F401
 from harness import machine, save
-from tool_use import SIZES, measure, train_both_ways
+from tool_use import SIZES, measure, train_sft_model, write_questions
 
 from fastlm.train.metrics import METRICS, read_metrics
 from fastlm.train.online_stage import GRPO
@@ -24,17 +25,17 @@ from fastlm.train.online_stage import GRPO
 CALLS = 0.05  # the share of conversations with a call
 SFT_OPTIONS = {**SIZES["small"]["sft"], "max_steps": 1500}
 PROMPTS, GROUP = 16, 8  # of a round
-ITERATIONS, MICRO = 4, 64  # a round's completions are used 4 times, in steps of 64
+ITERATIONS, STEP_SIZE = 4, 64  # a round's completions are used 4 times, in steps of 64
 OPTIONS: dict[str, Any] = {
     **SIZES["small"]["grpo"], "prompts_per_round": PROMPTS, "num_generations": GROUP,
-    "num_iterations": ITERATIONS, "batch_size": MICRO, "gradient_accumulation_steps": 1,
+    "num_iterations": ITERATIONS, "batch_size": STEP_SIZE, "gradient_accumulation_steps": 1,
 }  # fmt: skip
-STEPS = PROMPTS * GROUP * ITERATIONS // MICRO  # of a round
+STEPS = PROMPTS * GROUP * ITERATIONS // STEP_SIZE  # of a round
 VARIANTS: dict[str, dict[str, Any]] = {
-    "dapo": {},
+    "baseline": {},
     "clip_range_high": {"clip_range_high": 0.28},
     "dynamic_sampling": {"dynamic_sampling": 4},
-    "both": {"clip_range_high": 0.28, "dynamic_sampling": 4},
+    "clip_range_high+dynamic_sampling": {"clip_range_high": 0.28, "dynamic_sampling": 4},
     "twice-the-prompts": {"prompts_per_round": 2 * PROMPTS, "gradient_accumulation_steps": 2},
     "gspo": {"loss_type": "gspo", "clip_range": 3e-4, "clip_range_high": 4e-4},
 }
@@ -62,14 +63,14 @@ def train(
     options = {**OPTIONS, **options, "max_steps": rounds * STEPS}
     grpo = GRPO(
         data=(data,), environment="calculator", max_turns=3, reward_function="number", seed=seed,
-        heldout=0.02, val_prompts=32, validations=5, sample_at=(), save_steps=10**6, **options,
+        heldout=0.02, val_prompts=32, validations=5, sample_at=(), save_steps=STEPS, **options,
     )  # fmt: skip
     folder = out / f"seed={seed}"
     grpo(folder, model=out.parent / "sft/model")
     steps = [row for row in read_metrics(folder / METRICS) if "score" in row]
     each = steps[::STEPS]
     drawn = [row.get("prompts_drawn", options["prompts_per_round"]) for row in each]
-    half, last = each[: rounds // 2], each[-max(1, rounds // 5) :]
+    half, last = each[: math.ceil(rounds / 2)], each[-math.ceil(rounds / 5) :]
     return {
         "right": measure(folder / "model", questions, 0.0, options)["right"],
         "score": statistics.mean(row["score"] for row in half),
@@ -89,7 +90,8 @@ def main() -> None:
     parser.add_argument("--questions", type=int, default=200)
     parser.add_argument("--json", type=Path)
     a = parser.parse_args()
-    data = train_both_ways(a.out, CALLS, SFT_OPTIONS)
+    train_sft_model(a.out, CALLS, SFT_OPTIONS)
+    data = write_questions(a.out)
     before = {t: measure(a.out / "sft/model", a.questions, t, OPTIONS) for t in (0.0, 1.0)}
     results: list[dict[str, Any]] = [
         {"variant": "before", "temperature": t, **measured} for t, measured in before.items()

@@ -104,10 +104,10 @@ def write(path: Path, rows: Sequence[Mapping[str, Any]]) -> str:
     return str(path)
 
 
-def train_both_ways(
+def train_sft_model(
     out: Path, calls: float, options: dict[str, Any], model: str | None = None
-) -> str:
-    """Train `out`/sft on conversations, of which a share has a call. Return questions for GRPO."""
+) -> None:
+    """Train `out`/sft/model on conversations, of which the share ``calls`` has a call."""
     out.mkdir(parents=True, exist_ok=True)
     base = model or out / "base"
     if not model and not (base / "config.json").exists():
@@ -122,6 +122,10 @@ def train_both_ways(
         save_steps=200, **options,
     )  # fmt: skip
     sft(out / "sft", model=base)
+
+
+def write_questions(out: Path) -> str:
+    """Write the questions of GRPO. Return the path."""
     return write(out / "questions.jsonl", questions(2000, seed=5))
 
 
@@ -161,7 +165,8 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     a = parser.parse_args()
     sizes = SIZES["lora" if a.model else "small"]
-    data = train_both_ways(a.out, CALLS, sizes["sft"], a.model)
+    train_sft_model(a.out, CALLS, sizes["sft"], a.model)
+    data = write_questions(a.out)
     results: list[dict[str, Any]] = []
     for temperature in (0.0, sizes["grpo"].get("temperature", 1.0)):
         before = measure(a.out / "sft/model", a.questions, temperature, sizes["grpo"])
@@ -173,9 +178,11 @@ def main() -> None:
             seed=seed, prompts_per_round=16, num_generations=8, heldout=0.02, val_prompts=32,
             validations=4, sample_at=(), save_steps=20, **sizes["grpo"],
         )  # fmt: skip
-        grpo(a.out / f"grpo-{seed}", model=a.out / "sft/model")
+        grpo(a.out / f"grpo/seed={seed}", model=a.out / "sft/model")
         for temperature in (0.0, sizes["grpo"].get("temperature", 1.0)):
-            after = measure(a.out / f"grpo-{seed}/model", a.questions, temperature, sizes["grpo"])
+            after = measure(
+                a.out / f"grpo/seed={seed}/model", a.questions, temperature, sizes["grpo"]
+            )
             results.append({"model": "grpo", "seed": seed, "temperature": temperature, **after})
             print(results[-1], flush=True)
     save(a.json, {"machine": machine(), "results": results})

@@ -334,7 +334,9 @@ messages), or of conversations, whose last answer is cut off."""
         cards = []
         if validations:
             first, last = validations[0], validations[-1]
-            text = f"held-out score ± {last['val_score_error']:.3f}; {first['val_score']:.3f} before"
+            text = (
+                f"held-out score ± {last['val_score_error']:.3f}; {first['val_score']:.3f} before"
+            )
             if CONSTANT_ANSWER in result:
                 text += f", {result[CONSTANT_ANSWER]:.3f} for a constant answer"
             cards = [(f"{last['val_score']:.3f}", text)]
@@ -424,7 +426,6 @@ class PromptDataset(EncodedDataset):
                 self.rows.by_reason["without a right answer"] += 1
                 return []
         return [(ids, row)]
-
 
     def constant_answer_score(self, count: int) -> float | None:
         """Return what a constant answer would get in a validation on ``count`` prompts. None: no
