@@ -178,11 +178,10 @@ def main() -> None:
             seed=seed, prompts_per_round=16, num_generations=8, heldout=0.02, val_prompts=32,
             validations=4, sample_at=(), save_steps=20, **sizes["grpo"],
         )  # fmt: skip
-        grpo(a.out / f"grpo/seed={seed}", model=a.out / "sft/model")
+        folder = a.out / f"grpo/seed={seed}"
+        grpo(folder, model=a.out / "sft/model")
         for temperature in (0.0, sizes["grpo"].get("temperature", 1.0)):
-            after = measure(
-                a.out / f"grpo/seed={seed}/model", a.questions, temperature, sizes["grpo"]
-            )
+            after = measure(folder / "model", a.questions, temperature, sizes["grpo"])
             results.append({"model": "grpo", "seed": seed, "temperature": temperature, **after})
             print(results[-1], flush=True)
     save(a.json, {"machine": machine(), "results": results})
