@@ -8,10 +8,9 @@ import importlib
 import importlib.util
 import math
 import re
-import statistics
 import sys
 from collections import Counter
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -36,12 +35,17 @@ def gold_answer(row: Mapping[str, Any]) -> str:
 
 def exact(answer: str, row: Mapping[str, Any]) -> float:
     """Return 1 if the answer is the right one, except for case and surrounding spaces."""
-    return float(answer.strip().casefold() == gold_answer(row).strip().casefold())
+    return float(answer.strip().casefold() == gold_text(row))
 
 
 def contains(answer: str, row: Mapping[str, Any]) -> float:
     """Return 1 if the right answer occurs in the answer, in any case."""
-    return float(gold_answer(row).strip().casefold() in answer.casefold())
+    return float(gold_text(row) in answer.casefold())
+
+
+def gold_text(row: Mapping[str, Any]) -> str:
+    """Return the right answer without case and surrounding spaces."""
+    return gold_answer(row).strip().casefold()
 
 
 def number(answer: str, row: Mapping[str, Any]) -> float:
@@ -65,9 +69,13 @@ def last_number(text: str) -> float | None:
     return float(numbers[-1].replace(",", "").replace("\N{MINUS SIGN}", "-")) if numbers else None
 
 
-# compare with the row's right answer, which `gold_answer` returns
-GOLD_VERIFIERS: dict[str, Reward] = {"exact": exact, "contains": contains, "number": number}
-VERIFIERS: dict[str, Reward] = {**GOLD_VERIFIERS, SCHEME: score_reasoning_gym}
+VERIFIERS: dict[str, Reward] = {
+    "exact": exact, "contains": contains, "number": number, SCHEME: score_reasoning_gym,
+}  # fmt: skip
+# what is equal in rows that the same answers are right for
+ANSWER_KEYS: dict[str, Callable[[Mapping[str, Any]], Any]] = {
+    "exact": gold_text, "number": gold_number,
+}  # fmt: skip
 # check that a row has what the verifier reads; they raise InputError
 CHECKS: dict[str, Callable[[Mapping[str, Any]], Any]] = {
     "exact": gold_answer, "contains": gold_answer, "number": gold_number,
@@ -75,16 +83,14 @@ CHECKS: dict[str, Callable[[Mapping[str, Any]], Any]] = {
 }  # fmt: skip
 
 
-def constant_answer_score(name: str, rows: Sequence[Mapping[str, Any]]) -> float:
-    """Return the mean score of the best constant answer, one of the ten most frequent right answers
-    of ``rows``. A model that has only learnt the form of the answers may reach it. ``name``: of a
-    function in `GOLD_VERIFIERS`.
+def constant_answer_score(name: str, rows: Iterable[Mapping[str, Any]]) -> float | None:
+    """Return the share of ``rows`` with the most frequent right answer: what an answer that is
+    always the same scores at best. A model that only learns the form of answers may reach it.
+    None: no rows, or ``name`` is not that of a function in `ANSWER_KEYS`.
     """
-    counts = Counter(gold_answer(row) for row in rows)
-    return max(
-        statistics.mean(GOLD_VERIFIERS[name](answer, row) for row in rows)
-        for answer, _ in counts.most_common(10)
-    )
+    key = ANSWER_KEYS.get(name)
+    counts = Counter(map(key, rows)) if key is not None else Counter()
+    return max(counts.values()) / counts.total() if counts else None
 
 
 def load_reward(name: str) -> Reward:

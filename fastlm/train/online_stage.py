@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, cast
 
 from fastlm.data.verifiers import (
     CHECKS,
-    GOLD_VERIFIERS,
     check_reward,
     constant_answer_score,
     load_reward,
@@ -64,7 +63,7 @@ if TYPE_CHECKING:
     from fastlm.train.online import OnlineObjective
 
 LAST_GOOD = "last-good"
-CONSTANT_ANSWER = "constant_answer_score"  # in a result
+CONSTANT_ANSWER_SCORE = "constant_answer_score"  # in a result
 
 
 @dataclass(frozen=True)
@@ -73,7 +72,7 @@ class OnlineStage(LoraOptions, RolloutOptions, ChatStage):
     `fastlm.train.online.OnlineObjective`.
     """
 
-    version = 5
+    version = 6
     truncations: ClassVar[tuple[str, ...]] = ("skip",)
     sources_in: ClassVar[tuple[str, ...]] = ("data", "search_corpus")
     row_name: ClassVar[str] = "prompts"
@@ -91,7 +90,7 @@ class OnlineStage(LoraOptions, RolloutOptions, ChatStage):
         ),
         "feedback": FEEDBACK,
     }
-    result = {**ChatStage.result, "prompts": int}
+    result = {**ChatStage.result, "prompts": int, CONSTANT_ANSWER_SCORE: float | None}
     notes = """Data are .jsonl and .json files of rows with a prompt or question (a text or
 messages), or of conversations, whose last answer is cut off."""
 
@@ -234,6 +233,8 @@ messages), or of conversations, whose last answer is cut off."""
         raise NotImplementedError
 
     def read_data(self, tokenizer: "Tokenizer", context: int, ctx: StageContext) -> "PromptDataset":
+        from fastlm.train.environments import ENVIRONMENTS
+
         self.check_models([model.name for model in ctx.inputs.get("reward_model", ())])
         self.example_length(context)  # raises InputError for a max_length beyond it
         scorer = RewardScorer(self, tokenizer, ctx)
@@ -242,7 +243,13 @@ messages), or of conversations, whose last answer is cut off."""
         if scorer.models is not None:
             context = min(context, scorer.models.context_limit)
         max_length = context - self.max_new_tokens
-        return PromptDataset(scorer, episodes, self, tokenizer, max_length, context, ctx)
+        data = PromptDataset(scorer, episodes, self, tokenizer, max_length, context, ctx)
+        if self.environment in ("", *ENVIRONMENTS):
+            # greedy completions of equal prompts are equal: they would make the error of the
+            # held-out score too small. The user's environment may go on differently in other rows
+            first = {tuple(ids): (ids, prompt) for ids, prompt in reversed(data.heldout)}
+            data.heldout = [*reversed(first.values())]
+        return data
 
     def episode_sampler(
         self, tokenizer: "Tokenizer", scorer: "RewardScorer", ctx: StageContext
@@ -266,9 +273,22 @@ messages), or of conversations, whose last answer is cut off."""
         return EpisodeSampler(environment, identity, tokenizer, self.date)
 
     def data_facts(self, data: Any) -> dict[str, Any]:
-        facts = {"prompts": len(data.training), "heldout": len(data.heldout)}
-        constant = data.constant_answer_score(self.val_prompts) if self.validations else None
-        return facts if constant is None else {**facts, CONSTANT_ANSWER: constant}
+        return {
+            "prompts": len(data.training), "heldout": len(data.heldout),
+            CONSTANT_ANSWER_SCORE: self.constant_answer_score(data),
+        }  # fmt: skip
+
+    def constant_answer_score(self, data: "PromptDataset") -> float | None:
+        """Return what a constant answer would score on the training prompts, on the scale of the
+        held-out score. None: not known, or a score has other parts than the function's.
+        """
+        from fastlm.train.environments import has_reward
+
+        episodes = data.episodes
+        adds = episodes is not None and has_reward(episodes.environment)
+        if adds or data.scorer.models is not None or self.overlong_tokens:
+            return None
+        return constant_answer_score(self.reward_function, (p.row for _, p in data.training))
 
     def objective(
         self, ctx: StageContext, model: Any, data: Any, options: TrainOptions, **common: Any
@@ -319,8 +339,8 @@ messages), or of conversations, whose last answer is cut off."""
         if metrics:
             first, last = metrics[0]["val_score"], metrics[-1]["val_score"]
             figures = [f"held-out score {first:.3f} to {last:.3f}", *figures]
-            if CONSTANT_ANSWER in result:
-                figures[0] += f" (a constant answer: {result[CONSTANT_ANSWER]:.3f})"
+            if (constant := result.get(CONSTANT_ANSWER_SCORE)) is not None:
+                figures[0] += f" (a constant answer: {constant:.3f})"
         return f"{result['prompts']:,} prompts", figures
 
     def section(
@@ -337,8 +357,8 @@ messages), or of conversations, whose last answer is cut off."""
             text = (
                 f"held-out score ± {last['val_score_error']:.3f}; {first['val_score']:.3f} before"
             )
-            if CONSTANT_ANSWER in result:
-                text += f", {result[CONSTANT_ANSWER]:.3f} for a constant answer"
+            if (constant := result.get(CONSTANT_ANSWER_SCORE)) is not None:
+                text += f", {constant:.3f} for a constant answer"
             cards = [(f"{last['val_score']:.3f}", text)]
         return ReportSection(
             self.title(),
@@ -426,19 +446,6 @@ class PromptDataset(EncodedDataset):
                 self.rows.by_reason["without a right answer"] += 1
                 return []
         return [(ids, row)]
-
-    def constant_answer_score(self, count: int) -> float | None:
-        """Return what a constant answer would get in a validation on ``count`` prompts. None: no
-        right answers are known, or other scores are added to the function's.
-        """
-        from fastlm.train.environments import has_reward
-
-        rows = [prompt.row for _, prompt in self.heldout[:count]]
-        name = self.scorer.function_name
-        adds = self.episodes is not None and has_reward(self.episodes.environment)
-        if not rows or name not in GOLD_VERIFIERS or self.scorer.models is not None or adds:
-            return None
-        return constant_answer_score(name, rows)
 
 
 def load_reward_model(path: Path, tokenizer: "Tokenizer", dtype: str) -> "RewardModel":

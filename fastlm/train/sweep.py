@@ -37,7 +37,7 @@ from fastlm.torchrun import check_single_process
 from fastlm.train.distill import Distill
 from fastlm.train.dpo import DPO
 from fastlm.train.metrics import METRICS, read_metrics
-from fastlm.train.online_stage import CONSTANT_ANSWER, GRPO, PPO
+from fastlm.train.online_stage import CONSTANT_ANSWER_SCORE, GRPO, PPO
 from fastlm.train.options import expect
 from fastlm.train.pretrain import Pretrain
 from fastlm.train.reward import Reward
@@ -307,8 +307,8 @@ class Sweep(Stage):
         if error is not None:
             ctx.warning(f"{run.name} diverged: {error}")
             return row | {"error": error}
-        if name == "val_score" and CONSTANT_ANSWER in result:
-            row[CONSTANT_ANSWER] = result[CONSTANT_ANSWER]
+        if (constant := result.get(CONSTANT_ANSWER_SCORE)) is not None:
+            row[CONSTANT_ANSWER_SCORE] = constant
         return row | {"score": score, "curve": _curve(folder, name)}
 
     def summary(self, result: Mapping[str, Any], ctx: StageContext) -> str:
@@ -342,7 +342,8 @@ class Sweep(Stage):
                 curves.setdefault(values_text(row["values"]), []).append(row["curve"])
         best, name = best_run(result), result["metric"]
         starts = [curve[0][1] for group in curves.values() for curve in group if curve[0][0] == 0]
-        constants = [row[CONSTANT_ANSWER] for row in result["runs"] if CONSTANT_ANSWER in row]
+        constants = {row.get(CONSTANT_ANSWER_SCORE) for row in result["runs"] if "score" in row}
+        constant = constants.pop() if len(constants) == 1 else None  # that of all runs
         better = "higher" if result["greater_is_better"] else "lower"
         return ReportSection(
             f"Sweep of {self.training}",
@@ -352,8 +353,7 @@ class Sweep(Stage):
             facts={
                 "seeds": ", ".join(map(str, self.seeds)),
                 **({"at the start": f"{name} {statistics.mean(starts):.4f}"} if starts else {}),
-                **({"a constant answer": f"{name} {statistics.mean(constants):.4f}"}
-                   if constants else {}),
+                **({} if constant is None else {"a constant answer": f"{name} {constant:.4f}"}),
                 "best run": f"{best['name']}, {name} {best['score']:.4f}",
                 **{f"{row['name']} diverged": row["error"] for row in result["runs"]
                    if "error" in row},

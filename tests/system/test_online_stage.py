@@ -31,6 +31,7 @@ from fastlm.model.reward_model import RewardModel
 from fastlm.quant import quantize
 from fastlm.tokenizer.tokenizer import Tokenizer
 from fastlm.train.charts import _series
+from fastlm.train.encoding import hash_fraction
 from fastlm.train.loop import TrainingInterrupted
 from fastlm.train.objective import DivergedError
 from fastlm.train.online_objectives import build_value_model
@@ -77,7 +78,6 @@ def test_grpo_continues_to_the_same_bits_and_reports(base, data, tmp_path) -> No
     stage = replace(_GRPO, data=(data,))
     result = stage(tmp_path / "whole", model=base)
     assert (result["prompts"], result["heldout"], result["steps"]) == (len(WORDS) - 2, 2, 6)
-    assert result["constant_answer_score"] == 0.5  # the held-out words begin differently
     steps = [line for line in metrics_of(tmp_path / "whole") if "loss" in line]
     assert (
         steps[0]["kl"] == 0 and {"score", "length", "eos_fraction", "mismatch"} <= steps[0].keys()
@@ -138,8 +138,7 @@ dtype = "float32"
     assert _series(metrics, "clip_fraction_low")[0] == [*range(1, 9)]
     page = (tmp_path / "run" / "report.html").read_text()
     labels = ("share of groups whose scores differ", "prompts drawn per round")
-    labels = (*labels, "entropy, nats per token", "0.500 for a constant answer")
-    for label in (*labels, "share of tokens clipped from below"):
+    for label in (*labels, "entropy, nats per token", "share of tokens clipped from below"):
         assert label in page
 
 
@@ -363,10 +362,25 @@ def test_prompts(tmp_path) -> None:
 
 
 def test_the_score_of_a_constant_answer() -> None:
-    rows = [{"answer": answer} for answer in ("1", "3", "1", "x 3", "1.0")]
-    assert constant_answer_score("number", rows) == 3 / 5  # 1, with 1.0
-    assert constant_answer_score("exact", rows) == 2 / 5
-    assert constant_answer_score("contains", rows) == 3 / 5  # "1.0" contains 1
+    rows = [{"answer": answer} for answer in ("1", "3", " x", "so it is 1", "1.0", "X", "x\n")]
+    numbers = [row for row in rows if last_number(row["answer"]) is not None]
+    assert constant_answer_score("number", numbers) == 3 / 4
+    assert constant_answer_score("exact", rows) == 3 / 7
+    # an answer may contain several right ones; other functions compare with none
+    assert constant_answer_score("contains", rows) is None
+    assert constant_answer_score("", rows) is constant_answer_score("exact", []) is None
+
+
+def test_the_error_of_the_held_out_score_counts_a_prompt_once(base, tmp_path) -> None:
+    rows = [{"prompt": f"what is {word}", "answer": word[0]} for word in WORDS]
+    data = write(tmp_path / "prompts.jsonl", [*rows, *rows, *rows])
+    stage = replace(_GRPO, data=(data,), reward_function="exact", max_steps=2, sample_at=())
+    result = stage(tmp_path / "out", model=base)
+    assert (result["prompts"], result["heldout"]) == (3 * (len(WORDS) - 2), 2)
+    prompts = read_prompts((data,), cache=tmp_path)
+    letters = [p.row["answer"] for p in prompts if hash_fraction(p) >= stage.heldout]
+    most = max(map(letters.count, letters))
+    assert result["constant_answer_score"] == most / len(letters) > 1 / len(WORDS)
 
 
 def test_verifiers() -> None:
