@@ -62,7 +62,7 @@ PALE = """() => {
   if (found.length < 15) throw new Error(`expected the texts of the page, found ${found.length}`);
   return found.filter(([, , ratio]) => ratio < 4.5);
 }"""
-DOUBLE_CLICK = 450  # ms, a little more than the page waits for a second click
+SLOW = "() => (window.now = (window.now ?? 0) + 1000)"  # a second passes whenever the page looks
 TOO_WIDE = "() => document.documentElement.scrollWidth > document.documentElement.clientWidth"
 
 
@@ -123,6 +123,11 @@ def says(locator, text):
     from playwright.sync_api import expect
 
     expect(locator).to_have_text(text, timeout=120_000)
+
+
+def set_clock(page, function):
+    """Let the page read the time, in ms, from a function of JavaScript."""
+    page.evaluate(f"() => {{ performance.now = {function}; }}")
 
 
 def status(page, pattern):
@@ -577,6 +582,7 @@ def test_rank(opened, tiny, tmp_path):
             store.add_items([UnrankedAnswers(prompt, answers)])
     with RankingStore(base) as store, serve_model(*tiny, ranking=store) as (url, _):
         page, wrong = opened(url + "/rank")
+        set_clock(page, SLOW)
 
         def order():
             return [t.split()[0] for t in page.locator("[role=listitem] .text").all_inner_texts()]
@@ -637,6 +643,7 @@ def test_label(opened, tmp_path):
     key = "a-key-of-this-server"
     with run_server(LabelServer(store, keys=[key])) as url:
         page, wrong = opened(url + "/")
+        set_clock(page, SLOW)
         page.get_by_label("Your name").fill("Ann")
         page.get_by_role("button", name="Start").click()
         status(page, "^an API key is needed$")
@@ -659,10 +666,8 @@ def test_label(opened, tmp_path):
         answers("3 of 8 labelled, 1 skipped")
         page.keyboard.press("b")
         page.get_by_role("listitem").first.get_by_text(first, exact=True).wait_for()
-        page.wait_for_timeout(DOUBLE_CLICK)
         page.get_by_role("button", name="Equal").click()
         first, _ = answers("4 of 8 labelled, 0 skipped")
-        page.wait_for_timeout(DOUBLE_CLICK)
         page.get_by_role("button", name="1 is better").click()
         answers("5 of 8 labelled, 0 skipped")
         labels = [json.loads(line)["label"] for line in path.read_text().splitlines()]
@@ -694,6 +699,7 @@ def test_label_conversations_from_1_to_10(opened, tmp_path):
     rubric, path = Rubric.read("1-10", None), tmp_path / "labels.jsonl"
     with run_server(LabelServer(LabelStore(make_items(rows), rubric, path))) as url:
         page, wrong = opened(url + "/")
+        set_clock(page, SLOW)
 
         def type_keys(*keys):
             for key in keys:
@@ -725,7 +731,6 @@ def test_label_conversations_from_1_to_10(opened, tmp_path):
         page.get_by_role("button", name="Skip").focus()  # Enter is about the grade
         type_keys("1", "Enter")
         labelled(3)
-        page.wait_for_timeout(DOUBLE_CLICK)
         page.get_by_role("button", name="10", exact=True).click()
         labelled(4)
         labels = [json.loads(line)["label"] for line in path.read_text().splitlines()]
@@ -784,6 +789,7 @@ def test_a_label_is_about_the_answer_on_the_page(opened, tmp_path):
         assert stored()[2:] == [("Ann", answer, "fail")]
 
         # another rater, while an item is loaded
+        set_clock(page, "() => 1000")
         held = hold("next")
         press_and_wait("p", held)
         page.get_by_label("Your name").fill("Bob")
@@ -794,9 +800,12 @@ def test_a_label_is_about_the_answer_on_the_page(opened, tmp_path):
         held[0].continue_()
         page.unroute_all()
         labelled("Ann", 4)
+        set_clock(page, "() => 1499")
         page.get_by_role("button", name="Pass").click()  # the second click of a double click
-        page.wait_for_timeout(DOUBLE_CLICK)
+        status(page, "The item has just appeared")
+        page.get_by_role("button", name="Back").click()
         assert len(stored()) == 4
+        set_clock(page, "() => 1500")
         page.get_by_role("button", name="Pass").click()
         labelled("Ann", 5)
         page.get_by_role("button", name="Start").click()

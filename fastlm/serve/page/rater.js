@@ -3,7 +3,7 @@
 import { $, ask, el, say, themes } from "./common.js";
 import { show } from "./markdown.js";
 
-const DOUBLE_CLICK = 400; // ms
+const DOUBLE_CLICK_MS = 500; // the longest time between both clicks by the default of common systems
 
 /** Return a node with the text of a message and its tool calls, as `message_text` of fastlm.pipeline.text. */
 function messageText({ role, content, tool_calls: calls }) {
@@ -45,10 +45,11 @@ export class RaterLoop {
       else this.#run(() => this.#start());
     };
     $("back").onclick = () => this.back();
-    $("do").addEventListener("click", (event) => {
-      // the second click of a double click is not about the item that has just appeared; of a key, detail is 0
-      const isSecond = event.detail > 0 && performance.now() - this.#shownAt < DOUBLE_CLICK;
-      if (isSecond && event.target !== $("back")) event.stopPropagation();
+    // the second click of a double click is not about the item that has just appeared; of a key, detail is 0
+    document.querySelector("main").addEventListener("click", (event) => {
+      if (event.detail === 0 || performance.now() - this.#shownAt >= DOUBLE_CLICK_MS) return;
+      event.stopPropagation();
+      say("The item has just appeared: click again.");
     }, true);
     themes("theme");
   }
