@@ -198,12 +198,15 @@ dtype = "float32"
     lines = (tmp_path / "run" / "grpo" / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line)["score"] >= 0 for line in lines if '"score"' in line] == [True] * 2
     assert "skip" in CliRunner().invoke(app, run).output  # nothing changed
-    # equal questions are on one side
+    # equal questions are on one side, and held out once
     stage = GRPO(data=(SUMS,), reward_function="reasoning-gym", max_steps=1, max_new_tokens=2,
                  prompts_per_round=2, heldout=0.3, validations=0, sample_at=(),
                  dtype="float32")  # fmt: skip
     result = stage(tmp_path / "out", model=base)
-    assert result["prompts"] + result["heldout"] == 40 and 4 < result["heldout"] < 24
+    questions = [row["question"] for row in reasoning_gym.reasoning_gym_rows(SUMS)]
+    training = result["prompts"]
+    assert len({*questions}) < len(questions) == 40
+    assert 4 < result["heldout"] <= 40 - training and training + result["heldout"] < 40
     mixed = replace(stage, data=(SUMS, write(tmp_path / "x.jsonl", [{"prompt": "what"}])))
     with pytest.raises(
         InputError, match=r"x.jsonl, line 1: row: expected one of a reasoning-gym: s"
