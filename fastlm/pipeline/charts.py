@@ -4,6 +4,7 @@ library.
 """
 
 import io
+import textwrap
 from collections.abc import Mapping, Sequence
 from itertools import cycle
 from typing import Any
@@ -17,6 +18,7 @@ CURVES = (ORANGE, GREEN, BLUE, "#8a4fbf", "#b3452f")  # one per model, then from
 # screen it takes half of the page
 SIZE = (4.9, 3.2)
 FONT = 9.5  # points
+LEGEND_WIDTH = 62  # characters that fit into SIZE
 LABEL_HEIGHT = 13.0  # points: a line of FONT plus spacing
 MAX_LABELS = 10  # of bars, in the width of SIZE
 SMOOTHING = 0.05  # share of the run: width of the running mean over the noisy training loss
@@ -52,10 +54,14 @@ def loss_chart(metrics: list[dict[str, Any]], label: str = "loss, nats per token
 
 
 def legend(axes: Any, columns: int = 3) -> None:
-    """Name the curves above the axes."""
+    """Name the curves above the axes, in at most this many columns."""
+    handles, labels = axes.get_legend_handles_labels()
+    width = max(map(len, labels), default=0) + 6  # of a column with its line, in characters
+    columns = max(1, min(columns, LEGEND_WIDTH // width))
+    labels = [textwrap.fill(label, LEGEND_WIDTH - 6) for label in labels]
     axes.legend(
-        frameon=False, fontsize=FONT, labelcolor=INK, loc="lower left", bbox_to_anchor=(-0.02, 1),
-        ncols=columns, columnspacing=1.2, handlelength=1.4, borderpad=0,
+        handles, labels, frameon=False, fontsize=FONT, labelcolor=INK, loc="lower left",
+        bbox_to_anchor=(-0.02, 1), ncols=columns, columnspacing=1.2, handlelength=1.4, borderpad=0,
     )  # fmt: skip
 
 

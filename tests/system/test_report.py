@@ -2,6 +2,7 @@
 
 import json
 import re
+import warnings
 from dataclasses import asdict
 from html.parser import HTMLParser
 from itertools import pairwise
@@ -14,6 +15,7 @@ from fastlm.pipeline.report import FinishedStage, command_until, render_report
 from fastlm.pipeline.stage import Input, StageContext
 from fastlm.pipeline.text import count_text, seconds_text, size_text
 from fastlm.stages import parse_recipe
+from fastlm.train.charts import sweep_chart
 from fastlm.train.metrics import read_metrics
 
 EVIL = '<script>alert("x")</script> & </style>'
@@ -264,6 +266,17 @@ def test_metrics_with_a_line_separator_in_a_sample(tmp_path):
     lines = [json.dumps(line, ensure_ascii=False) + "\n" for line in (step, sample)]
     (tmp_path / "metrics.jsonl").write_text("".join(lines))
     assert read_metrics(tmp_path / "metrics.jsonl") == [step, sample]
+
+
+@pytest.mark.parametrize("size", [20, 40, 90])
+def test_long_names_of_curves_leave_room_for_the_curves(size):
+    names = ["x" * size, *(f"{'word ' * (size // 5)}{i}" for i in range(4))]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # the layout warns if it cannot fit the axes in
+        chart = sweep_chart({name: [[(0, 1.0), (9, 2.0)]] * 2 for name in names}, "loss")
+    width = float(re.search(r'viewBox="0 0 ([\d.]+)', chart)[1])
+    grid = re.search(r'id="line2d_\d+">\s*<path d="M ([\d.]+) [\d.]+ \s*L ([\d.]+) ', chart)
+    assert float(grid[2]) - float(grid[1]) > 0.7 * width
 
 
 def test_each_part_names_the_command_that_gives_it(html):
