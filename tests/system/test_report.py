@@ -276,7 +276,7 @@ def test_long_names_of_curves_leave_room_for_the_curves(size):
         chart = sweep_chart({name: [[(0, 1.0), (9, 2.0)]] * 2 for name in names}, "loss")
     width = float(re.search(r'viewBox="0 0 ([\d.]+)', chart)[1])
     grid = re.search(r'id="line2d_\d+">\s*<path d="M ([\d.]+) [\d.]+ \s*L ([\d.]+) ', chart)
-    assert float(grid[2]) - float(grid[1]) > 0.7 * width
+    assert float(grid[2]) - float(grid[1]) > 0.6 * width
 
 
 def test_each_part_names_the_command_that_gives_it(html):
