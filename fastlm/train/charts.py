@@ -86,8 +86,8 @@ def sweep_chart(curves: Mapping[str, Sequence[Sequence[tuple[int, float]]]], lab
     mean, and a band of one standard error on each side.
 
     ``curves``: value -> the validations of each seed, as (tokens, metric). The k-th validations of
-    the seeds are averaged. The axis shows all of the curves, or only their second half if that
-    would take less than a quarter of it.
+    the seeds are averaged. The axis shows all of the curves. Of several values it shows only
+    the second half, if that would take less than a quarter of it.
     """
     import numpy as np
 
@@ -108,9 +108,10 @@ def sweep_chart(curves: Mapping[str, Sequence[Sequence[tuple[int, float]]]], lab
             )
         values += y.ravel().tolist()
         late += y[:, length // 2 :].ravel().tolist()
-    if late and 0 < 4 * (max(late) - min(late)) < max(values) - min(values):
+    if late and len(curves) > 1 and 0 < 4 * (max(late) - min(late)) < max(values) - min(values):
         margin = 0.1 * (max(late) - min(late))
         axes.set_ylim(min(late) - margin, max(late) + margin)
+    axes.locator_params(axis="x", nbins=6)  # so that small numbers do not overlap
     legend(axes, columns=2)
     return as_svg(figure)
 

@@ -279,6 +279,13 @@ def test_long_names_of_curves_leave_room_for_the_curves(size):
     assert float(grid[2]) - float(grid[1]) > 0.6 * width
 
 
+def test_the_chart_of_seeds_shows_what_was_learnt():
+    curves = [[(0, 0.1), (10, 0.81), (20, 0.82), (30, 0.83)]] * 2
+    alone = sweep_chart({"all runs": curves}, "score")
+    compared = sweep_chart({"lr = 1": curves, "lr = 2": curves}, "score")
+    assert ">0.2<" in alone and ">0.2<" not in compared  # a number of the axis
+
+
 def test_each_part_names_the_command_that_gives_it(html):
     page = Page()
     page.feed(html)
