@@ -8,12 +8,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, cast
 
-from fastlm.data.verifiers import (
-    CHECKS,
-    check_reward,
-    constant_answer_score,
-    load_reward,
-)
+from fastlm.data.verifiers import CHECKS, check_reward, constant_answer_score, load_reward
 from fastlm.errors import InputError
 from fastlm.pipeline.stage import (
     Facts,

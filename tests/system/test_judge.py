@@ -333,8 +333,8 @@ def test_labels_of_pairs_are_those_of_the_answers_not_of_their_places(tmp_path):
         ).stdout  # fmt: skip
     assert all(re.search(line, output) for line in ("consistent +0.0 %", "first_position +100.0 %"))
     labels = tmp_path / "labels.jsonl"
-    shown = call("label", tmp_path / "out", labels, "-r", "Ann", "--count", 12, input="1\n" * 12)
-    places = [line.strip("│ ") for line in shown.stdout.splitlines() if line.startswith("│")]
+    done = call("label", tmp_path / "out", labels, "-r", "Ann", "--count", 12, input="1\n" * 12)
+    places = [line.strip("│ ") for line in done.stdout.splitlines() if line.startswith("│")]
     expected = ["A" if first == "good" else "B" for first in places[::2]]
     assert [row["label"] for row in read_rows(labels)] == expected
     assert set(expected) == {"A", "B"}

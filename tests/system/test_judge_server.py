@@ -317,10 +317,10 @@ def test_the_judge_reads_tools_and_their_calls(tmp_path):
     prompts = sorted(body["messages"][0]["content"] for _, _, body in requests)
     assert "tools: [" in prompts[0] and '"clock"' in prompts[0] and '"weather"' in prompts[1]
     assert all('"arguments"' in prompt and "tool: rain" in prompt for prompt in prompts)
-    shown = call(
+    screen = call(
         "label", tmp_path / "out", tmp_path / "l.jsonl", "-r", "Ann", input="p\np\n"
     ).stdout
-    assert "clock" in shown and shown.count("arguments") == 2
+    assert "clock" in screen and screen.count("arguments") == 2
 
 
 def test_a_server_that_is_not_there(tmp_path):

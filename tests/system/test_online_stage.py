@@ -5,6 +5,8 @@ import os
 import signal
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -379,8 +381,13 @@ def test_the_error_of_the_held_out_score_counts_a_prompt_once(base, tmp_path) ->
     assert (result["prompts"], result["heldout"]) == (3 * (len(WORDS) - 2), 2)
     prompts = read_prompts((data,), cache=tmp_path)
     letters = [p.row["answer"] for p in prompts if hash_fraction(p) >= stage.heldout]
-    most = max(map(letters.count, letters))
-    assert result["constant_answer_score"] == most / len(letters) > 1 / len(WORDS)
+    expected = max(map(letters.count, letters)) / len(letters)
+    assert result["constant_answer_score"] == expected > 1 / len(WORDS)
+    ctx: Any = SimpleNamespace(out=tmp_path / "out", inputs={})
+    ((_, card),) = stage.section(ctx, result, metrics_of(ctx.out)).cards
+    assert f"{expected:.3f} for a constant answer" in card
+    _, figures = stage.summary_parts(result, ctx)
+    assert f"(a constant answer: {expected:.3f})" in figures[0]
 
 
 def test_verifiers() -> None:

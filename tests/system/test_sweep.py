@@ -7,6 +7,7 @@ import math
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import preference_models
@@ -345,6 +346,8 @@ def test_the_metrics_of_a_training_are_in_its_result(training, base, tmp_path):
         result = sweep(tmp_path / "out", model=base)  # trains once
         assert result[metric] == result["runs"][0]["score"]
         assert ("constant_answer_score" in result["runs"][0]) == (metric == "val_score")
+        ctx: Any = None  # the report needs none
+        assert ("a constant answer" in sweep.report(ctx, result).facts) == (metric == "val_score")
         (output,) = sweep.outputs.values()
         assert (tmp_path / "out" / output / "config.json").is_file()
 
