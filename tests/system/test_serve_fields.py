@@ -30,9 +30,10 @@ from typer.testing import CliRunner
 from fastlm.cli import app
 from fastlm.serve.feedback_store import FeedbackStore
 from fastlm.serve.loading import default_model_name
-from fastlm.serve.protocol.body import IGNORED, UNSUPPORTED
+from fastlm.serve.protocol.body import IGNORED
 from fastlm.serve.protocol.completion import CompletionRequest, GenerationRequest
 from fastlm.serve.protocol.feedback_request import FeedbackRequest
+from fastlm.serve.protocol.foreign_fields import NEUTRAL, RENAMED, UNSUPPORTED
 
 # /v1/completions has the fields of chat; only differences are tested
 CASES, case = case_table()
@@ -47,7 +48,7 @@ def server(tmp_path_factory):
 @pytest.mark.parametrize("kind", FIELDS)
 def test_an_unsupported_field_is_a_400_that_names_it(server, kind):
     api = FieldClient(server, kind)
-    names = sorted(UNSUPPORTED - FIELDS[kind])
+    names = sorted(UNSUPPORTED.keys() - FIELDS[kind])
     for name in names:
         assert "not supported" in api.expect_error(name, **{name: "x"})
     api.answer(**dict.fromkeys(names))  # null is the same as no field
@@ -58,7 +59,8 @@ def test_an_unsupported_field_is_a_400_that_names_it(server, kind):
 
 def test_the_table_in_the_docs_has_every_field():
     text = DOCS.read_text()
-    for name in {*UNSUPPORTED, *FeedbackRequest.model_fields}.union(*FIELDS.values()):
+    names = {*UNSUPPORTED, *RENAMED, *FeedbackRequest.model_fields}
+    for name in names.union(*FIELDS.values()):
         assert f"`{name}`" in text, name
 
 
@@ -293,14 +295,15 @@ def _(api):
     api.expect_error("min_tokens", min_tokens=2, structured_outputs={"regex": "a"})
 
 
-@case(*IGNORED)
+@case(*(name for name in IGNORED if name not in NEUTRAL))  # these: test_serve_protocol.py
 def _(api):
     values = {
-        "cache_prompt": False, "metadata": {"team": "a"}, "modalities": ["text"],
+        "best_of": 1, "cache_prompt": False, "metadata": {"team": "a"}, "modalities": ["text"],
         "prediction": {"type": "content", "content": "The tree"}, "user": "ann",
     }  # fmt: skip
-    plain, wrong = api.texts(), {"cache_prompt": "yes", "modalities": ["text", "audio"]}
-    for name in IGNORED:
+    plain = api.texts()
+    wrong = {"cache_prompt": "yes", "keep_alive": True, "modalities": ["text", "audio"]}
+    for name in (name for name in IGNORED if name not in NEUTRAL):
         response = api.send(**{name: values.get(name, "low")})
         assert response.status_code == 200, response.text
         assert response.headers["x-fastlm-ignored"] == name
@@ -309,6 +312,10 @@ def _(api):
     response = api.send(user="ann", verbosity="low", stream=True)
     assert response.headers["x-fastlm-ignored"] == "user, verbosity"
     assert "x-fastlm-ignored" not in api.send(modalities=None).headers
+    message = {"role": "user", "content": "Hi", "cache_control": {"type": "ephemeral"}}
+    response = api.send(messages=[message], skip_special_tokens=True)
+    assert response.headers["x-fastlm-ignored"] == "skip_special_tokens, cache_control"
+    assert response.json()["choices"][0]["message"]["content"] == plain[0]
     clients = {request.client for request in api.server.requests[-3:]}
     assert len(clients) == 1  # a client that sends many users has one queue
 
@@ -436,6 +443,12 @@ def _(api):
     api.expect_error("structured_outputs.json", **form(json={"$ref": "http://127.0.0.1/x"}))
     api.expect_error("structured_outputs", structured_outputs={})
     api.expect_error("structured_outputs", **form(regex="a", choice=["b"]))
+
+
+@case("echo")
+def _(api):
+    assert api.texts(echo=False) == api.texts()
+    api.expect_error("echo", echo=True)
 
 
 @case("messages")
@@ -706,7 +719,7 @@ def _(api):
         *api.texts(prompt="A", max_tokens=2) * 2, *api.texts(prompt="B", max_tokens=2) * 2,
     ]  # fmt: skip
     assert api.texts(echo=True, prompt=["The tree", "A"])[0] == "The tree" + texts[0]
-    assert api.texts(best_of=1) == texts
+    assert api.texts(best_of=2, n=2) == texts * 2
     api.expect_error("best_of", best_of=2)
     api.expect_error("echo", echo=1)
     api.expect_error("prompt", prompt="")
@@ -754,5 +767,6 @@ def test_every_field_has_a_test():
     tested = {(kind, name) for kind, names in CASES for name in names}
     distinct = set(CompletionRequest.__annotations__)
     shared = {("text", name) for name in GenerationRequest.model_fields if name not in distinct}
+    tested |= {(kind, name) for kind in ("chat", "text") for name in NEUTRAL}
     for kind in ("chat", "text", "embed"):
         assert {(kind, name) for name in FIELDS[kind]} <= tested | shared

@@ -23,19 +23,18 @@ from pydantic_core import PydanticCustomError, from_json
 from fastlm.errors import InputError, show
 from fastlm.schema import Name, field_name, first_error
 from fastlm.serve.api_error import ApiError
+from fastlm.serve.protocol.foreign_fields import NEUTRAL, refusal
 
 Body = TypeVar("Body", bound="RequestBody")
 STRICT = ConfigDict(extra="forbid", strict=True)
-# fields of OpenAI's API that this server does not support
-UNSUPPORTED = frozenset(
-    "audio function_call functions suffix web_search_options moderation context_management".split()
-)
 # fields that cannot change an answer; the log and a header of the response name them
 IGNORED = (
-    "cache_prompt", "metadata", "modalities", "prediction", "prompt_cache_key",
-    "prompt_cache_retention", "reasoning_effort", "safety_identifier", "service_tier", "user",
-    "verbosity",
+    "best_of", "cache_prompt", "keep_alive", "metadata", "modalities", "prediction",
+    "prompt_cache_key", "prompt_cache_retention", "reasoning_effort", "request_id",
+    "safety_identifier", "service_tier", "user", "verbosity", *NEUTRAL,
 )  # fmt: skip
+# similarity of the names in a hint, which must not name another field: n_predict, prediction
+MIN_SIMILARITY = 0.8
 MAX_ERRORS = 1000  # of a body that are examined; pydantic takes microseconds for each
 
 
@@ -96,12 +95,12 @@ class RequestBody(BaseModel):
         for key in body:
             if key in fields:
                 continue
-            if key not in UNSUPPORTED:
-                near = difflib.get_close_matches(key[:80], fields, n=1)
+            if (message := refusal(key, fields)) is None:
+                near = difflib.get_close_matches(key[:80], fields, n=1, cutoff=MIN_SIMILARITY)
                 hint = f"; the nearest valid one is {near[0]!r}" if near else ""
                 raise ApiError(f"{key:.80}: unknown field{hint}", param=key[:80])
             if body[key] is not None:
-                raise ApiError(f"{key}: not supported by this server", param=key)
+                raise ApiError(f"{key}: {message}", param=key)
         return {key: value for key, value in body.items() if value is not None}
 
     @property

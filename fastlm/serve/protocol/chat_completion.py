@@ -19,7 +19,15 @@ from fastlm.data.conversations import Message, parse_messages
 from fastlm.errors import InputError
 from fastlm.inference.output_format import OutputFormat
 from fastlm.serve.api_error import field_error
-from fastlm.serve.protocol.body import INTEGER, STRICT, Identifier, JsonSchema, PositiveInt, reject
+from fastlm.serve.protocol.body import (
+    INTEGER,
+    STRICT,
+    AlwaysFalse,
+    Identifier,
+    JsonSchema,
+    PositiveInt,
+    reject,
+)
 from fastlm.serve.protocol.completion import GenerationRequest, TopLogprobs
 
 MAX_MESSAGES = 4096
@@ -43,8 +51,19 @@ def text_part(*kinds: str) -> BeforeValidator:
     return BeforeValidator(check)
 
 
+class IgnoredKeys(TypedDict):
+    """Keys in messages and tools that change nothing: Anthropic's cache_control, and what litellm
+    adds to the answers of others."""
+
+    cache_control: NotRequired[dict[str, Any] | None]
+    provider_specific_fields: NotRequired[dict[str, Any] | None]
+
+
+IGNORED_KEYS = tuple(IgnoredKeys.__annotations__)
+
+
 @with_config(STRICT)
-class TextPart(TypedDict):
+class TextPart(IgnoredKeys):
     type: Literal["text"]
     text: str
 
@@ -60,17 +79,31 @@ JsonText = Annotated[
 
 
 @with_config(STRICT)
-class CalledFunction(TypedDict):
+class CalledFunction(IgnoredKeys):
     name: ShortText
     arguments: NotRequired[JsonText | dict[str, Any] | None]
 
 
 @with_config(STRICT)
-class ToolCall(TypedDict):
+class ToolCall(IgnoredKeys):
     id: NotRequired[ShortText | None]
     index: NotRequired[Annotated[int, Field(ge=0, le=2**31 - 1), INTEGER] | None]
     type: NotRequired[Literal["function"] | None]
     function: CalledFunction
+
+
+def _without_ignored(item: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in item.items() if key not in IGNORED_KEYS}
+
+
+def ignored_keys(messages: list[Any], tools: list[Any] | None) -> set[str]:
+    """Return the `IgnoredKeys` of messages, of their parts and calls, and of tools."""
+    objects = [*messages, *(tools or ())]
+    for message in messages:
+        content, calls = message.get("content"), message.get("tool_calls") or ()
+        objects += [*(content if isinstance(content, list) else ()), *calls]
+        objects += [call["function"] for call in calls]
+    return {key for item in objects for key in IGNORED_KEYS if item.get(key) is not None}
 
 
 # an empty field counts as missing
@@ -82,14 +115,14 @@ Empty = Annotated[
 
 
 @with_config(strict=True)
-class PromptMessage(TypedDict, extra_items=Empty):
+class PromptMessage(IgnoredKeys, extra_items=Empty):
     role: Literal["system", "developer", "user"]
     content: Content
     name: NotRequired[str | None]
 
 
 @with_config(strict=True)
-class AssistantMessage(TypedDict, extra_items=Empty):
+class AssistantMessage(IgnoredKeys, extra_items=Empty):
     role: Literal["assistant"]
     content: NotRequired[Content | None]
     name: NotRequired[str | None]
@@ -98,7 +131,7 @@ class AssistantMessage(TypedDict, extra_items=Empty):
 
 
 @with_config(strict=True)
-class ToolMessage(TypedDict, extra_items=Empty):
+class ToolMessage(IgnoredKeys, extra_items=Empty):
     role: Literal["tool"]
     content: Content
     name: NotRequired[str | None]
@@ -111,7 +144,7 @@ def normalize_messages(messages: list[Any]) -> list[Message]:
         if message.get("content") is None and not message.get("tool_calls"):
             raise InputError(f"[{i}].content: expected a text or an array of parts, got nothing")
     try:
-        messages = [message for _, message in parse_messages(messages, "")]
+        messages = [_without_ignored(message) for _, message in parse_messages(messages, "")]
         calls = [message["tool_calls"] for message in messages if "tool_calls" in message]
         json.dumps(calls, allow_nan=False, ensure_ascii=False).encode()  # they were JSON texts
     except InputError:
@@ -138,7 +171,7 @@ class FunctionDefinition(TypedDict):
     strict: NotRequired[bool | None]
 
 
-class Tool(TypedDict):
+class Tool(IgnoredKeys):
     type: Literal["function"]
     function: FunctionDefinition
 
@@ -155,7 +188,7 @@ def unique_names(tools: list[Any]) -> list[Any]:
 def _unchanged(tools: Any, handler: Any) -> Any:
     """Validate tools, but keep the order of their keys, since chat templates write them as JSON."""
     handler(tools)
-    return tools
+    return [_without_ignored(tool) for tool in tools]
 
 
 Tools = Annotated[
@@ -214,7 +247,20 @@ class ChatCompletionRequest(GenerationRequest):
     store: bool = False  # the user consents that the conversation is stored
     conversation_id: Identifier | None = None
 
+    echo: AlwaysFalse = False
     format_field: ClassVar[str] = "response_format"  # its name in errors
+    _ignored_keys: tuple[str, ...] = ()
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def _note_ignored_keys(cls, body: Any, handler: Any) -> Self:
+        request = handler(body)
+        request._ignored_keys = tuple(sorted(ignored_keys(body["messages"], body.get("tools"))))
+        return request
+
+    @property
+    def ignored_fields(self) -> tuple[str, ...]:
+        return *super().ignored_fields, *self._ignored_keys
 
     @model_validator(mode="after")
     def _check_chat(self) -> Self:

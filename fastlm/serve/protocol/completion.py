@@ -1,9 +1,18 @@
 """The request of ``POST /v1/completions``, and the fields that it shares with other requests."""
 
+import json
 from functools import cached_property
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import AfterValidator, Discriminator, Field, Tag, WithJsonSchema, model_validator
+from pydantic import (
+    AfterValidator,
+    Discriminator,
+    Field,
+    Tag,
+    WithJsonSchema,
+    create_model,
+    model_validator,
+)
 from typing_extensions import TypedDict
 
 from fastlm.inference.output_format import OutputFormat
@@ -20,6 +29,7 @@ from fastlm.serve.protocol.body import (
     object_of,
     reject,
 )
+from fastlm.serve.protocol.foreign_fields import NEUTRAL
 
 MAX_CHOICES = 16  # answers to one prompt
 MAX_PROMPTS = 64  # of one request to /v1/completions
@@ -65,7 +75,21 @@ class StructuredOutputs(TypedDict, total=False):
     grammar: Pattern | None
 
 
-class SamplingRequest(RequestBody):
+def _only(expected: Any, reason: str) -> Any:
+    """Return the type of a field that accepts the ``expected`` value only."""
+
+    def check(value: Any) -> Any:
+        same = value == expected and isinstance(value, bool) == isinstance(expected, bool)
+        return value if same else reject(f"{json.dumps(expected)}, since {reason}")
+
+    return Annotated[Any, AfterValidator(check), WithJsonSchema({"const": expected})]
+
+
+_NEUTRAL_FIELDS: dict[str, Any] = {name: (_only(*row), None) for name, row in NEUTRAL.items()}
+NeutralFields = create_model("NeutralFields", __base__=RequestBody, **_NEUTRAL_FIELDS)
+
+
+class SamplingRequest(NeutralFields):
     """The fields for sampling and for the end of an answer, and fields without effect."""
 
     model: ModelName
@@ -84,9 +108,11 @@ class SamplingRequest(RequestBody):
     stop_token_ids: Annotated[TokenIds, Field(max_length=64)] = []
     ignore_eos: bool = False
 
+    keep_alive: Label | float | None = None  # Ollama's field; the model is always loaded
     metadata: dict[str, Any] | None = None
     prompt_cache_key: Label | None = None
     prompt_cache_retention: Label | None = None
+    request_id: Label | None = None
     safety_identifier: Label | None = None
     service_tier: Label | None = None
     user: Label | None = None
@@ -101,6 +127,7 @@ class GenerationRequest(SamplingRequest):
     stream_options: StreamOptions | None = None
     structured_outputs: StructuredOutputs | None = None
 
+    best_of: PositiveInt | None = None
     cache_prompt: bool = True  # llama.cpp's field; prompts are always cached
     modalities: Annotated[list[Literal["text"]], Field(min_length=1, max_length=1)] | None = None
     prediction: dict[str, Any] | None = None  # would only be faster
@@ -122,6 +149,9 @@ class GenerationRequest(SamplingRequest):
             raise field_error(
                 "stream_options.continuous_usage_stats", "expected with include_usage true"
             )
+        if self.best_of not in (None, 1, self.n):
+            expected = f"expected 1 or n, since all answers are returned, got {self.best_of}"
+            raise field_error("best_of", expected)
         output_format = self.output_format
         for field in ("ignore_eos", "min_tokens"):
             if output_format is not None and getattr(self, field):
@@ -199,7 +229,6 @@ class CompletionRequest(GenerationRequest):
     max_tokens: Annotated[int, Field(ge=0, le=2**31), INTEGER] | None = None
     echo: bool = False
     logprobs: TopLogprobs | None = None
-    best_of: Annotated[int, Field(ge=1, le=1), INTEGER] | None = None
 
     @model_validator(mode="after")
     def _check_prompts(self) -> Self:
