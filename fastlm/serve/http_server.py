@@ -2,6 +2,7 @@
 that parse, and how they stop. `fastlm.serve.uvicorn_server` runs them."""
 
 import asyncio
+import importlib.metadata
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
@@ -89,11 +90,15 @@ class HttpServer:
         async def prometheus(_: HttpRequest) -> Response:
             return Response(metrics.text(), media_type="text/plain; version=0.0.4")
 
+        async def version(_: HttpRequest) -> Response:
+            return JSONResponse({"version": importlib.metadata.version("fastlm")})
+
         async def api(_: HttpRequest) -> Response:
             return JSONResponse(openapi(posts, gets))
 
         handlers: dict[str, Any] = {
-            "/health": health, "/ready": ready, "/metrics": prometheus, "/openapi.json": api,
+            "/health": health, "/ready": ready, "/metrics": prometheus, "/version": version,
+            "/openapi.json": api,
             **{path: _page(name) for path, name in {**pages, **PAGE_FILES}.items()},
         }  # fmt: skip
         routes = [*routes, *(Route(path, get, methods=["GET"]) for path, get in handlers.items())]

@@ -14,6 +14,7 @@ GETS: dict[str, tuple[str, str | None]] = {  # of all servers
     "/health": ("Tell whether the process runs", "status"),
     "/ready": ("Tell whether the server accepts requests", "status"),
     "/metrics": ("Return metrics for Prometheus", None),
+    "/version": ("Return the version of fastlm", "version"),
 }
 JSON = "application/json"
 STREAMED = ("/v1/chat/completions", "/v1/completions", "/v1/responses")

@@ -38,8 +38,8 @@ class ListenOptions:
     port: Annotated[int, "Listen on this port; 0 takes a free one"] = 8000
     api_key_file: Annotated[
         Path | None,
-        f"Read API keys from this file, one a line (default: the variable {KEYS_VARIABLE}, with"
-        " commas)",
+        "Read API keys from this file, one a line, each of 16 or more printable ASCII characters"
+        f" without spaces (default: the variable {KEYS_VARIABLE}, with commas)",
     ] = None
     allow_host: Annotated[
         tuple[str, ...],

@@ -109,7 +109,9 @@ class PromptEncoder:
             bound = f"the model's context of {limit} tokens can hold, got {size}"
             raise _too_long(name, f"the {self.max_bytes} bytes that {bound}")
         if size > BYTES_PER_TOKEN * limit and self.tokenizer.is_longer(text, limit):
-            raise _too_long(name, f"the {limit} tokens of the model's context, got more")
+            counts = "/tokenize counts those of a prompt"
+            bound = f"the {limit} tokens of the model's context"
+            raise _too_long(name, f"{bound}, got more, which are not counted ({counts})")
 
     def _check_length(self, ids: list[int], name: str, min_new_tokens: int = 1) -> list[int]:
         limit = self.context_limit

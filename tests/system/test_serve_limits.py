@@ -3,6 +3,7 @@ fail; the log and the metrics.
 """
 
 import contextlib
+import importlib.metadata
 import json
 import re
 import socket
@@ -90,8 +91,10 @@ def test_keys_hosts_paths_and_bodies(tiny):
         for wrong in ("", "Bearer", "Bearer wrong", f"Basic {KEY}", f"Bearer {KEY}x"):
             response = refused(401, authorization=wrong)
             assert response.headers["www-authenticate"] == "Bearer"
-        for path in ("/v1/models", "/metrics", "/openapi.json", "/v1/nothing"):
+        for path in ("/v1/models", "/metrics", "/openapi.json", "/version", "/v1/nothing"):
             refused(401, path=path, method="GET", authorization="")
+        version = HTTP.get(url + "/version", headers=good).json()
+        assert version == {"version": importlib.metadata.version("fastlm")}
         for path in ("/", "/health", "/ready"):
             assert HTTP.get(url + path).status_code == 200
         refused(403, host="evil.example")
@@ -369,6 +372,7 @@ def test_a_prompt_is_encoded_until_the_context_is_full(tiny, monkeypatch):
         with pytest.raises(ApiError, match=f"{name}: expected at most the 4096 tokens") as refused:
             encode_prompt()
         assert (refused.value.param, refused.value.code) == (name, "context_length_exceeded")
+        assert "got more, which are not counted (/tokenize counts those of a" in str(refused.value)
         assert sum(map(len, encoded)) < 2 * part
 
 
