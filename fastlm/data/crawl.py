@@ -8,9 +8,9 @@ middlewares. The folder of a crawl:
     crawl.json           options, versions and counts, written at the end of every run
     .job/                what an unfinished crawl continues from
 
-A stopped crawl (Ctrl-C, a bound) continues from Scrapy's job folder. Scrapy writes its queue of
-addresses only when it ends, so a killed crawl starts at the seeds again, but takes the pages it has
-from its WARC files and only downloads what is missing.
+A stopped crawl (Ctrl-C, a bound) continues from the queue that it wrote at its end
+(`fastlm.data.crawl_queue`). A killed crawl wrote none: it starts at the seeds again, but takes the
+pages it has from its WARC files and only downloads what is missing.
 """
 
 import contextlib
@@ -91,8 +91,7 @@ def crawl(options: CrawlOptions, track: Track = silent) -> dict[str, Any]:
         job = options.out / ".job"
         _check_job(job, options, seeds)
         archive = Archive(options, track)
-        _begin_job(job, options, seeds)
-        previous_run = _previous_run(options.out, job)
+        previous_run = _begin_job(job, options, seeds)
         began = warc_date(datetime.now(UTC))
         _run(archive, options, seeds, job)
         if archive.failure is not None:
@@ -125,7 +124,10 @@ def _run(archive: "Archive", options: CrawlOptions, seeds: list[str], job: Path)
 
     domains = crawl_spider.domains_of(options, seeds)
     process = CrawlerProcess(crawl_spider.settings(options, len(domains), job))
-    process.crawl(crawl_spider.PageSpider, options=options, seeds=seeds, archive=archive)
+    process.crawl(
+        crawl_spider.PageSpider, options=options, seeds=seeds, archive=archive,
+        queue_path=job / "queue.jsonl",
+    )  # fmt: skip
     process.start()
     archive.close()
 
@@ -176,12 +178,28 @@ def _check_job(job: Path, options: CrawlOptions, seeds: list[str]) -> None:
         )
 
 
-def _begin_job(job: Path, options: CrawlOptions, seeds: list[str]) -> None:
-    """Mark the crawl as running. Remove the queue of a killed one, which is incomplete."""
+def _begin_job(job: Path, options: CrawlOptions, seeds: list[str]) -> dict[str, Any]:
+    """Mark the crawl as running, and return crawl.json of the run that it continues. A killed run
+    wrote none, nor a queue, and its successor meets the same refusals and errors again.
+
+    Scrapy's folder has pickles, which run code: nothing in it is read but the fingerprints of the
+    requests so far, which are bytes.
+    """
     write_json(job / "scope.json", _scope(options, seeds))
-    if (job / "running").exists():
-        remove(job / "scrapy")
+    scrapy, seen = job / "scrapy", job / "scrapy" / "requests.seen"
+    continues = (job / "queue.jsonl").is_file() and not (job / "running").exists()
+    if continues and seen.is_file() and not seen.is_symlink() and not scrapy.is_symlink():
+        for path in scrapy.iterdir():
+            if path != seen:
+                remove(path)
+    else:
+        continues = False
+        remove(scrapy)
+        remove(job / "queue.jsonl")
     (job / "running").touch()
+    with contextlib.suppress(InputError):
+        return read_json(options.out / "crawl.json") if continues else {}
+    return {}
 
 
 def _scope(options: CrawlOptions, seeds: list[str]) -> dict[str, Any]:
@@ -192,17 +210,6 @@ def _scope(options: CrawlOptions, seeds: list[str]) -> dict[str, Any]:
         "depth": options.depth,
         "previous": options.previous and str(options.previous.absolute()),
     }
-
-
-def _previous_run(out: Path, job: Path) -> dict[str, Any]:
-    """Return crawl.json of the run that this one continues. A killed run wrote none, and its
-    successor meets the same refusals and errors again.
-    """
-    if not (job / "scrapy").exists():
-        return {}
-    with contextlib.suppress(InputError):
-        return read_json(out / "crawl.json")
-    return {}
 
 
 def summary_text(summary: Mapping[str, Any]) -> str:

@@ -23,9 +23,12 @@ from scrapy.http import Headers, HtmlResponse, Response
 from scrapy.linkextractors import LinkExtractor
 from scrapy.responsetypes import responsetypes
 from scrapy.spidermiddlewares.httperror import HttpError
+from twisted.internet.task import LoopingCall
 
 from fastlm.data.crawl_archive import ENCODING, Archive, meta_of
+from fastlm.data.crawl_network import BoundedHandler
 from fastlm.data.crawl_options import CrawlOptions
+from fastlm.data.crawl_queue import FROM_QUEUE, CrawlScheduler, JsonQueue, SeenRequests
 from fastlm.data.warc_files import StoredPage, is_policy
 from fastlm.sources.warc import MAX_POLICY_BYTES, PAGE_FORMATS, POLICY_PATHS
 
@@ -33,6 +36,7 @@ SITE_POLICIES = sorted(POLICY_PATHS - {"/robots.txt"})  # which Scrapy fetches i
 MAX_WIRE_BYTES = 64 << 20  # of a policy file, which is cut at MAX_POLICY_BYTES; bounds its bombs
 MAX_LICENCES = 8  # licence files of a site
 MAX_LINKS = 10_000  # of a page; the longest sitemap pages have some thousand
+POLL_SECONDS = 0.5  # between two looks whether the crawl ends
 MAX_DELAY = 60.0  # seconds that a site may ask for between two requests
 RETRIES = 2  # Scrapy's default, stated because tests count requests
 POLICY_PRIORITY = 100  # before the pages of the site, whose priority is minus their depth
@@ -76,12 +80,18 @@ def settings(options: CrawlOptions, domains: int, job: Path) -> dict[str, Any]:
         "COOKIES_ENABLED": False,
         "REFERER_ENABLED": False,
         # a link to file://example.org/etc/passwd would be read from this machine
-        "DOWNLOAD_HANDLERS": dict.fromkeys(("file", "ftp", "s3", "data")),
+        "DOWNLOAD_HANDLERS": {
+            **dict.fromkeys(("file", "ftp", "s3", "data")),
+            **dict.fromkeys(("http", "https"), BoundedHandler),
+        },
         "TELNETCONSOLE_ENABLED": False,
         "REMOTE_CONTROL_ENABLED": False,
         # breadth first: the number of links from a seed is then the smallest possible
         "DEPTH_PRIORITY": 1,
-        "SCHEDULER_DISK_QUEUE": "scrapy.squeues.PickleFifoDiskQueue",
+        "SCHEDULER": CrawlScheduler,
+        "SCHEDULER_DISK_QUEUE": JsonQueue,
+        "DUPEFILTER_CLASS": SeenRequests,
+        "EXTENSIONS": {"scrapy.extensions.spiderstate.SpiderState": None},  # a pickle
         "SCHEDULER_MEMORY_QUEUE": "scrapy.squeues.FifoMemoryQueue",
         "JOBDIR": str(job / "scrapy"),
         "DOWNLOADER_MIDDLEWARES": {
@@ -103,9 +113,13 @@ class PageSpider(Spider):
 
     name = "fastlm"
 
-    def __init__(self, options: CrawlOptions, seeds: list[str], archive: Archive) -> None:
+    def __init__(
+        self, options: CrawlOptions, seeds: list[str], archive: Archive, queue_path: Path
+    ) -> None:
         super().__init__()
         self.options, self.seeds, self.archive = options, seeds, archive
+        self.queue_path = queue_path
+        self.stopped = False  # the crawl ends: what was not sent returns to the queue
         self.allowed_domains = domains_of(options, seeds)
         self._sites: set[str] = set()  # whose policy files were requested
         self._licences: Counter[str] = Counter()
@@ -162,6 +176,10 @@ class PageSpider(Spider):
         with any status.
         """
         error, is_policy_file = failure.value, failure.request.meta.get(POLICY)
+        if self.stopped and isinstance(error, IgnoreRequest):
+            failure.request.meta[FROM_QUEUE] = True
+            self.crawler.engine.scheduler.enqueue_request(failure.request)  # type: ignore[union-attr]
+            return
         prefix = "policy file: " * bool(is_policy_file)
         if isinstance(error, HttpError) and is_policy_file:
             self.archive.write_policy(error.response)
@@ -182,17 +200,14 @@ class PageSpider(Spider):
         site = urlsplit(base).netloc
         for url in urls:
             try:
-                url = urljoin(base, url.strip())
-                parts = urlsplit(url)
+                request = self.request(urljoin(base, url.strip()), is_policy=True)
             except ValueError:
                 continue
-            is_local = self._is_allowed(url)
-            if parts.scheme != "https" and not (is_local and parts.scheme == "http"):
+            if request is None:
                 self.archive.refused["licence file elsewhere"] += 1
             elif self._licences[site] < MAX_LICENCES:
                 self._licences[site] += 1
-                meta = {} if is_local else {"allow_offsite": True, "dont_redirect": True}
-                yield self._policy_request(url, meta)
+                yield request
 
     def closed(self, reason: str) -> None:
         """Take over the counts that only Scrapy has, and note why the crawl ended."""
@@ -227,7 +242,7 @@ class PageSpider(Spider):
         for link in islice(self._links.extract_links(response), MAX_LINKS):
             if link.nofollow:
                 self.archive.refused["nofollow"] += 1
-            elif not self._is_allowed(link.url):
+            elif not self.is_allowed(link.url):
                 self.archive.refused["link to another domain"] += 1
             elif not is_policy(link.url):
                 yield from self._page_requests(link.url)
@@ -235,20 +250,33 @@ class PageSpider(Spider):
     def _page_requests(self, url: str) -> Iterator[Request]:
         """Yield the request for a page, after those for the policy files of a new site."""
         site = urljoin(url, "/")
+        urls = [(url, False)]
         if site not in self._sites:
             self._sites.add(site)
-            for path in SITE_POLICIES:
-                yield self._policy_request(urljoin(site, path))
-        yield Request(url, self.parse, errback=self.count_failure)
+            urls = [(urljoin(site, path), True) for path in SITE_POLICIES] + urls
+        for address, is_policy_file in urls:
+            if request := self.request(address, is_policy_file):
+                yield request
 
-    def _policy_request(self, url: str, meta: dict[str, Any] | None = None) -> Request:
-        meta = {POLICY: True, "download_maxsize": MAX_WIRE_BYTES, **(meta or {})}
+    def request(self, url: str, is_policy: bool) -> Request | None:
+        """Return the request for a page of the crawl's domains or for a policy file, which may be
+        elsewhere if it has https; None for another URL. ValueError: not a URL.
+        """
+        is_local = self.is_allowed(url)
+        if not is_policy:
+            return Request(url, self.parse, errback=self.count_failure) if is_local else None
+        if not is_local and urlsplit(url).scheme != "https":
+            return None
+        meta = {POLICY: True, "download_maxsize": MAX_WIRE_BYTES}
+        if not is_local:
+            meta |= {"allow_offsite": True, "dont_redirect": True}
         return Request(
             url, self.parse_policy, errback=self.count_failure, meta=meta,
             priority=POLICY_PRIORITY,
         )  # fmt: skip
 
-    def _is_allowed(self, url: str) -> bool:
+    def is_allowed(self, url: str) -> bool:
+        """Return whether a URL belongs to the crawl's domains."""
         parts = urlsplit(url)
         if parts.scheme not in ("http", "https"):
             return False
@@ -291,7 +319,11 @@ class PolicyFiles:
         if is_robots_request(request):
             request.meta.setdefault(POLICY, True)
             request.meta["download_maxsize"] = MAX_WIRE_BYTES
-            request.meta["allow_offsite"] = True  # that of a licence file's site
+            # that of a licence file's site, or where one redirects to; addresses of a private
+            # network are refused in any case (`BoundedHandler`)
+            spider: Any = self.crawler.spider
+            is_local = spider.is_allowed(request.url)
+            request.meta["allow_offsite"] = is_local or request.url.startswith("https:")
 
     def process_response(self, request: Request, response: Response) -> Response:
         if not is_robots_request(request) or "unreachable" in response.flags:
@@ -311,9 +343,9 @@ class PolicyFiles:
         return response.replace(body=body)
 
     def process_exception(self, request: Request, exception: Exception) -> Response | None:
-        if not is_robots_request(request):
-            return None
         spider: Any = self.crawler.spider
+        if not is_robots_request(request) or spider.stopped:
+            return None
         spider.archive.errors[f"robots.txt: {type(exception).__name__}"] += 1
         return Response(request.url, body=FORBID_ALL, flags=["unreachable"], request=request)
 
@@ -366,12 +398,30 @@ class StoredPages:
 
 class SiteDelays:
     """Wait as long as a site asks for: ``Crawl-delay``, and ``Retry-After`` of status 429 and 503.
-    AutoThrottle slows down for slow answers only.
+    AutoThrottle slows down for slow answers only. A crawl that ends does not wait: requests whose
+    time has not come return to the queue.
     """
 
     def __init__(self, crawler: Crawler) -> None:
         self.crawler = crawler
         crawler.signals.connect(self.robots_parsed, signals.robots_parsed)
+        self._poll = LoopingCall(self._return_waiting)  # Scrapy has no signal for the first moment
+        crawler.signals.connect(self._start_poll, signals.spider_opened)
+        crawler.signals.connect(self._poll.stop, signals.spider_closed)
+
+    def _start_poll(self) -> None:
+        self._poll.start(POLL_SECONDS, now=False)
+
+    def _return_waiting(self) -> None:
+        engine: Any = self.crawler.engine
+        if engine._slot is None or engine._slot.closing is None:
+            return
+        spider: Any = self.crawler.spider
+        spider.stopped = True
+        for slot in engine.downloader.slots.values():
+            while slot.queue:
+                _, waiting = slot.queue.popleft()
+                waiting.errback(IgnoreRequest("the crawl ends"))
 
     @classmethod
     def from_crawler(cls, crawler: Crawler) -> "SiteDelays":

@@ -6,6 +6,7 @@ import fcntl
 import gzip
 import json
 import os
+import pickle
 import re
 import shlex
 import shutil
@@ -614,3 +615,164 @@ def test_policy_files_are_stored_with_any_status(hostile_crawl):
     assert stored["/l.xml"] == stored["/n.xml"] == (200, b"<rsl/>")
     assert stored["/m.xml"] == (404, b"<rsl/>")
     assert not {"/o.xml", "/p.xml", "/x.xml"} & {path for _, path, _, _ in site.requests}
+
+
+# ---- folders from strangers
+
+
+class RunsCode:
+    """A pickle that makes a folder when it is read."""
+
+    def __init__(self, mark):
+        self.mark = mark
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.mark),)
+
+
+def test_no_pickle_of_the_folder_is_read(tmp_path):
+    """Neither in a new folder, nor in one whose crawl was stopped; the crawl then continues."""
+    data = pickle.dumps(RunsCode(tmp_path / "pwned"))
+    out = tmp_path / "out"
+    plant(out, data)
+    with web_site(tree(40, 0.02)) as site:
+        process = start(out, site, 12)
+        process.send_signal(signal.SIGINT)
+        process.communicate(timeout=30)
+        assert process.returncode == 130
+        assert (out / ".job" / "queue.jsonl").stat().st_size
+        plant(out, data)
+        run(out, site.url())
+        downloads = Counter(path for path in site.paths() if path not in POLICIES)
+    assert not (tmp_path / "pwned").exists()
+    assert pages(out) == Counter(f"/{n or ''}" for n in range(40))
+    assert max(downloads.values()) == 1
+    with pytest.raises(FileExistsError):  # the pickle does work
+        (tmp_path / "pwned").mkdir()
+        pickle.loads(data)
+
+
+def plant(out, data):
+    """Write a pickle, as it is and as a queue of Scrapy has it, wherever Scrapy reads some."""
+    folder = out / ".job" / "scrapy"
+    queue = folder / "requests.queue" / "0"
+    queue.mkdir(parents=True, exist_ok=True)
+    (folder / "spider.state").write_bytes(data)
+    (queue / "q00000").write_bytes(len(data).to_bytes(4, "big") + data)
+    info = {"chunksize": 100_000, "size": 1, "tail": [0, 0, 0], "head": [0, 1]}
+    (queue / "info.json").write_text(json.dumps(info))
+    (folder / "requests.queue" / "active.json").write_text("[0]")
+
+
+def queued(url, policy=False, priority=0, **meta):
+    return json.dumps({"url": url, "policy": policy, "priority": priority, "meta": meta})
+
+
+def test_lines_of_the_queue_that_are_no_requests_are_left_out(tmp_path):
+    """A queue from elsewhere decides which pages of the crawl come first, and nothing else."""
+    with web_site(tree(40, 0.02)) as site:
+        process = start(tmp_path, site, 12)
+        process.send_signal(signal.SIGINT)
+        process.communicate(timeout=30)
+        assert process.returncode == 130
+        queue = tmp_path / ".job" / "queue.jsonl"
+        count = len(queue.read_text().splitlines())
+        bad = [
+            queued("file:///etc/passwd"), queued(site.url("/", "127.0.0.2")), queued("/3"),
+            queued(site.url("/x", "127.0.0.2"), policy=True), queued(site.url(), priority="0"),
+            queued(site.url(), priority=1 << 60), "[]", "1", "null", '{"url": 1}', "[" * 60_000,
+            "{", queued(site.url("/bad"), redirect_urls=[1]), "x" * 60_000,
+            json.dumps({"url": site.url(), "policy": False, "priority": 0, "meta": []}),
+        ]  # fmt: skip
+        queue.write_text(queue.read_text() + "\n".join(bad) + "\n" + queued(site.url("/39"))[:-9])
+        before = len(site.requests)
+        run(tmp_path, site.url())
+        hosts = {host for host, *_ in site.requests}
+        paths = [path for _, path, *_ in site.requests[before:] if path != "/robots.txt"]
+    assert count and hosts == {"127.0.0.1"}
+    assert set(paths) <= {f"/{n}" for n in range(40)} | {"/bad"}
+    refused = summary(tmp_path)["refused"]
+    assert refused["line of the queue that is no request"] >= len(bad) - 1
+    assert pages(tmp_path) == Counter(f"/{n or ''}" for n in range(40))
+
+
+# ---- a site that uses the crawler
+
+
+def test_a_robots_txt_does_not_lead_into_the_own_network(tmp_path):
+    """The seeds' hosts alone may have private addresses."""
+
+    def handler(host, path, headers):
+        port = headers["host"].rpartition(":")[2]
+        if path == "/robots.txt" and host != "127.0.0.3":
+            scheme = {"127.0.0.1": "http", "127.0.0.2": "https"}[host]
+            return http(b"", "302 Found", None, f"Location: {scheme}://127.0.0.3:{port}/inside")
+        return http(b"secret" if path == "/inside" else b"<p>text", "200 OK", "text/html")
+
+    with web_site(handler) as site:
+        run(tmp_path, site.url(), site.url("/", "127.0.0.2"), status=2)
+    assert {host for host, *_ in site.requests} == {"127.0.0.1", "127.0.0.2"}
+    errors = summary(tmp_path)["errors"]
+    assert errors["robots.txt: PrivateAddressError"] == 1 and errors["robots.txt: IgnoreRequest"]
+    assert not any(b"secret" in body for *_, body in responses(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("address", "expected"),
+    [
+        ("93.184.215.14", True), ("2606:2800:21f::1", True), ("::ffff:93.184.215.14", True),
+        ("127.0.0.1", False), ("10.1.2.3", False), ("169.254.169.254", False), ("0.0.0.0", False),
+        ("100.64.0.1", False), ("192.168.1.1", False), ("224.0.0.1", False), ("::1", False),
+        ("::ffff:10.0.0.1", False), ("::ffff:169.254.169.254", False), ("fd00::1", False),
+        ("fe80::1%eth0", False), ("2002:7f00:1::", False), ("64:ff9b::a00:1", False), ("::", False),
+    ],
+)  # fmt: skip
+def test_public_addresses(address, expected):
+    from fastlm.data.crawl_network import is_public
+
+    assert is_public(address) is expected
+
+
+def test_endless_headers_end_an_answer(tmp_path):
+    """At 256 KiB, also where they are those of answers without an end; asked for once."""
+
+    def endless(line):
+        yield b"HTTP/1.1 200 OK\r\nContent-Type: text/html\r\n"
+        for _ in range(20_000):
+            yield line
+
+    def handler(host, path, headers):
+        if path == "/":
+            links = "".join(f"<a href='/{name}'>x</a>" for name in ("lines", "continues", "fine"))
+            return http(links.encode())
+        if path == "/lines":
+            return endless(b"X: " + b"y" * 4000 + b"\r\n")
+        if path == "/continues":
+            return [b"HTTP/1.1 100 Continue\r\n\r\n"] * 200_000
+        return NOT_FOUND if path in POLICIES else http(b"<p>text")
+
+    with web_site(handler) as site:
+        run(tmp_path, site.url(), "--timeout", 30)
+    assert pages(tmp_path) == Counter(["/", "/fine"])
+    assert summary(tmp_path)["refused"]["too large"] == 2
+    assert max(site.sent.values()) < 8 << 20  # what the kernel's buffers hold
+    assert max(Counter(site.paths()).values()) == 1
+
+
+def test_a_crawl_that_ends_does_not_wait_for_a_slow_site(tmp_path):
+    """What waits for its time returns to the queue, and nothing counts as refused."""
+
+    def handler(host, path, headers):
+        if path == "/robots.txt":
+            return robots(b"User-agent: *\nCrawl-delay: 60\n")
+        return tree(9)(host, path, headers)
+
+    with web_site(handler) as site:
+        begin = time.monotonic()
+        run(tmp_path, site.url(), "--max-seconds", 2)
+        assert time.monotonic() - begin < 50  # a second request would come after 60 s
+    stored = summary(tmp_path)
+    assert stored["end"] == "max_seconds" and not stored["refused"] and not stored["errors"]
+    lines = (tmp_path / ".job" / "queue.jsonl").read_text().splitlines()
+    urls = {json.loads(line)["url"] for line in lines}
+    assert {site.url(path) for path in ("/", *POLICIES[1:])} == urls
