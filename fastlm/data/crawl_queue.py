@@ -47,15 +47,15 @@ def request_of(line: bytes, spider: Any) -> Request | None:
         url, is_policy, priority, meta = (row[k] for k in ("url", "policy", "priority", "meta"))
         if not isinstance(url, str) or type(priority) is not int or abs(priority) > MAX_PRIORITY:
             return None
-        kept = {k: meta[k] for k, kind in META.items() if type(meta.get(k)) is kind}
+        values = {k: meta[k] for k, kind in META.items() if type(meta.get(k)) is kind}
         first = meta.get("redirect_urls") or []
         if isinstance(first, list) and all(isinstance(u, str) for u in first):
-            kept["redirect_urls"] = first
+            values["redirect_urls"] = first
         request = spider.request(url, is_policy is True)
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None
     if request is not None:
-        request.meta.update(kept)
+        request.meta.update(values)
         request.priority = priority
     return request
 

@@ -149,8 +149,16 @@ def test_chat(opened, tiny, tmp_path):
             server, f"Hello. {HOSTILE}\n```\ncode <b>\n```", "Second", "Third", "Fourth", "Fifth"
         )
         page, wrong = opened(url)
+        examples = page.locator("#examples button")
+        examples.last.click()
+        assert page.get_by_label("Message", exact=True).input_value() == examples.last.inner_text()
+        assert examples.count() == 2 and page.evaluate("document.activeElement.id") == "text"
         send(page, f"Hi {HOSTILE}")
         status(page, r"^\d+ tokens in \d+\.\d s")
+        assert (
+            page.get_by_text(re.compile("tokens in")).count() == 1
+            and not examples.first.is_visible()
+        )
         first = page.get_by_role("article", name="Answer")
         assert HOSTILE in first.locator(".text").inner_text()
         assert first.locator("pre").inner_text() == "code <b>\n"
@@ -227,10 +235,13 @@ def test_chat(opened, tiny, tmp_path):
         dark = page.evaluate("getComputedStyle(document.body).backgroundColor")
         page.get_by_role("button", name="Theme").click()  # auto, then light
         assert page.evaluate("getComputedStyle(document.body).backgroundColor") != dark
-        page.set_viewport_size({"width": 360, "height": 740})
-        assert not page.evaluate(TOO_WIDE)
+        for width in (390, 360):
+            page.set_viewport_size({"width": width, "height": 740})
+            assert not page.evaluate(TOO_WIDE)
+            buttons = page.locator("header button").all()
+            assert len({button.bounding_box()["y"] for button in buttons}) == 1  # on one line
         page.get_by_role("button", name="New").click()
-        assert page.locator("article").count() == 0
+        assert page.locator("article").count() == 0 and examples.first.is_visible()
 
 
 def test_markdown(opened, tiny):

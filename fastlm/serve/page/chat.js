@@ -154,8 +154,8 @@ async function answer(old = null) {
     role: "assistant", texts, ends, id: failed ? null : id, sent: Boolean(request.store),
     prompt: request.messages, tokens: usage?.completion_tokens,
   };
-  if (n === 1) addAnswer(turn, 0, pair, time);
-  else offerChoice(turn, pair, time);
+  if (n === 1) addAnswer(turn, 0, pair);
+  else offerChoice(turn, pair);
   if (failed) say(failed.message, ...retry(failed, () => regenerate(turn)));
   keep();
 }
@@ -193,11 +193,11 @@ function offerToForget(old) {
 }
 
 /** Let the user pick one of two answers. */
-function offerChoice(turn, pair, time) {
+function offerChoice(turn, pair) {
   const pick = (i) => {
     if (pending !== turn) return; // the conversation continued without them
     document.removeEventListener("keydown", keys);
-    addAnswer(turn, i, pair, time);
+    addAnswer(turn, i, pair);
     keep();
     if (turn.id) sendAndKeep(turn, { preferred_over: [{ choice: 1 - i }] });
     $("text").focus();
@@ -212,11 +212,11 @@ function offerChoice(turn, pair, time) {
 }
 
 /** Make one of the texts the next turn of the conversation. */
-function addAnswer(turn, i, pair, time) {
+function addAnswer(turn, i, pair) {
   pending = null;
   Object.assign(turn, { content: turn.texts[i], choice: i });
   conversation.turns.push(turn);
-  createAnswer(turn, time);
+  createAnswer(turn);
   pair.replaceWith(turn.node);
   scrollTo(turn.node);
 }
@@ -224,7 +224,7 @@ function addAnswer(turn, i, pair, time) {
 // ---- turns on the page
 
 /** Create the element of an answer. */
-function createAnswer(turn, time = "") {
+function createAnswer(turn) {
   turn.node = el("article", { className: "assistant", ariaLabel: "Answer" }, el("div", { className: "text" }));
   show(turn.node.firstChild, turn.content);
   const row = el("div", { className: "row tools" });
@@ -250,7 +250,7 @@ function createAnswer(turn, time = "") {
     }]);
   }
   const copier = iconButton("copy", "Copy answer", () => copy(copier, turn.content));
-  row.append(copier, menu("More about this answer", more), el("span", { className: "quiet", textContent: time }));
+  row.append(copier, menu("More about this answer", more));
   turn.node.append(row);
   if (turn.ends?.[turn.choice] === "length") showTruncation(turn);
 }
@@ -389,6 +389,9 @@ $("form").onsubmit = async (event) => {
   $("text").value = "";
   await submit(text);
 };
+for (const example of document.querySelectorAll("#examples button")) {
+  example.onclick = () => { $("text").value = example.textContent; $("text").focus(); };
+}
 $("text").onkeydown = (event) => {
   if (event.key === "Enter" && !event.shiftKey && !event.isComposing) {
     event.preventDefault();
