@@ -521,6 +521,16 @@ def test_tests_that_fail_say_where(tests, reason, detail):
     assert outcome.reason == reason and detail in outcome.detail
 
 
+@pytest.mark.parametrize("error", ["StopIteration", "StopAsyncIteration", "GeneratorExit"])
+def test_an_error_that_ends_loops_passes_no_tests(error):
+    """map() would take it for its end, and the loop for a pass."""
+    tests = "for a in map(f, [1, 2]):\n    assert a == 1\nassert all(map(f, [0]))"
+    outcome = run_code(f"def f(x): raise {error}", tests)
+    assert outcome.reason == "error" and error in outcome.detail
+    generator = "def f(x):\n    yield x\n    return"  # an end is an end
+    assert run_code(generator, "assert list(f(1)) == [1]").passed
+
+
 def test_outcomes_are_in_order_and_told_as_they_come():
     cases = [Case(f"def f(): return {i}", f"assert f() == {i if i % 3 else -1}") for i in range(12)]
     reported: list[Outcome] = []

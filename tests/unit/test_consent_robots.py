@@ -1,11 +1,13 @@
 """Groups of robots.txt against Google's parser, and the two libraries against each other."""
 
+import json
 import random
 import time
 
 import pytest
 
 from fastlm.data.consent import path_matcher
+from fastlm.data.consent import rsl as rsl_module
 from fastlm.data.consent.path_matcher import (
     MAX_PATH,
     GoogleMatcher,
@@ -13,7 +15,9 @@ from fastlm.data.consent.path_matcher import (
     normal_path,
     normal_pattern,
 )
-from fastlm.data.consent.robots import RobotsFile, product_token
+from fastlm.data.consent.robots import RobotsFile, path_statement, product_token
+from fastlm.data.consent.rsl import RslDocument
+from fastlm.data.consent.tdmrep import TdmFile, file_statement
 
 PATTERNS = [
     "/", "/a", "/a/", "/a/b", "/a*", "/*.pdf$", "/a/$", "/b", "/a%20b", "/A", "/*?x=", "", "/a/b/c",
@@ -148,3 +152,58 @@ def test_wildcards_cannot_stall():
     started = time.process_time()
     assert group.disallows(normal_path("/" + "a" * 4000)) is None
     assert time.process_time() - started < 2
+
+
+# ---- patterns that take long to match
+
+
+def many(count: int) -> list[str]:
+    return [f"/{i}*" + "a*" * 900 for i in range(count)]
+
+
+def rsl(urls: list[str]) -> RslDocument:
+    permits = '<license><permits type="usage">all</permits></license>'
+    contents = "".join(f'<content url="{url}">{permits}</content>' for url in urls)
+    return RslDocument(f'<rsl xmlns="https://rslstandard.org/rsl">{contents}</rsl>')
+
+
+FILES = {
+    "robots.txt": (
+        lambda urls: RobotsFile("User-agent: x\n" + "".join(f"Allow: {u}\n" for u in urls)),
+        lambda file, path: path_statement(file, "", path, ("x", "y")),
+    ),
+    "tdmrep.json": (
+        lambda urls: TdmFile(json.dumps([{"location": u, "tdm-reservation": 0} for u in urls])),
+        lambda file, path: file_statement(file, "", path),
+    ),
+    "rsl": (rsl, lambda file, path: file.statement("", "", "https://x.example", path, True)),
+}
+
+
+@pytest.mark.parametrize("kind", FILES)
+def test_a_file_of_patterns_that_take_long_counts_as_no(kind):
+    """At the limit a page takes a tenth of a second; beyond it, no time and no consent."""
+    make, statement = FILES[kind]
+    path = "/5" + "a" * 2000
+    file = make(many(30))
+    assert not file.problem
+    begin = time.process_time()
+    for _ in range(3):
+        statement(file, path)
+    assert time.process_time() - begin < 1.5  # 0.1 here; 240 patterns took 2 to 4
+    file = make(many(240))
+    consent = statement(file, path)
+    assert "of patterns with *" in file.problem and consent and consent.verdict == "no"
+
+
+def test_the_scopes_of_a_licence_are_computed_once(monkeypatch):
+    """6,000 contents took 40 ms for each page of the site."""
+    calls = []
+    scope = rsl_module._scope
+    monkeypatch.setattr(rsl_module, "_scope", lambda *a: calls.append(a) or scope(*a))
+    document = rsl([f"/{i}/" for i in range(500)])
+    for i in range(100):
+        consent = document.statement("", "", "https://x.example", f"/{i}/page", False)
+        assert consent and consent.verdict == "yes"
+    assert document.statement("", "", "https://x.example", "/elsewhere", False) is None
+    assert len(calls) == 500

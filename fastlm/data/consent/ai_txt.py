@@ -13,7 +13,11 @@ Rejected: ai.json, the same in JSON; no site with it was found.
 
 import re
 
-from fastlm.data.consent.path_matcher import normal_pattern, path_matcher
+from fastlm.data.consent.path_matcher import (
+    normal_pattern,
+    path_matcher,
+    too_many_wildcards,
+)
 from fastlm.data.consent.robots import RobotsFile
 from fastlm.data.consent.statement import Consent, Standard, quote
 
@@ -51,6 +55,9 @@ class AiTxt:
             self._parse(text)
             if not _SITE_FIELDS & self.fields.get("", {}).keys() and len(self.fields) < 2:
                 self.fields, self.problem = {}, "neither of the two forms of ai.txt"
+            if problem := too_many_wildcards(glob[1] for glob in self.globs):
+                self.problem, self.globs = problem, []
+                self.fields = {"": {"training": (f"deny ({problem})", 1)}}
 
     def _parse(self, text: str) -> None:
         agent = ""
@@ -97,7 +104,7 @@ class AiTxt:
             return _consent("no", "Training: deny, the default", address, 0)
         value, line = field
         rule = f"Training: {value} ({crawler})"
-        if value.lower() == "deny":
+        if value.lower().startswith("deny"):
             return _consent("no", rule, address, line)
         if value.lower() != "conditional":
             return None

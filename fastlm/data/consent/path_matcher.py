@@ -16,13 +16,16 @@ once more on both sides.
 import re
 import string
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import cache
 from typing import Any, Protocol
 
 # Characters compared of a path and of a pattern; a longer pattern becomes its beginning, which
 # matches more. Google's matcher takes time proportional to the product of both for a wildcard.
 MAX_PATH = 2048
+# Characters of a file's patterns with wildcards: a page of its site then costs at most a tenth of a
+# second. A file with more counts as "no" (`too_many_wildcards`).
+MAX_WILDCARDS = 64 << 10
 
 Rules = Sequence[tuple[bool, str]]  # (is it Allow?, pattern)
 
@@ -57,6 +60,14 @@ def normal_pattern(pattern: str) -> str:
     if len(pattern) > MAX_PATH:
         pattern = pattern[:MAX_PATH]
     return pattern if _PLAIN(pattern) else _ESCAPE.sub(_respell, pattern)
+
+
+def too_many_wildcards(patterns: Iterable[str]) -> str:
+    """Return what is wrong with the patterns of a file, "" if matching them takes little time."""
+    size = sum(min(len(pattern), MAX_PATH) for pattern in patterns if "*" in pattern)
+    if size <= MAX_WILDCARDS:
+        return ""
+    return f"{size:,} characters of patterns with *, more than {MAX_WILDCARDS:,}: counts as no"
 
 
 def _respell(match: re.Match[str]) -> str:

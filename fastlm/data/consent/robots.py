@@ -23,7 +23,12 @@ from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 from urllib.parse import urljoin
 
-from fastlm.data.consent.path_matcher import PathMatcher, normal_pattern, path_matcher
+from fastlm.data.consent.path_matcher import (
+    PathMatcher,
+    normal_pattern,
+    path_matcher,
+    too_many_wildcards,
+)
 from fastlm.data.consent.statement import Consent, Standard, for_all, quote
 
 STANDARD = Standard(
@@ -88,6 +93,11 @@ class RobotsFile:
         self._groups: dict[tuple[tuple[int, ...], tuple[int, ...]], RobotsGroup] = {}
         self._views: dict[tuple[str, ...], list[tuple[str, RobotsGroup]]] = {}
         self._parse(text)
+        lines = (line for block in (*self._paths, *self._extensions) for line in block)
+        if problem := too_many_wildcards(line.value for line in lines):
+            self.problem, self.licences, self._extensions = problem, [], []
+            self._paths = [[RobotsLine(1, "disallow", "/", problem)]]
+            self._agents = {"*": ([0], [])}
         lines = (line for block in self._extensions for line in block)
         self.names_licence = bool(self.licences) or any(line.key == "license" for line in lines)
 

@@ -24,12 +24,17 @@ expat parses; entity declarations are refused and nothing external is read.
 """
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from fastlm.data.consent.page import Response
-from fastlm.data.consent.path_matcher import normal_pattern, path_matcher
+from fastlm.data.consent.path_matcher import (
+    PathMatcher,
+    normal_pattern,
+    path_matcher,
+    too_many_wildcards,
+)
 from fastlm.data.consent.robots import RobotsFile, RobotsLine, join
 from fastlm.data.consent.statement import Consent, Standard, most_restrictive, quote
 
@@ -40,6 +45,7 @@ TYPE = "application/rsl+xml"
 MAX_CHARACTERS = 1 << 20
 MAX_DEPTH = 64  # RSL itself nests 5 deep, a feed around it a few more
 MAX_ELEMENTS = 20_000
+MAX_ORIGINS = 64  # sites of a document whose scopes are kept
 MAX_DOCUMENTS = 8  # named by one page or one site
 TRAINING = frozenset({"all", "ai-all", "ai-train"})
 
@@ -93,6 +99,7 @@ class RslDocument:
         self.contents: list[Content] = []
         self.conformant = True
         self.problem = ""
+        self._scopes: dict[tuple[str, bool], _Scopes] = {}
         if len(text) > MAX_CHARACTERS:
             self.problem = f"{len(text):,} characters, more than {MAX_CHARACTERS:,}"
             return
@@ -103,6 +110,10 @@ class RslDocument:
             return
         if not self.contents:
             self.problem = "no <content> of RSL's namespace"
+        if problem := too_many_wildcards(content.url for content in self.contents):
+            self.problem = problem
+            term = Term("prohibits", "usage", 1, frozenset({"all"}))
+            self.contents = [Content("/", "", 1, [Licence([term])])]
 
     def statement(
         self, address: str, where: str, origin: str, path: str, of_page: bool
@@ -112,16 +123,13 @@ class RslDocument:
         where: the place that names the document. of_page: whether that is the page itself; then
         ``url=""`` means the page.
         """
-        patterns = [_scope(content.url, origin, of_page) for content in self.contents]
-        by_pattern: dict[str, list[Content]] = {}
-        for pattern, content in zip(patterns, self.contents):
-            if pattern is not None:
-                by_pattern.setdefault(pattern, []).append(content)
-        # "" is the page itself, narrower than any pattern
-        for pattern in sorted(by_pattern, key=lambda p: len(p) if p else 1 << 30, reverse=True):
-            if pattern and path_matcher([(False, pattern)]).match(path) is None:
-                continue
-            if statement := self._evaluate(by_pattern[pattern], address):
+        scopes = self._scopes.get((origin, of_page))
+        if scopes is None:
+            if len(self._scopes) == MAX_ORIGINS:
+                self._scopes.clear()
+            scopes = self._scopes[origin, of_page] = _Scopes(self.contents, origin, of_page)
+        for contents in scopes.matching(path):
+            if statement := self._evaluate(contents, address):
                 source = f"{statement.source} ({where})" if where else statement.source
                 return statement._replace(source=source)
         return None
@@ -149,6 +157,34 @@ class RslDocument:
                 if grant.verdict == verdict:
                     return grant
         return refusals[0] if refusals else None
+
+
+class _Scopes:
+    """The contents of a document by their patterns for one site, the narrowest first."""
+
+    def __init__(self, contents: Sequence[Content], origin: str, of_page: bool):
+        by_pattern: dict[str, list[Content]] = {}
+        for content in contents:
+            if (pattern := _scope(content.url, origin, of_page)) is not None:
+                by_pattern.setdefault(pattern, []).append(content)
+        self._page = by_pattern.pop("", None)  # the page itself, narrower than any pattern
+        self._patterns = sorted(by_pattern.items(), key=lambda item: len(item[0]), reverse=True)
+        self._any = path_matcher([(False, pattern) for pattern, _ in self._patterns])
+        self._each: dict[int, PathMatcher] = {}
+
+    def matching(self, path: str) -> Iterator[Sequence[Content]]:
+        """Yield the contents that are for ``path``, the narrowest first."""
+        if self._page:
+            yield self._page
+        first = self._any.match(path) if self._patterns else None
+        if first is None:
+            return
+        yield self._patterns[first][1]
+        for i in range(first + 1, len(self._patterns)):
+            if i not in self._each:
+                self._each[i] = path_matcher([(False, self._patterns[i][0])])
+            if self._each[i].match(path) is not None:
+                yield self._patterns[i][1]
 
 
 def _condition(licence: Licence, content: Content) -> tuple[str, str]:

@@ -14,7 +14,12 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from fastlm.data.consent.page import MetaElement
-from fastlm.data.consent.path_matcher import PathMatcher, normal_pattern, path_matcher
+from fastlm.data.consent.path_matcher import (
+    PathMatcher,
+    normal_pattern,
+    path_matcher,
+    too_many_wildcards,
+)
 from fastlm.data.consent.statement import Consent, Standard, quote
 
 STANDARD = Standard(
@@ -53,6 +58,8 @@ class TdmFile:
             self._parse(text.removeprefix("\ufeff"))
         except (ValueError, RecursionError) as error:
             self.rules, self.problem = [], f"not a JSON array: {quote(str(error))}"
+        if problem := too_many_wildcards(rule.pattern for rule in self.rules):
+            self.problem, self.rules = problem, [TdmRule("/", "no", problem, 1)]
         self._any = path_matcher([(False, rule.pattern) for rule in self.rules])
 
     def _parse(self, text: str) -> None:
