@@ -27,7 +27,7 @@ from fastlm.data.ngrams import build_indexes, covered_mask, hashes
 from fastlm.data.prompts import parse_prompt
 from fastlm.errors import InputError
 from fastlm.schema import parse
-from fastlm.sources.source_files import list_files, read_files
+from fastlm.sources.source_files import leads_out, list_files, read_files
 from fastlm.sources.streams import open_stream
 
 N, SHORT = 40, 25  # letters of a run: about 13 tokens; of questions with fewer letters than N
@@ -210,7 +210,8 @@ def _question(line: bytes, name: str, id: str, location: str) -> EvaluationQuest
 def question_files(path: str | Path) -> list[Path]:
     """Return the files of a path of `read_questions`, in order. InputError: there is none."""
     path = Path(path)
-    files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
+    paths = sorted(path.rglob("*")) if path.is_dir() else [path]
+    files = [p for p in paths if p.is_file() and not (p != path and leads_out(p, path))]
     if not files or not files[0].is_file():
         raise InputError(f"decontaminate: expected a file of questions or a folder, got {path}")
     return files

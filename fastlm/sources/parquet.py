@@ -1,15 +1,18 @@
 """Read Parquet files: a column of text, a row a document, one row group after the other.
 
-A row group is read in batches, so memory does not grow with it. A group that cannot be decoded is
-counted, and the next one is read. Its pages are checked against their checksums where a file has
-them.
+A row group is read in batches, so memory grows with its largest page, not with the group: pyarrow
+writes up to 1,024 rows as a page and decodes a page whole. So a group whose rows are too long for
+that, or that is packed as no text is, is not read (`_check_size`), and texts are read as entries of
+their dictionary: a page that names one long text a thousand times has it once. A group that cannot
+be decoded is counted, and the next one is read. Its pages are checked against their checksums where
+a file has them.
 
 Rejected: reading a group in one call (a writer's default group has a million rows).
 """
 
 import builtins
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from datetime import date, datetime
 from math import isfinite
 from typing import Any
@@ -33,6 +36,10 @@ MAX_META_CHARACTERS = 8 << 10
 BATCH_BYTES, MAX_BATCH_ROWS = 4 << 20, 1024  # of one batch, by the average size of a row
 # of one row group: the rows before a slice are decoded and dropped
 MAX_GROUP_SLICES = 8
+PAGE_ROWS = 1024  # that pyarrow writes as one page
+MAX_PAGE_BYTES = 1 << 30  # of such a page, by the average size of a row
+# A group of this size may be so many times as large as its packed bytes: zstd packs text to a fifth
+MAX_PACKED_BYTES, MAX_RATIO = 256 << 20, 100
 
 
 def read_parquet(
@@ -52,6 +59,7 @@ def read_parquet(
     with open_file(file.path) as raw:
         table = _open(file, raw)
         columns = _columns(file, table, field)
+        table = _open(file, raw, columns)
         faults: list[str] = []
         stop = range.stop if range.stop is not None else table.metadata.num_rows
 
@@ -126,7 +134,8 @@ def row_group_starts(file: SourceFile, raw: Any, unit_bytes: int) -> Iterator[in
         size += group_bytes if slices < 2 else unit_bytes
 
 
-def _open(file: SourceFile, raw: Any) -> Any:
+def _open(file: SourceFile, raw: Any, dictionaries: Sequence[str] = ()) -> Any:
+    """Open a file; ``dictionaries`` are columns that are read as entries of a dictionary."""
     try:
         import pyarrow.parquet as parquet
     except ImportError:
@@ -135,7 +144,9 @@ def _open(file: SourceFile, raw: Any) -> Any:
             " (pip install 'fastlm[data]')"
         ) from None
     try:
-        return parquet.ParquetFile(raw, pre_buffer=False, page_checksum_verification=True)
+        return parquet.ParquetFile(
+            raw, pre_buffer=False, page_checksum_verification=True, read_dictionary=dictionaries
+        )
     except StoreError:
         raise
     except _errors() as e:
@@ -181,11 +192,33 @@ def _is_text(type: Any) -> bool:
 
 def _batches(table: Any, group: int, columns: list[str]) -> Iterator[Any]:
     metadata = table.metadata.row_group(group)
+    columns = _check_size(metadata, columns)
     row_bytes = max(1, metadata.total_byte_size // max(1, metadata.num_rows))
     size = max(1, min(BATCH_BYTES // row_bytes, MAX_BATCH_ROWS))
     return table.iter_batches(
         batch_size=size, row_groups=[group], columns=columns, use_threads=False
     )
+
+
+def _check_size(metadata: Any, columns: list[str]) -> list[str]:
+    """Return the columns of a row group to read: the text, and the metadata that is short on the
+    average. ValueError: the group would need too much memory.
+    """
+    chunks = [metadata.column(i) for i in builtins.range(metadata.num_columns)]
+    sizes = {chunk.path_in_schema: chunk for chunk in chunks}
+    rows = max(1, metadata.num_rows)
+    text, *others = columns
+    columns = [text]
+    for name in others:
+        if sizes[name].total_uncompressed_size <= MAX_META_CHARACTERS * rows:
+            columns.append(name)
+    unpacked = sum(sizes[name].total_uncompressed_size for name in columns)
+    packed = sum(sizes[name].total_compressed_size for name in columns)
+    if unpacked // rows * min(rows, PAGE_ROWS) > MAX_PAGE_BYTES:
+        raise ValueError(f"{rows:,} rows of {unpacked // rows:,} bytes: a page would be too large")
+    if unpacked > MAX_PACKED_BYTES and unpacked > MAX_RATIO * max(1, packed):
+        raise ValueError(f"{unpacked:,} bytes in {packed:,}: no text is packed so small")
+    return columns
 
 
 def _batch_rows(batch: Any) -> Iterator[dict[str, Any] | InputError]:

@@ -61,6 +61,7 @@ FORMATS = DOCUMENTS | dict.fromkeys(VERBATIM, "text") | {
 }  # fmt: skip
 UNSUPPORTED_TYPE, NO_ENDING = "unsupported type", "no ending"
 NO_TRAINING_PART = "not the training part of a corpus"
+LINK = "link to a file outside of the source"
 # such as .git and .venv in a repository. A glob that names them still selects them.
 HIDDEN = re.compile(r"(^|/)(\.|(node_modules|__pycache__)/)")
 # Files of folders that `fastlm data prepare` wrote, and what is not their training part
@@ -163,8 +164,8 @@ def list_files(
             continue
         relative = printable(name)
         ending = file_ending(relative)
-        if package and path.is_symlink():  # in a cache of an older version
-            skipped["link inside a package"] += 1
+        if leads_out(path, root):
+            skipped[LINK] += 1
         elif glob and not fnmatch.fnmatch(relative, glob):
             skipped["not matched by the glob"] += 1
         elif not glob and HIDDEN.search(relative):
@@ -192,6 +193,13 @@ def list_files(
         reasons = f" ({counts})" if counts else ""
         raise InputError(f"source {spec}: expected files {types}; found none{reasons}")
     return files, skipped
+
+
+def leads_out(path: Path, root: Path) -> bool:
+    """Return whether a path of the folder ``root`` is a link to a file outside of it: someone
+    else's folder must not choose what is read of this machine.
+    """
+    return path.is_symlink() and not path.resolve().is_relative_to(root.resolve())
 
 
 def corpus_folders(names: Collection[str]) -> list[str]:

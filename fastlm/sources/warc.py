@@ -49,6 +49,9 @@ MAX_BLOCK_BYTES = MAX_DOCUMENT_BYTES + (1 << 20)
 MAX_HEADER_BYTES = 64 << 10  # fastwarc's own limit for a record header
 MAX_ENCODINGS = 2  # of a body, one inside the other
 MAX_BROKEN = 10_000  # of one file; each costs a search for the next record
+# What is read again because records are broken, of which each may reach to the end of the file: in
+# lengths of the file, decompressed, and at least in bytes
+MAX_REREADS, MIN_REREAD_BYTES = 4, 64 << 20
 MAX_REWINDS = 16  # broken records of a file that is decompressed from its start each time
 RECORD_START = re.compile(rb"WARC/1\.\d\r\n[\w-]+:")
 RECORD_START_BYTES = 80  # kept of a window, so that a start is found across two
@@ -217,9 +220,9 @@ def walk_records(
 
     index = range.start if range.offset else 0
     position: Position | None = (range.offset, 0)
-    broken = 0
+    broken = reread = longest = 0
     while position is not None:
-        candidate, error = None, None
+        candidate, error, begin = None, None, 0
         stream = _open(raw, position)
         try:
             for record in ArchiveIterator(
@@ -228,7 +231,8 @@ def walk_records(
                 if candidate is not None:
                     yield RecordItem(index, candidate.position, candidate.value)
                     candidate, index = None, index + 1
-                origin = stream.locate(record.stream_pos)
+                begin = record.stream_pos
+                origin = stream.locate(begin)
                 value = None
                 candidate = _Record(origin, False, None)  # if its block cannot be read
                 if record.reader is None:
@@ -261,10 +265,15 @@ def walk_records(
         is_last = is_eof and length is not None
         position = None if is_last else _next_record(raw, start, (length or 0) + 1)
         broken += 1
+        reread += stream.tell() - begin
+        longest = max(longest, stream.tell())
         limit = MAX_REWINDS if position is not None and position[1] else MAX_BROKEN
         reason, what = BROKEN_RECORD, error or "a record does not have the length that it declares"
         if broken > limit:
             reason, what, position = CUT_SHORT, f"more than {limit:,} records are broken", None
+        elif position is not None and reread > max(MAX_REREADS * longest, MIN_REREAD_BYTES):
+            what = f"{broken:,} records are broken, and {reread:,} bytes were read again"
+            reason, position = CUT_SHORT, None
         elif position is None and (error is None or is_eof):
             reason, what = CUT_SHORT, "its last record is cut short"
         if candidate is None and start == (0, 0) and stream.first != b"WARC/" and not is_eof:

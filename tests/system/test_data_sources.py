@@ -616,3 +616,25 @@ def test_the_folder_of_a_crawl(tmp_path, cache):
     (file,), skipped = list_files(str(tmp_path), cache=cache)
     assert file.name == "crawl-00000.warc.gz"
     assert skipped == {"record of a crawl": 1, "unsupported type": 1}
+
+
+def test_links_out_of_a_source_are_not_followed(tmp_path, cache):
+    """A cloned repository must not choose what is read of this machine."""
+    secret = tmp_path / "secret"
+    secret.mkdir()
+    (secret / "passwd.txt").write_text("root")
+    source = tmp_path / "source"
+    (source / "docs").mkdir(parents=True)
+    (source / "docs" / "guide.txt").write_text("text")
+    (source / "notes.txt").symlink_to(secret / "passwd.txt")
+    (source / "up.txt").symlink_to("../secret/passwd.txt")
+    (source / "hop.txt").symlink_to("docs/hop2.txt")
+    (source / "docs" / "hop2.txt").symlink_to(secret / "passwd.txt")
+    (source / "folder").symlink_to(secret)
+    (source / "inside.txt").symlink_to("docs/guide.txt")
+    for spec in (str(source), f"{source}#*.txt"):
+        files, skipped = list_files(spec, cache=cache)
+        assert [file.name for file in files] == ["docs/guide.txt", "inside.txt"]
+        assert skipped == {"link to a file outside of the source": 4}
+    (tmp_path / "link").symlink_to(source)  # the source itself may be one
+    assert len(list_files(str(tmp_path / "link"), cache=cache)[0]) == 2

@@ -1,5 +1,6 @@
 """Parquet files as sources: columns, ranges, corrupt groups, hostile values."""
 
+import random
 import sys
 from collections import Counter
 from datetime import UTC, datetime
@@ -134,3 +135,37 @@ def test_without_pyarrow_the_extra_is_named(file, monkeypatch):
     monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
     with pytest.raises(InputError, match=r"expected the package pyarrow.*fastlm\[data\]"):
         read(file)
+
+
+LONG = "x" * (8 << 20)
+
+
+@pytest.mark.parametrize("use_dictionary", [False, True])
+@pytest.mark.parametrize("columns", [["text"], ["text", "url", "id", "language"]])
+def test_a_page_of_long_texts_takes_little_memory(tmp_path, use_dictionary, columns):
+    """300 texts of 8 MiB, 229 KB on disk, took 2.4 GB: pyarrow decodes them as one page."""
+    long = pa.array([LONG]).take(pa.array([0] * 100))
+    options = {"compression": "zstd", "use_dictionary": use_dictionary, "row_group_size": 100}
+    file = write(tmp_path / "a.parquet", dict.fromkeys(columns, long), **options)
+    texts = 0
+
+    def count():
+        nonlocal texts
+        skipped: Counter[str] = Counter()
+        try:
+            texts = sum(len(d.text) for d in read_file(file, skipped=skipped))
+        except InputError as error:
+            assert "no text is packed so small" in str(error)
+
+    assert growth(count) < 200 << 20
+    assert texts == (100 * len(LONG) if use_dictionary else 0)
+
+
+def test_rows_that_are_too_long_for_a_page_are_refused(tmp_path):
+    noise = [random.Random(i).randbytes(3 << 20).hex() for i in range(3)]  # 6 MiB, not compressible
+    file = write(tmp_path / "a.parquet", {"text": noise}, use_dictionary=False)
+    assert len(read(file)[0]) == 3
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("fastlm.sources.parquet.MAX_PAGE_BYTES", 16 << 20)
+        with pytest.raises(InputError, match=r"3 rows of 6,291,4.. bytes: a page would be too"):
+            read(file)
