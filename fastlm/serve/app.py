@@ -144,10 +144,12 @@ class Server(HttpServer):
 
     def log_fields(self) -> dict[str, Any]:
         cache = self.models.stats()
+        dtype = self.served_model.engine.block_manager.data.dtype
         return {
             "model": self.models.name, "num_blocks": cache.num_blocks,
             "block_bytes": cache.block_bytes,
             "cache_mib": cache.num_blocks * cache.block_bytes // 2**20,
+            "kv_cache_dtype": str(dtype).removeprefix("torch."),
         }  # fmt: skip
 
     def start(self) -> None:

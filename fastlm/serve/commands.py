@@ -35,7 +35,8 @@ def _serve(options: ServeOptions) -> None:
     """Serve a model over HTTP with OpenAI's API, and a chat page at /.
 
     Requests share the model and its key/value cache. Ctrl-C or SIGTERM stops the server after the
-    running answers. docs/serving.md describes the API and the limits.
+    running answers. docs/serving.md describes formats, clients and limits,
+    docs/serving-api.md the API.
     """
     keys = read_keys(options.api_key_file)
     admin_keys = read_keys(options.admin_key_file, "admin_key_file", ADMIN_KEYS_VARIABLE)

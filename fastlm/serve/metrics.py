@@ -1,5 +1,5 @@
-"""Prometheus metrics of the server. docs/serving.md lists the names; fastlm/serve/grafana.json is a
-dashboard for them."""
+"""Prometheus metrics of the server. docs/serving-operation.md lists the names;
+fastlm/serve/grafana.json is a dashboard for them."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any

@@ -35,7 +35,7 @@ TOOL = {
     "type": "function",
     "function": {"name": "add", "parameters": {"type": "object", "properties": {"a": {}}}},
 }
-DOCS = ROOT / "docs/serving.md"
+PAGES = sorted((ROOT / "docs").glob("serving*.md"), reverse=True)  # serving.md first
 
 
 class Person(pydantic.BaseModel):

@@ -1,5 +1,5 @@
-"""The API field by field: each does what docs/serving.md says, or is refused by name. Requests use
-httpx; for each field one valid and one refused request use OpenAI's client and curl, too.
+"""The API field by field: each does what docs/serving-api.md says, or is refused by name. Requests
+use httpx; for each field one valid and one refused request use OpenAI's client and curl, too.
 """
 
 import base64
@@ -15,8 +15,8 @@ import pytest
 import torch
 from serve_app import HTTP, ask, serve_model, tiny_model
 from serve_fields import (
-    DOCS,
     FIELDS,
+    PAGES,
     PATHS,
     TOOL,
     FieldClient,
@@ -58,7 +58,7 @@ def test_an_unsupported_field_is_a_400_that_names_it(server, kind):
 
 
 def test_the_table_in_the_docs_has_every_field():
-    text = DOCS.read_text()
+    text = "".join(page.read_text() for page in PAGES)
     names = {*UNSUPPORTED, *RENAMED, *FeedbackRequest.model_fields}
     for name in names.union(*FIELDS.values()):
         assert f"`{name}`" in text, name
@@ -132,12 +132,14 @@ def test_calls_in_messages(server):
 
 
 def test_python_in_the_docs(server):
-    codes = re.findall(r"```python\n(.*?)```", DOCS.read_text(), re.S)
+    text = "".join(page.read_text() for page in PAGES)
+    codes = re.findall(r"```python\n(.*?)```", text, re.S)
+    assert len(codes) == 2
     assert "http://127.0.0.1:8000" in codes[0] and '"smollm2"' in codes[0]
     for code in codes:
         code = code.replace("http://127.0.0.1:8000", server.url).replace('"smollm2"', '"tiny"')
         namespace = {"openai": openai}
-        exec(compile(code, "docs/serving.md", "exec"), namespace)
+        exec(compile(code, "docs/serving*.md", "exec"), namespace)
         if "client" in namespace:
             namespace["client"].close()
 
@@ -148,7 +150,7 @@ class ServerName(Exception):
 
 def test_curl_in_the_docs(monkeypatch, tmp_path):
     """It uses the name that the page's `fastlm serve` gives to the model."""
-    text = DOCS.read_text()
+    text = PAGES[0].read_text()
     command = re.search(r"^fastlm (serve --model \S+)", text, re.M)
     curl = re.search(r"curl http://127.0.0.1:8000(\S+) [^']*'[^']*' \\\n +-d '([^']*)'", text)
     assert command is not None and curl is not None

@@ -26,7 +26,7 @@ from fastlm.serve.monitor.window import read_feedback_rows, read_measurements
 from fastlm.serve.uvicorn_server import listen
 from fastlm.tokenizer.tokenizer import Tokenizer
 
-DOCS = ROOT / "docs/serving.md"
+DOCS = ROOT / "docs"
 
 
 @pytest.fixture(scope="module")
@@ -185,7 +185,7 @@ def test_a_kill_loses_nothing_acknowledged(folder, database_url):
 
 @pytest.mark.skipif(not shutil.which("nginx"), reason="expected nginx (Debian: nginx), not found")
 def test_replicas_behind_nginx(folder, tmp_path):
-    """Use the configuration of docs/serving.md."""
+    """Use the configuration of docs/serving-operation.md."""
     base = tmp_path / "feedback.sqlite"
     with ExitStack() as stack:
         both = [
@@ -194,7 +194,8 @@ def test_replicas_behind_nginx(folder, tmp_path):
         ]
         with socket.create_server(("127.0.0.1", 0)) as free:
             port = free.getsockname()[1]
-        (block,) = re.findall(r"```nginx\n(.*?)```", DOCS.read_text(), re.S)
+        text = (DOCS / "serving-operation.md").read_text()
+        (block,) = re.findall(r"```nginx\n(.*?)```", text, re.S)
         for name, (_, url, _) in zip(("8001", "8002"), both):
             assert f"127.0.0.1:{name}" in block
             block = block.replace(f"127.0.0.1:{name}", url.removeprefix("http://"))
@@ -246,14 +247,16 @@ def test_files_of_metrics_and_alerts(folder, tmp_path):
     """The files are used, and a wrong file ends the command with an error that names the line."""
     metrics, alerts = tmp_path / "metrics.toml", tmp_path / "alerts.toml"
     for file, table in ((metrics, "metric"), (alerts, "alert")):
-        text = DOCS.read_text()
+        text = (DOCS / "serving-feedback.md").read_text()
         (block,) = (b for b in re.findall(r"```toml\n(.*?)```", text, re.S) if f"[[{table}]]" in b)
         file.write_text(block)
     alerts.write_text(alerts.read_text() + '[[alert]]\nname = "unsolved"\nmetric = "solved"\n'
                       'below = 0.5\nwindow = "1d"\n')  # fmt: skip
     base = tmp_path / "f.sqlite"
     options = ("--feedback", base, "--metrics", metrics, "--alerts", alerts)
-    with serve_process("--model", folder, *options) as (process, url, _):
+    with serve_process("--model", folder, *options) as (process, url, log):
+        (listening,) = (line for line in log if line["event"] == "listening")
+        assert listening["kv_cache_dtype"] == "float32"
         ratings = HTTP.get(url + "/v1/models/tiny").json()["fastlm"]["metrics"]
         assert [item["name"] for item in ratings] == ["stars", "solved"]
         dashboard = HTTP.get(url + "/dashboard/data").json()
