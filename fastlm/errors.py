@@ -20,6 +20,10 @@ class InputError(ValueError):
         super().__init__(message)
 
 
+class StorageError(InputError):
+    """A file or a database that the system refuses: no fault of the input."""
+
+
 def show(value: object) -> str:
     """Return ``repr(value)``, or the type's name if that fails (an integer of 5,000 digits)."""
     try:

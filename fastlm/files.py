@@ -16,7 +16,7 @@ from typing import IO, Any
 
 from safetensors import SafetensorError
 
-from fastlm.errors import InputError
+from fastlm.errors import InputError, StorageError
 
 PATIENCE = 1.0  # seconds to wait for a lock
 NOT_UTF8 = re.compile("[\udc80-\udcff]")  # code points for invalid bytes in a name, PEP 383
@@ -148,9 +148,9 @@ def make_folder(path: str | Path) -> Path:
     return path
 
 
-def write_error(path: Path, error: Exception) -> InputError:
-    """Return the one-line InputError for a write that the system refused."""
-    return InputError(f"{path}: cannot be written: {reason(error)}")
+def write_error(path: Path, error: Exception) -> StorageError:
+    """Return the one-line error for a write that the system refused."""
+    return StorageError(f"{path}: cannot be written: {reason(error)}")
 
 
 def reason(error: BaseException) -> str:

@@ -32,7 +32,7 @@ from fastlm.feedback.feedback_items import (
     read_feedback_items,
     withdrawn_keys,
 )
-from fastlm.feedback.rater_weights import RaterWeight, estimate_rater_weights
+from fastlm.feedback.rater_weights import RaterWeight, estimate_rater_weights, key_of
 from fastlm.files import atomic_file, make_folder, write_json
 from fastlm.pipeline.funnel import FUNNEL, Funnel, StepCounts
 from fastlm.serve.commands import needs_serve
@@ -242,17 +242,27 @@ def _random_number(text: str, key: bytes) -> float:
 def _rater_limit(
     items: Sequence[FeedbackItem], share: float
 ) -> Callable[[FeedbackItem], str | None]:
-    """Reject the items of a rater beyond ``share`` of all, or beyond twice the mean rater's."""
-    raters = {item.rater for item in items}
-    max_items = math.ceil(len(items) * max(share, 2 / max(1, len(raters))))
+    """Reject the items of a rater beyond ``share`` of all, or beyond twice the mean rater's; and of
+    the raters of an API key, whose names a client chooses, by the same rule for keys.
+    """
+
+    def limit(names: set[str]) -> int:
+        return math.ceil(len(items) * max(share, 2 / max(1, len(names))))
+
+    max_items = limit({item.rater for item in items})
+    max_key_items = limit({key_of(item.rater) or item.rater for item in items})
     counts: Counter[str] = Counter()
 
     def reject(item: FeedbackItem) -> str | None:
+        if counts[item.rater] == max_items:
+            name = "raters without a name" if item.rater == ANONYMOUS else "one rater"
+            return f"beyond the limit of {name}"
+        if key := key_of(item.rater):
+            if counts[key] == max_key_items:
+                return "beyond the limit of one API key"
+            counts[key] += 1
         counts[item.rater] += 1
-        if counts[item.rater] <= max_items:
-            return None
-        name = "raters without a name" if item.rater == ANONYMOUS else "one rater"
-        return f"beyond the limit of {name}"
+        return None
 
     return reject
 

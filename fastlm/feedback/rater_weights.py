@@ -10,6 +10,7 @@ Rejected: to reverse the votes of a rater who says the opposite of the others. S
 always wrong, and a good rater with another taste would be reversed too.
 """
 
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 PRIOR = (4.0, 1.0)  # right and wrong votes, of either answer, that every rater starts with
 FULL_WEIGHT = 0.75  # of Youden's index of the prior: from there on the weight is 1
 MAX_ITERATIONS = 50
+KEY_LETTERS = re.compile(r"[a-p]{12}:")
 TOLERANCE = 1e-6  # of the rates, to stop before
 
 Vote = tuple[bytes, str, bool]  # (item, rater, yes or no)
@@ -38,6 +40,14 @@ class RaterWeight:
     weight: float
     shared_votes: int
     agreement: float | None
+
+
+def key_of(rater: str) -> str:
+    """Return the letters of the API key in a rater's name (`fastlm.serve.rater_api.rater_of`), ""
+    if there are none: the server has one key.
+    """
+    match = KEY_LETTERS.match(rater)
+    return match[0] if match else ""
 
 
 def estimate_rater_weights(votes: Iterable[Vote]) -> dict[str, RaterWeight]:

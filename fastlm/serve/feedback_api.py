@@ -11,7 +11,8 @@ from starlette.responses import JSONResponse, Response
 from fastlm.errors import InputError
 from fastlm.serve.api_error import ApiError
 from fastlm.serve.feedback import Feedback, StoredResponse
-from fastlm.serve.protocol.feedback_request import CLIENT, FeedbackRequest
+from fastlm.serve.protocol.feedback_request import FeedbackRequest
+from fastlm.serve.rater_api import rater_of, unavailable
 from fastlm.serve.ratings import Rating, read_values
 
 if TYPE_CHECKING:
@@ -106,21 +107,10 @@ async def post_feedback(server: "Server", http: Request) -> Response:
     except ApiError:
         raise
     except InputError:
-        raise ApiError(
-            "feedback: the database cannot be used; try again", status=503, kind="server_error",
-            code="no_database", headers={"retry-after": "5"},
-        ) from None  # fmt: skip
+        raise unavailable("feedback: the database") from None
     for kind in feedback.kinds() if number is not None else ():
         server.metrics.feedback.labels(kind).inc()
     return JSONResponse({"object": "feedback", "id": number, "text_stored": text_stored})
-
-
-def rater_of(client: str, name: str | None) -> str:
-    """Return the stored name of a rater if there are several keys: letters of the key's hash, and
-    the name of the request. ``client``: that hash in hexadecimal digits.
-    """
-    letters = "".join(chr(ord("a") + int(digit, 16)) for digit in client[:CLIENT])
-    return f"{letters}:{name or ''}"
 
 
 def _check_conversation(store: "FeedbackStore", feedback: Feedback) -> None:

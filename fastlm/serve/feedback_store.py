@@ -22,7 +22,7 @@ from sqlalchemy.event import listen
 from sqlalchemy.exc import SQLAlchemyError
 
 from fastlm.data.forget_log import conversation_key, messages_key, request_key, response_key
-from fastlm.errors import InputError
+from fastlm.errors import InputError, StorageError
 from fastlm.serve.feedback import KINDS, Feedback, StoredResponse
 from fastlm.serve.feedback_rows import now, read_feedback, read_rating, read_response, row_of
 from fastlm.serve.ratings import Rating
@@ -104,8 +104,8 @@ class FeedbackStore:
     def _errors(self) -> Iterator[None]:
         try:
             yield
-        except SQLAlchemyError as error:
-            raise InputError(f"{self.name}: cannot be used: {_reason(error)}") from None
+        except (SQLAlchemyError, UnicodeError) as error:  # names of tables that are not UTF-8
+            raise StorageError(f"{self.name}: cannot be used: {_reason(error)}") from None
 
     @contextmanager
     def read(self) -> Iterator[sa.Connection]:

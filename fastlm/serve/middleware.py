@@ -5,6 +5,7 @@ which may quote that text.
 """
 
 import asyncio
+import contextlib
 import hashlib
 import hmac
 import json
@@ -12,7 +13,7 @@ import secrets
 import sys
 import time
 import traceback
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
@@ -28,6 +29,8 @@ from fastlm.serve.metrics import RequestMetrics
 OPEN_PATHS = frozenset(("/", "/rank", "/dashboard", "/health", "/ready"))
 OPEN_PREFIX = "/page/"
 QUIET_PATHS = frozenset(("/health", "/ready", "/metrics"))  # polled every few seconds
+# Of a refused body, that a client may still send
+DROP_SECONDS, DROP_BYTES = 1.0, 16 << 20
 FAILURE_MESSAGE = "the server failed; its log has the reason under this request's id"
 HEADERS = {
     "content-security-policy": "default-src 'none'; script-src 'self'; style-src 'self';"
@@ -186,6 +189,31 @@ class RequestMiddleware:
 
 async def read_body(request: Request, limits: RequestLimits) -> bytes:
     """Read the JSON body of a request. ApiError: 415, 413, 408."""
+    stream = request.stream()
+    try:
+        return await _read_body(request, stream, limits)
+    except ApiError as error:
+        if error.status != 408:
+            await _drop(stream)
+        raise
+
+
+async def _drop(stream: AsyncIterator[bytes]) -> None:
+    """Read what a client still sends for a moment: a connection that is closed with unread bytes is
+    reset, and the client loses the response.
+    """
+    size = 0
+    with contextlib.suppress(TimeoutError, ClientDisconnect):
+        async with asyncio.timeout(DROP_SECONDS):
+            async for part in stream:
+                size += len(part)
+                if size > DROP_BYTES:
+                    return
+
+
+async def _read_body(
+    request: Request, stream: AsyncIterator[bytes], limits: RequestLimits
+) -> bytes:
     content_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if content_type != "application/json":  # a web page of another origin cannot send this type
         got = f"got {content_type or 'none'!r:.80}"
@@ -197,7 +225,7 @@ async def read_body(request: Request, limits: RequestLimits) -> bytes:
     data = bytearray()
     try:
         async with asyncio.timeout(limits.body_seconds):
-            async for part in request.stream():
+            async for part in stream:
                 data += part
                 if len(data) > limits.body_bytes:
                     raise _body_error(413, too_large)

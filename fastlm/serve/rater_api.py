@@ -1,4 +1,6 @@
-"""What the APIs of the raters' pages share: `fastlm.serve.rank_api`, `fastlm.serve.label_api`."""
+"""What the APIs of people's judgements share: `fastlm.serve.feedback_api` and those of the raters'
+pages, `fastlm.serve.rank_api` and `fastlm.serve.label_api`.
+"""
 
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -10,10 +12,11 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from fastlm.errors import InputError
+from fastlm.errors import InputError, StorageError
 from fastlm.schema import Name
 from fastlm.serve.api_error import ApiError
 from fastlm.serve.openapi import Endpoint
+from fastlm.serve.protocol.feedback_request import CLIENT
 
 if TYPE_CHECKING:
     from fastlm.serve.http_server import HttpServer
@@ -30,11 +33,33 @@ def rater_routes(
     def route(path: str, handler: Handler) -> Route:
         async def answer(http: Request) -> Response:
             request = await server.parse_body(http, paths[path][1])
+            if len(server.keys) > 1 and hasattr(request, "rater"):
+                name = rater_of(http.state.client, request.rater)
+                request = request.model_copy(update={"rater": name})
             try:
                 return JSONResponse(await run_sync(partial(handler, store, request)))
+            except StorageError:
+                raise unavailable("store") from None
             except InputError as error:
                 raise ApiError(str(error)) from None
 
         return Route(path, answer, methods=["POST"])
 
     return [route(path, handlers[path]) for path in paths]
+
+
+def rater_of(client: str, name: str | None) -> str:
+    """Return the stored name of a rater if there are several keys, so that nobody can be a rater of
+    another key: letters of the key's hash, and the name of the request. ``client``: that hash in
+    hexadecimal digits.
+    """
+    letters = "".join(chr(ord("a") + int(digit, 16)) for digit in client[:CLIENT])
+    return f"{letters}:{name or ''}"
+
+
+def unavailable(name: str) -> ApiError:
+    """Return the error of a store that cannot be used now, without its address."""
+    return ApiError(
+        f"{name} cannot be used; try again", status=503, kind="server_error", code="no_database",
+        headers={"retry-after": "5"},
+    )  # fmt: skip

@@ -547,3 +547,18 @@ def test_questions_of_a_question_set_are_found(tmp_path, monkeypatch):
     FeedbackBuild(database=(str(path),), decontaminate=("arc_easy",))(tmp_path / "out")
     removed = steps(Funnel.load(tmp_path / "out"))["decontamination"]["removed"]
     assert removed == {"a question of arc_easy": 1}
+
+
+def test_a_key_is_not_many_raters(tmp_path):
+    """A client chooses the names of its raters: 30 names of one key are limited as that key."""
+    rows = []
+    for i in range(300):
+        answers = [[{"role": "assistant", "content": f"{name} {i}"}] for name in ("A", "B")]
+        pair = Comparison(user_message(f"Question {i}?"), tuple(answers), (0, 1))
+        key = "abcdefghijkl" if i % 3 else f"{'abcdefghijk'}{'ponm'[i % 4]}"
+        rows.append(pair.to_row() | {"rater": f"{key}:u{i % 30}"})
+    (tmp_path / "picks.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    options = BuildOptions(judge=0.0, test=0.0, max_rater_share=0.05)
+    done = build([str(tmp_path / "picks.jsonl")], tmp_path / "out", options=options, cache=tmp_path)
+    removed = steps(done.funnel)["share of one rater"]["removed"]
+    assert removed == {"beyond the limit of one API key": 200 - 2 * 300 // 5}

@@ -223,3 +223,35 @@ def test_the_command_serves_the_page(tmp_path):
 def test_a_folder_without_grades_is_refused(tmp_path):
     with pytest.raises(InputError, match="grades: expected a folder of fastlm judge"):
         read_graded(tmp_path)
+
+
+def test_a_rater_of_the_page_belongs_to_a_key(tmp_path):
+    """Who has another key cannot replace what a rater said."""
+    rubric = write_grades(tmp_path / "judge", "pass")
+    path = tmp_path / "labels.jsonl"
+    keys = ["a-key-of-this-server", "another-key-of-it"]
+    with label_server(tmp_path / "judge", path, keys=keys) as url:
+        item = None
+        for key, label in zip(keys, ("pass", "fail")):
+            headers = {"authorization": f"Bearer {key}"}
+            for name, body in (("next", {}), ("label", {"label": label})):
+                body = {"rater": "ann", "item": item, **body}
+                response = HTTP.post(f"{url}/v1/label/{name}", json=body, headers=headers)
+                assert response.status_code == 200, response.text
+                item = item or response.json()["item"]["id"]
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    assert len(read_label_rows(path, rubric)) == 2
+    assert [row["label"] for row in rows] == ["pass", "fail"]
+    assert len({row["rater"] for row in rows}) == 2
+    assert all(row["rater"].endswith(":ann") for row in rows)
+
+
+def test_a_store_that_cannot_be_written_is_no_fault_of_the_client(tmp_path):
+    write_grades(tmp_path / "judge", "pass")
+    path = tmp_path / "labels.jsonl"
+    with label_server(tmp_path / "judge", path) as url:
+        item = post(url, "next", rater="ann")["item"]["id"]
+        path.unlink(missing_ok=True)
+        path.mkdir()
+        error = post(url, "label", 503, rater="ann", item=item, label="pass")["error"]
+        assert "cannot be used" in error["message"] and str(tmp_path) not in error["message"]

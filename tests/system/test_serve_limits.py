@@ -3,6 +3,7 @@ fail; the log and the metrics.
 """
 
 import contextlib
+import http.client
 import importlib.metadata
 import json
 import re
@@ -127,6 +128,31 @@ def test_keys_hosts_paths_and_bodies(tiny):
         )  # fmt: skip
         assert chunked.status_code == 413
         assert ask(url, body(), **good).status_code == 200
+
+
+def test_a_client_that_still_sends_receives_the_refusal(tiny):
+    """The connection of an unread body was reset: http.client lost 20 of 20 responses."""
+    limits = RequestLimits(body_bytes=100_000)
+    with serve_model(*tiny, limits=limits) as (url, _):
+        host = url.removeprefix("http://")
+        for kind, status in (("application/json", 413), ("text/plain", 415)):
+            for _ in range(10):
+                connection = http.client.HTTPConnection(host, timeout=20)
+                headers = {"content-type": kind}
+                connection.request("POST", "/v1/completions", b"x" * 5_000_000, headers)
+                assert connection.getresponse().status == status
+                connection.close()
+
+
+def test_a_body_has_a_bounded_number_of_lists():
+    """4 MB of empty lists held the interpreter for seconds; brackets in a text are text."""
+    lists = b'{"prompt":[' + b"[]," * 1_300_000 + b"[]]}"
+    began = time.process_time()
+    with pytest.raises(ApiError, match="at most 100,000 lists and objects, got 1,300,003"):
+        parse_json(lists)
+    assert time.process_time() - began < 0.3
+    text = '[{"' * 400_000 + "\\"
+    assert parse_json(json.dumps({"prompt": [text]}).encode()) == {"prompt": [text]}
 
 
 def test_many_keys_are_read_in_one_pass():

@@ -35,6 +35,7 @@ IGNORED = (
 )  # fmt: skip
 # similarity of the names in a hint, which must not name another field: n_predict, prediction
 MIN_SIMILARITY = 0.8
+MAX_CONTAINERS = 100_000  # lists and objects of a body
 MAX_ERRORS = 1000  # of a body that are examined; pydantic takes microseconds for each
 
 
@@ -147,10 +148,26 @@ def _api_error(error: ValidationError, body: Any) -> ApiError:
     return ApiError(f"{name}: {message}", param=name)
 
 
+def _containers(data: bytes) -> int:
+    """Return the number of lists and objects of a JSON text. A million of them would hold the
+    interpreter for a second; brackets in its strings cost nothing.
+    """
+    count = data.count(b"[") + data.count(b"{")
+    if count > MAX_CONTAINERS:
+        outside = data.replace(b"\\\\", b"").replace(b'\\"', b"").split(b'"')[::2]
+        count = sum(part.count(b"[") + part.count(b"{") for part in outside)
+    return count
+
+
 def parse_json(data: bytes) -> Any:
     """Return the value of a JSON body. ApiError: not UTF-8, not JSON, a key twice, more than 200
-    levels of nesting, a number that is not finite, a lone surrogate.
+    levels of nesting or MAX_CONTAINERS lists and objects, a number that is not finite, a lone
+    surrogate.
     """
+    if (count := _containers(data)) > MAX_CONTAINERS:
+        raise ApiError(
+            f"body: expected at most {MAX_CONTAINERS:,} lists and objects, got {count:,}"
+        )
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         result = dict(pairs)
