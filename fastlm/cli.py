@@ -22,6 +22,7 @@ from fastlm.errors import InputError
 from fastlm.pipeline.commands import Cache, command_of, options_command
 from fastlm.pipeline.stage import Repeated, at_least_one
 from fastlm.startup import fast_imports
+from fastlm.terminal import console, echo, write_answer
 from fastlm.threads import Threads
 from fastlm.tokenizer import chat_template
 from fastlm.train.distributed import LostRankError, is_first_report
@@ -74,7 +75,7 @@ def _bad_value(error: typer.BadParameter) -> InputError | None:
 def _fail(error: BaseException, status: int) -> None:
     text = " ".join(str(error).split())
     if is_first_report(text):
-        typer.echo(f"fastlm: {text}" if text else "fastlm: interrupted", err=True)
+        echo(f"fastlm: {text}" if text else "fastlm: interrupted", err=True)
     raise typer.Exit(status)
 
 
@@ -179,7 +180,7 @@ def main() -> None:
 
 def _show_version(value: bool) -> None:
     if value:
-        typer.echo(f"fastlm {importlib.metadata.version('fastlm')}")
+        echo(f"fastlm {importlib.metadata.version('fastlm')}")
         raise typer.Exit()
 
 
@@ -212,16 +213,15 @@ def info(
 
         values = inventory.info()
     if as_json:
-        typer.echo(json.dumps(values, indent=1))
+        echo(json.dumps(values, indent=1))
         return
     if model is not None:
         for key, value in values.items():
             if isinstance(value, dict):
                 value = ", ".join(f"{count:,} {name}" for name, count in value.items())
             if value is not None:
-                typer.echo(f"{key}: {value:,}" if isinstance(value, int) else f"{key}: {value}")
+                echo(f"{key}: {value:,}" if isinstance(value, int) else f"{key}: {value}")
         return
-    from rich.console import Console
     from rich.table import Column, Table
 
     facts = Table(box=None, show_header=False)
@@ -245,7 +245,7 @@ def info(
             by_text.setdefault(text, []).append(backend)
         for text, backends in by_text.items():
             limits.add_row(name, f"{', '.join(backends)}: {text}")
-    Console().print(facts, ops, limits)
+    console().print(facts, ops, limits)
 
 
 @app.command(short_help="List the question sets of `fastlm eval --tasks`.")
@@ -279,9 +279,8 @@ def tasks(
         raise InputError(f"ability: expected one of {', '.join(ABILITIES)}, got {ability!r:.60}")
     task_rows = [row for row in registered_tasks() if ability in (None, row["ability"])]
     if as_json:
-        typer.echo(json.dumps(task_rows, indent=1))
+        echo(json.dumps(task_rows, indent=1))
         return
-    from rich.console import Console
     from rich.table import Table
 
     table = Table(box=None)
@@ -289,8 +288,8 @@ def tasks(
         table.add_column(key, no_wrap=key != "formats", overflow="fold")
     for row in sorted(task_rows, key=lambda row: ABILITIES.index(row["ability"])):
         table.add_row(*row.values())
-    console = Console(width=None if sys.stdout.isatty() else 140)
-    console.print(table, markup=False, highlight=False)
+    output = console(width=None if sys.stdout.isatty() else 140)
+    output.print(table, markup=False, highlight=False)
 
 
 def _write_questions(names: list[str], out: Path | None, cache: Path | None) -> None:
@@ -303,7 +302,7 @@ def _write_questions(names: list[str], out: Path | None, cache: Path | None) -> 
         raise InputError(f"out: expected a name that ends in .jsonl, got {out.name}")
     counts = write_questions(names, out, cache or default_cache())
     total = sum(counts.values())
-    typer.echo(f"{out}: {total:,} questions of {', '.join(counts)}")
+    echo(f"{out}: {total:,} questions of {', '.join(counts)}")
 
 
 @app.command(short_help="Run a recipe, or continue it.")
@@ -339,11 +338,10 @@ def run(
         command=_command(), track=view.track, on_plan=_show_plan, on_event=on_event,
     )  # fmt: skip
     for name, text in summaries.items():
-        typer.echo(text if name == "report" else f"{name}: {text}")
+        echo(text if name == "report" else f"{name}: {text}")
 
 
 def _show_plan(plan: list[Any]) -> None:
-    from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
@@ -354,7 +352,7 @@ def _show_plan(plan: list[Any]) -> None:
         action = f"{planned.action}, archive the old one" if planned.training else planned.action
         cells = (step.name, step.stage.kind, ", ".join(sources), action, planned.reason)
         table.add_row(*map(Text, cells))  # Text: a recipe's words are not markup
-    Console(stderr=True).print(table)
+    console(stderr=True).print(table)
 
 
 def _command() -> str:
@@ -406,14 +404,13 @@ def _generate(options: GenerateOptions) -> None:
     if not options.raw:
         chat_template.start_worker()
     with fast_imports():
-        from fastlm.serve.chat_terminal import echo
         from fastlm.serve.text_generator import TextGenerator
 
     texts = _prompts(options)
     generator = TextGenerator(options.model, options.act_bits)
     ids = [generator.prompt_ids(text, raw=options.raw) for text in texts]
     streams = len(texts) == 1 and not options.json
-    on_piece = (lambda _, piece: echo(piece)) if streams else (lambda *_: None)
+    on_piece = (lambda _, piece: write_answer(piece)) if streams else (lambda *_: None)
     answers = generator.generate(
         ids, on_piece, max_new_tokens=options.max_new_tokens, **options.sampling
     )
@@ -425,16 +422,16 @@ def _generate(options: GenerateOptions) -> None:
             }
             for text, prompt, answer in zip(texts, ids, answers)
         ]  # fmt: skip
-        typer.echo(json.dumps({"results": results, "stats": generator.timing.figures()}, indent=1))
+        echo(json.dumps({"results": results, "stats": generator.timing.figures()}, indent=1))
     elif streams:
-        typer.echo()
+        echo()
     else:
-        typer.echo("\n\n".join(answer.text for answer in answers))
+        write_answer("\n\n".join(answer.text for answer in answers) + "\n")
     if any(answer.finish_reason == "context" for answer in answers):
         limit = f"the model's context of {generator.context_limit:,} tokens is full"
-        typer.echo(f"{limit}: the text ends there", err=True)
+        echo(f"{limit}: the text ends there", err=True)
     if options.shows_stats:
-        typer.echo(str(generator.timing), err=True)
+        echo(str(generator.timing), err=True)
 
 
 def _prompts(options: PromptOptions) -> list[str]:
@@ -495,7 +492,7 @@ def merge(
     merged = load_adapter(CausalLM.from_pretrained(base or find_base_model(adapter)), adapter)
     merge_lora(merged).save_pretrained(out)
     load_tokenizer(adapter, merged.config.to_dict()).save(out)
-    typer.echo(str(out))
+    echo(str(out))
 
 
 @tokenizer_app.command("encode")
@@ -519,9 +516,9 @@ def tokenizer_encode(
     ids = tool.encode(sys.stdin.read() if text is None else text)
     if pieces:
         for i in ids:
-            typer.echo(f"{i}\t{tool.token_bytes(i)!r}")
+            echo(f"{i}\t{tool.token_bytes(i)!r}")
     else:
-        typer.echo(" ".join(map(str, ids)))
+        echo(" ".join(map(str, ids)))
 
 
 _stage_commands()

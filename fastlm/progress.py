@@ -8,6 +8,8 @@ signature.
 from collections.abc import Callable, Iterable, Iterator, Sized
 from typing import TypeVar
 
+from fastlm.terminal import console
+
 T = TypeVar("T")
 Track = Callable[..., Iterable]
 
@@ -28,7 +30,6 @@ def bars(
     ``total`` defaults to ``len(iterable)``.
     """
     from rich import progress as rich
-    from rich.console import Console
 
     class Rate(rich.TextColumn):
         def render(self, task):  # type: ignore[override]
@@ -40,7 +41,7 @@ def bars(
         total = len(iterable)
     name, remaining = rich.TextColumn("{task.description}"), rich.TimeRemainingColumn()
     columns = (name, rich.BarColumn(), rich.MofNCompleteColumn(), Rate(""), remaining)
-    with rich.Progress(*columns, console=Console(stderr=True)) as progress:
+    with rich.Progress(*columns, console=console(stderr=True)) as progress:
         task = progress.add_task(description, total=total)
         try:
             for item in iterable:

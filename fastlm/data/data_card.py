@@ -21,7 +21,8 @@ from fastlm.files import write_json, write_text
 from fastlm.pipeline.charts import bar_chart
 from fastlm.pipeline.lineage import NOT_RECORDED
 from fastlm.pipeline.templates import card_environment, page_environment, with_front_matter
-from fastlm.pipeline.text import count_text, size_text, visible
+from fastlm.pipeline.text import count_text, size_text
+from fastlm.terminal import visible
 
 MAX_ROWS = 20  # of a table; card.json has all
 MAX_EXAMPLES = 2  # removed documents per reason; card.json has more

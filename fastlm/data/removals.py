@@ -21,11 +21,11 @@ from fastlm.data.corpus import (
 from fastlm.data.forget_log import document_id
 from fastlm.errors import InputError
 from fastlm.pipeline.funnel import FUNNEL, Funnel
-from fastlm.pipeline.text import visible
 from fastlm.schema import parse
 from fastlm.sources.remote import is_remote
 from fastlm.sources.source_files import Document
 from fastlm.sources.streams import open_stream
+from fastlm.terminal import console, visible
 
 
 class Reason(NamedTuple):
@@ -180,18 +180,17 @@ def styled_text(record: RemovedRecord, width: int) -> str:
     """Return a record for a terminal of ``width`` columns."""
     import io
 
-    from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
-    console = Console(file=io.StringIO(), force_terminal=True, width=width, highlight=False)
+    output = console(file=io.StringIO(), force_terminal=True, width=width, highlight=False)
     (step, reason), *fields = record_fields(record)
     grid = Table.grid(padding=(0, 2))
     for name, value in fields:
         lines = filter(str.strip, value.splitlines())
         grid.add_row(Text(f"  {name}", "dim"), Text("\n".join(lines)))
-    with console.capture() as capture:
-        console.print(Text.assemble((step, "bold"), ": ", (reason, "bold yellow")))
-        console.print(grid)
-        console.print()
+    with output.capture() as capture:
+        output.print(Text.assemble((step, "bold"), ": ", (reason, "bold yellow")))
+        output.print(grid)
+        output.print()
     return capture.get()

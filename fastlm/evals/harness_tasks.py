@@ -264,11 +264,13 @@ class _HarnessTask:
         """Return the metrics that are not means over questions, as the harness computes them."""
         items: dict[str, tuple[str, list[Any]]] = {}
         for record in records:
-            for name, (metric, value) in self.results(record).items():
+            results = _call_harness(self.path, partial(self.results, record))
+            for name, (metric, value) in results.items():
                 if not self.is_mean(metric):
                     items.setdefault(name, (metric, []))[1].append(value)
         return {
-            name: self._total(metric, values) | {"min_detectable_effect": None}
+            name: _call_harness(self.path, partial(self._total, metric, values))
+            | {"min_detectable_effect": None}
             for name, (metric, values) in items.items()
         }
 

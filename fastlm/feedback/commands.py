@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from fastlm.errors import InputError
+from fastlm.terminal import echo
 
 INCOMPLETE = 5  # exit status: a model that saw forgotten data still exists
 
@@ -78,9 +79,9 @@ def forget_command(
             f"target: expected something in the data here, found nothing of {names[0]!r:.200}"
         )
     if as_json:
-        typer.echo(json.dumps(asdict(report), indent=1))
+        echo(json.dumps(asdict(report), indent=1))
     else:
         for line in report_lines(report, dry_run):
-            typer.echo(line)
+            echo(line)
     if report.is_incomplete:
         raise typer.Exit(INCOMPLETE)

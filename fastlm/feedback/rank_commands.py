@@ -10,6 +10,7 @@ from fastlm.pipeline.commands import Cache
 from fastlm.progress import bars
 from fastlm.serve.commands import needs_serve
 from fastlm.sources.packages import default_cache
+from fastlm.terminal import console, echo
 from fastlm.threads import Threads
 
 if TYPE_CHECKING:
@@ -25,7 +26,7 @@ SkipBad = Annotated[bool, typer.Option("--skip-bad", help="Count bad rows and co
 
 
 def _note(text: str) -> None:
-    typer.echo(text, err=True)
+    echo(text, err=True)
 
 
 def _open_store(store: str, *, seed: int = 0) -> "RankingStore":
@@ -65,7 +66,7 @@ def import_command(
         added = ranking_store.add_items(examples)
     rows.by_reason["with answers that differ only in personal data"] = added.indistinct
     skipped = "".join(f", {count:,} {reason}" for reason, count in (+rows.by_reason).items())
-    typer.echo(
+    echo(
         f"{store}: {rows.total:,} rows read{skipped}, {added.duplicates:,} duplicates;"
         f" new prompts {added.items:,}, rankings {added.rankings:,},"
         f" corrections {added.corrections:,}"
@@ -132,7 +133,7 @@ def sample_command(
                 [UnrankedAnswers(row.messages, messages, row.tools)], model.name
             )
             added.items += 1
-    typer.echo(
+    echo(
         f"{store}: new prompts {added.items:,}, duplicates {added.duplicates:,}, left out because"
         f" their answers are equal {added.indistinct:,}"
     )
@@ -178,22 +179,21 @@ def agreement_command(
     answers in the same order."""
     import json
 
-    from rich.console import Console
     from rich.table import Column, Table
     from rich.text import Text
 
     with _open_store(store) as ranking_store:
         report = ranking_store.agreement_report()
     if as_json:
-        typer.echo(json.dumps(report, indent=1))
+        echo(json.dumps(report, indent=1))
         return
-    console = Console(highlight=False)
+    output = console(highlight=False)
     counts = Table(
         "rater", *(Column(c, justify="right") for c in ("ranked", "skipped", "corrected"))
     )
     for name, n in report["raters"].items():
         counts.add_row(Text(name), *(f"{n[key]:,}" for key in ("ranked", "skipped", "corrected")))
-    console.print(counts)
+    output.print(counts)
     if report["pairs"]:
         table = Table(
             "raters", Column("prompts in common", justify="right"),
@@ -202,11 +202,11 @@ def agreement_command(
         for pair in report["pairs"]:
             share = f"{pair['alike'] / pair['pairs']:.0%} of {pair['pairs']:,}"
             table.add_row(Text(", ".join(pair["raters"])), f"{pair['items']:,}", share)
-        console.print(table)
+        output.print(table)
     if report["alpha"] is None:
-        typer.echo("Krippendorff's alpha: none, no two raters ranked the same prompt")
+        echo("Krippendorff's alpha: none, no two raters ranked the same prompt")
     else:
-        typer.echo(
+        echo(
             f"Krippendorff's alpha (ordinal): {report['alpha']:.3f}; prompts with two raters or"
             f" more: {report['items']:,}"
         )
@@ -232,4 +232,4 @@ def export_command(
         raise InputError(f"path: expected a name that ends in .jsonl, got {path}")
     with _open_store(store) as ranking_store:
         rows = ranking_store.export(path, form, rater=rater)
-    typer.echo(f"{path}: {rows:,} rows")
+    echo(f"{path}: {rows:,} rows")

@@ -14,7 +14,6 @@ from types import NoneType, UnionType
 from typing import Annotated, Any, TypeVar, Union, get_args, get_origin
 
 import typer
-from rich.console import Console
 from typing_extensions import is_typeddict
 
 from fastlm.errors import InputError
@@ -31,6 +30,7 @@ from fastlm.pipeline.stage import (
 from fastlm.progress import silent
 from fastlm.schema import parse_toml, validate
 from fastlm.sources.remote import is_remote
+from fastlm.terminal import console, echo
 from fastlm.threads import Threads
 from fastlm.torchrun import check_single_process, is_main_process
 
@@ -126,9 +126,9 @@ def command_of(cls: type[Stage], before: Callable[[], None] = lambda: None) -> C
 def print_result(result: Any) -> None:
     """Print text, or a rich renderable, to stdout."""
     if isinstance(result, str):
-        typer.echo(result)
+        echo(result)
     else:
-        Console().print(result, markup=False, highlight=False)
+        console().print(result, markup=False, highlight=False)
 
 
 def _signed(

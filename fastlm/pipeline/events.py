@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any, TextIO
 
 from fastlm.progress import bars
+from fastlm.terminal import visible
 
 EVERY_SECONDS = 30.0  # between two lines of steps where nothing else asks for one
 REDRAW_SECONDS = 0.1  # at least, between two drawings of the live line
@@ -123,7 +124,7 @@ class View:
         """Write a line, above the live one."""
         below = self.drawn
         self.draw("")
-        self.stream.write(f"{text}\n")
+        self.stream.write(f"{visible(text)}\n")
         self.stream.flush()
         self.written_at = time.monotonic()
         self.draw(below)

@@ -7,7 +7,7 @@ from typing import NotRequired
 from typing_extensions import TypedDict
 
 from fastlm.errors import InputError
-from fastlm.schema import parse
+from fastlm.schema import Count, Finite, parse
 from fastlm.sources.remote import StoreError, is_remote, read_small
 
 FUNNEL = "funnel.json"
@@ -23,21 +23,21 @@ class StepCounts(TypedDict):
     """
 
     step: str
-    documents: int
-    bytes: int
-    removed: dict[str, int]
-    replaced: NotRequired[dict[str, int]]
-    unsupported_types: NotRequired[dict[str, int]]
-    cut: NotRequired[dict[str, int]]
-    fallbacks: NotRequired[dict[str, int]]
-    repeated: NotRequired[dict[str, int]]
-    limited: NotRequired[int]
+    documents: Count
+    bytes: Count
+    removed: dict[str, Count]
+    replaced: NotRequired[dict[str, Count]]
+    unsupported_types: NotRequired[dict[str, Count]]
+    cut: NotRequired[dict[str, Count]]
+    fallbacks: NotRequired[dict[str, Count]]
+    repeated: NotRequired[dict[str, Count]]
+    limited: NotRequired[Count]
 
 
 class SourceCounts(TypedDict):
-    files: int
-    documents: int
-    bytes: int
+    files: Count
+    documents: Count
+    bytes: Count
 
 
 class MixCounts(TypedDict):
@@ -49,14 +49,14 @@ class MixCounts(TypedDict):
     0.
     """
 
-    weight: float
-    documents: int
-    bytes: int
-    share: float
-    train_documents: int
-    train_bytes: int
-    train_share: float
-    epochs: float
+    weight: Finite
+    documents: Count
+    bytes: Count
+    share: Finite
+    train_documents: Count
+    train_bytes: Count
+    train_share: Finite
+    epochs: Finite
 
 
 @dataclass

@@ -8,13 +8,14 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from typing import Any, Generic, TypeVar
 
-from rich.console import Console, Group, RenderableType
+from rich.console import Group, RenderableType
 from rich.panel import Panel
 from rich.rule import Rule
 from rich.text import Text
 
 from fastlm.errors import InputError
-from fastlm.pipeline.text import message_text, visible
+from fastlm.pipeline.text import message_text
+from fastlm.terminal import console, visible
 
 Item = TypeVar("Item")
 Messages = Sequence[Mapping[str, Any]]
@@ -46,7 +47,7 @@ class RaterTerminal(Generic[Item]):
         if self.terminal:
             with suppress(ImportError):
                 import readline  # noqa: F401  # `input` edits lines with it
-        self.console = Console(highlight=False, soft_wrap=False)
+        self.console = console(highlight=False, soft_wrap=False)
         self.done: list[Any] = []  # keys of the items judged in this session
 
     def next_item(self) -> Item | None:

@@ -9,6 +9,7 @@ import typer
 
 from fastlm.pipeline.commands import print_result
 from fastlm.pipeline.recipe import Kinds
+from fastlm.terminal import echo
 
 app = typer.Typer(
     help="List runs and show where their models come from.",
@@ -117,7 +118,7 @@ def card_command(kinds: Kinds) -> Callable[..., None]:
             raise InputError(f"{record.name}: expected --out, since its folder was deleted")
         out = out or model_folder(record) / CARD
         write_text(out, text)
-        typer.echo(out)
+        echo(out)
 
     return run
 
@@ -130,5 +131,5 @@ def _opened(roots: list[Path] | None, *names: str) -> Any:
     default = [] if paths and not Path("runs").is_dir() else [Path("runs")]
     registry = open_registry(roots or default, paths=paths)
     for warning in registry.warnings:
-        typer.echo(f"left out: {warning}", err=True)
+        echo(f"left out: {warning}", err=True)
     return registry

@@ -1,17 +1,8 @@
 """Format numbers and texts for people."""
 
 import json
-import re
 from collections.abc import Mapping
 from typing import Any
-
-# control characters that move the cursor or change a terminal, and marks of writing direction
-UNSAFE = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069]")
-
-
-def visible(text: str) -> str:
-    """Return a text without characters that control a terminal: each becomes U+FFFD."""
-    return UNSAFE.sub("\ufffd", text)
 
 
 def message_text(message: Mapping[str, Any]) -> str:

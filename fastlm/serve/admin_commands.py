@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from fastlm.errors import InputError
+from fastlm.terminal import echo
 
 TIMEOUT = 1800  # seconds; a large model takes long to load
 Server = Annotated[str, typer.Option(help="Call `fastlm serve` at this address, on this machine")]
@@ -83,4 +84,4 @@ def _change(server: str, action: str, body: dict[str, Any], key: str | None, as_
     except (OSError, ValueError) as error:
         cause = getattr(error, "reason", error)
         raise InputError(f"server: expected `fastlm serve` at {server}, got: {cause}") from None
-    typer.echo(json.dumps(status) if as_json else f"{status['path']} answers as {status['model']}")
+    echo(json.dumps(status) if as_json else f"{status['path']} answers as {status['model']}")

@@ -9,9 +9,8 @@ import sys
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-import typer
-
 from fastlm.errors import InputError
+from fastlm.terminal import echo, write_answer
 
 if TYPE_CHECKING:
     from fastlm.serve.chat_session import ChatSession
@@ -97,24 +96,18 @@ def _run_command(command: str, session: "ChatSession") -> bool:
 
 def _reply(session: "ChatSession", text: str, stats: bool, options: dict[str, Any]) -> None:
     try:
-        completion = session.reply(text, echo, **options)
+        completion = session.reply(text, write_answer, **options)
     except KeyboardInterrupt:
-        typer.echo()
+        echo()
         if not sys.stdin.isatty():
             raise
         return _note("stopped")
-    typer.echo()
+    echo()
     if completion.finish_reason == "context":
         _note(f"the model's context of {session.generator.context_limit:,} tokens is full")
     if stats:
         _note(str(session.generator.timing))
 
 
-def echo(text: str) -> None:
-    """Write a piece of an answer without buffering."""
-    sys.stdout.write(text)
-    sys.stdout.flush()
-
-
 def _note(text: str) -> None:
-    typer.echo(text, err=True)
+    echo(text, err=True)

@@ -14,6 +14,7 @@ from fastlm.files import read_text
 from fastlm.pipeline.commands import options_command
 from fastlm.serve.options import ADMIN_KEYS_VARIABLE, KEYS_VARIABLE, ServeOptions
 from fastlm.startup import fast_imports
+from fastlm.terminal import echo
 from fastlm.tokenizer import chat_template as templates
 
 if TYPE_CHECKING:
@@ -85,9 +86,9 @@ def show_command(
     with open_store(database) as store:
         counts, newest = store.counts(), store.comments(comments)
     if as_json:
-        typer.echo(json.dumps({**counts, "comments": newest}))
+        echo(json.dumps({**counts, "comments": newest}))
         return
-    typer.echo(", ".join(f"{name} {count:,}" for name, count in counts.items()))
+    echo(", ".join(f"{name} {count:,}" for name, count in counts.items()))
     for row in newest:
         target = row["response_id"] or f"conversation {row['conversation_id']}"
         choice = f", choice {row['choice']}" * (row["choice"] > 0)
@@ -95,8 +96,7 @@ def show_command(
         thumb = f", thumb {row['thumb']}" * bool(row["thumb"])
         comment = " ".join(row["comment"].split())
         line = f"{row['created_at']} {target}{choice}{rater}{thumb}: {comment}"
-        # a comment must not control the terminal
-        typer.echo("".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in line))
+        echo(line)
 
 
 @app.command("forget", short_help="Delete a response or a conversation.")
@@ -109,7 +109,7 @@ def forget_command(
         count = store.forget(id)
     if not count:
         raise InputError(f"id: expected one of the database, got {id!r:.80}")
-    typer.echo(f"{id}: {count:,} rows deleted")
+    echo(f"{id}: {count:,} rows deleted")
 
 
 def open_store(database: str) -> "FeedbackStore":

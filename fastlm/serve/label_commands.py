@@ -4,13 +4,12 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-import typer
-
 from fastlm.errors import InputError
 from fastlm.pipeline.commands import options_command
 from fastlm.pipeline.stage import Positional, at_least_one
 from fastlm.serve.commands import needs_serve, read_keys
 from fastlm.serve.options import ListenOptions
+from fastlm.terminal import echo
 
 if TYPE_CHECKING:
     from fastlm.evals.judge.items import JudgeItem
@@ -53,7 +52,7 @@ def _label(options: LabelOptions) -> None:
     items, rubric = _items(options)
     if options.rater is not None:
         with LabelStore(items, rubric, options.labels) as store:
-            typer.echo(label_answers(store, options.rater))
+            echo(label_answers(store, options.rater))
         return
     keys = read_keys(options.api_key_file)
     options.check_address(keys)

@@ -33,9 +33,10 @@ def rater_routes(
     def route(path: str, handler: Handler) -> Route:
         async def answer(http: Request) -> Response:
             request = await server.parse_body(http, paths[path][1])
-            if len(server.keys) > 1 and hasattr(request, "rater"):
-                name = rater_of(http.state.client, request.rater)
-                request = request.model_copy(update={"rater": name})
+            name = getattr(request, "rater", None)
+            if len(server.keys) > 1 and name is not None:
+                rater = rater_of(http.state.client, name)
+                request = request.model_copy(update={"rater": rater})
             try:
                 return JSONResponse(await run_sync(partial(handler, store, request)))
             except StorageError:

@@ -271,3 +271,15 @@ def test_bits_per_byte_of_each_source(base, tmp_path):
         )
         assert "domains" not in entry
         assert entry["bits_per_byte"] == pytest.approx(actual["bits_per_byte"], rel=1e-5)
+
+
+def test_a_filter_that_the_harness_cannot_apply_is_one_line(base, planted):
+    text = (planted / "own.yaml").read_text() + (
+        "filter_list:\n- name: x\n  filter:\n  - {function: regex, regex_pattern: '([a-z]+)'}\n"
+        "  - {function: take_first}\n"
+        "metric_list:\n- {metric: f1, aggregation: f1, higher_is_better: true}\n"
+    )
+    (planted / "filtered.yaml").write_text(text.replace("task: own", "task: filtered"))
+    with pytest.raises(InputError, match=r"filtered\.yaml: ") as raised:
+        Eval(tasks=(str(planted / "filtered.yaml"),))(planted / "out-filtered", model=[str(base)])
+    assert "\n" not in str(raised.value)

@@ -368,3 +368,56 @@ def test_the_card_changes_no_id_and_is_deleted_with_what_it_quotes(corpus, tmp_p
     call("data", "forget", corpus, "--target", url)
     assert not any((corpus / name).exists() for name in CARD_FILES)
     assert not records(corpus, "--dropped", "word_count", "--url", url)
+
+
+HUGE = int("9" * 400)
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("funnel.json", lambda f: f["steps"][0].update(bytes=HUGE)),
+        ("funnel.json", lambda f: f["steps"][0].update(documents=-1)),
+        ("funnel.json", lambda f: f["steps"][0]["removed"].update(x=HUGE)),
+        ("funnel.json", lambda f: next(iter(f["sources"].values())).update(files="1")),
+        ("funnel.json", lambda f: f.update(steps={})),
+        ("plan.json", lambda p: p.update(options=["consent"])),
+        ("plan.json", lambda p: p["options"].update(crawler_names=7)),
+        ("plan.json", lambda p: p["options"].update(mix={"max_epochs": "four"})),
+        ("plan.json", lambda p: p.update(policies={"files": 1})),
+        ("plan.json", lambda p: p.update(libraries=["x"])),
+        ("plan.json", lambda p: p["files"][0].update(size=HUGE)),
+        ("plan.json", lambda p: p.update(files=[3])),
+        ("plan.json", lambda p: p.update(forgotten=5)),
+    ],
+)
+def test_a_file_with_other_values_is_refused_in_one_line(corpus, name, change):
+    """Each file has one schema, whoever reads it."""
+    value = json.loads((corpus / name).read_text())
+    change(value)
+    (corpus / name).write_text(json.dumps(value))
+    for command in ("card", *["show"] * (name == "funnel.json")):
+        result = CliRunner().invoke(app, ["data", command, str(corpus)])
+        assert result.exit_code == 2 and result.output.count("\n") == 1, result.output
+        assert name in result.output and "expected" in result.output
+
+
+def test_names_of_files_and_a_strangers_counts_cannot_control_the_terminal(corpus, tmp_path):
+    source = tmp_path / "source"
+    source.mkdir()
+    (source / "bad\x1b[31m.txt").write_bytes(b"\xff\xfe\x00" * 10)
+    (source / "good.txt").write_text(prose(1))
+    (source / "rows\x1b]0;title\x07.jsonl").write_text('{"text": 1}\n')
+    result = call("data", "prepare", source, "-o", tmp_path / "out", "--heldout-bytes", 0)
+    assert "\x1b" not in result.output and "\x07" not in result.output
+    assert "\ufffd]0;title\ufffd" in result.output.replace("\n", "")  # rich wraps the line
+    funnel = json.loads((corpus / "funnel.json").read_text())
+    funnel["steps"][0]["step"] = HOSTILE
+    funnel["steps"][0]["removed"] = {HOSTILE: 3}
+    funnel["sources"] = {HOSTILE: next(iter(funnel["sources"].values()))}
+    funnel["warnings"] = [HOSTILE]
+    (corpus / "funnel.json").write_text(json.dumps(funnel))
+    output = call("data", "show", corpus).output
+    assert "alert(1)" in output and not {"\x1b", "\u202e"} & set(output)
+    error = CliRunner().invoke(app, ["data", "show", f"/no\x1b[31m{tmp_path}"])
+    assert error.exit_code == 2 and "\x1b" not in error.output

@@ -654,3 +654,13 @@ def test_feedback_comes_early_late_and_about_conversations(database_url):
         with store.read() as connection:
             left = connection.execute(MEASUREMENTS.select()).all()
         assert [item.response_id for item in left] == ["early", "t1"]
+
+
+def test_a_schema_that_is_not_utf_8_is_refused_in_one_line(tmp_path):
+    path = tmp_path / "f.sqlite"
+    with contextlib.closing(sqlite3.connect(path)) as connection:
+        connection.execute("CREATE TABLE abc (x)")
+        connection.commit()
+    path.write_bytes(path.read_bytes().replace(b"abc", b"ab\xff"))
+    with pytest.raises(InputError, match=r"f\.sqlite: "):
+        FeedbackStore(path, create=False)

@@ -2,6 +2,7 @@
 
 import ast
 import graphlib
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -58,3 +59,17 @@ def test_stages_are_defined_without_torch_and_numpy():
         " sys.exit(bool({'torch', 'numpy'} & {*sys.modules}))"
     )
     assert subprocess.run([sys.executable, "-P", "-c", code]).returncode == 0
+
+
+def test_all_that_is_printed_goes_through_one_module():
+    """`fastlm.terminal`: a text from outside must not control a terminal."""
+    allowed = {"terminal.py", "evals/harness.py", "sandbox/worker.py"}
+    pattern = re.compile(
+        r"typer\.echo\(|click\.echo\(|rich\.console import .*Console|^\s+print\(", re.M
+    )
+    files = [
+        p
+        for p in (ROOT / "fastlm").rglob("*.py")
+        if str(p.relative_to(ROOT / "fastlm")) not in allowed
+    ]
+    assert not [str(path) for path in files if pattern.search(path.read_text())]

@@ -316,3 +316,13 @@ def test_a_run_without_its_metrics_says_what_to_do(trained, tmp_path):
     (tmp_path / "run/metrics.jsonl").unlink()
     with pytest.raises(InputError, match=r"got 0; delete .*/checkpoints to start again"):
         tiny_run.start(trained, tmp_path / "run")
+
+
+@pytest.mark.parametrize("key", ["pad_token_id", "bos_token_id"])
+@pytest.mark.parametrize("value", [[], [1], [[]]])
+def test_a_list_for_a_token_that_is_one(key, value):
+    with pytest.raises(InputError, match=f"{key}: expected a token id or None"):
+        ModelConfig(
+            model_type="llama", vocab_size=8, hidden_size=8, num_hidden_layers=1,
+            num_attention_heads=1, intermediate_size=8, **{key: value},
+        )  # fmt: skip

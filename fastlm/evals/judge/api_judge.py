@@ -24,8 +24,8 @@ from fastlm.errors import InputError
 from fastlm.evals.judge.reply import JudgeReply, no_grade
 from fastlm.evals.judge.scale import Grade
 from fastlm.files import reason
-from fastlm.pipeline.text import visible
 from fastlm.schema import parse
+from fastlm.terminal import visible
 
 KEY_VARIABLE = "FASTLM_JUDGE_API_KEY"
 REQUESTS = 8  # at once

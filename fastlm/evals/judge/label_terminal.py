@@ -6,7 +6,7 @@ from fastlm.evals.judge.label_store import LabelItem, LabelStore
 from fastlm.evals.judge.rubric import FAIL, PASS, TIE, A, B
 from fastlm.evals.judge.scale import Grade, Scale
 from fastlm.pipeline.rater_terminal import RaterTerminal
-from fastlm.pipeline.text import visible
+from fastlm.terminal import visible
 
 INPUTS: dict[Scale, dict[str, Grade]] = {
     "pass": {"p": PASS, "pass": PASS, "f": FAIL, "fail": FAIL},

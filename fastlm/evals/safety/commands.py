@@ -7,6 +7,7 @@ import typer
 
 from fastlm.errors import InputError
 from fastlm.pipeline.commands import Cache
+from fastlm.terminal import echo
 
 
 def canaries_command(
@@ -32,7 +33,7 @@ def canaries_command(
             f"copies: expected numbers separated by commas, got {copies!r:.80}"
         ) from None
     plant(corpus, out, make_canaries(count, numbers, seed), seed)
-    typer.echo(out)
+    echo(out)
 
 
 def toxicity_command(
@@ -60,4 +61,4 @@ def toxicity_command(
     (finds, toxic), (passes, benign_texts) = (
         model.accuracy[name] for name in ("sensitivity", "specificity")
     )
-    typer.echo(f"finds {finds} of {toxic}, passes {passes} of {benign_texts}: {out}")
+    echo(f"finds {finds} of {toxic}, passes {passes} of {benign_texts}: {out}")
