@@ -9,7 +9,7 @@ not help. Nothing is timed while the op's tests fail.
 
     python bench/ops/attention.py                 all cases of the file; --list names them
     python bench/ops/attention.py causal          cases with "causal" in their name or shape
-    python bench/ops/rope.py --shape 8,8,512,64   a custom shape
+    python bench/ops/rope.py --shape 8x8x512x64   a custom shape
     python bench/ops/rope.py --json new.json      then python bench/compare.py old.json new.json
     python bench/run.py --isa avx2 attention  both sides limited to AVX2
 """
@@ -382,13 +382,14 @@ def row_per_line(value: object, indent: str = "") -> str:
 
 
 def cases_of_shape(shape_cases: Callable, text: str, parser: argparse.ArgumentParser) -> list[Case]:
-    """Return the cases of `shape_cases(*numbers)` for "8,8,512,64" or "8x8x512x64"."""
+    """Return the cases of `shape_cases(*numbers)` for "8x8x512x64", "8,8,512,64" or, as a table
+    prints it, "4096 x 512 -> 1408"."""
     names = inspect.signature(shape_cases).parameters
     required = sum(p.default is p.empty for p in names.values())
-    numbers = re.split("[,x]", text.replace(" ", ""))
+    numbers = re.split("x|,|->", text.replace(" ", ""))
     are_numbers = all(n.isdecimal() and int(n) for n in numbers)
     if not are_numbers or not required <= len(numbers) <= len(names):
-        expected = ",".join(n if i < required else f"[{n}]" for i, n in enumerate(names))
+        expected = "x".join(n if i < required else f"[{n}]" for i, n in enumerate(names))
         parser.error(f"--shape: expected {expected}, whole numbers from 1, got {text!r}")
     try:
         cases = shape_cases(*map(int, numbers))
@@ -419,7 +420,7 @@ def main(op: str, cases: Callable[[], list[Case]], shape_cases: Callable | None 
     )
     parser.add_argument("--list", action="store_true", help="List the cases and exit.")
     if shape_cases is not None:
-        names = ",".join(inspect.signature(shape_cases).parameters)
+        names = "x".join(inspect.signature(shape_cases).parameters)
         parser.add_argument("--shape", action="append", help=f"Run a custom shape: {names}.")
     parser.add_argument(
         "--rounds",
@@ -428,12 +429,19 @@ def main(op: str, cases: Callable[[], list[Case]], shape_cases: Callable | None 
         help="Take the median of this number of rounds (default: %(default)s).",
     )
     parser.add_argument(
+        "--threads",
+        type=positive,
+        default=torch.get_num_threads(),
+        help="Threads of all variants (default: %(default)s).",
+    )
+    parser.add_argument(
         "--no-gate",
         action="store_true",
         help="Skip the op's tests (for profiling, not for claims).",
     )
     common_options(parser)
     options = parser.parse_args()
+    torch.set_num_threads(options.threads)
     shapes = options.shape or [] if shape_cases is not None else []
     selected = (
         [c for s in shapes for c in cases_of_shape(shape_cases, s, parser)]

@@ -1,8 +1,10 @@
 """Time AdamW against torch's fused, foreach and loop variants.
 
 The cases are 40 M parameters in 100 tensors, and small or odd tensors, where the overhead of the
-call shows.
+call shows. Its states of 8 bits are beside bitsandbytes's, if that is installed.
 """
+
+from importlib.util import find_spec
 
 import bench_path  # noqa: F401
 import torch
@@ -26,6 +28,12 @@ def tensors(shapes, dtype, grad_dtype):
 
 def torch_step(shapes, dtype=torch.float32, **options):
     return torch.optim.AdamW(tensors(shapes, dtype, dtype), **options).step
+
+
+def bitsandbytes_step(shapes):
+    import bitsandbytes
+
+    return bitsandbytes.optim.AdamW8bit(tensors(shapes, torch.float32, torch.float32)).step
 
 
 def clip_step_copy():
@@ -65,10 +73,22 @@ def mine(shapes, dtype, grad_dtype, **options):
     return lambda: AdamW(tensors(shapes, dtype, grad_dtype), **options).step
 
 
-def case(name: str, shape: str, variants: dict, bytes_per_parameter: int, shapes: list) -> Case:
+def case(
+    name: str, shape: str, variants: dict, bytes_per_parameter: int, shapes: list, **more
+) -> Case:
     """Return a case that reads and writes `bytes_per_parameter` bytes per parameter."""
     size = bytes_per_parameter * sum(torch.Size(s).numel() for s in shapes)
-    return Case(name, shape, variants, bytes=size, data=tuple)
+    return Case(name, shape, variants, bytes=size, data=tuple, **more)
+
+
+def eight_bits() -> Case:
+    """Steps of float32 weights with states of 8 bits: 14 bytes and two scales per block."""
+    variants, missing = {"fastlm": mine(BIG, torch.float32, torch.float32, state_bits=8)}, {}
+    if find_spec("bitsandbytes"):
+        variants["bitsandbytes"] = lambda: bitsandbytes_step(BIG)
+    else:
+        missing["bitsandbytes"] = "not installed"
+    return case("step with 8-bit states", "40 M fp32", variants, 16, BIG, missing=missing)
 
 
 def cases() -> list[Case]:
@@ -103,6 +123,7 @@ def cases() -> list[Case]:
             30,
             BIG,
         ),
+        eight_bits(),
         case(
             "step",
             "200 tensors, 0.4 M fp32",

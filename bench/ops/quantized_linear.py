@@ -3,12 +3,16 @@
 Every case cycles through several copies of its weight, more than the L3 holds, as the layers of a
 model do: a single copy would be read from the cache. FASTLM_BENCH_DRAM=1 uses 1.5 GB of copies, for
 machines whose L3 has hundreds of MB.
+
+bitsandbytes (nf4, blocks of the group's size) and auto-round-lib (ARK, float32 activations: it
+accepts no other on a CPU) are peers where they are installed.
 """
 
 import itertools
 import os
 from collections.abc import Callable
 from functools import lru_cache
+from importlib.util import find_spec
 
 import bench_path  # noqa: F401
 import torch
@@ -105,6 +109,30 @@ def int4pack(n: int, k: int) -> Callable[[], torch.Tensor]:
     return cycle([packed.clone() for _ in range(copies_of(n * k // 2))])
 
 
+@lru_cache(maxsize=2)  # cases of one weight are consecutive
+def nf4(n: int, k: int, group: int) -> Callable[[], torch.nn.Module]:
+    from bitsandbytes.nn import Linear4bit, Params4bit
+
+    def layer():
+        linear = Linear4bit(k, n, bias=False, compute_dtype=torch.bfloat16, quant_type="nf4")
+        weight = torch.randn(n, k).bfloat16()
+        linear.weight = Params4bit(weight, requires_grad=False, quant_type="nf4", blocksize=group)
+        return linear.to("cpu").eval()
+
+    return cycle([layer() for _ in range(copies_of(n * k // 2))])
+
+
+@lru_cache(maxsize=2)  # cases of one weight are consecutive
+def ark(bits: int, n: int, k: int, group: int) -> Callable[[], torch.Tensor]:
+    import auto_round_kernel
+
+    codes = torch.randint(-(2 ** (bits - 1)), 2 ** (bits - 1), (k, n), dtype=torch.int8)
+    scales, zeros = torch.rand(k // group, n), torch.zeros(k // group, n, dtype=torch.int8)
+    kind = ("fp32", f"int{bits}", "fp32", False)
+    packed = auto_round_kernel.repack_quantized_weight(codes, scales, zeros, group, *kind)
+    return cycle([packed.clone() for _ in range(copies_of(n * k * bits // 8))])
+
+
 def peers(bits: int, act: int, m: int, n: int, k: int, group: int) -> tuple[dict, dict]:
     """Return torch's calls for the same product, and the reasons for missing ones."""
 
@@ -138,6 +166,21 @@ def peers(bits: int, act: int, m: int, n: int, k: int, group: int) -> tuple[dict
         weight, both = int4pack(n, k), torch.ones(k // group, n, 2).bfloat16()
         return lambda: torch._weight_int4pack_mm_for_cpu(x, weight(), group, both)
 
+    def in_nf4(x):
+        layer = nf4(n, k, group)
+
+        def call():
+            with torch.inference_mode():
+                return layer()(x)
+
+        return call
+
+    def in_ark(x):
+        import auto_round_kernel
+
+        packed, kind = ark(bits, n, k, group), ("fp32", f"int{bits}", "fp32", False)
+        return lambda: auto_round_kernel.woqgemm_linear(x, packed(), None, n, k, group, *kind)
+
     calls: dict[str, Callable] = {"torch bf16 linear": in_bf16, "torch fp32 linear": in_fp32}
     missing = {}
     if act == 8:
@@ -154,6 +197,15 @@ def peers(bits: int, act: int, m: int, n: int, k: int, group: int) -> tuple[dict
         calls["torch int4pack"] = in_int4pack
     else:
         missing["torch int4pack"] = "N and K must be multiples of 64 and the group"
+    if act == 16 and k % group == 0:
+        others = {"ARK": ("auto_round_kernel", in_ark)}
+        if bits == 4 and group >= 64:  # bitsandbytes's smallest block
+            others["bitsandbytes nf4"] = ("bitsandbytes", in_nf4)
+        for name, (package, call) in others.items():
+            if find_spec(package):
+                calls[name] = call
+            else:
+                missing[name] = "not installed"
     return calls, missing
 
 

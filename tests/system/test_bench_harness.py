@@ -70,8 +70,8 @@ def one_case(name="fwd", shape="4 x 8", **more):
     [
         (["backwrd"], "no case has 'backwrd'; near: backward"),
         (["--rounds", "0"], "--rounds: expected a whole number from 1, got '0'"),
-        (["--shape", "8,8"], "--shape: expected b,h,s,[d], whole numbers from 1, got '8,8'"),
-        (["--shape", "8,8,0"], "--shape: expected b,h,s,[d]"),
+        (["--shape", "8,8"], "--shape: expected bxhxsx[d], whole numbers from 1, got '8,8'"),
+        (["--shape", "8,8,0"], "--shape: expected bxhxsx[d]"),
     ],
 )
 def test_a_wrong_argument_is_an_error_of_one_line(monkeypatch, capsys, arguments, message):
@@ -83,13 +83,26 @@ def test_a_wrong_argument_is_an_error_of_one_line(monkeypatch, capsys, arguments
     assert ended.value.code == 2 and message in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("text", ["8,9,10", "8x9x10", "8, 9, 10"])
+@pytest.mark.parametrize("text", ["8,9,10", "8x9x10", "8, 9, 10", "8 x 9 -> 10"])
 def test_shape_from_the_command_line(monkeypatch, capsys, text):
     def make_cases(b: int, h: int, s: int, d: int = 11):
         return [one_case(shape=f"{b} {h} {s} {d}")]
 
     run_main(monkeypatch, [], "--shape", text, "--list", make_cases=make_cases)
     assert capsys.readouterr().out == "fwd: 8 9 10 11: fastlm, torch\n"
+
+
+def test_threads_from_the_command_line(monkeypatch, capsys):
+    def make_cases(rows: int, columns: int):
+        return [one_case(shape=f"{torch.get_num_threads()} threads")]
+
+    before = torch.get_num_threads()
+    try:
+        shape = ("--shape", "128x1408", "--list")
+        run_main(monkeypatch, [], *shape, "--threads", str(before + 1), make_cases=make_cases)
+    finally:
+        torch.set_num_threads(before)
+    assert f"{before + 1} threads" in capsys.readouterr().out
 
 
 def test_json_goes_to_the_file_alone(monkeypatch, capsys, tmp_path):
