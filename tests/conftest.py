@@ -12,6 +12,7 @@ have two threads, so that work is split. OpenMP reads its variables when torch i
 import ctypes
 import gc
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -19,6 +20,11 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     # a thread that waits for another must leave its core to the other processes
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
+# A shell without job control starts a background command with SIGINT ignored, which all child
+# processes inherit; tests send them one
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 import torch
 

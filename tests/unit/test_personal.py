@@ -331,3 +331,14 @@ def test_recall_over_the_numbers_of_all_countries():
 def test_only_text_has_personal_data():
     with pytest.raises(InputError, match="text: expected a text, got bytes"):
         find(cast(Any, b"a@example.org"))
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["+9223372036854775807", "from 0 to +18446744073709551615", "+9223372036854775808",
+     "+99912345678901234567", "+340282366920938463463374607431768211455"],
+)  # fmt: skip
+def test_a_sign_before_more_than_15_digits_is_no_telephone(text):
+    """E.164 has at most 15. SQLite's documents have the bounds of 64-bit integers."""
+    assert not find(text)
+    assert find("call +442079460958") and find("Tel. +442079460958123456")

@@ -149,7 +149,7 @@ def _find_numbers(
                 i = j - 1
                 break
         else:
-            # of "+442079460958123456" the first digits are a number
+            # of "+442079460958123456" the first digits are a number; not of +9223372036854775807
             groups = _Groups(text, run[i : i + 1], start, i == 0, len(run) == 1, word)
             if groups.has_plus and _has_number(groups.digits):
                 yield _span(groups)
@@ -268,9 +268,13 @@ def _is_international(digits: str, strict: bool = False) -> bool:
 
 
 def _has_number(digits: str) -> bool:
-    """Return True if the first digits of more than MAX_DIGITS are an international number."""
+    """Return True if the first digits of more than MAX_DIGITS are an international number that its
+    country's plan allows, and all of them are no bound of a machine's integers.
+    """
+    if len(digits) <= MAX_DIGITS or _is_power_of_two(digits):
+        return False
     sizes = range(MAX_DIGITS, MIN_DIGITS, -1)
-    return len(digits) > MAX_DIGITS and any(_is_international(digits[:n]) for n in sizes)
+    return any(_is_international(digits[:n], strict=True) for n in sizes)
 
 
 def _plans(regions: tuple[str, ...] | None):
