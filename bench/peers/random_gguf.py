@@ -1,16 +1,18 @@
 """Write a GGUF file with random weights in the shape of a known model: to measure speed.
 
-    python bench/peers/random_gguf.py FILE.gguf [--shape llama-2-7b] [--layers 22]
+    python bench/peers/random_gguf.py FILE.gguf [--shape llama-2-7b] [--layers 22] [--type Q4_K_M]
     python bench/peers/decode.py --model FILE.gguf --users 1 8 --rounds 2
 
-Shapes are TinyLlama's (1.1 billion weights, 0.8 GB) and Llama 2's (7 billion, 4.4 GB).
+Shapes are TinyLlama's (1.1 billion weights, 0.6 GB as Q4_0) and Llama 2's (7 billion, 3.8 GB).
 
-Matrices are Q4_1 and the head is Q8_0, as in SmolLM2's file, whose tokenizer is copied: all engines
+Matrices are written as Q8_0, and llama.cpp's llama-quantize makes `--type` of them, with its own
+choice for the head and, in Q4_K_M, for some layers. SmolLM2's tokenizer is copied: all engines
 read the same file. Codes are uniform and scales constant, which gives weights of standard deviation
 0.02. Tensors are written one by one, so that memory for the largest is enough.
 """
 
 import argparse
+import tempfile
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,6 +20,7 @@ import bench_path  # noqa: F401
 import gguf
 import numpy as np
 from gguf import GGMLQuantizationType as Kind
+from gguf_types import KINDS, quantize
 from harness import positive
 
 from fastlm.checkpoint.gguf_file import GGUFFile
@@ -38,27 +41,24 @@ SHAPES = {
     "tinyllama": Shape(2048, 5632, 22, 32, 4),
     "llama-2-7b": Shape(4096, 11008, 32, 32, 32),
 }
-BLOCK = {Kind.Q4_1: 20, Kind.Q8_0: 34}  # bytes of a block of 32 weights
-STD = 0.02
-SPREAD = {Kind.Q4_1: 4.61, Kind.Q8_0: 73.9}  # standard deviation of codes 0..15, and of -128..127
+BLOCK = 34  # bytes of 32 weights of Q8_0
+SCALE = 0.02 / 73.9  # deviation of the weights / that of codes -128..127
 
 
-def blocks(draw: np.random.Generator, kind: Kind, rows: int, columns: int) -> np.ndarray:
-    """Return (rows, bytes of a row) uint8: random codes, the same scale and offset everywhere."""
-    data = draw.integers(0, 256, (rows * columns // 32, BLOCK[kind]), dtype=np.uint8)
-    scale = STD / SPREAD[kind]
-    head = [scale, -7.5 * scale] if kind is Kind.Q4_1 else [scale]
-    data[:, : 2 * len(head)] = np.array(head, np.float16).view(np.uint8)
+def blocks(draw: np.random.Generator, rows: int, columns: int) -> np.ndarray:
+    """Return (rows, bytes of a row) uint8: random codes, the same scale everywhere."""
+    data = draw.integers(0, 256, (rows * columns // 32, BLOCK), dtype=np.uint8)
+    data[:, :2] = np.array([SCALE], np.float16).view(np.uint8)
     return data.reshape(rows, -1)
 
 
-def tensors(vocab: int, shape: Shape) -> dict[str, tuple[int, int, Kind] | int]:
-    """Return (rows, columns, format) of each matrix, or the length of a norm, by name."""
+def tensors(vocab: int, shape: Shape) -> dict[str, tuple[int, int] | int]:
+    """Return (rows, columns) of each matrix, or the length of a norm, by name."""
     hidden, inner = shape.hidden, shape.inner
     kv = hidden // shape.heads * shape.kv_heads
-    sizes: dict[str, tuple[int, int, Kind] | int] = {}
-    sizes["token_embd.weight"] = (vocab, hidden, Kind.Q4_1)
-    sizes["output.weight"] = (vocab, hidden, Kind.Q8_0)
+    sizes: dict[str, tuple[int, int] | int] = {}
+    sizes["token_embd.weight"] = (vocab, hidden)
+    sizes["output.weight"] = (vocab, hidden)
     sizes["output_norm.weight"] = hidden
     matrices = {
         "attn_q": (hidden, hidden), "attn_k": (kv, hidden), "attn_v": (kv, hidden),
@@ -67,7 +67,7 @@ def tensors(vocab: int, shape: Shape) -> dict[str, tuple[int, int, Kind] | int]:
     }  # fmt: skip
     for layer in range(shape.layers):
         for name, (rows, columns) in matrices.items():
-            sizes[f"blk.{layer}.{name}.weight"] = (rows, columns, Kind.Q4_1)
+            sizes[f"blk.{layer}.{name}.weight"] = (rows, columns)
         for name in ("attn_norm", "ffn_norm"):
             sizes[f"blk.{layer}.{name}.weight"] = hidden
     return sizes
@@ -88,7 +88,7 @@ def write(path: Path, shape: Shape) -> None:
     out.add_rope_freq_base(10000.0)
     out.add_rope_dimension_count(shape.hidden // shape.heads)
     out.add_vocab_size(vocab)
-    out.add_file_type(gguf.LlamaFileType.MOSTLY_Q4_1)
+    out.add_file_type(gguf.LlamaFileType.MOSTLY_Q8_0)
     for key, value in vocabulary.items():
         field = value.tolist() if isinstance(value, np.ndarray) else value
         kind = gguf.GGUFValueType.get_type(field)
@@ -103,9 +103,10 @@ def write(path: Path, shape: Shape) -> None:
         if isinstance(size, int):
             out.add_tensor_info(name, (size,), np.dtype(np.float32), 4 * size)
         else:
-            rows, columns, kind = size
-            row = columns // 32 * BLOCK[kind]
-            out.add_tensor_info(name, (rows, row), np.dtype(np.uint8), rows * row, raw_dtype=kind)
+            rows, columns = size
+            row = columns // 32 * BLOCK
+            kind = {"raw_dtype": Kind.Q8_0}
+            out.add_tensor_info(name, (rows, row), np.dtype(np.uint8), rows * row, **kind)
     out.write_header_to_file()
     out.write_kv_data_to_file()
     out.write_ti_data_to_file()
@@ -114,8 +115,7 @@ def write(path: Path, shape: Shape) -> None:
         if isinstance(size, int):
             out.write_tensor_data(np.ones(size, np.float32))
         else:
-            rows, columns, kind = size
-            out.write_tensor_data(blocks(draw, kind, rows, columns))
+            out.write_tensor_data(blocks(draw, *size))
     out.close()
 
 
@@ -123,12 +123,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("path", type=Path, metavar="FILE.gguf")
     parser.add_argument("--shape", choices=SHAPES, default="tinyllama")
+    parser.add_argument("--type", choices=KINDS, default="Q4_0")
     parser.add_argument("--layers", type=positive, help="default: the shape's")
     options = parser.parse_args()
     shape = SHAPES[options.shape]
     if options.layers:
         shape = shape._replace(layers=options.layers)
-    write(options.path, shape)
+    if options.type == "Q8_0":
+        write(options.path, shape)
+    else:
+        with tempfile.TemporaryDirectory(dir=options.path.absolute().parent) as folder:
+            write(Path(folder) / "q8_0.gguf", shape)
+            quantize(Path(folder) / "q8_0.gguf", options.path, options.type)
     sizes = tensors(49152, shape).values()
     weights = sum(s if isinstance(s, int) else s[0] * s[1] for s in sizes)
     size = options.path.stat().st_size / 2**20

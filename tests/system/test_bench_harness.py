@@ -13,6 +13,7 @@ from types import SimpleNamespace
 import ceilings
 import compare
 import decode
+import gguf_types
 import harness
 import losing
 import profile_step
@@ -396,6 +397,28 @@ def test_every_variant_has_a_process_of_its_own():
         turns.Worker("third", partial, (os._exit, 3), 1)()
 
 
+def test_the_type_that_a_comparison_is_of(monkeypatch, tmp_path, capsys):
+    """Q4_0, which llama.cpp repacks, if its quantizer is there; the file as it is otherwise."""
+    file = tmp_path / "Model.Q4_1.gguf"
+    monkeypatch.setenv("FASTLM_BENCH", str(tmp_path))
+    monkeypatch.setattr(gguf_types, "llama_cpp", lambda program: None)
+    assert gguf_types.of_type(file, None) == gguf_types.of_type(file, "Q4_1") == file
+    assert "Model as Q4_1" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match=r"Q4_0: llama-quantize is missing: sh bench/peers/lla"):
+        gguf_types.of_type(file, "Q4_0")
+    program = tmp_path / "llama-quantize"
+    program.write_text("#!/bin/sh\necho $1 $(basename $2) $4 > $3\n")
+    program.chmod(0o755)
+    monkeypatch.setattr(gguf_types, "llama_cpp", lambda name: str(program))
+    made = gguf_types.of_type(file, None)
+    assert made.name == "Model.Q4_0.gguf"
+    assert made.read_text() == "--allow-requantize Model.Q4_1.gguf Q4_0\n"
+    program.write_text("#!/bin/sh\necho no such type >&2; exit 3\n")
+    assert gguf_types.of_type(file, "Q4_0") == made  # made once
+    with pytest.raises(SystemExit, match="llama-quantize: no such type"):
+        gguf_types.of_type(file, "Q4_K_M")
+
+
 def test_the_better_peer_counts_in_decode():
     rows = [
         {"users": 1, "engine": e, "version": "", "missing": "", "prefill": p, "decode": d}
@@ -484,7 +507,7 @@ def test_weight_bytes_per_token(tmp_path):
     model = CausalLM.from_pretrained(tmp_path / "untied.gguf")
     assert model.generate([[1, 2]], max_new_tokens=2, ignore_eos=True)
     sizes = {n: i.size for n, i in GGUFFile(tmp_path / "untied.gguf").tensors.items()}
-    assert decode.weight_bytes(tmp_path / "untied.gguf") == sum(sizes.values()) - 49152 * 2 * 20
+    assert decode.weight_bytes(tmp_path / "untied.gguf") == sum(sizes.values()) - 49152 * 2 * 34
     rows = [{"users": 1, "engine": "fastlm", "decode": 10.0}]
     bandwidth = decode.bandwidth(rows, tmp_path / "untied.gguf", 4e9)
     assert bandwidth["share"] == pytest.approx(10 * bandwidth["weight_bytes"] / 4e9)
