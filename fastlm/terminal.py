@@ -32,13 +32,15 @@ def write_answer(text: str) -> None:
 
 
 def console(**options: Any) -> "Console":
-    """Return a console of rich that writes `visible` strings, also in tables. ``options``: its
-    own.
-    """
+    """Return a console of rich that writes `visible` text. ``options``: its own."""
     from rich.console import Console
 
     class VisibleConsole(Console):
         def render_str(self, text: str, **values: Any) -> Any:
             return super().render_str(visible(text), **values)
+
+        def render(self, renderable: Any, options: Any = None) -> Any:
+            for segment in super().render(renderable, options):  # also those of `Text`
+                yield segment if segment.control else segment._replace(text=visible(segment.text))
 
     return VisibleConsole(**options)
