@@ -170,6 +170,18 @@ def leftovers(path: Path) -> list[Path]:
     return sorted(left for left in path.parent.iterdir() if name.fullmatch(left.name))
 
 
+def try_lock(file: IO[Any], in_use: str) -> None:
+    """Lock an open file until it is closed or the process ends. Without effect on a file system
+    without locks. InputError(in_use): another process has it.
+    """
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise InputError(in_use) from None
+    except OSError:
+        pass
+
+
 def clean_up(path: Path) -> None:
     """Restore the old folder of an interrupted swap of ``path`` and remove unfinished files, unless
     a process works in the folder of ``path``, which must exist.

@@ -14,7 +14,6 @@ pages it has from its WARC files and only downloads what is missing.
 """
 
 import contextlib
-import fcntl
 import re
 import sys
 from collections import Counter
@@ -30,7 +29,15 @@ from urllib.parse import urlsplit
 from fastlm.data.crawl_options import CrawlOptions
 from fastlm.data.warc_files import warc_date, warc_paths
 from fastlm.errors import InputError
-from fastlm.files import make_folder, read_json, read_text, remove, write_error, write_json
+from fastlm.files import (
+    make_folder,
+    read_json,
+    read_text,
+    remove,
+    try_lock,
+    write_error,
+    write_json,
+)
 from fastlm.progress import Track, silent
 
 if TYPE_CHECKING:
@@ -149,12 +156,7 @@ def _lock(folder: Path) -> Iterator[None]:
     """Context: be the only crawl in ``folder``. The lock ends with the process."""
     make_folder(folder / ".job")
     with open(folder / ".job" / "lock", "w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise InputError(
-                f"out: expected a folder without a running crawl, got {folder}"
-            ) from None
+        try_lock(file, f"out: expected a folder without a running crawl, got {folder}")
         yield
 
 

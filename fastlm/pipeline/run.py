@@ -6,7 +6,6 @@ together with everything made from it (`fastlm.pipeline.archive`). The alternati
 file times, as make does: that reruns everything after the folder is copied.
 """
 
-import fcntl
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -17,7 +16,15 @@ from pathlib import Path
 from typing import Any
 
 from fastlm.errors import InputError
-from fastlm.files import leftovers, make_folder, read_json, remove, temporary_name, write_json
+from fastlm.files import (
+    leftovers,
+    make_folder,
+    read_json,
+    remove,
+    temporary_name,
+    try_lock,
+    write_json,
+)
 from fastlm.pipeline.archive import archive, finish_moving
 from fastlm.pipeline.execution_plan import PlannedStage, fingerprints, make_plan
 from fastlm.pipeline.provenance import describe, json_hash
@@ -289,10 +296,5 @@ def locked(out: Path) -> Iterator[None]:
     except OSError as e:
         raise InputError(f"{out}: cannot be written: {e.strerror}") from e
     with file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise InputError(f"{out}: another fastlm run is at work in this folder") from None
-        except OSError:
-            pass  # a file system without locks
+        try_lock(file, f"{out}: another fastlm run is at work in this folder")
         yield

@@ -16,7 +16,6 @@ On object storage (``s3://``) a build is the same: units write into a folder of 
 their finished files are uploaded before the marker (`fastlm.pipeline.node_cache`).
 """
 
-import fcntl
 import hashlib
 import json
 import os
@@ -29,7 +28,7 @@ from pathlib import Path
 from typing import Any
 
 from fastlm.errors import InputError
-from fastlm.files import make_folder, parse_json, reason, remove, write_error
+from fastlm.files import make_folder, parse_json, reason, remove, try_lock, write_error
 from fastlm.pipeline.executors import BuildError as BuildError
 from fastlm.pipeline.executors import call_on_every_node, run_calls
 from fastlm.pipeline.node_cache import cache_folder, fetch, remove_caches
@@ -131,14 +130,12 @@ class Work:
                 " got another one: write to another folder"
             )
         with open(lock, "a") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                if not os.path.samestat(os.fstat(file.fileno()), lock.stat()):
-                    raise InputError(in_use)
-            except (BlockingIOError, FileNotFoundError):  # another process has it, or removed it
-                raise InputError(in_use) from None
-            except OSError:
-                pass  # a file system without locks
+            try_lock(file, in_use)
+            with suppress(FileNotFoundError):
+                if os.path.samestat(os.fstat(file.fileno()), lock.stat()):
+                    in_use = ""
+            if in_use:  # another process removed it
+                raise InputError(in_use)
             try:
                 yield
             finally:

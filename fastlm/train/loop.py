@@ -13,7 +13,6 @@ before it spoils the next checkpoint. A warning about a loss spike
 (`fastlm.train.loss_spikes.SpikeDetector`) names the batch.
 """
 
-import fcntl
 import hashlib
 import json
 import math
@@ -33,7 +32,7 @@ from torch import Tensor, nn
 
 from fastlm.checkpoint.folder import save_tensors
 from fastlm.errors import InputError
-from fastlm.files import make_folder
+from fastlm.files import make_folder, try_lock
 from fastlm.memory import keep_freed_memory
 from fastlm.model.layers import checkpoint_activations
 from fastlm.muon import Muon, muon_groups
@@ -216,14 +215,10 @@ class _Loop:
         except OSError as e:
             raise InputError(f"{self.run_dir}: cannot be written: {e.strerror}") from None
         try:
-            fcntl.flock(metrics, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+            try_lock(metrics, f"{self.run_dir}: another training is at work in this folder")
+        except InputError:
             metrics.close()
-            raise InputError(
-                f"{self.run_dir}: another training is at work in this folder"
-            ) from None
-        except OSError:
-            pass  # a file system without locks
+            raise
         return metrics
 
     def run(

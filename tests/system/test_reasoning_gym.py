@@ -20,6 +20,7 @@ from fastlm.data.conversations import RowCounts
 from fastlm.data.prompts import parse_prompt_messages, read_prompts
 from fastlm.data.verifiers import CHECKS, VERIFIERS
 from fastlm.errors import InputError
+from fastlm.evals.registry import load_task
 from fastlm.sources import reasoning_gym
 from fastlm.sources.input_digest import InputDigest
 from fastlm.sources.reasoning_gym import reasoning_gym_rows, score_reasoning_gym
@@ -278,3 +279,15 @@ def test_a_passage_precedes_its_question(tmp_path) -> None:
     CHECKS["number"](rows[0])
     with pytest.raises(InputError, match="expected a number in the right answer, got 'Ann'"):
         CHECKS["number"](rows[1])
+
+
+def test_a_question_of_an_evaluation_counts_once(tmp_path) -> None:
+    """Copies are no independent measurements: their interval would be too narrow."""
+    options = "size=203&min_terms=2&max_terms=2&min_digits=1&max_digits=1"
+    source = f"reasoning-gym:basic_arithmetic?{options}"
+    rows = [row["question"] for row in reasoning_gym_rows(source)]
+    task = load_task(source, tmp_path)
+    texts = [question.row["question"] for question in task.questions]
+    assert len(rows) == 203 and 20 < len(texts) == len(set(rows)) - 3
+    assert len(set(texts)) == len(texts)
+    assert not {*texts} & {*list(dict.fromkeys(rows))[:3]}  # the examples have their answers

@@ -1,7 +1,9 @@
 """Questions of reasoning-gym's generators, which also score the answers: ``reasoning-gym:NAME`` or
 ``reasoning-gym:NAME?size=50&seed=1`` (`fastlm.sources.reasoning_gym`), and some of them by name.
 
-The first three rows are the examples. Only generators with reviewed scores are accepted.
+The first three rows are the examples. A generator may repeat its questions: each counts once,
+because copies are no independent measurements, and none repeats an example. Only generators with
+reviewed scores are accepted.
 """
 
 import copy
@@ -28,11 +30,14 @@ def _read(format: str, cache: Path) -> dict[str, Any]:
     if "size=" not in source:
         source += f"{'&' if '?' in source else '?'}size={SIZE + EXAMPLES}"
     check_scorable(source)
-    rows = list(reasoning_gym_rows(source))
+    distinct: dict[str, dict[str, Any]] = {}
+    for row in reasoning_gym_rows(source):
+        distinct.setdefault(row["question"].strip(), row)
+    rows = list(distinct.values())
     if len(rows) <= EXAMPLES:
         raise InputError(
             f"{source}: expected size={EXAMPLES + 1} or more, of which {EXAMPLES} are examples,"
-            f" got {len(rows)}"
+            f" got {len(rows)} different questions"
         )
     texts = [f"Question: {row['question'].strip()}\nAnswer:" for row in rows]
     begin = "".join(f"{text} {row['answer']}\n\n" for text, row in zip(texts[:EXAMPLES], rows))
@@ -42,7 +47,7 @@ def _read(format: str, cache: Path) -> dict[str, Any]:
         for i, (text, row) in enumerate(zip(texts[EXAMPLES:], rows[EXAMPLES:], strict=True))
     ]
     return {
-        "questions": questions, "format": f"{EXAMPLES}shot:{SCHEME} {package_version()}",
+        "questions": questions, "format": f"{EXAMPLES}shot:distinct:{SCHEME} {package_version()}",
         "judge": reasoning_gym_score, "metric": "score",
     }  # fmt: skip
 
