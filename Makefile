@@ -69,6 +69,7 @@ lint: .venv/ready  ## run the checks of pre-commit
 	$(BIN)/clang-format --dry-run --Werror $(CPP)
 	$(BIN)/pyright
 	$(BIN)/lint-imports --no-cache
+	$(BIN)/python bench/published.py
 
 format: .venv/ready  ## format the sources
 	$(BIN)/ruff check --fix .

@@ -51,6 +51,7 @@ MAX_SECONDS = 15  # per variant of a case: a peer that needs seconds per call ru
 MIN_ROUND_SECONDS = 0.01  # a round repeats a short call until the clock's noise is below 1 %
 FAR_BEHIND = 3  # times the fastest: a variant slower than that runs in 3 rounds
 MAX_LINE = 400  # of a file of results: longer facts are split
+NOT_CODE = (":!bench/results", ":!*.md", ":!*.png")  # what benchmarks write, and documents
 LARGE_SPREAD = 0.2  # relative to the median: a row above it is measured again
 
 
@@ -292,13 +293,17 @@ def gate(op: str) -> None:
         )
 
 
+def git(*words: str) -> str:
+    return subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True).stdout.strip()
+
+
 def machine() -> dict[str, object]:
     """Return the context of a figure: machine, versions, commit."""
     info = inventory.info()
     try:
-        commit = subprocess.run(
-            ["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True
-        ).stdout.strip()
+        commit = git("describe", "--always")
+        if git("status", "--porcelain", "--untracked-files=no", "--", ".", *NOT_CODE):
+            commit += "-dirty"
     except OSError:  # a machine without git
         commit = ""
     keys = ("cpu", "cpu_isa", "threads", "torch", "python", "fastlm")
@@ -400,23 +405,28 @@ def cases_of_shape(shape_cases: Callable, text: str, parser: argparse.ArgumentPa
     return cases
 
 
-def select_cases(cases: Sequence[Case], word: str, parser: argparse.ArgumentParser) -> list[Case]:
-    """Return the cases with the word in their name or shape. An unknown word is an error with
-    similar names."""
-    labels = [f"{c.name} {c.shape}" for c in cases]
-    matches = [c for c, label in zip(cases, labels) if word.lower() in label.lower()]
-    if not matches:
-        words = list(dict.fromkeys([*(c.name for c in cases), *" ".join(labels).split()]))
-        near = difflib.get_close_matches(word, words, n=4, cutoff=0.4) or words[:4]
-        parser.error(f"filter: no case has {word!r}; near: {', '.join(near)} (--list names all)")
-    return matches
+def select_cases(
+    cases: Sequence[Case], filters: Sequence[str], parser: argparse.ArgumentParser
+) -> list[Case]:
+    """Return the cases with one of the words in their name or shape, all without a word. An unknown
+    word is an error with similar names."""
+    labels = [f"{c.name} {c.shape}".lower() for c in cases]
+    for word in filters:
+        if not any(word.lower() in label for label in labels):
+            words = list(dict.fromkeys([*(c.name for c in cases), *" ".join(labels).split()]))
+            near = difflib.get_close_matches(word, words, n=4, cutoff=0.4) or words[:4]
+            parser.error(
+                f"filter: no case has {word!r}; near: {', '.join(near)} (--list names all)"
+            )
+    found = [not filters or any(w.lower() in label for w in filters) for label in labels]
+    return [case for case, is_found in zip(cases, found) if is_found]
 
 
 def main(op: str, cases: Callable[[], list[Case]], shape_cases: Callable | None = None) -> None:
     """Run the command line of one op's file. `shape_cases` creates the cases for --shape."""
     parser = argparse.ArgumentParser(description=f"Time fastlm's {op} against its peers.")
     parser.add_argument(
-        "filter", nargs="?", default="", help="Run only cases with this in their name or shape."
+        "filter", nargs="*", help="Run only cases with one of these in their name or shape."
     )
     parser.add_argument("--list", action="store_true", help="List the cases and exit.")
     if shape_cases is not None:

@@ -2,11 +2,13 @@
 
 It runs every op file and the end-to-end runs. It writes bench/results/<machine>.json,
 docs/benchmarks.md with every row, the ten rows of `HEADLINE` between the two marker lines of
-README.md, and the same rows as bars in docs/peers.png.
+README.md, and the same rows as bars in docs/peers.png. ``--headline`` runs the README's rows alone
+(some 10 minutes) and writes only them. The README is written from committed code only, and never
+with ``--busy`` or ``--no-gate``. Results of uncommitted code are stored, not published.
 
 ``--isa avx2`` limits both sides to one instruction set (`ISA_SETTINGS`), runs the ops and writes
-docs/benchmarks-avx2.md and a separate results file; the README stays unchanged. ``--page zen4``
-writes every row to docs/benchmarks-zen4.md instead, for a machine other than the README's.
+docs/benchmarks-avx2.md and a separate results file; the README stays unchanged. ``--page NAME``
+writes every row to docs/benchmarks-NAME.md instead, for a machine other than the README's.
 """
 
 import argparse
@@ -127,6 +129,15 @@ def run(command: str, *arguments: str) -> dict:
         return {**json.loads(path.read_text()), "table": lines}
 
 
+def published(results: dict) -> dict:
+    """Return the results without those of uncommitted code."""
+    return {k: r for k, r in results.items() if k == "machine" or not is_dirty(r)}
+
+
+def is_dirty(result: dict) -> bool:
+    return str(result.get("machine", {}).get("commit", "")).endswith("-dirty")
+
+
 def rows_of(results: dict) -> list[Row]:
     """Return the rows of all ops, with the op in their names."""
     rows = []
@@ -176,8 +187,10 @@ def readme_section(results: dict) -> str:
     ]
     return (
         f"{host['cpu']}, {host['threads']} threads, {host['cpu_isa']}, torch {host['torch']},"
-        f" {host['date']}, commit {commits_of(results)} (`make bench`); bf16, medians of rounds in"
-        " turn.\n\n" + "\n".join(lines)
+        f" {host['date']}, commit {commits_of(results)} (`bench/run.py`); bf16,"
+        " medians of rounds in turn.\n\n"
+        + "\n".join(lines)
+        + "\n\n![these ratios as bars](docs/peers.png)"
     )
 
 
@@ -209,6 +222,8 @@ def section(results: dict, isa: str | None = None, flag: str = "") -> str:
 
     `flag` is the option of bench/run.py, if the run was not `make bench`.
     """
+    withdrawn = sorted(name for name, r in results.items() if name != "machine" and is_dirty(r))
+    results = published(results)
     host = results["machine"]
     rows = rows_of(results)
     command = f"python bench/run.py {flag}" if flag else "make bench"
@@ -240,6 +255,8 @@ def section(results: dict, isa: str | None = None, flag: str = "") -> str:
             script, title = END_TO_END[name]
             heading = f"{title} (`python bench/{script}`):"
             parts.append(f"{heading}\n\n" + "\n".join(lines))
+    if withdrawn:
+        parts.append(f"Withdrawn, because the code was not committed: {', '.join(withdrawn)}.")
     errors = [r["error"] for r in results.values() if isinstance(r, dict) and "error" in r]
     parts += [f"Not measured: {e}." for e in errors]
     return "\n\n".join(parts)
@@ -261,6 +278,9 @@ def main() -> None:
     parser.add_argument(
         "--page", metavar="NAME", help="Write docs/benchmarks-NAME.md, not the README."
     )
+    parser.add_argument(
+        "--headline", action="store_true", help="Run the README's rows alone, and write only them."
+    )
     names = [*OPS, *END_TO_END]
     parser.add_argument("only", nargs="*", help=f"Run only these: {', '.join(names)}.")
     options = parser.parse_args()
@@ -271,8 +291,14 @@ def main() -> None:
         # torch reads them at import, so restart
         os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **ISA_SETTINGS[isa]})
     host = machine()
+    if not (isa or options.page or options.write_only):
+        if options.busy or options.no_gate:
+            parser.error("README.md: is written without --busy and --no-gate; add --page NAME")
+        if str(host["commit"]).endswith("-dirty"):
+            parser.error(f"README.md: expected committed code, got {host['commit']}")
     kind = f"forced-{isa}" if isa else host["cpu_isa"]
     name = re.sub(r"[^a-z0-9]+", "-", f"{host['cpu']}-{kind}-{host['threads']}t".lower())
+    name += "-headline" if options.headline else ""
     path = options.of or ROOT / "bench" / "results" / f"{name}.json"
     path.parent.mkdir(exist_ok=True)
     results = json.loads(path.read_text()) if path.exists() else {}
@@ -280,8 +306,14 @@ def main() -> None:
         results["machine"] = host
         # the boundary has no peer in torch; the end-to-end runs use the machine without such limits
         scripts = [op for op in OPS if op != "boundary"] if isa else names
+        cases: dict[str, list[str]] = {}
+        if options.headline:
+            for op, *case in HEADLINE:
+                cases.setdefault(op, []).append(" ".join(case))
+            scripts = [*cases, "train_step"]
         for script in options.only or scripts:
-            flags = ["--no-gate"] if options.no_gate and script in OPS else []
+            flags = cases.get(script, [])[:]
+            flags += ["--no-gate"] if options.no_gate and script in OPS else []
             flags += ["--busy"] if options.busy else []
             results[script] = run(END_TO_END.get(script, (f"ops/{script}.py",))[0], *flags)
         save(path, results)
@@ -297,8 +329,11 @@ def main() -> None:
     if BEGIN in text and END in text:
         head, rest = text.split(BEGIN, 1)
         tail = rest.split(END, 1)[1]
-        readme.write_text(f"{head}{BEGIN}\n{readme_section(results)}\n{END}{tail}")
-    plot_headline(results, ROOT / "docs" / "peers.png")
+        readme.write_text(f"{head}{BEGIN}\n{readme_section(published(results))}\n{END}{tail}")
+    plot_headline(published(results), ROOT / "docs" / "peers.png")
+    if options.headline:
+        print(f"\nwritten: {path.name}, docs/peers.png, README.md")
+        return
     pages = [isa for isa in ISA_SETTINGS if (ROOT / "docs" / f"benchmarks-{isa}.md").exists()]
     links = ", ".join(f"[{isa}](benchmarks-{isa}.md)" for isa in pages)
     (ROOT / "docs" / "benchmarks.md").write_text(

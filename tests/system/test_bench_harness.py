@@ -20,6 +20,7 @@ import profile_step
 import pytest
 import random_gguf
 import rope
+import run as bench_run
 import torch
 import turns
 import versions
@@ -29,6 +30,7 @@ from fastlm import backend, ops
 from fastlm.checkpoint.gguf_file import GGUFFile
 from fastlm.model.causal_lm import CausalLM
 
+CONTEXT = {"cpu": "EPYC", "threads": 2, "cpu_isa": "avx512", "torch": "2.13", "date": "2026-12-03"}
 OPS = ("adamw", "attention", "boundary", "cross_entropy", "glu", "linear", "linear_cross_entropy")
 OPS += (
     "layer_norm",
@@ -91,6 +93,25 @@ def test_shape_from_the_command_line(monkeypatch, capsys, text):
 
     run_main(monkeypatch, [], "--shape", text, "--list", make_cases=make_cases)
     assert capsys.readouterr().out == "fwd: 8 9 10 11: fastlm, torch\n"
+
+
+def test_the_headline_rows_are_cases():
+    """`bench/run.py --headline` selects each of its rows by name and shape."""
+    for op, name, shape in bench_run.HEADLINE:
+        cases = harness.select_cases(importlib.import_module(op).cases(), [f"{name} {shape}"], None)
+        assert (name, shape) in [(c.name, c.shape) for c in cases]
+
+
+def test_the_readme_is_of_committed_code(monkeypatch, capsys):
+    monkeypatch.setattr(bench_run, "machine", lambda: {**CONTEXT, "commit": "0123abc-dirty"})
+    for options, message in ((["--headline"], "0123abc-dirty"), (["--busy"], "without --busy")):
+        monkeypatch.setattr(sys, "argv", ["run.py", *options])
+        with pytest.raises(SystemExit):
+            bench_run.main()
+        assert message in capsys.readouterr().err
+    dirty = {"rows": [], "machine": {"commit": "0123abc-dirty"}}
+    text = bench_run.section({"machine": {**CONTEXT, "commit": "a"}, "rope": dirty, "glu": {}})
+    assert "Withdrawn, because the code was not committed: rope." in text and "dirty" not in text
 
 
 def test_threads_from_the_command_line(monkeypatch, capsys):
