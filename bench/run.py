@@ -50,7 +50,7 @@ END_TO_END = {
     ),
     "decode": (
         "peers/decode.py",
-        "SmolLM2-135M-Instruct (Q4_1), 512 tokens of prompt, 64 new; tokens/s of all users",
+        "SmolLM2-135M-Instruct (Q4_0), 512 tokens of prompt, 64 new; tokens/s of all users",
     ),
     "scaling": (
         "train/train_step.py --scaling",
