@@ -22,11 +22,12 @@ No other file checks for hardware or extensions.
 import contextlib
 import functools
 import importlib
+import inspect
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.util import find_spec
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 import torch
 
@@ -105,9 +106,55 @@ class OpEntry:
         """Return the row's implementation. It is imported at first use, because Triton may be
         missing and takes half a second to import."""
         if row.name not in self.implementations:
-            module = importlib.import_module(f"{row.package}.{self.module}")
-            self.implementations[row.name] = row.wrap(getattr(module, self.function))
+            if self.name in row.ops:  # of a backend from outside
+                function = self.checked_host(row)
+            else:
+                module = importlib.import_module(f"{row.package}.{self.module}")
+                function = getattr(module, self.function)
+            self.implementations[row.name] = row.wrap(function)
         return self.implementations[row.name]
+
+    def checked_host(self, row: Backend) -> Callable:
+        """Return the host function of a backend from outside. It checks its results.
+
+        Raises:
+            InputError: there is no such function; its parameters are not the definition's.
+        """
+        path = f"{row.package}.{self.module}"
+        try:
+            host = getattr(importlib.import_module(path), self.function)
+        except (ImportError, AttributeError) as error:
+            raise InputError(
+                f"package: expected a host function {path}.{self.function}, got: {error}"
+            ) from None
+        definition = self.load(BACKENDS["reference"])
+        names = [*inspect.signature(definition).parameters]
+        parameters = [*inspect.signature(host).parameters.values()]
+        host_names = [p.name for p in parameters]
+        if host_names[: len(names)] != names or any(
+            p.default is p.empty for p in parameters[len(names) :]
+        ):
+            raise InputError(
+                f"{path}.{self.function}: expected the definition's parameters"
+                f" ({', '.join(names)}), got ({', '.join(host_names)})"
+            )
+        returns = inspect.signature(definition).return_annotation
+        if returns is None:  # it writes its arguments
+            return host
+        count = len(get_args(returns)) or 1
+
+        @functools.wraps(host)
+        def run(*args: Any) -> Any:
+            results = host(*args)
+            types = [type(r) for r in (results if isinstance(results, tuple) else (results,))]
+            if len(types) != count or not all(issubclass(t, torch.Tensor) for t in types):
+                raise InputError(
+                    f"{path}.{self.function}: expected to return {count} tensors (an empty one for"
+                    f" none), got {', '.join(t.__name__ for t in types)}"
+                )
+            return results
+
+        return run
 
 
 def _unavailable_reason_cpu() -> str | None:
@@ -213,12 +260,17 @@ def add(row: Backend) -> None:
     """Add a backend with the ops that it names, in front of all others for its devices.
 
     Raises:
-        InputError: a backend with this name exists; an op of the row is not in `OPS`.
+        InputError: a backend with this name exists; an op of the row is not in `OPS`, or has no
+            host function with the definition's parameters. (Only a backend that can run here is
+            imported.)
     """
     if row.name in BACKENDS:
         raise InputError(f"name: expected a name that no backend has, got {row.name!r}")
     if unknown := sorted(row.ops.keys() - OPS.keys()):
         raise InputError(f"ops: expected some of {', '.join(OPS)}, got {', '.join(unknown)}")
+    if row.unavailable_reason() is None:
+        for op in row.ops:
+            OPS[op].checked_host(row)
     others = dict(BACKENDS)
     BACKENDS.clear()
     BACKENDS.update({row.name: row} | others)

@@ -6,6 +6,8 @@ They also check that host functions and declarations agree in every backend.
 import importlib
 import importlib.util
 import inspect
+import sys
+import types
 
 import metal
 import pytest
@@ -94,6 +96,44 @@ def test_refuses_what_does_not_fit(added):
     with pytest.raises(InputError, match=r"ops: expected some of .*, got rms_nrom"):
         backend.add(row)
     assert "tin" not in BACKENDS
+
+
+def _host(function):
+    """A package "tin" with this rms_norm."""
+    module = types.ModuleType("tin.rms_norm")
+    module.rms_norm_forward = function
+    return {"tin": types.ModuleType("tin"), "tin.rms_norm": module}
+
+
+def test_a_host_that_differs_from_the_definition_is_refused(monkeypatch):
+    row = backend.Backend("tin", "tin", ("cpu",), ops={"rms_norm": None})
+    path = r"tin\.rms_norm\.rms_norm_forward"
+    with pytest.raises(InputError, match=rf"package: expected a host function {path}, got: No mod"):
+        backend.add(row)
+    for function, got in (
+        (lambda x, weight, eps, residual, offset: x, "x, weight, eps, residual, offset"),
+        (lambda x, residual, weight, eps: x, "x, residual, weight, eps"),
+        (lambda x, residual, weight, eps, offset, y: x, "x, residual, weight, eps, offset, y"),
+    ):
+        for name, module in _host(function).items():
+            monkeypatch.setitem(sys.modules, name, module)
+        with pytest.raises(
+            InputError, match=rf"^{path}: expected the definition's .*got \({got}\)"
+        ):
+            backend.add(row)
+    assert "tin" not in BACKENDS
+
+
+@pytest.mark.parametrize("results", [lambda x: (x, None, x), lambda x: x, lambda x: None])
+def test_a_host_with_other_results_is_refused(results, monkeypatch):
+    for name, module in _host(lambda x, residual, weight, eps, offset: results(x)).items():
+        monkeypatch.setitem(sys.modules, name, module)
+    backend.add(backend.Backend("tin", "tin", ("cpu",), ops={"rms_norm": None}))
+    try:
+        with pytest.raises(InputError, match=r"rms_norm_forward: expected to return 3 tensors \("):
+            ops.rms_norm(torch.ones(2, 8), torch.ones(8))
+    finally:
+        backend.remove("tin")
 
 
 ROWS = {name: row for name, row in BACKENDS.items() if not row.ops_from} | {"metal": metal.ROW}
