@@ -68,7 +68,8 @@ def _rms_norm(base: type, *, eps: str, offset: float) -> Callable:
         epsilon = getattr(self, eps)
         if epsilon is None:  # torch's own RMSNorm
             epsilon = torch.finfo(hidden_states.dtype).eps
-        return rms_norm(hidden_states, self.weight, epsilon, residual=residual, offset=offset)
+        weight = self._parameters.get("weight")
+        return rms_norm(hidden_states, weight, epsilon, residual=residual, offset=offset)
 
     return forward
 

@@ -142,7 +142,7 @@ class PatchedOps(dict[str, int]):
 
     Attributes:
         unpatched: class -> number of modules with parameters that run their own code, such as a
-            mixture of experts, without embeddings.
+            mixture of experts, and of norms without parameters; without embeddings.
         keeps_logits: the model has a head whose loss was not recognised: in training its logits are
             in memory.
     """
@@ -184,10 +184,14 @@ def patched_ops(model: nn.Module) -> PatchedOps:
         type(m).__name__
         for m in model.modules()
         if m not in plan and not _is_fastlm_module(m) and not isinstance(m, nn.Embedding)
-        if any(p is not None for p in m._parameters.values())
+        if any(p is not None for p in m._parameters.values()) or _is_leaf_norm(m)
         if m not in heads
     )
     return PatchedOps(counts, unpatched if counts else {}, bool(counts) and keeps_logits)
+
+
+def _is_leaf_norm(module: nn.Module) -> bool:
+    return "norm" in type(module).__name__.lower() and not module._modules
 
 
 def _is_fastlm_module(module: nn.Module) -> bool:
@@ -343,21 +347,25 @@ class _Linear(nn.Module):
 
 
 def _recognize_rms_norm(module: nn.Module, training: bool) -> dict[str, Any] | None:
-    (name, parameter), *others = ((n, p) for n, p in module._parameters.items() if p is not None)
-    if name != "weight" or others or parameter.dim() != 1 or module._modules:
+    parameters = {n: p for n, p in module._parameters.items() if p is not None}
+    if not parameters.keys() <= {"weight"} or module._modules:
         return None
-    if not _has_one_argument(module):
+    if any(p.dim() != 1 for p in parameters.values()) or not _has_one_argument(module):
         return None
     eps = next(name for name in ("variance_epsilon", "eps") if hasattr(module, name))
     stand_in = _make_stand_in(module, training)
-    weight = _test_values(parameter.numel())
-    stand_in._parameters["weight"] = nn.Parameter(weight)
+    width, weight = 8, None
+    if parameters:
+        width = parameters["weight"].numel()
+        weight = _test_values(width)
+        stand_in._parameters["weight"] = nn.Parameter(weight)
     epsilon = getattr(module, eps)
     # rows whose mean squares are far above and near eps
-    x = _test_values(2, len(weight)) * torch.tensor([[1.0], [math.sqrt(epsilon or 1e-6)]])
+    x = _test_values(2, width) * torch.tensor([[1.0], [math.sqrt(epsilon or 1e-6)]])
     result = stand_in.forward(x)
-    for offset in (0.0, 1.0):
-        if _same(result, F.rms_norm(x, x.shape[1:], weight + offset, epsilon)):
+    for offset in (0.0,) if weight is None else (0.0, 1.0):
+        factor = None if weight is None else weight + offset
+        if _same(result, F.rms_norm(x, x.shape[1:], factor, epsilon)):
             return {"eps": eps, "offset": offset}
     return None
 
@@ -376,10 +384,10 @@ def _recognize_layer_norm(module: nn.Module, training: bool) -> dict[str, Any] |
     stand_in._parameters["weight"] = nn.Parameter(weight)
     if bias is not None:
         stand_in._parameters["bias"] = nn.Parameter(bias)
-    # rows whose variances are far above and near eps
-    x = (
-        _test_values(2, len(weight)) * torch.tensor([[1.0], [math.sqrt(getattr(module, eps))]])
-        + 1.0
+    # rows whose variances are far above and near eps. A mean far above a deviation would cost the
+    # digits that two correct norms must agree in
+    x = (_test_values(2, len(weight)) + 1.0) * torch.tensor(
+        [[1.0], [math.sqrt(getattr(module, eps))]]
     )
     same = _same(
         stand_in.forward(x), F.layer_norm(x, x.shape[1:], weight, bias, getattr(module, eps))

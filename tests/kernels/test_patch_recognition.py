@@ -9,6 +9,7 @@ from patch_models import (
 )
 from torch import nn
 from transformers import AutoModelForCausalLM
+from transformers.models.cohere.modeling_cohere import CohereLayerNorm
 
 import fastlm
 from fastlm import InputError
@@ -99,6 +100,19 @@ class Gated(Norm):
         return super().forward(x if gate is None else x * nn.functional.silu(gate))
 
 
+class WeightlessNorm(nn.Module):
+    """HRM-text's and Llama 4's norm."""
+
+    def __init__(self):
+        super().__init__()
+        self.eps = 1e-6
+
+    def forward(self, x):
+        return (
+            x.float() * torch.rsqrt(x.float().pow(2).mean(-1, keepdim=True) + self.eps)
+        ).type_as(x)
+
+
 class OutsideTheRoot(Norm):
     def forward(self, x):
         return self.weight * x / (x.square().mean(-1, keepdim=True).sqrt() + self.eps)
@@ -140,6 +154,7 @@ class ScaledLayer(Layer):
         (Scaled(), {}),
         (Norm(), {"rms_norm": 1}),
         (Norm(1e-12), {"rms_norm": 1}),
+        (WeightlessNorm(), {"rms_norm": 1}),
         (nn.LayerNorm(8), {"layer_norm": 1}),
         (nn.LayerNorm(8, bias=False), {"layer_norm": 1}),
         (OfRootMean(8), {}),
@@ -165,6 +180,26 @@ def test_what_computes_another_thing_elsewhere(module, expected_ops):
     assert ran == {k: v for k, v in expected_ops.items() if k != "layer"}
     assert layers == expected_ops.get("layer", 0)
     assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_layer_norms_of_any_width():
+    """In test values with a large mean, Cohere's norm lost the digits that are compared."""
+    for width in range(96, 320, 8):
+        model = fastlm.patch(CohereLayerNorm(width), ops=["layer_norm"])
+        assert patched_ops(model) == {"layer_norm": 1}
+
+
+def test_all_unpatched_norms_are_listed():
+    class L2Norm(nn.Module):
+        def forward(self, x):
+            return nn.functional.normalize(x, dim=-1)
+
+    model = nn.Sequential(WeightlessNorm(), L2Norm())
+    x = torch.randn(3, 8)
+    expected = model(x)
+    ops = patched_ops(fastlm.patch(model))
+    assert ops == {"rms_norm": 1} and ops.unpatched == {"L2Norm": 1}
+    torch.testing.assert_close(model(x), expected)
 
 
 def test_a_model_of_ones_own():
