@@ -89,7 +89,9 @@ def declare(
         )  # fmt: skip
 
     def refuse(*_: Any) -> Any:  # without it torch warns and continues with zeros
-        raise NotImplementedError(f"fastlm::{name} has no derivative")
+        is_second = name.endswith("_backward")
+        reason = ": a backward through a backward (create_graph=True) is refused" * is_second
+        raise NotImplementedError(f"fastlm::{name} has no derivative{reason}")
 
     setup, backward_of_operator = None, refuse
     if derivative:

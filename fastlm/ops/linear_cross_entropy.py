@@ -66,8 +66,8 @@ def linear_cross_entropy(
     """``cross_entropy(F.linear(input, linear_weight, linear_bias).float(), target, ...)``.
 
     Args:
-        input: (..., D), float32, bfloat16 or float16 (float64 on the reference).
-        linear_weight: (V, D), input's dtype.
+        input: (..., K), float32, bfloat16 or float16 (float64 on the reference).
+        linear_weight: (V, K), input's dtype.
         target: (...), int64 or int32.
         linear_bias: (V,), any float dtype.
         others: as in `cross_entropy`.
@@ -169,7 +169,7 @@ def check_linear(input: Tensor, linear_weight: Tensor, linear_bias: Tensor | Non
     """Check the operands of the linear layer and return the number of classes."""
     if linear_weight.dim() != 2 or input.dim() == 0 or linear_weight.shape[1] != input.shape[-1]:
         raise InputError(
-            "linear_weight: expected shape (V, D), D the last dimension of input"
+            "linear_weight: expected shape (V, K), K the last dimension of input"
             f" {tuple(input.shape)}, got {tuple(linear_weight.shape)}"
         )
     if linear_weight.dtype != input.dtype or linear_weight.device != input.device:

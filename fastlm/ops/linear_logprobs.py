@@ -38,8 +38,8 @@ def linear_logprobs(
     ``-(logp.exp() * logp).sum(-1)``.
 
     Args:
-        input: (..., D), float32, bfloat16 or float16 (float64 on the reference).
-        linear_weight: (V, D), input's dtype.
+        input: (..., K), float32, bfloat16 or float16 (float64 on the reference).
+        linear_weight: (V, K), input's dtype.
         target: (...), int64 or int32.
         linear_bias: (V,), any float dtype. -inf masks a class.
         temperature: > 0, finite; divides the logits, as in sampling.
