@@ -28,7 +28,7 @@ from typing import Any
 import numpy as np
 
 from fastlm.evals.results import Record
-from fastlm.evals.task import MultipleChoice, OpenQuestion, Task
+from fastlm.evals.task import MultipleChoice, OpenQuestion, Question, Task
 from fastlm.stats.intervals import majority_at_k, mean_error, pass_at_k
 from fastlm.stats.power import mean_mde, rate_mde, share_mde
 
@@ -153,12 +153,18 @@ def summarize_metrics(task: Task, values_of: QuestionMetrics) -> dict[str, dict[
     return metrics
 
 
-def passage_clusters(task: Task, rows: Iterable[int] | None = None) -> list[str] | None:
-    """Return the passage of each question (default: of all), as clusters for `mean_error`; None if
-    no two questions share a passage."""
+def passage_clusters(task: Task, rows: Iterable[int] | None = None) -> list[Hashable] | None:
+    """Return the passage of each question (default: of all), as clusters for `mean_error`; copies
+    of a question without a passage are a cluster, too. None if no two questions share a cluster.
+    """
     indices = range(len(task.questions)) if rows is None else rows
-    groups = [task.questions[i].group or f"question {i}" for i in indices]
+    groups = [_cluster(task.questions[i]) for i in indices]
     return groups if len(set(groups)) < len(groups) else None
+
+
+def _cluster(q: Question) -> Hashable:
+    is_choice = isinstance(q, MultipleChoice)
+    return q.group or (q.requests if is_choice else (q.earlier_messages, q.prompt, q.gold))
 
 
 def part_metrics(task: Task, values_of: QuestionMetrics) -> dict[str, dict[str, Any]]:

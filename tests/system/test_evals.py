@@ -28,6 +28,7 @@ from fastlm.evals.task import MultipleChoice, OpenQuestion, Task
 from fastlm.evals.task_metrics import (
     argmax_score,
     part_metrics,
+    passage_clusters,
     question_metrics,
     summarize_metrics,
 )
@@ -303,6 +304,20 @@ def test_questions_of_a_passage_count_as_one_draw_in_parts_and_clean_ones():
         groups = [name for name, entry in zip(names, indices) if entry]
         expected = mean_error(each["acc"][indices], clusters=groups).error
         assert parted[part]["acc"]["error"] == pytest.approx(expected)
+
+
+def test_copies_of_a_question_count_as_one_draw():
+    plain = choices(20)
+    copies = [replace(q, id=str(i)) for i, q in enumerate([*plain.questions, *plain.questions])]
+    values = {"acc": np.tile([1.0, 0.0, 1.0, 1.0], 10)}
+    actual = summarize_metrics(replace(plain, questions=copies), values)["acc"]
+    once = summarize_metrics(plain, {"acc": values["acc"][:20]})["acc"]
+    assert actual["value"] == once["value"] and actual["error"] == pytest.approx(once["error"])
+    shot = OpenQuestion("0", "How many?", {}, " 3")
+    other = [shot, replace(shot, id="1"), replace(shot, gold=" 4"), replace(shot, prompt="Who?")]
+    clusters = passage_clusters(replace(plain, questions=other))
+    assert clusters is not None and clusters[0] == clusters[1] and len(set(clusters)) == 3
+    assert passage_clusters(plain) is None
 
 
 def test_what_this_machine_cannot_judge_is_refused_before_a_question_is_asked(tmp_path):
