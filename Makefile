@@ -8,6 +8,8 @@ CPP := $(wildcard csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/*/*/*.h csrc/
 CUDA_HERE := test -n "$$CUDA_HOME$$CUDA_PATH" || command -v nvcc >/dev/null || test -d /usr/local/cuda/include
 CUDA_HEADERS := nvidia-cuda-runtime nvidia-cuda-crt nvidia-cuda-cccl
 PIP := $(BIN)/python -m pip install --quiet
+# On a terminal pip shows what it fetches, with a bar
+PIP_SHOWN := $(BIN)/python -m pip install $$(test -t 1 || echo --quiet)
 # One process more than there are cores, at most 5 (tests/conftest.py), because tests of servers wait. The tests of a file run in
 # one process and share its fixtures; tests/conftest.py defines their order. Without the last option pytest-benchmark warns that
 # it is disabled
@@ -16,6 +18,8 @@ BUILD := FASTLM_SIMT=1 $(BIN)/python setup.py -q build_ext --inplace
 # Without a GPU the CUDA kernels are not built: with the emulator, which the tests need, they take two thirds of the time
 HERE := FASTLM_CUDA=$${FASTLM_CUDA:-$$(nvidia-smi -L >/dev/null 2>&1 && echo 1 || echo 0)}
 BUILD_HERE := $(HERE) $(BIN)/python setup.py -q build_ext --inplace
+# Of each file that is compiled: how many are done, and the time left
+export NINJA_STATUS := [%f/%t, %W left] $()
 
 .PHONY: help setup build demo test quick test-all simt lint format bench fuzz fuzz-files kill sanitize gate triton-sanitize clean
 
@@ -34,14 +38,14 @@ setup: .venv/ready  ## create .venv with fastlm (editable, with the extensions f
 	$(PIP) --upgrade 'pip>=25' setuptools pybind11 ninja
 	@$(CUDA_HERE) || $(PIP) --no-deps $(CUDA_HEADERS)
 	$(BUILD_HERE)
-	@echo "make: downloading torch: minutes without output"
-	$(HERE) PYTHONWARNINGS='ignore:Editable installation' $(PIP) --no-build-isolation --editable '.[dev]'
+	@echo "make: fetching torch (200 MB for CPUs, 3 GB with CUDA) and the tools: one to five minutes"
+	$(HERE) PYTHONWARNINGS='ignore:Editable installation' $(PIP_SHOWN) --no-build-isolation --editable '.[dev]'
 	@touch $@
 
 build: .venv/ready  ## build the extensions in place: compiles the files of csrc/ that an edit affects
 	@$(BUILD)
 
-demo: .venv/ready  ## run the first part of recipes/full.toml, text -> tokens -> model -> runs/demo/report.html, in ten minutes on two cores
+demo: .venv/ready  ## run the first part of recipes/full.toml, text -> tokens -> model -> runs/demo/report.html: 9 to 15 minutes on two cores, set-up included
 	@$(BUILD_HERE)
 	$(BIN)/fastlm run recipes/full.toml --until eval --set pretrain.max_tokens=2_000_000 --out runs/demo
 

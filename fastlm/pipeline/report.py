@@ -52,7 +52,7 @@ def write_report(
         "stages": stages, "machine": _machine(),
     }  # fmt: skip
     parts = [(d.step, part) for d in done if (part := _part(d))]
-    write_text(out / REPORT, render_report(summary, recipe, parts, until))
+    write_text(out / REPORT, render_report(summary, recipe, parts, until, out.absolute().name))
     write_json(out / SUMMARY, summary)
     return summary
 
@@ -88,8 +88,11 @@ def render_report(
     recipe: Recipe,
     parts: Sequence[tuple[RecipeStep, ReportSection]],
     until: str | None = None,
+    name: str = "",
 ) -> str:
-    """Return the page. ``summary`` as in summary.json, ``until`` as in `write_report`."""
+    """Return the page. ``summary`` as in summary.json, ``until`` as in `write_report`. ``name``: of
+    the run, its title; default: the recipe's.
+    """
     sections: dict[str, list[tuple[RecipeStep, ReportSection]]] = {}
     for step, part in parts:
         sections.setdefault(step.name if part.wide else step.stage.kind, []).append((step, part))
@@ -121,6 +124,7 @@ def render_report(
             recipe=recipe,
             not_run=[step.name for step in recipe.steps if step.name not in seconds],
             until=until,
+            name=name,
             sections=list(sections.values()),
             cards=cards,
             stages=rows,

