@@ -49,7 +49,10 @@ def locate_model(path: Path) -> Path:
     if not path.exists():
         actual = "no such path"
         if len(path.parts) == 2 and not path.is_absolute():  # looks like OWNER/NAME
-            actual += " (fastlm reads local files and downloads nothing from the Hugging Face Hub)"
+            actual += (
+                " (fastlm downloads nothing from the Hugging Face Hub:"
+                f" hf download {path} --local-dir FOLDER)"
+            )
     raise InputError(f"{path}: expected a folder with {CONFIG} or a .gguf file, got {actual}")
 
 
