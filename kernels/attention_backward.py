@@ -136,7 +136,7 @@ def _dq(
     delta,  # like lse
     dq,  # RowTensor of D elements
     bias,  # Bias or None
-    cu_seqlens,  # Packed or None
+    cu_seqlens,  # CuSeqlens or None
     opts,  # ScoreOptions
     sizes,  # Sizes
     SHAPE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,

@@ -465,7 +465,7 @@ def _forward(
     lse,  # (B, H, S), packed (H, total_q); splits: (splits, rows of lse), in units of log2(e)
     sinks,  # (H,) float32 or None
     bias,  # Bias or None
-    cu_seqlens,  # Packed or None
+    cu_seqlens,  # CuSeqlens or None
     pages,  # PagedCache or None
     opts,  # ScoreOptions
     sizes,  # Sizes

@@ -52,6 +52,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastlm.kernels.cross_entropy import row_gradients, row_outputs, row_statistics
+from fastlm.row_losses import row_losses
 
 _TILE = 128  # rows of a product's tile
 _WORKSPACE = 1 << 30  # bytes: 1300 rows of 128 thousand classes
@@ -217,15 +218,12 @@ def linear_cross_entropy_loss(
         if on_all is not None:
             on_p = on_p + on_all[part] * total
         if on_square is not None:
-            lse = shift[part] + log_sum[part]
-            on_p = on_p + torch.where(valid[part], 2 * on_square[part] * lse, 0.0)
+            lse_part = shift[part] + log_sum[part]
+            on_p = on_p + torch.where(valid[part], 2 * on_square[part] * lse_part, 0.0)
         on_all_part = None if on_all is None else on_all[part]
         chunks.gradients(part, logits, on_p, on_target[part], on_all_part, (shift, log_sum))
-    loss = on_nll * nll
-    if on_smoothed is not None:
-        loss = loss + on_smoothed * torch.where(valid, smoothed, 0.0)
-    if on_square is not None:
-        loss = loss + on_square * torch.where(valid, shift + log_sum, 0.0).square()
+    lse = shift + log_sum
+    loss = row_losses(on_nll, on_smoothed, on_square, nll, smoothed, lse, valid)
     return loss.sum(), chunks.d_input, chunks.d_weight, chunks.d_bias
 
 

@@ -33,7 +33,7 @@ struct CrossEntropyRow {
 // Statistics of a span of a row's classes: maximum m, sum of e^(z - m), sums of
 // class_weight * (z - m) and of class_weight.
 struct SpanSums {
-  float m = NEGATIVE_INFINITY, sum = 0, weighted = 0, weights = 0;
+  float m = -INFINITE, sum = 0, weighted = 0, weights = 0;
 
   // Adds two spans relative to the larger maximum. Spans are added in the order of the classes.
   void add(const SpanSums& other) {
@@ -59,19 +59,19 @@ template <class T, class W>
 SpanSums cross_entropy_span(const CrossEntropyRow<T, W>& row, int64_t from) {
   alignas(64) float z[BLOCK];
   vfloat weighted{};  // class_weight * (z - m)
-  float m = NEGATIVE_INFINITY, sum = 0, weight_so_far = 0;
+  float m = -INFINITE, sum = 0, weight_so_far = 0;
   const int64_t end = std::min(row.classes, from + SPAN);
   for (int64_t v0 = from; v0 < end; v0 += BLOCK) {
     const int64_t n = std::min(BLOCK, end - v0), full_end = n / VL * VL;
     const T* x = row.logits + v0;
-    vfloat maxima[2] = {splat(NEGATIVE_INFINITY), splat(NEGATIVE_INFINITY)};
+    vfloat maxima[2] = {splat(-INFINITE), splat(-INFINITE)};
     for (int64_t j = 0; j < full_end; j += VL) {
       const vfloat s = row.score(load(x + j));
       store(z + j, s);
       maxima[j / VL & 1] = vmax(maxima[j / VL & 1], s);
     }
     if (full_end < n) {
-      store(z + full_end, splat(NEGATIVE_INFINITY));
+      store(z + full_end, splat(-INFINITE));
       store(z + full_end, row.score(load(x + full_end, int(n - full_end))), int(n - full_end));
       maxima[0] = vmax(maxima[0], load(z + full_end));
     }
@@ -103,7 +103,7 @@ template <class T, class W>
 void cross_entropy_finish(const CrossEntropyRow<T, W>& row, const SpanSums& s, float* shift,
                           float* log_sum, float* nll, float* smoothed) {
   const float log_of_sum =
-      s.m == NEGATIVE_INFINITY ? std::numeric_limits<float>::quiet_NaN() : std::log(s.sum);
+      s.m == -INFINITE ? std::numeric_limits<float>::quiet_NaN() : std::log(s.sum);
   *shift = s.m, *log_sum = log_of_sum;
   *nll = row.target < 0 ? 0.f : log_of_sum - (row.score(to_float(row.logits[row.target])) - s.m);
   if (row.class_weight) *smoothed = s.weights * log_of_sum - s.weighted;

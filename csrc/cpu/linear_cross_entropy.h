@@ -193,7 +193,7 @@ struct ChunkScores {
 
   void set_base(const float* max_score) const {
     for (int64_t i = 0; i < padded; ++i)  // a padded column's E is 0 for any bias
-      stats.base[i] = i >= rows ? -NEGATIVE_INFINITY : finite_max(max_score[i]);
+      stats.base[i] = i >= rows ? INFINITE : finite_max(max_score[i]);
   }
 
   bool is_in_window() const {
@@ -434,7 +434,7 @@ struct ChunkGradients {
       f.on_entropy[i] = real && f.has_entropy ? loss.on_entropy[i] * scale : 0.f;
       f.entropy[i] = real && f.has_entropy ? loss.entropy[i] : 0.f;
       // a padded column's scores are the bias: e^(bias - inf) is 0 for any bias
-      f.shift[i] = real ? loss.shift[i] : -NEGATIVE_INFINITY;
+      f.shift[i] = real ? loss.shift[i] : INFINITE;
       f.log_sum[i] = real ? loss.log_sum[i] : 0.f;
       f.of_row[i] = real ? 1.f : 0.f;
       f.of_e[i] = f.target_value[i] = f.target_e[i] = 0.f;

@@ -160,8 +160,8 @@ void linear_distillation_rows_of(int64_t classes, int64_t rows, int64_t rp, floa
   const LogSums student(arena.take<float>(2 * rp), rp), teacher(arena.take<float>(2 * rp), rp);
   for (int64_t i = 0; i < rp; ++i) {
     const bool real = i < rows;
-    student.shift[i] = real ? lse_s[i] : -NEGATIVE_INFINITY;
-    teacher.shift[i] = real ? lse_t[i] : -NEGATIVE_INFINITY;
+    student.shift[i] = real ? lse_s[i] : INFINITE;
+    teacher.shift[i] = real ? lse_t[i] : INFINITE;
     student.log_sum[i] = real ? lse_s[rows + i] : 0.f;
     teacher.log_sum[i] = real ? lse_t[rows + i] : 0.f;
   }

@@ -18,8 +18,8 @@ struct ScoreFunction {
   FASTLM_INLINE float operator()(float x) const { return (*this)(splat(x))[0]; }
 };
 
-constexpr float NEGATIVE_INFINITY = -std::numeric_limits<float>::infinity();
+constexpr float INFINITE = std::numeric_limits<float>::infinity();
 
 // Replaces the maximum of scores that are all -inf by a finite number: e^(-inf - 0) = 0, where
 // -inf - -inf would be NaN.
-FASTLM_INLINE float finite_max(float m) { return m == NEGATIVE_INFINITY ? 0.f : m; }
+FASTLM_INLINE float finite_max(float m) { return m == -INFINITE ? 0.f : m; }

@@ -94,7 +94,7 @@ DEVICE void cp_async_wait() {
   asm volatile("cp.async.wait_group %0;" ::"n"(GroupsLeft) : "memory");
 }
 
-// Barrier `id` (1 to 15) for `threads` threads of the block.
+// Barrier `number` (1 to 15) for `threads` threads of the block.
 DEVICE void named_barrier(int number, int threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(number), "r"(threads) : "memory");
 }

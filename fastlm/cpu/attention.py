@@ -78,8 +78,11 @@ def run_backward(
         if bias is not None and need_bias:
             dbias = lse.new_zeros(bias.shape)
     arguments = dout, dlse, q, k, v, out, lse, layout, extras, options, (dq, dk, dv, dsinks, dbias)
-    if size := _cpu.attention_backward(*arguments, None):
-        _cpu.attention_backward(*arguments, lse.new_empty(size))
+    try:
+        if size := _cpu.attention_backward(*arguments, None):
+            _cpu.attention_backward(*arguments, lse.new_empty(size))
+    except ValueError as error:
+        raise InputError(str(error)) from None
     return (
         dq,
         dk,

@@ -11,7 +11,6 @@ namespace fastlm {
 
 constexpr int64_t DECODE_TILE = 16;   // rows of W per unit of work: one AVX-512 vector of outputs
 constexpr int64_t DECODE_KEYS = 128;  // per attention task: 16 KiB of 16-bit keys at D 64, in L1
-constexpr int64_t DECODE_RUN = 512;   // columns per scale of int8 activations, at most
 
 // y = x W^T + bias. A quantized W has a table of its scales (and offsets) in the order in which the
 // kernel reads them, [ceil(n / 16)][groups][1 or 2][16], where
