@@ -73,6 +73,10 @@ def paged_append(
                     f" {k.device}, the same for both, got {cache.dtype} {tuple(cache.shape)} on"
                     f" {cache.device}"
                 )
+            if any(n > 1 and stride == 0 for n, stride in zip(cache.shape, cache.stride())):
+                raise InputError(
+                    f"{name}: expected memory for every element, got an expanded tensor"
+                )
             if cache.shape[3] > 1 and cache.stride(3) != 1:
                 raise InputError(
                     f"{name}: expected elements of a head side by side, got stride "

@@ -22,6 +22,7 @@ _UNSHRINK = 2
 # Weights per pass over the candidates. The temporaries stay in the L2, and torch does not split
 # such small work over threads, whose barriers cost 100 times the work if a core is busy elsewhere.
 _BLOCK = 1 << 15
+_MIN_NORMAL = torch.finfo(torch.float32).tiny  # kernels treat smaller numbers as zero
 
 
 def quantize_weight(
@@ -98,6 +99,15 @@ def quantize_weight(
                 raise InputError(
                     f"scale_dtype: expected one that holds the scales of weights up to"
                     f" {float(block.abs().max()):.2g}, got {scale_dtype}"
+                )
+            peak = v.abs().amax(-1)
+            is_lost = (peak >= _MIN_NORMAL) & (q == 0).all(-1)
+            if z is not None:
+                is_lost &= z == 0
+            if bool(is_lost.any()):
+                raise InputError(
+                    f"scale_dtype: expected one that holds the scales of weights of"
+                    f" {float(peak[is_lost].min()):.2g}, got {scale_dtype}"
                 )
             qdata.append(pack_rows(q.reshape(-1, groups * width)[:, :k], bits))
             scales.append(s.to(scale_dtype))

@@ -112,6 +112,10 @@ _x, _place = torch.zeros(1, 1, 2, 8), torch.zeros(1, 1, dtype=torch.int32)
             {2: torch.zeros(1, 4, 8, 2).transpose(2, 3)},
             "k_cache: expected elements of a head side by side, got stride 2",
         ),
+        (
+            {2: _cache[:1].expand(2, -1, -1, -1), 3: _cache[:1].expand(2, -1, -1, -1)},
+            "k_cache: expected memory for every element, got an expanded tensor",
+        ),
         ({4: _place.float()}, r"block_table: expected int32, .* got torch.float32"),
         ({5: _place[0]}, r"positions: expected int32, 2 dimensions, the first \(1, 1\)"),
         ({"k_scale": 1.0}, r"k_scale: expected None \(torch.float32 cache\), got one"),

@@ -416,6 +416,21 @@ def test_refusals():
         ops.quantized_linear(x, torch.randn(6, 16))
 
 
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_weights_below_the_scales_dtype_are_refused(bits, symmetric):
+    """They would be zeros without a word. Rows of zeros are none."""
+    w = torch.randn(3, 64)
+    w[0], w[1] = 0, 1e-8
+    options = {"group_size": 32, "symmetric": symmetric}
+    with pytest.raises(InputError, match=r"scale_dtype: .* of weights of 1e-08, got"):
+        ops.quantize_weight(w, bits, scale_dtype=torch.float16, **options)
+    w[1] = 1e-42  # zero to the kernels
+    ops.quantize_weight(w, bits, scale_dtype=torch.float16, **options)
+    w[1] = 1e-8
+    ops.quantize_weight(w, bits, **options)
+
+
 @on("cuda")
 def test_the_extension_refuses(kernel):
     q = weight(6, 64, 8, 8)
