@@ -294,7 +294,8 @@ def tasks(
 
 def _write_questions(names: list[str], out: Path | None, cache: Path | None) -> None:
     if out is None or not names:
-        raise InputError("out: expected NAMES of question sets together with --out FILE, got one")
+        got = "NAMES" if names else "--out"
+        raise InputError(f"out: needs NAMES of question sets and --out FILE, got only {got}")
     from fastlm.evals.contamination import write_questions
     from fastlm.sources.packages import default_cache
 

@@ -1,4 +1,4 @@
-"""``fastlm data get``, ``crawl`` and ``show``. `fastlm.stages` adds those of other packages."""
+"""The commands ``fastlm data ...``. `fastlm.cli` adds those of other packages."""
 
 import json
 import shutil

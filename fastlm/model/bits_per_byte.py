@@ -20,9 +20,8 @@ from torch import nn
 
 from fastlm.data.shards import TokenDataset, document_offsets
 from fastlm.errors import InputError
+from fastlm.model.causal_lm import IGNORE
 from fastlm.progress import silent
-
-IGNORE = -100
 
 
 @dataclass(frozen=True)

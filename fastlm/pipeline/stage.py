@@ -20,7 +20,7 @@ from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, TypeVar, get_args, get_origin, get_type_hints
 
-from fastlm.errors import InputError
+from fastlm.errors import InputError, unknown_key
 from fastlm.progress import silent
 from fastlm.sources.input_digest import InputDigest
 from fastlm.sources.remote import is_remote
@@ -292,10 +292,7 @@ class Stage:
             if (value := getattr(self, name)) != defaults[name]:
                 raise InputError(f"{name}: {self.kind} has no use for it, got {value!r:.80}")
         for key in inputs.keys() - self.inputs.keys():
-            raise InputError(
-                f"{key}: expected one of {self.kind}'s inputs {', '.join(self.inputs)}, got this "
-                "name"
-            )
+            raise InputError(unknown_key(key, key, self.inputs))
         input_tuples: dict[str, tuple[Input, ...]] = {}
         for key, spec in self.inputs.items():
             value = inputs.get(key)

@@ -35,7 +35,7 @@ def with_generic_tools(
 ) -> tuple[list[Message], list[Any] | None, OutputFormat | None]:
     """Return messages, tools and output format for a model: those of the request if its chat
     template writes tools and calls, else those of the generic format. ``unsupported_reason``:
-    `fastlm.serve.prompt_encoder.Prompts.unsupported_reason`."""
+    `fastlm.serve.prompt_encoder.PromptEncoder.unsupported_reason`."""
     messages, tools, output_format = request.messages, request.tools, request.output_format
     has_calls = any(m["role"] == "tool" or m.get("tool_calls") for m in messages)
     if has_calls and unsupported_reason("tool calls"):

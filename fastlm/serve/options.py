@@ -197,8 +197,8 @@ class ServeOptions(ListenOptions):
             (admin_keys and not keys, "admin_key_file: expected API keys, too (--api-key-file)"),
             ("*" in self.allow_origin and not keys,
              "allow_origin: expected API keys (--api-key-file) with '*'"),
-            (self.metrics and not self.feedback, "metrics: expected with --feedback"),
-            (self.alerts and not self.feedback, "alerts: expected with --feedback"),
+            (self.metrics and not self.feedback, "metrics: needs --feedback"),
+            (self.alerts and not self.feedback, "alerts: needs --feedback"),
             (self.canary and not self.feedback,
              "canary: expected --feedback, where its outcomes are stored"),
         ):  # fmt: skip

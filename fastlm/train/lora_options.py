@@ -50,8 +50,10 @@ class LoraOptions:
         if not self.lora_rank:
             for f in fields(LoraOptions):
                 value = getattr(self, f.name)
-                unused = f"{value} and all weights trained"
-                expect(value == f.default, f.name, "lora_rank with it", unused)
+                if value != f.default:
+                    raise InputError(
+                        f"{f.name}: needs lora_rank above 0 (0 trains all weights), got {value}"
+                    )
         muon = self.lora_rank and getattr(self, "optimizer", "adamw") == "muon"
         expect(not muon, "optimizer", "adamw to train adapters", "muon")
         positive(self, "lora_alpha")

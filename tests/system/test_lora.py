@@ -661,14 +661,12 @@ REFUSED_OPTIONS = {
         "lora_rank": 4,
         "lora_targets": (),
     },
-    "lora_dropout: expected lora_rank with it, got 0.1 and all weights trained": {
-        "lora_dropout": 0.1
-    },
+    "lora_dropout: needs lora_rank above 0 (0 trains all weights), got 0.1": {"lora_dropout": 0.1},
     "lora_dropout: expected a share in [0, 1), got 1": {"lora_rank": 4, "lora_dropout": 1},
     "base_bits: expected 4, 8 or 16, got 3": {"base_bits": 3},
-    "base_bits: expected lora_rank with it, got 4 and all weights trained": {"base_bits": 4},
-    "use_dora: expected lora_rank with it, got True and all weights trained": {"use_dora": True},
-    "merge: expected lora_rank with it, got False and all weights trained": {"merge": False},
+    "base_bits: needs lora_rank above 0 (0 trains all weights), got 4": {"base_bits": 4},
+    "use_dora: needs lora_rank above 0 (0 trains all weights), got True": {"use_dora": True},
+    "merge: needs lora_rank above 0 (0 trains all weights), got False": {"merge": False},
 }
 
 

@@ -273,7 +273,7 @@ def test_files_of_metrics_and_alerts(folder, tmp_path):
     alerts.write_text("[[alert]]\nname = 1\n")
     for case_options, message in (
         (options, "alerts.toml line 2: name: expected a string, got 1"),
-        (("--alerts", alerts), "alerts: expected with --feedback, got none"),
+        (("--alerts", alerts), "alerts: needs --feedback, got none"),
     ):
         arguments = ["serve", "--model", str(folder), "--port", "0", *map(str, case_options)]
         done = CliRunner().invoke(app, arguments)

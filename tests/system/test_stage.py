@@ -106,7 +106,7 @@ def test_the_example_of_contributing_is_a_command_and_a_call(lengths, corpus, tm
         lengths(skip=0)(tmp_path, corpus=run / "data")
     with pytest.raises(InputError, match="corpus: expected a prepared folder, got none"):
         lengths()(tmp_path)
-    with pytest.raises(InputError, match="model: expected one of lengths's inputs corpus"):
+    with pytest.raises(InputError, match="model: unknown key; the nearest valid one is 'corpus'"):
         lengths()(tmp_path, model="x")
 
 
