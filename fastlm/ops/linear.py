@@ -91,9 +91,9 @@ def linear(
 
     Sums are float32 and rounded once. On a CPU without AMX, bfloat16 products with enough rows
     (`_MIN_ROWS`) run on fastlm's kernels, which are then faster. Everything else, and everything
-    under ``torch.compile``, runs on torch's. x is stored for the backward if weight needs a
-    gradient, and weight if x does. In addition to its results the backward uses N K float32 and the
-    packed operands.
+    under ``torch.compile``, runs on torch's, whose float32 results depend on the number of threads
+    in the last bits. x is stored for the backward if weight needs a gradient, and weight if x does.
+    In addition to its results the backward uses N K float32 and the packed operands.
 
     Raises:
         InputError: shapes or dtypes do not fit.
