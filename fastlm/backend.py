@@ -424,15 +424,19 @@ def _dispatcher(entry: OpEntry, rows: list[Backend]) -> Callable:
     return run
 
 
-@contextlib.contextmanager
-def use_backend(name: str) -> Iterator[None]:
+def use_backend(name: str) -> contextlib.AbstractContextManager[None]:
     """Force every op inside the ``with`` onto one backend, process-wide.
 
     An op that this backend cannot run raises.
     """
+    return _force(_check_backend(name, "use_backend"))
+
+
+@contextlib.contextmanager
+def _force(name: str) -> Iterator[None]:
     global _forced_name
     before = _forced_name
-    _forced_name = _check_backend(name, "use_backend")
+    _forced_name = name
     _clear_caches()
     try:
         yield

@@ -224,6 +224,8 @@ def info(
         return
     from rich.table import Column, Table
 
+    from fastlm.ops import __all__ as public_ops
+
     facts = Table(box=None, show_header=False)
     for key, value in values.items():
         if not isinstance(value, dict):
@@ -237,7 +239,10 @@ def info(
         Column("op", no_wrap=True), "runs on", *(Column(c, justify="center") for c in columns)
     )
     limits = Table(Column("~ partial support", no_wrap=True), "", box=None, header_style="")
+    helpers = []
     for name, row in values["ops"].items():
+        if row["backend"] == "reference" and name not in public_ops:
+            helpers.append(name)
         marks = ["" if c in row["unavailable"] else "✓~"[c in row["supports"]] for c in columns]
         ops.add_row(name, row["backend"] or "nothing", *marks)
         by_text: dict[str, list[str]] = {}
@@ -245,6 +250,11 @@ def info(
             by_text.setdefault(text, []).append(backend)
         for text, backends in by_text.items():
             limits.add_row(name, f"{', '.join(backends)}: {text}")
+    if helpers:
+        ops.caption = (
+            f"{', '.join(helpers)}: parts of ops that model code calls where a backend has a"
+            " kernel for them, and else not"
+        )
     console().print(facts, ops, limits)
 
 

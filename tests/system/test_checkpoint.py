@@ -448,7 +448,10 @@ def test_broken_quantized_weight(tmp_path, drop, message):
 
 def test_paths_that_hold_no_model(tmp_path):
     refused(tmp_path / "none", "got no such path$")
-    refused("HuggingFaceTB/SmolLM2-135M", "downloads nothing from .* Hub: hf download Hugg.*M --local-dir")
+    refused(
+        "HuggingFaceTB/SmolLM2-135M",
+        "downloads nothing from .* Hub: hf download Hugg.*M --local-dir",
+    )
     refused(tmp_path, "got neither")
     (tmp_path / "x.txt").write_text("x")
     refused(tmp_path / "x.txt", "expected a model folder or a .gguf file")

@@ -28,8 +28,9 @@ from fastlm.serve.commands import read_keys
 from fastlm.serve.http_server import ENCODER_THREADS
 from fastlm.serve.middleware import RequestLimits
 from fastlm.serve.prompt_encoder import PromptEncoder
-from fastlm.serve.protocol.body import parse_json, read_request
+from fastlm.serve.protocol.body import count_containers, parse_json, read_request
 from fastlm.serve.protocol.chat_completion import ChatCompletionRequest
+from fastlm.serve.protocol.responses_api import ResponsesRequest
 from fastlm.tokenizer import tokenizer as tokenizer_module
 
 KEY = "a-key-of-this-server"
@@ -153,6 +154,21 @@ def test_a_body_has_a_bounded_number_of_lists():
     assert time.process_time() - began < 0.3
     text = '[{"' * 400_000 + "\\"
     assert parse_json(json.dumps({"prompt": [text]}).encode()) == {"prompt": [text]}
+    strings = b'{"prompt":["' + b"[" * 100_001 + b'",' + b'"",' * 1_300_000 + b'""]}'
+    began = time.process_time()  # splitting at the quotes took 0.26 s
+    assert count_containers(strings) == 2
+    assert time.process_time() - began < 0.1
+
+
+def test_the_arguments_of_a_call_have_a_bounded_number_of_lists():
+    """They are JSON in a text, whose brackets the body's bound does not count."""
+    call = {"type": "function_call", "call_id": "a", "name": "f"}
+    for count in (10, 100_001):
+        arguments = '{"x":[' + "[]," * count + "[]]}"
+        request = {"model": "m", "input": [{**call, "arguments": arguments}]}
+        refused = pytest.raises(ApiError, match="arguments: expected at most 100,000 lists")
+        with refused if count > 10 else contextlib.nullcontext():
+            read_request(json.dumps(request).encode(), ResponsesRequest)
 
 
 def test_many_keys_are_read_in_one_pass():

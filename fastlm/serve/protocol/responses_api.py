@@ -22,12 +22,14 @@ from typing_extensions import TypedDict
 from fastlm.data.conversations import Message
 from fastlm.serve.api_error import ApiError, field_error
 from fastlm.serve.protocol.body import (
+    MAX_CONTAINERS,
     AlwaysFalse,
     EmptyOrText,
     Identifier,
     Label,
     PositiveInt,
     Text,
+    count_containers,
     reject,
     validate,
 )
@@ -85,6 +87,8 @@ class MessageItem(ResponseItem):
 
 
 def _json_object(text: str) -> str:
+    if count_containers(text.encode()) > MAX_CONTAINERS:
+        reject(f"at most {MAX_CONTAINERS:,} lists and objects")
     try:
         value = json.loads(text)
     except (ValueError, RecursionError):
