@@ -1,11 +1,12 @@
 """Read Parquet files: a column of text, a row a document, one row group after the other.
 
 A row group is read in batches, so memory grows with its largest page, not with the group: pyarrow
-writes up to 1,024 rows as a page and decodes a page whole. So a group whose rows are too long for
-that, or that is packed as no text is, is not read (`_check_size`), and texts are read as entries of
-their dictionary: a page that names one long text a thousand times has it once. A group that cannot
-be decoded is counted, and the next one is read. Its pages are checked against their checksums where
-a file has them.
+writes up to 1,024 rows as a page and decodes a page whole. A group whose rows are too long for that
+by the sizes that the file states, or that is packed as no text is, is not read (`_check_size`); a
+file that lies about its sizes is not found out. Texts are read as entries of their dictionary: a
+page that names one long text a thousand times has it once. A group that cannot be decoded is
+counted, and the next one is read. Its pages are checked against their checksums where a file has
+them.
 
 Rejected: reading a group in one call (a writer's default group has a million rows).
 """

@@ -159,6 +159,8 @@ def list_files(
     for name in sorted(names):
         path = root / name
         if not path.is_file():
+            if path.is_dir() and leads_out(path, root):
+                skipped[LINK] += 1
             continue
         if left_out and f"{name}/".startswith(left_out):
             continue

@@ -342,3 +342,4 @@ def test_a_sign_before_more_than_15_digits_is_no_telephone(text):
     """E.164 has at most 15. SQLite's documents have the bounds of 64-bit integers."""
     assert not find(text)
     assert find("call +442079460958") and find("Tel. +442079460958123456")
+    find("+" + "1" * 5000)  # more digits than int() takes

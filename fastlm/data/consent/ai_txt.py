@@ -57,7 +57,7 @@ class AiTxt:
                 self.fields, self.problem = {}, "neither of the two forms of ai.txt"
             if problem := too_many_wildcards(glob[1] for glob in self.globs):
                 self.problem, self.globs = problem, []
-                self.fields = {"": {"training": (f"deny ({problem})", 1)}}
+                self.fields = {"": {"training": ("deny", 1)}}
 
     def _parse(self, text: str) -> None:
         agent = ""
@@ -104,7 +104,7 @@ class AiTxt:
             return _consent("no", "Training: deny, the default", address, 0)
         value, line = field
         rule = f"Training: {value} ({crawler})"
-        if value.lower().startswith("deny"):
+        if value.lower() == "deny":
             return _consent("no", rule, address, line)
         if value.lower() != "conditional":
             return None

@@ -31,6 +31,7 @@ from fastlm.errors import InputError
 
 # No number of the documentation was taken for one of these (docs/data.md)
 WEB_REGIONS = ("US", "GB")
+MAX_INTEGER = 78  # digits of 2^256; int() refuses thousands
 MIN_DIGITS, MAX_DIGITS = 7, 15  # digits: the shortest local numbers; ITU-T E.164
 MAX_GROUPS = 6  # "+33 6 12 34 56 78"
 MAX_RUN = 12  # groups; a longer run is a row of a table
@@ -271,7 +272,7 @@ def _has_number(digits: str) -> bool:
     """Return True if the first digits of more than MAX_DIGITS are an international number that its
     country's plan allows, and all of them are no bound of a machine's integers.
     """
-    if len(digits) <= MAX_DIGITS or _is_power_of_two(digits):
+    if len(digits) <= MAX_DIGITS or (len(digits) <= MAX_INTEGER and _is_power_of_two(digits)):
         return False
     sizes = range(MAX_DIGITS, MIN_DIGITS, -1)
     return any(_is_international(digits[:n], strict=True) for n in sizes)
