@@ -24,9 +24,12 @@ from fastlm.sources.input_digest import InputDigest
 
 
 class Fingerprint(str):
-    """The hash of ``parts``: everything that decides a stage's output."""
+    """The hash of ``parts``: everything that decides a stage's output. ``missing``: the message
+    about an input that does not exist yet.
+    """
 
     parts: list[Any]
+    missing = ""
 
 
 @dataclass(frozen=True)
@@ -59,6 +62,7 @@ def make_plan(
     for step in recipe.steps:
         name, done = step.name, record.get(step.name)
         action, reason = _state(step, prints[name], done, out / name)
+        reason = prints[name].missing or reason
         stale = False
         if done is not None and any(map(rerun.intersection, step.inputs.values())):
             stale = True
@@ -148,30 +152,41 @@ def _holds_any(folder: Path, names: Sequence[str]) -> bool:
     return any((folder / name).is_dir() and any((folder / name).glob("[!.]*")) for name in names)
 
 
-def fingerprints(recipe: Recipe, input_digest: InputDigest) -> dict[str, Fingerprint]:
+def fingerprints(
+    recipe: Recipe, input_digest: InputDigest, *, may_miss: bool = False
+) -> dict[str, Fingerprint]:
     """Return the fingerprints of all stages, by name. InputError: an input from outside the run
-    that does not exist.
+    that does not exist, unless it ``may_miss``: in a dry run it may come later.
     """
     prints: dict[str, Fingerprint] = {}
     for step in recipe.steps:
-        stage, upstream = step.stage, {}
-        for key, names in step.inputs.items():
-            states = [
-                _outside(step, key, name, input_digest) if is_outside(name) else prints[name]
-                for name in names
-            ]
-            # if there may be several, the result refers to each by its name
-            upstream[key] = [*zip(names, states)] if stage.inputs[key].several else states
-        parts = [
-            stage.kind,
-            stage.version,
-            changed_options(stage),
-            stage.digest_inputs(input_digest),
-            upstream,
-        ]
+        stage, missing = step.stage, ""
+        try:
+            upstream = _upstream(step, prints, input_digest)
+            inputs = [stage.digest_inputs(input_digest), upstream]
+        except InputError as error:
+            if not may_miss:
+                raise
+            inputs, missing = [], str(error)
+        parts = [stage.kind, stage.version, changed_options(stage), *inputs]
         prints[step.name] = Fingerprint(json_hash(parts))
-        prints[step.name].parts = parts
+        prints[step.name].parts, prints[step.name].missing = parts, missing
     return prints
+
+
+def _upstream(
+    step: RecipeStep, prints: Mapping[str, Fingerprint], input_digest: InputDigest
+) -> dict[str, Any]:
+    """Return the states of a step's inputs: fingerprints of stages, and what is outside the run."""
+    upstream = {}
+    for key, names in step.inputs.items():
+        states = [
+            _outside(step, key, name, input_digest) if is_outside(name) else prints[name]
+            for name in names
+        ]
+        # if there may be several, the result refers to each by its name
+        upstream[key] = [*zip(names, states)] if step.stage.inputs[key].several else states
+    return upstream
 
 
 def _outside(step: RecipeStep, key: str, name: str, input_digest: InputDigest) -> Any:

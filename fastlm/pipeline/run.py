@@ -133,7 +133,8 @@ def run_recipe(
     report_plan = on_plan or (lambda plan: None)
     input_digest = InputDigest(out / SOURCES, cache=cache, track=track)
     if dry_run and not out.exists():
-        report_plan(make_plan(recipe, selected, fingerprints(recipe, input_digest), {}, out))
+        prints = fingerprints(recipe, input_digest, may_miss=True)
+        report_plan(make_plan(recipe, selected, prints, {}, out))
         return {}
     make_folder(out)
     with locked(out):
@@ -143,7 +144,7 @@ def run_recipe(
         emit = on_event or (lambda event: None)
         command = command or f"fastlm run {path}"
         run = _Run(recipe, out, cache, track, emit, record, input_digest, command)
-        prints = fingerprints(recipe, input_digest)
+        prints = fingerprints(recipe, input_digest, may_miss=dry_run)
         plan = make_plan(recipe, selected, prints, record, out)
         report_plan(plan)
         if dry_run:

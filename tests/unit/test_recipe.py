@@ -7,7 +7,7 @@ import tiny_recipe
 from paths import ROOT
 
 from fastlm.errors import InputError
-from fastlm.stages import load_recipe
+from fastlm.stages import load_recipe, run_recipe
 
 SHIPPED = sorted((ROOT / "recipes").glob("*.toml"))
 
@@ -128,6 +128,17 @@ def test_shipped_recipes_are_valid_from_any_folder(path, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     recipe = load_recipe(path)
     assert recipe.name == path.stem and recipe.description
+
+
+def test_improve_is_planned_before_its_inputs_exist(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    improve, plan = next(path for path in SHIPPED if path.stem == "improve"), []
+    run_recipe(improve, tmp_path / "out", dry_run=True, cache=tmp_path, on_plan=plan.extend)
+    reasons = {planned.step.name: planned.reason for planned in plan}
+    assert reasons["feedback"] == "feedback.db: expected a feedback database, not found"
+    assert "runs/chat/ppo" in reasons["sft"] and not (tmp_path / "out").exists()
+    with pytest.raises(InputError, match=r"feedback\.db: expected a feedback database"):
+        run_recipe(improve, tmp_path / "out", cache=tmp_path)
 
 
 def test_settings_are_beside_the_recipe_and_all_else_in_the_current_folder(tmp_path, monkeypatch):
