@@ -408,8 +408,8 @@ def cases_of_shape(shape_cases: Callable, text: str, parser: argparse.ArgumentPa
 def select_cases(
     cases: Sequence[Case], filters: Sequence[str], parser: argparse.ArgumentParser
 ) -> list[Case]:
-    """Return the cases with one of the words in their name or shape, all without a word. An unknown
-    word is an error with similar names."""
+    """Return the cases with one of the words in their name or shape, all without a word. A complete
+    name and shape selects its case alone; an unknown word is an error with similar names."""
     labels = [f"{c.name} {c.shape}".lower() for c in cases]
     for word in filters:
         if not any(word.lower() in label for label in labels):
@@ -418,8 +418,11 @@ def select_cases(
             parser.error(
                 f"filter: no case has {word!r}; near: {', '.join(near)} (--list names all)"
             )
-    found = [not filters or any(w.lower() in label for w in filters) for label in labels]
-    return [case for case, is_found in zip(cases, found) if is_found]
+
+    def is_selected(label: str) -> bool:
+        return any(label == w if w in labels else w in label for w in map(str.lower, filters))
+
+    return [case for case, label in zip(cases, labels) if not filters or is_selected(label)]
 
 
 def main(op: str, cases: Callable[[], list[Case]], shape_cases: Callable | None = None) -> None:

@@ -99,7 +99,7 @@ def test_the_headline_rows_are_cases():
     """`bench/run.py --headline` selects each of its rows by name and shape."""
     for op, name, shape in bench_run.HEADLINE:
         cases = harness.select_cases(importlib.import_module(op).cases(), [f"{name} {shape}"], None)
-        assert (name, shape) in [(c.name, c.shape) for c in cases]
+        assert [(c.name, c.shape) for c in cases] == [(name, shape)]
 
 
 def test_the_readme_is_of_committed_code(monkeypatch, capsys):
