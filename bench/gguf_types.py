@@ -19,11 +19,12 @@ def quantize(source: Path, target: Path, kind: str) -> None:
     """Write ``target``: the matrices of ``source`` in ``kind``, the head as llama.cpp chooses."""
     if (program := llama_cpp(PROGRAM)) is None:
         sys.exit(f"bench: {kind}: {PROGRAM} is missing: sh bench/peers/llama_cpp.sh builds it")
-    command = [program, "--allow-requantize", str(source), str(target), kind]
+    part = target.with_suffix(".part")  # Ctrl-C leaves no half of a file
+    command = [program, "--allow-requantize", str(source), str(part), kind]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
-        target.unlink(missing_ok=True)
         sys.exit(f"bench: {PROGRAM}: {(done.stderr or done.stdout).strip().splitlines()[-1]}")
+    part.replace(target)
 
 
 def of_type(path: Path, kind: str | None) -> Path:

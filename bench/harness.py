@@ -302,9 +302,9 @@ def machine() -> dict[str, object]:
     info = inventory.info()
     try:
         commit = git("describe", "--always")
-        if git("status", "--porcelain", "--untracked-files=no", "--", ".", *NOT_CODE):
+        if git("status", "--porcelain", "--", ".", *NOT_CODE):
             commit += "-dirty"
-    except OSError:  # a machine without git
+    except OSError:  # a machine without git; outside a checkout, git prints nothing
         commit = ""
     keys = ("cpu", "cpu_isa", "threads", "torch", "python", "fastlm")
     return {

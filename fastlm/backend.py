@@ -129,9 +129,16 @@ class OpEntry:
             ) from None
         definition = self.load(BACKENDS["reference"])
         names = [*inspect.signature(definition).parameters]
-        parameters = [*inspect.signature(host).parameters.values()]
+        try:
+            parameters = [*inspect.signature(host).parameters.values()]
+        except (TypeError, ValueError) as error:  # no function; a C function without a signature
+            raise InputError(f"{path}.{self.function}: expected a function, got: {error}") from None
+        variadic = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+        accepts_all = any(p.kind is inspect.Parameter.VAR_POSITIONAL for p in parameters)
+        parameters = [p for p in parameters if p.kind not in variadic]
         host_names = [p.name for p in parameters]
-        if host_names[: len(names)] != names or any(
+        expected = names[: len(host_names)] if accepts_all else names
+        if host_names[: len(names)] != expected or any(
             p.default is p.empty for p in parameters[len(names) :]
         ):
             raise InputError(

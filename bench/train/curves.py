@@ -1,10 +1,12 @@
 """Draw the curves of trainings: a panel per metric, a thin line per seed and a thick one for their
-mean.
+mean. The title of a panel of one group names the range of its seeds at the end.
 
-    python bench/train/curves.py 'sums=runs/reason/sums/runs/*:val_score' -o docs/reason.png
+    python bench/train/curves.py 'sums=runs/reason/sums/runs/*:val_score' -o docs/reason.png \
+        --ylabel 'share solved, held out' --from-zero
 
 A panel is TITLE=FOLDERS:METRIC. FOLDERS is a glob pattern of folders with a metrics.jsonl. Folders
-whose names differ in the seed only, such as those of a sweep, have the same color.
+whose names differ in the seed only, such as those of a sweep, have the same color. With
+``--from-zero`` all panels have one y axis, which begins at 0.
 """
 
 import argparse
@@ -43,9 +45,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     parser.add_argument("panels", nargs="+", metavar="TITLE=FOLDERS:METRIC")
     parser.add_argument("-o", "--out", type=Path, required=True)
+    parser.add_argument("--ylabel", help="the name of the metric on the y axis")
+    parser.add_argument("--from-zero", action="store_true")
     a = parser.parse_args()
     figure = Figure(figsize=(WIDTH * len(a.panels), HEIGHT), layout="constrained")
-    axes = figure.subplots(1, len(a.panels), squeeze=False)[0]
+    axes = figure.subplots(1, len(a.panels), squeeze=False, sharey=a.from_zero)[0]
     for axis, panel in zip(axes, a.panels):
         title, _, rest = panel.partition("=")
         pattern, _, metric = rest.rpartition(":")
@@ -63,11 +67,15 @@ def main() -> None:
             axis.plot(steps, means, color=color, linewidth=2, label=label)
         counts = sorted({len(curves) for curves in groups.values()})
         seeds = "1 seed" if counts == [1] else f"{' or '.join(map(str, counts))} seeds"
-        axis.set_title(f"{title}, {seeds}", fontsize=10)
+        ends = [[*curve.values()][-1] for curves in groups.values() for curve in curves]
+        spread = f": {min(ends):.2f} to {max(ends):.2f}" if len(groups) == 1 < len(ends) else ""
+        axis.set_title(f"{title}, {seeds}{spread}", fontsize=10)
         if len(groups) > 1:
             axis.legend(fontsize=7)
         axis.set_xlabel("step")
-        axis.set_ylabel(metric)
+        axis.set_ylabel(a.ylabel or metric)
+        if a.from_zero:
+            axis.set_ylim(bottom=0)
         axis.grid(alpha=0.3)
     figure.savefig(a.out, dpi=150)
 

@@ -62,22 +62,22 @@ def _rebuild(base: type, op: str, options: tuple) -> nn.Module:
     return object.__new__(make_variant(base, op, options))
 
 
-def _rms_norm(base: type, *, eps: str, offset: float) -> Callable:
+def _rms_norm(base: type, *, eps: str, offset: float, has_weight: bool) -> Callable:
     @functools.wraps(base.forward)
     def forward(self: Any, hidden_states: Tensor, residual: Tensor | None = None) -> Any:
         epsilon = getattr(self, eps)
         if epsilon is None:  # torch's own RMSNorm
             epsilon = torch.finfo(hidden_states.dtype).eps
-        weight = self._parameters.get("weight")
+        weight = self.weight if has_weight else None
         return rms_norm(hidden_states, weight, epsilon, residual=residual, offset=offset)
 
     return forward
 
 
-def _layer_norm(base: type, *, eps: str) -> Callable:
+def _layer_norm(base: type, *, eps: str, has_bias: bool) -> Callable:
     @functools.wraps(base.forward)
     def forward(self: Any, hidden_states: Tensor, residual: Tensor | None = None) -> Any:
-        bias = self._parameters.get("bias")
+        bias = self.bias if has_bias else None
         return layer_norm(hidden_states, self.weight, bias, getattr(self, eps), residual=residual)
 
     return forward

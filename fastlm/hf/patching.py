@@ -354,19 +354,19 @@ def _recognize_rms_norm(module: nn.Module, training: bool) -> dict[str, Any] | N
         return None
     eps = next(name for name in ("variance_epsilon", "eps") if hasattr(module, name))
     stand_in = _make_stand_in(module, training)
-    width, weight = 8, None
+    (width,), weight = getattr(module, "normalized_shape", (8,)), None
     if parameters:
         width = parameters["weight"].numel()
         weight = _test_values(width)
         stand_in._parameters["weight"] = nn.Parameter(weight)
     epsilon = getattr(module, eps)
-    # rows whose mean squares are far above and near eps
-    x = _test_values(2, width) * torch.tensor([[1.0], [math.sqrt(epsilon or 1e-6)]])
+    # rows whose mean squares are far above and near eps; two dimensions that are not normalized
+    x = _test_values(2, 3, width) * torch.tensor([[[1.0]], [[math.sqrt(epsilon or 1e-6)]]])
     result = stand_in.forward(x)
     for offset in (0.0,) if weight is None else (0.0, 1.0):
         factor = None if weight is None else weight + offset
-        if _same(result, F.rms_norm(x, x.shape[1:], factor, epsilon)):
-            return {"eps": eps, "offset": offset}
+        if _same(result, F.rms_norm(x, (width,), factor, epsilon)):
+            return {"eps": eps, "offset": offset, "has_weight": weight is not None}
     return None
 
 
@@ -386,13 +386,11 @@ def _recognize_layer_norm(module: nn.Module, training: bool) -> dict[str, Any] |
         stand_in._parameters["bias"] = nn.Parameter(bias)
     # rows whose variances are far above and near eps. A mean far above a deviation would cost the
     # digits that two correct norms must agree in
-    x = (_test_values(2, len(weight)) + 1.0) * torch.tensor(
-        [[1.0], [math.sqrt(getattr(module, eps))]]
-    )
-    same = _same(
-        stand_in.forward(x), F.layer_norm(x, x.shape[1:], weight, bias, getattr(module, eps))
-    )
-    return {"eps": eps} if same else None
+    epsilon = getattr(module, eps)
+    scales = torch.tensor([[[1.0]], [[math.sqrt(epsilon)]]])
+    x = (_test_values(2, 3, len(weight)) + 1.0) * scales
+    same = _same(stand_in.forward(x), F.layer_norm(x, weight.shape, weight, bias, epsilon))
+    return {"eps": eps, "has_bias": bias is not None} if same else None
 
 
 def _recognize_glu(module: nn.Module, training: bool) -> dict[str, Any] | None:

@@ -9,7 +9,8 @@ from starlette.routing import Route
 
 from fastlm.serve.openapi import Endpoint
 from fastlm.serve.protocol.body import INTEGER, RequestBody
-from fastlm.serve.rater_api import Rater, rater_routes
+from fastlm.serve.protocol.feedback_request import Rater
+from fastlm.serve.rater_api import rater_routes
 
 if TYPE_CHECKING:
     from fastlm.evals.judge.label_store import LabelStore

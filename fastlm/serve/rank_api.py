@@ -9,7 +9,8 @@ from starlette.routing import Route
 from fastlm.errors import InputError
 from fastlm.serve.openapi import Endpoint
 from fastlm.serve.protocol.body import INTEGER, EmptyRequest, RequestBody
-from fastlm.serve.rater_api import Rater, rater_routes
+from fastlm.serve.protocol.feedback_request import Rater
+from fastlm.serve.rater_api import rater_routes
 
 if TYPE_CHECKING:
     from fastlm.serve.http_server import HttpServer

@@ -4,16 +4,15 @@ pages, `fastlm.serve.rank_api` and `fastlm.serve.label_api`.
 
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
 from anyio.to_thread import run_sync
-from pydantic import Field
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from fastlm.errors import InputError, StorageError
-from fastlm.schema import Name
+from fastlm.pipeline.rater_terminal import check_rater
 from fastlm.serve.api_error import ApiError
 from fastlm.serve.openapi import Endpoint
 from fastlm.serve.protocol.feedback_request import CLIENT
@@ -21,7 +20,6 @@ from fastlm.serve.protocol.feedback_request import CLIENT
 if TYPE_CHECKING:
     from fastlm.serve.http_server import HttpServer
 
-Rater = Annotated[Name, Field(max_length=128)]
 Handler = Callable[[Any, Any], dict[str, Any]]  # (store, request) -> response
 
 
@@ -34,10 +32,11 @@ def rater_routes(
         async def answer(http: Request) -> Response:
             request = await server.parse_body(http, paths[path][1])
             name = getattr(request, "rater", None)
-            if len(server.keys) > 1 and name is not None:
-                rater = rater_of(http.state.client, name)
-                request = request.model_copy(update={"rater": rater})
             try:
+                if len(server.keys) > 1 and name is not None:
+                    check_rater(name)
+                    rater = rater_of(http.state.client, name)
+                    request = request.model_copy(update={"rater": rater})
                 return JSONResponse(await run_sync(partial(handler, store, request)))
             except StorageError:
                 raise unavailable("store") from None

@@ -121,7 +121,20 @@ def test_a_host_that_differs_from_the_definition_is_refused(monkeypatch):
             InputError, match=rf"^{path}: expected the definition's .*got \({got}\)"
         ):
             backend.add(row)
+    for function, got in ((3, "3 is not"), (max, "no signature")):
+        for name, module in _host(function).items():
+            monkeypatch.setitem(sys.modules, name, module)
+        with pytest.raises(InputError, match=rf"^{path}: expected a function, got: .*{got}"):
+            backend.add(row)
     assert "tin" not in BACKENDS
+
+
+@pytest.mark.parametrize("host", [lambda *args: args, lambda x, *more, **names: x])
+def test_a_host_of_any_arguments_is_accepted(host, monkeypatch):
+    for name, module in _host(host).items():
+        monkeypatch.setitem(sys.modules, name, module)
+    backend.add(backend.Backend("tin", "tin", ("cpu",), ops={"rms_norm": None}))
+    backend.remove("tin")
 
 
 @pytest.mark.parametrize("results", [lambda x: (x, None, x), lambda x: x, lambda x: None])

@@ -100,6 +100,17 @@ class Gated(Norm):
         return super().forward(x if gate is None else x * nn.functional.silu(gate))
 
 
+class PixelNorm(nn.Module):
+    """Normalizes its second dimension, which is the last of a matrix only."""
+
+    def __init__(self):
+        super().__init__()
+        self.eps = 1e-6
+
+    def forward(self, x):
+        return x * torch.rsqrt(x.square().mean(1, keepdim=True) + self.eps)
+
+
 class WeightlessNorm(nn.Module):
     """HRM-text's and Llama 4's norm."""
 
@@ -155,6 +166,8 @@ class ScaledLayer(Layer):
         (Norm(), {"rms_norm": 1}),
         (Norm(1e-12), {"rms_norm": 1}),
         (WeightlessNorm(), {"rms_norm": 1}),
+        (nn.RMSNorm(8, elementwise_affine=False), {"rms_norm": 1}),
+        (PixelNorm(), {}),
         (nn.LayerNorm(8), {"layer_norm": 1}),
         (nn.LayerNorm(8, bias=False), {"layer_norm": 1}),
         (OfRootMean(8), {}),
@@ -187,6 +200,28 @@ def test_layer_norms_of_any_width():
     for width in range(96, 320, 8):
         model = fastlm.patch(CohereLayerNorm(width), ops=["layer_norm"])
         assert patched_ops(model) == {"layer_norm": 1}
+
+
+def test_a_weightless_norm_of_another_width():
+    model, x = nn.Sequential(nn.RMSNorm(24, elementwise_affine=False)), torch.randn(3, 24)
+    expected = model(x)
+    assert patched_ops(fastlm.patch(model)) == {"rms_norm": 1}
+    torch.testing.assert_close(model(x), expected)
+
+
+@pytest.mark.parametrize("norm", [nn.RMSNorm(8), nn.LayerNorm(8)], ids=lambda m: type(m).__name__)
+def test_a_norm_whose_weight_is_computed_later(norm):
+    """torch's parametrizations, pruning and buffers take the weight out of the parameters."""
+    for values in norm.parameters():
+        nn.init.uniform_(values)
+    model, x = nn.Sequential(norm), torch.randn(3, 8)
+    expected = model(x)
+    fastlm.patch(model)
+    for name in [name for name, _ in norm.named_parameters()]:
+        values = getattr(norm, name).detach()
+        delattr(norm, name)
+        norm.register_buffer(name, values)
+    torch.testing.assert_close(model(x), expected)
 
 
 def test_all_unpatched_norms_are_listed():

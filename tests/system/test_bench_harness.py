@@ -104,7 +104,12 @@ def test_the_headline_rows_are_cases():
 
 def test_the_readme_is_of_committed_code(monkeypatch, capsys):
     monkeypatch.setattr(bench_run, "machine", lambda: {**CONTEXT, "commit": "0123abc-dirty"})
-    for options, message in ((["--headline"], "0123abc-dirty"), (["--busy"], "without --busy")):
+    wrong = (
+        (["--headline"], "0123abc-dirty"),
+        (["--busy"], "without --busy"),
+        (["--headline", "--page", "x"], "no --page"),
+    )
+    for options, message in wrong:
         monkeypatch.setattr(sys, "argv", ["run.py", *options])
         with pytest.raises(SystemExit):
             bench_run.main()
@@ -112,6 +117,18 @@ def test_the_readme_is_of_committed_code(monkeypatch, capsys):
     dirty = {"rows": [], "machine": {"commit": "0123abc-dirty"}}
     text = bench_run.section({"machine": {**CONTEXT, "commit": "a"}, "rope": dirty, "glu": {}})
     assert "Withdrawn, because the code was not committed: rope." in text and "dirty" not in text
+
+
+def test_the_readme_stays_without_all_of_its_rows(monkeypatch, tmp_path):
+    """A failed benchmark would take its row from the README, without a word."""
+    path, readme = tmp_path / "results.json", tmp_path / "README.md"
+    path.write_text(json.dumps({"machine": {**CONTEXT, "commit": "a"}}))
+    readme.write_text("unchanged")
+    monkeypatch.setattr(bench_run, "ROOT", tmp_path)
+    monkeypatch.setattr(sys, "argv", ["run.py", "--headline", "--write-only", "--of", str(path)])
+    with pytest.raises(SystemExit, match="expected 11 measured rows, got 0"):
+        bench_run.main()
+    assert readme.read_text() == "unchanged"
 
 
 def test_threads_from_the_command_line(monkeypatch, capsys):

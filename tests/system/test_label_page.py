@@ -239,6 +239,9 @@ def test_a_rater_of_the_page_belongs_to_a_key(tmp_path):
                 response = HTTP.post(f"{url}/v1/label/{name}", json=body, headers=headers)
                 assert response.status_code == 200, response.text
                 item = item or response.json()["item"]["id"]
+        body = {"rater": " ", "item": item, "label": "pass"}  # a key's letters make it no name
+        response = HTTP.post(f"{url}/v1/label/label", json=body, headers=headers)
+        assert response.status_code == 400 and "expected a name" in response.text
     rows = [json.loads(line) for line in path.read_text().splitlines()]
     assert len(read_label_rows(path, rubric)) == 2
     assert [row["label"] for row in rows] == ["pass", "fail"]

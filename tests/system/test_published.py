@@ -46,6 +46,20 @@ def test_a_commit_that_nobody_can_check_out(repository, commit):
     assert published.check(root)[0] == [f"README.md:3: expected {kind}, got {commit}"]
 
 
+@pytest.mark.parametrize("form", ["Commit {}, commit {}", "commit `{}`; commit {}"])
+def test_a_dirty_commit_in_any_form(repository, form):
+    root, git = repository
+    good = git("rev-parse", "--short", "HEAD")
+    (root / "README.md").write_text(form.format("0123abc-dirty", good) + f"\n\n{TABLE}")
+    assert published.check(root)[0] == ["README.md:1: expected a clean commit, got 0123abc-dirty"]
+
+
+def test_a_front_page_without_figures(repository):
+    root, _ = repository
+    (root / "README.md").write_text("# A\nThe table is withdrawn.\n")
+    assert published.check(root)[0] == ["README.md: expected a table of ratios, got none"]
+
+
 def test_a_commit_of_another_branch(repository):
     root, git = repository
     git("checkout", "-q", "-b", "other")
@@ -63,6 +77,8 @@ def test_a_table_without_a_commit(repository):
     assert "docs/ops.md:4: expected a commit beside a table of ratios" in faults
     (root / "docs" / "ops.md").write_text(f"```\n## No heading\n{TABLE}```\n")
     assert published.check(root)[0] == []
+    (root / "docs" / "ops.md").write_text(f"A lone ` before it\n\n{TABLE}\nand ` after it\n")
+    assert len(published.check(root)[0]) == 1
 
 
 def test_the_front_page_ages(repository, monkeypatch):

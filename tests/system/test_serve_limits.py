@@ -161,14 +161,19 @@ def test_a_body_has_a_bounded_number_of_lists():
 
 
 def test_the_arguments_of_a_call_have_a_bounded_number_of_lists():
-    """They are JSON in a text, whose brackets the body's bound does not count."""
-    call = {"type": "function_call", "call_id": "a", "name": "f"}
-    for count in (10, 100_001):
+    """They are JSON in texts, whose brackets the body's bound does not count. The bound is of all
+    calls together."""
+    for count in (10, 60_000):
         arguments = '{"x":[' + "[]," * count + "[]]}"
-        request = {"model": "m", "input": [{**call, "arguments": arguments}]}
-        refused = pytest.raises(ApiError, match="arguments: expected at most 100,000 lists")
-        with refused if count > 10 else contextlib.nullcontext():
-            read_request(json.dumps(request).encode(), ResponsesRequest)
+        call = {"type": "function_call", "call_id": "a", "name": "f", "arguments": arguments}
+        responses = {"model": "m", "input": [call, call]}
+        calls = [{"function": {"name": "f", "arguments": arguments}}]
+        message = {"role": "assistant", "tool_calls": calls}
+        chat = {"model": "m", "messages": [message, message]}
+        for request, kind in ((responses, ResponsesRequest), (chat, ChatCompletionRequest)):
+            refused = pytest.raises(ApiError, match="expected at most 100,000 lists")
+            with refused if count > 10 else contextlib.nullcontext():
+                read_request(json.dumps(request).encode(), kind)
 
 
 def test_many_keys_are_read_in_one_pass():

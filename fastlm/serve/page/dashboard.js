@@ -11,7 +11,7 @@ let period = "hour", reference = null, data = null, timer = 0, request = null;
 
 // ---- numbers as text
 
-const FEW = 5; // answers, below which an interval says nothing
+const FEW = 5; // a rate's n, below which an interval says nothing
 const small = (value) => (value === 0 ? "0" : value < 1 ? value.toFixed(2) : value < 10 ? value.toFixed(1) : Math.round(value).toLocaleString("en"));
 const percent = (value) => `${value > 0 && value < 0.0995 ? (value * 100).toFixed(1) : Math.round(value * 100)} %`;
 const seconds = (value) => (value === 0 ? "0 s" : value < 1 ? `${Math.round(value * 1000)} ms` : `${value < 10 ? value.toFixed(1) : Math.round(value)} s`);
@@ -127,8 +127,8 @@ function drawTable() {
     el("th", { scope: "row" }, name, note ? el("span", { className: "quiet", textContent: note }) : ""),
     ...groups.map(({ summary }) => el("td", {}, ...[cell(summary)].flat())));
   const interval = (low, high, format) => el("span", { className: "quiet", textContent: `${format(low)} to ${format(high)}` });
-  // an interval of one answer is nearly the whole scale
-  const few = (n) => el("span", { className: "quiet", textContent: `${n} ${n === 1 ? "answer" : "answers"}` });
+  // an interval of one is nearly the whole scale
+  const few = (n) => el("span", { className: "quiet", textContent: `n = ${n}` });
   const rate = (r) => (r.n ? [percent(r.value), r.n < FEW ? few(r.n) : interval(r.low, r.high, percent)] : "–");
   const two = (q, format) => (q.n ? [`${orDash(q.p50, format)} / ${orDash(q.p95, format)}`] : "–");
   const number = (r) => (r.n ? [r.value.toFixed(2), ...(r.low === null ? [] : [interval(r.low, r.high, (x) => x.toFixed(2))])] : "–");

@@ -7,6 +7,7 @@ support is an error, and is never dropped silently.
 import difflib
 import json
 import math
+from collections.abc import Iterable
 from typing import Annotated, Any, Literal, TypeVar
 
 import numpy as np
@@ -159,6 +160,12 @@ def count_containers(data: bytes) -> int:
         inside = np.logical_xor.accumulate(text == ord('"'))
         count = int((((text == ord("[")) | (text == ord("{"))) & ~inside).sum())
     return count
+
+
+def check_json_texts(texts: Iterable[str]) -> None:
+    """Refuse JSON texts in a body's strings that have more lists and objects than a body may."""
+    if count_containers(",".join(texts).encode()) > MAX_CONTAINERS:
+        reject(f"at most {MAX_CONTAINERS:,} lists and objects in all arguments of calls")
 
 
 def parse_json(data: bytes) -> Any:

@@ -26,6 +26,7 @@ from fastlm.serve.protocol.body import (
     Identifier,
     JsonSchema,
     PositiveInt,
+    check_json_texts,
     reject,
 )
 from fastlm.serve.protocol.completion import GenerationRequest, TopLogprobs
@@ -143,6 +144,9 @@ def normalize_messages(messages: list[Any]) -> list[Message]:
     for i, message in enumerate(messages):
         if message.get("content") is None and not message.get("tool_calls"):
             raise InputError(f"[{i}].content: expected a text or an array of parts, got nothing")
+    functions = [call["function"] for m in messages for call in m.get("tool_calls") or ()]
+    arguments = [function.get("arguments") for function in functions]
+    check_json_texts(text for text in arguments if isinstance(text, str))
     try:
         messages = [_without_ignored(message) for _, message in parse_messages(messages, "")]
         calls = [message["tool_calls"] for message in messages if "tool_calls" in message]

@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal, NotRequired, Self
 
 from pydantic import (
     AfterValidator,
+    BeforeValidator,
     Discriminator,
     Field,
     Tag,
@@ -22,14 +23,13 @@ from typing_extensions import TypedDict
 from fastlm.data.conversations import Message
 from fastlm.serve.api_error import ApiError, field_error
 from fastlm.serve.protocol.body import (
-    MAX_CONTAINERS,
     AlwaysFalse,
     EmptyOrText,
     Identifier,
     Label,
     PositiveInt,
     Text,
-    count_containers,
+    check_json_texts,
     reject,
     validate,
 )
@@ -87,8 +87,6 @@ class MessageItem(ResponseItem):
 
 
 def _json_object(text: str) -> str:
-    if count_containers(text.encode()) > MAX_CONTAINERS:
-        reject(f"at most {MAX_CONTAINERS:,} lists and objects")
     try:
         value = json.loads(text)
     except (ValueError, RecursionError):
@@ -126,10 +124,22 @@ InputItem = Annotated[
         custom_error_message=f"an item of type {', '.join(ITEMS)}",
     ),
 ]  # fmt: skip
+
+
+def _check_arguments(items: Any) -> Any:
+    objects = (item for item in items if isinstance(item, dict))
+    arguments = (item.get("arguments") for item in objects)
+    check_json_texts(text for text in arguments if isinstance(text, str))
+    return items
+
+
 Input = Annotated[
     Annotated[Text, Tag("text")]
     | Annotated[
-        list[InputItem], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True), Tag("items")
+        list[InputItem],
+        Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True),
+        BeforeValidator(_check_arguments),
+        Tag("items"),
     ],
     Discriminator(lambda value: "text" if isinstance(value, str) else "items"),
 ]
