@@ -74,9 +74,9 @@ def main() -> None:
             axis.legend(fontsize=7)
         axis.set_xlabel("step")
         axis.set_ylabel(a.ylabel or metric)
-        if a.from_zero:
-            axis.set_ylim(bottom=0)
         axis.grid(alpha=0.3)
+    if a.from_zero:
+        axes[0].set_ylim(bottom=0)  # of all panels
     figure.savefig(a.out, dpi=150)
 
 
