@@ -204,7 +204,7 @@ def test_target_out_of_range(name):
     [
         (
             {"linear_weight": torch.randn(8, 5)},
-            r"linear_weight: expected shape \(V, D\).*got \(8, 5\)",
+            r"linear_weight: expected shape \(V, K\).*got \(8, 5\)",
         ),
         ({"linear_bias": torch.ones(8).long()}, "linear_bias: expected floats .* got torch.int64"),
         (
