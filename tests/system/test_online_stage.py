@@ -446,7 +446,7 @@ def test_a_reward_of_ones_own(base, data, tmp_path) -> None:
         (replace(_PPO, kl_target=1.0, kl_horizon=2.0), "kl_horizon: expected at least the 8"),
         (replace(_GRPO, batch_warmup=0.5), "batch_warmup: expected 0, as a round has a fixed"),
         (replace(_GRPO, lora_rank=2, optimizer="muon"), "optimizer: expected adamw to train"),
-        (replace(_GRPO, lora_alpha=8.0), "lora_alpha: expected lora_rank with it, got 8.0"),
+        (replace(_GRPO, lora_alpha=8.0), "lora_alpha: needs lora_rank above 0"),
         (replace(_GRPO, beta=-1.0), "beta: expected 0 or more, got -1.0"),
         (replace(_GRPO, lora_rank=2, lora_dropout=0.1), "lora_dropout: expected 0, as the update"),
         (replace(_GRPO, val_tokens=99), "val_tokens: grpo has no use for it, got 99"),

@@ -107,7 +107,11 @@ def test_the_report_has_the_loss(base, tmp_path):
     )
     assert report["out_of_domain"] is None
     notes = [event["info"] for event in events if "info" in event]
-    assert [note.partition(":")[0] for note in notes] == ["model.layers.0", "model.layers.1"]
+    assert [note.partition(":")[0] for note in notes] == [
+        "gptq on 256 tokens",  # the time it takes, before the layers
+        "model.layers.0",
+        "model.layers.1",
+    ]
     assert not (tmp_path / "q/progress").exists()
     config = json.loads((tmp_path / "q/config.json").read_text())["quantization_config"]["fastlm"]
     assert config["method"] == "gptq" and config["format"] == "w4a16"
