@@ -5,7 +5,8 @@
 A published table is a Markdown table with a ratio ("1.41x") in README.md or docs/*.md (the log,
 docs/log, is history). Its section, or what is above its first heading, names a commit: "commit
 0880537". A "-dirty" commit or one that is not an ancestor of HEAD is an error, and so is a table of
-README.md that is more than `OLDEST` commits behind HEAD. The age of each page's oldest commit is printed. In a shallow clone only the form is checked.
+README.md that is more than `OLDEST` commits behind HEAD, or a README.md without one. The age of
+each page's oldest commit is printed. In a shallow clone only the form is checked.
 """
 
 import re
@@ -47,12 +48,13 @@ def check(root: Path) -> tuple[list[str], list[str]]:
     if not shallow:
         ages.clear()
     for page in (root / "README.md", *sorted((root / "docs").glob("*.md"))):
-        name, behind = str(page.relative_to(root)), {}
+        name, behind, has_table = str(page.relative_to(root)), {}, False
         for line, text in sections(page.read_text("utf-8")):
             named = [c for found in COMMITS.findall(text) for c in re.split(", | and | to ", found)]
             has_ratios = RATIO.search(re.sub("`[^`\n]*`", "", text))
             if has_ratios and not any(named):
                 faults.append(f"{name}:{line}: expected a commit beside a table of ratios")
+            has_table |= has_ratios is not None
             for commit in DIRTY.findall(text):
                 faults.append(f"{name}:{line}: expected a clean commit, got {commit}")
             for commit in filter(None, named):
@@ -62,6 +64,8 @@ def check(root: Path) -> tuple[list[str], list[str]]:
                     faults.append(f"{name}:{line}: expected an ancestor of HEAD, got {commit}")
                 else:
                     behind[commit] = int(git(root, "rev-list", "--count", f"{commit}..HEAD") or 0)
+        if name == "README.md" and not has_table:
+            faults.append(f"{name}: expected a table of ratios, got none")
         if behind:
             age = max(behind.values())
             ages.append(f"published: {name}: {min(behind.values())} to {age} commits old")

@@ -57,7 +57,7 @@ def test_a_dirty_commit_in_any_form(repository, form):
 def test_a_front_page_without_figures(repository):
     root, _ = repository
     (root / "README.md").write_text("# A\nThe table is withdrawn.\n")
-    assert published.check(root)[0] == []
+    assert published.check(root)[0] == ["README.md: expected a table of ratios, got none"]
 
 
 def test_a_commit_of_another_branch(repository):
