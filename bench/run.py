@@ -151,24 +151,23 @@ def rows_of(results: dict) -> list[Row]:
     return rows
 
 
-def headline(results: dict) -> list[tuple[str, str, str, str, float]]:
-    """Return (description, shape, fastlm, the best peer, ratio) for the available rows of
-    `HEADLINE` and for the training step."""
+def headline(results: dict) -> list[tuple[str, str, str, str, float, str]]:
+    """Return (description, shape, fastlm, the best peer, ratio, why it is unsteady) for the
+    available rows of `HEADLINE` and for the training step."""
     rows = []
     for (op, name, shape), words in HEADLINE.items():
         for row in (Row(**r) for r in results.get(op, {}).get("rows", [])):
             if (row.name, row.shape) == (name, shape) and row.ratio and row.best_peer:
                 ours, theirs = row.milliseconds["fastlm"], row.milliseconds[row.best_peer]
                 peer = f"{row.best_peer} {theirs:.3g} ms"
-                rows.append((words, shape, f"{ours:.3g} ms", peer, row.ratio))
+                rows.append((words, shape, f"{ours:.3g} ms", peer, row.ratio, row.unsteady))
     steps = results.get("train_step", {}).get("rows", [])
-    if len(steps) > 1:
-        ours, *peers = sorted(steps, key=lambda r: r["variant"] != "fastlm")
-        best = max(peers, key=lambda r: r["tokens_per_second"])
-        rates = [r["tokens_per_second"] for r in (ours, best)]
-        peer = f"{best['variant'].partition(',')[0]} {rates[1]:,.0f} tokens/s"
+    rates = {r["variant"]: r["tokens_per_second"] for r in steps}
+    if peers := [name for name in rates if not name.startswith("fastlm")]:
+        ours, best = rates["fastlm"], max(peers, key=lambda name: rates[name])
+        peer = f"{best} {rates[best]:,.0f} tokens/s"
         words = "a training step", "Llama, 42 M, 8 x 512 tokens"
-        rows.insert(0, (*words, f"{rates[0]:,.0f} tokens/s", peer, rates[0] / rates[1]))
+        rows.insert(0, (*words, f"{ours:,.0f} tokens/s", peer, ours / rates[best], ""))
     return rows
 
 
@@ -183,14 +182,13 @@ def readme_section(results: dict) -> str:
     """Return the README's rows as Markdown."""
     host = results["machine"]
     lines = ["| | shape | fastlm | the best of torch | |", "|---|---|---|---|---|"]
-    lines += [
-        f"| {description} | {shape} | {ours} | {peer} | **{ratio:.2f}x** |"
-        for description, shape, ours, peer, ratio in headline(results)
-    ]
+    for *cells, ratio, unsteady in headline(results):
+        note = unsteady and f" ({unsteady})"
+        lines.append(f"| {' | '.join(cells)} | **{ratio:.2f}x**{note} |")
     return (
         f"{host['cpu']}, {host['threads']} threads, {host['cpu_isa']}, torch {host['torch']},"
         f" {host['date']}, commit {commits_of(results)} (`bench/run.py`); bf16,"
-        " medians of rounds in turn.\n\n"
+        " medians of rounds in turn. A spread marks an unsteady row.\n\n"
         + "\n".join(lines)
         + "\n\n![these ratios as bars](docs/peers.png)"
     )
@@ -201,10 +199,10 @@ def plot_headline(results: dict, path: Path) -> None:
     red."""
     from matplotlib.figure import Figure
 
-    rows = sorted(headline(results), key=lambda row: row[-1])
+    rows = sorted(headline(results), key=lambda row: row[4])
     figure = Figure(figsize=(8, 0.3 * len(rows) + 0.8), layout="constrained")
     axes = figure.add_subplot()
-    values = [row[-1] for row in rows]
+    values = [row[4] for row in rows]
     colors = ["#b3452f" if value < 1 else "#2f6fde" for value in values]
     axes.barh([row[0] for row in rows], values, color=colors, height=0.62)
     for y, value in enumerate(values):  # always right of the line

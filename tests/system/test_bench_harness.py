@@ -131,6 +131,22 @@ def test_the_readme_stays_without_all_of_its_rows(monkeypatch, tmp_path):
     assert readme.read_text() == "unchanged"
 
 
+def test_our_own_variants_are_no_peers_in_the_readme():
+    step = {"fastlm": 100, "fastlm, 8-bit AdamW": 110, "eager": 20, "torch.compile, bf16": 50}
+    steps = [{"variant": name, "tokens_per_second": rate} for name, rate in step.items()]
+    (row,) = bench_run.headline({"machine": CONTEXT, "train_step": {"rows": steps}})
+    assert row[2:] == ("100 tokens/s", "torch.compile, bf16 50 tokens/s", 2.0, "")
+
+
+def test_an_unsteady_row_says_so_in_the_readme():
+    op, name, shape = "rms_norm", "fwd+bwd", "4096 x 512"
+    case = {"name": name, "shape": shape, "milliseconds": {"fastlm": 1.0, "torch": 2.0}}
+    rest = {"spread": {}, "of_ceiling": None, "ceiling": "", "missing": {}}
+    row = {**case, **rest, "ratio": 2.0, "best_peer": "torch", "unsteady": "spread 65%"}
+    text = bench_run.readme_section({"machine": {**CONTEXT, "commit": "a"}, op: {"rows": [row]}})
+    assert "| 1 ms | torch 2 ms | **2.00x** (spread 65%) |" in text
+
+
 def test_threads_from_the_command_line(monkeypatch, capsys):
     def make_cases(rows: int, columns: int):
         return [one_case(shape=f"{torch.get_num_threads()} threads")]

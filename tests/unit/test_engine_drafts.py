@@ -317,10 +317,11 @@ def test_stop_strings_and_grammars():
     # four
     assert stats.steps == 1 + math.ceil((count - 1) / 5)
     assert count > 6 and stats.drafted_tokens - stats.accepted_tokens < 4
-    # drafting ignores the grammar: some draft tokens are accepted, and each saves a step
+    # drafting ignores the grammar: some draft tokens are accepted, and each saves a step, but not
+    # the one that is the 40th token: no sampled token follows it
     stats = even.stats()
     assert 0 < stats.accepted_tokens < stats.drafted_tokens / 4
-    assert stats.steps == 40 - stats.accepted_tokens
+    assert stats.steps in {40 - stats.accepted_tokens, 41 - stats.accepted_tokens}
 
 
 def test_refusals():
